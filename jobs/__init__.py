@@ -1,0 +1,1 @@
+"""Commands: each module is one job, run as ``python -m jobs.NAME``."""

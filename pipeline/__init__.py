@@ -1,0 +1,1 @@
+"""Self-RAG decoding for batches: reflection tokens, engine, index and the algorithm."""

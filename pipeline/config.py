@@ -1,0 +1,249 @@
+"""The configuration of a run: frozen, validated whole before anything starts; unknown keys fail."""
+
+import os
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import smart_open
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+Positive = Annotated[int, Field(ge=1)]
+Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Columns(_Frozen):
+    """Which column of the query set holds what."""
+
+    id: str = "id"
+    query: str = "query"
+    input: str = "input"
+    task: str = "task"
+    choices: str = "choices"
+    passages: str = "passages"
+
+
+class ModelConfig(_Frozen):
+    """The model, and any argument of vLLM's engine.
+
+    Attributes:
+        name: Hugging Face name, local folder, or ``demo``.
+        revision: of the Hugging Face repository.
+        lora: folder or name of a LoRA adapter to serve the model with.
+        engine: arguments of ``vllm.AsyncEngineArgs`` by name, such as ``tensor_parallel_size``,
+            ``quantization``, ``dtype``, ``max_model_len`` or ``gpu_memory_utilization``.
+    """
+
+    name: str
+    revision: str | None = None
+    lora: str | None = None
+    engine: dict[str, Any] = {}
+
+
+class Weights(_Frozen):
+    """Weights of a segment's score (paper, equation 4); the defaults are the paper's."""
+
+    sequence: Weight = 1.0
+    relevance: Weight = 1.0
+    support: Weight = 1.0
+    utility: Weight = 0.5
+
+
+class DecodingConfig(_Frozen):
+    """How an answer is found.
+
+    Attributes:
+        mode: ``adaptive`` lets the model decide whether to retrieve; ``always`` and ``never`` do not ask it.
+        threshold: the paper's delta; retrieve where p(Yes) / (p(Yes) + p(No)) is above it.
+        passages: passages read for each query (the paper's k).
+        max_tokens: longest segment, in tokens.
+        keep_candidates: write every scored candidate, not only the chosen ones.
+    """
+
+    mode: Literal["adaptive", "always", "never"] = "adaptive"
+    threshold: Share = 0.2
+    passages: Positive = 5
+    max_tokens: Positive = 100
+    weights: Weights = Weights()
+    keep_candidates: bool = False
+
+
+class RetrievalConfig(_Frozen):
+    """How the index is searched.
+
+    Attributes:
+        encoder: refuse an index that was not built with this one; by default the index says which it needs.
+        search: FAISS search parameters such as ``nprobe=16`` or ``efSearch=64``, comma-separated.
+        device: where FAISS and the encoder run; ``auto`` takes a GPU where there is one.
+        batch_size: most queries encoded and searched together.
+        wait_ms: how long the first of them waits for others.
+        threads: of FAISS, per actor.
+        verify: check the digest of every index file before it is opened.
+        cache: folder for index files that come from object storage.
+    """
+
+    encoder: str | None = None
+    search: str = ""
+    device: Literal["auto", "cpu", "gpu"] = "auto"
+    batch_size: Positive = 64
+    wait_ms: Annotated[float, Field(ge=0.0)] = 2.0
+    threads: Positive = 1
+    verify: bool = True
+    cache: str = "~/.cache/selfrag/index"
+
+
+class ExecutionConfig(_Frozen):
+    """Where and how the job runs; changes nothing in the results.
+
+    Attributes:
+        actors: actors at work, each with a replica of the model.
+        cpus_per_actor: by default all of the machine's for one actor, an even share for several.
+        gpus_per_actor: by default the tensor-parallel size where the cluster has GPUs, otherwise 0.
+        unit_rows: rows of a work unit, which is one output file.
+        units_in_flight: units that an actor decodes at once, so that its engine stays full between them.
+        max_error_rate: share of rows in ``errors/`` above which a finished run counts as failed.
+        ray_address: of a running cluster; by default one starts in this process unless Ray is there already.
+    """
+
+    actors: Positive = 1
+    cpus_per_actor: Annotated[float, Field(gt=0)] | None = None
+    gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
+    unit_rows: Positive = 256
+    units_in_flight: Positive = 3
+    max_error_rate: Share = 0.01
+    ray_address: str | None = None
+
+
+class StorageConfig(_Frozen):
+    """Access to object storage. What is not set comes from the standard AWS variables, files and roles."""
+
+    endpoint_url: str | None = None
+    region: str | None = None
+    access_key: SecretStr | None = None
+    secret_key: SecretStr | None = None
+    session_token: SecretStr | None = None
+
+
+class RunConfig(_Frozen):
+    """One annotation run.
+
+    Attributes:
+        queries: URI of a Parquet file or of a folder of them.
+        output: URI of the folder for the annotated set.
+        index: URI of an index folder; not needed where every row has given passages or ``mode`` is ``never``.
+    """
+
+    queries: str
+    output: str
+    index: str | None = None
+    model: ModelConfig
+    columns: Columns = Columns()
+    decoding: DecodingConfig = DecodingConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
+    execution: ExecutionConfig = ExecutionConfig()
+    storage: StorageConfig = StorageConfig()
+
+    def recorded(self) -> dict[str, Any]:
+        """The configuration for the manifest: plain values, no credentials."""
+        return self.model_dump(mode="json", exclude={"storage": {"access_key", "secret_key", "session_token"}})
+
+    def decisive(self) -> dict[str, Any]:
+        """The keys that decide the results, flat (``decoding.threshold``): a resumed run must have the same.
+
+        Where the job runs and how storage is reached may change; ``unit_rows`` may not, since it cuts the
+        work into output files.
+        """
+        flat = flatten(self.recorded())
+        unimportant = ("execution.", "storage.", "retrieval.cache", "retrieval.threads", "retrieval.device", "output")
+        kept = {key: value for key, value in flat.items() if not key.startswith(unimportant)}
+        return {**kept, "execution.unit_rows": self.execution.unit_rows}
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys; empty ones stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested dictionaries."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ValueError(f"{key}: {parent} is a value ({child!r}), not a section")
+        tree = child
+    tree[last] = value
+
+
+def read_yaml(uri: str) -> dict[str, Any]:
+    """Read a YAML mapping from a path or any URI that smart_open knows.
+
+    Raises:
+        ValueError: it cannot be read, is not YAML, or is not a mapping; names the file.
+    """
+    try:
+        with smart_open.open(uri, encoding="utf-8") as file:
+            tree = yaml.safe_load(file)
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"configuration {uri}: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ValueError(f"configuration {uri}: expected keys and values, found {type(tree).__name__}")
+    return tree
+
+
+def load_config(file: str | None, settings: list[str], flags: dict[str, Any]) -> RunConfig:
+    """Build the configuration: the file, then ``KEY=VALUE`` settings, then flags that are not None.
+
+    Args:
+        settings: dotted keys with values in YAML, such as ``decoding.threshold=0.3``.
+        flags: dotted keys.
+
+    Raises:
+        ValueError: unknown key, wrong type or value; one line that names the key and says what is wrong.
+    """
+    tree = read_yaml(file) if file else {}
+    if isinstance(tree.get("model"), str):
+        tree["model"] = {"name": tree["model"]}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set {setting}: expected KEY=VALUE, such as decoding.threshold=0.3")
+        try:
+            assign(tree, key.strip(), yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise ValueError(f"--set {setting}: the value is not YAML") from None
+    for key, value in flags.items():
+        if value is not None:
+            assign(tree, key, value)
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError("; ".join(_problem(dict(e)) for e in error.errors())) from None
+
+
+def _problem(error: dict[str, Any]) -> str:
+    key = ".".join(str(part) for part in error["loc"])
+    if error["type"] == "extra_forbidden":
+        return f"unknown configuration key {key}"
+    if error["type"] == "missing":
+        flag = {"model": "--model", "model.name": "--model"}.get(key, f"--{key}")
+        return f"missing configuration key {key} (flag {flag})"
+    return f"configuration key {key}: {error['msg'].lower()}, found {error['input']!r}"
+
+
+def cache_folder() -> Path:
+    """The folder for the embedded default: ``SELFRAG_CACHE``, or ``~/.cache/selfrag``."""
+    return Path(os.environ.get("SELFRAG_CACHE", "~/.cache/selfrag")).expanduser()

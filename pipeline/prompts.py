@@ -1,0 +1,71 @@
+"""Prompt formats, and the only place where text becomes token ids.
+
+Queries and passages are data: they are tokenised with ``split_special_tokens``, so that a reflection token
+written inside one of them stays plain characters. Control tokens enter prompts by id alone.
+"""
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Any
+
+from pipeline.reflection import Paragraph, ReflectionIds
+
+
+def instruction_prompt(instruction: str, context: str | None = None) -> str:
+    """The prompt of the paper's models (appendix D): an instruction, optionally with an input."""
+    middle = f"\n\n### Input:\n{context}" if context else ""
+    return f"### Instruction:\n{instruction}{middle}\n\n### Response:\n"
+
+
+def passage_text(title: str, text: str) -> str:
+    """What stands between the paragraph marks."""
+    return f"{title}\n{text}" if title else text
+
+
+@dataclass(frozen=True)
+class PromptTokenizer:
+    """Turns trusted control tokens and untrusted text into token ids.
+
+    Attributes:
+        tokenizer: a Hugging Face tokenizer.
+        reflection: ids of the control tokens in its vocabulary.
+    """
+
+    tokenizer: Any
+    reflection: ReflectionIds
+
+    @classmethod
+    def of(cls, tokenizer: Any, model: str) -> "PromptTokenizer":
+        """Wrap a tokenizer.
+
+        Raises:
+            ValueError: it lacks reflection tokens.
+        """
+        return cls(tokenizer, ReflectionIds.of(tokenizer, model))
+
+    @property
+    def eos(self) -> int:
+        """Id of the end-of-sequence token."""
+        return int(self.tokenizer.eos_token_id)
+
+    def prompt(self, instruction: str, context: str | None = None) -> list[int]:
+        """Ids of the instruction prompt, with the tokenizer's own beginning-of-sequence token if it has one."""
+        text = instruction_prompt(instruction, context)
+        return list(self.tokenizer(text, split_special_tokens=True)["input_ids"])
+
+    def text(self, text: str) -> list[int]:
+        """Ids of untrusted text in the middle of a sequence."""
+        return list(self.tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"])
+
+    def control(self, *tokens: StrEnum) -> list[int]:
+        """Ids of control tokens."""
+        return [self.reflection[token] for token in tokens]
+
+    def passage(self, title: str, text: str) -> list[int]:
+        """Ids of a passage with its paragraph marks."""
+        body = self.text(passage_text(title, text))
+        return [*self.control(Paragraph.START), *body, *self.control(Paragraph.END)]
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids, control tokens included."""
+        return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

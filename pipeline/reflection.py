@@ -1,0 +1,121 @@
+"""Reflection tokens, their ids in a model's vocabulary, and the probabilities of their groups.
+
+Source: Asai et al. 2023 (arXiv 2310.11511), table 1 and appendix A.3. Token texts are those of the
+released models, so that ``selfrag/selfrag_llama2_7b`` works unchanged.
+"""
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import Protocol
+
+
+class Retrieve(StrEnum):
+    """Should a passage be retrieved before the next segment?"""
+
+    YES = "[Retrieval]"
+    NO = "[No Retrieval]"
+    CONTINUE = "[Continue to Use Evidence]"
+
+
+class IsRel(StrEnum):
+    """Is the passage useful for the query?"""
+
+    RELEVANT = "[Relevant]"
+    IRRELEVANT = "[Irrelevant]"
+
+
+class IsSup(StrEnum):
+    """Does the passage support the segment?"""
+
+    FULLY = "[Fully supported]"
+    PARTIALLY = "[Partially supported]"
+    NONE = "[No support / Contradictory]"
+
+
+class IsUse(StrEnum):
+    """How useful is the answer, from 1 to 5?"""
+
+    ONE = "[Utility:1]"
+    TWO = "[Utility:2]"
+    THREE = "[Utility:3]"
+    FOUR = "[Utility:4]"
+    FIVE = "[Utility:5]"
+
+
+class Paragraph(StrEnum):
+    """The marks around a passage."""
+
+    START = "<paragraph>"
+    END = "</paragraph>"
+
+
+GROUPS: tuple[type[StrEnum], ...] = (Retrieve, IsRel, IsSup, IsUse)
+REFLECTION_TOKENS: tuple[str, ...] = tuple(str(token) for group in GROUPS for token in group)
+CONTROL_TOKENS: tuple[str, ...] = REFLECTION_TOKENS + tuple(str(mark) for mark in Paragraph)
+
+
+class Vocabulary(Protocol):
+    """The part of a Hugging Face tokenizer that reflection needs."""
+
+    def get_vocab(self) -> dict[str, int]: ...
+
+
+@dataclass(frozen=True)
+class ReflectionIds:
+    """Ids of the control tokens in one model's vocabulary."""
+
+    ids: Mapping[str, int]
+
+    @classmethod
+    def of(cls, tokenizer: Vocabulary, model: str) -> "ReflectionIds":
+        """Look the control tokens up.
+
+        Raises:
+            ValueError: the vocabulary lacks some of them; names the model and the tokens.
+        """
+        vocabulary = tokenizer.get_vocab()
+        missing = [token for token in CONTROL_TOKENS if token not in vocabulary]
+        if missing:
+            raise ValueError(
+                f"model {model}: its tokenizer lacks {len(missing)} of {len(CONTROL_TOKENS)} reflection tokens "
+                f"({', '.join(missing)}); use a model trained for Self-RAG, such as "
+                "selfrag/selfrag_llama2_7b, or teach one with python -m jobs.teach"
+            )
+        return cls({token: vocabulary[token] for token in CONTROL_TOKENS})
+
+    def __getitem__(self, token: StrEnum) -> int:
+        return self.ids[str(token)]
+
+    def group(self, group: type[StrEnum]) -> tuple[int, ...]:
+        """Ids of a group's tokens in the order of their definition."""
+        return tuple(self[token] for token in group)
+
+    @property
+    def reflection(self) -> tuple[int, ...]:
+        """Ids of the 13 tokens that carry a judgement: the only log-probabilities ever asked for."""
+        return tuple(self.ids[token] for token in REFLECTION_TOKENS)
+
+    @property
+    def control(self) -> frozenset[int]:
+        """Ids of all 15 control tokens: what an answer's text never contains."""
+        return frozenset(self.ids.values())
+
+
+def group_probabilities(logprobs: Sequence[float]) -> tuple[float, ...]:
+    """Normalise one group's log-probabilities over the group (softmax).
+
+    Args:
+        logprobs: natural-log probabilities of the group's own tokens at one position; ``-inf`` is allowed
+            for some of them, not for all.
+
+    Raises:
+        ValueError: no token of the group has a finite log-probability, so no ratio exists.
+    """
+    top = max(logprobs)
+    if not math.isfinite(top):
+        raise ValueError(f"no finite log-probability in the group: {list(logprobs)}")
+    weights = [math.exp(logprob - top) for logprob in logprobs]
+    total = sum(weights)
+    return tuple(weight / total for weight in weights)

@@ -1,0 +1,131 @@
+"""The data folder that a model is taught from, and wrong passages for its questions.
+
+Four JSON Lines files, each optional but the first:
+
+- ``rc.jsonl``: ``question``, ``passage``, ``title`` (may be empty), ``answer`` (a substring of the passage);
+- ``no_retrieval.jsonl``: ``instruction``, ``output``;
+- ``question_sentence_pairs.jsonl``: ``question``, ``answer_sentence``;
+- ``fact_verification.jsonl``: ``question`` (a claim), ``choices``, ``answers``, ``gold_passages`` (``title``, ``text``).
+"""
+
+import json
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+Encode = Callable[[Sequence[str]], npt.NDArray[np.float32]]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A question, a passage that answers it, and the words of the passage that do."""
+
+    question: str
+    title: str
+    passage: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Instruction:
+    """A task that needs no passage."""
+
+    instruction: str
+    output: str
+
+
+@dataclass(frozen=True)
+class Pair:
+    """A question and the sentence that answers it."""
+
+    question: str
+    sentence: str
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A claim, the labels to choose from, the right one, and evidence."""
+
+    claim: str
+    choices: tuple[str, ...]
+    label: str
+    title: str
+    text: str
+
+
+@dataclass(frozen=True)
+class TeachingData:
+    """Everything a model is taught from."""
+
+    readings: tuple[Reading, ...]
+    instructions: tuple[Instruction, ...] = ()
+    pairs: tuple[Pair, ...] = ()
+    claims: tuple[Claim, ...] = ()
+
+    def split(self, held_out: float, seed: int) -> tuple["TeachingData", "TeachingData"]:
+        """Training and held-out parts; all readings of one passage fall on the same side."""
+        passages = sorted({reading.passage for reading in self.readings})
+        random.Random(seed).shuffle(passages)
+        kept_out = set(passages[: int(len(passages) * held_out)])
+        cut = [int(len(rows) * held_out) for rows in (self.instructions, self.pairs, self.claims)]
+        train = TeachingData(
+            tuple(r for r in self.readings if r.passage not in kept_out),
+            self.instructions[cut[0] :],
+            self.pairs[cut[1] :],
+            self.claims[cut[2] :],
+        )
+        test = TeachingData(
+            tuple(r for r in self.readings if r.passage in kept_out),
+            self.instructions[: cut[0]],
+            self.pairs[: cut[1]],
+            self.claims[: cut[2]],
+        )
+        return train, test
+
+
+def _rows(path: Path) -> list[dict[str, Any]]:
+    if not path.exists():
+        return []
+    with path.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines if line.strip()]
+
+
+def read_data(folder: Path) -> TeachingData:
+    """Read a data folder.
+
+    Raises:
+        ValueError: it has no ``rc.jsonl``, or a row lacks a field; names the file.
+    """
+    readings = folder / "rc.jsonl"
+    if not readings.exists():
+        raise ValueError(
+            f"{readings}: not found; a data folder needs at least this file (see python -m jobs.teach --help)"
+        )
+    try:
+        return TeachingData(
+            tuple(Reading(r["question"], r.get("title", ""), r["passage"], r["answer"]) for r in _rows(readings)),
+            tuple(Instruction(r["instruction"], r["output"]) for r in _rows(folder / "no_retrieval.jsonl")),
+            tuple(Pair(r["question"], r["answer_sentence"]) for r in _rows(folder / "question_sentence_pairs.jsonl")),
+            tuple(
+                Claim(r["question"], tuple(r["choices"]), r["answers"][0], passage["title"], passage["text"])
+                for r in _rows(folder / "fact_verification.jsonl")
+                for passage in r["gold_passages"][:1]
+            ),
+        )
+    except KeyError as missing:
+        raise ValueError(f"{folder}: a row lacks the field {missing}") from None
+
+
+def nearest(encode: Encode, questions: Sequence[str], texts: Sequence[str], k: int) -> npt.NDArray[np.int64]:
+    """The texts that a retriever would put before each question: int64 [questions, k], best first."""
+    vectors = encode(texts)
+    similarity = encode(questions) @ vectors.T
+    k = min(k, len(texts))
+    top = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
+    order = np.argsort(-np.take_along_axis(similarity, top, axis=1), axis=1)
+    return np.asarray(np.take_along_axis(top, order, axis=1), np.int64)

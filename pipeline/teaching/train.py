@@ -1,0 +1,223 @@
+"""Trains a LoRA adapter and the reflection tokens' embeddings on training trees."""
+
+import logging
+import math
+import random
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from sklearn.metrics import roc_auc_score
+
+from pipeline.prompts import PromptTokenizer
+from pipeline.reflection import CONTROL_TOKENS, GROUPS, IsRel, IsSup, Retrieve
+from pipeline.teaching.trees import TokenTree
+
+log = logging.getLogger(__name__)
+
+LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How to train.
+
+    Attributes:
+        tokens: tokens to read in all; the learning rate decays over them.
+        minutes: time limit; the learning rate decays over it where it is nearer than the end of the tokens.
+        tokens_per_step: tokens between optimiser steps.
+        rank: of the adapter; alpha is twice that.
+        frozen_layers: lowest layers left as they are; nothing is propagated back into them, which makes
+            a step about a third cheaper when a third is frozen.
+        learning_rate: peak, after a warm-up over the first 3 % of the tokens.
+        first_words, last_words: longest passage window at the start and from two thirds of the training on.
+        checkpoint_minutes: between two saves and held-out measurements.
+        seed: of everything random.
+    """
+
+    tokens: int = 1_000_000
+    minutes: float = math.inf
+    tokens_per_step: int = 1_400
+    rank: int = 16
+    frozen_layers: int = 10
+    learning_rate: float = 5e-4
+    first_words: int = 70
+    last_words: int = 180
+    checkpoint_minutes: float = 15.0
+    seed: int = 0
+
+    def rate(self, done: float) -> float:
+        """Learning rate when the share ``done`` of the training is over: linear warm-up, cosine decay to a tenth."""
+        if done < 0.03:
+            return self.learning_rate * max(done, 1e-3) / 0.03
+        return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done))))
+
+    def longest_window(self, done: float) -> int:
+        """Longest passage window, in words: short ones first teach more for the same time."""
+        return round(self.first_words + (self.last_words - self.first_words) * min(1.0, 1.5 * done))
+
+
+@dataclass
+class HeldOut:
+    """What a model does on trees it was not trained on; teacher-forced, so each figure costs one pass."""
+
+    decisions: list[bool] = field(default_factory=list)
+    answers: list[bool] = field(default_factory=list)
+    relevance: list[tuple[bool, float]] = field(default_factory=list)
+    support: list[tuple[bool, float]] = field(default_factory=list)
+
+    def summary(self) -> dict[str, float]:
+        """Decision accuracy, share of answers that greedy decoding gets right, and the AUCs of both judgements."""
+        return {
+            "decision_accuracy": float(np.mean(self.decisions)),
+            "answer_exact": float(np.mean(self.answers)),
+            "isrel_auc": float(roc_auc_score(*zip(*self.relevance, strict=True))),
+            "issup_auc": float(roc_auc_score(*zip(*self.support, strict=True))),
+        }
+
+
+def add_reflection_tokens(model: Any, tokenizer: Any) -> None:
+    """Add the control tokens; each embedding starts as the mean of the words of its own text."""
+    pieces = {token: tokenizer(token, add_special_tokens=False)["input_ids"] for token in CONTROL_TOKENS}
+    tokenizer.add_special_tokens({"additional_special_tokens": list(CONTROL_TOKENS)})
+    model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
+    embeddings = model.get_input_embeddings().weight
+    with torch.no_grad():
+        for token, ids in pieces.items():
+            noise = torch.randn(embeddings.shape[1]) * embeddings[ids].std() * 0.1
+            embeddings[tokenizer.convert_tokens_to_ids(token)] = embeddings[ids].mean(0) + noise
+
+
+def attach_adapter(model: Any, tokenizer: Any, recipe: Recipe, adapter: Path | None) -> PeftModel:
+    """A trainable adapter on the model: a new one, or an earlier one to go on from."""
+    if adapter is not None:
+        peft = PeftModel.from_pretrained(model, adapter, is_trainable=True)
+    else:
+        layers = model.config.num_hidden_layers
+        config = LoraConfig(
+            r=recipe.rank,
+            lora_alpha=2 * recipe.rank,
+            target_modules=LINEAR_LAYERS,
+            layers_to_transform=list(range(recipe.frozen_layers, layers)),
+            trainable_token_indices={"embed_tokens": tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS))},
+        )
+        peft = get_peft_model(model, config)
+    if recipe.frozen_layers:
+        # The tied embeddings learn as outputs; as inputs they follow, without a gradient through frozen layers.
+        peft.get_input_embeddings().register_forward_hook(lambda module, args, output: output.detach())
+    return peft
+
+
+def log_probabilities(model: Any, tree: TokenTree) -> torch.Tensor:
+    """Log-probabilities at the N predictions of a tree: float32 [N, vocabulary]."""
+    device = next(model.parameters()).device
+    sources, places = np.unique(tree.sources, return_inverse=True)
+    logits = model(
+        input_ids=torch.from_numpy(tree.ids)[None].to(device),
+        attention_mask=torch.from_numpy(tree.visible)[None, None].to(device),
+        position_ids=torch.from_numpy(tree.positions)[None].to(device),
+        logits_to_keep=torch.from_numpy(sources).to(device),
+        use_cache=False,
+    ).logits[0]
+    return torch.log_softmax(logits.float(), -1)[torch.from_numpy(places).to(device)]
+
+
+def loss(model: Any, tree: TokenTree) -> torch.Tensor:
+    """Sum of the weighted negative log-likelihoods of a tree's targets."""
+    logprobs = log_probabilities(model, tree)
+    targets = torch.from_numpy(tree.targets).to(logprobs.device)
+    weights = torch.from_numpy(tree.weights).to(logprobs.device)
+    return -(weights * logprobs.gather(1, targets[:, None])[:, 0]).sum()
+
+
+def measure(model: Any, trees: list[TokenTree], tokenizer: PromptTokenizer) -> HeldOut:
+    """Judge a model on held-out trees."""
+    ids, held_out = tokenizer.reflection, HeldOut()
+    retrieve, relevance, support = (set(ids.group(group)) for group in (Retrieve, IsRel, IsSup))
+    control = {token for group in GROUPS for token in ids.group(group)}
+    model.eval()
+    for tree in trees:
+        with torch.no_grad():
+            logprobs = log_probabilities(model, tree).cpu()
+        right = logprobs.argmax(-1).numpy() == tree.targets
+        text: dict[int, bool] = {}
+        for n, target in enumerate(tree.targets.tolist()):
+            if target in retrieve and n == 0:
+                held_out.decisions.append(bool(logprobs[n, list(retrieve)].argmax() == list(retrieve).index(target)))
+            elif target in relevance:
+                odds = float(logprobs[n, ids[IsRel.RELEVANT]] - logprobs[n, ids[IsRel.IRRELEVANT]])
+                held_out.relevance.append((target == ids[IsRel.RELEVANT], odds))
+            elif target in support:
+                odds = float(logprobs[n, ids[IsSup.FULLY]] - logprobs[n, ids[IsSup.NONE]])
+                held_out.support.append((target == ids[IsSup.FULLY], odds))
+            elif target not in control and target != tokenizer.eos and tree.weights[n] >= 1.0:
+                branch = int(tree.branches[n])
+                text[branch] = text.get(branch, True) and bool(right[n])
+        held_out.answers.extend(text.values())
+    model.train()
+    return held_out
+
+
+def save(model: PeftModel, output: Path) -> None:
+    """Write the adapter: LoRA matrices and the 15 new embeddings, without the rest of the embedding matrix."""
+    model.save_pretrained(str(output), save_embedding_layers=False)
+
+
+def train(
+    model: PeftModel,
+    trees: Iterator[TokenTree],
+    held_out: list[TokenTree],
+    tokenizer: PromptTokenizer,
+    recipe: Recipe,
+    output: Path,
+    progress: Any,
+) -> dict[str, float]:
+    """Train until ``recipe.tokens`` are read; save the adapter to ``output`` every few minutes and at the end.
+
+    Args:
+        progress: called with the share done, before each step; the tree source uses it to lengthen windows.
+
+    Returns:
+        Held-out figures of the final adapter.
+    """
+    torch.manual_seed(recipe.seed)
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    optimiser = torch.optim.AdamW(parameters, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    started = saved = time.monotonic()
+    read, step, done = 0, 0, 0.0
+    model.train()
+    while done < 1.0:
+        progress(done)
+        for group in optimiser.param_groups:
+            group["lr"] = recipe.rate(done)
+        batch: list[TokenTree] = []
+        while sum(len(tree.ids) for tree in batch) < recipe.tokens_per_step:
+            batch.append(next(trees))
+        weight = sum(float(tree.weights.sum()) for tree in batch)
+        total = 0.0
+        for tree in batch:
+            share = loss(model, tree) / weight
+            share.backward()  # type: ignore[no-untyped-call]
+            total += share.item()
+        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+        optimiser.step()
+        optimiser.zero_grad()
+        read += sum(len(tree.ids) for tree in batch)
+        step += 1
+        seconds = time.monotonic() - started
+        done = max(read / recipe.tokens, seconds / 60 / recipe.minutes)
+        if step % 10 == 0:
+            log.info(
+                "step %d: %d tokens (%.1f %%), %.0f tokens/s, loss %.3f", step, read, 100 * done, read / seconds, total
+            )
+        if time.monotonic() - saved > 60 * recipe.checkpoint_minutes:
+            save(model, output)
+            log.info("held out after %d tokens: %s", read, measure(model, held_out, tokenizer).summary())
+            saved = time.monotonic()
+    save(model, output)
+    return measure(model, held_out, tokenizer).summary()
