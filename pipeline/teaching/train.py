@@ -2,7 +2,6 @@
 
 import logging
 import math
-import random
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -109,7 +108,7 @@ def attach_adapter(model: Any, tokenizer: Any, recipe: Recipe, adapter: Path | N
         peft = get_peft_model(model, config)
     if recipe.frozen_layers:
         # The tied embeddings learn as outputs; as inputs they follow, without a gradient through frozen layers.
-        peft.get_input_embeddings().register_forward_hook(lambda module, args, output: output.detach())
+        peft.get_input_embeddings().register_forward_hook(lambda _module, _args, output: output.detach())
     return peft
 
 
