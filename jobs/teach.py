@@ -5,16 +5,21 @@
 
 import logging
 import random
+from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Annotated, Any
 
+import numpy as np
+import numpy.typing as npt
 import typer
 
+from pipeline.embedded import demo_base_model, demo_encoder
 from pipeline.prompts import PromptTokenizer
 from pipeline.teaching.data import Encode, TeachingData, nearest, read_data
+from pipeline.teaching.recipe import Recipe
 from pipeline.teaching.rows import Negatives, TreeBuilder
-from pipeline.teaching.train import Recipe, add_reflection_tokens, attach_adapter, train
-from pipeline.teaching.trees import lay_out, packed
+from pipeline.teaching.trees import TokenTree, lay_out, packed
 
 log = logging.getLogger(__name__)
 
@@ -44,6 +49,75 @@ def sample(data: TeachingData, readings: int, pairs: int, seed: int) -> Teaching
     return TeachingData(some(data.readings, readings), data.instructions, some(data.pairs, pairs), data.claims)
 
 
+def mined(encoder: str, *parts: TeachingData) -> list[Negatives]:
+    """Wrong passages for each part; the encoder's memory is free again afterwards."""
+    from sentence_transformers import SentenceTransformer
+
+    model = SentenceTransformer(str(demo_encoder()) if encoder == "demo" else encoder)
+
+    def encode(texts: Sequence[str]) -> npt.NDArray[np.float32]:
+        return np.asarray(model.encode(list(texts), batch_size=32, normalize_embeddings=True), np.float32)
+
+    return [mine_negatives(encode, part) for part in parts]
+
+
+def student(base: str, adapter: Path | None, recipe: Recipe) -> tuple[Any, PromptTokenizer]:
+    """The model with a trainable adapter, and its tokenizer with the control tokens."""
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from pipeline.teaching.train import add_reflection_tokens, attach_adapter
+
+    torch.manual_seed(recipe.seed)
+    folder = str(demo_base_model()) if base == "demo" else base
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model: Any = AutoModelForCausalLM.from_pretrained(folder)
+    add_reflection_tokens(model, tokenizer)
+    peft = attach_adapter(model, tokenizer, recipe, adapter)
+    peft.to("cuda" if torch.cuda.is_available() else "cpu")
+    peft.print_trainable_parameters()
+    return peft, PromptTokenizer.of(tokenizer, base)
+
+
+def examination(builder: TreeBuilder, data: TeachingData, recipe: Recipe) -> list[TokenTree]:
+    """Held-out trees, the same in every run."""
+    trees = builder.stream(data, random.Random(1), lambda: recipe.last_words)
+    return [lay_out(tree) for tree in islice(trees, 90)]
+
+
+def lessons(
+    builder: TreeBuilder, data: TeachingData, recipe: Recipe
+) -> tuple[Iterator[TokenTree], Callable[[float], None]]:
+    """Packed training trees without end, and what tells them how far the training is: windows lengthen with it."""
+    longest = recipe.first_words
+
+    def progress(done: float) -> None:
+        nonlocal longest
+        longest = recipe.longest_window(done)
+
+    trees = builder.stream(data, random.Random(recipe.seed), lambda: longest)
+    return packed(trees, tokens=450), progress
+
+
+def run(
+    train_rows: TeachingData,
+    test_rows: TeachingData,
+    base: str,
+    encoder: str,
+    adapter: Path | None,
+    recipe: Recipe,
+    output: Path,
+) -> dict[str, float]:
+    """Train on some rows, judge on others, and leave the adapter in ``output``; returns the held-out figures."""
+    from pipeline.teaching.train import train
+
+    negatives, test_negatives = mined(encoder, train_rows, test_rows)
+    model, prompts = student(base, adapter, recipe)
+    held_out = examination(TreeBuilder(prompts, test_negatives), test_rows, recipe)
+    trees, progress = lessons(TreeBuilder(prompts, negatives), train_rows, recipe)
+    return train(model, trees, held_out, prompts, recipe, output, progress)
+
+
 def teach(
     data: Annotated[Path, typer.Option(help="Data folder: rc.jsonl and, optionally, the others.")],
     base: Annotated[str, typer.Option(help="Base model: name, path, or 'demo'.")],
@@ -66,48 +140,18 @@ def teach(
 ) -> None:
     """Teach a model the reflection tokens."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
-    import torch
-    from sentence_transformers import SentenceTransformer
-    from transformers import AutoModelForCausalLM, AutoTokenizer
-
-    torch.manual_seed(seed)
     recipe = Recipe(
         tokens=tokens,
         minutes=minutes,
         rank=rank,
         learning_rate=learning_rate,
-        frozen_layers=frozen_layers,
         first_words=first_words,
+        frozen_layers=frozen_layers,
         seed=seed,
     )
-    train_rows, test_rows = read_data(data).split(held_out=0.03, seed=20231017)
-    train_rows, test_rows = sample(train_rows, readings, pairs, seed), sample(test_rows, 300, 100, 0)
-    sentence_model = SentenceTransformer(encoder)
-    encode: Encode = lambda texts: sentence_model.encode(list(texts), batch_size=32, normalize_embeddings=True)
-    negatives, test_negatives = mine_negatives(encode, train_rows), mine_negatives(encode, test_rows)
-    del sentence_model
-
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model: Any = AutoModelForCausalLM.from_pretrained(base)
-    add_reflection_tokens(model, tokenizer)
-    model = attach_adapter(model, tokenizer, recipe, adapter)
-    model.to("cuda" if torch.cuda.is_available() else "cpu")
-    model.print_trainable_parameters()
-    prompts = PromptTokenizer.of(tokenizer, base)
-    builder = TreeBuilder(prompts, negatives)
-    test_builder = TreeBuilder(prompts, test_negatives)
-    rng = random.Random(1)
-    held_out = [lay_out(t) for _, t in zip(range(90), test_builder.stream(test_rows, rng, lambda: recipe.last_words))]
-
-    longest = recipe.first_words
-
-    def progress(done: float) -> None:
-        nonlocal longest
-        longest = recipe.longest_window(done)
-
-    trees = packed(builder.stream(train_rows, random.Random(seed), lambda: longest), tokens=450)
-    figures = train(model, trees, held_out, prompts, recipe, output, progress)
-    log.info("held out at the end: %s", figures)
+    parts = read_data(data).split(held_out=0.03, seed=20231017)
+    train_rows, test_rows = sample(parts[0], readings, pairs, seed), sample(parts[1], 300, 100, 0)
+    log.info("held out at the end: %s", run(train_rows, test_rows, base, encoder, adapter, recipe, output))
 
 
 if __name__ == "__main__":

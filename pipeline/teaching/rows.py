@@ -199,7 +199,7 @@ class TreeBuilder:
         by_passage = defaultdict(list)
         for reading in data.readings:
             by_passage[reading.passage].append(reading)
-        kinds = (READING, PAIR * bool(data.pairs), INSTRUCTION * bool(data.instructions))
+        kinds: tuple[float, ...] = (READING, PAIR * bool(data.pairs), INSTRUCTION * bool(data.instructions))
         kinds += (TWO_SEGMENTS, CLAIM * bool(data.claims))
         while True:
             words = rng.randint(40, longest())

