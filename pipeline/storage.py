@@ -2,6 +2,8 @@
 
 import os
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -42,7 +44,7 @@ class Location:
 
     def exists(self) -> bool:
         """Whether there is a file or a folder."""
-        return self.kind() != fs.FileType.NotFound
+        return bool(self.kind() != fs.FileType.NotFound)
 
     def files(self, suffix: str = "") -> list["Location"]:
         """All files below this folder by name, hidden and underscored ones left out; none where it is missing."""
@@ -76,18 +78,15 @@ class Location:
             self.filesystem.delete_file(self.path)
 
 
-class _named:
-    """Turns an ``OSError`` inside into a ``StorageError`` that names the URI."""
-
-    def __init__(self, uri: str) -> None:
-        self.uri = uri
-
-    def __enter__(self) -> None:
-        return None
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, OSError) and not isinstance(error, StorageError):
-            raise StorageError(f"{self.uri}: {' '.join(str(error).split())}") from error
+@contextmanager
+def _named(uri: str) -> Iterator[None]:
+    """Turn an ``OSError`` inside into a ``StorageError`` that names the URI."""
+    try:
+        yield
+    except StorageError:
+        raise
+    except OSError as error:
+        raise StorageError(f"{uri}: {' '.join(str(error).split())}") from error
 
 
 def _write_and_rename(path: Path, content: bytes) -> None:
@@ -110,7 +109,7 @@ def locate(uri: str, storage: StorageConfig) -> Location:
         ValueError: no file system for the URI's scheme.
     """
     if "://" not in uri:
-        return Location(uri, fs.LocalFileSystem(), os.path.abspath(os.path.expanduser(uri)))
+        return Location(uri, fs.LocalFileSystem(), str(Path(uri).expanduser().absolute()))
     if uri.startswith("s3://"):
         return Location(uri, _s3(storage), uri.removeprefix("s3://").rstrip("/"))
     try:

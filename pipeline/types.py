@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.reflection import IsRel, IsSup, IsUse, Retrieve
+from pipeline.reflection import IsRel, IsSup, IsUse
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,6 @@ class Generation:
         logprobs: float64 [T], natural-log probability of each of them.
         reflection_logprobs: float64 [T, 13], those of the reflection tokens at each position, in the order of
             ``reflection.REFLECTION_TOKENS``.
-        finished: whether a stop token ended it, not the length limit.
         prompt_tokens: tokens of the prompt.
         cached_tokens: those of them that the prefix cache had.
     """
@@ -67,7 +66,6 @@ class Generation:
     token_ids: tuple[int, ...]
     logprobs: npt.NDArray[np.float64]
     reflection_logprobs: npt.NDArray[np.float64]
-    finished: bool
     prompt_tokens: int = 0
     cached_tokens: int = 0
 
@@ -103,14 +101,12 @@ class Segment:
         text: without reflection tokens.
         raw: with them, the passage left out.
         evidence: the passage it was written from; None without retrieval.
-        boundary: the Retrieve token that ended it; None at the end of the answer or at the length limit.
     """
 
     text: str
     raw: str
     evidence: RetrievedPassage | None
     critique: Critique
-    boundary: Retrieve | None = None
 
 
 @dataclass(frozen=True)

@@ -5,7 +5,8 @@ Four JSON Lines files, each optional but the first:
 - ``rc.jsonl``: ``question``, ``passage``, ``title`` (may be empty), ``answer`` (a substring of the passage);
 - ``no_retrieval.jsonl``: ``instruction``, ``output``;
 - ``question_sentence_pairs.jsonl``: ``question``, ``answer_sentence``;
-- ``fact_verification.jsonl``: ``question`` (a claim), ``choices``, ``answers``, ``gold_passages`` (``title``, ``text``).
+- ``fact_verification.jsonl``: ``question`` (a claim), ``choices``, ``answers``,
+  ``gold_passages`` (``title``, ``text``).
 """
 
 import json

@@ -1,0 +1,47 @@
+"""Ray: connecting, and what an actor may ask for."""
+
+import math
+
+from pipeline.config import ExecutionConfig, RunConfig
+
+
+def connect(execution: ExecutionConfig) -> None:
+    """Connect to a cluster (``ray_address``, ``RAY_ADDRESS``), or start Ray in this process."""
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(address=execution.ray_address, include_dashboard=False, logging_level="WARNING")
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    context.print_on_execution_start = False
+
+
+def actor_resources(config: RunConfig) -> tuple[float, float]:
+    """CPUs and GPUs of each actor.
+
+    Raises:
+        ValueError: no node of the cluster can hold such an actor, or not all of them fit.
+    """
+    import ray
+
+    execution = config.execution
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    gpus = execution.gpus_per_actor
+    if gpus is None:
+        has_gpus = any(node.get("GPU", 0) for node in nodes)
+        gpus = float(config.model.engine.get("tensor_parallel_size", 1)) if has_gpus else 0.0
+    most_cpus = max(node.get("CPU", 0.0) for node in nodes)
+    share = sum(node.get("CPU", 0.0) for node in nodes) / execution.actors
+    cpus = execution.cpus_per_actor or max(1.0, math.floor(min(most_cpus, share)))
+    room = sum(_room(node, cpus, gpus) for node in nodes)
+    if room < execution.actors:
+        raise ValueError(
+            f"execution.actors is {execution.actors}, each with {cpus:g} CPUs and {gpus:g} GPUs, and the cluster's "
+            f"{len(nodes)} node(s) hold {room}; lower it, or execution.cpus_per_actor or execution.gpus_per_actor"
+        )
+    return cpus, gpus
+
+
+def _room(node: dict[str, float], cpus: float, gpus: float) -> int:
+    by_cpus = node.get("CPU", 0.0) // cpus
+    return int(min(by_cpus, node.get("GPU", 0.0) // gpus) if gpus else by_cpus)

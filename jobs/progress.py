@@ -1,0 +1,63 @@
+"""Progress of a run on stderr: a live bar on a terminal, plain lines elsewhere."""
+
+import sys
+import time
+from types import TracebackType
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import Progress as Bar
+
+from pipeline.output import UnitSummary
+
+# Seconds between plain lines: often enough to see that it lives, seldom enough for a log of a whole night.
+LINE_INTERVAL = 10.0
+
+
+class Progress:
+    """Rows done, rows/s, time left, retrieval rate and errors; counts what it is told."""
+
+    def __init__(self, rows: int) -> None:
+        self.rows, self.done, self.retrieved, self.errors = rows, 0, 0, 0
+        self.started = self.said = time.monotonic()
+        console = Console(stderr=True)
+        self.bar = Bar(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[figures]}"),
+            console=console,
+            disable=not console.is_terminal,
+        )
+        self.task = self.bar.add_task("rows", total=rows, figures="starting the engine")
+
+    def __enter__(self) -> "Progress":
+        self.bar.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.bar.stop()
+
+    def add(self, unit: UnitSummary) -> None:
+        """Count a finished unit."""
+        self.done += unit.rows
+        self.retrieved += unit.retrieved
+        self.errors += sum(unit.errors.values())
+        self.bar.update(self.task, completed=self.done, figures=self.figures())
+        now = time.monotonic()
+        if self.bar.disable and (now - self.said > LINE_INTERVAL or self.done == self.rows):
+            self.said = now
+            sys.stderr.write(f"{self.done}/{self.rows} rows, {self.figures()}, {self._left():.0f} s left\n")
+
+    def figures(self) -> str:
+        """Rate and shares so far."""
+        rate = self.done / max(time.monotonic() - self.started, 1e-9)
+        share = self.retrieved / max(self.done - self.errors, 1)
+        return f"{rate:.2f} rows/s, {share:.0%} retrieved, {self.errors} errors"
+
+    def _left(self) -> float:
+        return (self.rows - self.done) * (time.monotonic() - self.started) / max(self.done, 1)

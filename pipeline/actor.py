@@ -1,0 +1,90 @@
+"""The Ray Data actor: engine and index once, then batch in, batch out, one coroutine for each row."""
+
+import asyncio
+import logging
+import os
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.config import RunConfig
+from pipeline.engine import EngineDeadError, VllmGenerator, prompt_tokenizer
+from pipeline.retrieve import IndexRetriever, Retriever
+from pipeline.schema import ANSWER_FIELDS, CANDIDATES_FIELD, ERROR_FIELDS, answer_row, passed_through, query_of
+from pipeline.self_rag import SelfRag
+
+log = logging.getLogger(__name__)
+
+UNIT_COLUMN = "_unit"
+
+
+def annotated_schema(inputs: pa.Schema, keep_candidates: bool) -> pa.Schema:
+    """Between actor and writer: input, answer and error columns, and the unit."""
+    extra = [CANDIDATES_FIELD] if keep_candidates else []
+    unit = pa.field(UNIT_COLUMN, pa.string())
+    return pa.schema([*passed_through(inputs), *ANSWER_FIELDS, *extra, *ERROR_FIELDS, unit])
+
+
+async def annotate_row(system: SelfRag, row: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+    """Answer one row; whatever goes wrong with it alone becomes its error columns.
+
+    Raises:
+        EngineDeadError: the row is not to blame.
+    """
+    try:
+        return answer_row(await system.answer(query_of(row, config.columns)))
+    except EngineDeadError:
+        raise
+    except Exception as error:  # noqa: BLE001  a bad row must not sink its neighbours, whatever is wrong with it
+        log.warning("row %r failed: %s: %s", row.get(config.columns.id), type(error).__name__, error)
+        return {"error_type": type(error).__name__, "error_message": str(error), "attempts": 1}
+
+
+async def annotate_table(system: SelfRag, table: pa.Table, config: RunConfig) -> pa.Table:
+    """Annotate a unit's rows, all of them concurrently; rows stay in order, one out for each one in."""
+    inputs = table.drop_columns([UNIT_COLUMN])
+    read = [name for name in vars(config.columns).values() if name in inputs.schema.names]
+    rows = inputs.select(read).to_pylist()
+    outcomes = await asyncio.gather(*(annotate_row(system, row, config) for row in rows))
+    schema = annotated_schema(inputs.schema, config.decoding.keep_candidates)
+    passed = inputs.rename_columns(passed_through(inputs.schema).names)
+    columns = [
+        passed[field.name]
+        if field.name in passed.schema.names
+        else table[UNIT_COLUMN]
+        if field.name == UNIT_COLUMN
+        else pa.array([outcome.get(field.name) for outcome in outcomes], field.type)
+        for field in schema
+    ]
+    return pa.table(columns, schema=schema)
+
+
+class SelfRagActor:
+    """Holds a vLLM replica and an opened index.
+
+    When the engine dies the process ends with it: Ray starts a new actor and runs the unit again, which an
+    exception would not bring about.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        tokenizer = prompt_tokenizer(config.model)
+        retriever: Retriever | None = None
+        if config.index is not None and config.decoding.mode != "never":
+            retriever = IndexRetriever.open(config.index, config.retrieval, config.storage)
+        self.generator = VllmGenerator.start(config.model, tokenizer)
+        self.system = SelfRag(self.generator, tokenizer, config.decoding, retriever)
+
+    async def __call__(self, table: pa.Table) -> pa.Table:
+        """Annotate one unit."""
+        try:
+            return await annotate_table(self.system, table, self.config)
+        except EngineDeadError:
+            log.critical("the engine is dead; this actor ends and is started again", exc_info=True)
+            os._exit(1)
+
+    def __del__(self) -> None:
+        """End the engine; Ray Data deletes the object when the pool shuts down, and calls nothing else."""
+        generator = getattr(self, "generator", None)
+        if generator is not None:
+            generator.shutdown()

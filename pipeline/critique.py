@@ -1,0 +1,86 @@
+"""Generation → Critique: the scores of one segment.
+
+Asai et al. 2023, section 3.3 (equations 3 and 4) and appendix A.3. The segment's score is
+
+    f = w_seq · exp(mean log p(text)) + w_rel · s(IsRel) + w_sup · s(IsSup) + w_use · s(IsUse)
+
+where each group's probabilities are normalised over the group's own tokens at the position where the segment
+wrote one of them. A group that the segment never wrote contributes 0.
+"""
+
+import math
+from enum import StrEnum
+from typing import TypeVar
+
+from pipeline.config import Weights
+from pipeline.reflection import REFLECTION_TOKENS, IsRel, IsSup, IsUse, ReflectionIds, Retrieve, group_probabilities
+from pipeline.types import Critique, Generation
+
+# What each token of a group is worth, in the order of the group's definition.
+IS_REL_VALUES = (1.0, 0.0)
+IS_SUP_VALUES = (1.0, 0.5, 0.0)
+IS_USE_VALUES = (-1.0, -0.5, 0.0, 0.5, 1.0)
+
+Group = TypeVar("Group", bound=StrEnum)
+
+
+def expected_value(probabilities: tuple[float, ...], values: tuple[float, ...]) -> float:
+    """Expectation of the values: Σ p_i v_i."""
+    return sum(p * v for p, v in zip(probabilities, values, strict=True))
+
+
+def probabilities_at(generation: Generation, position: int, group: type[StrEnum]) -> tuple[float, ...]:
+    """The group's probabilities at one position, in the order of its definition."""
+    first = REFLECTION_TOKENS.index(next(iter(group)))
+    return group_probabilities(generation.reflection_logprobs[position, first : first + len(group)].tolist())
+
+
+def retrieve_probability(generation: Generation, position: int = 0) -> float:
+    """p(Yes) / (p(Yes) + p(No)) at a boundary: what the threshold δ is compared with (section 3.3)."""
+    first = REFLECTION_TOKENS.index(Retrieve.YES)
+    pair = generation.reflection_logprobs[position, first : first + 2]
+    return group_probabilities(pair.tolist())[0]
+
+
+def written(generation: Generation, group: type[Group], ids: ReflectionIds) -> tuple[int, Group] | None:
+    """Position and token of the group's first token in the generation."""
+    tokens = dict(zip(ids.group(group), group, strict=True))
+    return next(((n, tokens[i]) for n, i in enumerate(generation.token_ids) if i in tokens), None)
+
+
+def sequence_probability(generation: Generation, ids: ReflectionIds, eos: int) -> float:
+    """Exp of the mean log-probability of the text tokens; 0 for a segment without text."""
+    outside = ids.control | {eos}
+    text = [float(p) for i, p in zip(generation.token_ids, generation.logprobs, strict=True) if i not in outside]
+    return math.exp(sum(text) / len(text)) if text else 0.0
+
+
+def segment_score(
+    sequence: float, is_rel: float | None, is_sup: float | None, is_use: float | None, weights: Weights
+) -> float:
+    """The weighted sum f (equation 4); a group that was never written contributes 0."""
+    return (
+        weights.sequence * sequence
+        + weights.relevance * (is_rel or 0.0)
+        + weights.support * (is_sup or 0.0)
+        + weights.utility * (is_use or 0.0)
+    )
+
+
+def critique(generation: Generation, ids: ReflectionIds, eos: int, weights: Weights) -> Critique:
+    """Score a segment by the reflection tokens that it holds."""
+    rel, sup, use = (written(generation, group, ids) for group in (IsRel, IsSup, IsUse))
+    is_rel = rel and expected_value(probabilities_at(generation, rel[0], IsRel), IS_REL_VALUES)
+    is_sup = sup and expected_value(probabilities_at(generation, sup[0], IsSup), IS_SUP_VALUES)
+    is_use = use and expected_value(probabilities_at(generation, use[0], IsUse), IS_USE_VALUES)
+    sequence = sequence_probability(generation, ids, eos)
+    return Critique(
+        sequence_probability=sequence,
+        is_rel=is_rel,
+        is_sup=is_sup,
+        is_use=is_use,
+        score=segment_score(sequence, is_rel, is_sup, is_use, weights),
+        relevance=rel and rel[1],
+        support=sup and sup[1],
+        utility=use and use[1],
+    )

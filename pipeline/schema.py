@@ -1,0 +1,195 @@
+"""Arrow at the border: rows in → Query, Answer → rows out. The output's nested types are constants."""
+
+from collections.abc import Mapping
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.config import Columns
+from pipeline.types import Answer, Passage, Query, RetrievedPassage, Segment
+
+CRITIQUE_FIELDS = [
+    pa.field("is_rel", pa.float64()),
+    pa.field("is_sup", pa.float64()),
+    pa.field("is_use", pa.float64()),
+    pa.field("sequence_probability", pa.float64()),
+    pa.field("score", pa.float64()),
+]
+SEGMENT = pa.struct(
+    [
+        pa.field("text", pa.string()),
+        pa.field("passage_id", pa.string()),
+        pa.field("citation", pa.int32()),
+        *CRITIQUE_FIELDS,
+    ]
+)
+CANDIDATE = pa.struct(
+    [
+        pa.field("text", pa.string()),
+        pa.field("passage_id", pa.string()),
+        pa.field("retrieval_score", pa.float64()),
+        pa.field("rank", pa.int32()),
+        *CRITIQUE_FIELDS,
+    ]
+)
+PASSAGE = pa.struct(
+    [
+        pa.field("id", pa.string()),
+        pa.field("title", pa.string()),
+        pa.field("text", pa.string()),
+        pa.field("retrieval_score", pa.float64()),
+        pa.field("rank", pa.int32()),
+    ]
+)
+USAGE = pa.struct(
+    [
+        pa.field("prompt_tokens", pa.int64()),
+        pa.field("cached_tokens", pa.int64()),
+        pa.field("generated_tokens", pa.int64()),
+        pa.field("retrievals", pa.int32()),
+        pa.field("engine_requests", pa.int32()),
+        pa.field("truncated_tokens", pa.int32()),
+        pa.field("seconds", pa.float64()),
+    ]
+)
+ANSWER_FIELDS = [
+    pa.field("answer", pa.string()),
+    pa.field("raw_output", pa.string()),
+    pa.field("retrieved", pa.bool_()),
+    pa.field("retrieve_probability", pa.float64()),
+    pa.field("segments", pa.list_(SEGMENT)),
+    pa.field("passages", pa.list_(PASSAGE)),
+    pa.field("usage", USAGE),
+]
+CANDIDATES_FIELD = pa.field("candidates", pa.list_(CANDIDATE))
+ERROR_FIELDS = [
+    pa.field("error_type", pa.string()),
+    pa.field("error_message", pa.string()),
+    pa.field("attempts", pa.int32()),
+]
+RESERVED = frozenset(f.name for f in [*ANSWER_FIELDS, CANDIDATES_FIELD, *ERROR_FIELDS])
+
+
+def _is_text(kind: pa.DataType) -> bool:
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+
+
+def _is_list(kind: pa.DataType) -> bool:
+    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+
+
+def _is_passages(kind: pa.DataType) -> bool:
+    if not (_is_list(kind) and pa.types.is_struct(kind.value_type)):
+        return False
+    fields = {field.name: field.type for field in kind.value_type}
+    return {"id", "text"} <= fields.keys() and all(_is_text(fields[n]) for n in ("id", "title", "text") if n in fields)
+
+
+def check_query_schema(schema: pa.Schema, columns: Columns, source: str) -> None:
+    """Check a query set's columns.
+
+    Raises:
+        ValueError: a column is missing, of the wrong type, or stands where an output column must go.
+    """
+    for column in (columns.id, columns.query):
+        if column not in schema.names:
+            raise ValueError(
+                f"{source}: no column {column!r}; it has {', '.join(schema.names) or 'none'} "
+                "(columns can be mapped: --set columns.query=NAME)"
+            )
+    wanted = {
+        columns.id: (_is_text, "string"),
+        columns.query: (_is_text, "string"),
+        columns.input: (_is_text, "string"),
+        columns.task: (_is_text, "string"),
+        columns.choices: (lambda kind: _is_list(kind) and _is_text(kind.value_type), "list<string>"),
+        columns.passages: (_is_passages, "list<struct<id: string, title: string, text: string>>"),
+    }
+    for column, (fits, name) in wanted.items():
+        if column in schema.names and not pa.types.is_null(kind := schema.field(column).type) and not fits(kind):
+            raise ValueError(f"{source}: column {column!r} is {kind}, expected {name}")
+    for name in schema.names:
+        if name in RESERVED and f"input_{name}" in schema.names:
+            raise ValueError(f"{source}: columns {name!r} and 'input_{name}' would both be written as 'input_{name}'")
+
+
+def passed_through(schema: pa.Schema) -> pa.Schema:
+    """Input columns as the output has them: one whose name the output needs becomes ``input_NAME``."""
+    names = [f"input_{name}" if name in RESERVED else name for name in schema.names]
+    return pa.schema([field.with_name(name) for field, name in zip(schema, names, strict=True)])
+
+
+def data_schema(inputs: pa.Schema, keep_candidates: bool) -> pa.Schema:
+    """Schema of ``data/*.parquet``."""
+    extra = [CANDIDATES_FIELD] if keep_candidates else []
+    return pa.schema([*passed_through(inputs), *ANSWER_FIELDS, *extra])
+
+
+def error_schema(inputs: pa.Schema) -> pa.Schema:
+    """Schema of ``errors/*.parquet``."""
+    return pa.schema([*passed_through(inputs), *ERROR_FIELDS])
+
+
+def query_of(row: Mapping[str, Any], columns: Columns) -> Query:
+    """One input row as a query; absent columns and nulls mean the same."""
+    given = row.get(columns.passages)
+    passages = tuple(Passage(p["id"], p.get("title") or "", p["text"] or "") for p in given) if given else None
+    return Query(
+        id=row[columns.id],
+        query=row[columns.query] or "",
+        input=row.get(columns.input),
+        task=row.get(columns.task),
+        choices=tuple(row.get(columns.choices) or ()),
+        passages=passages,
+    )
+
+
+def answer_row(answer: Answer) -> dict[str, Any]:
+    """An answer as the values of the output columns."""
+    citations = {used.passage.id: number for number, used in enumerate(answer.passages, 1)}
+    return {
+        "answer": answer.answer,
+        "raw_output": answer.raw_output,
+        "retrieved": answer.retrieved,
+        "retrieve_probability": answer.retrieve_probability,
+        "segments": [
+            {**_scores(segment), "citation": citations.get(segment.evidence.passage.id) if segment.evidence else None}
+            for segment in answer.segments
+        ],
+        "passages": [_passage(used) for used in answer.passages],
+        "usage": vars(answer.usage),
+        "candidates": [
+            {
+                **_scores(segment),
+                "retrieval_score": segment.evidence and segment.evidence.score,
+                "rank": segment.evidence and segment.evidence.rank,
+            }
+            for segment in answer.candidates
+        ],
+    }
+
+
+def _scores(segment: Segment) -> dict[str, Any]:
+    critique = segment.critique
+    return {
+        "text": segment.text,
+        "passage_id": segment.evidence and segment.evidence.passage.id,
+        "is_rel": critique.is_rel,
+        "is_sup": critique.is_sup,
+        "is_use": critique.is_use,
+        "sequence_probability": critique.sequence_probability,
+        "score": critique.score,
+    }
+
+
+def _passage(used: RetrievedPassage) -> dict[str, Any]:
+    passage = used.passage
+    return {
+        "id": passage.id,
+        "title": passage.title,
+        "text": passage.text,
+        "retrieval_score": used.score,
+        "rank": used.rank,
+    }
