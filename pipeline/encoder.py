@@ -1,0 +1,165 @@
+"""Text → vectors."""
+
+import hashlib
+import json
+import threading
+from pathlib import Path
+from typing import Any
+
+import huggingface_hub
+import numpy as np
+import numpy.typing as npt
+from huggingface_hub.utils.tqdm import disable_progress_bars
+
+Vectors = npt.NDArray[np.float32]
+
+# What decides the vectors, in any folder of a model. Read-mes, training logs and exports to other runtimes do not.
+_CONFIGURATION = (
+    "modules.json",
+    "config.json",
+    "config_sentence_transformers.json",
+    "sentence_bert_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+)
+# The first kind that a folder has is the one that is loaded.
+_WEIGHTS = ("*.safetensors", "*.bin")
+_OTHER_RUNTIMES = ["*.onnx", "*.h5", "*.ot", "*.msgpack", "onnx/*", "openvino/*"]
+
+
+class Encoder:
+    """A sentence-transformers model whose vectors have unit length, so that their inner product is the cosine.
+
+    Attributes:
+        name: as asked for: a Hugging Face name, a local folder or ``demo``.
+        revision: commit of the Hugging Face repository; None for a folder.
+        digest: SHA-256 in hex of the model's configuration and weights, names and contents.
+        dimension: of its vectors.
+    """
+
+    def __init__(self, model: Any, name: str, revision: str | None, digest: str) -> None:
+        self.name = name
+        self.revision = revision
+        self.digest = digest
+        self.dimension = int(model.get_embedding_dimension())
+        self._model = model
+        # Rust tokenizers refuse two threads at once ("Already borrowed").
+        self._lock = threading.Lock()
+
+    @classmethod
+    def load(cls, name: str, device: str = "auto") -> "Encoder":
+        """Load a model.
+
+        Args:
+            name: Hugging Face name, local folder, or ``demo``.
+            device: ``auto`` takes a GPU where there is one; ``cpu`` or ``gpu``.
+
+        Raises:
+            ValueError: no such model, or no GPU where one is asked for.
+        """
+        torch_device = _torch_device(device)
+        folder = _folder(name) or _fetch(name)
+        from sentence_transformers import SentenceTransformer
+        from transformers.utils import logging
+
+        logging.disable_progress_bar()
+        try:
+            model = SentenceTransformer(str(folder), device=torch_device, local_files_only=True)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"encoder {name}: not a sentence-transformers model ({_line(error)})") from None
+        revision = folder.name if folder.parent.name == "snapshots" else None
+        return cls(model, name, revision, _digest(folder))
+
+    def encode(self, texts: list[str], batch_size: int = 32) -> Vectors:
+        """Vectors of passages: float32 [len(texts), dimension], of unit length. Safe to call from threads."""
+        return self._encode(self._model.encode_document, texts, batch_size)
+
+    def encode_queries(self, texts: list[str], batch_size: int = 32) -> Vectors:
+        """Vectors of queries, as ``encode``; they differ where the model has a prompt for queries."""
+        return self._encode(self._model.encode_query, texts, batch_size)
+
+    def _encode(self, encode: Any, texts: list[str], batch_size: int) -> Vectors:
+        if not texts:
+            return np.zeros((0, self.dimension), np.float32)
+        with self._lock:
+            vectors = encode(texts, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)
+        return np.ascontiguousarray(vectors, dtype=np.float32)
+
+
+def encoder_digest(name: str) -> str | None:
+    """Digest of a model without loading it; None for a Hugging Face model that is not in the local cache.
+
+    Raises:
+        ValueError: no such folder.
+    """
+    folder = _folder(name)
+    if folder is None:
+        try:
+            folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+        except (OSError, ValueError):
+            return None
+    return _digest(folder)
+
+
+def _folder(name: str) -> Path | None:
+    """The local folder that a name means; None for a Hugging Face name."""
+    if name == "demo":
+        from pipeline.embedded import demo_encoder
+
+        return demo_encoder()
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if name.startswith((".", "/", "~")):
+        raise ValueError(f"encoder {name}: no such folder")
+    return None
+
+
+def _fetch(name: str) -> Path:
+    """Download a model into the Hugging Face cache, or find it there."""
+    disable_progress_bars()
+    try:
+        folder = Path(huggingface_hub.snapshot_download(name, ignore_patterns=[*_OTHER_RUNTIMES, "*.bin"]))
+        if not any(folder.glob("*.safetensors")):
+            folder = Path(huggingface_hub.snapshot_download(name, ignore_patterns=_OTHER_RUNTIMES))
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"encoder {name}: neither a local folder nor to be had from the Hugging Face hub ({_line(error)})"
+        ) from None
+    return folder
+
+
+def _digest(folder: Path) -> str:
+    total = hashlib.sha256()
+    for file in _own_files(folder):
+        with file.open("rb") as content:
+            inner = hashlib.file_digest(content, "sha256").hexdigest()
+        total.update(f"{file.relative_to(folder).as_posix()}\n{inner}\n".encode())
+    return total.hexdigest()
+
+
+def _own_files(folder: Path) -> list[Path]:
+    modules = folder / "modules.json"
+    paths = [module["path"] for module in json.loads(modules.read_text())] if modules.is_file() else [""]
+    files: set[Path] = set()
+    for part in {folder, *(folder / path for path in paths)}:
+        files.update(part / name for name in _CONFIGURATION if (part / name).is_file())
+        weights = (sorted(part.glob(pattern)) for pattern in _WEIGHTS)
+        files.update(next(filter(None, weights), []))
+    return sorted(files)
+
+
+def _torch_device(device: str) -> str:
+    import torch
+
+    if device == "cpu":
+        return "cpu"
+    if torch.cuda.is_available():
+        return "cuda"
+    if device == "gpu":
+        raise ValueError("device gpu: this machine has none that torch can use; set device auto or cpu")
+    return "cpu"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())

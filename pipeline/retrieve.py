@@ -1,0 +1,115 @@
+"""Query → passages: from the index, or those that came with the query."""
+
+import asyncio
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Protocol
+
+from pipeline.config import RetrievalConfig
+from pipeline.encoder import Encoder
+from pipeline.index import PassageIndex, check_encoder, check_index
+from pipeline.storage import Location
+from pipeline.types import Query, RetrievedPassage
+
+
+class Retriever(Protocol):
+    """Finds passages for a text."""
+
+    async def retrieve(self, query: str, k: int) -> list[RetrievedPassage]:
+        """The k best passages, best first; fewer where there are no more."""
+        ...
+
+
+def given_passages(query: Query, k: int) -> list[RetrievedPassage]:
+    """The first k passages that a query brought along, in their order, without scores."""
+    return [RetrievedPassage(passage, None, rank) for rank, passage in enumerate((query.passages or ())[:k], start=1)]
+
+
+@dataclass(frozen=True)
+class _Request:
+    query: str
+    k: int
+    answer: asyncio.Future[list[RetrievedPassage]]
+
+
+class IndexRetriever:
+    """Encodes and searches concurrent requests together, in a thread beside the event loop.
+
+    The first request of a batch waits ``retrieval.wait_ms`` for others. While a batch is being searched, requests
+    gather for the next.
+    """
+
+    def __init__(self, encoder: Encoder, index: PassageIndex, retrieval: RetrievalConfig) -> None:
+        check_encoder(encoder, index.manifest)
+        self._encoder = encoder
+        self._index = index
+        self._batch_size = retrieval.batch_size
+        self._wait_s = retrieval.wait_ms / 1000
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="retrieve")
+        self._waiting: list[_Request] = []
+        self._timer: asyncio.TimerHandle | None = None
+        self._searching = False
+
+    @classmethod
+    def open(cls, folder: Location, retrieval: RetrievalConfig) -> "IndexRetriever":
+        """Open an index with the encoder it names, or with ``retrieval.encoder``.
+
+        Raises:
+            ValueError: no usable index or encoder, or they do not belong together.
+            StorageError: storage does not answer.
+        """
+        manifest = check_index(folder, retrieval)
+        encoder = Encoder.load(retrieval.encoder or manifest.encoder.name, retrieval.device)
+        check_encoder(encoder, manifest)
+        return cls(encoder, PassageIndex.open(folder, retrieval), retrieval)
+
+    async def retrieve(self, query: str, k: int) -> list[RetrievedPassage]:
+        """The k best passages, best first; fewer where the index has no more.
+
+        Raises:
+            Whatever the encoder or FAISS raised: every request of the batch gets it.
+        """
+        loop = asyncio.get_running_loop()
+        request = _Request(query, k, loop.create_future())
+        self._waiting.append(request)
+        if len(self._waiting) >= self._batch_size:
+            self._start()
+        elif self._timer is None:
+            self._timer = loop.call_later(self._wait_s, self._start)
+        return await request.answer
+
+    def close(self) -> None:
+        """End the thread once the batch at work is done."""
+        self._thread.shutdown()
+
+    def _start(self) -> None:
+        """Search for the requests that wait, unless a batch is at work: its end starts the next."""
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+        # Who was cancelled while waiting needs no search.
+        self._waiting = [request for request in self._waiting if not request.answer.done()]
+        if self._searching or not self._waiting:
+            return
+        batch, self._waiting = self._waiting[: self._batch_size], self._waiting[self._batch_size :]
+        self._searching = True
+        found = asyncio.get_running_loop().run_in_executor(self._thread, self._search, batch)
+        found.add_done_callback(lambda done: self._deliver(batch, done))
+
+    def _search(self, batch: list[_Request]) -> list[list[RetrievedPassage]]:
+        vectors = self._encoder.encode_queries([request.query for request in batch])
+        found = self._index.retrieve(vectors, max(request.k for request in batch))
+        return [passages[: request.k] for request, passages in zip(batch, found, strict=True)]
+
+    def _deliver(self, batch: list[_Request], done: asyncio.Future[list[list[RetrievedPassage]]]) -> None:
+        self._searching = False
+        error = done.exception()
+        answers = [[]] * len(batch) if error else done.result()
+        for request, passages in zip(batch, answers, strict=True):
+            if request.answer.done():
+                continue
+            if error:
+                request.answer.set_exception(error)
+            else:
+                request.answer.set_result(passages)
+        self._start()
