@@ -78,13 +78,16 @@ def wrong_span(passage: str, answer: str, rng: random.Random) -> str:
             return any(c.isdigit() for c in word)
         return word[:1].isupper() if answer[:1].isupper() else word.isalpha()
 
+    def unlike(span: str) -> bool:
+        return answer.casefold() not in span.casefold() and span.casefold() not in answer.casefold()
+
     starts = [i for i, word in enumerate(words) if alike(word)] or list(range(len(words)))
     for _ in range(8):
         start = rng.choice(starts)
         span = " ".join(words[start : start + length]).strip(".,;:()\"'")
-        if span and answer.casefold() not in span.casefold() and span.casefold() not in answer.casefold():
+        if span and unlike(span):
             return span
-    return "unknown"
+    return "unknown" if unlike("unknown") else "none of it"
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,229 @@
+import random
+import re
+from collections.abc import Iterator
+from itertools import islice
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.reflection import CONTROL_TOKENS, IsRel, IsSup, IsUse, Paragraph, Retrieve
+from pipeline.teaching.data import Claim, Instruction, Pair, Reading, TeachingData
+from pipeline.teaching.rows import LossWeights, Negatives, TreeBuilder, window, wrong_span
+from pipeline.teaching.trees import Branch
+from tests.fakes import word_tokenizer
+
+WEIGHTS = LossWeights(decide=1.0, relevance=5.0, critique=2.0, text=3.0, output=0.25)
+ROLLO = Reading("Who led the Norse?", "Normans", "The Norse came to France. They were led by Rollo in 911.", "Rollo")
+PARIS = Reading("What is the capital?", "France", "The capital of France is Paris and always was.", "Paris")
+SEINE = Reading("Which river is near?", "France", "The capital of France is Paris and always was.", "always")
+OTHERS = [("Sharks", "Sharks swim in deep Water all day long."), ("", "Untitled words about Nothing much.")]
+WORDS = st.lists(st.text("abcdeXYZ019.,", min_size=1, max_size=6), min_size=1, max_size=40)
+
+
+@pytest.fixture
+def builder() -> TreeBuilder:
+    return TreeBuilder(word_tokenizer(), Negatives({}, OTHERS), WEIGHTS, max_output_tokens=4)
+
+
+def texts(builder: TreeBuilder, branch: Branch, past: str = "") -> list[str]:
+    """A tree's sequences as text, one for each leaf."""
+    here = f"{past} {builder.tokenizer.decode(list(branch.ids))}".strip()
+    return [text for child in branch.children for text in texts(builder, child, here)] or [here]
+
+
+def weighted(builder: TreeBuilder, branch: Branch) -> list[tuple[str, float]]:
+    """One branch's tokens with their loss weights."""
+    return [(builder.tokenizer.decode([i]), w) for i, w in zip(branch.ids, branch.weights, strict=True)]
+
+
+def branches(branch: Branch) -> Iterator[Branch]:
+    yield branch
+    for child in branch.children:
+        yield from branches(child)
+
+
+@given(WORDS, st.data())
+def test_a_window_holds_what_it_is_around_in_whole_words(words: list[str], data: st.DataObject) -> None:
+    text = " ".join(words)
+    start = data.draw(st.integers(0, len(words) - 1))
+    around = " ".join(words[start : data.draw(st.integers(start + 1, len(words)))])
+    size = data.draw(st.integers(1, 45))
+    cut = window(text, size, random.Random(data.draw(st.integers())), around=around)
+    assert around in cut
+    assert f" {cut} " in f" {text} "
+    # One word more where the answer's first place in the text begins in the middle of a word.
+    assert len(cut.split()) <= max(size, len(around.split()) + 1)
+    assert len(cut.split()) >= min(size, len(words))
+
+
+@given(WORDS, st.integers(1, 45), st.integers())
+def test_a_window_around_nothing_has_the_length_asked_for(words: list[str], size: int, seed: int) -> None:
+    text = " ".join(words)
+    cut = window(text, size, random.Random(seed))
+    assert len(cut.split()) == min(size, len(words))
+    assert f" {cut} " in f" {text} "
+
+
+def test_windows_put_the_answer_in_all_places() -> None:
+    text = " ".join(f"w{n}" for n in range(100))
+    places = {window(text, 10, random.Random(seed), around="w50").split().index("w50") for seed in range(200)}
+    assert places == set(range(10))
+
+
+@given(WORDS, st.data())
+def test_a_wrong_span_is_never_the_answer(words: list[str], data: st.DataObject) -> None:
+    start = data.draw(st.integers(0, len(words) - 1))
+    answer = " ".join(words[start : start + data.draw(st.integers(1, 4))])
+    span = wrong_span(" ".join(words), answer, random.Random(data.draw(st.integers())))
+    assert span
+    assert answer.casefold() not in span.casefold()
+    assert span.casefold() not in answer.casefold()
+
+
+@given(st.sampled_from(["unknown", "Unknown", "an unknown soldier"]), st.integers())
+def test_a_wrong_span_is_wrong_for_unknown_answers_too(answer: str, seed: int) -> None:
+    span = wrong_span(answer, answer, random.Random(seed))
+    assert span.casefold() not in answer.casefold()
+
+
+def test_a_wrong_span_is_a_number_for_a_number_and_a_name_for_a_name() -> None:
+    passage = "In 1066 William of Normandy beat Harold with 8000 men on one day"
+    numbers = {wrong_span(passage, "1066", random.Random(seed)).split()[0] for seed in range(50)}
+    names = {wrong_span(passage, "Harold", random.Random(seed)).split()[0] for seed in range(50)}
+    assert numbers == {"8000"}
+    assert names <= {"In", "William", "Normandy"}
+
+
+def test_negatives_come_from_the_ranking_without_the_answer_and_titled_alike() -> None:
+    ranked = [("A", "rollo was here"), ("", "no title"), ("B", "fits")]
+    negatives = Negatives({"q": ranked}, OTHERS)
+    drawn = {negatives.draw("q", "Rollo", True, random.Random(seed), hard=1.0) for seed in range(20)}
+    assert drawn == {("B", "fits")}
+    assert negatives.draw("q", "Rollo", False, random.Random(0), hard=1.0) == ("", "no title")
+    anywhere = {negatives.draw("q", "Rollo", True, random.Random(seed), hard=0.0) for seed in range(20)}
+    assert anywhere == {OTHERS[0]}
+
+
+def test_a_reading_decides_to_retrieve_and_only_reads_prompt_and_passages(builder: TreeBuilder) -> None:
+    tree = builder.reading(ROLLO, 100, random.Random(0))
+    *prompt, decision = weighted(builder, tree)
+    assert {weight for _, weight in prompt} == {0.0}
+    assert decision == (Retrieve.YES, WEIGHTS.decide)
+    for passage in tree.children:
+        first, *_, last = weighted(builder, passage)
+        assert (first[0], last[0]) == (Paragraph.START, Paragraph.END)
+        assert set(passage.weights) == {0.0}
+
+
+def test_the_right_answer_is_taught_with_its_critique(builder: TreeBuilder) -> None:
+    right = builder.reading(ROLLO, 100, random.Random(0)).children[0].children[0]
+    assert weighted(builder, right) == [
+        (IsRel.RELEVANT, 5.0),
+        ("Rollo", 3.0),
+        (IsSup.FULLY, 2.0),
+        (IsUse.FIVE, 2.0),
+        ("</s>", 3.0),
+    ]
+
+
+def test_an_answer_that_is_not_right_is_judged_and_not_taught(builder: TreeBuilder) -> None:
+    judgements = set()
+    for seed in range(40):
+        for answer in builder.reading(ROLLO, 100, random.Random(seed)).children[0].children[1:]:
+            (relevance, *text, support, use, _) = weighted(builder, answer)
+            assert relevance == (IsRel.RELEVANT, 0.0)
+            assert {weight for _, weight in text} == {0.0}
+            assert support[1] == use[1] == WEIGHTS.critique
+            judgements.add((support[0], use[0]))
+    assert judgements == {(IsSup.NONE, IsUse.ONE), (IsSup.PARTIALLY, IsUse.THREE)}
+
+
+def test_a_wrong_passage_is_irrelevant_and_holds_no_answer(builder: TreeBuilder) -> None:
+    for seed in range(40):
+        for passage in builder.reading(ROLLO, 100, random.Random(seed)).children[1:]:
+            assert "Rollo" not in builder.tokenizer.decode(list(passage.ids))
+            irrelevant, judged = (weighted(builder, answer) for answer in passage.children)
+            assert irrelevant[0] == (IsRel.IRRELEVANT, WEIGHTS.relevance)
+            assert irrelevant[-2:] == [(IsUse.ONE, 2.0), ("</s>", 3.0)]
+            assert {weight for _, weight in irrelevant[1:-2]} == {0.0}
+            assert judged[-3:] == [(IsSup.NONE, 2.0), (IsUse.ONE, 2.0), ("</s>", 3.0)]
+
+
+def test_a_pair_teaches_relevance_only(builder: TreeBuilder) -> None:
+    tree = builder.pair(Pair("Where do sharks swim?", "They swim in water."), random.Random(0))
+    ends = [weighted(builder, passage)[-1] for passage in tree.children]
+    assert ends == [(IsRel.RELEVANT, 5.0), (IsRel.IRRELEVANT, 5.0), (IsRel.IRRELEVANT, 5.0)]
+    assert all(set(passage.weights[:-1]) == {0.0} for passage in tree.children)
+
+
+def test_an_instruction_is_answered_without_retrieval(builder: TreeBuilder) -> None:
+    tree = builder.instruction(Instruction("Say hello", "Hello you two"))
+    assert not tree.children
+    answer = [pair for pair in weighted(builder, tree) if pair[1] > 0]
+    assert answer == [
+        (Retrieve.NO, 1.0),
+        ("Hello", 0.25),
+        ("you", 0.25),
+        ("two", 0.25),
+        (IsUse.FIVE, 2.0),
+        ("</s>", 3.0),
+    ]
+
+
+def test_a_long_output_is_cut_without_an_end(builder: TreeBuilder) -> None:
+    tree = builder.instruction(Instruction("Count", "one two three four five"))
+    assert [word for word, weight in weighted(builder, tree) if weight > 0] == [
+        Retrieve.NO,
+        "one",
+        "two",
+        "three",
+        "four",
+    ]
+
+
+def test_a_second_segment_keeps_the_passage_that_answers_both(builder: TreeBuilder) -> None:
+    (text,) = texts(builder, builder.two_segments(PARIS, SEINE, 100, random.Random(0)))
+    assert text.count(Paragraph.START) == 1
+    assert text.endswith("Paris [Fully supported] [Continue to Use Evidence] always [Fully supported] [Utility:5] </s>")
+
+
+def test_a_second_segment_retrieves_its_own_passage_otherwise(builder: TreeBuilder) -> None:
+    (text,) = texts(builder, builder.two_segments(PARIS, ROLLO, 100, random.Random(0)))
+    assert text.count(Paragraph.START) == text.count(Retrieve.YES) == text.count(IsRel.RELEVANT) == 2
+    assert Retrieve.CONTINUE not in text
+    assert text.index("Paris [Fully supported] [Retrieval] <paragraph> Normans") < text.index("Rollo [Fully supported]")
+
+
+def test_a_claim_teaches_its_label_and_judges_the_other(builder: TreeBuilder) -> None:
+    tree = builder.claim(Claim("Rollo was Norse.", ("SUPPORTS", "REFUTES"), "SUPPORTS", "Rollo", "A Norse leader."))
+    right, wrong = tree.children[0].children
+    assert weighted(builder, right)[:3] == [(IsRel.RELEVANT, 5.0), ("SUPPORTS", 3.0), (IsSup.FULLY, 2.0)]
+    assert weighted(builder, wrong)[:3] == [(IsRel.RELEVANT, 0.0), ("REFUTES", 0.0), (IsSup.NONE, 2.0)]
+    assert "SUPPORTS, REFUTES" in texts(builder, tree)[0]
+
+
+@given(st.sampled_from(CONTROL_TOKENS), st.integers(0, 1000))
+def test_control_tokens_in_the_data_stay_plain_words(token: str, seed: int) -> None:
+    builder = TreeBuilder(word_tokenizer(), Negatives({}, OTHERS), WEIGHTS)
+    row = Reading(f"{token} who?", token, f"It was {token} Rollo who came", "Rollo")
+    tree = builder.reading(row, 100, random.Random(seed))
+    control = builder.tokenizer.reflection.control
+    passage = tree.children[0]
+    assert [i for i in tree.ids if i in control] == builder.tokenizer.control(Retrieve.YES)
+    assert [i for i in passage.ids if i in control] == builder.tokenizer.control(Paragraph.START, Paragraph.END)
+
+
+def test_the_stream_depends_on_its_seed_only(builder: TreeBuilder) -> None:
+    data = TeachingData((ROLLO, PARIS, SEINE), (Instruction("Say", "Hello"),), (Pair("q?", "a b."),))
+    first, second = (list(islice(builder.stream(data, random.Random(3), lambda: 60), 30)) for _ in range(2))
+    assert first == second
+
+
+def test_the_stream_leaves_out_kinds_that_have_no_data(builder: TreeBuilder) -> None:
+    data = TeachingData((ROLLO, PARIS, SEINE))
+    trees = islice(builder.stream(data, random.Random(0), lambda: 60), 200)
+    written = {word for tree in trees for branch in branches(tree) for word, _ in weighted(builder, branch)}
+    assert Retrieve.NO not in written
+    assert Retrieve.CONTINUE in written
+    assert not re.search("claim", " ".join(written))
