@@ -106,7 +106,10 @@ def _folder(name: str) -> Path | None:
     if name == "demo":
         from pipeline.embedded import demo_encoder
 
-        return demo_encoder()
+        try:
+            return demo_encoder()
+        except RuntimeError as error:
+            raise ValueError(f"encoder demo: {_line(error)}") from None
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
