@@ -1,0 +1,176 @@
+"""The embedded default, start to end: model, encoder and index; three runs over the demo queries; the results.
+
+``python -m jobs.demo [--output out/demo] [--rows N]``
+
+The main run lets the model decide when to retrieve and choose among five passages by its own critique. Its two
+baselines show what that is worth: always reading the first passage found, and never reading any.
+"""
+
+import hashlib
+import logging
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jobs.annotate import Summary, run
+from jobs.evaluate import Evaluation, comparison, evaluate_set
+from pipeline.config import DecodingConfig, ModelConfig, RunConfig, cache_folder
+from pipeline.embedded import built, demo_encoder, demo_model
+from pipeline.metrics import best, contains
+
+DEMO = Path(__file__).parent.parent / "infra" / "demo"
+PASSAGES = DEMO / "passages.parquet"
+QUERIES = DEMO / "queries.parquet"
+
+MAIN = "adaptive"
+VARIANTS: Mapping[str, DecodingConfig] = {
+    MAIN: DecodingConfig(keep_candidates=True),
+    "first-passage": DecodingConfig(mode="always", passages=1, keep_candidates=True),
+    "never": DecodingConfig(mode="never", keep_candidates=True),
+}
+
+SHOWN = 10
+# Characters per line where the terminal does not say.
+PLAIN_WIDTH = 140
+
+
+@dataclass(frozen=True)
+class Variant:
+    """One of the runs, with what came out of it."""
+
+    folder: Path
+    summary: Summary
+    evaluation: Evaluation
+
+
+def demo_index() -> Path:
+    """The index of the demo passages, in the cache folder; built on first use for these passages and this encoder.
+
+    Raises:
+        RuntimeError: the encoder must be downloaded and cannot be.
+    """
+    digest = hashlib.sha256(PASSAGES.read_bytes() + demo_encoder().name.encode()).hexdigest()
+    return built(cache_folder() / f"demo-index-{digest[:12]}", _build_index)
+
+
+def _build_index(target: Path) -> None:
+    from jobs.build_index import BuildRequest, check, execute, prepare_index
+
+    plan, encoder = check(BuildRequest(str(PASSAGES), str(target)))
+    execute(plan, prepare_index(plan, encoder))
+
+
+def first_rows(queries: Path, rows: int, file: Path) -> Path:
+    """Write the first rows of a query set to a file of their own."""
+    file.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pq.read_table(queries).slice(0, rows), file)
+    return file
+
+
+def annotate_variants(queries: Path, index: Path, output: Path) -> dict[str, Variant]:
+    """Annotate and evaluate the queries in every variant, one after the other."""
+    variants = {}
+    for name, decoding in VARIANTS.items():
+        folder = output / name
+        config = RunConfig(
+            queries=str(queries),
+            output=str(folder),
+            index=None if decoding.mode == "never" else str(index),
+            model=ModelConfig(name="demo"),
+            decoding=decoding,
+        )
+        sys.stderr.write(f"{name}: annotating into {folder}\n")
+        variants[name] = Variant(folder, run(config, overwrite=True), evaluate_set(str(folder)))
+    return variants
+
+
+def answers_table(folder: Path) -> Table:
+    """Some annotated rows with their evidence and scores, among them some that needed no retrieval."""
+    rows = pa.concat_tables(map(pq.read_table, sorted((folder / "data").glob("*.parquet")))).to_pylist()
+    read = [row for row in rows if row["retrieved"]]
+    unread = [row for row in rows if not row["retrieved"]]
+    table = Table(title="Some answers (✓: a gold answer is in it)", show_lines=True)
+    for heading in ("query", "answer", "", "evidence"):
+        table.add_column(heading, ratio=None if not heading else 3)
+    for heading in ("p(retrieve)", "IsRel", "IsSup", "IsUse", "score"):
+        table.add_column(heading, justify="right")
+    few = SHOWN // 4
+    for row in read[: SHOWN - min(few, len(unread))] + unread[:few]:
+        table.add_row(*_answer_cells(row))
+    return table
+
+
+def _answer_cells(row: Mapping[str, Any]) -> list[str]:
+    golds = row["answers"]
+    mark = "" if not golds else "✓" if best(contains, row["answer"], golds) else "✗"
+    title = row["passages"][0]["title"] if row["passages"] else "–"
+    segment = row["segments"][0] if row["segments"] else {}
+    figures = [row["retrieve_probability"], *(segment.get(name) for name in ("is_rel", "is_sup", "is_use", "score"))]
+    return [_short(row["query"]), _short(row["answer"]), mark, title, *map(_figure, figures)]
+
+
+def _short(text: str, longest: int = 120) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= longest else line[: longest - 1] + "…"
+
+
+def _figure(value: float | None) -> str:
+    return "–" if value is None else f"{value:.2f}"
+
+
+def conclusion(variants: Mapping[str, Variant]) -> list[str]:
+    """The run in words: what the model's decisions and critique are worth, how fast it was, where the files are."""
+    main = variants[MAIN]
+    lines = []
+    if main.evaluation.overall.match is not None:
+        matches = {name: variant.evaluation.overall.match or 0.0 for name, variant in variants.items()}
+        others = ", ".join(f"{100 * match:.1f} % {name}" for name, match in matches.items() if name != MAIN)
+        lines.append(f"Gold answer in the answer: {100 * matches[MAIN]:.1f} % {MAIN}; {others}.")
+    summary = main.summary
+    rate = summary.annotated / summary.seconds
+    lines.append(
+        f"{summary.retrieved} of {summary.rows} rows used a passage. {MAIN}: {summary.annotated} rows in "
+        f"{summary.seconds:.0f} s, {rate:.2f} rows/s, the engine's start included."
+    )
+    lines += [f"{name}: {variant.folder}" for name, variant in variants.items()]
+    return lines
+
+
+def demo(
+    output: Annotated[Path, typer.Option(help="Folder for the three annotated sets.")] = Path("out/demo"),
+    rows: Annotated[int | None, typer.Option(min=1, help="Only the first rows of the queries.")] = None,
+    queries: Annotated[Path, typer.Option(help="Query set: a Parquet file with gold answers.")] = QUERIES,
+) -> None:
+    """Annotate the demo queries with the embedded model, beside two baselines, and show the results.
+
+    The first run downloads and builds model, encoder and index into the cache folder (SELFRAG_CACHE). Annotated
+    sets of an earlier run in the same output folder are replaced.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s")
+    logging.getLogger("pipeline.embedded").setLevel(logging.INFO)
+    try:
+        demo_model()
+        index = demo_index()
+        chosen = first_rows(queries, rows, output / "queries.parquet") if rows else queries
+        variants = annotate_variants(chosen, index, output)
+    except (ValueError, RuntimeError, OSError) as error:
+        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
+        raise typer.Exit(1) from None
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    console.print(answers_table(variants[MAIN].folder))
+    console.print(comparison({name: variant.evaluation for name, variant in variants.items()}))
+    for line in conclusion(variants):
+        console.print(line, highlight=False)
+    raise typer.Exit(max(variant.summary.exit_status for variant in variants.values()))
+
+
+if __name__ == "__main__":
+    typer.run(demo)

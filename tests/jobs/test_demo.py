@@ -1,0 +1,87 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from rich.console import Console
+
+from jobs.annotate import Summary
+from jobs.demo import PASSAGES, QUERIES, VARIANTS, Variant, answers_table, conclusion, first_rows
+from jobs.evaluate import Evaluation, evaluate_set
+from pipeline.metrics import Outcome, Tally
+from pipeline.schema import data_schema
+
+QUERY_SCHEMA = pq.read_schema(QUERIES)
+FULL = QUERIES.with_name("queries_full.parquet")
+
+
+def evaluation(*right: bool) -> Evaluation:
+    tally = Tally()
+    for is_right in right:
+        tally.add(Outcome("yes" if is_right else "no", True, ("yes",)))
+    return Evaluation("somewhere", tally.scores(), {})
+
+
+def summary(folder: Path, retrieved: int) -> Summary:
+    values = {"rows": 4, "annotated": 4, "retrieved": retrieved, "seconds": 8.0, "max_error_rate": 0.01}
+    return Summary(output=str(folder), errors=0, error_types={}, **values)
+
+
+def test_the_demo_data_holds_together() -> None:
+    passages = {row["id"]: row for row in pq.read_table(PASSAGES).to_pylist()}
+    full = {row["id"]: row for row in pq.read_table(FULL).to_pylist()}
+    rows = pq.read_table(QUERIES).to_pylist()
+    assert (len(passages), len(full), len(rows)) == (1271, 1190 + 236, 120)
+    assert all(full[row["id"]] == row for row in rows)
+    for row in full.values():
+        gold = passages.get(row["gold_passage_id"])
+        assert (gold is None) == (row["task"] == "instruction") == (row["answers"] is None)
+        assert gold is None or any(answer in gold["text"] for answer in row["answers"])
+    assert sum(row["task"] == "qa" for row in rows) == 100
+
+
+def test_first_rows_of_a_query_set(tmp_path: Path) -> None:
+    few = pq.read_table(first_rows(QUERIES, 7, tmp_path / "deep" / "few.parquet"))
+    assert few.equals(pq.read_table(QUERIES).slice(0, 7))
+
+
+def test_the_conclusion_compares_the_variants(tmp_path: Path) -> None:
+    grades = {"adaptive": (True, True, True, False), "first-passage": (True, True, False, False), "never": (False,) * 4}
+    variants = {n: Variant(tmp_path / n, summary(tmp_path / n, 3), evaluation(*grades[n])) for n in VARIANTS}
+    first, second, *folders = conclusion(variants)
+    assert first == "Gold answer in the answer: 75.0 % adaptive; 50.0 % first-passage, 0.0 % never."
+    assert second.startswith("3 of 4 rows used a passage. adaptive: 4 rows in 8 s, 0.50 rows/s")
+    assert folders == [f"{name}: {tmp_path / name}" for name in VARIANTS]
+
+
+def test_the_table_shows_answers_with_evidence_and_without(tmp_path: Path) -> None:
+    passage = {"id": "p", "title": "Normans", "text": "Rollo led them.", "retrieval_score": 0.7, "rank": 1}
+    segment = {"text": "Rollo", "passage_id": "p", "is_rel": 0.91, "is_sup": 0.82, "is_use": 0.73, "score": 2.64}
+    read = {"id": "1", "query": "Who led the Norse?", "answers": ["Rollo"], "answer": "Rollo", "retrieved": True}
+    read |= {"retrieve_probability": 0.99, "segments": [segment], "passages": [passage]}
+    unread = {"id": "2", "query": "Say hello", "answer": "Hello", "retrieved": False, "retrieve_probability": 0.01}
+    unread |= {"segments": [], "passages": []}
+    file = tmp_path / "data" / "part.parquet"
+    file.parent.mkdir()
+    pq.write_table(pa.Table.from_pylist([read, unread], data_schema(QUERY_SCHEMA, keep_candidates=True)), file)
+    console = Console(width=160, record=True)
+    console.print(answers_table(tmp_path))
+    lines = [line.split("│")[1:-1] for line in console.export_text().splitlines() if line.startswith("│")]
+    assert [[cell.strip() for cell in line] for line in lines] == [
+        ["Who led the Norse?", "Rollo", "✓", "Normans", "0.99", "0.91", "0.82", "0.73", "2.64"],
+        ["Say hello", "Hello", "", "–", "0.01", "–", "–", "–", "–"],
+    ]
+
+
+@pytest.mark.slow
+def test_the_demo_from_start_to_end(tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jobs.demo", "--rows", "6", "--output", str(tmp_path)]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=550, check=True)
+    assert "Gold answer in the answer" in result.stdout
+    for name in VARIANTS:
+        scores = evaluate_set(str(tmp_path / name)).overall
+        assert (scores.rows, scores.errors) == (6, 0)
+    assert evaluate_set(str(tmp_path / "never")).overall.retrieval_rate == 0.0
+    assert evaluate_set(str(tmp_path / "first-passage")).overall.retrieval_rate == 1.0
