@@ -329,7 +329,7 @@ def build_index(
         execute(plan, index)
     except (RayError, ValueError, OSError) as error:
         log.exception("the build failed; there is no index")
-        typer.echo(f"error: {str(error).strip().splitlines()[-1]}", err=True)
+        typer.echo(f"error: {(str(error).strip() or repr(error)).splitlines()[-1]}", err=True)
         raise typer.Exit(1) from None
     seconds = time.monotonic() - begun
     typer.echo(f"index: {output}, {plan.passages} passages, {shards} shards, {seconds:.1f} s", err=True)

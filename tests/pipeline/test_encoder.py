@@ -1,0 +1,92 @@
+import json
+import shutil
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from pipeline.embedded import demo_encoder
+from pipeline.encoder import Encoder, encoder_digest
+
+
+@pytest.fixture(scope="module")
+def encoder() -> Encoder:
+    return Encoder.load("demo", "cpu")
+
+
+def test_vectors_have_unit_length_and_rank_by_meaning(encoder: Encoder) -> None:
+    vectors = encoder.encode(
+        ["Who painted the Mona Lisa?", "Leonardo painted the Mona Lisa.", "Rust is a metal oxide."]
+    )
+    assert (vectors.shape, vectors.dtype) == ((3, 384), np.float32)
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
+    assert vectors[0] @ vectors[1] > 0.7 > 0.3 > vectors[0] @ vectors[2]
+
+
+def test_no_texts_give_no_vectors(encoder: Encoder) -> None:
+    assert encoder.encode([]).shape == (0, encoder.dimension) == (0, 384)
+
+
+def test_a_model_without_prompts_encodes_queries_as_passages(encoder: Encoder) -> None:
+    np.testing.assert_array_equal(encoder.encode_queries(["a cat"]), encoder.encode(["a cat"]))
+
+
+def test_threads_get_the_vectors_of_their_own_texts(encoder: Encoder) -> None:
+    texts = [f"text number {n} " + "word " * n for n in range(8)]
+    with ThreadPoolExecutor(4) as threads:
+        found = list(threads.map(lambda text: encoder.encode([text])[0], texts))
+    np.testing.assert_allclose(found, [encoder.encode([text])[0] for text in texts], atol=1e-5)
+
+
+def test_encoding_prints_nothing(encoder: Encoder, capfd: pytest.CaptureFixture[str]) -> None:
+    encoder.encode(["a"] * 40)
+    assert capfd.readouterr() == ("", "")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    folder = tmp_path / "model"
+    (folder / "1_Pooling").mkdir(parents=True)
+    (folder / "modules.json").write_text(json.dumps([{"path": ""}, {"path": "1_Pooling"}]))
+    for name in ("config.json", "model.safetensors", "1_Pooling/config.json"):
+        (folder / name).write_text(name)
+    return folder
+
+
+def test_digest_depends_on_configuration_and_weights_of_every_module(folder: Path) -> None:
+    digests = [encoder_digest(str(folder))]
+    for name in ("config.json", "model.safetensors", "1_Pooling/config.json", "modules.json"):
+        (folder / name).write_text((folder / name).read_text() + " ")
+        digests.append(encoder_digest(str(folder)))
+    assert len(set(digests)) == 5
+
+
+def test_digest_ignores_other_files_and_the_place(folder: Path, tmp_path: Path) -> None:
+    before = encoder_digest(str(folder))
+    (folder / "README.md").write_text("about")
+    (folder / "onnx").mkdir()
+    (folder / "onnx" / "config.json").write_text("{}")
+    (folder / "pytorch_model.bin").write_text("the weights in another format")
+    assert encoder_digest(str(shutil.move(folder, tmp_path / "elsewhere"))) == before
+
+
+def test_loaded_encoder_carries_the_digest_of_its_files(encoder: Encoder) -> None:
+    assert encoder.digest == encoder_digest("demo") == encoder_digest(str(demo_encoder()))
+    assert (encoder.name, encoder.revision) == ("demo", None)
+
+
+def test_missing_folder_is_named() -> None:
+    with pytest.raises(ValueError, match=r"^encoder /no/such: no such folder$"):
+        Encoder.load("/no/such")
+
+
+def test_folder_without_a_model_is_named(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="not a sentence-transformers model"):
+        Encoder.load(str(tmp_path))
+
+
+def test_missing_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    with pytest.raises(ValueError, match="set device auto or cpu"):
+        Encoder.load("demo", "gpu")

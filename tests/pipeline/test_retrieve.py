@@ -1,0 +1,139 @@
+import asyncio
+import threading
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.config import RetrievalConfig
+from pipeline.encoder import Vectors
+from pipeline.retrieve import IndexRetriever, given_passages
+from pipeline.types import Passage, Query, RetrievedPassage
+
+DIGEST = "d" * 64
+
+
+class LengthEncoder:
+    """Encodes a query as its length; counts batches; breaks on the word ``boom``."""
+
+    name, digest, dimension = "length", DIGEST, 1
+
+    def __init__(self) -> None:
+        self.batches: list[list[str]] = []
+        self.threads: set[int] = set()
+        self.busy, self.gate = threading.Event(), threading.Event()
+        self.gate.set()
+
+    def encode_queries(self, texts: list[str]) -> Vectors:
+        self.batches.append(texts)
+        self.threads.add(threading.get_ident())
+        self.busy.set()
+        self.gate.wait(5)
+        if "boom" in texts:
+            raise RuntimeError("no vectors today")
+        return np.array([[len(text)] for text in texts], np.float32)
+
+
+class CountingIndex:
+    """Finds passages numbered from the query's vector upwards."""
+
+    class manifest:  # noqa: N801
+        dimension = 1
+        encoder = type("entry", (), {"name": "length", "digest": DIGEST})
+
+    def __init__(self) -> None:
+        self.asked: list[int] = []
+
+    def retrieve(self, queries: Vectors, k: int) -> list[list[RetrievedPassage]]:
+        self.asked.append(k)
+        return [[found(int(query[0]), rank) for rank in range(1, k + 1)] for query in queries]
+
+
+def found(length: int, rank: int) -> RetrievedPassage:
+    return RetrievedPassage(Passage(f"{length}-{rank}", "", "text"), 1.0 / rank, rank)
+
+
+def make(batch_size: int = 64, wait_ms: float = 20.0) -> tuple[IndexRetriever, LengthEncoder, CountingIndex]:
+    encoder, index = LengthEncoder(), CountingIndex()
+    made: Any = IndexRetriever
+    return made(encoder, index, RetrievalConfig(batch_size=batch_size, wait_ms=wait_ms)), encoder, index
+
+
+async def test_concurrent_requests_share_one_encode_and_one_search() -> None:
+    retriever, encoder, index = make()
+    answers = await asyncio.gather(*(retriever.retrieve("x" * n, 1 + n % 3) for n in range(10)))
+    assert answers == [[found(n, rank) for rank in range(1, 2 + n % 3)] for n in range(10)]
+    assert [len(batch) for batch in encoder.batches] == [10]
+    assert index.asked == [3]
+    retriever.close()
+
+
+async def test_a_full_batch_does_not_wait_and_none_is_larger() -> None:
+    retriever, encoder, _ = make(batch_size=4, wait_ms=60_000)
+    await asyncio.wait_for(asyncio.gather(*(retriever.retrieve("x", 1) for _ in range(8))), 5)
+    assert [len(batch) for batch in encoder.batches] == [4, 4]
+
+
+async def test_requests_gather_while_a_batch_is_searched() -> None:
+    retriever, encoder, _ = make(wait_ms=0)
+    encoder.gate.clear()
+    first = asyncio.create_task(retriever.retrieve("first", 1))
+    await asyncio.to_thread(encoder.busy.wait, 5)
+    later = [asyncio.create_task(retriever.retrieve(f"later {n}", 1)) for n in range(5)]
+    await asyncio.sleep(0.02)
+    encoder.gate.set()
+    await asyncio.gather(first, *later)
+    assert encoder.batches == [["first"], [f"later {n}" for n in range(5)]]
+
+
+async def test_searching_happens_in_one_thread_beside_the_event_loop() -> None:
+    retriever, encoder, _ = make(batch_size=1)
+    await asyncio.gather(*(retriever.retrieve("x", 1) for _ in range(5)))
+    assert len(encoder.threads) == 1
+    assert threading.get_ident() not in encoder.threads
+
+
+async def test_failing_batch_fails_all_who_wait_for_it_and_the_next_works() -> None:
+    retriever, _, _ = make()
+    failed = await asyncio.gather(*(retriever.retrieve(q, 1) for q in ("a", "boom", "b")), return_exceptions=True)
+    assert [str(error) for error in failed] == ["no vectors today"] * 3
+    assert await retriever.retrieve("abc", 1) == [found(3, 1)]
+
+
+async def test_cancelled_requests_are_not_searched_for_and_disturb_nobody() -> None:
+    retriever, encoder, _ = make()
+    gone, stays = (asyncio.create_task(retriever.retrieve(query, 1)) for query in ("gone", "stays"))
+    await asyncio.sleep(0)
+    gone.cancel()
+    assert await stays == [found(5, 1)]
+    assert encoder.batches == [["stays"]]
+
+
+async def test_cancellation_during_the_search_disturbs_nobody() -> None:
+    retriever, encoder, _ = make(wait_ms=0)
+    encoder.gate.clear()
+    gone, stays = (asyncio.create_task(retriever.retrieve(query, 1)) for query in ("gone", "stays"))
+    await asyncio.to_thread(encoder.busy.wait, 5)
+    gone.cancel()
+    encoder.gate.set()
+    assert await stays == [found(5, 1)]
+    with pytest.raises(asyncio.CancelledError):
+        await gone
+    assert await retriever.retrieve("ab", 1) == [found(2, 1)]
+
+
+async def test_encoder_that_does_not_fit_the_index_is_refused() -> None:
+    encoder, made = LengthEncoder(), IndexRetriever
+    encoder.digest = "e" * 64
+    build: Any = made
+    with pytest.raises(ValueError, match="not the one that the index was built with"):
+        build(encoder, CountingIndex(), RetrievalConfig())
+
+
+def test_given_passages_keep_their_order_and_have_no_score() -> None:
+    brought = tuple(Passage(name, name, name) for name in "abc")
+    assert given_passages(Query("1", "q", passages=brought), 2) == [
+        RetrievedPassage(brought[0], None, 1),
+        RetrievedPassage(brought[1], None, 2),
+    ]
+    assert given_passages(Query("1", "q"), 2) == []
