@@ -115,7 +115,8 @@ def annotate_units(plan: Plan) -> Iterator[UnitSummary]:
             compute=pool,
             num_cpus=cpus,
             num_gpus=gpus,
-            ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": UNIT_RETRIES},
+            max_restarts=-1,
+            max_task_retries=UNIT_RETRIES,
         )
         .map_batches(_write, fn_args=[plan], batch_size=None, batch_format="pyarrow", num_cpus=0)
     )

@@ -12,6 +12,7 @@ from pipeline.engine import EngineDeadError, VllmGenerator, prompt_tokenizer
 from pipeline.retrieve import IndexRetriever, Retriever
 from pipeline.schema import ANSWER_FIELDS, CANDIDATES_FIELD, ERROR_FIELDS, answer_row, passed_through, query_of
 from pipeline.self_rag import SelfRag
+from pipeline.storage import locate
 
 log = logging.getLogger(__name__)
 
@@ -71,7 +72,7 @@ class SelfRagActor:
         tokenizer = prompt_tokenizer(config.model)
         retriever: Retriever | None = None
         if config.index is not None and config.decoding.mode != "never":
-            retriever = IndexRetriever.open(config.index, config.retrieval, config.storage)
+            retriever = IndexRetriever.open(locate(config.index, config.storage), config.retrieval)
         self.generator = VllmGenerator.start(config.model, tokenizer)
         self.system = SelfRag(self.generator, tokenizer, config.decoding, retriever)
 

@@ -69,7 +69,9 @@ def segment_score(
 
 def critique(generation: Generation, ids: ReflectionIds, eos: int, weights: Weights) -> Critique:
     """Score a segment by the reflection tokens that it holds."""
-    rel, sup, use = (written(generation, group, ids) for group in (IsRel, IsSup, IsUse))
+    rel = written(generation, IsRel, ids)
+    sup = written(generation, IsSup, ids)
+    use = written(generation, IsUse, ids)
     is_rel = rel and expected_value(probabilities_at(generation, rel[0], IsRel), IS_REL_VALUES)
     is_sup = sup and expected_value(probabilities_at(generation, sup[0], IsSup), IS_SUP_VALUES)
     is_use = use and expected_value(probabilities_at(generation, use[0], IsUse), IS_USE_VALUES)

@@ -9,7 +9,7 @@ import dataclasses
 import itertools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -56,6 +56,15 @@ class Generator(Protocol):
         ...
 
 
+def model_path(name: str) -> str:
+    """Where a model is: ``demo`` is the embedded default's folder; other names are the hub's or a folder's own."""
+    if name != "demo":
+        return name
+    from pipeline.embedded import demo_model
+
+    return str(demo_model())
+
+
 def prompt_tokenizer(model: ModelConfig) -> PromptTokenizer:
     """Load a model's tokenizer alone, which is cheap, and look its reflection tokens up.
 
@@ -66,29 +75,35 @@ def prompt_tokenizer(model: ModelConfig) -> PromptTokenizer:
 
     name = str(model.engine.get("tokenizer") or model.name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(name, revision=model.revision)
+        tokenizer = AutoTokenizer.from_pretrained(model_path(name), revision=model.revision)
     except (OSError, ValueError) as error:
-        raise ValueError(
-            f"model {name}: its tokenizer cannot be loaded: {' '.join(str(error).split())[:300]}"
-        ) from None
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"model {name}: its tokenizer cannot be loaded: {reason}") from None
     return PromptTokenizer.of(tokenizer, name)
 
 
-def engine_arguments(model: ModelConfig) -> dict[str, Any]:
-    """Arguments for ``vllm.AsyncEngineArgs``: our defaults, then the configuration's own.
+def check_engine_arguments(model: ModelConfig) -> None:
+    """Check the names of the configured engine arguments.
 
     Raises:
         ValueError: vLLM has no argument of that name.
     """
+    if not model.engine:
+        return  # importing vLLM takes seconds
     from vllm import AsyncEngineArgs
-    from vllm.platforms import current_platform
 
     known = {field.name for field in dataclasses.fields(AsyncEngineArgs)}
     for name in model.engine:
         if name not in known:
             raise ValueError(f"unknown configuration key model.engine.{name}: vLLM's engine has no such argument")
+
+
+def engine_arguments(model: ModelConfig) -> dict[str, Any]:
+    """Arguments for ``vllm.AsyncEngineArgs``: our defaults, then the configuration's own."""
+    from vllm.platforms import current_platform
+
     defaults: dict[str, Any] = {
-        "model": model.name,
+        "model": model_path(model.name),
         "revision": model.revision,
         "enable_prefix_caching": True,
         "disable_log_stats": True,
@@ -96,7 +111,8 @@ def engine_arguments(model: ModelConfig) -> dict[str, Any]:
         "generation_config": "vllm",
     }
     if current_platform.is_cpu():
-        defaults |= {"enforce_eager": True, "block_size": CPU_BLOCK_TOKENS}
+        # Without bfloat16 instructions bfloat16 is five times slower; float32 also tells close scores apart.
+        defaults |= {"enforce_eager": True, "block_size": CPU_BLOCK_TOKENS, "dtype": "float32"}
     if model.lora:
         defaults |= {"enable_lora": True, "max_lora_rank": lora_rank(model.lora)}
     return defaults | model.engine
@@ -121,12 +137,13 @@ class VllmGenerator:
     reflection_ids: tuple[int, ...]
     max_model_len: int
     lora: Any = None
-    numbers: itertools.count[int] = dataclasses.field(default_factory=itertools.count)
+    numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
     @classmethod
     def start(cls, model: ModelConfig, tokenizer: PromptTokenizer) -> "VllmGenerator":
         """Load the model and start the engine; must be called inside a running event loop."""
         os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
+        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
         os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_KV_CACHE_GIB))
         from vllm import AsyncEngineArgs
         from vllm.lora.request import LoRARequest
@@ -174,6 +191,10 @@ class VllmGenerator:
 
     def shutdown(self) -> None:
         """End the engine core; without this the log fills with engine-dead errors at exit."""
+        handler = self.engine.output_handler
+        if handler is not None:
+            # It would report the engine's end as a failure.
+            handler.get_loop().call_soon_threadsafe(handler.cancel)
         self.engine.shutdown()
 
 

@@ -4,8 +4,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.config import RunConfig
-from pipeline.embedded import resolve_model
-from pipeline.engine import check_engine_arguments, prompt_tokenizer
+from pipeline.engine import check_engine_arguments, model_path, prompt_tokenizer
 from pipeline.index import check_index
 from pipeline.output import OutputFolder
 from pipeline.provenance import model_identity
@@ -73,7 +72,7 @@ def check(config: RunConfig, overwrite: bool = False) -> Plan:
     index = _check_retrieval(config, queries)
     check_engine_arguments(config.model)
     prompt_tokenizer(config.model)
-    model = model_identity(config.model.name, resolve_model(config.model.name), config.model.revision)
+    model = model_identity(config.model.name, model_path(config.model.name), config.model.revision)
     plan = Plan(config, queries, output, frozenset(), model, index, finished=False)
     if overwrite:
         return plan

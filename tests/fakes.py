@@ -1,0 +1,89 @@
+"""Hand-written stand-ins for the engine, the tokenizer and the retriever: for unit tests of pure logic only."""
+
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from pipeline.prompts import PromptTokenizer
+from pipeline.reflection import CONTROL_TOKENS, REFLECTION_TOKENS, ReflectionIds
+from pipeline.types import Generation, Passage, RetrievedPassage
+
+EOS = 1
+FIRST_CONTROL = 2
+FIRST_WORD = 100
+
+
+class WordTokenizer:
+    """One id for each word; control tokens have ids of their own that text never yields."""
+
+    eos_token_id = EOS
+
+    def __init__(self) -> None:
+        self.vocabulary = {token: FIRST_CONTROL + n for n, token in enumerate(CONTROL_TOKENS)}
+        self.words: list[str] = []
+
+    def get_vocab(self) -> dict[str, int]:
+        return self.vocabulary
+
+    def word(self, text: str) -> int:
+        if text not in self.words:
+            self.words.append(text)
+        return FIRST_WORD + self.words.index(text)
+
+    def __call__(self, text: str, split_special_tokens: bool, add_special_tokens: bool = True) -> dict[str, list[int]]:
+        assert split_special_tokens, "untrusted text must never become control tokens"
+        return {"input_ids": [self.word(word) for word in text.split()]}
+
+    def decode(self, ids: Sequence[int], **_: bool) -> str:
+        names = {number: token for token, number in self.vocabulary.items()} | {EOS: "</s>"}
+        return " ".join(names.get(i) or self.words[i - FIRST_WORD] for i in ids)
+
+
+def word_tokenizer() -> PromptTokenizer:
+    tokenizer = WordTokenizer()
+    return PromptTokenizer(tokenizer, ReflectionIds.of(tokenizer, "words"))
+
+
+def generation(
+    tokenizer: PromptTokenizer,
+    written: Sequence[str | tuple[str, float]],
+    reflection: dict[int, dict[str, float]] | None = None,
+    prompt_tokens: int = 0,
+) -> Generation:
+    """What an engine would return: tokens with their probabilities, and reflection probabilities by position."""
+    words = [w if isinstance(w, tuple) else (w, 1.0) for w in written]
+    ids = [tokenizer.reflection.ids.get(w) or (EOS if w == "</s>" else tokenizer.tokenizer.word(w)) for w, _ in words]
+    table = np.full((len(ids), len(REFLECTION_TOKENS)), math.log(1e-9))
+    for position, probabilities in (reflection or {}).items():
+        for token, probability in probabilities.items():
+            table[position, REFLECTION_TOKENS.index(token)] = math.log(probability)
+    return Generation(tuple(ids), np.log([p for _, p in words]), table, prompt_tokens)
+
+
+@dataclass
+class ScriptedGenerator:
+    """Answers prompts by a function of their text, and records them."""
+
+    tokenizer: PromptTokenizer
+    script: Callable[[str], Generation]
+    max_model_len: int = 1000
+    prompts: list[str] = field(default_factory=list)
+
+    async def generate(self, prompt: Sequence[int], max_tokens: int) -> Generation:
+        text = self.tokenizer.decode(list(prompt))
+        self.prompts.append(text)
+        return self.script(text)
+
+
+@dataclass
+class ListRetriever:
+    """Always the same passages; records the queries."""
+
+    passages: Sequence[Passage]
+    queries: list[str] = field(default_factory=list)
+
+    async def retrieve(self, query: str, k: int) -> list[RetrievedPassage]:
+        self.queries.append(query)
+        return [RetrievedPassage(p, 1.0 / n, n) for n, p in enumerate(self.passages[:k], 1)]
