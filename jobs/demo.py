@@ -22,7 +22,7 @@ from rich.table import Table
 
 from jobs.annotate import Summary, run
 from jobs.evaluate import Evaluation, comparison, evaluate_set
-from pipeline.config import DecodingConfig, ModelConfig, RunConfig, cache_folder
+from pipeline.config import DecodingConfig, ExecutionConfig, ModelConfig, RunConfig, cache_folder
 from pipeline.embedded import built, demo_encoder, demo_model
 from pipeline.metrics import best, contains
 
@@ -37,6 +37,8 @@ VARIANTS: Mapping[str, DecodingConfig] = {
     "never": DecodingConfig(mode="never", keep_candidates=True),
 }
 
+# Small enough to see progress, and three in flight keep the engine full.
+UNIT_ROWS = 24
 SHOWN = 10
 # Characters per line where the terminal does not say.
 PLAIN_WIDTH = 140
@@ -86,6 +88,7 @@ def annotate_variants(queries: Path, index: Path, output: Path) -> dict[str, Var
             index=None if decoding.mode == "never" else str(index),
             model=ModelConfig(name="demo"),
             decoding=decoding,
+            execution=ExecutionConfig(unit_rows=UNIT_ROWS),
         )
         sys.stderr.write(f"{name}: annotating into {folder}\n")
         variants[name] = Variant(folder, run(config, overwrite=True), evaluate_set(str(folder)))
