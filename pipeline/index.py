@@ -1,5 +1,6 @@
 """The index: its manifest, and search over all of its shards."""
 
+import hashlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -59,6 +60,10 @@ class IndexManifest(_Frozen):
     factory: str
     passages: Positive
     shards: Annotated[tuple[ShardEntry, ...], Field(min_length=1)]
+
+    def digest(self) -> str:
+        """SHA-256, in hex, of everything above: with the shards' own digests, the identity of the whole index."""
+        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     @model_validator(mode="after")
     def _counts_agree(self) -> "IndexManifest":
@@ -130,9 +135,10 @@ def check_index(folder: Location, retrieval: RetrievalConfig) -> IndexManifest:
     """
     manifest = read_manifest(folder)
     parse_search(retrieval.search)
-    wanted = retrieval.encoder
-    if wanted is not None and wanted != manifest.encoder.name:
-        _check_digest(wanted, encoder_digest(wanted), manifest)
+    wanted = retrieval.encoder or manifest.encoder.name
+    digest = encoder_digest(wanted)
+    if digest is not None or wanted != manifest.encoder.name:
+        _check_digest(wanted, digest, manifest)  # a model not downloaded yet is compared when it is
     files = [file for shard in manifest.shards for file in shard.files()]
     try:
         found = folder.filesystem.get_file_info([(folder / name).path for name, _, _ in files])

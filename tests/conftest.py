@@ -87,7 +87,7 @@ def s3(tmp_path_factory: pytest.TempPathFactory) -> Iterator[S3Server]:
     options = ["--addr", f"127.0.0.1:{port}", "--dir-cache-time", "1s", "--vfs-cache-mode", "off"]
     process = subprocess.Popen(
         [rclone, "serve", "s3", *options, str(root)],
-        env={**os.environ, "RCLONE_AUTH_KEY": key},
+        env={**os.environ, "RCLONE_AUTH_KEY": f'"{key}"'},
         stdout=subprocess.DEVNULL,
         stderr=subprocess.DEVNULL,
     )

@@ -1,0 +1,58 @@
+import pyarrow as pa
+import pytest
+
+from pipeline.actor import UNIT_COLUMN, annotate_table, annotated_schema
+from pipeline.config import RunConfig
+from pipeline.engine import EngineDeadError
+from pipeline.self_rag import SelfRag
+from tests.fakes import ScriptedGenerator, generation, word_tokenizer
+
+CONFIG = RunConfig.model_validate(
+    {"queries": "q", "output": "o", "model": {"name": "m"}, "decoding": {"mode": "never"}}
+)
+
+
+def system(failure: type[Exception] = KeyError) -> SelfRag:
+    """Repeats the question; a question about poison raises."""
+    tokenizer = word_tokenizer()
+
+    def script(prompt: str):
+        if "poison" in prompt:
+            raise failure("script")
+        return generation(tokenizer, [prompt.split()[2], "</s>"])
+
+    return SelfRag(ScriptedGenerator(tokenizer, script), tokenizer, CONFIG.decoding)
+
+
+def table(*queries: str | None) -> pa.Table:
+    ids = [str(n) for n in range(len(queries))]
+    columns = {"id": ids, "query": pa.array(queries, pa.string()), "answer": ids, UNIT_COLUMN: ["u"] * len(ids)}
+    return pa.table(columns)
+
+
+async def test_one_row_out_for_each_row_in_and_in_order():
+    found = await annotate_table(system(), table("one", "two", "three"), CONFIG)
+    assert found["answer"].to_pylist() == ["one", "two", "three"]
+    assert found["input_answer"].to_pylist() == ["0", "1", "2"]
+    assert found["error_type"].null_count == 3
+    assert found[UNIT_COLUMN].to_pylist() == ["u"] * 3
+
+
+async def test_bad_rows_do_not_sink_their_neighbours():
+    found = await annotate_table(system(), table("one", "poison", None, "two"), CONFIG)
+    assert found["answer"].to_pylist() == ["one", None, None, "two"]
+    assert found["error_type"].to_pylist() == [None, "KeyError", "ValueError", None]
+    assert found["error_message"].to_pylist()[2] == "the query is empty"
+    assert found["attempts"].to_pylist() == [None, 1, 1, None]
+
+
+async def test_dead_engine_is_no_rows_fault():
+    with pytest.raises(EngineDeadError):
+        await annotate_table(system(EngineDeadError), table("one", "poison"), CONFIG)
+
+
+async def test_schema_does_not_depend_on_the_batch():
+    good = await annotate_table(system(), table("one"), CONFIG)
+    bad = await annotate_table(system(), table("poison"), CONFIG)
+    inputs = table("x").drop_columns([UNIT_COLUMN]).schema
+    assert good.schema == bad.schema == annotated_schema(inputs, keep_candidates=False)

@@ -1,0 +1,70 @@
+import pytest
+
+from pipeline.config import RunConfig, load_config
+
+NEEDED = {"queries": "q", "output": "o", "model.name": "m"}
+
+
+def test_flags_override_settings_and_settings_the_file(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("queries: file\noutput: file\nmodel: file\ndecoding: {threshold: 0.5, passages: 2}\n")
+    config = load_config(str(file), ["output=set", "decoding.threshold=0.3"], {"model.name": "flag", "index": None})
+    assert (config.queries, config.output, config.model.name) == ("file", "set", "flag")
+    assert (config.decoding.threshold, config.decoding.passages) == (0.3, 2)
+
+
+def test_values_are_yaml():
+    settings = ["model.engine.max_model_len=2048", "decoding.keep_candidates=true", "model.engine.dtype=half"]
+    config = load_config(None, settings, NEEDED)
+    assert config.model.engine == {"max_model_len": 2048, "dtype": "half"}
+    assert config.decoding.keep_candidates is True
+
+
+@pytest.mark.parametrize("text", ["- a list", "a: [", "just words"])
+def test_file_that_is_no_mapping_is_named(tmp_path, text):
+    file = tmp_path / "run.yaml"
+    file.write_text(text)
+    with pytest.raises(ValueError, match="run.yaml: "):
+        load_config(str(file), [], NEEDED)
+
+
+def test_missing_file_is_named():
+    with pytest.raises(ValueError, match="configuration /nowhere/run.yaml"):
+        load_config("/nowhere/run.yaml", [], NEEDED)
+
+
+def test_all_problems_are_told_in_one_line():
+    with pytest.raises(ValueError) as caught:
+        load_config(None, ["decoding.passages=0", "colour=red"], NEEDED)
+    assert "unknown configuration key colour" in str(caught.value)
+    assert "decoding.passages" in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_credentials_are_never_recorded():
+    settings = ["storage.access_key=KEY-ID", "storage.secret_key=SECRET", "storage.endpoint_url=http://127.0.0.1:9"]
+    config = load_config(None, settings, NEEDED)
+    assert config.storage.secret_key.get_secret_value() == "SECRET"
+    for text in (str(config), repr(config), str(config.recorded()), str(config.decisive())):
+        assert "SECRET" not in text
+        assert "KEY-ID" not in text
+    assert config.recorded()["storage"]["endpoint_url"] == "http://127.0.0.1:9"
+
+
+def test_recorded_configuration_can_be_read_back():
+    config = load_config(None, ["decoding.mode=always"], NEEDED)
+    assert RunConfig.model_validate(config.recorded()) == config
+
+
+def test_where_a_run_happens_does_not_decide_its_results():
+    one = load_config(None, [], NEEDED).decisive()
+    elsewhere = ["execution.actors=8", "storage.region=eu-west-1", "retrieval.threads=4", "retrieval.cache=/tmp/x"]
+    assert load_config(None, elsewhere, NEEDED).decisive() == one
+    for setting in ("decoding.threshold=0.3", "execution.unit_rows=10", "retrieval.search=nprobe=4", "index=i"):
+        assert load_config(None, [setting], NEEDED).decisive() != one, setting
+
+
+def test_configuration_is_frozen():
+    config = load_config(None, [], NEEDED)
+    with pytest.raises(ValueError, match="frozen"):
+        config.decoding.threshold = 0.9

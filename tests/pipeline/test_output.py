@@ -1,0 +1,87 @@
+import json
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.actor import annotated_schema
+from pipeline.config import StorageConfig
+from pipeline.output import OutputFolder, UnitSummary
+from pipeline.storage import locate
+
+INPUTS = pa.schema([("id", pa.string())])
+USAGE = {"prompt_tokens": 10, "generated_tokens": 3}
+
+
+@pytest.fixture
+def folder(tmp_path) -> OutputFolder:
+    return OutputFolder(locate(str(tmp_path / "out"), StorageConfig()))
+
+
+def annotated(*ids: str) -> pa.Table:
+    """Rows whose id begins with ``bad`` have failed."""
+    rows = [
+        {"id": i, "error_type": "ValueError", "error_message": "bad", "attempts": 1}
+        if i.startswith("bad")
+        else {"id": i, "answer": i.upper(), "retrieved": i == "a", "usage": USAGE}
+        for i in ids
+    ]
+    return pa.Table.from_pylist(rows, schema=annotated_schema(INPUTS, keep_candidates=False))
+
+
+def write(folder: OutputFolder, unit: str, *ids: str) -> UnitSummary:
+    return folder.write_unit(unit, annotated(*ids), INPUTS, keep_candidates=False)
+
+
+def test_rows_go_to_data_and_errors(folder, tmp_path):
+    summary = write(folder, "u1", "a", "bad", "c")
+    assert summary == UnitSummary("u1", 3, {"ValueError": 1}, retrieved=1, generated_tokens=6, prompt_tokens=20)
+    assert pq.read_table(tmp_path / "out/data/part-u1.parquet")["answer"].to_pylist() == ["A", "C"]
+    assert pq.read_table(tmp_path / "out/errors/part-u1.parquet").to_pylist() == [
+        {"id": "bad", "error_type": "ValueError", "error_message": "bad", "attempts": 1}
+    ]
+
+
+def test_unit_of_failures_has_an_empty_data_file(folder, tmp_path):
+    write(folder, "u1", "bad")
+    assert pq.read_table(tmp_path / "out/data/part-u1.parquet").num_rows == 0
+    assert folder.done_units() == {"u1"}
+
+
+def test_unit_that_runs_again_replaces_its_files(folder):
+    write(folder, "u1", "a", "bad")
+    write(folder, "u1", "a", "b")
+    assert folder.count() == ({"data/part-u1.parquet": 2}, {})
+
+
+def test_errors_of_a_unit_that_never_finished_do_not_count(folder, tmp_path):
+    write(folder, "u1", "a", "bad")
+    (tmp_path / "out/data/part-u1.parquet").unlink()  # died between the two files
+    assert folder.done_units() == frozenset()
+    assert folder.count() == ({}, {})
+
+
+def test_manifest_and_marker(folder, tmp_path):
+    assert folder.manifest() is None
+    folder.begin({"model": "m"})
+    assert folder.manifest()["status"] == "running"
+    assert not folder.finished()
+    folder.finish({"model": "m"})
+    assert folder.finished()
+    assert json.loads((tmp_path / "out/_manifest.json").read_text())["status"] == "finished"
+
+
+def test_strange_manifest_is_refused(folder, tmp_path):
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/_manifest.json").write_text('{"name": "a browser extension"}')
+    with pytest.raises(ValueError, match="_manifest.json: not a manifest of this version"):
+        folder.manifest()
+
+
+def test_clear_leaves_other_files(folder, tmp_path):
+    folder.begin({})
+    write(folder, "u1", "a", "bad")
+    folder.finish({})
+    (tmp_path / "out/notes.txt").write_text("mine")
+    folder.clear()
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*") if p.is_file()) == ["notes.txt"]

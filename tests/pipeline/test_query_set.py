@@ -1,0 +1,56 @@
+import shutil
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.config import Columns, StorageConfig
+from pipeline.query_set import inspect_queries, read_unit
+from pipeline.storage import locate
+
+HERE = StorageConfig()
+
+
+def write(file, ids, row_group_size=None):
+    table = pa.table({"id": pa.array(ids, pa.string()), "query": pa.array([f"q {i}" for i in ids], pa.string())})
+    pq.write_table(table, file, row_group_size=row_group_size or max(1, len(ids)))
+
+
+def inspect(path, unit_rows=4):
+    return inspect_queries(locate(str(path), HERE), Columns(), unit_rows)
+
+
+@given(st.lists(st.integers(0, 23), min_size=1, max_size=3), st.integers(1, 9), st.integers(1, 9))
+@settings(max_examples=25, deadline=None)
+def test_units_cover_every_row_once(tmp_path_factory, sizes, group, unit_rows):
+    folder = tmp_path_factory.mktemp("set")
+    for n, size in enumerate([*sizes, 1]):
+        write(folder / f"{n}.parquet", [f"{n}-{row}" for row in range(size)], group)
+    found = inspect(folder, unit_rows)
+    read = [i for unit in found.units for i in read_unit(unit, HERE)["id"].to_pylist()]
+    assert read == [f"{n}-{row}" for n, size in enumerate([*sizes, 1]) for row in range(size)]
+    assert all(1 <= unit.rows <= unit_rows for unit in found.units)
+    assert len({unit.id for unit in found.units}) == len(found.units)
+    assert found.rows == len(read)
+
+
+def test_units_have_the_same_ids_wherever_the_set_lies(tmp_path):
+    (tmp_path / "one").mkdir()
+    write(tmp_path / "one" / "a.parquet", list("abcdef"))
+    shutil.copytree(tmp_path / "one", tmp_path / "two")
+    one, two = inspect(tmp_path / "one"), inspect(tmp_path / "two")
+    assert [u.id for u in one.units] == [u.id for u in two.units]
+    assert one.digest == two.digest
+
+
+def test_other_rows_of_the_same_size_are_another_set(tmp_path):
+    for name, ids in (("one", "abcdef"), ("two", "abcdeg")):
+        (tmp_path / name).mkdir()
+        write(tmp_path / name / "a.parquet", list(ids))
+    assert inspect(tmp_path / "one").digest != inspect(tmp_path / "two").digest
+
+
+def test_single_file_is_a_set(tmp_path):
+    write(tmp_path / "a.parquet", ["x", "y"])
+    assert inspect(tmp_path / "a.parquet").files == 1

@@ -1,0 +1,103 @@
+import pyarrow as pa
+import pytest
+
+from pipeline.config import Columns
+from pipeline.schema import (
+    ANSWER_FIELDS,
+    answer_row,
+    check_query_schema,
+    data_schema,
+    error_schema,
+    passed_through,
+    query_of,
+)
+from pipeline.types import Answer, Critique, Passage, Query, RetrievedPassage, Segment, Usage
+
+PASSAGE = Passage("p1", "Title", "Text")
+CRITIQUE = Critique(0.5, 0.75, None, 0.25, 1.375)
+
+
+def segment(passage: Passage | None, rank: int = 1) -> Segment:
+    evidence = passage and RetrievedPassage(passage, 0.9, rank)
+    return Segment("text", "[Relevant]text", evidence, CRITIQUE)
+
+
+def answer(*segments: Segment, candidates: tuple[Segment, ...] = ()) -> Answer:
+    return Answer("text", "[Retrieval][Relevant]text", True, 0.8, segments, Usage(seconds=1.5), candidates)
+
+
+def test_row_becomes_query():
+    row = {
+        "id": "q",
+        "query": "Who?",
+        "input": None,
+        "choices": ["A"],
+        "passages": [{"id": "p1", "title": "Title", "text": "Text"}, {"id": "p2", "text": None}],
+    }
+    assert query_of(row, Columns()) == Query("q", "Who?", choices=("A",), passages=(PASSAGE, Passage("p2", "", "")))
+
+
+@pytest.mark.parametrize("given", [None, []])
+def test_no_given_passages_means_the_index(given):
+    assert query_of({"id": "q", "query": "Who?", "passages": given}, Columns()).passages is None
+
+
+def test_columns_can_be_mapped():
+    row = {"qid": "q", "question": "Who?"}
+    assert query_of(row, Columns(id="qid", query="question")) == Query("q", "Who?")
+
+
+def test_null_query_is_an_empty_one():
+    assert query_of({"id": "q", "query": None}, Columns()).query == ""
+
+
+def test_citations_are_numbered_by_first_use():
+    other = Passage("p2", "", "Other")
+    row = answer_row(answer(segment(other), segment(None), segment(PASSAGE, 2), segment(other)))
+    assert [s["citation"] for s in row["segments"]] == [1, None, 2, 1]
+    assert [p["id"] for p in row["passages"]] == ["p2", "p1"]
+    assert row["passages"][1] == {"id": "p1", "title": "Title", "text": "Text", "retrieval_score": 0.9, "rank": 2}
+
+
+def test_absent_critique_stays_null_in_arrow():
+    row = answer_row(answer(segment(PASSAGE), candidates=(segment(None),)))
+    schema = data_schema(pa.schema([]), keep_candidates=True)
+    (back,) = pa.Table.from_pylist([row], schema=schema).to_pylist()
+    assert back["segments"][0] == {
+        "text": "text",
+        "passage_id": "p1",
+        "citation": 1,
+        "is_rel": 0.75,
+        "is_sup": None,
+        "is_use": 0.25,
+        "sequence_probability": 0.5,
+        "score": 1.375,
+    }
+    assert back["candidates"][0]["passage_id"] is None
+    assert back["candidates"][0]["rank"] is None
+    assert back["usage"]["seconds"] == 1.5
+
+
+def test_batch_of_nulls_has_the_same_schema():
+    schema = data_schema(pa.schema([]), keep_candidates=False)
+    table = pa.Table.from_pylist([{}, {}], schema=schema)
+    assert table.schema == schema
+    assert [field.name for field in schema] == [field.name for field in ANSWER_FIELDS]
+
+
+def test_colliding_input_columns_are_renamed():
+    inputs = pa.schema([("id", pa.string()), ("answer", pa.string()), ("passages", pa.int32())])
+    assert passed_through(inputs).names == ["id", "input_answer", "input_passages"]
+    assert error_schema(inputs).names[:3] == ["id", "input_answer", "input_passages"]
+
+
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
+)
+def test_any_kind_of_string_will_do(kind):
+    check_query_schema(pa.schema([("id", kind), ("query", kind)]), Columns(), "file")
+
+
+def test_optional_column_of_nulls_is_as_good_as_none():
+    schema = pa.schema([("id", pa.string()), ("query", pa.string()), ("choices", pa.null())])
+    check_query_schema(schema, Columns(), "file")
