@@ -45,5 +45,5 @@ $(READY): pyproject.toml
 	$(if $(filter-out $(READY),$(wildcard $(VENV)/.ready-*)),rm -rf $(VENV))
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
 	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
-	$(INSTALL) --editable ".[$(EXTRAS),dev]"
+	$(INSTALL) --compile-bytecode --editable ".[$(EXTRAS),dev]"
 	@touch $@

@@ -22,7 +22,7 @@ from jobs.cluster import actor_resources, connect
 from jobs.progress import Progress
 from pipeline.actor import UNIT_COLUMN, SelfRagActor
 from pipeline.config import RunConfig, load_config
-from pipeline.output import UnitSummary
+from pipeline.output import OutputFolder, UnitSummary
 from pipeline.plan import Plan, check
 from pipeline.provenance import versions
 from pipeline.query_set import Unit, read_unit
@@ -104,6 +104,7 @@ def annotate_units(plan: Plan) -> Iterator[UnitSummary]:
         max_tasks_in_flight_per_actor=2 * config.execution.units_in_flight,
     )
     units = [{"unit": dataclasses.asdict(unit)} for unit in plan.todo]
+    written = [plan.output, plan.queries.schema, config.decoding.keep_candidates]
     summaries = (
         ray.data.from_items(units, override_num_blocks=len(units))
         .map_batches(_read, fn_args=[config], batch_size=None, batch_format="pyarrow", num_cpus=0)
@@ -118,7 +119,7 @@ def annotate_units(plan: Plan) -> Iterator[UnitSummary]:
             max_restarts=-1,
             max_task_retries=UNIT_RETRIES,
         )
-        .map_batches(_write, fn_args=[plan], batch_size=None, batch_format="pyarrow", num_cpus=0)
+        .map_batches(_write, fn_args=written, batch_size=None, batch_format="pyarrow", num_cpus=0)
     )
     for batch in summaries.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in batch["summary"].to_pylist():
@@ -131,10 +132,9 @@ def _read(batch: pa.Table, config: RunConfig) -> pa.Table:
     return rows.append_column(UNIT_COLUMN, pa.array([unit["id"]] * rows.num_rows, pa.string()))
 
 
-def _write(batch: pa.Table, plan: Plan) -> pa.Table:
+def _write(batch: pa.Table, output: OutputFolder, inputs: pa.Schema, keep_candidates: bool) -> pa.Table:
     (unit,) = set(batch[UNIT_COLUMN].to_pylist())
-    keep = plan.config.decoding.keep_candidates
-    summary = plan.output.write_unit(unit, batch, plan.queries.schema, keep)
+    summary = output.write_unit(unit, batch, inputs, keep_candidates)
     return pa.table({"summary": [json.dumps(dataclasses.asdict(summary))]})
 
 
@@ -196,7 +196,7 @@ def annotate(
         if dry_run:
             connect(plan.config.execution)
             cpus, gpus = actor_resources(plan.config)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, RuntimeError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     for line in plan.lines():
@@ -208,7 +208,8 @@ def annotate(
         summary = execute(plan, overwrite)
     except Exception as error:
         log.exception("the run failed; the same command continues it")
-        typer.echo(f"error: {' '.join(str(error).split())[:500]}", err=True)
+        # Ray puts a worker's whole traceback into the message; its last line is the error itself.
+        typer.echo(f"error: {(str(error).strip() or repr(error)).splitlines()[-1].strip()}", err=True)
         raise typer.Exit(1) from None
     _report(summary, as_json)
     raise typer.Exit(summary.exit_status)

@@ -17,15 +17,29 @@ def connect(execution: ExecutionConfig) -> None:
 
 
 def actor_resources(config: RunConfig) -> tuple[float, float]:
-    """CPUs and GPUs of each actor.
+    """CPUs and GPUs of each actor: as configured, otherwise a fair share of the nodes that are up.
+
+    Where both are configured nothing is compared with the nodes: an autoscaler may still bring them.
 
     Raises:
-        ValueError: no node of the cluster can hold such an actor, or not all of them fit.
+        ValueError: the cluster's nodes do not hold all actors.
     """
     import ray
 
     execution = config.execution
+    if execution.cpus_per_actor is not None and execution.gpus_per_actor is not None:
+        return execution.cpus_per_actor, execution.gpus_per_actor
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    return share_of(nodes, config)
+
+
+def share_of(nodes: list[dict[str, float]], config: RunConfig) -> tuple[float, float]:
+    """CPUs and GPUs of each actor on nodes with these resources.
+
+    Raises:
+        ValueError: they do not hold all actors.
+    """
+    execution = config.execution
     gpus = execution.gpus_per_actor
     if gpus is None:
         has_gpus = any(node.get("GPU", 0) for node in nodes)
@@ -37,7 +51,8 @@ def actor_resources(config: RunConfig) -> tuple[float, float]:
     if room < execution.actors:
         raise ValueError(
             f"execution.actors is {execution.actors}, each with {cpus:g} CPUs and {gpus:g} GPUs, and the cluster's "
-            f"{len(nodes)} node(s) hold {room}; lower it, or execution.cpus_per_actor or execution.gpus_per_actor"
+            f"{len(nodes)} node(s) hold {room}; lower it, or set both execution.cpus_per_actor and "
+            "execution.gpus_per_actor if an autoscaler will bring more nodes"
         )
     return cpus, gpus
 

@@ -1,12 +1,14 @@
-"""The embedded default, start to end: model, encoder and index; three runs over the demo queries; the results.
+"""The embedded default, start to end: model, encoder and index; two runs over the demo queries; the results.
 
 ``python -m jobs.demo [--output out/demo] [--rows N]``
 
-The main run lets the model decide when to retrieve and choose among five passages by its own critique. Its two
-baselines show what that is worth: always reading the first passage found, and never reading any.
+The main run lets the model decide when to retrieve and choose among five passages by its own critique. Two
+baselines show what that is worth: believing the first passage found (its candidate of the main run), and never
+reading any (a run of its own).
 """
 
 import hashlib
+import json
 import logging
 import sys
 from collections.abc import Mapping
@@ -20,8 +22,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jobs.annotate import Summary, run
-from jobs.evaluate import Evaluation, comparison, evaluate_set
+from jobs.annotate import run
+from jobs.evaluate import Evaluation, comparison, evaluate_set, first_passage
 from pipeline.config import DecodingConfig, ExecutionConfig, ModelConfig, RunConfig, cache_folder
 from pipeline.embedded import built, demo_encoder, demo_model
 from pipeline.metrics import best, contains
@@ -31,9 +33,9 @@ PASSAGES = DEMO / "passages.parquet"
 QUERIES = DEMO / "queries.parquet"
 
 MAIN = "adaptive"
+FIRST_PASSAGE = "first passage"
 VARIANTS: Mapping[str, DecodingConfig] = {
     MAIN: DecodingConfig(keep_candidates=True),
-    "first-passage": DecodingConfig(mode="always", passages=1, keep_candidates=True),
     "never": DecodingConfig(mode="never", keep_candidates=True),
 }
 
@@ -46,10 +48,15 @@ PLAIN_WIDTH = 140
 
 @dataclass(frozen=True)
 class Variant:
-    """One of the runs, with what came out of it."""
+    """One of the runs, with what came out of it.
+
+    Attributes:
+        counts: of the manifest, so those of the run that did the work.
+    """
 
     folder: Path
-    summary: Summary
+    exit_status: int
+    counts: Mapping[str, Any]
     evaluation: Evaluation
 
 
@@ -77,8 +84,8 @@ def first_rows(queries: Path, rows: int, file: Path) -> Path:
     return file
 
 
-def annotate_variants(queries: Path, index: Path, output: Path) -> dict[str, Variant]:
-    """Annotate and evaluate the queries in every variant, one after the other."""
+def annotate_variants(queries: Path, index: Path, output: Path, overwrite: bool) -> dict[str, Variant]:
+    """Annotate and evaluate the queries in every variant; what an earlier call has finished is kept."""
     variants = {}
     for name, decoding in VARIANTS.items():
         folder = output / name
@@ -91,8 +98,17 @@ def annotate_variants(queries: Path, index: Path, output: Path) -> dict[str, Var
             execution=ExecutionConfig(unit_rows=UNIT_ROWS),
         )
         sys.stderr.write(f"{name}: annotating into {folder}\n")
-        variants[name] = Variant(folder, run(config, overwrite=True), evaluate_set(str(folder)))
+        status = run(config, overwrite).exit_status
+        counts = json.loads((folder / "_manifest.json").read_text())["counts"]
+        variants[name] = Variant(folder, status, counts, evaluate_set(str(folder)))
     return variants
+
+
+def evaluations(variants: Mapping[str, Variant]) -> dict[str, Evaluation]:
+    """The figures of the runs and, from the main run's candidates, of believing the first passage."""
+    main = variants[MAIN].folder
+    named = {name: variant.evaluation for name, variant in variants.items()}
+    return {MAIN: named.pop(MAIN), FIRST_PASSAGE: evaluate_set(str(main), view=first_passage), **named}
 
 
 def answers_table(folder: Path) -> Table:
@@ -129,33 +145,32 @@ def _figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def conclusion(variants: Mapping[str, Variant]) -> list[str]:
+def conclusion(variants: Mapping[str, Variant], evaluated: Mapping[str, Evaluation]) -> list[str]:
     """The run in words: what the model's decisions and critique are worth, how fast it was, where the files are."""
-    main = variants[MAIN]
     lines = []
-    if main.evaluation.overall.match is not None:
-        matches = {name: variant.evaluation.overall.match or 0.0 for name, variant in variants.items()}
+    if evaluated[MAIN].overall.match is not None:
+        matches = {name: evaluation.overall.match or 0.0 for name, evaluation in evaluated.items()}
         others = ", ".join(f"{100 * match:.1f} % {name}" for name, match in matches.items() if name != MAIN)
         lines.append(f"Gold answer in the answer: {100 * matches[MAIN]:.1f} % {MAIN}; {others}.")
-    summary = main.summary
-    rate = summary.annotated / summary.seconds
+    counts = variants[MAIN].counts
+    rate = counts["annotated"] / counts["seconds"]
     lines.append(
-        f"{summary.retrieved} of {summary.rows} rows used a passage. {MAIN}: {summary.annotated} rows in "
-        f"{summary.seconds:.0f} s, {rate:.2f} rows/s, the engine's start included."
+        f"{counts['retrieved']} of {counts['rows']} rows used a passage. {MAIN}: {counts['annotated']} rows in "
+        f"{counts['seconds']:.0f} s, {rate:.2f} rows/s, the engine's start included."
     )
-    lines += [f"{name}: {variant.folder}" for name, variant in variants.items()]
-    return lines
+    return lines + [f"{name}: {variant.folder}" for name, variant in variants.items()]
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the three annotated sets.")] = Path("out/demo"),
+    output: Annotated[Path, typer.Option(help="Folder for the annotated sets.")] = Path("out/demo"),
     rows: Annotated[int | None, typer.Option(min=1, help="Only the first rows of the queries.")] = None,
     queries: Annotated[Path, typer.Option(help="Query set: a Parquet file with gold answers.")] = QUERIES,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Annotate anew what is there already.")] = False,
 ) -> None:
     """Annotate the demo queries with the embedded model, beside two baselines, and show the results.
 
-    The first run downloads and builds model, encoder and index into the cache folder (SELFRAG_CACHE). Annotated
-    sets of an earlier run in the same output folder are replaced.
+    The first run downloads and builds model, encoder and index into the cache folder (SELFRAG_CACHE). A second run
+    into the same output folder shows what is there, or continues it.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
     logging.getLogger("pipeline.embedded").setLevel(logging.INFO)
@@ -163,16 +178,17 @@ def demo(
         demo_model()
         index = demo_index()
         chosen = first_rows(queries, rows, output / "queries.parquet") if rows else queries
-        variants = annotate_variants(chosen, index, output)
+        variants = annotate_variants(chosen, index, output, overwrite)
     except (ValueError, RuntimeError, OSError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from None
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     console.print(answers_table(variants[MAIN].folder))
-    console.print(comparison({name: variant.evaluation for name, variant in variants.items()}))
-    for line in conclusion(variants):
+    evaluated = evaluations(variants)
+    console.print(comparison(evaluated))
+    for line in conclusion(variants, evaluated):
         console.print(line, highlight=False)
-    raise typer.Exit(max(variant.summary.exit_status for variant in variants.values()))
+    raise typer.Exit(max(variant.exit_status for variant in variants.values()))
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -27,6 +27,7 @@ from pipeline.storage import Location, StorageError, locate
 log = logging.getLogger(__name__)
 
 NO_TASK = "(none)"
+Row = dict[str, Any]
 COLUMNS = ("task", "answer", "retrieved", "answers", "gold_passage_id", "candidates")
 
 
@@ -39,11 +40,18 @@ class Evaluation:
     tasks: dict[str, Scores]
 
 
-def evaluate_set(uri: str, task: str | None = None) -> Evaluation:
+def first_passage(row: Row) -> Row:
+    """The row as it would be had the model read the first passage alone, where its candidates tell."""
+    first = next((c for c in row.get("candidates") or [] if c["rank"] == 1), None)
+    return row if first is None else {**row, "answer": first["text"]}
+
+
+def evaluate_set(uri: str, task: str | None = None, view: Callable[[Row], Row] = lambda row: row) -> Evaluation:
     """Evaluate the annotated set in a folder.
 
     Args:
         task: take the rows of this task only.
+        view: applied to each row first, such as :func:`first_passage`.
 
     Raises:
         ValueError: no annotated set there, no gold answers in it, or no rows of the task.
@@ -55,7 +63,7 @@ def evaluate_set(uri: str, task: str | None = None) -> Evaluation:
     for row in _rows(folder / "data", required=True):
         name = row.get("task") or NO_TASK
         if task in (None, name):
-            outcome = outcome_of(row)
+            outcome = outcome_of(view(row))
             tallies[name].add(outcome)
             overall.add(outcome)
     for row in _rows(folder / "errors", required=False):

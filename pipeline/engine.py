@@ -26,8 +26,16 @@ log = logging.getLogger(__name__)
 # KV blocks are what prefix caching shares. GPUs have 16 tokens by default; the CPU's 128 are longer than
 # most of our shared prefixes, and it takes multiples of 32.
 CPU_BLOCK_TOKENS = 32
-# Host memory for the KV cache on machines without a GPU, in GiB.
-CPU_KV_CACHE_GIB = 2
+# What vLLM takes from the environment only; a value that is set already stays.
+ENVIRONMENT = {
+    "VLLM_NO_USAGE_STATS": "1",
+    "VLLM_LOGGING_LEVEL": "WARNING",
+    "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for results
+    "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
+    # By default vLLM leaves one core idle and binds all its engines to the same others; unbound, an engine
+    # takes as many threads as its actor has CPUs (Ray sets OMP_NUM_THREADS).
+    "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+}
 
 
 class EngineDeadError(RuntimeError):
@@ -142,9 +150,8 @@ class VllmGenerator:
     @classmethod
     def start(cls, model: ModelConfig, tokenizer: PromptTokenizer) -> "VllmGenerator":
         """Load the model and start the engine; must be called inside a running event loop."""
-        os.environ.setdefault("VLLM_NO_USAGE_STATS", "1")
-        os.environ.setdefault("VLLM_LOGGING_LEVEL", "WARNING")
-        os.environ.setdefault("VLLM_CPU_KVCACHE_SPACE", str(CPU_KV_CACHE_GIB))
+        for name, value in ENVIRONMENT.items():
+            os.environ.setdefault(name, value)
         from vllm import AsyncEngineArgs
         from vllm.lora.request import LoRARequest
         from vllm.v1.engine.async_llm import AsyncLLM

@@ -8,7 +8,7 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from jobs.evaluate import evaluate, evaluate_set
+from jobs.evaluate import evaluate, evaluate_set, first_passage
 
 CANDIDATE = pa.struct([("text", pa.string()), ("passage_id", pa.string()), ("is_rel", pa.float64())])
 SCHEMA = pa.schema(
@@ -151,3 +151,10 @@ def test_an_unfinished_set_is_evaluated_with_a_warning(annotated: Path, caplog: 
     (annotated / "_SUCCESS").unlink()
     assert evaluate_set(str(annotated)).overall.rows == 4
     assert "_SUCCESS" in caplog.text
+
+
+def test_first_passage_view_answers_from_rank_one() -> None:
+    candidates = [{"rank": 2, "text": "Paris"}, {"rank": 1, "text": "Rome"}]
+    assert first_passage({"answer": "Paris", "candidates": candidates})["answer"] == "Rome"
+    assert first_passage({"answer": "Hello", "candidates": [{"rank": None, "text": "Hello"}]})["answer"] == "Hello"
+    assert first_passage({"answer": "Hello"})["answer"] == "Hello"
