@@ -18,14 +18,15 @@ from typing import Annotated, Any
 import pyarrow as pa
 import typer
 
-from jobs.cluster import actor_resources, connect
+from jobs.cluster import Resources, actor_resources, connect
 from jobs.progress import Progress
-from pipeline.actor import UNIT_COLUMN, SelfRagActor
+from pipeline.actor import SelfRagActor
 from pipeline.config import RunConfig, load_config
 from pipeline.output import OutputFolder, UnitSummary
 from pipeline.plan import Plan, check
 from pipeline.provenance import versions
 from pipeline.query_set import Unit, read_unit
+from pipeline.schema import UNIT_COLUMN
 
 log = logging.getLogger(__name__)
 
@@ -35,23 +36,25 @@ UNIT_RETRIES = 3
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """How a run ended.
+    """How an annotated set ended up, over all calls that worked on it.
 
     Attributes:
         rows: of the query set.
         errors: of them in ``errors/``.
+        error_types: those by type.
+        retrieved: rows answered with a passage.
         annotated: rows that this call worked on; the others were done before.
-        retrieved: rows that this call answered with a passage.
-        error_types: rows of this call that failed, by type.
         seconds: of this call, engine start included.
     """
 
     output: str
     rows: int
     errors: int
-    annotated: int
-    retrieved: int
     error_types: dict[str, int]
+    retrieved: int
+    prompt_tokens: int
+    generated_tokens: int
+    annotated: int
     seconds: float
     max_error_rate: float
 
@@ -70,56 +73,75 @@ def run(config: RunConfig, overwrite: bool = False) -> Summary:
         ValueError, StorageError: from the checks, before anything has started.
         RuntimeError: rows are missing at the end; running again continues.
     """
-    return execute(check(config, overwrite), overwrite)
+    plan = check(config, overwrite)
+    return execute(plan, allot(plan))
 
 
-def execute(plan: Plan, overwrite: bool = False) -> Summary:
+def allot(plan: Plan) -> Resources:
+    """Connect to Ray and find out what each actor gets.
+
+    Raises:
+        ValueError: the cluster's nodes do not hold the actors.
+    """
+    connect(plan.config.execution)
+    return actor_resources(plan.config)
+
+
+def execute(plan: Plan, resources: Resources) -> Summary:
     """Carry a plan out."""
     started, begun = time.monotonic(), datetime.now(UTC)
-    units: list[UnitSummary] = []
+    record = {"configuration": plan.config.recorded(), **plan.identity(), "versions": versions()}
+    record["started"] = begun.isoformat()
+    annotated = 0
     if not plan.finished:
-        connect(plan.config.execution)
-        if overwrite:
+        if plan.overwrite:
             plan.output.clear()
-        plan.output.begin({**plan.identity(), "versions": versions(), "started": begun.isoformat()})
+        plan.output.begin(record)
         with Progress(sum(unit.rows for unit in plan.todo)) as progress:
-            for unit in annotate_units(plan):
-                units.append(unit)
+            for unit in annotate_units(plan, resources):
+                annotated += unit.rows
                 progress.add(unit)
-    return _finish(plan, units, begun, time.monotonic() - started)
+    units = plan.output.summaries(unit.id for unit in plan.queries.units)
+    summary = summarise(plan, units, annotated, time.monotonic() - started)
+    if not plan.finished:
+        files = {unit.unit: {"rows": unit.rows, "errors": sum(unit.errors.values())} for unit in units}
+        times = {"finished": datetime.now(UTC).isoformat()}
+        plan.output.finish({**record, **times, "counts": dataclasses.asdict(summary), "units": files})
+    return summary
 
 
-def annotate_units(plan: Plan) -> Iterator[UnitSummary]:
+def annotate_units(plan: Plan, resources: Resources) -> Iterator[UnitSummary]:
     """The job's graph; yields a summary as each unit's files appear."""
     if not plan.todo:
         return
     import ray
-    from ray.data import ActorPoolStrategy
+    from ray.data import ActorPoolStrategy, TaskPoolStrategy
 
     config = plan.config
-    cpus, gpus = actor_resources(config)
     pool = ActorPoolStrategy(
         size=config.execution.actors,
         max_concurrent_calls_per_actor=config.execution.units_in_flight,
         max_tasks_in_flight_per_actor=2 * config.execution.units_in_flight,
     )
+    # Reading and writing ask for no CPU, so that they run beside actors that have them all; their number is bounded.
+    beside = TaskPoolStrategy(size=2 * config.execution.actors)
     units = [{"unit": dataclasses.asdict(unit)} for unit in plan.todo]
     written = [plan.output, plan.queries.schema, config.decoding.keep_candidates]
     summaries = (
         ray.data.from_items(units, override_num_blocks=len(units))
-        .map_batches(_read, fn_args=[config], batch_size=None, batch_format="pyarrow", num_cpus=0)
+        .map_batches(_read, fn_args=[config], batch_size=None, batch_format="pyarrow", compute=beside, num_cpus=0)
         .map_batches(
             SelfRagActor,
             fn_constructor_args=[config],
             batch_size=None,
             batch_format="pyarrow",
             compute=pool,
-            num_cpus=cpus,
-            num_gpus=gpus,
+            num_cpus=resources.cpus,
+            num_gpus=resources.gpus,
             max_restarts=-1,
             max_task_retries=UNIT_RETRIES,
         )
-        .map_batches(_write, fn_args=written, batch_size=None, batch_format="pyarrow", num_cpus=0)
+        .map_batches(_write, fn_args=written, batch_size=None, batch_format="pyarrow", compute=beside, num_cpus=0)
     )
     for batch in summaries.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in batch["summary"].to_pylist():
@@ -129,43 +151,42 @@ def annotate_units(plan: Plan) -> Iterator[UnitSummary]:
 def _read(batch: pa.Table, config: RunConfig) -> pa.Table:
     (unit,) = batch["unit"].to_pylist()
     rows = read_unit(Unit(**unit), config.storage)
-    return rows.append_column(UNIT_COLUMN, pa.array([unit["id"]] * rows.num_rows, pa.string()))
+    return rows.append_column(UNIT_COLUMN, pa.array([f"{unit['id']}/{unit['rows']}"] * rows.num_rows, pa.string()))
 
 
 def _write(batch: pa.Table, output: OutputFolder, inputs: pa.Schema, keep_candidates: bool) -> pa.Table:
-    (unit,) = set(batch[UNIT_COLUMN].to_pylist())
+    (name,) = set(batch[UNIT_COLUMN].to_pylist())
+    unit, rows = name.split("/")
+    assert batch.num_rows == int(rows), f"unit {unit} has {rows} rows and {batch.num_rows} arrived"
     summary = output.write_unit(unit, batch, inputs, keep_candidates)
     return pa.table({"summary": [json.dumps(dataclasses.asdict(summary))]})
 
 
-def _finish(plan: Plan, units: list[UnitSummary], begun: datetime, seconds: float) -> Summary:
-    data, errors = plan.output.count()
-    written, expected = sum(data.values()) + sum(errors.values()), plan.queries.rows
-    if written != expected or len(data) != len(plan.queries.units):
+def summarise(plan: Plan, units: list[UnitSummary], annotated: int, seconds: float) -> Summary:
+    """Add up what the files hold.
+
+    Raises:
+        RuntimeError: they do not hold every row of the query set.
+    """
+    written, expected = sum(unit.rows for unit in units), plan.queries.rows
+    if written != expected:
         raise RuntimeError(
-            f"{plan.config.output}: {written} of {expected} rows are there, in {len(data)} of "
-            f"{len(plan.queries.units)} files; run the same command again to continue"
+            f"{plan.config.output}: {written} of {expected} rows are there, in {len(units)} of "
+            f"{len(plan.queries.units)} units; run the same command again to continue"
         )
-    summary = Summary(
+    error_types: Counter[str] = sum((Counter(unit.errors) for unit in units), Counter())
+    return Summary(
         output=plan.config.output,
         rows=expected,
-        errors=sum(errors.values()),
-        annotated=sum(unit.rows for unit in units),
+        errors=error_types.total(),
+        error_types=dict(error_types),
         retrieved=sum(unit.retrieved for unit in units),
-        error_types=dict(sum((Counter(unit.errors) for unit in units), Counter())),
+        prompt_tokens=sum(unit.prompt_tokens for unit in units),
+        generated_tokens=sum(unit.generated_tokens for unit in units),
+        annotated=annotated,
         seconds=round(seconds, 3),
         max_error_rate=plan.config.execution.max_error_rate,
     )
-    if not plan.finished:
-        counts = {
-            **dataclasses.asdict(summary),
-            "prompt_tokens": sum(unit.prompt_tokens for unit in units),
-            "generated_tokens": sum(unit.generated_tokens for unit in units),
-        }
-        times = {"started": begun.isoformat(), "finished": datetime.now(UTC).isoformat()}
-        record = {**plan.identity(), "versions": versions(), **times, "counts": counts, "files": {**data, **errors}}
-        plan.output.finish(record)
-    return summary
 
 
 def annotate(
@@ -177,9 +198,7 @@ def annotate(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any configuration key, such as decoding.threshold=0.3.")
     ] = None,
-    dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Check everything, print the plan, start nothing.")
-    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan only.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite/--resume", help="Replace an existing output instead of continuing it.")
     ] = False,
@@ -193,19 +212,17 @@ def annotate(
     flags = {"queries": queries, "index": index, "output": output, "model.name": model}
     try:
         plan = check(load_config(config, settings or [], flags), overwrite)
-        if dry_run:
-            connect(plan.config.execution)
-            cpus, gpus = actor_resources(plan.config)
+        resources = allot(plan)
     except (ValueError, OSError, RuntimeError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    for line in plan.lines():
+    for line in [*plan.lines(), f"actors   {resources.cpus:g} CPUs and {resources.gpus:g} GPUs each"]:
         typer.echo(line, err=True)
     if dry_run:
-        typer.echo(f"actors   {cpus:g} CPUs and {gpus:g} GPUs each; nothing was started (--dry-run)", err=True)
+        typer.echo("nothing was written and no engine started (--dry-run)", err=True)
         return
     try:
-        summary = execute(plan, overwrite)
+        summary = execute(plan, resources)
     except Exception as error:
         log.exception("the run failed; the same command continues it")
         # Ray puts a worker's whole traceback into the message; its last line is the error itself.

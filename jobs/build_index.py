@@ -198,7 +198,8 @@ def build_shards(plan: BuildPlan, index: Any) -> tuple[ShardEntry, ...]:
         fn_constructor_kwargs=arguments,
         num_cpus=cpus,
         num_gpus=gpus,
-        ray_remote_args_fn=lambda: {"max_restarts": -1, "max_task_retries": SHARD_RETRIES},
+        max_restarts=-1,
+        max_task_retries=SHARD_RETRIES,
     )
     with progress_lines(tally, plan.passages):
         entries = {row["shard"]: ShardEntry.model_validate_json(row["entry"]) for row in built.iter_rows()}

@@ -1,8 +1,17 @@
 """Ray: connecting, and what an actor may ask for."""
 
 import math
+from dataclasses import dataclass
 
 from pipeline.config import ExecutionConfig, RunConfig
+
+
+@dataclass(frozen=True)
+class Resources:
+    """What one actor gets."""
+
+    cpus: float
+    gpus: float
 
 
 def connect(execution: ExecutionConfig) -> None:
@@ -14,9 +23,10 @@ def connect(execution: ExecutionConfig) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+    context.target_max_block_size = None  # Ray Data would cut a large unit in two, and a unit is one file
 
 
-def actor_resources(config: RunConfig) -> tuple[float, float]:
+def actor_resources(config: RunConfig) -> Resources:
     """CPUs and GPUs of each actor: as configured, otherwise a fair share of the nodes that are up.
 
     Where both are configured nothing is compared with the nodes: an autoscaler may still bring them.
@@ -28,12 +38,12 @@ def actor_resources(config: RunConfig) -> tuple[float, float]:
 
     execution = config.execution
     if execution.cpus_per_actor is not None and execution.gpus_per_actor is not None:
-        return execution.cpus_per_actor, execution.gpus_per_actor
+        return Resources(execution.cpus_per_actor, execution.gpus_per_actor)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
     return share_of(nodes, config)
 
 
-def share_of(nodes: list[dict[str, float]], config: RunConfig) -> tuple[float, float]:
+def share_of(nodes: list[dict[str, float]], config: RunConfig) -> Resources:
     """CPUs and GPUs of each actor on nodes with these resources.
 
     Raises:
@@ -54,7 +64,7 @@ def share_of(nodes: list[dict[str, float]], config: RunConfig) -> tuple[float, f
             f"{len(nodes)} node(s) hold {room}; lower it, or set both execution.cpus_per_actor and "
             "execution.gpus_per_actor if an autoscaler will bring more nodes"
         )
-    return cpus, gpus
+    return Resources(cpus, gpus)
 
 
 def _room(node: dict[str, float], cpus: float, gpus: float) -> int:

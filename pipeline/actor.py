@@ -10,13 +10,19 @@ import pyarrow as pa
 from pipeline.config import RunConfig
 from pipeline.engine import EngineDeadError, VllmGenerator, prompt_tokenizer
 from pipeline.retrieve import IndexRetriever, Retriever
-from pipeline.schema import ANSWER_FIELDS, CANDIDATES_FIELD, ERROR_FIELDS, answer_row, passed_through, query_of
+from pipeline.schema import (
+    ANSWER_FIELDS,
+    CANDIDATES_FIELD,
+    ERROR_FIELDS,
+    UNIT_COLUMN,
+    answer_row,
+    passed_through,
+    query_of,
+)
 from pipeline.self_rag import SelfRag
 from pipeline.storage import locate
 
 log = logging.getLogger(__name__)
-
-UNIT_COLUMN = "_unit"
 
 
 def annotated_schema(inputs: pa.Schema, keep_candidates: bool) -> pa.Schema:

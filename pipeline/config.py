@@ -150,16 +150,21 @@ class RunConfig(_Frozen):
 
     def recorded(self) -> dict[str, Any]:
         """The configuration for the manifest: plain values, no credentials."""
-        return self.model_dump(mode="json", exclude={"storage": {"access_key", "secret_key", "session_token"}})
+        exclude: dict[str, Any] = {
+            "storage": {"access_key", "secret_key", "session_token"},
+            "model": {"engine": {"hf_token"}},
+        }
+        return self.model_dump(mode="json", exclude=exclude)
 
     def decisive(self) -> dict[str, Any]:
         """The keys that decide the results, flat (``decoding.threshold``): a resumed run must have the same.
 
         Where the job runs and how storage is reached may change; ``unit_rows`` may not, since it cuts the
-        work into output files.
+        work into output files. Queries, index and model are compared by their digests, wherever they lie.
         """
         flat = flatten(self.recorded())
-        unimportant = ("execution.", "storage.", "retrieval.cache", "retrieval.threads", "retrieval.device", "output")
+        elsewhere = ("queries", "index", "output", "execution.", "storage.")
+        unimportant = (*elsewhere, "retrieval.cache", "retrieval.threads", "retrieval.device")
         kept = {key: value for key, value in flat.items() if not key.startswith(unimportant)}
         return {**kept, "execution.unit_rows": self.execution.unit_rows}
 
@@ -241,7 +246,26 @@ def _problem(error: dict[str, Any]) -> str:
     if error["type"] == "missing":
         flag = {"model": "--model", "model.name": "--model"}.get(key, f"--{key}")
         return f"missing configuration key {key} (flag {flag})"
-    return f"configuration key {key}: {error['msg'].lower()}, found {error['input']!r}"
+    found = "" if key.startswith("storage") else f", found {error['input']!r}"  # it may be a secret
+    return f"configuration key {key}: {error['msg'].lower()}{found}"
+
+
+def with_absolute_paths(config: RunConfig) -> RunConfig:
+    """The same run with local paths in full: Ray's workers have working folders of their own."""
+    places = {name: _absolute(uri) for name in ("queries", "output", "index") if (uri := getattr(config, name))}
+    model = config.model
+    folders = {
+        name: _absolute(path) for name in ("name", "lora") if (path := getattr(model, name)) and _is_folder(path)
+    }
+    return config.model_copy(update={**places, "model": model.model_copy(update=folders)})
+
+
+def _absolute(uri: str) -> str:
+    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+
+
+def _is_folder(name: str) -> bool:
+    return name != "demo" and Path(name).expanduser().is_dir()
 
 
 def cache_folder() -> Path:

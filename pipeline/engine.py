@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 # KV blocks are what prefix caching shares. GPUs have 16 tokens by default; the CPU's 128 are longer than
 # most of our shared prefixes, and it takes multiples of 32.
 CPU_BLOCK_TOKENS = 32
+# The values of ``max_lora_rank`` that vLLM knows (vllm/config/lora.py).
+LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # What vLLM takes from the environment only; a value that is set already stays.
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -91,11 +93,13 @@ def prompt_tokenizer(model: ModelConfig) -> PromptTokenizer:
 
 
 def check_engine_arguments(model: ModelConfig) -> None:
-    """Check the names of the configured engine arguments.
+    """Check the names of the configured engine arguments, and the LoRA adapter.
 
     Raises:
-        ValueError: vLLM has no argument of that name.
+        ValueError: vLLM has no argument of that name, or cannot serve the adapter.
     """
+    if model.lora:
+        lora_rank(model.lora)
     if not model.engine:
         return  # importing vLLM takes seconds
     from vllm import AsyncEngineArgs
@@ -127,10 +131,21 @@ def engine_arguments(model: ModelConfig) -> dict[str, Any]:
 
 
 def lora_rank(adapter: str) -> int:
-    """Rank of a LoRA adapter, which vLLM must be told when it starts."""
+    """The least rank that vLLM can be started with for a LoRA adapter.
+
+    Raises:
+        ValueError: there is no such adapter, or its rank is too high.
+    """
     from peft import PeftConfig
 
-    return int(PeftConfig.from_pretrained(adapter).r)
+    try:
+        rank = int(PeftConfig.from_pretrained(adapter).r)
+    except (OSError, ValueError) as error:
+        raise ValueError(f"model.lora {adapter}: {' '.join(str(error).split())[:300]}") from None
+    fitting = [most for most in LORA_RANKS if most >= rank]
+    if not fitting:
+        raise ValueError(f"model.lora {adapter}: its rank is {rank}, vLLM takes {LORA_RANKS[-1]} at most")
+    return fitting[0]
 
 
 @dataclass
@@ -149,7 +164,7 @@ class VllmGenerator:
 
     @classmethod
     def start(cls, model: ModelConfig, tokenizer: PromptTokenizer) -> "VllmGenerator":
-        """Load the model and start the engine; must be called inside a running event loop."""
+        """Load the model and start the engine."""
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         from vllm import AsyncEngineArgs
@@ -219,8 +234,8 @@ def targeted_logprobs(
         float64 [T] of the sampled tokens, and float64 [T, len(wanted)].
 
     Raises:
-        EngineDeadError: the engine answered without the log-probabilities that were asked for; its results
-            cannot be trusted.
+        ArithmeticError: some of them are missing or not finite, as where the model's numbers overflow; this answer
+            cannot be judged.
     """
     column = {token: n for n, token in enumerate(wanted)}
     chosen = np.full(len(token_ids), -np.inf)
@@ -233,5 +248,5 @@ def targeted_logprobs(
             if token in column:
                 table[position, column[token]] = logprob
     if not (np.isfinite(chosen).all() and np.isfinite(table).all()):
-        raise EngineDeadError("the engine answered without the log-probabilities of the reflection tokens")
+        raise ArithmeticError("the engine answered without finite log-probabilities of the reflection tokens")
     return chosen, table

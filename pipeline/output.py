@@ -6,7 +6,10 @@ always, both under names that follow from the unit, so a unit that runs twice wr
 
 import io
 import json
+import re
 from collections import Counter
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,9 +18,12 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.schema import data_schema, error_schema
-from pipeline.storage import Location
+from pipeline.storage import Location, StorageError
 
 FORMAT_VERSION = 1
+UNIT_FILE = re.compile(r"part-[0-9a-f]{20}\.parquet")
+# Files read at once when a finished run is counted: object stores answer slowly, and many at a time.
+READERS = 16
 
 
 @dataclass(frozen=True)
@@ -66,9 +72,7 @@ class OutputFolder:
         except ValueError:
             found = None
         if not isinstance(found, dict) or found.get("format_version") != FORMAT_VERSION:
-            raise ValueError(
-                f"{self._manifest.uri}: not a manifest of this version; choose another --output or --overwrite"
-            )
+            raise ValueError(f"{self._manifest.uri}: not a manifest of this version; choose another --output")
         return found
 
     def finished(self) -> bool:
@@ -86,19 +90,22 @@ class OutputFolder:
     def foreign(self) -> str | None:
         """A file that no run of ours has written, in a folder without manifest; None where there is none."""
         found = self.location.files()
-        return found[0].uri if found and self.manifest() is None else None
+        return found[0].uri if found and not self._manifest.exists() else None
 
     def clear(self) -> None:
-        """Delete what a run has written; the success marker first."""
+        """Delete what a run has written and nothing else; the success marker first."""
         for marker in (self._success, self._manifest):
             if marker.exists():
                 marker.delete()
         for folder in ("data", "errors"):
             for file in (self.location / folder).files(".parquet"):
-                file.delete()
+                if UNIT_FILE.fullmatch(file.path.removeprefix(f"{self.location.path}/{folder}/")):
+                    file.delete()
 
     def begin(self, manifest: dict[str, Any]) -> None:
-        """Record what is about to run."""
+        """Record what is about to run; a success marker of before no longer holds."""
+        if self._success.exists():
+            self._success.delete()
         self._write_manifest({"status": "running", **manifest})
 
     def finish(self, manifest: dict[str, Any]) -> None:
@@ -125,25 +132,39 @@ class OutputFolder:
         elif errors_file.exists():
             errors_file.delete()  # of an attempt that died before its data file
         (self.location / "data" / f"part-{unit}.parquet").write(parquet_bytes(answers))
-        usage = answers["usage"].combine_chunks()
-        return UnitSummary(
-            unit=unit,
-            rows=annotated.num_rows,
-            errors=dict(Counter(errors["error_type"].to_pylist())),
-            retrieved=pc.sum(answers["retrieved"]).as_py() or 0,
-            generated_tokens=pc.sum(pc.struct_field(usage, "generated_tokens")).as_py() or 0,
-            prompt_tokens=pc.sum(pc.struct_field(usage, "prompt_tokens")).as_py() or 0,
-        )
+        return summarise(unit, answers, errors)
 
-    def count(self) -> tuple[dict[str, int], dict[str, int]]:
-        """Rows of each data file and of each errors file of a committed unit, by name, from their footers."""
-        data = {f"data/part-{unit_of(file)}.parquet": _rows(file) for file in self.data_files()}
-        errors = {
-            f"errors/part-{unit_of(file)}.parquet": _rows(file)
-            for file in (self.location / "errors").files(".parquet")
-            if f"data/part-{unit_of(file)}.parquet" in data
-        }
-        return data, errors
+    def summaries(self, units: Iterable[str]) -> list[UnitSummary]:
+        """What the files of these units hold; a unit without a data file is left out.
+
+        Raises:
+            StorageError: a file cannot be read.
+        """
+        failed = frozenset(unit_of(file) for file in (self.location / "errors").files(".parquet"))
+        done = self.done_units()
+        with ThreadPoolExecutor(READERS) as pool:
+            return list(pool.map(lambda unit: self._summary(unit, unit in failed), (u for u in units if u in done)))
+
+    def _summary(self, unit: str, failed: bool) -> UnitSummary:
+        answers = _columns(self.location / "data" / f"part-{unit}.parquet", ["retrieved", "usage"])
+        errors = self.location / "errors" / f"part-{unit}.parquet"
+        return summarise(unit, answers, _columns(errors, ["error_type"]) if failed else NO_ERRORS)
+
+
+NO_ERRORS = pa.table({"error_type": pa.array([], pa.string())})
+
+
+def summarise(unit: str, answers: pa.Table, errors: pa.Table) -> UnitSummary:
+    """Count a unit's rows."""
+    usage = answers["usage"].combine_chunks()
+    return UnitSummary(
+        unit=unit,
+        rows=answers.num_rows + errors.num_rows,
+        errors=dict(Counter(errors["error_type"].to_pylist())),
+        retrieved=pc.sum(answers["retrieved"]).as_py() or 0,
+        generated_tokens=pc.sum(pc.struct_field(usage, "generated_tokens")).as_py() or 0,
+        prompt_tokens=pc.sum(pc.struct_field(usage, "prompt_tokens")).as_py() or 0,
+    )
 
 
 def unit_of(file: Location) -> str:
@@ -158,6 +179,9 @@ def parquet_bytes(table: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
-def _rows(file: Location) -> int:
-    with file.filesystem.open_input_file(file.path) as stream:
-        return int(pq.read_metadata(stream).num_rows)
+def _columns(file: Location, names: list[str]) -> pa.Table:
+    try:
+        with file.filesystem.open_input_file(file.path) as stream:
+            return pq.read_table(stream, columns=names)
+    except (pa.ArrowInvalid, OSError) as error:
+        raise StorageError(f"{file.uri}: {' '.join(str(error).split())}; delete it and run again") from error

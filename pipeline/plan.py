@@ -1,15 +1,16 @@
 """Everything that can be checked before an engine starts, and the plan that comes out of it."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Any
 
-from pipeline.config import RunConfig
+from pipeline.config import RunConfig, with_absolute_paths
 from pipeline.engine import check_engine_arguments, model_path, prompt_tokenizer
 from pipeline.index import check_index
 from pipeline.output import OutputFolder
 from pipeline.provenance import model_identity
 from pipeline.query_set import QuerySet, Unit, inspect_queries
-from pipeline.storage import locate
+from pipeline.storage import Location, locate
 
 
 @dataclass(frozen=True)
@@ -19,26 +20,33 @@ class Plan:
     Attributes:
         done: units that an earlier run finished.
         model, index: what they are, for the manifest; index is None where none is used.
-        finished: whether the output is complete already.
+        succeeded: whether the output has its success marker.
+        overwrite: whether what is there shall go.
     """
 
     config: RunConfig
     queries: QuerySet
     output: OutputFolder
-    done: frozenset[str]
     model: dict[str, Any]
     index: dict[str, Any] | None
-    finished: bool
+    overwrite: bool = False
+    done: frozenset[str] = frozenset()
+    succeeded: bool = False
 
-    @property
+    @cached_property
     def todo(self) -> list[Unit]:
         """Units that are left."""
         return [unit for unit in self.queries.units if unit.id not in self.done]
 
+    @property
+    def finished(self) -> bool:
+        """Whether nothing is left to do."""
+        return self.succeeded and not self.todo
+
     def identity(self) -> dict[str, Any]:
         """What decides the results: an output holds rows of one identity only."""
         return {
-            "configuration": self.config.recorded(),
+            "settings": self.config.decisive(),
             "queries": {"files": self.queries.files, "rows": self.queries.rows, "digest": self.queries.digest},
             "model": self.model,
             "index": self.index,
@@ -46,15 +54,14 @@ class Plan:
 
     def lines(self) -> list[str]:
         """The plan in words."""
-        config, todo = self.config, self.todo
-        rows = sum(unit.rows for unit in todo)
+        config, rows = self.config, sum(unit.rows for unit in self.todo)
         return [
             f"queries  {config.queries}: {self.queries.rows} rows in {self.queries.files} files",
             f"index    {config.index or 'none'}" + (f": {self.index['passages']} passages" if self.index else ""),
             f"model    {config.model.name}",
             f"decoding {config.decoding.mode}, δ = {config.decoding.threshold}, k = {config.decoding.passages}",
             f"output   {config.output}: {len(self.done)} of {len(self.queries.units)} units done before",
-            f"to do    {rows} rows in {len(todo)} units on {config.execution.actors} actor(s)",
+            f"to do    {rows} rows in {len(self.todo)} units on {config.execution.actors} actor(s)",
         ]
 
 
@@ -64,21 +71,38 @@ def check(config: RunConfig, overwrite: bool = False) -> Plan:
     Raises:
         ValueError: bad input or configuration; one line that names it.
         StorageError: a URI cannot be read.
+        RuntimeError: the embedded default cannot be had.
     """
-    output = OutputFolder(locate(config.output, config.storage))
-    if config.output.rstrip("/") == config.queries.rstrip("/"):
-        raise ValueError(f"--output {config.output} is the query set itself; choose another folder")
-    queries = inspect_queries(locate(config.queries, config.storage), config.columns, config.execution.unit_rows)
+    config = with_absolute_paths(config)
+    queries_location, output = locate(config.queries, config.storage), locate(config.output, config.storage)
+    _check_apart(queries_location, output)
+    queries = inspect_queries(queries_location, config.columns, config.execution.unit_rows)
+    _check_bucket(output)
     index = _check_retrieval(config, queries)
     check_engine_arguments(config.model)
     prompt_tokenizer(config.model)
-    model = model_identity(config.model.name, model_path(config.model.name), config.model.revision)
-    plan = Plan(config, queries, output, frozenset(), model, index, finished=False)
+    model = model_identity(config.model, model_path(config.model.name))
+    if commit := model.get("commit"):  # every actor must load the commit that the manifest records
+        config = config.model_copy(update={"model": config.model.model_copy(update={"revision": commit})})
+    plan = Plan(config, queries, OutputFolder(output), model, index, overwrite)
+    _check_output(plan)
     if overwrite:
         return plan
-    _check_resumable(plan)
     known = {unit.id for unit in queries.units}
-    return Plan(config, queries, output, output.done_units() & known, model, index, output.finished())
+    return replace(plan, done=plan.output.done_units() & known, succeeded=plan.output.finished())
+
+
+def _check_apart(queries: Location, output: Location) -> None:
+    one, other = f"{queries.path.rstrip('/')}/", f"{output.path.rstrip('/')}/"
+    if queries.local == output.local and (one.startswith(other) or other.startswith(one)):
+        raise ValueError(f"--output {output.uri} and --queries {queries.uri} lie in one another; choose another output")
+
+
+def _check_bucket(output: Location) -> None:
+    """A missing folder is made when it is written to; a missing bucket is not."""
+    bucket = output.path.split("/", 1)[0]
+    if not output.local and not Location(output.uri, output.filesystem, bucket).exists():
+        raise ValueError(f"--output {output.uri}: no bucket {bucket!r} there")
 
 
 def _check_retrieval(config: RunConfig, queries: QuerySet) -> dict[str, Any] | None:
@@ -92,26 +116,26 @@ def _check_retrieval(config: RunConfig, queries: QuerySet) -> dict[str, Any] | N
             )
         return None
     manifest = check_index(locate(config.index, config.storage), config.retrieval)
-    return {"uri": config.index, "passages": manifest.passages, "digest": manifest.digest()}
+    return {"passages": manifest.passages, "digest": manifest.digest()}
 
 
-def _check_resumable(plan: Plan) -> None:
-    """An output may be continued by the same run only.
+def _check_output(plan: Plan) -> None:
+    """An output belongs to one run: the same run may continue it, another may replace it if told so.
 
     Raises:
-        ValueError: another run's rows, or somebody else's files, are there; names what differs.
+        ValueError: somebody else's files are there, or another run's rows; names what differs.
     """
+    if foreign := plan.output.foreign():
+        raise ValueError(f"--output {plan.config.output} holds files of something else ({foreign}); choose another")
     manifest = plan.output.manifest()
-    if manifest is None:
-        if foreign := plan.output.foreign():
-            raise ValueError(f"--output {plan.config.output} holds files of something else ({foreign}); choose another")
+    if manifest is None or plan.overwrite:
         return
-    before = RunConfig.model_validate(manifest["configuration"]).decisive()
-    now = plan.config.decisive()
+    identity = plan.identity()
+    before, now = manifest.get("settings", {}), identity["settings"]
     differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    differing += [part for part in ("queries", "model", "index") if manifest[part] != plan.identity()[part]]
+    differing += [part for part in ("queries", "model", "index") if manifest.get(part) != identity[part]]
     if differing:
         raise ValueError(
-            f"--output {plan.config.output} holds a run that differs in {', '.join(dict.fromkeys(differing))}; "
+            f"--output {plan.config.output} holds a run that differs in {', '.join(differing)}; "
             "choose another output, or replace it with --overwrite"
         )

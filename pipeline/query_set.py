@@ -1,7 +1,6 @@
 """The query set: checked from its footers and its ids, and cut into work units."""
 
 import hashlib
-import io
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import lru_cache
@@ -15,13 +14,15 @@ from pipeline.config import Columns, StorageConfig
 from pipeline.schema import check_query_schema
 from pipeline.storage import Location, locate
 
+READ_BYTES = 8 * 2**20
+
 
 @dataclass(frozen=True)
 class Unit:
     """A range of rows of one row group: one read, one actor call, one output file.
 
     Attributes:
-        id: hexadecimal digest of the file's identity and the range; the same in every run on the same files.
+        id: hexadecimal digest of the file's content and the range; the same in every run on the same files.
         uri: of the Parquet file.
         offset: first row within the row group.
     """
@@ -52,8 +53,9 @@ class QuerySet:
 
 
 def inspect_queries(location: Location, columns: Columns, unit_rows: int) -> QuerySet:
-    """Check a query set and plan its work units; reads footers and the id column only.
+    """Check a query set and plan its work units.
 
+    Every file is read once, since its content is its identity: a resumed run must not mix the answers of two sets.
     Driver memory: all ids of the set at once while they are compared.
 
     Raises:
@@ -74,10 +76,9 @@ def inspect_queries(location: Location, columns: Columns, unit_rows: int) -> Que
     if rows == 0:
         raise ValueError(f"{location.uri}: the query set has no rows")
     _check_ids(files, columns.id)
-    base = location.uri.rstrip("/")
-    units = tuple(u for file, footer in footers for u in _units(file, file.uri.removeprefix(base), footer, unit_rows))
+    units = tuple(unit for file, footer in footers for unit in _units(file, footer, unit_rows))
     digest = hashlib.sha256("".join(unit.id for unit in units).encode()).hexdigest()
-    return QuerySet(schema, units, len(files), rows, digest, given=columns.passages in schema.names)
+    return QuerySet(schema, units, len(files), rows, digest, given=_has_passages(schema, columns))
 
 
 def parquet_files(location: Location) -> list[Location]:
@@ -138,10 +139,20 @@ def _rows_of(values: pa.ChunkedArray, value: str) -> list[int]:
     return list(pc.indices_nonzero(mask).to_pylist())
 
 
-def _units(file: Location, name: str, footer: pq.FileMetaData, unit_rows: int) -> Iterator[Unit]:
-    buffer = io.BytesIO()
-    footer.write_metadata_file(buffer)
-    identity = hashlib.sha256(name.encode() + buffer.getvalue()).hexdigest()
+def _has_passages(schema: pa.Schema, columns: Columns) -> bool:
+    return columns.passages in schema.names and not pa.types.is_null(schema.field(columns.passages).type)
+
+
+def _content_digest(file: Location) -> str:
+    digest = hashlib.sha256()
+    with file.filesystem.open_input_stream(file.path) as stream:
+        while block := stream.read(READ_BYTES):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def _units(file: Location, footer: pq.FileMetaData, unit_rows: int) -> Iterator[Unit]:
+    identity = _content_digest(file)
     for group in range(footer.num_row_groups):
         total = footer.row_group(group).num_rows
         for offset in range(0, total, unit_rows):

@@ -1,5 +1,6 @@
 """Arrow at the border: rows in → Query, Answer → rows out. The output's nested types are constants."""
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -67,7 +68,9 @@ ERROR_FIELDS = [
     pa.field("error_message", pa.string()),
     pa.field("attempts", pa.int32()),
 ]
-RESERVED = frozenset(f.name for f in [*ANSWER_FIELDS, CANDIDATES_FIELD, *ERROR_FIELDS])
+# Travels with a unit's rows from reader to writer.
+UNIT_COLUMN = "_unit"
+RESERVED = frozenset([UNIT_COLUMN, *(f.name for f in [*ANSWER_FIELDS, CANDIDATES_FIELD, *ERROR_FIELDS])])
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -99,12 +102,16 @@ def check_query_schema(schema: pa.Schema, columns: Columns, source: str) -> None
                 f"{source}: no column {column!r}; it has {', '.join(schema.names) or 'none'} "
                 "(columns can be mapped: --set columns.query=NAME)"
             )
+    for name, count in Counter(schema.names).items():
+        if count > 1:
+            raise ValueError(f"{source}: {count} columns are named {name!r}")
     wanted = {
         columns.id: (_is_text, "string"),
         columns.query: (_is_text, "string"),
         columns.input: (_is_text, "string"),
         columns.task: (_is_text, "string"),
         columns.choices: (lambda kind: _is_list(kind) and _is_text(kind.value_type), "list<string>"),
+        "answers": (lambda kind: _is_list(kind) and _is_text(kind.value_type), "list<string>"),
         columns.passages: (_is_passages, "list<struct<id: string, title: string, text: string>>"),
     }
     for column, (fits, name) in wanted.items():

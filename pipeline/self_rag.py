@@ -180,7 +180,7 @@ def closed_answer(text: str, choices: Sequence[str]) -> str | None:
     a choice of one letter, words may follow only behind a punctuation mark. None where no choice is named; the
     longest where several are.
     """
-    fitting = [choice for choice in choices if choice.strip() and _begins_with(text, choice.strip())]
+    fitting = [choice for choice in choices if (core := re.sub(r"^\W+|\W+$", "", choice)) and _begins_with(text, core)]
     return max(fitting, key=len, default=None)
 
 

@@ -73,6 +73,7 @@ def call(options: dict[str, str], *more: str, **environment: str):
             {"id": ["a"], "query": ["x"], "answer": ["y"], "input_answer": ["z"]},
             "columns 'answer' and 'input_answer' would both be written as 'input_answer'",
         ),
+        ({"id": ["a"], "query": ["x"], "answers": ["Paris"]}, "column 'answers' is string, expected list<string>"),
         ({"id": pa.array([], pa.string()), "query": pa.array([], pa.string())}, "the query set has no rows"),
     ],
 )
@@ -177,9 +178,40 @@ def test_output_of_something_else_is_left_alone(options, tmp_path):
     assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
 
 
-def test_output_on_top_of_the_queries_is_refused(options):
-    options["--output"] = options["--queries"]
-    assert "is the query set itself" in refused(call(options))
+def test_doubled_column_is_refused(options, tmp_path):
+    table = pa.table([["a"], ["x"], ["1"], ["2"]], names=["id", "query", "note", "note"])
+    pq.write_table(table, tmp_path / "double.parquet")
+    options["--queries"] = str(tmp_path / "double.parquet")
+    assert "2 columns are named 'note'" in refused(call(options))
+
+
+@pytest.mark.parametrize("place", ["", "/sub", "/.."])
+@pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
+def test_output_over_the_queries_is_refused(place, flag, options, tmp_path):
+    folder = tmp_path / "deep" / "set"
+    query_set(folder, id=["a"], query=["x"])
+    output = folder.parent if place == "/.." else f"{folder}{place}"
+    options |= {"--queries": str(folder), "--output": str(output)}
+    assert "lie in one another" in refused(call(options, flag))
+    assert (folder / "queries.parquet").exists()
+
+
+def test_overwriting_what_no_run_has_written_is_refused(options, tmp_path):
+    kept = query_set(tmp_path / "out" / "data", "train-00000.parquet", id=["mine"])
+    assert "holds files of something else" in refused(call(options, "--overwrite"))
+    assert kept.exists()
+
+
+def test_too_many_actors_are_refused_before_anything_is_deleted(options):
+    assert "execution.actors is 1000" in refused(call(options, "--set", "execution.actors=1000", "--overwrite"))
+    assert not Path(options["--output"]).exists()
+
+
+def test_missing_output_bucket_is_named(options, s3):
+    options["--output"] = "s3://no-such-bucket/out"
+    assert "--output s3://no-such-bucket/out: no bucket 'no-such-bucket' there" in refused(
+        call(options, **s3.environment)
+    )
 
 
 def test_missing_bucket_is_named(options, s3):
@@ -205,5 +237,5 @@ def test_dry_run_prints_the_plan_and_writes_nothing(options):
 
 @pytest.mark.parametrize(("errors", "status"), [(0, 0), (1, 3), (2, 1)])
 def test_exit_status_follows_the_error_rate(errors, status):
-    summary = Summary("out", 100, errors, 100, 50, {}, 1.0, max_error_rate=0.01)
+    summary = Summary("out", 100, errors, {}, 50, 1, 1, 100, 1.0, max_error_rate=0.01)
     assert summary.exit_status == status

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -174,15 +175,36 @@ def test_manifest_records_what_produced_the_rows(finished):
     assert len(manifest["model"]["digest"]) == 64
     assert manifest["versions"]["ray"].startswith("2.")
     assert manifest["index"]["passages"] > 50
-    for name, count in manifest["files"].items():
-        assert pq.read_metadata(output / name).num_rows == count
-    assert sum(manifest["files"].values()) == 13
+    assert sum(unit["rows"] for unit in manifest["units"].values()) == 13
+    for unit, counted in manifest["units"].items():
+        rows = pq.read_metadata(output / "data" / f"part-{unit}.parquet").num_rows
+        assert rows == counted["rows"] - counted["errors"]
     assert (output / "_SUCCESS").exists()
 
 
 def test_output_opens_in_one_line(finished):
     opened = datasets.load_dataset("parquet", data_files=str(finished[0] / "data" / "*.parquet"), split="train")
     assert opened.num_rows == 12
+
+
+def test_interrupted_run_is_continued(finished, queries, small_index, tmp_path):
+    """As if killed between a unit's two files, before the end: that unit alone is run again."""
+    output = tmp_path / "out"
+    shutil.copytree(finished[0], output)
+    before = {file.name: file.stat().st_mtime_ns for file in (output / "data").iterdir()}
+    (output / "_SUCCESS").unlink()
+    lost = output / "data" / next((output / "errors").iterdir()).name
+    lost.unlink()
+    options = ["--queries", queries, "--index", small_index, "--output", output]
+    result = annotate(*options, "--set", "execution.max_error_rate=0.1", "--json")
+    assert result.returncode == 3, result.stderr[-3000:]
+    summary = json.loads(result.stdout)
+    assert (summary["rows"], summary["errors"]) == (13, 1)
+    assert summary["annotated"] < 13
+    assert pq.read_table(lost).num_rows + 1 == summary["annotated"]
+    after = {file.name: file.stat().st_mtime_ns for file in (output / "data").iterdir()}
+    assert [name for name in after if after[name] != before[name]] == [lost.name]
+    assert (output / "_SUCCESS").exists()
 
 
 def test_second_run_has_nothing_to_do(finished, queries, small_index):
@@ -217,7 +239,7 @@ def test_damaged_shard_ends_the_run_before_the_engine(queries, small_index, tmp_
 
 
 def test_from_and_to_s3(s3, queries, small_index, answers):
-    """The same rows from and to an object store; a killed run's finished unit is not run again."""
+    """The same answers from and to an object store; nothing secret is written anywhere."""
     store = fs.S3FileSystem(
         access_key=s3.access_key, secret_key=s3.secret_key, endpoint_override=s3.endpoint, region="us-east-1"
     )

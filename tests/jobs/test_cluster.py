@@ -1,6 +1,6 @@
 import pytest
 
-from jobs.cluster import share_of
+from jobs.cluster import Resources, share_of
 from pipeline.config import RunConfig
 
 LAPTOP = [{"CPU": 2.0}]
@@ -24,7 +24,7 @@ def config(engine=None, **execution) -> RunConfig:
     ],
 )
 def test_actors_share_the_nodes(nodes, run, expected):
-    assert share_of(nodes, run) == expected
+    assert share_of(nodes, run) == Resources(*expected)
 
 
 @pytest.mark.parametrize(

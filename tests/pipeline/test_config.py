@@ -1,6 +1,8 @@
+from pathlib import Path
+
 import pytest
 
-from pipeline.config import RunConfig, load_config
+from pipeline.config import RunConfig, load_config, with_absolute_paths
 
 NEEDED = {"queries": "q", "output": "o", "model.name": "m"}
 
@@ -51,6 +53,26 @@ def test_credentials_are_never_recorded():
     assert config.recorded()["storage"]["endpoint_url"] == "http://127.0.0.1:9"
 
 
+def test_tokens_and_secrets_are_kept_out_of_records_and_messages():
+    config = load_config(None, ["model.engine.hf_token=hf_abc", "model.engine.max_num_batched_tokens=64"], NEEDED)
+    assert config.recorded()["model"]["engine"] == {"max_num_batched_tokens": 64}
+    with pytest.raises(ValueError, match="storage.secret_key") as caught:
+        load_config(None, ["storage.secret_key=12345678"], NEEDED)
+    assert "12345678" not in str(caught.value)
+
+
+def test_local_paths_are_made_absolute(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "model").mkdir()
+    flags = {"queries": "q", "output": "s3://bucket/o", "index": "~/i", "model.name": "model"}
+    config = with_absolute_paths(load_config(None, [], flags))
+    assert (config.queries, config.output) == (str(tmp_path / "q"), "s3://bucket/o")
+    assert config.index == str(Path.home() / "i")
+    assert config.model.name == str(tmp_path / "model")
+    hub = load_config(None, [], {**flags, "model.name": "selfrag/selfrag_llama2_7b"})
+    assert with_absolute_paths(hub).model.name == "selfrag/selfrag_llama2_7b"
+
+
 def test_recorded_configuration_can_be_read_back():
     config = load_config(None, ["decoding.mode=always"], NEEDED)
     assert RunConfig.model_validate(config.recorded()) == config
@@ -58,9 +80,15 @@ def test_recorded_configuration_can_be_read_back():
 
 def test_where_a_run_happens_does_not_decide_its_results():
     one = load_config(None, [], NEEDED).decisive()
-    elsewhere = ["execution.actors=8", "storage.region=eu-west-1", "retrieval.threads=4", "retrieval.cache=/tmp/x"]
+    elsewhere = [
+        "execution.actors=8",
+        "index=moved",
+        "storage.region=eu-west-1",
+        "retrieval.threads=4",
+        "retrieval.cache=/tmp/x",
+    ]
     assert load_config(None, elsewhere, NEEDED).decisive() == one
-    for setting in ("decoding.threshold=0.3", "execution.unit_rows=10", "retrieval.search=nprobe=4", "index=i"):
+    for setting in ("decoding.threshold=0.3", "execution.unit_rows=10", "retrieval.search=nprobe=4"):
         assert load_config(None, [setting], NEEDED).decisive() != one, setting
 
 

@@ -3,9 +3,10 @@ from dataclasses import dataclass, field
 
 import numpy as np
 import pytest
+from peft import LoraConfig
 
 from pipeline.config import ModelConfig
-from pipeline.engine import EngineDeadError, check_engine_arguments, prompt_tokenizer, targeted_logprobs
+from pipeline.engine import check_engine_arguments, lora_rank, prompt_tokenizer, targeted_logprobs
 from pipeline.reflection import REFLECTION_TOKENS, Paragraph, Retrieve
 
 
@@ -34,8 +35,8 @@ def test_sampled_and_wanted_log_probabilities_are_told_apart():
 
 
 @pytest.mark.parametrize("position", [{50: -0.5, 7: -2.0}, {50: -0.5, 7: -2.0, 8: -math.inf}, {7: -1.0, 8: -1.0}])
-def test_answer_without_what_was_asked_for_is_fatal(position):
-    with pytest.raises(EngineDeadError, match="without the log-probabilities"):
+def test_answer_without_what_was_asked_for_is_an_error_of_its_row(position):
+    with pytest.raises(ArithmeticError, match="without finite log-probabilities"):
         targeted_logprobs(Flat().add(position), [50], (7, 8))
 
 
@@ -43,6 +44,17 @@ def test_unknown_engine_argument_is_named():
     with pytest.raises(ValueError, match="unknown configuration key model.engine.gpu_memory: "):
         check_engine_arguments(ModelConfig(name="demo", engine={"gpu_memory": 0.9}))
     check_engine_arguments(ModelConfig(name="demo", engine={"gpu_memory_utilization": 0.9, "quantization": "fp8"}))
+
+
+@pytest.mark.parametrize(("rank", "served"), [(1, 1), (4, 8), (16, 16), (24, 32), (512, 512)])
+def test_lora_rank_is_one_that_vllm_knows(tmp_path, rank, served):
+    LoraConfig(r=rank, target_modules=["q_proj"]).save_pretrained(tmp_path)
+    assert lora_rank(str(tmp_path)) == served
+
+
+def test_missing_lora_adapter_is_named(tmp_path):
+    with pytest.raises(ValueError, match="model.lora .*nowhere"):
+        check_engine_arguments(ModelConfig(name="demo", lora=str(tmp_path / "nowhere")))
 
 
 @pytest.fixture(scope="module")

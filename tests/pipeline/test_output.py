@@ -7,8 +7,9 @@ import pytest
 from pipeline.actor import annotated_schema
 from pipeline.config import StorageConfig
 from pipeline.output import OutputFolder, UnitSummary
-from pipeline.storage import locate
+from pipeline.storage import StorageError, locate
 
+U1 = f"{1:020x}"
 INPUTS = pa.schema([("id", pa.string())])
 USAGE = {"prompt_tokens": 10, "generated_tokens": 3}
 
@@ -34,31 +35,33 @@ def write(folder: OutputFolder, unit: str, *ids: str) -> UnitSummary:
 
 
 def test_rows_go_to_data_and_errors(folder, tmp_path):
-    summary = write(folder, "u1", "a", "bad", "c")
-    assert summary == UnitSummary("u1", 3, {"ValueError": 1}, retrieved=1, generated_tokens=6, prompt_tokens=20)
-    assert pq.read_table(tmp_path / "out/data/part-u1.parquet")["answer"].to_pylist() == ["A", "C"]
-    assert pq.read_table(tmp_path / "out/errors/part-u1.parquet").to_pylist() == [
+    summary = write(folder, U1, "a", "bad", "c")
+    assert summary == folder.summaries([U1, "0" * 20])[0]
+    assert summary == UnitSummary(U1, 3, {"ValueError": 1}, retrieved=1, generated_tokens=6, prompt_tokens=20)
+    assert pq.read_table(tmp_path / f"out/data/part-{U1}.parquet")["answer"].to_pylist() == ["A", "C"]
+    assert pq.read_table(tmp_path / f"out/errors/part-{U1}.parquet").to_pylist() == [
         {"id": "bad", "error_type": "ValueError", "error_message": "bad", "attempts": 1}
     ]
 
 
 def test_unit_of_failures_has_an_empty_data_file(folder, tmp_path):
-    write(folder, "u1", "bad")
-    assert pq.read_table(tmp_path / "out/data/part-u1.parquet").num_rows == 0
-    assert folder.done_units() == {"u1"}
+    write(folder, U1, "bad")
+    assert pq.read_table(tmp_path / f"out/data/part-{U1}.parquet").num_rows == 0
+    assert folder.done_units() == {U1}
 
 
 def test_unit_that_runs_again_replaces_its_files(folder):
-    write(folder, "u1", "a", "bad")
-    write(folder, "u1", "a", "b")
-    assert folder.count() == ({"data/part-u1.parquet": 2}, {})
+    write(folder, U1, "a", "bad")
+    write(folder, U1, "a", "b")
+    (summary,) = folder.summaries([U1])
+    assert (summary.rows, summary.errors) == (2, {})
 
 
 def test_errors_of_a_unit_that_never_finished_do_not_count(folder, tmp_path):
-    write(folder, "u1", "a", "bad")
-    (tmp_path / "out/data/part-u1.parquet").unlink()  # died between the two files
+    write(folder, U1, "a", "bad")
+    (tmp_path / f"out/data/part-{U1}.parquet").unlink()  # died between the two files
     assert folder.done_units() == frozenset()
-    assert folder.count() == ({}, {})
+    assert folder.summaries([U1]) == []
 
 
 def test_manifest_and_marker(folder, tmp_path):
@@ -80,8 +83,23 @@ def test_strange_manifest_is_refused(folder, tmp_path):
 
 def test_clear_leaves_other_files(folder, tmp_path):
     folder.begin({})
-    write(folder, "u1", "a", "bad")
+    write(folder, U1, "a", "bad")
     folder.finish({})
     (tmp_path / "out/notes.txt").write_text("mine")
+    (tmp_path / "out/data/train-00000.parquet").write_text("mine")
     folder.clear()
-    assert sorted(p.name for p in (tmp_path / "out").rglob("*") if p.is_file()) == ["notes.txt"]
+    assert sorted(p.name for p in (tmp_path / "out").rglob("*") if p.is_file()) == ["notes.txt", "train-00000.parquet"]
+
+
+def test_beginning_again_takes_the_success_marker_away(folder):
+    folder.begin({})
+    folder.finish({})
+    folder.begin({})
+    assert not folder.finished()
+
+
+def test_unreadable_unit_file_is_named(folder, tmp_path):
+    write(folder, U1, "a")
+    (tmp_path / f"out/data/part-{U1}.parquet").write_bytes(b"PAR1")
+    with pytest.raises(StorageError, match=f"part-{U1}.parquet: .*; delete it and run again"):
+        folder.summaries([U1])
