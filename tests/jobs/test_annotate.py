@@ -123,13 +123,17 @@ def test_missing_query_set_is_named(missing, options, tmp_path):
         ("decoding.passages=0", "configuration key decoding.passages"),
         ("decoding.mode=sometimes", "configuration key decoding.mode"),
         ("decoding", "expected KEY=VALUE"),
-        ("model.engine.tensor_paralel_size=2", "unknown configuration key model.engine.tensor_paralel_size"),
         ("index=i", "index.json is missing"),
     ],
 )
 def test_bad_configuration_is_refused(setting, message, options):
     options["--set"] = "decoding.mode=always"
     assert message in refused(call(options, "--set", setting))
+
+
+def test_unknown_engine_argument_is_refused(options):
+    line = refused(call(options, "--set", "model.engine.tensor_paralel_size=2"))
+    assert "unknown configuration key model.engine.tensor_paralel_size" in line
 
 
 def test_required_options_are_named():
@@ -203,7 +207,9 @@ def test_overwriting_what_no_run_has_written_is_refused(options, tmp_path):
 
 
 def test_too_many_actors_are_refused_before_anything_is_deleted(options):
-    assert "execution.actors is 1000" in refused(call(options, "--set", "execution.actors=1000", "--overwrite"))
+    result = call(options, "--set", "execution.actors=1000", "--overwrite")
+    assert result.exit_code == 2
+    assert result.stderr.strip().splitlines()[-1].startswith("error: execution.actors is 1000")
     assert not Path(options["--output"]).exists()
 
 
