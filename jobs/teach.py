@@ -14,7 +14,7 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-from pipeline.embedded import demo_base_model, demo_encoder
+from pipeline.embedded import BASE_MODEL, demo_base_model, demo_encoder
 from pipeline.prompts import PromptTokenizer
 from pipeline.teaching.data import Encode, TeachingData, nearest, read_data
 from pipeline.teaching.recipe import Recipe
@@ -22,6 +22,9 @@ from pipeline.teaching.rows import Negatives, TreeBuilder
 from pipeline.teaching.trees import TokenTree, lay_out, packed
 
 log = logging.getLogger(__name__)
+
+# Held-out trees: enough to tell checkpoints apart, few enough to cost a minute on two cores.
+EXAMINED = 90
 
 
 def mine_negatives(encode: Encode, data: TeachingData, k: int = 10) -> Negatives:
@@ -82,7 +85,7 @@ def student(base: str, adapter: Path | None, recipe: Recipe) -> tuple[Any, Promp
 def examination(builder: TreeBuilder, data: TeachingData, recipe: Recipe) -> list[TokenTree]:
     """Held-out trees, the same in every run."""
     trees = builder.stream(data, random.Random(1), lambda: recipe.last_words)
-    return [lay_out(tree) for tree in islice(trees, 90)]
+    return [lay_out(tree) for tree in islice(trees, EXAMINED)]
 
 
 def lessons(
@@ -109,13 +112,21 @@ def run(
     output: Path,
 ) -> dict[str, float]:
     """Train on some rows, judge on others, and leave the adapter in ``output``; returns the held-out figures."""
-    from pipeline.teaching.train import train
+    from pipeline.teaching.train import measure, save, train
 
     negatives, test_negatives = mined(encoder, train_rows, test_rows)
     model, prompts = student(base, adapter, recipe)
     held_out = examination(TreeBuilder(prompts, test_negatives), test_rows, recipe)
     trees, progress = lessons(TreeBuilder(prompts, negatives), train_rows, recipe)
-    return train(model, trees, held_out, prompts, recipe, output, progress)
+
+    def checkpoint() -> dict[str, float]:
+        save(model, BASE_MODEL if base == "demo" else base, output)
+        figures = measure(model, held_out, prompts).summary()
+        log.info("held out: %s", figures)
+        return figures
+
+    train(model, trees, recipe, progress, checkpoint)
+    return checkpoint()
 
 
 def teach(
@@ -151,7 +162,7 @@ def teach(
     )
     parts = read_data(data).split(held_out=0.03, seed=20231017)
     train_rows, test_rows = sample(parts[0], readings, pairs, seed), sample(parts[1], 300, 100, 0)
-    log.info("held out at the end: %s", run(train_rows, test_rows, base, encoder, adapter, recipe, output))
+    run(train_rows, test_rows, base, encoder, adapter, recipe, output)
 
 
 if __name__ == "__main__":

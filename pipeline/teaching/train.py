@@ -2,7 +2,7 @@
 
 import logging
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
+from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
 from pipeline.prompts import PromptTokenizer
@@ -123,61 +124,69 @@ def measure(model: Any, trees: list[TokenTree], tokenizer: PromptTokenizer) -> H
     return held_out
 
 
-def save(model: PeftModel, output: Path) -> None:
-    """Write the adapter: LoRA matrices and the 15 new embeddings, without the rest of the embedding matrix."""
+def save(model: PeftModel, base: str, output: Path) -> None:
+    """Write the adapter in half precision: LoRA matrices and the 15 new embeddings, without the other embeddings.
+
+    Args:
+        base: name that the adapter gives as its base model's.
+    """
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = base
     model.save_pretrained(str(output), save_embedding_layers=False)
+    file = output / "adapter_model.safetensors"
+    tensors = {name: tensor.half().contiguous() for name, tensor in load_file(file).items()}
+    save_file(tensors, file, metadata={"format": "pt"})
+
+
+def step(model: Any, batch: list[TokenTree], optimiser: torch.optim.Optimizer) -> float:
+    """One optimiser step; returns the mean weighted loss of the batch's predictions."""
+    weight = sum(float(tree.weights.sum()) for tree in batch)
+    total = 0.0
+    for tree in batch:
+        share = loss(model, tree) / weight
+        share.backward()  # type: ignore[no-untyped-call]
+        total += share.item()
+    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    torch.nn.utils.clip_grad_norm_(parameters, 1.0)
+    optimiser.step()
+    optimiser.zero_grad()
+    return total
 
 
 def train(
     model: PeftModel,
     trees: Iterator[TokenTree],
-    held_out: list[TokenTree],
-    tokenizer: PromptTokenizer,
     recipe: Recipe,
-    output: Path,
-    progress: Any,
-) -> dict[str, float]:
-    """Train until ``recipe.tokens`` are read; save the adapter to ``output`` every few minutes and at the end.
+    progress: Callable[[float], None],
+    checkpoint: Callable[[], object],
+) -> None:
+    """Train until ``recipe.tokens`` are read or ``recipe.minutes`` are over.
 
     Args:
         progress: called with the share done, before each step; the tree source uses it to lengthen windows.
-
-    Returns:
-        Held-out figures of the final adapter.
+        checkpoint: called every ``recipe.checkpoint_minutes``; its time does not count.
     """
     torch.manual_seed(recipe.seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimiser = torch.optim.AdamW(parameters, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
-    started = saved = time.monotonic()
-    read, step, done = 0, 0, 0.0
+    read, steps, seconds, saved, done = 0, 0, 0.0, 0.0, 0.0
     model.train()
     while done < 1.0:
+        started = time.monotonic()
         progress(done)
         for group in optimiser.param_groups:
             group["lr"] = recipe.rate(done)
         batch: list[TokenTree] = []
         while sum(len(tree.ids) for tree in batch) < recipe.tokens_per_step:
             batch.append(next(trees))
-        weight = sum(float(tree.weights.sum()) for tree in batch)
-        total = 0.0
-        for tree in batch:
-            share = loss(model, tree) / weight
-            share.backward()  # type: ignore[no-untyped-call]
-            total += share.item()
-        torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-        optimiser.step()
-        optimiser.zero_grad()
+        mean = step(model, batch, optimiser)
         read += sum(len(tree.ids) for tree in batch)
-        step += 1
-        seconds = time.monotonic() - started
+        steps += 1
+        seconds += time.monotonic() - started
         done = max(read / recipe.tokens, seconds / 60 / recipe.minutes)
-        if step % 10 == 0:
-            log.info(
-                "step %d: %d tokens (%.1f %%), %.0f tokens/s, loss %.3f", step, read, 100 * done, read / seconds, total
-            )
-        if time.monotonic() - saved > 60 * recipe.checkpoint_minutes:
-            save(model, output)
-            log.info("held out after %d tokens: %s", read, measure(model, held_out, tokenizer).summary())
-            saved = time.monotonic()
-    save(model, output)
-    return measure(model, held_out, tokenizer).summary()
+        if steps % 10 == 0:
+            rate = read / seconds
+            log.info("step %d: %d tokens (%.1f %%), %.0f tokens/s, loss %.3f", steps, read, 100 * done, rate, mean)
+        if seconds - saved > 60 * recipe.checkpoint_minutes:
+            checkpoint()
+            saved = seconds
