@@ -40,7 +40,7 @@ VARIANTS: Mapping[str, DecodingConfig] = {
 }
 
 # Small enough to see progress, and three in flight keep the engine full.
-UNIT_ROWS = 24
+UNIT_ROWS = 8
 SHOWN = 10
 # Characters per line where the terminal does not say.
 PLAIN_WIDTH = 140
