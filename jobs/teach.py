@@ -27,9 +27,9 @@ log = logging.getLogger(__name__)
 EXAMINED = 90
 
 
-def mine_negatives(encode: Encode, data: TeachingData, k: int = 10) -> Negatives:
-    """For each question, the other passages that the encoder would retrieve; the same for sentences."""
-    passages = sorted({(row.title, row.passage) for row in data.readings})
+def mine_negatives(encode: Encode, data: TeachingData, pool: TeachingData, k: int = 10) -> Negatives:
+    """For each question, the passages of the pool that the encoder would retrieve; the same for sentences."""
+    passages = sorted({(row.title, row.passage) for row in pool.readings})
     questions = sorted({row.question for row in data.readings})
     log.info("mining wrong passages for %d questions among %d passages", len(questions), len(passages))
     ranked = nearest(encode, questions, [f"{title}\n{text}" for title, text in passages], k)
@@ -43,7 +43,7 @@ def mine_negatives(encode: Encode, data: TeachingData, k: int = 10) -> Negatives
 
 
 def sample(data: TeachingData, readings: int, pairs: int, seed: int) -> TeachingData:
-    """At most so many readings and pairs: mining costs an encoding of each of their passages."""
+    """At most so many readings and pairs: mining costs an encoding of each."""
     rng = random.Random(seed)
 
     def some(rows: tuple[Any, ...], n: int) -> tuple[Any, ...]:
@@ -52,8 +52,8 @@ def sample(data: TeachingData, readings: int, pairs: int, seed: int) -> Teaching
     return TeachingData(some(data.readings, readings), data.instructions, some(data.pairs, pairs), data.claims)
 
 
-def mined(encoder: str, *parts: TeachingData) -> list[Negatives]:
-    """Wrong passages for each part; the encoder's memory is free again afterwards."""
+def mined(encoder: str, *parts: tuple[TeachingData, TeachingData]) -> list[Negatives]:
+    """Wrong passages for each part (rows, pool); the encoder's memory is free again afterwards."""
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(demo_encoder()) if encoder == "demo" else encoder)
@@ -61,7 +61,7 @@ def mined(encoder: str, *parts: TeachingData) -> list[Negatives]:
     def encode(texts: Sequence[str]) -> npt.NDArray[np.float32]:
         return np.asarray(model.encode(list(texts), batch_size=32, normalize_embeddings=True), np.float32)
 
-    return [mine_negatives(encode, part) for part in parts]
+    return [mine_negatives(encode, rows, pool) for rows, pool in parts]
 
 
 def student(base: str, adapter: Path | None, recipe: Recipe) -> tuple[Any, PromptTokenizer]:
@@ -99,25 +99,29 @@ def lessons(
         longest = recipe.longest_window(done)
 
     trees = builder.stream(data, random.Random(recipe.seed), lambda: longest)
-    return packed(trees, tokens=450), progress
+    return packed(trees, tokens=300), progress
 
 
 def run(
-    train_rows: TeachingData,
-    test_rows: TeachingData,
+    train_part: tuple[TeachingData, TeachingData],
+    test_part: tuple[TeachingData, TeachingData],
     base: str,
     encoder: str,
     adapter: Path | None,
     recipe: Recipe,
     output: Path,
 ) -> dict[str, float]:
-    """Train on some rows, judge on others, and leave the adapter in ``output``; returns the held-out figures."""
+    """Train on some rows, judge on others, and leave the adapter in ``output``; returns the held-out figures.
+
+    Args:
+        train_part, test_part: the rows to use, and the pool that their wrong passages come from.
+    """
     from pipeline.teaching.train import measure, save, train
 
-    negatives, test_negatives = mined(encoder, train_rows, test_rows)
+    negatives, test_negatives = mined(encoder, train_part, test_part)
     model, prompts = student(base, adapter, recipe)
-    held_out = examination(TreeBuilder(prompts, test_negatives), test_rows, recipe)
-    trees, progress = lessons(TreeBuilder(prompts, negatives), train_rows, recipe)
+    held_out = examination(TreeBuilder(prompts, test_negatives), test_part[0], recipe)
+    trees, progress = lessons(TreeBuilder(prompts, negatives), train_part[0], recipe)
 
     def checkpoint() -> dict[str, float]:
         save(model, BASE_MODEL if base == "demo" else base, output)
@@ -144,6 +148,9 @@ def teach(
     first_words: Annotated[
         int, typer.Option(help="Longest passage window at the start, in words.")
     ] = Recipe.first_words,
+    last_words: Annotated[
+        int, typer.Option(help="Longest passage window from two thirds of the training on.")
+    ] = Recipe.last_words,
     frozen_layers: Annotated[int, typer.Option(help="Lowest layers to leave as they are.")] = Recipe.frozen_layers,
     readings: Annotated[int, typer.Option(help="Most reading rows to use.")] = 100_000,
     pairs: Annotated[int, typer.Option(help="Most question-sentence pairs to use.")] = 100_000,
@@ -157,12 +164,16 @@ def teach(
         rank=rank,
         learning_rate=learning_rate,
         first_words=first_words,
+        last_words=last_words,
         frozen_layers=frozen_layers,
         seed=seed,
     )
     parts = read_data(data).split(held_out=0.03, seed=20231017)
-    train_rows, test_rows = sample(parts[0], readings, pairs, seed), sample(parts[1], 300, 100, 0)
-    run(train_rows, test_rows, base, encoder, adapter, recipe, output)
+    train_part, test_part = (
+        (sample(parts[0], readings, pairs, seed), parts[0]),
+        (sample(parts[1], 300, 100, 0), parts[1]),
+    )
+    run(train_part, test_part, base, encoder, adapter, recipe, output)
 
 
 if __name__ == "__main__":

@@ -3,7 +3,7 @@
 Four JSON Lines files, each optional but the first:
 
 - ``rc.jsonl``: ``question``, ``passage``, ``title`` (may be empty), ``answer`` (a substring of the passage);
-- ``no_retrieval.jsonl``: ``instruction``, ``output``;
+- ``no_retrieval.jsonl``: ``instruction``, ``output``, ``source`` (optional: sources are drawn evenly);
 - ``question_sentence_pairs.jsonl``: ``question``, ``answer_sentence``;
 - ``fact_verification.jsonl``: ``question`` (a claim), ``choices``, ``answers``,
   ``gold_passages`` (``title``, ``text``).
@@ -34,10 +34,11 @@ class Reading:
 
 @dataclass(frozen=True)
 class Instruction:
-    """A task that needs no passage."""
+    """A task that needs no passage, and the collection that it is from."""
 
     instruction: str
     output: str
+    source: str = ""
 
 
 @dataclass(frozen=True)
@@ -110,7 +111,10 @@ def read_data(folder: Path) -> TeachingData:
     try:
         return TeachingData(
             tuple(Reading(r["question"], r.get("title", ""), r["passage"], r["answer"]) for r in _rows(readings)),
-            tuple(Instruction(r["instruction"], r["output"]) for r in _rows(folder / "no_retrieval.jsonl")),
+            tuple(
+                Instruction(r["instruction"], r["output"], r.get("source", ""))
+                for r in _rows(folder / "no_retrieval.jsonl")
+            ),
             tuple(Pair(r["question"], r["answer_sentence"]) for r in _rows(folder / "question_sentence_pairs.jsonl")),
             tuple(
                 Claim(r["question"], tuple(r["choices"]), r["answers"][0], passage["title"], passage["text"])

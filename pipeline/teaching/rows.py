@@ -15,17 +15,22 @@ from pipeline.teaching.trees import Branch, given, taught
 CLAIM_INSTRUCTION = "Is the following claim supported by evidence? Answer with one of: {choices}."
 
 # Shares of the kinds of trees: reading first, since spans are the hardest to learn.
-READING, PAIR, INSTRUCTION, TWO_SEGMENTS, CLAIM = 0.60, 0.14, 0.15, 0.07, 0.04
+READING, PAIR, INSTRUCTION, TWO_SEGMENTS, CLAIM = 0.56, 0.10, 0.22, 0.07, 0.05
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Loss weight of a token by what it is. Relevance is one token among a dozen, hence its weight."""
+    """Loss weight of a token by what it is. Relevance is one token among a dozen, hence its weight.
 
-    decide: float = 1.0
+    A guess is what follows ``[Irrelevant]``: words that look like an answer, so that the model does not fall
+    silent there, and lightly weighted, so that it does not learn to be wrong.
+    """
+
+    decide: float = 2.0
     relevance: float = 5.0
     critique: float = 2.0
     text: float = 2.0
+    guess: float = 0.2
     output: float = 0.3
 
 
@@ -97,7 +102,7 @@ class TreeBuilder:
     tokenizer: PromptTokenizer
     negatives: Negatives
     weights: LossWeights = LossWeights()
-    max_output_tokens: int = 48
+    max_output_tokens: int = 32
 
     def _control(self, weight: float, *tokens: StrEnum) -> Branch:
         return taught(self.tokenizer.control(*tokens), weight)
@@ -126,7 +131,7 @@ class TreeBuilder:
 
     def _irrelevant(self, text: str) -> Branch:
         relevance = self._control(self.weights.relevance, IsRel.IRRELEVANT)
-        return relevance + given(self.tokenizer.text(text)) + self._end(IsUse.ONE)
+        return relevance + taught(self.tokenizer.text(text), self.weights.guess) + self._end(IsUse.ONE)
 
     def _wrong_passage(self, title: str, text: str, answer: str, rng: random.Random) -> Branch:
         span = wrong_span(text, answer, rng)
@@ -202,6 +207,10 @@ class TreeBuilder:
         by_passage = defaultdict(list)
         for reading in data.readings:
             by_passage[reading.passage].append(reading)
+        tasks = defaultdict(list)
+        for instruction in data.instructions:
+            tasks[instruction.source].append(instruction)
+        sources = list(tasks.values())
         kinds: tuple[float, ...] = (READING, PAIR * bool(data.pairs), INSTRUCTION * bool(data.instructions))
         kinds += (TWO_SEGMENTS, CLAIM * bool(data.claims))
         while True:
@@ -213,7 +222,7 @@ class TreeBuilder:
             elif kind == 1:
                 yield self.pair(rng.choice(data.pairs), rng)
             elif kind == 2:
-                yield self.instruction(rng.choice(data.instructions))
+                yield self.instruction(rng.choice(rng.choice(sources)))
             elif kind == 3:
                 twins = [r for r in by_passage[row.passage] if r.question != row.question]
                 other = rng.choice(twins) if twins and rng.random() < 0.5 else rng.choice(data.readings)

@@ -146,7 +146,7 @@ def test_a_wrong_passage_is_irrelevant_and_holds_no_answer(builder: TreeBuilder)
             irrelevant, judged = (weighted(builder, answer) for answer in passage.children)
             assert irrelevant[0] == (IsRel.IRRELEVANT, WEIGHTS.relevance)
             assert irrelevant[-2:] == [(IsUse.ONE, 2.0), ("</s>", 3.0)]
-            assert {weight for _, weight in irrelevant[1:-2]} == {0.0}
+            assert {weight for _, weight in irrelevant[1:-2]} == {WEIGHTS.guess}
             assert judged[-3:] == [(IsSup.NONE, 2.0), (IsUse.ONE, 2.0), ("</s>", 3.0)]
 
 
@@ -227,3 +227,13 @@ def test_the_stream_leaves_out_kinds_that_have_no_data(builder: TreeBuilder) -> 
     assert Retrieve.NO not in written
     assert Retrieve.CONTINUE in written
     assert not re.search("claim", " ".join(written))
+
+
+def test_sources_of_instructions_are_drawn_evenly(builder: TreeBuilder) -> None:
+    many = tuple(Instruction(f"sum {n}", "two", "sums") for n in range(50))
+    data = TeachingData((ROLLO,), (*many, Instruction("poem", "roses", "poems")))
+    trees = islice(builder.stream(data, random.Random(0), lambda: 60), 1000)
+    texts = [builder.tokenizer.decode(list(tree.ids)) for tree in trees]
+    poems, sums = (sum(f"### Instruction: {word} " in text for text in texts) for word in ("poem", "sum"))
+    assert poems + sums > 100
+    assert poems == pytest.approx(sums, rel=0.3)
