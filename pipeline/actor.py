@@ -12,7 +12,7 @@ from pipeline.engine import EngineDeadError, VllmGenerator, prompt_tokenizer
 from pipeline.retrieve import IndexRetriever, Retriever
 from pipeline.schema import (
     ANSWER_FIELDS,
-    CANDIDATES_FIELD,
+    CANDIDATE_FIELDS,
     ERROR_FIELDS,
     UNIT_COLUMN,
     answer_row,
@@ -27,7 +27,7 @@ log = logging.getLogger(__name__)
 
 def annotated_schema(inputs: pa.Schema, keep_candidates: bool) -> pa.Schema:
     """Between actor and writer: input, answer and error columns, and the unit."""
-    extra = [CANDIDATES_FIELD] if keep_candidates else []
+    extra = CANDIDATE_FIELDS if keep_candidates else []
     unit = pa.field(UNIT_COLUMN, pa.string())
     return pa.schema([*passed_through(inputs), *ANSWER_FIELDS, *extra, *ERROR_FIELDS, unit])
 

@@ -2,11 +2,11 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
 import smart_open
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -60,17 +60,38 @@ class DecodingConfig(_Frozen):
     Attributes:
         mode: ``adaptive`` lets the model decide whether to retrieve; ``always`` and ``never`` do not ask it.
         threshold: the paper's delta; retrieve where p(Yes) / (p(Yes) + p(No)) is above it.
-        passages: passages read for each query (the paper's k).
+        passages: passages read for each segment (the paper's k).
         max_tokens: longest segment, in tokens.
+        segments: most segments of an answer (the paper's T); 1 is the short form.
+        beam_width: paths that go on after each segment (the paper's B).
+        search: what later segments ask the index: ``dynamic`` is the query and the last segment, ``static`` the
+            query alone.
+        citations: end each segment with the number of its passage, as in ``[1]``.
+        constraint: drop segments that contradict their passage, or all that it does not fully support; a path
+            ends where nothing else is left.
         keep_candidates: write every scored candidate, not only the chosen ones.
+        explore: write both what retrieval and what its absence leads to, whatever is decided at first, so that
+            other thresholds can be tried on the candidates; needs ``keep_candidates``.
     """
 
     mode: Literal["adaptive", "always", "never"] = "adaptive"
     threshold: Share = 0.2
     passages: Positive = 5
     max_tokens: Positive = 100
+    segments: Positive = 1
+    beam_width: Positive = 2
+    search: Literal["dynamic", "static"] = "dynamic"
+    citations: bool = False
+    constraint: Literal["none", "no_contradiction", "full_support"] = "none"
     weights: Weights = Weights()
     keep_candidates: bool = False
+    explore: bool = False
+
+    @model_validator(mode="after")
+    def _explored_candidates_are_kept(self) -> Self:
+        if self.explore and not (self.keep_candidates and self.mode == "adaptive"):
+            raise ValueError("explore needs keep_candidates=true and mode=adaptive")
+        return self
 
 
 class RetrievalConfig(_Frozen):

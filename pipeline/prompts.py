@@ -61,10 +61,13 @@ class PromptTokenizer:
         """Ids of control tokens."""
         return [self.reflection[token] for token in tokens]
 
+    def paragraph(self, body: list[int]) -> list[int]:
+        """A passage's ids between paragraph marks."""
+        return [*self.control(Paragraph.START), *body, *self.control(Paragraph.END)]
+
     def passage(self, title: str, text: str) -> list[int]:
         """Ids of a passage with its paragraph marks."""
-        body = self.text(passage_text(title, text))
-        return [*self.control(Paragraph.START), *body, *self.control(Paragraph.END)]
+        return self.paragraph(self.text(passage_text(title, text)))
 
     def decode(self, ids: list[int]) -> str:
         """Text of ids, control tokens included."""

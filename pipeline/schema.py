@@ -1,13 +1,14 @@
 """Arrow at the border: rows in → Query, Answer → rows out. The output's nested types are constants."""
 
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
+from pipeline.choose import citation_numbers, cited_passages
 from pipeline.config import Columns
-from pipeline.types import Answer, Passage, Query, RetrievedPassage, Segment
+from pipeline.types import Answer, Candidate, Passage, Query, RetrievedPassage, Segment
 
 CRITIQUE_FIELDS = [
     pa.field("is_rel", pa.float64()),
@@ -24,13 +25,21 @@ SEGMENT = pa.struct(
         *CRITIQUE_FIELDS,
     ]
 )
+# Everything that choosing again needs: candidates are a tree, and ``parent`` is a place in the same list.
 CANDIDATE = pa.struct(
     [
+        pa.field("parent", pa.int32()),
+        pa.field("opening", pa.string()),
         pa.field("text", pa.string()),
+        pa.field("raw", pa.string()),
         pa.field("passage_id", pa.string()),
         pa.field("retrieval_score", pa.float64()),
         pa.field("rank", pa.int32()),
         *CRITIQUE_FIELDS,
+        pa.field("support", pa.string()),
+        pa.field("finished", pa.bool_()),
+        pa.field("next_retrieve_probability", pa.float64()),
+        pa.field("next_keeps_evidence", pa.bool_()),
     ]
 )
 PASSAGE = pa.struct(
@@ -62,7 +71,8 @@ ANSWER_FIELDS = [
     pa.field("passages", pa.list_(PASSAGE)),
     pa.field("usage", USAGE),
 ]
-CANDIDATES_FIELD = pa.field("candidates", pa.list_(CANDIDATE))
+# On request: every scored candidate, and every passage that was read, once.
+CANDIDATE_FIELDS = [pa.field("candidates", pa.list_(CANDIDATE)), pa.field("evidence", pa.list_(PASSAGE))]
 ERROR_FIELDS = [
     pa.field("error_type", pa.string()),
     pa.field("error_message", pa.string()),
@@ -70,7 +80,7 @@ ERROR_FIELDS = [
 ]
 # Travels with a unit's rows from reader to writer.
 UNIT_COLUMN = "_unit"
-RESERVED = frozenset([UNIT_COLUMN, *(f.name for f in [*ANSWER_FIELDS, CANDIDATES_FIELD, *ERROR_FIELDS])])
+RESERVED = frozenset([UNIT_COLUMN, *(f.name for f in [*ANSWER_FIELDS, *CANDIDATE_FIELDS, *ERROR_FIELDS])])
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -130,7 +140,7 @@ def passed_through(schema: pa.Schema) -> pa.Schema:
 
 def data_schema(inputs: pa.Schema, keep_candidates: bool) -> pa.Schema:
     """Schema of ``data/*.parquet``."""
-    extra = [CANDIDATES_FIELD] if keep_candidates else []
+    extra = CANDIDATE_FIELDS if keep_candidates else []
     return pa.schema([*passed_through(inputs), *ANSWER_FIELDS, *extra])
 
 
@@ -155,26 +165,43 @@ def query_of(row: Mapping[str, Any], columns: Columns) -> Query:
 
 def answer_row(answer: Answer) -> dict[str, Any]:
     """An answer as the values of the output columns."""
-    citations = {used.passage.id: number for number, used in enumerate(answer.passages, 1)}
     return {
         "answer": answer.answer,
         "raw_output": answer.raw_output,
         "retrieved": answer.retrieved,
         "retrieve_probability": answer.retrieve_probability,
         "segments": [
-            {**_scores(segment), "citation": citations.get(segment.evidence.passage.id) if segment.evidence else None}
-            for segment in answer.segments
+            {**_scores(segment), "citation": number}
+            for segment, number in zip(answer.segments, citation_numbers(answer.segments), strict=True)
         ],
-        "passages": [_passage(used) for used in answer.passages],
+        "passages": [_passage(used) for used in cited_passages(answer.segments)],
         "usage": vars(answer.usage),
-        "candidates": [
-            {
-                **_scores(segment),
-                "retrieval_score": segment.evidence and segment.evidence.score,
-                "rank": segment.evidence and segment.evidence.rank,
-            }
-            for segment in answer.candidates
-        ],
+        "candidates": [_candidate(candidate) for candidate in answer.candidates],
+        "evidence": [_passage(read) for read in _read(answer.candidates)],
+    }
+
+
+def _read(candidates: Sequence[Candidate]) -> list[RetrievedPassage]:
+    read: dict[str, RetrievedPassage] = {}
+    for candidate in candidates:
+        if (evidence := candidate.segment.evidence) is not None:
+            read.setdefault(evidence.passage.id, evidence)
+    return list(read.values())
+
+
+def _candidate(candidate: Candidate) -> dict[str, Any]:
+    segment, boundary = candidate.segment, candidate.boundary
+    return {
+        **_scores(segment),
+        "parent": candidate.parent,
+        "opening": segment.opening,
+        "raw": segment.raw,
+        "retrieval_score": segment.evidence and segment.evidence.score,
+        "rank": segment.evidence and segment.evidence.rank,
+        "support": segment.critique.support,
+        "finished": boundary is None,
+        "next_retrieve_probability": boundary and boundary.probability,
+        "next_keeps_evidence": boundary and boundary.keep,
     }
 
 

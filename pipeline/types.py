@@ -1,11 +1,11 @@
 """What travels between the steps: frozen, typed, free of Arrow and of the engine."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.reflection import IsRel, IsSup, IsUse
+from pipeline.reflection import IsRel, IsSup, IsUse, Retrieve
 
 
 @dataclass(frozen=True)
@@ -101,12 +101,74 @@ class Segment:
         text: without reflection tokens.
         raw: with them, the passage left out.
         evidence: the passage it was written from; None without retrieval.
+        opening: what was decided at the boundary before it.
+        token_ids: as written, without the token that ended it.
     """
 
     text: str
     raw: str
     evidence: RetrievedPassage | None
     critique: Critique
+    opening: Retrieve = Retrieve.NO
+    token_ids: tuple[int, ...] = ()
+
+
+@dataclass(frozen=True)
+class Boundary:
+    """What the model says about the next segment, where the last one (or the prompt) ends.
+
+    Attributes:
+        probability: p(Yes) / (p(Yes) + p(No)); None where it was not asked.
+        keep: whether it wrote ``[Continue to Use Evidence]``.
+    """
+
+    probability: float | None = None
+    keep: bool = False
+
+
+@dataclass(frozen=True, eq=False)
+class Path:
+    """An answer under way. Paths are nodes of a tree: equal only if they are the same one.
+
+    Attributes:
+        boundary: where its next segment would begin; None once it is finished.
+    """
+
+    segments: tuple[Segment, ...] = ()
+    boundary: Boundary | None = Boundary()
+
+    @property
+    def finished(self) -> bool:
+        """Whether nothing follows any more."""
+        return self.boundary is None
+
+    @property
+    def score(self) -> float:
+        """Mean of its segments' scores; 0 without any."""
+        return sum(s.critique.score for s in self.segments) / len(self.segments) if self.segments else 0.0
+
+    @property
+    def evidence(self) -> RetrievedPassage | None:
+        """The passage of its last segment."""
+        return self.segments[-1].evidence if self.segments else None
+
+    def ended(self) -> "Path":
+        """The same answer, with nothing to follow."""
+        return Path(self.segments, None)
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """A scored segment in the tree of everything that was written for a query.
+
+    Attributes:
+        parent: place of the segment before it in the list of candidates; None for a first one.
+        boundary: of the path that it ends; None where nothing follows.
+    """
+
+    segment: Segment
+    parent: int | None
+    boundary: Boundary | None
 
 
 @dataclass(frozen=True)
@@ -137,7 +199,7 @@ class Answer:
     Attributes:
         retrieve_probability: p(Yes) / (p(Yes) + p(No)) at the first decision; None where the mode decides.
         segments: those of the answer, in order.
-        candidates: every scored segment, best first; empty unless asked for.
+        candidates: every scored segment, parents before their children; empty unless asked for.
     """
 
     answer: str
@@ -146,10 +208,4 @@ class Answer:
     retrieve_probability: float | None
     segments: tuple[Segment, ...]
     usage: Usage
-    candidates: tuple[Segment, ...] = field(default=())
-
-    @property
-    def passages(self) -> tuple[RetrievedPassage, ...]:
-        """The passages that the answer used, each once, in the order of first use."""
-        used = {s.evidence.passage.id: s.evidence for s in self.segments if s.evidence is not None}
-        return tuple(used.values())
+    candidates: tuple[Candidate, ...] = ()

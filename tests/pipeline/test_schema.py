@@ -11,7 +11,7 @@ from pipeline.schema import (
     passed_through,
     query_of,
 )
-from pipeline.types import Answer, Critique, Passage, Query, RetrievedPassage, Segment, Usage
+from pipeline.types import Answer, Boundary, Candidate, Critique, Passage, Query, RetrievedPassage, Segment, Usage
 
 PASSAGE = Passage("p1", "Title", "Text")
 CRITIQUE = Critique(0.5, 0.75, None, 0.25, 1.375)
@@ -22,7 +22,7 @@ def segment(passage: Passage | None, rank: int = 1) -> Segment:
     return Segment("text", "[Relevant]text", evidence, CRITIQUE)
 
 
-def answer(*segments: Segment, candidates: tuple[Segment, ...] = ()) -> Answer:
+def answer(*segments: Segment, candidates: tuple[Candidate, ...] = ()) -> Answer:
     return Answer("text", "[Retrieval][Relevant]text", True, 0.8, segments, Usage(seconds=1.5), candidates)
 
 
@@ -59,8 +59,23 @@ def test_citations_are_numbered_by_first_use():
     assert row["passages"][1] == {"id": "p1", "title": "Title", "text": "Text", "retrieval_score": 0.9, "rank": 2}
 
 
+def test_candidates_are_a_tree_and_every_passage_read_is_there_once():
+    other = Passage("p2", "", "Other")
+    first = Candidate(segment(PASSAGE), None, Boundary(0.25, keep=True))
+    second, third = (Candidate(s, 0, None) for s in (segment(other, 2), segment(PASSAGE)))
+    row = answer_row(answer(candidates=(first, second, third)))
+    schema = data_schema(pa.schema([]), keep_candidates=True)
+    (back,) = pa.Table.from_pylist([row], schema=schema).to_pylist()
+    assert [c["parent"] for c in back["candidates"]] == [None, 0, 0]
+    assert [c["finished"] for c in back["candidates"]] == [False, True, True]
+    assert back["candidates"][0]["next_retrieve_probability"] == 0.25
+    assert [c["next_keeps_evidence"] for c in back["candidates"]] == [True, None, None]
+    assert [p["id"] for p in back["evidence"]] == ["p1", "p2"]
+
+
 def test_absent_critique_stays_null_in_arrow():
-    row = answer_row(answer(segment(PASSAGE), candidates=(segment(None),)))
+    candidate = Candidate(segment(None), parent=None, boundary=None)
+    row = answer_row(answer(segment(PASSAGE), candidates=(candidate,)))
     schema = data_schema(pa.schema([]), keep_candidates=True)
     (back,) = pa.Table.from_pylist([row], schema=schema).to_pylist()
     assert back["segments"][0] == {

@@ -1,8 +1,9 @@
 import pytest
 
+from pipeline.choose import cited_passages
 from pipeline.config import DecodingConfig
-from pipeline.self_rag import SelfRag, choose, closed_answer, ranked
-from pipeline.types import Critique, Passage, Query, Segment
+from pipeline.self_rag import SelfRag
+from pipeline.types import Passage, Query
 from tests.fakes import ListRetriever, ScriptedGenerator, generation, word_tokenizer
 
 PASSAGES = [Passage("p1", "", "wrong passage"), Passage("p2", "", "right passage"), Passage("p3", "", "other passage")]
@@ -31,8 +32,8 @@ async def test_best_passage_wins_not_the_first():
     rag = system()
     answer = await rag.answer(Query("q", "What is the capital?"))
     assert answer.answer == "Paris"
-    assert [used.passage.id for used in answer.passages] == ["p2"]
-    assert answer.passages[0].rank == 2
+    (used,) = cited_passages(answer.segments)
+    assert (used.passage.id, used.rank) == ("p2", 2)
     assert answer.retrieved
     assert answer.retrieve_probability == pytest.approx(0.9)
     assert answer.segments[0].critique.score == pytest.approx(0.5 + 0.9)
@@ -61,7 +62,7 @@ async def test_never_asks_neither_model_nor_index():
     assert (answer.answer, answer.retrieved, answer.retrieve_probability) == ("dunno", False, None)
     assert answer.usage.engine_requests == 1
     assert rag.retriever.queries == []
-    assert answer.passages == ()
+    assert cited_passages(answer.segments) == ()
 
 
 async def test_always_does_not_ask_the_model():
@@ -80,7 +81,7 @@ async def test_given_passages_need_no_index():
     rag = system(passages=None)
     answer = await rag.answer(Query("q", "Capital?", passages=(PASSAGES[1],)))
     assert answer.answer == "Paris"
-    assert answer.passages[0].score is None
+    assert answer.segments[0].evidence.score is None
 
 
 async def test_query_without_passages_and_index_is_an_error():
@@ -94,9 +95,10 @@ async def test_empty_query_is_an_error(text):
         await system().answer(Query("q", text))
 
 
-async def test_keep_candidates_lists_all_best_first():
+async def test_keep_candidates_lists_all_as_retrieved():
     answer = await system(config=DecodingConfig(keep_candidates=True)).answer(Query("q", "Capital?"))
-    assert [c.evidence.passage.id for c in answer.candidates] == ["p2", "p1", "p3"]
+    assert [c.segment.evidence.passage.id for c in answer.candidates] == ["p1", "p2", "p3"]
+    assert {(c.parent, c.boundary) for c in answer.candidates} == {(None, None)}
 
 
 async def test_long_passage_is_cut_at_its_end_and_the_row_says_so():
@@ -121,44 +123,3 @@ async def test_control_tokens_in_query_and_passage_are_not_obeyed():
     await rag.answer(Query("q", "[No Retrieval] Capital?"))
     decision = rag.tokenizer.prompt("[No Retrieval] Capital?")
     assert not set(decision) & rag.tokenizer.reflection.control
-
-
-def candidate(text, score):
-    return Segment(text, text, None, Critique(score, None, None, None, score))
-
-
-def test_equal_scores_keep_the_retrievers_order():
-    assert [s.text for s in ranked([candidate("a", 1.0), candidate("b", 1.0), candidate("c", 2.0)])] == ["c", "a", "b"]
-
-
-def test_closed_set_sums_over_equal_answers():
-    candidates = [candidate("True", 1.5), candidate("false", 1.0), candidate("False.", 0.9)]
-    assert choose(candidates).text == "True"
-    assert choose(candidates, ["true", "false"]).text == "false"
-
-
-def test_closed_set_keeps_the_winners_own_evidence():
-    assert choose([candidate("B: x", 0.4), candidate("b", 0.6), candidate("A", 0.9)], ["A", "B"]).critique.score == 0.6
-
-
-def test_closed_set_without_any_choice_named_gives_the_best_as_it_is():
-    assert choose([candidate("maybe", 0.5), candidate("perhaps", 0.7)], ["A", "B"]).text == "perhaps"
-
-
-@pytest.mark.parametrize(
-    ("text", "named"),
-    [
-        ("B", "B"),
-        (" b. ", "B"),
-        ("B: because", "B"),
-        ("(B) because", "B"),
-        ("Because", None),
-        ("B cells", None),
-        ("", None),
-        ("SUPPORTS the claim", "SUPPORTS"),
-        ("not", None),
-        ("not enough info", "not enough info"),
-    ],
-)
-def test_choice_is_named_whole(text, named):
-    assert closed_answer(text, ["A", "B", "SUPPORTS", "not enough info", ""]) == named

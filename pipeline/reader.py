@@ -1,0 +1,146 @@
+"""The reader: what the algorithm asks of a model, and the model that answers with reflection tokens.
+
+A model taught for Self-RAG writes a segment, its critique and the next decision in one generation: the segment
+ends at the next Retrieve token, whose own distribution is the decision.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from pipeline.config import DecodingConfig
+from pipeline.critique import critique, retrieve_probability
+from pipeline.engine import Generator
+from pipeline.prompts import PromptTokenizer, passage_text
+from pipeline.reflection import Paragraph, Retrieve
+from pipeline.types import Boundary, Generation, Passage, Path, Query, RetrievedPassage, Segment, Usage
+
+
+class Reader(Protocol):
+    """Decides and writes for one query."""
+
+    usage: Usage
+
+    async def decide(self) -> Boundary:
+        """Where the prompt ends: shall a passage be retrieved?
+
+        Raises:
+            ValueError: the query does not fit the model.
+        """
+        ...
+
+    def has_room(self, path: Path) -> bool:
+        """Whether the path's text leaves room for another segment."""
+        ...
+
+    async def write(self, path: Path, opening: Retrieve, evidence: RetrievedPassage | None) -> Path:
+        """The path with one more segment.
+
+        Args:
+            opening: the decision before it.
+            evidence: the passage to write from: a new one for ``[Retrieval]``, the path's own for
+                ``[Continue to Use Evidence]``, None for ``[No Retrieval]``.
+        """
+        ...
+
+
+@dataclass
+class ReflectionReader:
+    """Reads with a model that was taught the reflection tokens."""
+
+    generator: Generator
+    tokenizer: PromptTokenizer
+    config: DecodingConfig
+    query: Query
+    usage: Usage = field(default_factory=Usage)
+    bodies: dict[Passage, list[int]] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.prompt = self.tokenizer.prompt(self.query.query, self.query.input)
+
+    async def decide(self) -> Boundary:
+        """See :meth:`Reader.decide`: the distribution of the first token, where the mode leaves the decision open."""
+        room = self.room - len(Paragraph) - 1
+        if len(self.prompt) > room:
+            raise ValueError(
+                f"the query has {len(self.prompt)} tokens and the model takes {room} before an answer of "
+                f"{self.config.max_tokens}; shorten it, or raise model.engine.max_model_len"
+            )
+        if self.config.mode != "adaptive":
+            return Boundary()
+        return Boundary(retrieve_probability(await self._request(self.prompt, max_tokens=1)))
+
+    @property
+    def room(self) -> int:
+        """Tokens that a prompt may have."""
+        return self.generator.max_model_len - self.config.max_tokens
+
+    def has_room(self, path: Path) -> bool:
+        """See :meth:`Reader.has_room`: passages can be cut, text cannot."""
+        segments = len(path.segments) + 1
+        written = sum(len(segment.token_ids) for segment in path.segments)
+        return len(self.prompt) + written + segments * (1 + len(Paragraph)) <= self.room
+
+    async def write(self, path: Path, opening: Retrieve, evidence: RetrievedPassage | None) -> Path:
+        """See :meth:`Reader.write`."""
+        generation = await self._request(self._context(path, opening, evidence), self.config.max_tokens)
+        ids, boundary = self._split(generation)
+        judged = critique(generation, self.tokenizer.reflection, self.tokenizer.eos, self.config.weights)
+        words = [token for token in ids if token not in self.tokenizer.reflection.control]
+        raw = f"{opening}{self.tokenizer.decode(ids)}"
+        text = self.tokenizer.decode(words).strip()
+        return Path((*path.segments, Segment(text, raw, evidence, judged, opening, tuple(ids))), boundary)
+
+    def _split(self, generation: Generation) -> tuple[list[int], Boundary | None]:
+        """A segment's own ids, and the boundary where it ended at a Retrieve token."""
+        *ids, last = generation.token_ids
+        reflection = self.tokenizer.reflection
+        if last in reflection.group(Retrieve):
+            keep = last == reflection[Retrieve.CONTINUE]
+            return ids, Boundary(retrieve_probability(generation, len(ids)), keep)
+        return (ids if last == self.tokenizer.eos else [*ids, last]), None
+
+    def _context(self, path: Path, opening: Retrieve, evidence: RetrievedPassage | None) -> list[int]:
+        """Ids of everything before a new segment: the prompt, earlier segments with their passages, the new passage.
+
+        Passages are cut where they do not fit, the oldest first, each at its end.
+        """
+        steps = [(s.opening, s.evidence, s.token_ids) for s in path.segments] + [(opening, evidence, ())]
+        bodies = [self._body(e.passage) if e is not None and o is Retrieve.YES else [] for o, e, _ in steps]
+        read = sum(o is Retrieve.YES and e is not None for o, e, _ in steps)
+        fixed = len(self.prompt) + sum(1 + len(ids) for _, _, ids in steps) + len(Paragraph) * read
+        kept = cut_oldest([len(body) for body in bodies], self.room - fixed)
+        lost = sum(len(body) for body in bodies) - sum(kept)
+        self.usage = replace(self.usage, truncated_tokens=self.usage.truncated_tokens + lost)
+        context = list(self.prompt)
+        for (opened, used, ids), body, length in zip(steps, bodies, kept, strict=True):
+            context += self.tokenizer.control(opened)
+            if used is not None and opened is Retrieve.YES:
+                context += self.tokenizer.paragraph(body[:length])
+            context += ids
+        return context
+
+    def _body(self, passage: Passage) -> list[int]:
+        if passage not in self.bodies:
+            self.bodies[passage] = self.tokenizer.text(passage_text(passage.title, passage.text))
+        return self.bodies[passage]
+
+    async def _request(self, prompt: Sequence[int], max_tokens: int) -> Generation:
+        generation = await self.generator.generate(prompt, max_tokens)
+        self.usage = replace(
+            self.usage,
+            prompt_tokens=self.usage.prompt_tokens + generation.prompt_tokens,
+            cached_tokens=self.usage.cached_tokens + generation.cached_tokens,
+            generated_tokens=self.usage.generated_tokens + len(generation.token_ids),
+            engine_requests=self.usage.engine_requests + 1,
+        )
+        return generation
+
+
+def cut_oldest(lengths: Sequence[int], room: int) -> list[int]:
+    """Lengths that fit into the room together, with what is too much taken from the first ones."""
+    excess, kept = sum(lengths) - room, []
+    for length in lengths:
+        kept.append(length - min(length, max(0, excess)))
+        excess -= length - kept[-1]
+    return kept
