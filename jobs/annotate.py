@@ -90,8 +90,8 @@ def allot(plan: Plan) -> Resources:
 def execute(plan: Plan, resources: Resources) -> Summary:
     """Carry a plan out."""
     started, begun = time.monotonic(), datetime.now(UTC)
-    record = {"configuration": plan.config.recorded(), **plan.identity(), "versions": versions()}
-    record["started"] = begun.isoformat()
+    record = {"configuration": plan.config.recorded(), **plan.identity(), "tasks": plan.tasks()}
+    record |= {"versions": versions(), "started": begun.isoformat()}
     annotated = 0
     if not plan.finished:
         if plan.overwrite:

@@ -9,6 +9,7 @@ import pyarrow as pa
 
 from pipeline.config import RunConfig
 from pipeline.engine import EngineDeadError, VllmGenerator, prompt_tokenizer
+from pipeline.profiles import Tasks
 from pipeline.retrieve import IndexRetriever, Retriever
 from pipeline.schema import (
     ANSWER_FIELDS,
@@ -80,7 +81,8 @@ class SelfRagActor:
         if config.index is not None and config.decoding.mode != "never":
             retriever = IndexRetriever.open(locate(config.index, config.storage), config.retrieval)
         self.generator = VllmGenerator.start(config.model, tokenizer)
-        self.system = SelfRag(self.generator, tokenizer, config.decoding, retriever)
+        tasks = Tasks(config.decoding, config.profiles, config.task)
+        self.system = SelfRag(self.generator, tokenizer, tasks, retriever)
 
     async def __call__(self, table: pa.Table) -> pa.Table:
         """Annotate one unit."""

@@ -6,7 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 import smart_open
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -94,6 +94,37 @@ class DecodingConfig(_Frozen):
         return self
 
 
+class Profile(_Frozen):
+    """How the rows of a task are asked, decoded and judged.
+
+    Attributes:
+        instruction: what the model is asked; ``{query}`` and ``{choices}`` stand for the row's own.
+        choices: closed set of rows that bring none.
+        decoding: keys of :class:`DecodingConfig`; the run's own settings go before them.
+        metric: the figure that the task is known by.
+    """
+
+    instruction: str = "{query}"
+    choices: tuple[str, ...] = ()
+    decoding: dict[str, Any] = {}
+    metric: Literal["match", "exact_match", "accuracy", "str_em", "rouge_l"] = "match"
+
+    @field_validator("decoding")
+    @classmethod
+    def _known_settings(cls, decoding: dict[str, Any]) -> dict[str, Any]:
+        if whole_run := {"keep_candidates", "explore"} & decoding.keys():
+            raise ValueError(f"{', '.join(sorted(whole_run))} is the run's to say, not a profile's")
+        DecodingConfig.model_validate(decoding)
+        return decoding
+
+    @field_validator("instruction")
+    @classmethod
+    def _asks(cls, instruction: str) -> str:
+        if "{query}" not in instruction:
+            raise ValueError("the instruction must hold {query}")
+        return instruction
+
+
 class RetrievalConfig(_Frozen):
     """How the index is searched.
 
@@ -157,6 +188,8 @@ class RunConfig(_Frozen):
         queries: URI of a Parquet file or of a folder of them.
         output: URI of the folder for the annotated set.
         index: URI of an index folder; not needed where every row has given passages or ``mode`` is ``never``.
+        task: of the rows that name none.
+        profiles: task profiles by name, beside the built-in ones or in their place.
     """
 
     queries: str
@@ -165,6 +198,8 @@ class RunConfig(_Frozen):
     model: ModelConfig
     columns: Columns = Columns()
     decoding: DecodingConfig = DecodingConfig()
+    task: str | None = None
+    profiles: dict[str, Profile] = {}
     retrieval: RetrievalConfig = RetrievalConfig()
     execution: ExecutionConfig = ExecutionConfig()
     storage: StorageConfig = StorageConfig()

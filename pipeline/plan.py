@@ -8,6 +8,7 @@ from pipeline.config import RunConfig, with_absolute_paths
 from pipeline.engine import check_engine_arguments, model_path, prompt_tokenizer
 from pipeline.index import check_index
 from pipeline.output import OutputFolder
+from pipeline.profiles import Tasks, built_in_digest
 from pipeline.provenance import model_identity
 from pipeline.query_set import QuerySet, Unit, inspect_queries
 from pipeline.storage import Location, locate
@@ -46,7 +47,7 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What decides the results: an output holds rows of one identity only."""
         return {
-            "settings": self.config.decisive(),
+            "settings": {**self.config.decisive(), "profiles.built_in": built_in_digest()},
             "queries": {"files": self.queries.files, "rows": self.queries.rows, "digest": self.queries.digest},
             "model": self.model,
             "index": self.index,
@@ -60,8 +61,22 @@ class Plan:
             f"index    {config.index or 'none'}" + (f": {self.index['passages']} passages" if self.index else ""),
             f"model    {config.model.name}",
             f"decoding {config.decoding.mode}, δ = {config.decoding.threshold}, k = {config.decoding.passages}",
+            *self._task_lines(),
             f"output   {config.output}: {len(self.done)} of {len(self.queries.units)} units done before",
             f"to do    {rows} rows in {len(self.todo)} units on {config.execution.actors} actor(s)",
+        ]
+
+    def tasks(self) -> dict[str, dict[str, Any]]:
+        """How the rows of each task are asked, decoded and judged, by the task's name; ``""`` is for none."""
+        tasks = Tasks(self.config.decoding, self.config.profiles, self.config.task)
+        rows = {"": self.queries.rows - sum(self.queries.tasks.values()), **self.queries.tasks}
+        return {name: {"rows": count, **tasks.described(name)} for name, count in rows.items() if count}
+
+    def _task_lines(self) -> list[str]:
+        return [
+            f"task     {name or '(none)'}: {task['rows']} rows, "
+            + (f"profile {task['profile']}" if task["profile"] else "asked as they are")
+            for name, task in self.tasks().items()
         ]
 
 

@@ -1,7 +1,8 @@
 """The query set: checked from its footers and its ids, and cut into work units."""
 
 import hashlib
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 
@@ -42,6 +43,7 @@ class QuerySet:
         schema: of every file.
         digest: of all units together: the identity of the query set as cut.
         given: whether it has a column of given passages.
+        tasks: rows by task; those without one are not among them.
     """
 
     schema: pa.Schema
@@ -50,6 +52,7 @@ class QuerySet:
     rows: int
     digest: str
     given: bool
+    tasks: Mapping[str, int]
 
 
 def inspect_queries(location: Location, columns: Columns, unit_rows: int) -> QuerySet:
@@ -78,7 +81,9 @@ def inspect_queries(location: Location, columns: Columns, unit_rows: int) -> Que
     _check_ids(files, columns.id)
     units = tuple(unit for file, footer in footers for unit in _units(file, footer, unit_rows))
     digest = hashlib.sha256("".join(unit.id for unit in units).encode()).hexdigest()
-    return QuerySet(schema, units, len(files), rows, digest, given=_has_passages(schema, columns))
+    return QuerySet(
+        schema, units, len(files), rows, digest, _has_passages(schema, columns), _tasks(files, schema, columns)
+    )
 
 
 def parquet_files(location: Location) -> list[Location]:
@@ -141,6 +146,17 @@ def _rows_of(values: pa.ChunkedArray, value: str) -> list[int]:
 
 def _has_passages(schema: pa.Schema, columns: Columns) -> bool:
     return columns.passages in schema.names and not pa.types.is_null(schema.field(columns.passages).type)
+
+
+def _tasks(files: list[Location], schema: pa.Schema, columns: Columns) -> dict[str, int]:
+    if columns.task not in schema.names:
+        return {}
+    tasks: Counter[str] = Counter()
+    for file in files:
+        with file.filesystem.open_input_file(file.path) as stream:
+            values = pq.read_table(stream, columns=[columns.task])[columns.task].cast(pa.string())
+        tasks.update({entry["values"]: entry["counts"] for entry in pc.value_counts(values.drop_null()).to_pylist()})
+    return dict(sorted(tasks.items()))
 
 
 def _content_digest(file: Location) -> str:

@@ -56,7 +56,7 @@ class ReflectionReader:
     bodies: dict[Passage, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.prompt = self.tokenizer.prompt(self.query.query, self.query.input)
+        self.prompt = self.tokenizer.prompt(self.query.instruction or self.query.query, self.query.input)
 
     async def decide(self) -> Boundary:
         """See :meth:`Reader.decide`: the distribution of the first token, where the mode leaves the decision open."""

@@ -12,6 +12,7 @@ from pipeline.beam import decision, search, together
 from pipeline.choose import choose, cited_text, plain_text
 from pipeline.config import DecodingConfig
 from pipeline.engine import Generator
+from pipeline.profiles import Tasks
 from pipeline.prompts import PromptTokenizer
 from pipeline.reader import Reader, ReflectionReader
 from pipeline.reflection import Retrieve
@@ -24,12 +25,13 @@ class SelfRag:
     """Answers queries with one engine and one retriever.
 
     Attributes:
+        tasks: settings, by the query's task.
         retriever: None where every query brings its passages or nothing is ever retrieved.
     """
 
     generator: Generator
     tokenizer: PromptTokenizer
-    config: DecodingConfig
+    tasks: Tasks
     retriever: Retriever | None = None
 
     async def answer(self, query: Query) -> Answer:
@@ -40,8 +42,9 @@ class SelfRag:
         """
         if not query.query.strip():
             raise ValueError("the query is empty")
-        reader = ReflectionReader(self.generator, self.tokenizer, self.config, query)
-        return await Decoding(query, reader, self.retriever, self.config).run()
+        query, config = self.tasks.apply(query)
+        reader = ReflectionReader(self.generator, self.tokenizer, config, query)
+        return await Decoding(query, reader, self.retriever, config).run()
 
 
 @dataclass

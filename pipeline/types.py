@@ -40,6 +40,7 @@ class Query:
         task: name of the task.
         choices: closed set of answers; empty for open questions.
         passages: given passages, in their order; None where the index is asked instead.
+        instruction: what the model is asked, where a task says it otherwise than the query; searches use the query.
     """
 
     id: str
@@ -48,6 +49,7 @@ class Query:
     task: str | None = None
     choices: tuple[str, ...] = ()
     passages: tuple[Passage, ...] | None = None
+    instruction: str | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ import pytest
 
 from pipeline.choose import cited_passages
 from pipeline.config import DecodingConfig
+from pipeline.profiles import Tasks
 from pipeline.self_rag import SelfRag
 from pipeline.types import Answer, Generation, Passage, Query, RetrievedPassage
 from tests.fakes import ScriptedGenerator, generation, word_tokenizer
@@ -69,7 +70,9 @@ LONG = DecodingConfig(segments=7, beam_width=2, passages=2)
 
 def system(config: DecodingConfig = LONG, script: Mapping[str, Generation] = SCRIPT) -> SelfRag:
     found = {"Tell": [RED, BLUE], "Tell Red is warm.": [BLUE, RED]}
-    return SelfRag(ScriptedGenerator(TOKENIZER, lambda prompt: script[prompt]), TOKENIZER, config, Finds(found, []))
+    return SelfRag(
+        ScriptedGenerator(TOKENIZER, lambda prompt: script[prompt]), TOKENIZER, Tasks(config), Finds(found, [])
+    )
 
 
 def tell(rag: SelfRag, query: Query = Query("q", "Tell")) -> Answer:
@@ -244,7 +247,7 @@ def test_rows_in_flight_never_change_an_answer(seed: int) -> None:
             passages = [Passage(f"p{n}", "", f"text{n}") for n in draw.sample(range(30), k)]
             return [RetrievedPassage(p, None, n) for n, p in enumerate(passages, 1)]
 
-    rag = SelfRag(Jittery(), TOKENIZER, DecodingConfig(segments=4, passages=3, keep_candidates=True), Draws())
+    rag = SelfRag(Jittery(), TOKENIZER, Tasks(DecodingConfig(segments=4, passages=3, keep_candidates=True)), Draws())
     queries = [Query(str(n), f"Tell {n}") for n in range(64)]
 
     async def all_at_once() -> list[Answer]:

@@ -1,0 +1,76 @@
+"""Task profiles: a row's ``task`` decides how it is asked and decoded. The built-in ones are in ``profiles.yaml``."""
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from pipeline.config import DecodingConfig, Profile
+from pipeline.types import Query
+
+BUILT_IN = Path(__file__).with_suffix(".yaml")
+
+
+@cache
+def built_in_profiles() -> dict[str, Profile]:
+    """The profiles that come with the project, by name."""
+    return {name: Profile.model_validate(tree) for name, tree in yaml.safe_load(BUILT_IN.read_text("utf-8")).items()}
+
+
+def built_in_digest() -> str:
+    """Digest of the built-in profiles: a run is not continued with others."""
+    return hashlib.sha256(BUILT_IN.read_bytes()).hexdigest()[:12]
+
+
+@dataclass(frozen=True)
+class Tasks:
+    """How each task is asked and decoded.
+
+    Attributes:
+        decoding: of the run; what it sets itself goes before what a profile says.
+        profiles: the configuration's own, by name; they go before built-in ones of that name.
+        default: task of the rows that name none.
+    """
+
+    decoding: DecodingConfig
+    profiles: Mapping[str, Profile] = field(default_factory=dict)
+    default: str | None = None
+
+    @cached_property
+    def known(self) -> dict[str, Profile]:
+        """All profiles by name."""
+        return {**built_in_profiles(), **self.profiles}
+
+    @cached_property
+    def _decoding(self) -> dict[str, DecodingConfig]:
+        return {name: settled(profile, self.decoding) for name, profile in self.known.items()}
+
+    def apply(self, query: Query) -> tuple[Query, DecodingConfig]:
+        """The query as its task asks it, and the settings to decode it with; as they are where no profile fits."""
+        name = self._profile(query.task)
+        if name is None:
+            return query, self.decoding
+        profile = self.known[name]
+        choices = query.choices or profile.choices
+        instruction = profile.instruction.replace("{choices}", ", ".join(choices)).replace("{query}", query.query)
+        return replace(query, choices=choices, instruction=instruction), self._decoding[name]
+
+    def _profile(self, task: str | None) -> str | None:
+        name = task or self.default
+        return name if name in self.known else None
+
+    def described(self, task: str) -> dict[str, Any]:
+        """What a run's manifest says of a task: its profile, its metric, and all settings of its decoding."""
+        name = self._profile(task)
+        decoding = self._decoding[name] if name else self.decoding
+        metric = self.known[name].metric if name else Profile().metric
+        return {"profile": name, "metric": metric, "decoding": decoding.model_dump(mode="json")}
+
+
+def settled(profile: Profile, decoding: DecodingConfig) -> DecodingConfig:
+    """The defaults, then what the profile says, then what the run sets itself."""
+    return DecodingConfig.model_validate({**profile.decoding, **decoding.model_dump(exclude_unset=True)})

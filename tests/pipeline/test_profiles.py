@@ -1,0 +1,77 @@
+import pytest
+from pydantic import ValidationError
+
+from pipeline.config import DecodingConfig, Profile
+from pipeline.profiles import Tasks, built_in_profiles
+from pipeline.types import Query
+
+
+def test_built_in_profiles_cover_the_papers_tasks() -> None:
+    profiles = built_in_profiles()
+    expected = {"popqa", "triviaqa", "nq", "arc_challenge", "pubhealth", "fever", "asqa", "eli5", "biography"}
+    assert profiles.keys() == expected
+    long = {name for name, profile in profiles.items() if profile.decoding.get("segments", 1) > 1}
+    assert long == {"asqa", "eli5", "biography"}
+
+
+def test_asqa_retrieves_always_and_cites() -> None:
+    query, config = Tasks(DecodingConfig()).apply(Query("q", "Who won?", task="asqa"))
+    assert (config.threshold, config.segments, config.beam_width, config.citations) == (0.0, 7, 2, True)
+    assert query.instruction is not None
+    assert query.instruction.startswith("Answer the following question. The question may be ambiguous")
+    assert query.instruction.endswith("\n\n## Input:\n\nWho won?")
+    assert query.query == "Who won?"
+
+
+def test_the_runs_own_settings_go_before_a_profiles() -> None:
+    tasks = Tasks(DecodingConfig(threshold=0.5, keep_candidates=True))
+    config = tasks.apply(Query("q", "?", task="asqa"))[1]
+    assert (config.threshold, config.keep_candidates, config.segments) == (0.5, True, 7)
+
+
+def test_a_setting_equal_to_the_default_is_a_setting_too() -> None:
+    assert Tasks(DecodingConfig(threshold=0.2)).apply(Query("q", "?", task="asqa"))[1].threshold == 0.2
+
+
+@pytest.mark.parametrize("task", [None, "qa"])
+def test_rows_without_a_profile_are_asked_as_they_are(task: str | None) -> None:
+    query = Query("q", "Who won?", task=task)
+    assert Tasks(DecodingConfig()).apply(query) == (query, DecodingConfig())
+
+
+def test_rows_that_name_no_task_have_the_runs() -> None:
+    tasks = Tasks(DecodingConfig(), default="pubhealth")
+    assert tasks.apply(Query("q", "Water is wet."))[0].choices == ("true", "false")
+    assert tasks.apply(Query("q", "Water is wet.", task="qa"))[0].choices == ()
+
+
+def test_a_rows_own_choices_go_before_its_tasks() -> None:
+    query, _ = Tasks(DecodingConfig()).apply(Query("q", "It rains.", task="fever", choices=("yes", "no")))
+    assert query.choices == ("yes", "no")
+    assert query.instruction is not None
+    assert "Answer with one of: yes, no." in query.instruction
+
+
+def test_a_query_that_looks_like_a_placeholder_stays_text() -> None:
+    query, _ = Tasks(DecodingConfig()).apply(Query("q", "What is {choices}?", task="fever"))
+    assert query.instruction is not None
+    assert query.instruction.endswith("What is {choices}?")
+
+
+def test_a_users_profile_may_replace_a_built_in_one() -> None:
+    tasks = Tasks(DecodingConfig(), {"nq": Profile(instruction="Q: {query}")})
+    assert tasks.apply(Query("q", "Who?", task="nq"))[0].instruction == "Q: Who?"
+
+
+@pytest.mark.parametrize(
+    ("tree", "problem"),
+    [
+        ({"instruction": "Answer."}, "must hold {query}"),
+        ({"decoding": {"explore": True}}, "explore is the run's to say"),
+        ({"decoding": {"treshold": 0.1}}, "treshold"),
+        ({"metric": "bleu"}, "metric"),
+    ],
+)
+def test_bad_profiles_are_refused(tree: dict[str, object], problem: str) -> None:
+    with pytest.raises(ValidationError, match=problem):
+        Profile.model_validate(tree)
