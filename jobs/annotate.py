@@ -20,8 +20,11 @@ import typer
 
 from jobs.cluster import Resources, actor_resources, connect
 from jobs.progress import Progress
+from jobs.rescore import changes_of
+from jobs.rescore import check as check_rescore
+from jobs.rescore import execute as execute_rescore
 from pipeline.actor import SelfRagActor
-from pipeline.config import RunConfig, load_config
+from pipeline.config import RunConfig, StorageConfig, load_config
 from pipeline.output import OutputFolder, UnitSummary
 from pipeline.plan import Plan, check
 from pipeline.provenance import versions
@@ -203,12 +206,19 @@ def annotate(
         bool, typer.Option("--overwrite/--resume", help="Replace an existing output instead of continuing it.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a machine-readable summary on stdout.")] = False,
+    rescored: Annotated[
+        str | None,
+        typer.Option("--rescore", help="Choose the answers of this annotated set again (with --output and --set)."),
+    ] = None,
 ) -> None:
     """Annotate a query set with answers, evidence and critique.
 
     Exit status: 0 all rows answered, 3 some rows in errors/, 1 failed, 2 bad usage.
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    if rescored is not None:
+        rescore(rescored, output, settings or [], overwrite)
+        return
     flags = {"queries": queries, "index": index, "output": output, "model.name": model}
     try:
         plan = check(load_config(config, settings or [], flags), overwrite)
@@ -230,6 +240,19 @@ def annotate(
         raise typer.Exit(1) from None
     _report(summary, as_json)
     raise typer.Exit(summary.exit_status)
+
+
+def rescore(run_uri: str, output: str | None, settings: list[str], overwrite: bool) -> None:
+    """Write an annotated set anew with changed settings, without an engine."""
+    if output is None:
+        raise typer.BadParameter("--rescore needs --output, the folder for the new annotated set")
+    try:
+        plan = check_rescore(run_uri, output, changes_of(settings), StorageConfig(), overwrite)
+        changed = execute_rescore(plan)
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    typer.echo(f"{changed} answers changed; annotated set: {output}", err=True)
 
 
 def _report(summary: Summary, as_json: bool) -> None:

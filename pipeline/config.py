@@ -2,7 +2,7 @@
 
 import os
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 import smart_open
 import yaml
@@ -15,6 +15,9 @@ Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Section = TypeVar("Section", bound=_Frozen)
 
 
 class Columns(_Frozen):
@@ -289,14 +292,26 @@ def load_config(file: str | None, settings: list[str], flags: dict[str, Any]) ->
     for key, value in flags.items():
         if value is not None:
             assign(tree, key, value)
+    return validated(RunConfig, tree)
+
+
+def validated(section: type[Section], tree: dict[str, Any], name: str = "") -> Section:
+    """A section of the configuration from plain values.
+
+    Args:
+        name: of the section, for the message.
+
+    Raises:
+        ValueError: unknown key, wrong type or value; one line that names the key and says what is wrong.
+    """
     try:
-        return RunConfig.model_validate(tree)
+        return section.model_validate(tree)
     except ValidationError as error:
-        raise ValueError("; ".join(_problem(dict(e)) for e in error.errors())) from None
+        raise ValueError("; ".join(_problem(dict(e), name) for e in error.errors())) from None
 
 
-def _problem(error: dict[str, Any]) -> str:
-    key = ".".join(str(part) for part in error["loc"])
+def _problem(error: dict[str, Any], section: str) -> str:
+    key = ".".join([section] * bool(section) + [str(part) for part in error["loc"]])
     if error["type"] == "extra_forbidden":
         return f"unknown configuration key {key}"
     if error["type"] == "missing":

@@ -64,11 +64,16 @@ class Tasks:
         return name if name in self.known else None
 
     def described(self, task: str) -> dict[str, Any]:
-        """What a run's manifest says of a task: its profile, its metric, and all settings of its decoding."""
+        """What a run's manifest says of a task: its profile, metric and choices, and all its settings."""
         name = self._profile(task)
         decoding = self._decoding[name] if name else self.decoding
-        metric = self.known[name].metric if name else Profile().metric
-        return {"profile": name, "metric": metric, "decoding": decoding.model_dump(mode="json")}
+        profile = self.known[name] if name else Profile()
+        return {
+            "profile": name,
+            "metric": profile.metric,
+            "choices": list(profile.choices),
+            "decoding": decoding.model_dump(mode="json"),
+        }
 
 
 def settled(profile: Profile, decoding: DecodingConfig) -> DecodingConfig:

@@ -17,7 +17,7 @@ from pipeline.prompts import PromptTokenizer
 from pipeline.reader import Reader, ReflectionReader
 from pipeline.reflection import Retrieve
 from pipeline.retrieve import Retriever, given_passages
-from pipeline.types import Answer, Candidate, Path, Query, RetrievedPassage
+from pipeline.types import Answer, Candidate, Path, Query, RetrievedPassage, Usage
 
 
 @dataclass(frozen=True)
@@ -66,21 +66,11 @@ class Decoding:
     async def run(self) -> Answer:
         """The algorithm."""
         started = time.monotonic()
-        first = await self.reader.decide()
-        root = Path((), first)
+        root = Path((), await self.reader.decide())
         paths = await search(root, self.expand, self.config)
-        best, choice = choose(paths, self.query.choices)
-        text = cited_text if self.config.citations else plain_text
         usage = replace(self.reader.usage, retrievals=len(self.searches), seconds=time.monotonic() - started)
-        return Answer(
-            answer=text(best.segments) if choice is None else choice,
-            raw_output="".join(segment.raw for segment in best.segments),
-            retrieved=any(segment.evidence is not None for segment in best.segments),
-            retrieve_probability=first.probability,
-            segments=best.segments,
-            usage=usage,
-            candidates=tree(root, self.families) if self.config.keep_candidates else (),
-        )
+        candidates = tree(root, self.families) if self.config.keep_candidates else ()
+        return conclude(root, paths, self.query.choices, self.config, usage, candidates)
 
     async def expand(self, path: Path) -> Sequence[Path]:
         """Continue a path by one segment in every way, all at once; siblings share their prefix."""
@@ -110,6 +100,28 @@ class Decoding:
         if asked not in self.searches:
             self.searches[asked] = await self.retriever.retrieve(asked, self.config.passages)
         return self.searches[asked]
+
+
+def conclude(
+    root: Path,
+    paths: Sequence[Path],
+    choices: Sequence[str],
+    config: DecodingConfig,
+    usage: Usage,
+    candidates: tuple[Candidate, ...],
+) -> Answer:
+    """The answer, from all paths that compete to be it."""
+    best, choice = choose(paths, choices)
+    text = cited_text if config.citations else plain_text
+    return Answer(
+        answer=text(best.segments) if choice is None else choice,
+        raw_output="".join(segment.raw for segment in best.segments),
+        retrieved=any(segment.evidence is not None for segment in best.segments),
+        retrieve_probability=root.boundary.probability if root.boundary else None,
+        segments=best.segments,
+        usage=usage,
+        candidates=candidates,
+    )
 
 
 def tree(root: Path, families: dict[Path, Sequence[Path]]) -> tuple[Candidate, ...]:

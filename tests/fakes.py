@@ -1,13 +1,15 @@
 """Hand-written stand-ins for the engine, the tokenizer and the retriever: for unit tests of pure logic only."""
 
+import asyncio
 import math
+import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
 
 from pipeline.prompts import PromptTokenizer
-from pipeline.reflection import CONTROL_TOKENS, REFLECTION_TOKENS, ReflectionIds
+from pipeline.reflection import CONTROL_TOKENS, REFLECTION_TOKENS, IsSup, ReflectionIds, Retrieve
 from pipeline.types import Generation, Passage, RetrievedPassage
 
 EOS = 1
@@ -60,6 +62,60 @@ def generation(
         for token, probability in probabilities.items():
             table[position, REFLECTION_TOKENS.index(token)] = math.log(probability)
     return Generation(tuple(ids), np.log([p for _, p in words]), table, prompt_tokens)
+
+
+def judged(
+    tokenizer: PromptTokenizer,
+    words: str,
+    relevant: float,
+    end: str = "</s>",
+    p_yes: float = 0.5,
+    support: str | None = None,
+    word_p: float = 1.0,
+) -> Generation:
+    """``[Relevant] words [support] end``: its score is word_p + relevant (+ 1, 0.5 or 0 for the support)."""
+    tokens: list[str | tuple[str, float]] = ["[Relevant]", *((word, word_p) for word in words.split())]
+    reflection = {0: {"[Relevant]": relevant, "[Irrelevant]": 1 - relevant + 1e-12}}
+    if support:
+        reflection[len(tokens)] = {support: 1.0}
+        tokens.append(support)
+    reflection[len(tokens)] = {"[Retrieval]": p_yes, "[No Retrieval]": 1 - p_yes}
+    return generation(tokenizer, [*tokens, end], reflection, prompt_tokens=10)
+
+
+@dataclass
+class DrawingGenerator:
+    """A model whose every word follows from its prompt, and that ends its requests in any order.
+
+    Attributes:
+        words: what it may write, so that texts repeat or name a choice.
+    """
+
+    tokenizer: PromptTokenizer
+    rng: random.Random
+    words: Sequence[str] = tuple(f"w{n}" for n in range(9))
+    max_model_len: int = 1000
+
+    async def generate(self, prompt: Sequence[int], max_tokens: int) -> Generation:
+        for _ in range(self.rng.randrange(6)):
+            await asyncio.sleep(0)
+        draw = random.Random(self.tokenizer.decode(list(prompt)))
+        if max_tokens == 1:
+            p = draw.random()
+            return generation(self.tokenizer, ["[Retrieval]"], {0: {"[Retrieval]": p, "[No Retrieval]": 1 - p}})
+        end = draw.choice(["</s>", *map(str, Retrieve)])
+        support = draw.choice([None, *map(str, IsSup)])
+        word = draw.choice(self.words)
+        return judged(self.tokenizer, word, draw.random(), end, draw.random(), support, 0.1 + 0.9 * draw.random())
+
+
+@dataclass
+class DrawingRetriever:
+    """Passages that follow from what is asked."""
+
+    async def retrieve(self, query: str, k: int) -> list[RetrievedPassage]:
+        drawn = random.Random(query).sample(range(30), k)
+        return [RetrievedPassage(Passage(f"p{n}", "", f"text{n}"), None, rank) for rank, n in enumerate(drawn, 1)]
 
 
 @dataclass

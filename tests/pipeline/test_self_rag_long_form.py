@@ -12,24 +12,11 @@ from pipeline.config import DecodingConfig
 from pipeline.profiles import Tasks
 from pipeline.self_rag import SelfRag
 from pipeline.types import Answer, Generation, Passage, Query, RetrievedPassage
-from tests.fakes import ScriptedGenerator, generation, word_tokenizer
+from tests.fakes import DrawingGenerator, DrawingRetriever, ScriptedGenerator, generation, judged, word_tokenizer
 
 TOKENIZER = word_tokenizer()
 QUESTION = "### Instruction: Tell ### Response:"
 RED, BLUE = Passage("red", "", "red"), Passage("blue", "", "blue")
-
-
-def written(
-    words: str, relevant: float, end: str = "</s>", p_yes: float = 0.5, support: str | None = None, word_p: float = 1.0
-) -> Generation:
-    """``[Relevant] words [support] end``: its score is word_p + relevant (+ 1, 0.5 or 0 for the support)."""
-    tokens: list[str | tuple[str, float]] = ["[Relevant]", *((word, word_p) for word in words.split())]
-    reflection = {0: {"[Relevant]": relevant, "[Irrelevant]": 1 - relevant + 1e-12}}
-    if support:
-        reflection[len(tokens)] = {support: 1.0}
-        tokens.append(support)
-    reflection[len(tokens)] = {"[Retrieval]": p_yes, "[No Retrieval]": 1 - p_yes}
-    return generation(TOKENIZER, [*tokens, end], reflection, prompt_tokens=10)
 
 
 @dataclass
@@ -53,11 +40,13 @@ FIRST_BLUE = f"{QUESTION} [Retrieval] <paragraph> blue </paragraph>"
 # Level 3: red+blue refuses retrieval: 0.5 (mean 1.2); red+red had ended.
 SCRIPT = {
     QUESTION: DECIDES,
-    FIRST_RED: written("Red is warm.", 0.9, "[Retrieval]", p_yes=0.8),
-    FIRST_BLUE: written("Blue is cold.", 0.6, "[Continue to Use Evidence]", p_yes=0.3),
-    f"{FIRST_RED} [Relevant] Red is warm. [Retrieval] <paragraph> red </paragraph>": written("Very warm.", 0.1),
-    f"{FIRST_RED} [Relevant] Red is warm. [Retrieval] <paragraph> blue </paragraph>": written(
-        "Unlike blue.", 0.2, "[No Retrieval]", p_yes=0.1
+    FIRST_RED: judged(TOKENIZER, "Red is warm.", 0.9, "[Retrieval]", p_yes=0.8),
+    FIRST_BLUE: judged(TOKENIZER, "Blue is cold.", 0.6, "[Continue to Use Evidence]", p_yes=0.3),
+    f"{FIRST_RED} [Relevant] Red is warm. [Retrieval] <paragraph> red </paragraph>": judged(
+        TOKENIZER, "Very warm.", 0.1
+    ),
+    f"{FIRST_RED} [Relevant] Red is warm. [Retrieval] <paragraph> blue </paragraph>": judged(
+        TOKENIZER, "Unlike blue.", 0.2, "[No Retrieval]", p_yes=0.1
     ),
     f"{FIRST_BLUE} [Relevant] Blue is cold. [Continue to Use Evidence]": generation(
         TOKENIZER, ["Very", "cold.", "</s>"], prompt_tokens=10
@@ -98,7 +87,7 @@ def test_citations_follow_the_passages_of_the_kept_segments() -> None:
 
 
 def test_continuing_keeps_the_passage_and_searches_nothing() -> None:
-    script = {**SCRIPT, FIRST_RED: written("Red.", 0.05)}
+    script = {**SCRIPT, FIRST_RED: judged(TOKENIZER, "Red.", 0.05)}
     rag = system(LONG.model_copy(update={"citations": True, "beam_width": 1}), script)
     answer = tell(rag)
     assert answer.answer == "Blue is cold. [1] Very cold. [1]"
@@ -132,9 +121,9 @@ def test_always_retrieves_even_where_the_model_would_continue_or_refuse() -> Non
     first = f"{QUESTION} [Retrieval] <paragraph> red </paragraph>"
     second = f"{first} [Relevant] One. [Retrieval] <paragraph> red </paragraph>"
     script = {
-        first: written("One.", 0.9, "[Continue to Use Evidence]", p_yes=0.1),
-        second: written("Two.", 0.9, "[No Retrieval]", p_yes=0.1),
-        f"{second} [Relevant] Two. [Retrieval] <paragraph> red </paragraph>": written("Three.", 0.9),
+        first: judged(TOKENIZER, "One.", 0.9, "[Continue to Use Evidence]", p_yes=0.1),
+        second: judged(TOKENIZER, "Two.", 0.9, "[No Retrieval]", p_yes=0.1),
+        f"{second} [Relevant] Two. [Retrieval] <paragraph> red </paragraph>": judged(TOKENIZER, "Three.", 0.9),
     }
     rag = replace(system(LONG.model_copy(update={"mode": "always", "passages": 1}), script), retriever=None)
     assert tell(rag, Query("q", "Tell", passages=(RED,))).answer == "One. Two. Three."
@@ -143,8 +132,8 @@ def test_always_retrieves_even_where_the_model_would_continue_or_refuse() -> Non
 def test_contradicted_segments_are_dropped_however_high_they_score() -> None:
     script = {
         QUESTION: DECIDES,
-        FIRST_RED: written("Red.", 0.9, support="[No support / Contradictory]"),
-        FIRST_BLUE: written("Blue.", 0.1, word_p=0.5),
+        FIRST_RED: judged(TOKENIZER, "Red.", 0.9, support="[No support / Contradictory]"),
+        FIRST_BLUE: judged(TOKENIZER, "Blue.", 0.1, word_p=0.5),
     }
     assert tell(system(script=script)).answer == "Red."
     assert tell(system(LONG.model_copy(update={"constraint": "no_contradiction"}), script)).answer == "Blue."
@@ -155,8 +144,8 @@ def test_contradicted_segments_are_dropped_however_high_they_score() -> None:
 def test_equal_texts_of_siblings_take_one_place_in_the_beam() -> None:
     script = {
         QUESTION: DECIDES,
-        FIRST_RED: written("Same.", 0.9, "[No Retrieval]", p_yes=0.1),
-        FIRST_BLUE: written("Same.", 0.6, "[No Retrieval]", p_yes=0.1),
+        FIRST_RED: judged(TOKENIZER, "Same.", 0.9, "[No Retrieval]", p_yes=0.1),
+        FIRST_BLUE: judged(TOKENIZER, "Same.", 0.6, "[No Retrieval]", p_yes=0.1),
         f"{FIRST_RED} [Relevant] Same. [No Retrieval]": generation(TOKENIZER, ["End.", "</s>"]),
     }
     rag = system(script=script)
@@ -199,8 +188,8 @@ def test_oldest_passage_is_cut_first_and_the_row_says_so() -> None:
     second = f"{QUESTION} [Retrieval] <paragraph> {kept} </paragraph> [Relevant] One."
     script = {
         QUESTION: DECIDES,
-        first: written("One.", 0.9, "[Retrieval]", p_yes=0.9),
-        f"{second} [Retrieval] <paragraph> {long[1].text} </paragraph>": written("Two.", 0.9),
+        first: judged(TOKENIZER, "One.", 0.9, "[Retrieval]", p_yes=0.9),
+        f"{second} [Retrieval] <paragraph> {long[1].text} </paragraph>": judged(TOKENIZER, "Two.", 0.9),
     }
     rag = system(LONG.model_copy(update={"passages": 1, "max_tokens": 10}), script)
     rag = replace(rag, retriever=Finds({"Tell": long[:1], "Tell One.": long[1:]}, []))
@@ -213,7 +202,7 @@ def test_oldest_passage_is_cut_first_and_the_row_says_so() -> None:
 def test_a_path_without_room_ends_where_it_is() -> None:
     script = {
         QUESTION: DECIDES,
-        FIRST_RED: written("a b c d e f g h", 0.9, "[Retrieval]", p_yes=0.9),
+        FIRST_RED: judged(TOKENIZER, "a b c d e f g h", 0.9, "[Retrieval]", p_yes=0.9),
     }
     rag = system(LONG.model_copy(update={"passages": 1, "max_tokens": 10}), script)
     rag.generator.max_model_len = 28  # type: ignore[misc]
@@ -223,31 +212,8 @@ def test_a_path_without_room_ends_where_it_is() -> None:
 @pytest.mark.parametrize("seed", range(3))
 def test_rows_in_flight_never_change_an_answer(seed: int) -> None:
     """64 rows together, each request ending when it likes, against each row alone."""
-    rng = random.Random(seed)
-
-    @dataclass
-    class Jittery:
-        """A model whose every word follows from its prompt."""
-
-        max_model_len: int = 1000
-
-        async def generate(self, prompt, max_tokens):  # type: ignore[no-untyped-def]
-            for _ in range(rng.randrange(6)):
-                await asyncio.sleep(0)
-            draw = random.Random(TOKENIZER.decode(list(prompt)))
-            if max_tokens == 1:
-                return DECIDES
-            end = draw.choice(["</s>", "[Retrieval]", "[No Retrieval]", "[Continue to Use Evidence]"])
-            return written(f"w{draw.randrange(9)}", draw.random(), end, draw.random())
-
-    @dataclass
-    class Draws:
-        async def retrieve(self, query, k):  # type: ignore[no-untyped-def]
-            draw = random.Random(query)
-            passages = [Passage(f"p{n}", "", f"text{n}") for n in draw.sample(range(30), k)]
-            return [RetrievedPassage(p, None, n) for n, p in enumerate(passages, 1)]
-
-    rag = SelfRag(Jittery(), TOKENIZER, Tasks(DecodingConfig(segments=4, passages=3, keep_candidates=True)), Draws())
+    config = DecodingConfig(segments=4, passages=3, keep_candidates=True)
+    rag = SelfRag(DrawingGenerator(TOKENIZER, random.Random(seed)), TOKENIZER, Tasks(config), DrawingRetriever())
     queries = [Query(str(n), f"Tell {n}") for n in range(64)]
 
     async def all_at_once() -> list[Answer]:

@@ -1,0 +1,126 @@
+"""Write an annotated set anew with other weights, threshold or constraints, without a model.
+
+``python -m jobs.annotate --rescore RUN --output URI --set decoding.weights.relevance=2``
+"""
+
+import asyncio
+import io
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import yaml
+
+from jobs.cluster import connect
+from pipeline.config import ExecutionConfig, StorageConfig, assign, flatten
+from pipeline.output import OutputFolder, parquet_bytes
+from pipeline.rescore import Rescoring
+from pipeline.schema import answer_row
+from pipeline.storage import locate
+
+# What choosing again writes anew; usage stays what the run cost.
+REWRITTEN = ("answer", "raw_output", "retrieved", "segments", "passages", "candidates")
+
+
+@dataclass(frozen=True)
+class RescorePlan:
+    """A checked rescoring.
+
+    Attributes:
+        manifest: the run's, with the changed settings.
+    """
+
+    run: OutputFolder
+    output: OutputFolder
+    rescoring: Rescoring
+    manifest: dict[str, Any]
+
+
+def check(run: str, output: str, changes: Mapping[str, Any], storage: StorageConfig, overwrite: bool) -> RescorePlan:
+    """Check a rescoring.
+
+    Args:
+        run: URI of a finished annotated set.
+        changes: settings of the section ``decoding``.
+
+    Raises:
+        ValueError: there is no finished run, it did not keep what is needed, or the output is taken.
+    """
+    source, target = OutputFolder(locate(run, storage)), OutputFolder(locate(output, storage))
+    manifest = source.manifest()
+    if manifest is None or not source.finished():
+        raise ValueError(f"--rescore {run}: no finished annotated set there")
+    if source.location.path.rstrip("/") == target.location.path.rstrip("/"):
+        raise ValueError(f"--output {output} is the run itself; choose another")
+    if (target.foreign() or target.manifest()) and not overwrite:
+        raise ValueError(f"--output {output} is taken; choose another, or replace it with --overwrite")
+    rescoring = Rescoring.of(manifest, changes)
+    tasks = {
+        name: {**task, "decoding": rescoring.tasks[name][0].model_dump(mode="json")}
+        for name, task in manifest["tasks"].items()
+    }
+    settings = {**manifest["settings"], **{f"decoding.{key}": value for key, value in flatten(dict(changes)).items()}}
+    return RescorePlan(source, target, rescoring, {**manifest, "settings": settings, "tasks": tasks, "rescored": run})
+
+
+def execute(plan: RescorePlan) -> int:
+    """Choose every row again; returns the number of rows whose answer changed."""
+    import ray
+
+    connect(ExecutionConfig())
+    plan.output.clear()
+    plan.output.begin(plan.manifest)
+    units = list(plan.manifest["units"])
+    for unit, held in plan.manifest["units"].items():
+        if held["errors"]:
+            name = f"errors/part-{unit}.parquet"
+            (plan.output.location / name).write((plan.run.location / name).read())
+    rescored = ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units)).map_batches(
+        _rescore_units, fn_args=[plan], batch_size=None, batch_format="pyarrow"
+    )
+    changed = sum(int(row["changed"]) for row in rescored.iter_rows())
+    retrieved = sum(unit.retrieved for unit in plan.output.summaries(units))
+    plan.output.finish({**plan.manifest, "counts": {**plan.manifest["counts"], "retrieved": retrieved}})
+    return changed
+
+
+def _rescore_units(batch: pa.Table, plan: RescorePlan) -> pa.Table:
+    changed = 0
+    for unit in batch["unit"].to_pylist():
+        name = f"data/part-{unit}.parquet"
+        before = pq.read_table(io.BytesIO((plan.run.location / name).read()))
+        after = rescored_table(before, plan.rescoring)
+        changed += sum(a != b for a, b in zip(before["answer"], after["answer"], strict=True))
+        (plan.output.location / name).write(parquet_bytes(after))
+    return pa.table({"changed": [changed]})
+
+
+def rescored_table(table: pa.Table, rescoring: Rescoring) -> pa.Table:
+    """The rows with their answers chosen again; same columns, same order."""
+
+    async def choose() -> list[dict[str, Any]]:
+        return [answer_row(await rescoring.answer(row)) for row in table.to_pylist()]
+
+    rows = asyncio.run(choose())
+    for name in REWRITTEN:
+        column = table.schema.get_field_index(name)
+        field = table.schema.field(column)
+        table = table.set_column(column, field, pa.array([row[name] for row in rows], field.type))
+    return table
+
+
+def changes_of(settings: list[str]) -> dict[str, Any]:
+    """``decoding.KEY=VALUE`` settings as nested values.
+
+    Raises:
+        ValueError: one of them is of another section or has no value.
+    """
+    tree: dict[str, Any] = {}
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals or not key.strip().startswith("decoding."):
+            raise ValueError(f"--set {setting}: expected decoding.KEY=VALUE with --rescore")
+        assign(tree, key.strip().removeprefix("decoding."), yaml.safe_load(value))
+    return tree

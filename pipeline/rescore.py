@@ -1,0 +1,142 @@
+"""Choose again without generating again: the same search, over the candidates that a row already has.
+
+What was pruned in the run was never continued: where other weights would have kept it, it ends there. With the run's
+own settings the outcome is the run's own.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from pipeline.beam import search
+from pipeline.config import Columns, DecodingConfig, Weights, validated
+from pipeline.critique import segment_score
+from pipeline.reflection import IsSup, Retrieve
+from pipeline.self_rag import conclude
+from pipeline.types import (
+    Answer,
+    Boundary,
+    Candidate,
+    Critique,
+    Passage,
+    Path,
+    RetrievedPassage,
+    Segment,
+    Usage,
+)
+
+CHANGEABLE = frozenset({"threshold", "weights", "constraint", "citations"})
+CHANGEABLE_NAMES = ", ".join(f"decoding.{name}" for name in sorted(CHANGEABLE))
+
+
+@dataclass(frozen=True)
+class Recorded:
+    """What an annotated row holds of its decoding.
+
+    Attributes:
+        root: the empty path with the first decision.
+        candidates: as written by the run.
+        usage: what they cost.
+    """
+
+    root: Path
+    candidates: tuple[Candidate, ...]
+    usage: Usage
+
+    async def rechoose(self, config: DecodingConfig, choices: Sequence[str] = ()) -> Answer:
+        """The answer under other weights, threshold, constraint or citations."""
+        candidates = tuple(rescored(candidate, config.weights) for candidate in self.candidates)
+        families: defaultdict[Path, list[Path]] = defaultdict(list)
+        paths: list[Path] = []
+        for candidate in candidates:
+            parent = self.root if candidate.parent is None else paths[candidate.parent]
+            paths.append(Path((*parent.segments, candidate.segment), candidate.boundary))
+            families[parent].append(paths[-1])
+
+        async def expand(path: Path) -> Sequence[Path]:
+            return families[path]
+
+        found = await search(self.root, expand, config)
+        return conclude(self.root, found, choices, config, self.usage, candidates)
+
+
+@dataclass(frozen=True)
+class Rescoring:
+    """How the rows of a run are chosen again.
+
+    Attributes:
+        columns: of the query set.
+        tasks: settings and closed set by task; ``""`` is for rows without one.
+    """
+
+    columns: Columns
+    tasks: Mapping[str, tuple[DecodingConfig, tuple[str, ...]]]
+
+    @classmethod
+    def of(cls, manifest: Mapping[str, Any], changes: Mapping[str, Any]) -> "Rescoring":
+        """The settings of a run with some of them changed.
+
+        Args:
+            manifest: of the run.
+            changes: settings of the section ``decoding``, nested as in the configuration.
+
+        Raises:
+            ValueError: a setting cannot be changed afterwards, or the run did not keep what that takes.
+        """
+        columns = Columns.model_validate(manifest["configuration"]["columns"])
+        return cls(columns, {name: _changed(task, changes) for name, task in manifest["tasks"].items()})
+
+    async def answer(self, row: Mapping[str, Any]) -> Answer:
+        """Choose one annotated row's answer again."""
+        config, choices = self.tasks[row.get(self.columns.task) or ""]
+        return await recorded(row).rechoose(config, tuple(row.get(self.columns.choices) or ()) or choices)
+
+
+def _changed(task: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[DecodingConfig, tuple[str, ...]]:
+    before = task["decoding"]
+    if fixed := sorted(changes.keys() - CHANGEABLE):
+        raise ValueError(f"decoding.{fixed[0]} cannot be changed without generating again, only {CHANGEABLE_NAMES}")
+    if not before["keep_candidates"]:
+        raise ValueError("the run holds no candidates; annotate with decoding.keep_candidates=true")
+    if changes.get("threshold", before["threshold"]) != before["threshold"] and not before["explore"]:
+        raise ValueError("decoding.threshold cannot be changed: the run did not explore (decoding.explore=true)")
+    weights = {**before["weights"], **changes.get("weights", {})}
+    return validated(DecodingConfig, {**before, **changes, "weights": weights}, "decoding"), tuple(task["choices"])
+
+
+def rescored(candidate: Candidate, weights: Weights) -> Candidate:
+    """The candidate with the score that other weights give it."""
+    judged = candidate.segment.critique
+    score = segment_score(judged.sequence_probability, judged.is_rel, judged.is_sup, judged.is_use, weights)
+    return replace(candidate, segment=replace(candidate.segment, critique=replace(judged, score=score)))
+
+
+def recorded(row: Mapping[str, Any]) -> Recorded:
+    """Read an annotated row, as Arrow gives it.
+
+    Raises:
+        ValueError: the run did not keep its candidates.
+    """
+    if row.get("candidates") is None or row.get("evidence") is None:
+        raise ValueError("the rows hold no candidates; annotate with decoding.keep_candidates=true")
+    passages = {p["id"]: Passage(p["id"], p["title"], p["text"]) for p in row["evidence"]}
+    root = Path((), Boundary(row["retrieve_probability"]))
+    return Recorded(root, tuple(_candidate(c, passages) for c in row["candidates"]), Usage(**row["usage"]))
+
+
+def _candidate(row: Mapping[str, Any], passages: Mapping[str, Passage]) -> Candidate:
+    critique = Critique(
+        sequence_probability=row["sequence_probability"],
+        is_rel=row["is_rel"],
+        is_sup=row["is_sup"],
+        is_use=row["is_use"],
+        score=row["score"],
+        support=IsSup(row["support"]) if row["support"] else None,
+    )
+    evidence = None
+    if row["passage_id"] is not None:
+        evidence = RetrievedPassage(passages[row["passage_id"]], row["retrieval_score"], row["rank"])
+    boundary = None if row["finished"] else Boundary(row["next_retrieve_probability"], row["next_keeps_evidence"])
+    segment = Segment(row["text"], row["raw"], evidence, critique, Retrieve(row["opening"]))
+    return Candidate(segment, row["parent"], boundary)

@@ -1,0 +1,135 @@
+"""Choosing again through the command: an annotated set in, another one out."""
+
+import asyncio
+import json
+import random
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import typer
+from click.testing import Result
+from typer.testing import CliRunner
+
+from jobs.annotate import annotate
+from pipeline.actor import annotate_table
+from pipeline.config import Profile, RunConfig, StorageConfig
+from pipeline.output import OutputFolder
+from pipeline.profiles import Tasks
+from pipeline.schema import UNIT_COLUMN
+from pipeline.self_rag import SelfRag
+from pipeline.storage import locate
+from tests.fakes import DrawingGenerator, DrawingRetriever, word_tokenizer
+
+APP = typer.Typer()
+APP.command()(annotate)
+UNITS = ["0" * 20, "1" * 20]
+TASKS = {"label": Profile(choices=("yes", "no"))}
+
+
+def annotated_set(folder: Path, rows: int = 20, **decoding: Any) -> Path:
+    """What a run leaves: two units, the last row of each with an empty query."""
+    config = RunConfig.model_validate(
+        {"queries": "q", "output": "o", "model": {"name": "m"}, "decoding": decoding, "profiles": TASKS}
+    )
+    tokenizer = word_tokenizer()
+    tasks = Tasks(config.decoding, config.profiles)
+    rag = SelfRag(
+        DrawingGenerator(tokenizer, random.Random(0), ("yes", "no", "w1")), tokenizer, tasks, DrawingRetriever()
+    )
+    output = OutputFolder(locate(str(folder), StorageConfig()))
+    for unit in UNITS:
+        queries = [f"Tell {unit[0]} {n}" for n in range(rows - 1)] + [""]
+        table = pa.table(
+            {
+                "id": [f"{unit[0]}-{n}" for n in range(rows)],
+                "query": queries,
+                "task": ["label", None] * (rows // 2),
+                UNIT_COLUMN: [unit] * rows,
+            }
+        )
+        found = asyncio.run(annotate_table(rag, table, config))
+        output.write_unit(unit, found, table.drop_columns([UNIT_COLUMN]).schema, config.decoding.keep_candidates)
+    output.finish(
+        {
+            "configuration": config.recorded(),
+            "settings": config.decisive(),
+            "tasks": {"": {"rows": rows, **tasks.described("")}, "label": {"rows": rows, **tasks.described("label")}},
+            "units": {unit: {"rows": rows, "errors": 1} for unit in UNITS},
+            "counts": {"rows": 2 * rows, "errors": 2, "retrieved": -1},
+        }
+    )
+    return folder
+
+
+def rescore(run: Path, output: Path, *settings: str) -> Result:
+    flags = [word for setting in settings for word in ("--set", setting)]
+    return CliRunner().invoke(APP, ["--rescore", str(run), "--output", str(output), *flags])
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    return list(pa.concat_tables(map(pq.read_table, sorted((folder / "data").glob("*")))).to_pylist())
+
+
+def test_own_settings_give_the_same_set_and_others_another(tmp_path: Path) -> None:
+    run = annotated_set(tmp_path / "run", keep_candidates=True, explore=True)
+    assert rescore(run, tmp_path / "same").exit_code == 0
+    assert read(tmp_path / "same") == read(run)
+
+    result = rescore(run, tmp_path / "never", "decoding.threshold=1.0", "decoding.weights.sequence=3")
+    assert result.exit_code == 0, result.output
+    rows = read(tmp_path / "never")
+    assert [row["id"] for row in rows] == [row["id"] for row in read(run)]
+    assert not any(row["retrieved"] for row in rows)
+    assert {row["answer"] for row in rows if row["task"] == "label"} <= {"yes", "no", "w1"}
+    manifest = json.loads((tmp_path / "never" / "_manifest.json").read_text())
+    assert manifest["settings"]["decoding.threshold"] == 1.0
+    assert manifest["settings"]["decoding.weights.sequence"] == 3
+    assert manifest["tasks"][""]["decoding"]["weights"] == {
+        "sequence": 3.0,
+        "relevance": 1.0,
+        "support": 1.0,
+        "utility": 0.5,
+    }
+    assert manifest["counts"] == {"rows": 40, "errors": 2, "retrieved": 0}
+    assert manifest["rescored"] == str(run)
+    assert (tmp_path / "never" / "_SUCCESS").exists()
+    errors = sorted((tmp_path / "never" / "errors").glob("*"))
+    assert [pq.read_table(file)["error_type"].to_pylist() for file in errors] == [["ValueError"]] * 2
+
+
+@pytest.mark.parametrize(
+    ("decoding", "setting", "problem"),
+    [
+        ({"keep_candidates": True}, "decoding.passages=3", "decoding.passages cannot be changed without generating"),
+        ({"keep_candidates": True}, "decoding.threshold=0.9", "the run did not explore"),
+        ({}, "decoding.weights.support=2", "holds no candidates"),
+        ({"keep_candidates": True}, "model.name=x", "expected decoding.KEY=VALUE"),
+        ({"keep_candidates": True}, "decoding.weights.support=-1", "key decoding.weights.support: input should be"),
+    ],
+)
+def test_what_cannot_be_changed_is_refused(
+    tmp_path: Path, decoding: dict[str, Any], setting: str, problem: str
+) -> None:
+    run = annotated_set(tmp_path / "run", rows=2, **decoding)
+    result = rescore(run, tmp_path / "new", setting)
+    assert result.exit_code == 2
+    assert problem in result.stderr
+    assert len(result.stderr.splitlines()) == 1
+    assert not (tmp_path / "new").exists()
+
+
+def test_a_run_that_is_not_finished_is_refused(tmp_path: Path) -> None:
+    run = annotated_set(tmp_path / "run", rows=2, keep_candidates=True)
+    (run / "_SUCCESS").unlink()
+    assert "no finished annotated set" in rescore(run, tmp_path / "new").stderr
+
+
+def test_a_taken_output_is_refused(tmp_path: Path) -> None:
+    run = annotated_set(tmp_path / "run", rows=2, keep_candidates=True)
+    assert "is the run itself" in rescore(run, run).stderr
+    (tmp_path / "new").mkdir()
+    (tmp_path / "new" / "file").write_text("mine")
+    assert "is taken" in rescore(run, tmp_path / "new").stderr
