@@ -23,10 +23,12 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.annotate import run
-from jobs.evaluate import Evaluation, comparison, evaluate_set, first_passage
-from pipeline.config import DecodingConfig, ExecutionConfig, ModelConfig, RunConfig, cache_folder
+from jobs.evaluate import comparison
+from pipeline.config import DecodingConfig, ExecutionConfig, ModelConfig, RunConfig, StorageConfig, cache_folder
 from pipeline.embedded import built, demo_encoder, demo_model
+from pipeline.evaluation import Evaluation, evaluate_set, first_passage
 from pipeline.metrics import best, contains
+from pipeline.storage import locate
 
 DEMO = Path(__file__).parent.parent / "infra" / "demo"
 PASSAGES = DEMO / "passages.parquet"
@@ -100,15 +102,15 @@ def annotate_variants(queries: Path, index: Path, output: Path, overwrite: bool)
         sys.stderr.write(f"{name}: annotating into {folder}\n")
         status = run(config, overwrite).exit_status
         counts = json.loads((folder / "_manifest.json").read_text())["counts"]
-        variants[name] = Variant(folder, status, counts, evaluate_set(str(folder)))
+        variants[name] = Variant(folder, status, counts, evaluate_set(locate(str(folder), StorageConfig())))
     return variants
 
 
 def evaluations(variants: Mapping[str, Variant]) -> dict[str, Evaluation]:
     """The figures of the runs and, from the main run's candidates, of believing the first passage."""
-    main = variants[MAIN].folder
+    main = locate(str(variants[MAIN].folder), StorageConfig())
     named = {name: variant.evaluation for name, variant in variants.items()}
-    return {MAIN: named.pop(MAIN), FIRST_PASSAGE: evaluate_set(str(main), view=first_passage), **named}
+    return {MAIN: named.pop(MAIN), FIRST_PASSAGE: evaluate_set(main, view=first_passage), **named}
 
 
 def answers_table(folder: Path) -> Table:
@@ -148,8 +150,8 @@ def _figure(value: float | None) -> str:
 def conclusion(variants: Mapping[str, Variant], evaluated: Mapping[str, Evaluation]) -> list[str]:
     """The run in words: what the model's decisions and critique are worth, how fast it was, where the files are."""
     lines = []
-    if evaluated[MAIN].overall.match is not None:
-        matches = {name: evaluation.overall.match or 0.0 for name, evaluation in evaluated.items()}
+    if "match" in evaluated[MAIN].overall.metrics:
+        matches = {name: evaluation.overall.metrics["match"].mean for name, evaluation in evaluated.items()}
         others = ", ".join(f"{100 * match:.1f} % {name}" for name, match in matches.items() if name != MAIN)
         lines.append(f"Gold answer in the answer: {100 * matches[MAIN]:.1f} % {MAIN}; {others}.")
     counts = variants[MAIN].counts

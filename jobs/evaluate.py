@@ -1,166 +1,129 @@
-"""Evaluate an annotated set: answers and critique against gold answers and gold passages.
+"""Evaluate an annotated set: answers, citations, retrieval and critique against gold answers and gold passages.
 
-``python -m jobs.evaluate --annotations URI [--task NAME] [--json FILE] [--baseline NAME=URI]...``
+``python -m jobs.evaluate --annotations URI [--task NAME] [--by COLUMN] [--baseline NAME=URI]... [--json FILE]``
 
-Gold answers stand in the column ``answers``, the gold passage's id in ``gold_passage_id``; both come from the
-query set and pass through annotation unchanged. Rows without gold answers are counted, not graded.
+Gold stands in columns of the query set, which pass through annotation unchanged: ``answers`` (list<string>; label,
+short answers, or long references, by task), ``short_answers`` (list<list<string>>, ASQA's sets), ``gold_passage_id``.
+Rows without gold are counted, not graded.
 """
 
 import json
 import logging
 import sys
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping
+from dataclasses import asdict
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from pyarrow import dataset
 from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import StorageConfig
-from pipeline.metrics import Outcome, Scores, Tally
-from pipeline.storage import Location, StorageError, locate
+from pipeline.evaluation import Evaluation, Figures, evaluate_set
+from pipeline.statistics import Estimate
+from pipeline.storage import StorageError, locate
 
-log = logging.getLogger(__name__)
-
-NO_TASK = "(none)"
-Row = dict[str, Any]
-COLUMNS = ("task", "answer", "retrieved", "answers", "gold_passage_id", "candidates")
-
-
-@dataclass(frozen=True)
-class Evaluation:
-    """Figures of one annotated set, overall and by task (by name; rows without one are under ``(none)``)."""
-
-    annotations: str
-    overall: Scores
-    tasks: dict[str, Scores]
-
-
-def first_passage(row: Row) -> Row:
-    """The row as it would be had the model read the first passage alone, where its candidates tell."""
-    first = next((c for c in row.get("candidates") or [] if c["rank"] == 1), None)
-    return row if first is None else {**row, "answer": first["text"]}
-
-
-def evaluate_set(uri: str, task: str | None = None, view: Callable[[Row], Row] = lambda row: row) -> Evaluation:
-    """Evaluate the annotated set in a folder.
-
-    Args:
-        task: take the rows of this task only.
-        view: applied to each row first, such as :func:`first_passage`.
-
-    Raises:
-        ValueError: no annotated set there, no gold answers in it, or no rows of the task.
-        StorageError: it cannot be read.
-    """
-    folder = locate(uri, StorageConfig())
-    tallies: defaultdict[str, Tally] = defaultdict(Tally)
-    overall = Tally()
-    for row in _rows(folder / "data", required=True):
-        name = row.get("task") or NO_TASK
-        if task in (None, name):
-            outcome = outcome_of(view(row))
-            tallies[name].add(outcome)
-            overall.add(outcome)
-    for row in _rows(folder / "errors", required=False):
-        name = row.get("task") or NO_TASK
-        if task in (None, name):
-            tallies[name].errors += 1
-            overall.errors += 1
-    if not tallies:
-        raise ValueError(f"{uri}: no rows of task {task!r}" if task else f"{uri}: no rows")
-    if not (folder / "_SUCCESS").exists():
-        log.warning("%s has no _SUCCESS: the run that writes it is not finished", uri)
-    return Evaluation(uri, overall.scores(), {name: tallies[name].scores() for name in sorted(tallies)})
-
-
-def outcome_of(row: Mapping[str, Any]) -> Outcome:
-    """One annotated row, as far as it is judged; candidates without an IsRel token are left out."""
-    gold = row.get("gold_passage_id")
-    candidates = (row.get("candidates") or []) if gold is not None else []
-    return Outcome(
-        answer=row["answer"] or "",
-        retrieved=bool(row["retrieved"]),
-        golds=tuple(row["answers"] or ()),
-        relevance=tuple((c["passage_id"] == gold, c["is_rel"]) for c in candidates if c["is_rel"] is not None),
-    )
-
-
-def _rows(folder: Location, required: bool) -> Iterator[dict[str, Any]]:
-    files = folder.files(".parquet")
-    if not files:
-        if required:
-            raise ValueError(f"{folder.uri}: no Parquet files; --annotations names the --output of jobs.annotate")
-        return
-    data = dataset.dataset([file.path for file in files], filesystem=folder.filesystem, format="parquet")
-    missing = [name for name in ("answer", "retrieved", "answers") if name not in data.schema.names]
-    if required and missing:
-        raise ValueError(f"{folder.uri}: no column {missing[0]!r}; it has {', '.join(data.schema.names)}")
-    for batch in data.to_batches(columns=[name for name in COLUMNS if name in data.schema.names]):
-        yield from batch.to_pylist()
+MAIN = "annotations"
+TITLES = {"exact_match": "exact", "f1": "F1", "str_em": "str-EM", "rouge_l": "ROUGE-L"}
 
 
 def comparison(named: Mapping[str, Evaluation]) -> Table:
-    """A table with a line for each set and task."""
-    table = Table(title="Evaluation")
+    """A table with a line for each set and group; metrics with half the width of their 95 % interval."""
+    metrics = list(dict.fromkeys(name for evaluation in named.values() for name in evaluation.overall.metrics))
+    table = Table(title="Evaluation (%, ± half of the 95 % interval)")
     several = len(named) > 1
-    for heading in (["set"] if several else []) + ["task"]:
+    for heading in (["set"] if several else []) + ["group"]:
         table.add_column(heading)
-    for heading in ("rows", "errors", "retrieved", "match", "exact", "F1", "IsRel AUC"):
+    for heading in ["rows", "errors", "retrieved", *(TITLES.get(m, m) for m in metrics), "IsRel AUC", "IsSup AUC"]:
         table.add_column(heading, justify="right")
     for name, evaluation in named.items():
-        tasks = {**evaluation.tasks, "all": evaluation.overall} if len(evaluation.tasks) != 1 else evaluation.tasks
-        for task, scores in tasks.items():
-            table.add_row(*([name] if several else []), task, *_cells(scores), end_section=task == list(tasks)[-1])
+        groups = (
+            evaluation.by_group if len(evaluation.groups) == 1 else {**evaluation.by_group, "all": evaluation.overall}
+        )
+        for group, figures in groups.items():
+            cells = _cells(figures, metrics)
+            table.add_row(*([name] if several else []), group, *cells, end_section=group == list(groups)[-1])
     return table
 
 
-def _cells(scores: Scores) -> list[str]:
-    shares = (scores.retrieval_rate, scores.match, scores.exact_match, scores.f1)
-    percent = ["–" if share is None else f"{100 * share:.1f} %" for share in shares]
-    area = "–" if scores.isrel_auc is None else f"{scores.isrel_auc:.3f}"
-    return [f"{scores.rows:,}", f"{scores.errors:,}", *percent, area]
+def _cells(figures: Figures, metrics: list[str]) -> list[str]:
+    retrieved = "–" if figures.retrieval_rate is None else f"{100 * figures.retrieval_rate:.1f}"
+    areas = ["–" if judged is None else f"{judged.auc:.3f}" for judged in (figures.isrel, figures.issup)]
+    estimates = [_percent(figures.metrics.get(metric)) for metric in metrics]
+    return [f"{figures.rows:,}", f"{figures.errors:,}", retrieved, *estimates, *areas]
+
+
+def _percent(found: Estimate | None) -> str:
+    return "–" if found is None else f"{100 * found.mean:.1f} ±{50 * (found.high - found.low):.1f}"
+
+
+def differences(main: Evaluation, baselines: Mapping[str, Evaluation]) -> Table:
+    """A table of the set's metrics less the baselines', over the rows that both have."""
+    table = Table(title="Difference to each set (percentage points, 95 % interval, paired permutation test)")
+    for heading in ("to", "metric", "rows", "difference", "interval", "p"):
+        table.add_column(heading, justify="left" if heading in ("to", "metric") else "right")
+    for name, other in baselines.items():
+        for metric, found in main.against(other).items():
+            interval = f"{100 * found.low:+.1f} … {100 * found.high:+.1f}"
+            p_value = f"{found.p_value:.4f}" if found.p_value >= 0.001 else "< 0.001"
+            table.add_row(
+                name, TITLES.get(metric, metric), f"{found.rows:,}", f"{100 * found.mean:+.1f}", interval, p_value
+            )
+    return table
 
 
 def _baselines(options: list[str]) -> dict[str, str]:
     pairs = [option.partition("=") for option in options]
     for (name, _, uri), option in zip(pairs, options, strict=True):
-        if not name or not uri:
-            raise ValueError(f"--baseline {option}: expected NAME=URI")
+        if not name or not uri or name == MAIN:
+            raise ValueError(f"--baseline {option}: expected NAME=URI, and another name than {MAIN!r}")
     return {name: uri for name, _, uri in pairs}
 
 
-def _report(main: Evaluation, baselines: Mapping[str, Evaluation]) -> str:
-    others = {name: asdict(evaluation) for name, evaluation in baselines.items()}
-    return json.dumps({**asdict(main), "baselines": others}, indent=2, ensure_ascii=False)
+def _record(evaluation: Evaluation) -> dict[str, object]:
+    groups = {name: asdict(figures) for name, figures in evaluation.by_group.items()}
+    return {"annotations": evaluation.annotations, "overall": asdict(evaluation.overall), "groups": groups}
+
+
+def report(main: Evaluation, baselines: Mapping[str, Evaluation]) -> str:
+    """All figures as JSON."""
+    others = {
+        name: {**_record(other), "difference": {m: asdict(d) for m, d in main.against(other).items()}}
+        for name, other in baselines.items()
+    }
+    return json.dumps({**_record(main), "baselines": others}, indent=2, ensure_ascii=False)
 
 
 def evaluate(
     annotations: Annotated[str, typer.Option(help="Folder of an annotated set: the --output of jobs.annotate.")],
     task: Annotated[str | None, typer.Option(help="Only the rows of this task.")] = None,
+    by: Annotated[str, typer.Option(help="Column to show figures by.")] = "task",
     json_file: Annotated[
         Path | None, typer.Option("--json", help="Write the figures here; - is stdout, instead of the table.")
     ] = None,
-    baseline: Annotated[list[str] | None, typer.Option(help="NAME=URI of a set to show beside it; repeatable.")] = None,
+    baseline: Annotated[
+        list[str] | None, typer.Option(help="NAME=URI of another set of the same queries to compare with; repeatable.")
+    ] = None,
 ) -> None:
-    """Compare an annotated set with gold answers."""
+    """Compare an annotated set with gold answers, and with other annotated sets of the same queries."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
-        main = evaluate_set(annotations, task)
-        baselines = {name: evaluate_set(uri, task) for name, uri in _baselines(baseline or []).items()}
+        sets = {MAIN: annotations, **_baselines(baseline or [])}
+        evaluated = {name: evaluate_set(locate(uri, StorageConfig()), by, task) for name, uri in sets.items()}
+        main, others = evaluated[MAIN], {name: other for name, other in evaluated.items() if name != MAIN}
         if json_file is not None and str(json_file) != "-":
-            locate(str(json_file), StorageConfig()).write(_report(main, baselines).encode())
+            locate(str(json_file), StorageConfig()).write(report(main, others).encode())
     except (ValueError, StorageError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     if str(json_file) == "-":
-        sys.stdout.write(_report(main, baselines) + "\n")
-    else:
-        Console().print(comparison({"annotations": main, **baselines}))
+        sys.stdout.write(report(main, others) + "\n")
+        return
+    console = Console()
+    console.print(comparison(evaluated))
+    if others:
+        console.print(differences(main, others))
 
 
 if __name__ == "__main__":

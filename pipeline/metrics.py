@@ -1,10 +1,11 @@
-"""Annotated rows and gold answers → figures. Pure; answers are compared as SQuAD's own evaluation does."""
+"""An answer against gold answers. Pure; words are compared as SQuAD's own evaluation does."""
 
 import re
 import string
 from collections import Counter
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from functools import cache
+from typing import Any
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -40,89 +41,32 @@ def best(metric: Callable[[str, str], float], answer: str, golds: Sequence[str])
     return float(max(metric(answer, gold) for gold in golds))
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """What one annotated row is judged by.
-
-    Attributes:
-        retrieved: whether the answer rests on a passage.
-        golds: gold answers; empty where the row has none and is not graded.
-        relevance: for each critiqued passage, whether it is the gold one, and p(Relevant).
-    """
-
-    answer: str
-    retrieved: bool
-    golds: tuple[str, ...] = ()
-    relevance: tuple[tuple[bool, float], ...] = ()
+def same_choice(answer: str, gold: str) -> bool:
+    """Whether both are the same label: case and outer punctuation do not count, articles do ("A" is a label)."""
+    return _label(answer) == _label(gold)
 
 
-@dataclass(frozen=True)
-class Scores:
-    """Figures of a set of rows; None where nothing in it can be judged so.
-
-    Attributes:
-        rows: answered rows.
-        errors: rows that failed; they are in none of the shares below.
-        graded: answered rows with gold answers: match, exact_match and f1 are means over them, in [0, 1].
-        retrieval_rate: share of the answered rows that used a passage.
-        match: share in which a gold answer's words stand in the answer.
-        isrel_auc: how often p(Relevant) of a gold passage is above that of another, over all pairs.
-    """
-
-    rows: int
-    errors: int
-    graded: int
-    retrieval_rate: float | None
-    match: float | None
-    exact_match: float | None
-    f1: float | None
-    isrel_auc: float | None
+def _label(text: str) -> str:
+    return re.sub(r"^\W+|\W+$", "", text).casefold()
 
 
-@dataclass
-class Tally:
-    """Adds outcomes up, a few numbers for each, so that a set of any size can pass by."""
-
-    errors: int = 0
-    retrieved: list[bool] = field(default_factory=list)
-    matches: list[float] = field(default_factory=list)
-    exacts: list[float] = field(default_factory=list)
-    f1s: list[float] = field(default_factory=list)
-    relevance: list[tuple[bool, float]] = field(default_factory=list)
-
-    def add(self, outcome: Outcome) -> None:
-        """Count one answered row."""
-        self.retrieved.append(outcome.retrieved)
-        self.relevance.extend(outcome.relevance)
-        if outcome.golds:
-            self.matches.append(best(contains, outcome.answer, outcome.golds))
-            self.exacts.append(best(exact, outcome.answer, outcome.golds))
-            self.f1s.append(best(token_f1, outcome.answer, outcome.golds))
-
-    def scores(self) -> Scores:
-        """The figures of all rows counted so far."""
-        return Scores(
-            rows=len(self.retrieved),
-            errors=self.errors,
-            graded=len(self.matches),
-            retrieval_rate=mean(self.retrieved),
-            match=mean(self.matches),
-            exact_match=mean(self.exacts),
-            f1=mean(self.f1s),
-            isrel_auc=auc(self.relevance),
-        )
+def string_em(answer: str, sets: Sequence[Sequence[str]]) -> float:
+    """Share of the sets of short answers of which one stands in the answer (ASQA's STR-EM, Stelmakh et al. 2022)."""
+    return sum(any(contains(answer, gold) for gold in golds) for golds in sets) / len(sets)
 
 
-def mean(values: Sequence[float]) -> float | None:
-    """The mean, or None of nothing."""
-    return sum(values) / len(values) if values else None
+def rouge_l(answer: str, gold: str) -> float:
+    """F-measure of the longest common subsequence of stemmed words, by sentence as in ALCE (ROUGE-Lsum), in [0, 1]."""
+    return float(_rouge().score(gold, answer)["rougeLsum"].fmeasure)
 
 
-def auc(judged: Sequence[tuple[bool, float]]) -> float | None:
-    """Area under the ROC curve of (label, score) pairs; None without both labels."""
-    from sklearn.metrics import roc_auc_score
+@cache
+def _rouge() -> Any:
+    from rouge_score import rouge_scorer
 
-    labels = [label for label, _ in judged]
-    if len(set(labels)) < 2:
-        return None
-    return float(roc_auc_score(labels, [score for _, score in judged]))
+    return rouge_scorer.RougeScorer(["rougeLsum"], use_stemmer=True)
+
+
+def without_citations(text: str) -> str:
+    """The text without ``[1]`` and the like."""
+    return re.sub(r"\s*\[\d+\]", "", text)

@@ -8,19 +8,19 @@ import pytest
 from rich.console import Console
 
 from jobs.demo import PASSAGES, QUERIES, VARIANTS, Variant, answers_table, conclusion, first_rows
-from jobs.evaluate import Evaluation, evaluate_set
-from pipeline.metrics import Outcome, Tally
+from pipeline.config import StorageConfig
+from pipeline.evaluation import Evaluation, Tally, evaluate_set
+from pipeline.judging import Judged
 from pipeline.schema import data_schema
+from pipeline.storage import locate
 
 QUERY_SCHEMA = pq.read_schema(QUERIES)
 FULL = QUERIES.with_name("queries_full.parquet")
 
 
 def evaluation(*right: bool) -> Evaluation:
-    tally = Tally()
-    for is_right in right:
-        tally.add(Outcome("yes" if is_right else "no", True, ("yes",)))
-    return Evaluation("somewhere", tally.scores(), {})
+    rows = {str(n): Judged(True, {"match": float(is_right)}) for n, is_right in enumerate(right)}
+    return Evaluation("somewhere", {"qa": Tally(rows)})
 
 
 def variant(folder: Path) -> Variant:
@@ -80,6 +80,6 @@ def test_the_demo_from_start_to_end(tmp_path: Path) -> None:
     result = subprocess.run(command, capture_output=True, text=True, timeout=550, check=True)
     assert "Gold answer in the answer" in result.stdout
     for name in VARIANTS:
-        scores = evaluate_set(str(tmp_path / name)).overall
-        assert (scores.rows, scores.errors) == (6, 0)
-    assert evaluate_set(str(tmp_path / "never")).overall.retrieval_rate == 0.0
+        figures = evaluate_set(locate(str(tmp_path / name), StorageConfig())).overall
+        assert (figures.rows, figures.errors) == (6, 0)
+        assert name != "never" or figures.retrieval_rate == 0.0

@@ -8,9 +8,12 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from jobs.evaluate import evaluate, evaluate_set, first_passage
+from jobs.evaluate import evaluate
+from pipeline.config import StorageConfig
+from pipeline.evaluation import Evaluation, evaluate_set, first_passage
+from pipeline.schema import CANDIDATE_FIELDS
+from pipeline.storage import locate
 
-CANDIDATE = pa.struct([("text", pa.string()), ("passage_id", pa.string()), ("is_rel", pa.float64())])
 SCHEMA = pa.schema(
     [
         ("id", pa.string()),
@@ -19,13 +22,17 @@ SCHEMA = pa.schema(
         ("retrieved", pa.bool_()),
         ("answers", pa.list_(pa.string())),
         ("gold_passage_id", pa.string()),
-        ("candidates", pa.list_(CANDIDATE)),
+        *CANDIDATE_FIELDS,
     ]
 )
 
 
 def candidates(*pairs: tuple[str, float | None]) -> list[dict[str, Any]]:
-    return [{"text": "", "passage_id": passage, "is_rel": is_rel} for passage, is_rel in pairs]
+    return [{"text": "", "passage_id": p, "is_rel": is_rel, "rank": n} for n, (p, is_rel) in enumerate(pairs, 1)]
+
+
+def judged(folder: Path, **options: Any) -> Evaluation:
+    return evaluate_set(locate(str(folder), StorageConfig()), **options)
 
 
 FIRST_FILE = [
@@ -77,34 +84,79 @@ def run(*arguments: str) -> Result:
 
 
 def test_figures_by_task_and_overall(annotated: Path) -> None:
-    evaluation = evaluate_set(str(annotated))
-    assert list(evaluation.tasks) == ["(none)", "instruction", "qa"]
-    qa = evaluation.tasks["qa"]
-    assert (qa.rows, qa.errors, qa.graded, qa.retrieval_rate) == (2, 1, 2, 1.0)
-    assert (qa.match, qa.exact_match) == (0.5, 0.5)
-    assert qa.f1 == pytest.approx((1 + 0.4) / 2)  # "in 911" shares "in" with "in year 912": 2 * 1 / (2 + 3)
-    assert qa.isrel_auc == 0.75  # 0.9 and 0.3 against 0.4 and 0.2
-    assert evaluation.tasks["instruction"].match is None
+    evaluation = judged(annotated)
+    assert list(evaluation.by_group) == ["(none)", "instruction", "qa"]
+    qa = evaluation.by_group["qa"]
+    assert (qa.rows, qa.errors, qa.retrieval_rate) == (2, 1, 1.0)
+    assert (qa.metrics["match"].mean, qa.metrics["exact_match"].mean, qa.metrics["match"].rows) == (0.5, 0.5, 2)
+    # "in 911" shares "in" with "in year 912": 2 * 1 / (2 + 3)
+    assert qa.metrics["f1"].mean == pytest.approx((1 + 0.4) / 2)
+    assert qa.isrel is not None
+    assert qa.isrel.auc == 0.75  # 0.9 and 0.3 against 0.4 and 0.2
+    assert qa.isrel.judged == 4  # one wrote no IsRel
+    assert evaluation.by_group["instruction"].metrics == {}
     overall = evaluation.overall
-    assert (overall.rows, overall.errors, overall.graded, overall.retrieval_rate) == (4, 1, 3, 0.5)
-    assert overall.match == pytest.approx(1 / 3)
+    assert (overall.rows, overall.errors, overall.retrieval_rate) == (4, 1, 0.5)
+    assert overall.metrics["match"].mean == pytest.approx(1 / 3)
+
+
+def test_recall_is_of_the_first_search(annotated: Path) -> None:
+    metrics = judged(annotated, task="qa").overall.metrics
+    assert metrics["recall@1"].mean == 1.0
+    assert {name for name in metrics if name.startswith("recall")} == {"recall@1", "recall@2", "recall@3"}
+
+
+def test_by_any_column(annotated: Path) -> None:
+    evaluation = judged(annotated, by="gold_passage_id")
+    assert {name: figures.rows for name, figures in evaluation.by_group.items()} == {"(none)": 2, "p1": 1, "p2": 1}
 
 
 def test_a_missing_answer_counts_as_wrong_and_not_as_absent(annotated: Path) -> None:
-    scores = evaluate_set(str(annotated)).tasks["(none)"]
-    assert (scores.graded, scores.match, scores.isrel_auc) == (1, 0.0, None)
+    figures = judged(annotated).by_group["(none)"]
+    assert (figures.metrics["match"].mean, figures.metrics["match"].rows, figures.isrel) == (0.0, 1, None)
 
 
 def test_one_task_only(annotated: Path) -> None:
-    evaluation = evaluate_set(str(annotated), task="qa")
-    assert list(evaluation.tasks) == ["qa"]
-    assert evaluation.overall == evaluation.tasks["qa"]
+    evaluation = judged(annotated, task="qa")
+    assert list(evaluation.by_group) == ["qa"]
+    assert evaluation.overall == evaluation.by_group["qa"]
 
 
 def test_without_candidates_there_is_no_relevance_figure(tmp_path: Path) -> None:
     plain = pa.schema([SCHEMA.field(name) for name in ("id", "answer", "retrieved", "answers")])
     write_rows(tmp_path / "data" / "part.parquet", [{k: FIRST_FILE[0][k] for k in plain.names}], plain)
-    assert evaluate_set(str(tmp_path)).overall.isrel_auc is None
+    assert judged(tmp_path).overall.isrel is None
+
+
+def test_a_closed_set_is_graded_by_label(tmp_path: Path) -> None:
+    rows = [
+        {"id": "1", "answer": "A", "retrieved": False, "answers": ["A"], "choices": ["A", "B"]},
+        {"id": "2", "answer": "A", "retrieved": False, "answers": ["B"], "choices": ["A", "B"]},
+    ]
+    schema = pa.schema([SCHEMA.field(name) for name in ("id", "answer", "retrieved", "answers")])
+    schema = schema.append(pa.field("choices", pa.list_(pa.string())))
+    write_rows(tmp_path / "data" / "part.parquet", rows, schema)
+    assert {n: m.mean for n, m in judged(tmp_path).overall.metrics.items()} == {"accuracy": 0.5}
+
+
+def test_tasks_and_column_names_come_from_the_manifest(tmp_path: Path) -> None:
+    row = {"qid": "1", "kind": "essay", "answer": "The Normans came. [1]", "retrieved": True}
+    row["answers"] = ["Normans came"]
+    names = {"id": "qid", "task": "kind"}
+    fields = [SCHEMA.field(name) for name in ("id", "task", "answer", "retrieved", "answers")]
+    schema = pa.schema([field.with_name(names.get(field.name, field.name)) for field in fields])
+    write_rows(tmp_path / "data" / "part.parquet", [row], schema)
+    manifest = {"configuration": {"columns": names}, "tasks": {"essay": {"metric": "rouge_l", "choices": []}}}
+    (tmp_path / "_manifest.json").write_text(json.dumps(manifest))
+    assert judged(tmp_path, by="kind").by_group["essay"].metrics["rouge_l"].mean == pytest.approx(0.8)
+
+
+def test_sets_are_compared_row_by_row(annotated: Path, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    write_rows(other / "data" / "part.parquet", [{**FIRST_FILE[0], "answer": "Danes"}, FIRST_FILE[1]])
+    found = judged(annotated).against(judged(other))["match"]
+    assert (found.rows, found.mean) == (2, 0.5)  # rows 3 and 4 are not in both
+    assert found.p_value == 1.0  # one unequal row proves nothing
 
 
 def test_command_shows_a_table_with_baselines_and_writes_json(annotated: Path, tmp_path: Path) -> None:
@@ -112,9 +164,11 @@ def test_command_shows_a_table_with_baselines_and_writes_json(annotated: Path, t
     result = run("--annotations", str(annotated), "--baseline", f"first={annotated}", "--json", str(file))
     assert result.exit_code == 0
     assert "first" in result.stdout
-    assert "33.3 %" in result.stdout
+    assert "33.3 ±" in result.stdout
+    assert "Difference to each set" in result.stdout
     figures = json.loads(file.read_text())
-    assert figures["tasks"]["qa"]["isrel_auc"] == 0.75
+    assert figures["groups"]["qa"]["isrel"]["auc"] == 0.75
+    assert figures["baselines"]["first"]["difference"]["match"]["mean"] == 0.0
     assert figures["overall"]["errors"] == 1
     assert figures["baselines"]["first"]["overall"] == figures["overall"]
 
@@ -149,12 +203,14 @@ def test_a_set_without_gold_answers_is_refused_by_name(tmp_path: Path) -> None:
 
 def test_an_unfinished_set_is_evaluated_with_a_warning(annotated: Path, caplog: pytest.LogCaptureFixture) -> None:
     (annotated / "_SUCCESS").unlink()
-    assert evaluate_set(str(annotated)).overall.rows == 4
+    assert judged(annotated).overall.rows == 4
     assert "_SUCCESS" in caplog.text
 
 
 def test_first_passage_view_answers_from_rank_one() -> None:
-    candidates = [{"rank": 2, "text": "Paris"}, {"rank": 1, "text": "Rome"}]
-    assert first_passage({"answer": "Paris", "candidates": candidates})["answer"] == "Rome"
-    assert first_passage({"answer": "Hello", "candidates": [{"rank": None, "text": "Hello"}]})["answer"] == "Hello"
+    candidates = [{"rank": 2, "text": "Paris", "parent": None}, {"rank": 1, "text": "Rome", "parent": None}]
+    later = {"rank": 1, "text": "Oslo", "parent": 0}
+    alone = {"rank": None, "text": "Hello", "parent": None}
+    assert first_passage({"answer": "Paris", "candidates": [later, *candidates]})["answer"] == "Rome"
+    assert first_passage({"answer": "Hello", "candidates": [alone]})["answer"] == "Hello"
     assert first_passage({"answer": "Hello"})["answer"] == "Hello"

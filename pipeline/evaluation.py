@@ -1,0 +1,200 @@
+"""An annotated set → figures: its rows judged one by one, added up overall and by a column."""
+
+import json
+import logging
+from collections import defaultdict
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+from pyarrow import dataset
+
+from pipeline.config import Columns
+from pipeline.judging import READ_COLUMNS, Judged, judge
+from pipeline.profiles import built_in_profiles
+from pipeline.statistics import Calibration, Difference, Estimate, calibration, compare, estimate, mean
+from pipeline.storage import Location
+
+log = logging.getLogger(__name__)
+
+NOTHING = "(none)"
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Figures of some rows.
+
+    Attributes:
+        rows: answered rows.
+        errors: rows that failed; they are in none of the figures below.
+        retrieval_rate: share of the answered rows that used a passage.
+        metrics: by name, over the rows that have gold for them.
+        isrel: p(Relevant) against being the gold passage.
+        issup: s(IsSup) against the passage bearing a gold answer that the candidate gives.
+    """
+
+    rows: int
+    errors: int
+    retrieval_rate: float | None
+    metrics: dict[str, Estimate]
+    isrel: Calibration | None
+    issup: Calibration | None
+
+
+@dataclass
+class Tally:
+    """Judged rows by id, a few numbers for each, so that a set of any size can pass by."""
+
+    rows: dict[str, Judged] = field(default_factory=dict)
+    errors: int = 0
+
+    def values(self, metric: str) -> dict[str, float]:
+        """A metric by id."""
+        return {id_: row.metrics[metric] for id_, row in self.rows.items() if metric in row.metrics}
+
+    @property
+    def metrics(self) -> list[str]:
+        """Names of all metrics that a row has, in the order of their first occurrence."""
+        return list(dict.fromkeys(name for row in self.rows.values() for name in row.metrics))
+
+    def figures(self) -> Figures:
+        """The figures of all rows."""
+        rows = self.rows.values()
+        return Figures(
+            rows=len(rows),
+            errors=self.errors,
+            retrieval_rate=mean([row.retrieved for row in rows]),
+            metrics={name: estimate(list(self.values(name).values())) for name in self.metrics},
+            isrel=calibration([pair for row in rows for pair in row.relevance]),
+            issup=calibration([pair for row in rows for pair in row.support]),
+        )
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """An annotated set, judged.
+
+    Attributes:
+        annotations: its URI.
+        groups: its rows by the value of a column.
+    """
+
+    annotations: str
+    groups: Mapping[str, Tally]
+
+    @cached_property
+    def all(self) -> Tally:
+        """All rows together."""
+        rows = {id_: row for tally in self.groups.values() for id_, row in tally.rows.items()}
+        return Tally(rows, sum(tally.errors for tally in self.groups.values()))
+
+    @cached_property
+    def overall(self) -> Figures:
+        """Figures of all rows."""
+        return self.all.figures()
+
+    @cached_property
+    def by_group(self) -> dict[str, Figures]:
+        """Figures of each group, by name."""
+        return {name: self.groups[name].figures() for name in sorted(self.groups)}
+
+    def against(self, other: "Evaluation") -> dict[str, Difference]:
+        """Paired differences to another set's rows of the same ids, by metric."""
+        found = {name: compare(self.all.values(name), other.all.values(name)) for name in self.all.metrics}
+        return {name: difference for name, difference in found.items() if difference is not None}
+
+
+def first_passage(row: Row) -> Row:
+    """The row as it would be had the model read the first passage alone, where its candidates tell."""
+    read = [c for c in row.get("candidates") or [] if c["rank"] == 1 and c["parent"] is None]
+    return {**row, "answer": read[0]["text"]} if read else row
+
+
+def evaluate_set(
+    folder: Location, by: str = "task", task: str | None = None, view: Callable[[Row], Row] = lambda row: row
+) -> Evaluation:
+    """Judge the annotated set in a folder.
+
+    Args:
+        by: column to group by.
+        task: take the rows of this task only.
+        view: applied to each row first, such as :func:`first_passage`.
+
+    Raises:
+        ValueError: no annotated set there, a column is missing, or no rows of the task.
+        StorageError: it cannot be read.
+    """
+    manifest = read_manifest(folder)
+    columns = Columns.model_validate(manifest.get("configuration", {}).get("columns", {}))
+    groups: defaultdict[str, Tally] = defaultdict(Tally)
+    wanted = [columns.id, columns.task, columns.choices, by, *READ_COLUMNS]
+    for row in rows_of(folder / "data", wanted, required=[columns.id, "answer", "retrieved", "answers"]):
+        if task in (None, row.get(columns.task)):
+            metric, closed = _judged_as(row, columns, manifest.get("tasks", {}))
+            groups[_group(row, by)].rows[row[columns.id]] = judge(view(row), metric, closed)
+    for row in rows_of(folder / "errors", [columns.task, by], required=None):
+        if task in (None, row.get(columns.task)):
+            groups[_group(row, by)].errors += 1
+    if not groups:
+        raise ValueError(f"{folder.uri}: no rows of task {task!r}" if task else f"{folder.uri}: no rows")
+    if not (folder / "_SUCCESS").exists():
+        log.warning("%s has no _SUCCESS: the run that writes it is not finished", folder.uri)
+    return Evaluation(folder.uri, groups)
+
+
+def read_manifest(folder: Location) -> dict[str, Any]:
+    """The manifest of an annotated set; empty where there is none.
+
+    Raises:
+        ValueError: it is no JSON object.
+    """
+    file = folder / "_manifest.json"
+    if not file.exists():
+        return {}
+    try:
+        manifest = json.loads(file.read())
+    except ValueError:
+        manifest = None
+    if not isinstance(manifest, dict):
+        raise ValueError(f"{file.uri}: not a manifest")
+    return manifest
+
+
+def _group(row: Row, by: str) -> str:
+    value = row.get(by)
+    return NOTHING if value is None else str(value)
+
+
+def _judged_as(row: Row, columns: Columns, tasks: Mapping[str, Any]) -> tuple[str, bool]:
+    """The metric that the row's task is known by, and whether it has a closed set."""
+    name = row.get(columns.task) or ""
+    if name in tasks:
+        metric, choices = tasks[name]["metric"], tasks[name]["choices"]
+    else:
+        profile = built_in_profiles().get(name)
+        metric, choices = (profile.metric, profile.choices) if profile else ("match", ())
+    return metric, bool(row.get(columns.choices) or choices)
+
+
+def rows_of(folder: Location, columns: list[str], required: list[str] | None) -> Iterator[Row]:
+    """Rows of a folder's Parquet files, with those of the columns that are there.
+
+    Args:
+        required: columns that must be there; None where the folder itself may be missing.
+
+    Raises:
+        ValueError: there are no files, or a column is missing.
+    """
+    files = folder.files(".parquet")
+    if not files:
+        if required is not None:
+            raise ValueError(f"{folder.uri}: no Parquet files; --annotations names the --output of jobs.annotate")
+        return
+    data = dataset.dataset([file.path for file in files], filesystem=folder.filesystem, format="parquet")
+    missing = [name for name in required or () if name not in data.schema.names]
+    if missing:
+        raise ValueError(f"{folder.uri}: no column {missing[0]!r}; it has {', '.join(data.schema.names)}")
+    for batch in data.to_batches(columns=[name for name in dict.fromkeys(columns) if name in data.schema.names]):
+        yield from batch.to_pylist()

@@ -1,0 +1,73 @@
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.statistics import calibration, compare, estimate, mean
+
+
+def test_mean_of_nothing_is_none() -> None:
+    assert mean([]) is None
+    assert mean([True, False, False, False]) == 0.25
+
+
+def test_interval_of_a_share_is_that_of_the_binomial() -> None:
+    found = estimate([1.0] * 40 + [0.0] * 60)
+    assert (found.mean, found.rows) == (0.4, 100)
+    # sqrt(0.4 · 0.6 / 100) = 0.049, times 1.96
+    assert found.low == pytest.approx(0.304, abs=0.02)
+    assert found.high == pytest.approx(0.496, abs=0.02)
+
+
+def test_interval_of_one_value_or_equal_values_is_the_value() -> None:
+    assert (estimate([0.5]).low, estimate([0.5]).high) == (0.5, 0.5)
+    assert (estimate([1.0] * 9).low, estimate([1.0] * 9).high) == (1.0, 1.0)
+
+
+def test_calibration_by_hand() -> None:
+    judged = [(True, 0.9), (True, 0.4), (False, 0.5), (False, 0.1)]
+    found = calibration(judged)
+    assert found is not None
+    assert found.auc == pytest.approx(3 / 4)
+    assert found.brier == pytest.approx((0.1**2 + 0.6**2 + 0.5**2 + 0.1**2) / 4)
+    assert found.ece == pytest.approx((0.1 + 0.6 + 0.5 + 0.1) / 4)  # each in a bin of its own
+    assert found.judged == 4
+
+
+def test_ece_compares_means_within_bins() -> None:
+    found = calibration([(True, 0.95), (False, 0.91), (False, 0.05), (False, 0.01)])
+    assert found is not None
+    assert found.ece == pytest.approx((abs(1.86 - 1) + abs(0.06 - 0)) / 4)
+
+
+def test_calibration_needs_both_truths() -> None:
+    assert calibration([(True, 0.9)]) is None
+    assert calibration([]) is None
+
+
+def test_a_clear_difference_is_significant_and_noise_is_not() -> None:
+    ids = [str(n) for n in range(40)]
+    right = dict.fromkeys(ids, 1.0)
+    half = {id_: float(n % 2) for n, id_ in enumerate(ids)}
+    other_half = {id_: float(n % 2 == 0) for n, id_ in enumerate(ids)}
+    clear, noise = compare(right, half), compare(half, other_half)
+    assert clear is not None
+    assert noise is not None
+    assert (clear.mean, clear.rows) == (0.5, 40)
+    assert clear.p_value < 0.001
+    assert clear.low > 0.3
+    assert noise.mean == 0.0
+    assert noise.p_value > 0.5
+
+
+def test_only_rows_of_both_are_compared() -> None:
+    found = compare({"a": 1.0, "b": 1.0}, {"b": 0.0, "c": 1.0})
+    assert found is not None
+    assert (found.rows, found.mean) == (1, 1.0)
+    assert compare({"a": 1.0}, {"b": 1.0}) is None
+
+
+@given(st.dictionaries(st.text("abc", max_size=3), st.floats(0, 1), min_size=1, max_size=8))
+def test_a_set_does_not_differ_from_itself(values: dict[str, float]) -> None:
+    found = compare(values, values)
+    assert found is not None
+    assert (found.mean, found.low, found.high, found.p_value) == (0.0, 0.0, 0.0, 1.0)
