@@ -1,6 +1,7 @@
 """Evaluate an annotated set: answers, citations, retrieval and critique against gold answers and gold passages.
 
-``python -m jobs.evaluate --annotations URI [--task NAME] [--by COLUMN] [--baseline NAME=URI]... [--json FILE]``
+``python -m jobs.evaluate --annotations URI [--task NAME] [--by COLUMN] [--baseline NAME=URI]... [--json FILE]
+[--sweep FOLDER]``
 
 Gold stands in columns of the query set, which pass through annotation unchanged: ``answers`` (list<string>; label,
 short answers, or long references, by task), ``short_answers`` (list<list<string>>, ASQA's sets), ``gold_passage_id``.
@@ -19,6 +20,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from jobs.sweep import save, sweep_set, tables
 from pipeline.config import StorageConfig
 from pipeline.evaluation import Evaluation, Figures, evaluate_set
 from pipeline.statistics import Estimate
@@ -105,6 +107,9 @@ def evaluate(
     baseline: Annotated[
         list[str] | None, typer.Option(help="NAME=URI of another set of the same queries to compare with; repeatable.")
     ] = None,
+    sweep: Annotated[
+        Path | None, typer.Option(help="Try other weights, δ and constraints on its candidates; writes to this folder.")
+    ] = None,
 ) -> None:
     """Compare an annotated set with gold answers, and with other annotated sets of the same queries."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -112,6 +117,9 @@ def evaluate(
         sets = {MAIN: annotations, **_baselines(baseline or [])}
         evaluated = {name: evaluate_set(locate(uri, StorageConfig()), by, task) for name, uri in sets.items()}
         main, others = evaluated[MAIN], {name: other for name, other in evaluated.items() if name != MAIN}
+        found = sweep_set(locate(annotations, StorageConfig())) if sweep else None
+        if found and sweep:
+            logging.info("written: %s", ", ".join(map(str, save(found, sweep))))
         if json_file is not None and str(json_file) != "-":
             locate(str(json_file), StorageConfig()).write(report(main, others).encode())
     except (ValueError, StorageError) as error:
@@ -122,6 +130,8 @@ def evaluate(
         return
     console = Console()
     console.print(comparison(evaluated))
+    for table in tables(found) if found else []:
+        console.print(table)
     if others:
         console.print(differences(main, others))
 

@@ -37,11 +37,12 @@ def judge(row: Mapping[str, Any], metric: str = "match", closed: bool = False) -
         metric: the one that the row's task is known by; it tells long-form answers apart.
         closed: whether the answer comes from a closed set.
     """
-    metrics = {**_against_answers(row, metric, closed), **_citations(row), **_recall(row)}
+    metrics = {**against_answers(row, metric, closed), **_citations(row), **_recall(row)}
     return Judged(bool(row["retrieved"]), metrics, tuple(_relevance(row)), tuple(_support(row)))
 
 
-def _against_answers(row: Mapping[str, Any], metric: str, closed: bool) -> dict[str, float]:
+def against_answers(row: Mapping[str, Any], metric: str, closed: bool) -> dict[str, float]:
+    """The metrics of the answer's text alone; empty where the row has no gold."""
     answer, golds = without_citations(row["answer"] or ""), row.get("answers") or ()
     found = {}
     if sets := [golds for golds in row.get("short_answers") or () if golds]:

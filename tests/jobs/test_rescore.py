@@ -47,6 +47,7 @@ def annotated_set(folder: Path, rows: int = 20, **decoding: Any) -> Path:
                 "id": [f"{unit[0]}-{n}" for n in range(rows)],
                 "query": queries,
                 "task": ["label", None] * (rows // 2),
+                "answers": [["yes"], ["w1"]] * (rows // 2),
                 UNIT_COLUMN: [unit] * rows,
             }
         )

@@ -1,0 +1,165 @@
+"""What other weights, thresholds and constraints would have answered, from one run's candidates (paper, figure 3).
+
+Settings are recommended on one half of the rows and reported on the other.
+"""
+
+import asyncio
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.config import DecodingConfig, assign
+from pipeline.judging import against_answers
+from pipeline.rescore import Recorded, Rescoring, recorded
+from pipeline.statistics import Difference, Estimate, compare, estimate, mean
+
+THRESHOLDS = tuple(n / 20 for n in range(21))
+WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+GRID: Mapping[str, Sequence[Any]] = {
+    "threshold": THRESHOLDS,
+    "weights.relevance": WEIGHTS,
+    "weights.support": WEIGHTS,
+    "weights.utility": WEIGHTS,
+    "weights.sequence": WEIGHTS,
+    "constraint": ("none", "no_contradiction", "full_support"),
+}
+
+
+@dataclass(frozen=True)
+class Example:
+    """An annotated row with gold answers.
+
+    Attributes:
+        gold: its gold columns.
+        metric: what its task is known by.
+        config: the settings that its answer was chosen with.
+    """
+
+    id: str
+    recorded: Recorded
+    gold: Mapping[str, Any]
+    metric: str
+    choices: tuple[str, ...]
+    config: DecodingConfig
+
+
+@dataclass(frozen=True)
+class Point:
+    """What one value of a setting is worth, all others as in the run.
+
+    Attributes:
+        score: mean of the tasks' metrics.
+        retrieval_rate: share of the rows answered with a passage.
+    """
+
+    value: Any
+    score: float
+    retrieval_rate: float
+
+
+@dataclass(frozen=True)
+class Sweep:
+    """The outcome of a sweep.
+
+    Attributes:
+        metric: names of what the scores are means of.
+        curves: by setting.
+        recommended: settings that differ from the run's, found on one half of the rows.
+        before, after: scores of the other half with the run's settings and with the recommended ones.
+        difference: between them, row by row.
+    """
+
+    metric: str
+    curves: dict[str, list[Point]]
+    recommended: dict[str, Any]
+    before: Estimate
+    after: Estimate
+    difference: Difference
+
+
+def example_of(row: Mapping[str, Any], rescoring: Rescoring, metrics: Mapping[str, str]) -> Example | None:
+    """A row to sweep over; None where it has nothing to be graded by.
+
+    Args:
+        metrics: by task; ``""`` is for rows without one.
+    """
+    task = row.get(rescoring.columns.task) or ""
+    config, choices = rescoring.tasks[task]
+    choices = tuple(row.get(rescoring.columns.choices) or ()) or choices
+    gold = {name: row.get(name) for name in ("answers", "short_answers")}
+    graded = against_answers({**gold, "answer": ""}, metrics[task], bool(choices))
+    metric = "accuracy" if choices else metrics[task]
+    if metric not in graded:
+        return None
+    return Example(row[rescoring.columns.id], recorded(row), gold, metric, choices, config)
+
+
+def changed(config: DecodingConfig, settings: Mapping[str, Any]) -> DecodingConfig:
+    """A configuration with dotted settings changed."""
+    tree = config.model_dump()
+    for key, value in settings.items():
+        assign(tree, key, value)
+    return DecodingConfig.model_validate(tree)
+
+
+async def _graded(examples: Sequence[Example], settings: Mapping[str, Any]) -> tuple[dict[str, float], float]:
+    """Scores by id under other settings, and the retrieval rate."""
+    configs = {id(e.config): changed(e.config, settings) for e in examples}
+    scores, retrieved = {}, []
+    for example in examples:
+        answer = await example.recorded.rechoose(configs[id(example.config)], example.choices)
+        row = {**example.gold, "answer": answer.answer}
+        scores[example.id] = against_answers(row, example.metric, bool(example.choices))[example.metric]
+        retrieved.append(answer.retrieved)
+    return scores, mean(retrieved) or 0.0
+
+
+def grade(examples: Sequence[Example], settings: Mapping[str, Any]) -> tuple[dict[str, float], float]:
+    """Scores by id under other settings, and the retrieval rate."""
+    return asyncio.run(_graded(examples, settings))
+
+
+def first_half(id_: str) -> bool:
+    """Whether a row belongs to the half that settings are chosen on: by its id's digest, so the same everywhere."""
+    return hashlib.sha256(id_.encode()).digest()[0] < 128
+
+
+def sweep(examples: Sequence[Example], keys: Sequence[str]) -> Sweep:
+    """Try every value of every setting, and recommend a combination.
+
+    Args:
+        keys: of :data:`GRID`; ``threshold`` only where the run explored.
+
+    Raises:
+        ValueError: there are too few rows for two halves.
+    """
+    chosen_on = [example for example in examples if first_half(example.id)]
+    reported_on = [example for example in examples if not first_half(example.id)]
+    if len(chosen_on) < 2 or len(reported_on) < 2:
+        raise ValueError(f"{len(examples)} rows with gold answers are too few to sweep over")
+    curves = {key: [_point(examples, key, value) for value in GRID[key]] for key in keys}
+    recommended = _recommended(chosen_on, keys)
+    before, after = grade(reported_on, {})[0], grade(reported_on, recommended)[0]
+    difference = compare(after, before)
+    assert difference is not None
+    metric = ", ".join(sorted({example.metric for example in examples}))
+    ends = estimate(list(before.values())), estimate(list(after.values()))
+    return Sweep(metric, curves, recommended, *ends, difference)
+
+
+def _point(examples: Sequence[Example], key: str, value: Any) -> Point:
+    scores, rate = grade(examples, {key: value})
+    return Point(value, sum(scores.values()) / len(scores), rate)
+
+
+def _recommended(examples: Sequence[Example], keys: Sequence[str]) -> dict[str, Any]:
+    """One setting after the other, each with those before it: the best value where it beats what is there."""
+    settings: dict[str, Any] = {}
+    best = sum(grade(examples, settings)[0].values())
+    for key in keys:
+        scores = {value: sum(grade(examples, {**settings, key: value})[0].values()) for value in GRID[key]}
+        value = max(scores, key=lambda v: scores[v])
+        if scores[value] > best:
+            settings, best = {**settings, key: value}, scores[value]
+    return settings
