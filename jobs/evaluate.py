@@ -1,7 +1,7 @@
 """Evaluate an annotated set: answers, citations, retrieval and critique against gold answers and gold passages.
 
 ``python -m jobs.evaluate --annotations URI [--task NAME] [--by COLUMN] [--baseline NAME=URI]... [--json FILE]
-[--sweep FOLDER]``
+[--sweep FOLDER] [--alce FILE] [--factscore FILE]``
 
 Gold stands in columns of the query set, which pass through annotation unchanged: ``answers`` (list<string>; label,
 short answers, or long references, by task), ``short_answers`` (list<list<string>>, ASQA's sets), ``gold_passage_id``.
@@ -11,7 +11,7 @@ Rows without gold are counted, not graded.
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import Annotated
@@ -22,7 +22,8 @@ from rich.table import Table
 
 from jobs.sweep import save, sweep_set, tables
 from pipeline.config import StorageConfig
-from pipeline.evaluation import Evaluation, Figures, evaluate_set
+from pipeline.evaluation import Evaluation, Figures, Row, columns_of, evaluate_set, read_manifest, rows_of
+from pipeline.exports import EXPORTED, alce, factscore
 from pipeline.statistics import Estimate
 from pipeline.storage import StorageError, locate
 
@@ -97,6 +98,15 @@ def report(main: Evaluation, baselines: Mapping[str, Evaluation]) -> str:
     return json.dumps({**_record(main), "baselines": others}, indent=2, ensure_ascii=False)
 
 
+def _export(annotations: str, task: str | None, export: Callable[[Iterable[Row], str], str], file: Path) -> None:
+    folder = locate(annotations, StorageConfig())
+    columns = columns_of(read_manifest(folder))
+    rows = rows_of(folder / "data", [columns.query, columns.task, *EXPORTED], required=[columns.query, "passages"])
+    chosen = (row for row in rows if task in (None, row.get(columns.task)))
+    locate(str(file), StorageConfig()).write(export(chosen, columns.query).encode())
+    logging.info("written: %s", file)
+
+
 def evaluate(
     annotations: Annotated[str, typer.Option(help="Folder of an annotated set: the --output of jobs.annotate.")],
     task: Annotated[str | None, typer.Option(help="Only the rows of this task.")] = None,
@@ -110,6 +120,10 @@ def evaluate(
     sweep: Annotated[
         Path | None, typer.Option(help="Try other weights, δ and constraints on its candidates; writes to this folder.")
     ] = None,
+    alce_file: Annotated[Path | None, typer.Option("--alce", help="Write the rows for ALCE's judge here.")] = None,
+    factscore_file: Annotated[
+        Path | None, typer.Option("--factscore", help="Write the rows for FActScore's judge here.")
+    ] = None,
 ) -> None:
     """Compare an annotated set with gold answers, and with other annotated sets of the same queries."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
@@ -120,6 +134,9 @@ def evaluate(
         found = sweep_set(locate(annotations, StorageConfig())) if sweep else None
         if found and sweep:
             logging.info("written: %s", ", ".join(map(str, save(found, sweep))))
+        for file, export in ((alce_file, alce), (factscore_file, factscore)):
+            if file is not None:
+                _export(annotations, task, export, file)
         if json_file is not None and str(json_file) != "-":
             locate(str(json_file), StorageConfig()).write(report(main, others).encode())
     except (ValueError, StorageError) as error:

@@ -127,7 +127,7 @@ def evaluate_set(
         StorageError: it cannot be read.
     """
     manifest = read_manifest(folder)
-    columns = Columns.model_validate(manifest.get("configuration", {}).get("columns", {}))
+    columns = columns_of(manifest)
     groups: defaultdict[str, Tally] = defaultdict(Tally)
     wanted = [columns.id, columns.task, columns.choices, by, *READ_COLUMNS]
     for row in rows_of(folder / "data", wanted, required=[columns.id, "answer", "retrieved", "answers"]):
@@ -160,6 +160,11 @@ def read_manifest(folder: Location) -> dict[str, Any]:
     if not isinstance(manifest, dict):
         raise ValueError(f"{file.uri}: not a manifest")
     return manifest
+
+
+def columns_of(manifest: Mapping[str, Any]) -> Columns:
+    """Which column of an annotated set holds what."""
+    return Columns.model_validate(manifest.get("configuration", {}).get("columns", {}))
 
 
 def _group(row: Row, by: str) -> str:

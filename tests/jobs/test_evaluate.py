@@ -13,6 +13,7 @@ from pipeline.config import StorageConfig
 from pipeline.evaluation import Evaluation, evaluate_set, first_passage
 from pipeline.schema import CANDIDATE_FIELDS
 from pipeline.storage import locate
+from tests.jobs.test_rescore import annotated_set
 
 SCHEMA = pa.schema(
     [
@@ -199,6 +200,14 @@ def test_a_set_without_gold_answers_is_refused_by_name(tmp_path: Path) -> None:
     result = run("--annotations", str(tmp_path))
     assert result.exit_code == 2
     assert "no column 'answers'; it has id, answer, retrieved" in result.stderr
+
+
+def test_rows_are_exported_for_other_judges(tmp_path: Path) -> None:
+    run_folder = annotated_set(tmp_path / "run", keep_candidates=True)
+    alce, lines = tmp_path / "alce.json", tmp_path / "factscore.jsonl"
+    flags = ["--alce", str(alce), "--factscore", str(lines), "--task", "label"]
+    assert run("--annotations", str(run_folder), *flags).exit_code == 0
+    assert len(json.loads(alce.read_text())["data"]) == len(lines.read_text().splitlines()) == 20
 
 
 def test_an_unfinished_set_is_evaluated_with_a_warning(annotated: Path, caplog: pytest.LogCaptureFixture) -> None:
