@@ -8,7 +8,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config import RunConfig
-from pipeline.engine import EngineDeadError, VllmGenerator, prompt_tokenizer
+from pipeline.critics import critic_of
+from pipeline.engine import EngineDeadError, VllmGenerator
 from pipeline.profiles import Tasks
 from pipeline.retrieve import IndexRetriever, Retriever
 from pipeline.schema import (
@@ -76,13 +77,13 @@ class SelfRagActor:
 
     def __init__(self, config: RunConfig) -> None:
         self.config = config
-        tokenizer = prompt_tokenizer(config.model)
+        critic = critic_of(config)
         retriever: Retriever | None = None
         if config.index is not None and config.decoding.mode != "never":
             retriever = IndexRetriever.open(locate(config.index, config.storage), config.retrieval)
-        self.generator = VllmGenerator.start(config.model, tokenizer)
+        self.generator = VllmGenerator.start(config.model, critic.watched)
         tasks = Tasks(config.decoding, config.profiles, config.task)
-        self.system = SelfRag(self.generator, tokenizer, tasks, retriever)
+        self.system = SelfRag(self.generator, critic, tasks, retriever)
 
     async def __call__(self, table: pa.Table) -> pa.Table:
         """Annotate one unit."""

@@ -61,6 +61,8 @@ class DecodingConfig(_Frozen):
     """How an answer is found.
 
     Attributes:
+        critic: ``reflection`` reads the tokens of a model that was taught them; ``prompted`` asks any instruct model
+            in words.
         mode: ``adaptive`` lets the model decide whether to retrieve; ``always`` and ``never`` do not ask it.
         threshold: the paper's delta; retrieve where p(Yes) / (p(Yes) + p(No)) is above it.
         passages: passages read for each segment (the paper's k).
@@ -77,6 +79,7 @@ class DecodingConfig(_Frozen):
             other thresholds can be tried on the candidates; needs ``keep_candidates``.
     """
 
+    critic: Literal["reflection", "prompted"] = "reflection"
     mode: Literal["adaptive", "always", "never"] = "adaptive"
     threshold: Share = 0.2
     passages: Positive = 5
@@ -115,7 +118,7 @@ class Profile(_Frozen):
     @field_validator("decoding")
     @classmethod
     def _known_settings(cls, decoding: dict[str, Any]) -> dict[str, Any]:
-        if whole_run := {"keep_candidates", "explore"} & decoding.keys():
+        if whole_run := {"critic", "keep_candidates", "explore"} & decoding.keys():
             raise ValueError(f"{', '.join(sorted(whole_run))} is the run's to say, not a profile's")
         DecodingConfig.model_validate(decoding)
         return decoding

@@ -48,9 +48,12 @@ def written(generation: Generation, group: type[Group], ids: ReflectionIds) -> t
     return next(((n, tokens[i]) for n, i in enumerate(generation.token_ids) if i in tokens), None)
 
 
-def sequence_probability(generation: Generation, ids: ReflectionIds, eos: int) -> float:
-    """Exp of the mean log-probability of the text tokens; 0 for a segment without text."""
-    outside = ids.control | {eos}
+def sequence_probability(generation: Generation, outside: frozenset[int]) -> float:
+    """Exp of the mean log-probability of the text tokens; 0 for a segment without text.
+
+    Args:
+        outside: ids of the tokens that are not text.
+    """
     text = [float(p) for i, p in zip(generation.token_ids, generation.logprobs, strict=True) if i not in outside]
     return math.exp(sum(text) / len(text)) if text else 0.0
 
@@ -75,7 +78,7 @@ def critique(generation: Generation, ids: ReflectionIds, eos: int, weights: Weig
     is_rel = rel and expected_value(probabilities_at(generation, rel[0], IsRel), IS_REL_VALUES)
     is_sup = sup and expected_value(probabilities_at(generation, sup[0], IsSup), IS_SUP_VALUES)
     is_use = use and expected_value(probabilities_at(generation, use[0], IsUse), IS_USE_VALUES)
-    sequence = sequence_probability(generation, ids, eos)
+    sequence = sequence_probability(generation, ids.control | {eos})
     return Critique(
         sequence_probability=sequence,
         is_rel=is_rel,

@@ -1,8 +1,9 @@
 """The Generator protocol, and vLLM behind it.
 
-Every request asks for the log-probabilities of the 13 reflection tokens and of nothing else: at every position
-that is all that decisions and critiques read. All requests must ask for the same (vLLM's V1 runner silently
-answers -inf where such requests share a batch with top-k ones: vllm-project/vllm#51789).
+Every request asks for the log-probabilities of the same few tokens (the 13 reflection tokens, or the labels that
+stand for them) and of nothing else: at every position that is all that decisions and critiques read. All requests must
+ask for the same (vLLM's V1 runner silently answers -inf where such requests share a batch with top-k ones:
+vllm-project/vllm#51789).
 """
 
 import dataclasses
@@ -17,8 +18,6 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config import ModelConfig
-from pipeline.prompts import PromptTokenizer
-from pipeline.reflection import Retrieve
 from pipeline.types import Generation
 
 log = logging.getLogger(__name__)
@@ -52,12 +51,13 @@ class Generator(Protocol):
         """Most tokens of a prompt and its continuation together."""
         ...
 
-    async def generate(self, prompt: Sequence[int], max_tokens: int) -> Generation:
-        """Continue a prompt greedily until the next Retrieve token, the end of sequence, or the length limit.
+    async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
+        """Continue a prompt greedily until one of the stop tokens, or the length limit.
 
         Args:
             prompt: token ids.
             max_tokens: most tokens to write.
+            stops: ids that end the continuation; the one that did is its last.
 
         Raises:
             ValueError: the prompt does not fit the model.
@@ -75,21 +75,20 @@ def model_path(name: str) -> str:
     return str(demo_model())
 
 
-def prompt_tokenizer(model: ModelConfig) -> PromptTokenizer:
-    """Load a model's tokenizer alone, which is cheap, and look its reflection tokens up.
+def load_tokenizer(model: ModelConfig) -> Any:
+    """Load a model's tokenizer alone, which is cheap.
 
     Raises:
-        ValueError: there is no such model, or its tokenizer lacks reflection tokens.
+        ValueError: there is no such model.
     """
     from transformers import AutoTokenizer
 
     name = str(model.engine.get("tokenizer") or model.name)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path(name), revision=model.revision)
+        return AutoTokenizer.from_pretrained(model_path(name), revision=model.revision)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"model {name}: its tokenizer cannot be loaded: {reason}") from None
-    return PromptTokenizer.of(tokenizer, name)
 
 
 def check_engine_arguments(model: ModelConfig) -> None:
@@ -157,14 +156,18 @@ class VllmGenerator:
 
     engine: Any
     sampling: dict[str, Any]
-    reflection_ids: tuple[int, ...]
+    watched: tuple[int, ...]
     max_model_len: int
     lora: Any = None
     numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
     @classmethod
-    def start(cls, model: ModelConfig, tokenizer: PromptTokenizer) -> "VllmGenerator":
-        """Load the model and start the engine."""
+    def start(cls, model: ModelConfig, watched: tuple[int, ...]) -> "VllmGenerator":
+        """Load the model and start the engine.
+
+        Args:
+            watched: ids whose log-probabilities every answer brings, in the places of the 13 reflection tokens.
+        """
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
         from vllm import AsyncEngineArgs
@@ -172,25 +175,28 @@ class VllmGenerator:
         from vllm.v1.engine.async_llm import AsyncLLM
 
         engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(model)))
-        ids = tokenizer.reflection
         sampling = {
             "temperature": 0.0,
-            "stop_token_ids": [*ids.group(Retrieve), tokenizer.eos],
-            "logprob_token_ids": list(ids.reflection),
+            "logprob_token_ids": list(dict.fromkeys(watched)),
             "flat_logprobs": True,
             "detokenize": False,
             "skip_special_tokens": False,
         }
         lora = LoRARequest("adapter", 1, model.lora) if model.lora else None
-        return cls(engine, sampling, ids.reflection, int(engine.model_config.max_model_len), lora)
+        return cls(engine, sampling, watched, int(engine.model_config.max_model_len), lora)
 
-    async def generate(self, prompt: Sequence[int], max_tokens: int) -> Generation:
+    async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
         """See :meth:`Generator.generate`."""
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
-        sampling = SamplingParams(max_tokens=max_tokens, output_kind=RequestOutputKind.FINAL_ONLY, **self.sampling)
+        sampling = SamplingParams(
+            max_tokens=max_tokens,
+            stop_token_ids=list(stops),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            **self.sampling,
+        )
         stream = self.engine.generate(
             TokensPrompt(prompt_token_ids=list(prompt)), sampling, str(next(self.numbers)), lora_request=self.lora
         )
@@ -202,7 +208,7 @@ class VllmGenerator:
 
     def _generation(self, final: Any) -> Generation:
         output = final.outputs[0]
-        chosen, reflection = targeted_logprobs(output.logprobs, output.token_ids, self.reflection_ids)
+        chosen, reflection = targeted_logprobs(output.logprobs, output.token_ids, self.watched)
         return Generation(
             token_ids=tuple(output.token_ids),
             logprobs=chosen,
@@ -228,7 +234,7 @@ def targeted_logprobs(
     Args:
         flat: ``vllm.logprobs.FlatLogprobs`` over T positions; each holds the sampled token and the wanted ones.
         token_ids: the T sampled ids.
-        wanted: ids asked for.
+        wanted: ids asked for; one may stand in several places.
 
     Returns:
         float64 [T] of the sampled tokens, and float64 [T, len(wanted)].
@@ -237,7 +243,7 @@ def targeted_logprobs(
         ArithmeticError: some of them are missing or not finite, as where the model's numbers overflow; this answer
             cannot be judged.
     """
-    column = {token: n for n, token in enumerate(wanted)}
+    columns = {token: [n for n, other in enumerate(wanted) if other == token] for token in wanted}
     chosen = np.full(len(token_ids), -np.inf)
     table = np.full((len(token_ids), len(wanted)), -np.inf)
     for position, sampled in enumerate(token_ids):
@@ -245,8 +251,8 @@ def targeted_logprobs(
             token, logprob = flat.token_ids[place], flat.logprobs[place]
             if token == sampled:
                 chosen[position] = logprob
-            if token in column:
-                table[position, column[token]] = logprob
+            if token in columns:
+                table[position, columns[token]] = logprob
     if not (np.isfinite(chosen).all() and np.isfinite(table).all()):
         raise ArithmeticError("the engine answered without finite log-probabilities of the reflection tokens")
     return chosen, table

@@ -5,7 +5,8 @@ from functools import cached_property
 from typing import Any
 
 from pipeline.config import RunConfig, with_absolute_paths
-from pipeline.engine import check_engine_arguments, model_path, prompt_tokenizer
+from pipeline.critics import critic_of
+from pipeline.engine import check_engine_arguments, model_path
 from pipeline.index import check_index
 from pipeline.output import OutputFolder
 from pipeline.profiles import Tasks, built_in_digest
@@ -95,7 +96,7 @@ def check(config: RunConfig, overwrite: bool = False) -> Plan:
     _check_bucket(output)
     index = _check_retrieval(config, queries)
     check_engine_arguments(config.model)
-    prompt_tokenizer(config.model)
+    critic_of(config)
     model = model_identity(config.model, model_path(config.model.name))
     if commit := model.get("commit"):  # every actor must load the commit that the manifest records
         config = config.model_copy(update={"model": config.model.model_copy(update={"revision": commit})})

@@ -19,7 +19,10 @@ from pipeline.types import Boundary, Generation, Passage, Path, Query, Retrieved
 class Reader(Protocol):
     """Decides and writes for one query."""
 
-    usage: Usage
+    @property
+    def usage(self) -> Usage:
+        """What the row has cost so far; retrievals and seconds are counted elsewhere."""
+        ...
 
     async def decide(self) -> Boundary:
         """Where the prompt ends: shall a passage be retrieved?
@@ -44,19 +47,79 @@ class Reader(Protocol):
         ...
 
 
+class Critic(Protocol):
+    """Knows one kind of model: how to ask it, and what to read in its answers."""
+
+    @property
+    def watched(self) -> tuple[int, ...]:
+        """Ids that the engine must give log-probabilities of, in the places of the 13 reflection tokens."""
+        ...
+
+    def reader(self, generator: Generator, config: DecodingConfig, query: Query) -> Reader:
+        """A reader for one query."""
+        ...
+
+
 @dataclass
-class ReflectionReader:
-    """Reads with a model that was taught the reflection tokens."""
+class Requests:
+    """An engine, and what one row has asked of it."""
 
     generator: Generator
+    usage: Usage = field(default_factory=Usage)
+
+    async def ask(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
+        """See :meth:`Generator.generate`."""
+        generation = await self.generator.generate(prompt, max_tokens, stops)
+        self.usage = replace(
+            self.usage,
+            prompt_tokens=self.usage.prompt_tokens + generation.prompt_tokens,
+            cached_tokens=self.usage.cached_tokens + generation.cached_tokens,
+            generated_tokens=self.usage.generated_tokens + len(generation.token_ids),
+            engine_requests=self.usage.engine_requests + 1,
+        )
+        return generation
+
+
+@dataclass(frozen=True)
+class ReflectionCritic:
+    """Asks models that were taught the reflection tokens."""
+
+    tokenizer: PromptTokenizer
+
+    @property
+    def watched(self) -> tuple[int, ...]:
+        """See :attr:`Critic.watched`."""
+        return self.tokenizer.reflection.reflection
+
+    def reader(self, generator: Generator, config: DecodingConfig, query: Query) -> Reader:
+        """See :meth:`Critic.reader`."""
+        return ReflectionReader(Requests(generator), self.tokenizer, config, query)
+
+
+@dataclass
+class ReflectionReader:
+    """Reads one query with a model that was taught the reflection tokens.
+
+    Attributes:
+        lost: passage tokens cut so far.
+        bodies: token ids of the passages read so far.
+    """
+
+    requests: Requests
     tokenizer: PromptTokenizer
     config: DecodingConfig
     query: Query
-    usage: Usage = field(default_factory=Usage)
+    lost: int = 0
     bodies: dict[Passage, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
+        self.stops = [*self.tokenizer.reflection.group(Retrieve), self.tokenizer.eos]
         self.prompt = self.tokenizer.prompt(self.query.instruction or self.query.query, self.query.input)
+
+    @property
+    def usage(self) -> Usage:
+        """What the row has cost so far."""
+        return replace(self.requests.usage, truncated_tokens=self.lost)
 
     async def decide(self) -> Boundary:
         """See :meth:`Reader.decide`: the distribution of the first token, where the mode leaves the decision open."""
@@ -68,12 +131,12 @@ class ReflectionReader:
             )
         if self.config.mode != "adaptive":
             return Boundary()
-        return Boundary(retrieve_probability(await self._request(self.prompt, max_tokens=1)))
+        return Boundary(retrieve_probability(await self.requests.ask(self.prompt, 1, self.stops)))
 
     @property
     def room(self) -> int:
         """Tokens that a prompt may have."""
-        return self.generator.max_model_len - self.config.max_tokens
+        return self.requests.generator.max_model_len - self.config.max_tokens
 
     def has_room(self, path: Path) -> bool:
         """See :meth:`Reader.has_room`: passages can be cut, text cannot."""
@@ -83,7 +146,7 @@ class ReflectionReader:
 
     async def write(self, path: Path, opening: Retrieve, evidence: RetrievedPassage | None) -> Path:
         """See :meth:`Reader.write`."""
-        generation = await self._request(self._context(path, opening, evidence), self.config.max_tokens)
+        generation = await self.requests.ask(self._context(path, opening, evidence), self.config.max_tokens, self.stops)
         ids, boundary = self._split(generation)
         judged = critique(generation, self.tokenizer.reflection, self.tokenizer.eos, self.config.weights)
         words = [token for token in ids if token not in self.tokenizer.reflection.control]
@@ -110,8 +173,7 @@ class ReflectionReader:
         read = sum(o is Retrieve.YES and e is not None for o, e, _ in steps)
         fixed = len(self.prompt) + sum(1 + len(ids) for _, _, ids in steps) + len(Paragraph) * read
         kept = cut_oldest([len(body) for body in bodies], self.room - fixed)
-        lost = sum(len(body) for body in bodies) - sum(kept)
-        self.usage = replace(self.usage, truncated_tokens=self.usage.truncated_tokens + lost)
+        self.lost += sum(len(body) for body in bodies) - sum(kept)
         context = list(self.prompt)
         for (opened, used, ids), body, length in zip(steps, bodies, kept, strict=True):
             context += self.tokenizer.control(opened)
@@ -124,17 +186,6 @@ class ReflectionReader:
         if passage not in self.bodies:
             self.bodies[passage] = self.tokenizer.text(passage_text(passage.title, passage.text))
         return self.bodies[passage]
-
-    async def _request(self, prompt: Sequence[int], max_tokens: int) -> Generation:
-        generation = await self.generator.generate(prompt, max_tokens)
-        self.usage = replace(
-            self.usage,
-            prompt_tokens=self.usage.prompt_tokens + generation.prompt_tokens,
-            cached_tokens=self.usage.cached_tokens + generation.cached_tokens,
-            generated_tokens=self.usage.generated_tokens + len(generation.token_ids),
-            engine_requests=self.usage.engine_requests + 1,
-        )
-        return generation
 
 
 def cut_oldest(lengths: Sequence[int], room: int) -> list[int]:

@@ -13,8 +13,7 @@ from pipeline.choose import choose, cited_text, plain_text
 from pipeline.config import DecodingConfig
 from pipeline.engine import Generator
 from pipeline.profiles import Tasks
-from pipeline.prompts import PromptTokenizer
-from pipeline.reader import Reader, ReflectionReader
+from pipeline.reader import Critic, Reader
 from pipeline.reflection import Retrieve
 from pipeline.retrieve import Retriever, given_passages
 from pipeline.types import Answer, Candidate, Path, Query, RetrievedPassage, Usage
@@ -30,7 +29,7 @@ class SelfRag:
     """
 
     generator: Generator
-    tokenizer: PromptTokenizer
+    critic: Critic
     tasks: Tasks
     retriever: Retriever | None = None
 
@@ -43,7 +42,7 @@ class SelfRag:
         if not query.query.strip():
             raise ValueError("the query is empty")
         query, config = self.tasks.apply(query)
-        reader = ReflectionReader(self.generator, self.tokenizer, config, query)
+        reader = self.critic.reader(self.generator, config, query)
         return await Decoding(query, reader, self.retriever, config).run()
 
 

@@ -96,7 +96,7 @@ class DrawingGenerator:
     words: Sequence[str] = tuple(f"w{n}" for n in range(9))
     max_model_len: int = 1000
 
-    async def generate(self, prompt: Sequence[int], max_tokens: int) -> Generation:
+    async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
         for _ in range(self.rng.randrange(6)):
             await asyncio.sleep(0)
         draw = random.Random(self.tokenizer.decode(list(prompt)))
@@ -127,7 +127,7 @@ class ScriptedGenerator:
     max_model_len: int = 1000
     prompts: list[str] = field(default_factory=list)
 
-    async def generate(self, prompt: Sequence[int], max_tokens: int) -> Generation:
+    async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
         text = self.tokenizer.decode(list(prompt))
         self.prompts.append(text)
         return self.script(text)

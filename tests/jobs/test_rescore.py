@@ -18,6 +18,7 @@ from pipeline.actor import annotate_table
 from pipeline.config import Profile, RunConfig, StorageConfig
 from pipeline.output import OutputFolder
 from pipeline.profiles import Tasks
+from pipeline.reader import ReflectionCritic
 from pipeline.schema import UNIT_COLUMN
 from pipeline.self_rag import SelfRag
 from pipeline.storage import locate
@@ -37,7 +38,10 @@ def annotated_set(folder: Path, rows: int = 20, **decoding: Any) -> Path:
     tokenizer = word_tokenizer()
     tasks = Tasks(config.decoding, config.profiles)
     rag = SelfRag(
-        DrawingGenerator(tokenizer, random.Random(0), ("yes", "no", "w1")), tokenizer, tasks, DrawingRetriever()
+        DrawingGenerator(tokenizer, random.Random(0), ("yes", "no", "w1")),
+        ReflectionCritic(tokenizer),
+        tasks,
+        DrawingRetriever(),
     )
     output = OutputFolder(locate(str(folder), StorageConfig()))
     for unit in UNITS:

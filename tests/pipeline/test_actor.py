@@ -5,6 +5,7 @@ from pipeline.actor import UNIT_COLUMN, annotate_table, annotated_schema
 from pipeline.config import RunConfig
 from pipeline.engine import EngineDeadError
 from pipeline.profiles import Tasks
+from pipeline.reader import ReflectionCritic
 from pipeline.self_rag import SelfRag
 from tests.fakes import ScriptedGenerator, generation, word_tokenizer
 
@@ -22,7 +23,7 @@ def system(failure: type[Exception] = KeyError) -> SelfRag:
             raise failure("script")
         return generation(tokenizer, [prompt.split()[2], "</s>"])
 
-    return SelfRag(ScriptedGenerator(tokenizer, script), tokenizer, Tasks(CONFIG.decoding))
+    return SelfRag(ScriptedGenerator(tokenizer, script), ReflectionCritic(tokenizer), Tasks(CONFIG.decoding))
 
 
 def table(*queries: str | None) -> pa.Table:

@@ -6,7 +6,8 @@ import pytest
 from peft import LoraConfig
 
 from pipeline.config import ModelConfig
-from pipeline.engine import check_engine_arguments, lora_rank, prompt_tokenizer, targeted_logprobs
+from pipeline.engine import check_engine_arguments, load_tokenizer, lora_rank, targeted_logprobs
+from pipeline.prompts import PromptTokenizer
 from pipeline.reflection import REFLECTION_TOKENS, Paragraph, Retrieve
 
 
@@ -34,6 +35,11 @@ def test_sampled_and_wanted_log_probabilities_are_told_apart():
     assert table.tolist() == [[-2.0, -3.0], [-4.0, -0.1]]
 
 
+def test_a_token_that_is_wanted_twice_stands_in_both_places():
+    _, table = targeted_logprobs(Flat().add({50: -0.5, 7: -2.0, 8: -3.0}), [50], (7, 8, 7))
+    assert table.tolist() == [[-2.0, -3.0, -2.0]]
+
+
 @pytest.mark.parametrize("position", [{50: -0.5, 7: -2.0}, {50: -0.5, 7: -2.0, 8: -math.inf}, {7: -1.0, 8: -1.0}])
 def test_answer_without_what_was_asked_for_is_an_error_of_its_row(position):
     with pytest.raises(ArithmeticError, match="without finite log-probabilities"):
@@ -59,7 +65,7 @@ def test_missing_lora_adapter_is_named(tmp_path):
 
 @pytest.fixture(scope="module")
 def tokenizer(demo_model):
-    return prompt_tokenizer(ModelConfig(name=str(demo_model)))
+    return PromptTokenizer.of(load_tokenizer(ModelConfig(name=str(demo_model))), "demo")
 
 
 def test_demo_tokenizer_keeps_untrusted_control_tokens_as_text(tokenizer):

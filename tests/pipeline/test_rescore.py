@@ -7,6 +7,7 @@ import pytest
 
 from pipeline.config import DecodingConfig, Weights
 from pipeline.profiles import Tasks
+from pipeline.reader import ReflectionCritic
 from pipeline.rescore import recorded
 from pipeline.schema import answer_row, data_schema
 from pipeline.self_rag import SelfRag
@@ -29,7 +30,7 @@ def annotated(config: DecodingConfig, choices: tuple[str, ...] = (), rows: int =
     """Rows as they come back from Parquet."""
     tokenizer = word_tokenizer()
     generator = DrawingGenerator(tokenizer, random.Random(0), choices or ("w1", "w2", "w3"))
-    rag = SelfRag(generator, tokenizer, Tasks(config), DrawingRetriever())
+    rag = SelfRag(generator, ReflectionCritic(tokenizer), Tasks(config), DrawingRetriever())
     answers = [asyncio.run(rag.answer(Query(str(n), f"Tell {n}", choices=choices))) for n in range(rows)]
     return list(pa.Table.from_pylist([answer_row(answer) for answer in answers], schema=SCHEMA).to_pylist())
 

@@ -10,6 +10,7 @@ import pytest
 from pipeline.choose import cited_passages
 from pipeline.config import DecodingConfig
 from pipeline.profiles import Tasks
+from pipeline.reader import ReflectionCritic
 from pipeline.self_rag import SelfRag
 from pipeline.types import Answer, Generation, Passage, Query, RetrievedPassage
 from tests.fakes import DrawingGenerator, DrawingRetriever, ScriptedGenerator, generation, judged, word_tokenizer
@@ -59,9 +60,8 @@ LONG = DecodingConfig(segments=7, beam_width=2, passages=2)
 
 def system(config: DecodingConfig = LONG, script: Mapping[str, Generation] = SCRIPT) -> SelfRag:
     found = {"Tell": [RED, BLUE], "Tell Red is warm.": [BLUE, RED]}
-    return SelfRag(
-        ScriptedGenerator(TOKENIZER, lambda prompt: script[prompt]), TOKENIZER, Tasks(config), Finds(found, [])
-    )
+    generator = ScriptedGenerator(TOKENIZER, lambda prompt: script[prompt])
+    return SelfRag(generator, ReflectionCritic(TOKENIZER), Tasks(config), Finds(found, []))
 
 
 def tell(rag: SelfRag, query: Query = Query("q", "Tell")) -> Answer:
@@ -213,7 +213,9 @@ def test_a_path_without_room_ends_where_it_is() -> None:
 def test_rows_in_flight_never_change_an_answer(seed: int) -> None:
     """64 rows together, each request ending when it likes, against each row alone."""
     config = DecodingConfig(segments=4, passages=3, keep_candidates=True)
-    rag = SelfRag(DrawingGenerator(TOKENIZER, random.Random(seed)), TOKENIZER, Tasks(config), DrawingRetriever())
+    rag = SelfRag(
+        DrawingGenerator(TOKENIZER, random.Random(seed)), ReflectionCritic(TOKENIZER), Tasks(config), DrawingRetriever()
+    )
     queries = [Query(str(n), f"Tell {n}") for n in range(64)]
 
     async def all_at_once() -> list[Answer]:

@@ -1,0 +1,236 @@
+"""Any instruct model as reader and critic: the four questions of Self-RAG asked in words (``prompted.yaml``).
+
+This goes beyond the paper. A question's answer is one token among its labels, and the labels' probabilities take the
+place of the reflection tokens', so that scores, constraints and the beam are the same. A segment is a line.
+"""
+
+import asyncio
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from enum import StrEnum
+from functools import cached_property
+from pathlib import Path as File
+from typing import Any, TypeVar
+
+import yaml
+
+from pipeline.beam import together
+from pipeline.config import DecodingConfig
+from pipeline.critique import (
+    IS_REL_VALUES,
+    IS_SUP_VALUES,
+    IS_USE_VALUES,
+    expected_value,
+    probabilities_at,
+    retrieve_probability,
+    segment_score,
+    sequence_probability,
+)
+from pipeline.engine import Generator
+from pipeline.prompts import passage_text
+from pipeline.reader import Reader, Requests
+from pipeline.reflection import IsRel, IsSup, IsUse, Retrieve
+from pipeline.types import Boundary, Critique, Generation, Path, Query, RetrievedPassage, Segment, Usage
+
+PROMPTS: Mapping[str, Any] = yaml.safe_load(File(__file__).with_suffix(".yaml").read_text("utf-8"))
+# Which question stands for which group of reflection tokens; a group's labels are in its order.
+QUESTIONS: Mapping[type[StrEnum], str] = {Retrieve: "retrieve", IsRel: "relevant", IsSup: "supported", IsUse: "useful"}
+VALUES = {IsRel: IS_REL_VALUES, IsSup: IS_SUP_VALUES, IsUse: IS_USE_VALUES}
+Group = TypeVar("Group", bound=StrEnum)
+# Stands for the user's text while a chat template is taken apart.
+PLACE = "USERTEXTGOESHERE"
+
+
+@dataclass(frozen=True)
+class PromptedCritic:
+    """Asks a model in its own chat template.
+
+    Attributes:
+        tokenizer: a Hugging Face tokenizer.
+        name: of the model, for messages.
+    """
+
+    tokenizer: Any
+    name: str
+
+    def __post_init__(self) -> None:
+        if not self.tokenizer.chat_template:
+            raise ValueError(f"model {self.name}: it has no chat template, which decoding.critic=prompted needs")
+        for question in QUESTIONS.values():
+            ids = [self._label(label) for label in PROMPTS[question]["labels"]]
+            if len(set(ids)) < len(ids):
+                raise ValueError(f"model {self.name}: its tokenizer begins two answers to {question!r} alike")
+
+    def reader(self, generator: Generator, config: DecodingConfig, query: Query) -> Reader:
+        """A reader for one query."""
+        return PromptedReader(self, Requests(generator), config, query)
+
+    @cached_property
+    def watched(self) -> tuple[int, ...]:
+        """First ids of the labels, in the places of the 13 reflection tokens.
+
+        The third Retrieve token has no label: nothing reads its place.
+        """
+        labels = [PROMPTS[question]["labels"] for question in QUESTIONS.values()]
+        labels[0] = [*labels[0], labels[0][-1]]
+        return tuple(self._label(label) for group in labels for label in group)
+
+    @property
+    def eos(self) -> int:
+        """Id of the end-of-sequence token."""
+        return int(self.tokenizer.eos_token_id)
+
+    @cached_property
+    def newlines(self) -> frozenset[int]:
+        """Ids of the tokens with a line break, in byte-level vocabularies and in those with byte fallback."""
+        return frozenset(i for text, i in self.tokenizer.get_vocab().items() if "Ċ" in text or text == "<0x0A>")
+
+    @cached_property
+    def frame(self) -> tuple[list[int], list[int]]:
+        """Ids of the chat template before and after the user's text; control tokens in it are the template's own."""
+        turn = [{"role": "user", "content": PLACE}]
+        text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
+        before, after = text.split(PLACE)
+        return self._trusted(before), self._trusted(after)
+
+    def _trusted(self, text: str) -> list[int]:
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+
+    def text(self, text: str) -> list[int]:
+        """Ids of untrusted text: control tokens in it stay plain characters."""
+        return list(self.tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"])
+
+    def _label(self, label: str) -> int:
+        return self.text(label)[0]
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Text of ids."""
+        return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
+
+
+@dataclass
+class PromptedReader:
+    """Reads one query with a model that was never taught to."""
+
+    critic: PromptedCritic
+    requests: Requests
+    config: DecodingConfig
+    query: Query
+    lost: int = field(default=0)
+
+    @property
+    def usage(self) -> Usage:
+        """What the row has cost so far."""
+        return replace(self.requests.usage, truncated_tokens=self.lost)
+
+    @property
+    def room(self) -> int:
+        """Tokens that a prompt may have."""
+        return self.requests.generator.max_model_len - self.config.max_tokens
+
+    @property
+    def asked(self) -> str:
+        """What the model is asked."""
+        context = f"\n\n{self.query.input}" if self.query.input else ""
+        return f"{self.query.instruction or self.query.query}{context}"
+
+    async def decide(self) -> Boundary:
+        """See :meth:`Reader.decide`."""
+        fixed = max(len(self._prompt(PROMPTS[name]["prompt"])) for name in QUESTIONS.values())
+        if fixed > self.room:
+            raise ValueError(f"the query needs {fixed} tokens and the model takes {self.room}; shorten it")
+        return await self._boundary("") if self.config.mode == "adaptive" else Boundary()
+
+    async def _boundary(self, answer: str) -> Boundary:
+        if self.config.mode != "adaptive":
+            return Boundary()
+        asked = await self._ask("retrieve_again" if answer else "retrieve", answer=answer)
+        return Boundary(retrieve_probability(asked))
+
+    def has_room(self, path: Path) -> bool:
+        """See :meth:`Reader.has_room`."""
+        written = sum(len(segment.token_ids) for segment in path.segments)
+        return len(self._prompt(PROMPTS["retrieve_again"]["prompt"])) + written <= self.room
+
+    async def write(self, path: Path, opening: Retrieve, evidence: RetrievedPassage | None) -> Path:
+        """See :meth:`Reader.write`: a line, then its critique and the next decision, all asked at once."""
+        written = [token for segment in path.segments for token in segment.token_ids]
+        template = PROMPTS["write_from_passage" if evidence else "write"]
+        prompt = self._prompt(template, evidence, written=len(written)) + written
+        generation = await self.requests.ask(prompt, self.config.max_tokens, self._stops)
+        ids, more = self._split(generation)
+        text = self.critic.decode(ids).strip()
+        answer = self.critic.decode([*written, *ids]).strip()
+        decision = asyncio.ensure_future(self._boundary(answer) if more else _nothing())
+        judged = await self._judge(generation, text, evidence)
+        boundary = await decision
+        raw = "".join(token for token in (opening, judged.relevance, text, judged.support, judged.utility) if token)
+        return Path((*path.segments, Segment(text, raw, evidence, judged, opening, tuple(ids))), boundary)
+
+    @property
+    def _stops(self) -> list[int]:
+        lines = self.critic.newlines if self.config.segments > 1 else ()
+        return [self.critic.eos, *lines]
+
+    def _split(self, generation: Generation) -> tuple[list[int], bool]:
+        """A segment's ids, and whether it ended with its line and not with the answer."""
+        ids = list(generation.token_ids)
+        if ids[-1] == self.critic.eos:
+            return ids[:-1], False
+        return ids, ids[-1] in self.critic.newlines and self.config.segments > 1
+
+    async def _judge(self, generation: Generation, text: str, evidence: RetrievedPassage | None) -> Critique:
+        """Is the passage relevant, does it support the text, is the text useful?"""
+        groups = [IsRel, IsSup, IsUse] if evidence else [IsUse]
+        answers = await together(*(self._ask(QUESTIONS[group], evidence, text) for group in groups))
+        found = {group: probabilities_at(answer, 0, group) for group, answer in zip(groups, answers, strict=True)}
+        scores = {group: expected_value(found[group], VALUES[group]) for group in groups}
+        is_rel, is_sup, is_use = (scores.get(group) for group in (IsRel, IsSup, IsUse))
+        sequence = sequence_probability(generation, self.critic.newlines | {self.critic.eos})
+        return Critique(
+            sequence_probability=sequence,
+            is_rel=is_rel,
+            is_sup=is_sup,
+            is_use=is_use,
+            score=segment_score(sequence, is_rel, is_sup, is_use, self.config.weights),
+            relevance=likeliest(IsRel, found),
+            support=likeliest(IsSup, found),
+            utility=likeliest(IsUse, found),
+        )
+
+    async def _ask(self, question: str, evidence: RetrievedPassage | None = None, answer: str = "") -> Generation:
+        prompt = self._prompt(PROMPTS[question]["prompt"], evidence, answer)
+        return await self.requests.ask(prompt, 1, [self.critic.eos])
+
+    def _prompt(
+        self, template: str, evidence: RetrievedPassage | None = None, answer: str = "", written: int = 0
+    ) -> list[int]:
+        """Ids of a user's turn; the passage is cut at its end where it does not fit before ``written`` more ids."""
+        values = {"query": self.asked, "answer": answer}
+        before, after = self.critic.frame
+        head, place, tail = template.partition("{passage}")
+        start = [*before, *self.critic.text(filled(head, values))]
+        end = [*self.critic.text(filled(tail, values)), *after]
+        body: list[int] = []
+        if place and evidence is not None:
+            body = self.critic.text(passage_text(evidence.passage.title, evidence.passage.text))
+        kept = body[: max(0, self.room - written - len(start) - len(end))]
+        self.lost += len(body) - len(kept)
+        return [*start, *kept, *end]
+
+
+def filled(template: str, values: Mapping[str, str]) -> str:
+    """The template with its places filled, all at once: what fills one may look like another."""
+    return re.sub(r"\{(\w+)\}", lambda place: values[place[1]], template)
+
+
+def likeliest(group: type[Group], found: Mapping[type[StrEnum], Sequence[float]]) -> Group | None:
+    """The group's token of the highest probability; None where the group was not asked."""
+    if group not in found:
+        return None
+    return max(zip(found[group], group, strict=True), key=lambda pair: pair[0])[1]
+
+
+async def _nothing() -> None:
+    return None
