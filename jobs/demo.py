@@ -2,7 +2,7 @@
 
 ``python -m jobs.demo [--output out/demo] [--rows N]``
 
-The main run lets the model decide when to retrieve and choose among five passages by its own critique. Two
+The main run lets the model decide when to retrieve and choose among three passages by its own critique. Two
 baselines show what that is worth: believing the first passage found (its candidate of the main run), and never
 reading any (a run of its own).
 """
@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Any
@@ -24,7 +24,15 @@ from rich.table import Table
 
 from jobs.annotate import run
 from jobs.evaluate import comparison
-from pipeline.config import DecodingConfig, ExecutionConfig, ModelConfig, RunConfig, StorageConfig, cache_folder
+from pipeline.config import (
+    DecodingConfig,
+    ExecutionConfig,
+    ModelConfig,
+    Profile,
+    RunConfig,
+    StorageConfig,
+    cache_folder,
+)
 from pipeline.embedded import built, demo_encoder, demo_model
 from pipeline.evaluation import Evaluation, evaluate_set, first_passage
 from pipeline.metrics import best, contains
@@ -37,9 +45,11 @@ QUERIES = DEMO / "queries.parquet"
 MAIN = "adaptive"
 FIRST_PASSAGE = "first passage"
 VARIANTS: Mapping[str, DecodingConfig] = {
-    MAIN: DecodingConfig(keep_candidates=True),
+    MAIN: DecodingConfig(passages=3, keep_candidates=True),
     "never": DecodingConfig(mode="never", keep_candidates=True),
 }
+# Questions of two parts: an answer of several segments, each with its citation.
+LONG_FORM = Profile(decoding={"segments": 4, "citations": True, "max_tokens": 40}, metric="str_em")
 
 # Small enough to see progress, and three in flight keep the engine full.
 UNIT_ROWS = 8
@@ -97,6 +107,7 @@ def annotate_variants(queries: Path, index: Path, output: Path, overwrite: bool)
             index=None if decoding.mode == "never" else str(index),
             model=ModelConfig(name="demo"),
             decoding=decoding,
+            profiles={"two_questions": LONG_FORM},
             execution=ExecutionConfig(unit_rows=UNIT_ROWS),
         )
         sys.stderr.write(f"{name}: annotating into {folder}\n")
@@ -114,9 +125,10 @@ def evaluations(variants: Mapping[str, Variant]) -> dict[str, Evaluation]:
 
 
 def answers_table(folder: Path) -> Table:
-    """Some annotated rows with their evidence and scores, among them some that needed no retrieval."""
+    """Some annotated rows with their evidence and scores: long answers, short ones, and some without retrieval."""
     rows = pa.concat_tables(map(pq.read_table, sorted((folder / "data").glob("*.parquet")))).to_pylist()
-    read = [row for row in rows if row["retrieved"]]
+    long = [row for row in rows if len(row["segments"]) > 1]
+    read = [row for row in rows if row["retrieved"] and row not in long]
     unread = [row for row in rows if not row["retrieved"]]
     table = Table(title="Some answers (✓: a gold answer is in it)", show_lines=True)
     for heading in ("query", "answer", "", "evidence"):
@@ -124,7 +136,7 @@ def answers_table(folder: Path) -> Table:
     for heading in ("p(retrieve)", "IsRel", "IsSup", "IsUse", "score"):
         table.add_column(heading, justify="right")
     few = SHOWN // 4
-    for row in read[: SHOWN - min(few, len(unread))] + unread[:few]:
+    for row in long[:few] + read[: SHOWN - few - min(few, len(unread))] + unread[:few]:
         table.add_row(*_answer_cells(row))
     return table
 
@@ -132,10 +144,15 @@ def answers_table(folder: Path) -> Table:
 def _answer_cells(row: Mapping[str, Any]) -> list[str]:
     golds = row["answers"]
     mark = "" if not golds else "✓" if best(contains, row["answer"], golds) else "✗"
-    title = row["passages"][0]["title"] if row["passages"] else "–"
-    segment = row["segments"][0] if row["segments"] else {}
-    figures = [row["retrieve_probability"], *(segment.get(name) for name in ("is_rel", "is_sup", "is_use", "score"))]
-    return [_short(row["query"]), _short(row["answer"]), mark, title, *map(_figure, figures)]
+    titles = ", ".join(dict.fromkeys(passage["title"] for passage in row["passages"])) or "–"
+    scores = [_mean([s[name] for s in row["segments"]]) for name in ("is_rel", "is_sup", "is_use", "score")]
+    figures = [row["retrieve_probability"], *scores]
+    return [_short(row["query"]), _short(row["answer"]), mark, titles, *map(_figure, figures)]
+
+
+def _mean(values: Sequence[float | None]) -> float | None:
+    present = [value for value in values if value is not None]
+    return sum(present) / len(present) if present else None
 
 
 def _short(text: str, longest: int = 120) -> str:

@@ -32,11 +32,12 @@ def test_the_demo_data_holds_together() -> None:
     passages = {row["id"]: row for row in pq.read_table(PASSAGES).to_pylist()}
     full = {row["id"]: row for row in pq.read_table(FULL).to_pylist()}
     rows = pq.read_table(QUERIES).to_pylist()
-    assert (len(passages), len(full), len(rows)) == (1271, 1190 + 236, 120)
+    assert (len(passages), len(full), len(rows)) == (1271, 1190 + 236 + 2, 100 + 20 + 2)
     assert all(full[row["id"]] == row for row in rows)
     for row in full.values():
         gold = passages.get(row["gold_passage_id"])
-        assert (gold is None) == (row["task"] == "instruction") == (row["answers"] is None)
+        assert (gold is None) == (row["task"] != "qa") == (row["answers"] is None)
+        assert (row["short_answers"] is None) == (row["task"] != "two_questions")
         assert gold is None or any(answer in gold["text"] for answer in row["answers"])
     assert sum(row["task"] == "qa" for row in rows) == 100
 
@@ -62,13 +63,23 @@ def test_the_table_shows_answers_with_evidence_and_without(tmp_path: Path) -> No
     read |= {"retrieve_probability": 0.99, "segments": [segment], "passages": [passage]}
     unread = {"id": "2", "query": "Say hello", "answer": "Hello", "retrieved": False, "retrieve_probability": 0.01}
     unread |= {"segments": [], "passages": []}
+    both = [{**segment, "text": "Rollo"}, {**segment, "text": "in 911", "score": 1.0}]
+    long = {
+        **read,
+        "id": "3",
+        "query": "Who? When?",
+        "answers": None,
+        "answer": "Rollo [1] in 911 [1]",
+        "segments": both,
+    }
     file = tmp_path / "data" / "part.parquet"
     file.parent.mkdir()
-    pq.write_table(pa.Table.from_pylist([read, unread], data_schema(QUERY_SCHEMA, keep_candidates=True)), file)
+    pq.write_table(pa.Table.from_pylist([read, unread, long], data_schema(QUERY_SCHEMA, keep_candidates=True)), file)
     console = Console(width=160, record=True)
     console.print(answers_table(tmp_path))
     lines = [line.split("│")[1:-1] for line in console.export_text().splitlines() if line.startswith("│")]
     assert [[cell.strip() for cell in line] for line in lines] == [
+        ["Who? When?", "Rollo [1] in 911 [1]", "", "Normans", "0.99", "0.91", "0.82", "0.73", "1.82"],
         ["Who led the Norse?", "Rollo", "✓", "Normans", "0.99", "0.91", "0.82", "0.73", "2.64"],
         ["Say hello", "Hello", "", "–", "0.01", "–", "–", "–", "–"],
     ]
