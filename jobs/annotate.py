@@ -20,11 +20,10 @@ import typer
 
 from jobs.cluster import Resources, actor_resources, connect
 from jobs.progress import Progress
-from jobs.rescore import changes_of
 from jobs.rescore import check as check_rescore
 from jobs.rescore import execute as execute_rescore
 from pipeline.actor import SelfRagActor
-from pipeline.config import RunConfig, StorageConfig, load_config
+from pipeline.config import RunConfig, load_config, load_sections, load_storage
 from pipeline.output import OutputFolder, UnitSummary
 from pipeline.plan import Plan, check
 from pipeline.provenance import versions
@@ -217,7 +216,7 @@ def annotate(
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     if rescored is not None:
-        rescore(rescored, output, settings or [], overwrite)
+        rescore(rescored, output, config, settings or [], overwrite)
         return
     flags = {"queries": queries, "index": index, "output": output, "model.name": model}
     try:
@@ -242,12 +241,14 @@ def annotate(
     raise typer.Exit(summary.exit_status)
 
 
-def rescore(run_uri: str, output: str | None, settings: list[str], overwrite: bool) -> None:
+def rescore(run_uri: str, output: str | None, config: str | None, settings: list[str], overwrite: bool) -> None:
     """Write an annotated set anew with changed settings, without an engine."""
     if output is None:
         raise typer.BadParameter("--rescore needs --output, the folder for the new annotated set")
     try:
-        plan = check_rescore(run_uri, output, changes_of(settings), StorageConfig(), overwrite)
+        changes = load_sections(None, [s for s in settings if not s.startswith("storage.")], ["decoding"])["decoding"]
+        storage = load_storage(config, [s for s in settings if s.startswith("storage.")])
+        plan = check_rescore(run_uri, output, changes, storage, overwrite)
         changed = execute_rescore(plan)
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)

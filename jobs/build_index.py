@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -26,7 +26,7 @@ import typer
 from pyarrow import fs
 
 from jobs.cluster import connect
-from pipeline.config import ExecutionConfig, StorageConfig
+from pipeline.config import ExecutionConfig, StorageConfig, load_storage
 from pipeline.encoder import Encoder, Vectors
 from pipeline.index import MANIFEST, EncoderEntry, IndexManifest, write_manifest
 from pipeline.passages import (
@@ -61,6 +61,7 @@ class BuildRequest:
         batch_size: passages encoded at once.
         actors: encoders at work; None takes one for each GPU, or for each machine where there are none.
         overwrite: replace an index that is there.
+        storage: access to object storage.
     """
 
     passages: str
@@ -71,6 +72,7 @@ class BuildRequest:
     batch_size: int = 32
     actors: int | None = None
     overwrite: bool = False
+    storage: StorageConfig = field(default_factory=StorageConfig)
 
 
 @dataclass(frozen=True)
@@ -257,9 +259,9 @@ def check(request: BuildRequest) -> tuple[BuildPlan, Encoder]:
         ValueError: one line that says what to do.
         StorageError: storage does not answer.
     """
-    output = locate(request.output, StorageConfig())
+    output = locate(request.output, request.storage)
     check_output(output, request.overwrite)
-    files = find_passages(locate(request.passages, StorageConfig()))
+    files = find_passages(locate(request.passages, request.storage))
     shards = plan_shards(files, request.shards)
     check_passages(files)
     encoder = Encoder.load(_absolute(request.encoder))
@@ -308,6 +310,11 @@ def build_index(
         int | None, typer.Option(min=1, help="Encoders at work; by default one per GPU or machine.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an index that is there.")] = False,
+    config: Annotated[str | None, typer.Option(help="YAML file of a run, for its section 'storage'.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A storage setting, such as storage.endpoint_url=http://host:9000."),
+    ] = None,
 ) -> None:
     """Build a FAISS index of passages.
 
@@ -316,8 +323,9 @@ def build_index(
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
     begun = time.monotonic()
-    request = BuildRequest(passages, output, encoder, factory, shards, batch_size, actors, overwrite)
     try:
+        storage = load_storage(config, settings or [])
+        request = BuildRequest(passages, output, encoder, factory, shards, batch_size, actors, overwrite, storage)
         plan, model = check(request)
         index = prepare_index(plan, model)
     except (ValueError, OSError) as error:

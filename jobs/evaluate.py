@@ -21,11 +21,11 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.sweep import save, sweep_set, tables
-from pipeline.config import StorageConfig
+from pipeline.config import load_storage
 from pipeline.evaluation import Evaluation, Figures, Row, columns_of, evaluate_set, read_manifest, rows_of
 from pipeline.exports import EXPORTED, alce, factscore
 from pipeline.statistics import Estimate
-from pipeline.storage import StorageError, locate
+from pipeline.storage import Location, StorageError, locate
 
 MAIN = "annotations"
 TITLES = {"exact_match": "exact", "f1": "F1", "str_em": "str-EM", "rouge_l": "ROUGE-L"}
@@ -98,13 +98,12 @@ def report(main: Evaluation, baselines: Mapping[str, Evaluation]) -> str:
     return json.dumps({**_record(main), "baselines": others}, indent=2, ensure_ascii=False)
 
 
-def _export(annotations: str, task: str | None, export: Callable[[Iterable[Row], str], str], file: Path) -> None:
-    folder = locate(annotations, StorageConfig())
+def _export(folder: Location, task: str | None, export: Callable[[Iterable[Row], str], str], file: Location) -> None:
     columns = columns_of(read_manifest(folder))
     rows = rows_of(folder / "data", [columns.query, columns.task, *EXPORTED], required=[columns.query, "passages"])
     chosen = (row for row in rows if task in (None, row.get(columns.task)))
-    locate(str(file), StorageConfig()).write(export(chosen, columns.query).encode())
-    logging.info("written: %s", file)
+    file.write(export(chosen, columns.query).encode())
+    logging.info("written: %s", file.uri)
 
 
 def evaluate(
@@ -124,21 +123,27 @@ def evaluate(
     factscore_file: Annotated[
         Path | None, typer.Option("--factscore", help="Write the rows for FActScore's judge here.")
     ] = None,
+    config: Annotated[str | None, typer.Option(help="YAML file of a run, for its section 'storage'.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A storage setting, such as storage.endpoint_url=http://host:9000."),
+    ] = None,
 ) -> None:
     """Compare an annotated set with gold answers, and with other annotated sets of the same queries."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")
     try:
+        storage = load_storage(config, settings or [])
         sets = {MAIN: annotations, **_baselines(baseline or [])}
-        evaluated = {name: evaluate_set(locate(uri, StorageConfig()), by, task) for name, uri in sets.items()}
+        evaluated = {name: evaluate_set(locate(uri, storage), by, task) for name, uri in sets.items()}
         main, others = evaluated[MAIN], {name: other for name, other in evaluated.items() if name != MAIN}
-        found = sweep_set(locate(annotations, StorageConfig())) if sweep else None
+        found = sweep_set(locate(annotations, storage)) if sweep else None
         if found and sweep:
             logging.info("written: %s", ", ".join(map(str, save(found, sweep))))
         for file, export in ((alce_file, alce), (factscore_file, factscore)):
             if file is not None:
-                _export(annotations, task, export, file)
+                _export(locate(annotations, storage), task, export, locate(str(file), storage))
         if json_file is not None and str(json_file) != "-":
-            locate(str(json_file), StorageConfig()).write(report(main, others).encode())
+            locate(str(json_file), storage).write(report(main, others).encode())
     except (ValueError, StorageError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None

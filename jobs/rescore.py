@@ -11,10 +11,9 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-import yaml
 
 from jobs.cluster import connect
-from pipeline.config import ExecutionConfig, StorageConfig, assign, flatten
+from pipeline.config import ExecutionConfig, StorageConfig, flatten
 from pipeline.output import OutputFolder, parquet_bytes
 from pipeline.rescore import Rescoring
 from pipeline.schema import answer_row
@@ -109,18 +108,3 @@ def rescored_table(table: pa.Table, rescoring: Rescoring) -> pa.Table:
         field = table.schema.field(column)
         table = table.set_column(column, field, pa.array([row[name] for row in rows], field.type))
     return table
-
-
-def changes_of(settings: list[str]) -> dict[str, Any]:
-    """``decoding.KEY=VALUE`` settings as nested values.
-
-    Raises:
-        ValueError: one of them is of another section or has no value.
-    """
-    tree: dict[str, Any] = {}
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals or not key.strip().startswith("decoding."):
-            raise ValueError(f"--set {setting}: expected decoding.KEY=VALUE with --rescore")
-        assign(tree, key.strip().removeprefix("decoding."), yaml.safe_load(value))
-    return tree

@@ -1,6 +1,7 @@
 """The configuration of a run: frozen, validated whole before anything starts; unknown keys fail."""
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self, TypeVar
 
@@ -284,6 +285,19 @@ def load_config(file: str | None, settings: list[str], flags: dict[str, Any]) ->
     tree = read_yaml(file) if file else {}
     if isinstance(tree.get("model"), str):
         tree["model"] = {"name": tree["model"]}
+    apply_settings(tree, settings)
+    for key, value in flags.items():
+        if value is not None:
+            assign(tree, key, value)
+    return validated(RunConfig, tree)
+
+
+def apply_settings(tree: dict[str, Any], settings: Sequence[str]) -> None:
+    """Set ``KEY=VALUE`` settings, with dotted keys and values in YAML, in nested dictionaries.
+
+    Raises:
+        ValueError: a setting has no value, or one that is not YAML.
+    """
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
@@ -292,10 +306,34 @@ def load_config(file: str | None, settings: list[str], flags: dict[str, Any]) ->
             assign(tree, key.strip(), yaml.safe_load(value))
         except yaml.YAMLError:
             raise ValueError(f"--set {setting}: the value is not YAML") from None
-    for key, value in flags.items():
-        if value is not None:
-            assign(tree, key, value)
-    return validated(RunConfig, tree)
+
+
+def load_sections(file: str | None, settings: Sequence[str], allowed: Sequence[str]) -> dict[str, Any]:
+    """Some sections of a run's configuration, for commands that need no more: as plain values, by section.
+
+    Args:
+        file: YAML file of a whole run; its other sections do not count.
+        allowed: sections that the settings may be of.
+
+    Raises:
+        ValueError: a setting is of another section or wrong; one line that names it.
+    """
+    for setting in settings:
+        if setting.split(".", 1)[0].strip() not in allowed:
+            raise ValueError(f"--set {setting}: here only {' and '.join(f'{name}.*' for name in allowed)} can be set")
+    found = read_yaml(file) if file else {}
+    tree = {name: found.get(name) or {} for name in allowed}
+    apply_settings(tree, settings)
+    return tree
+
+
+def load_storage(file: str | None, settings: Sequence[str]) -> StorageConfig:
+    """Access to object storage from a run's YAML file and ``storage.KEY=VALUE`` settings.
+
+    Raises:
+        ValueError: a setting is of another section or wrong; one line that names it.
+    """
+    return validated(StorageConfig, load_sections(file, settings, ["storage"])["storage"], "storage")
 
 
 def validated(section: type[Section], tree: dict[str, Any], name: str = "") -> Section:

@@ -273,7 +273,7 @@ def test_from_and_to_s3(s3, queries, small_index, answers, monkeypatch):
     table = ds.dataset(f"{s3.bucket}/out/data", filesystem=store).to_table()
     found = {row["id"]: row["answer"] for row in table.to_pylist()}
     assert found == {key: row["answer"] for key, row in answers.items()}
-    assert pc.count_distinct(table["id"]).as_py() == 12
+    assert pc.count_distinct(table["id"]).as_py() == 13
     with store.open_input_stream(f"{s3.bucket}/out/_manifest.json") as stream:
         manifest = stream.read().decode()
     assert s3.secret_key not in manifest + result.stderr + result.stdout

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import RunConfig, load_config, with_absolute_paths
+from pipeline.config import RunConfig, load_config, load_storage, with_absolute_paths
 
 NEEDED = {"queries": "q", "output": "o", "model.name": "m"}
 
@@ -96,3 +96,24 @@ def test_configuration_is_frozen():
     config = load_config(None, [], NEEDED)
     with pytest.raises(ValueError, match="frozen"):
         config.decoding.threshold = 0.9
+
+
+def test_storage_comes_from_a_runs_file_and_settings(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("queries: q\nstorage: {region: eu-1, secret_key: hush}\n")
+    storage = load_storage(str(file), ["storage.endpoint_url=http://127.0.0.1:9000"])
+    assert (storage.region, storage.endpoint_url) == ("eu-1", "http://127.0.0.1:9000")
+    assert storage.secret_key.get_secret_value() == "hush"
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("decoding.threshold=1", r"here only storage.\* can be set"),
+        ("storage.regoin=x", "unknown configuration key storage.regoin"),
+        ("storage.region", "expected KEY=VALUE"),
+    ],
+)
+def test_wrong_storage_settings_are_named(setting, problem):
+    with pytest.raises(ValueError, match=problem):
+        load_storage(None, [setting])
