@@ -1,0 +1,97 @@
+"""A tiny model learns two trees by heart: what is trained, what is saved, and what goes on from it."""
+
+import itertools
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
+
+from pipeline.embedded import demo_base_model
+from pipeline.prompts import PromptTokenizer
+from pipeline.reflection import CONTROL_TOKENS, IsRel, IsSup, IsUse, Retrieve
+from pipeline.teaching.recipe import Recipe
+from pipeline.teaching.train import add_reflection_tokens, attach_adapter, loss, measure, save, train
+from pipeline.teaching.trees import TokenTree, given, lay_out, taught
+
+RECIPE = Recipe(tokens=6_000, tokens_per_step=100, rank=4, frozen_layers=1, learning_rate=0.03)
+
+
+def tiny(adapter: Path | None = None) -> tuple[Any, PromptTokenizer]:
+    tokenizer = AutoTokenizer.from_pretrained(demo_base_model())
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=2,
+        tie_word_embeddings=True,
+    )
+    model = AutoModelForCausalLM.from_config(config)
+    add_reflection_tokens(model, tokenizer)
+    return attach_adapter(model, tokenizer, RECIPE, adapter), PromptTokenizer.of(tokenizer, "tiny")
+
+
+def trees(prompts: PromptTokenizer) -> list[TokenTree]:
+    """A question with a right and a wrong passage and two judged answers, and an instruction."""
+    end = taught(prompts.control(IsUse.FIVE), 1.0) + given([prompts.eos])
+    # The words' own embeddings are random and stay so: only control tokens can be learned.
+    right = taught(prompts.control(IsRel.RELEVANT), 1.0)
+    answers = [
+        right + given(prompts.text(text)) + taught(prompts.control(support), 1.0) + end
+        for text, support in (("Rollo", IsSup.FULLY), ("Bjorn", IsSup.NONE))
+    ]
+    passage = given(prompts.passage("Normans", "Rollo led them.")).then(*answers)
+    wrong = given(prompts.passage("Sharks", "They swim.")) + taught(prompts.control(IsRel.IRRELEVANT), 1.0) + end
+    question = given(prompts.prompt("Who led?")) + taught(prompts.control(Retrieve.YES), 1.0)
+    instruction = given(prompts.prompt("Say hi")) + taught(prompts.control(Retrieve.NO), 1.0) + end
+    return [lay_out(question.then(passage, wrong)), lay_out(instruction)]
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, PromptTokenizer, list[TokenTree], Path]:
+    torch.set_num_threads(1)  # threads cost more than they bring at this size
+    model, prompts = tiny()
+    lessons = trees(prompts)
+    done: list[float] = []
+    train(model, itertools.cycle(lessons), RECIPE, done.append, lambda: None)
+    assert done == sorted(done)
+    folder = tmp_path_factory.mktemp("adapter")
+    save(model, "some/base", folder)
+    return model, prompts, lessons, folder
+
+
+def test_what_is_taught_is_learned(trained: tuple[Any, PromptTokenizer, list[TokenTree], Path]) -> None:
+    model, prompts, lessons, _ = trained
+    untrained, _ = tiny()
+    with torch.no_grad():
+        assert loss(model, lessons[0]) < 0.2 * loss(untrained, lessons[0])
+    figures = measure(model, lessons, prompts).summary()
+    assert (figures["decision_accuracy"], figures["isrel_auc"], figures["issup_auc"]) == (1.0, 1.0, 1.0)
+
+
+def test_only_the_adapter_is_saved_in_half_precision(
+    trained: tuple[Any, PromptTokenizer, list[TokenTree], Path],
+) -> None:
+    folder = trained[3]
+    tensors = load_file(folder / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
+    embeddings = [tensor for name, tensor in tensors.items() if "embed" in name]
+    assert [tuple(tensor.shape) for tensor in embeddings] == [(len(CONTROL_TOKENS), 32)]
+    layers = {name.split("layers.")[1].split(".")[0] for name in tensors if "layers." in name}
+    assert layers == {"1", "2"}  # layer 0 is frozen
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
+
+
+def test_training_goes_on_from_a_saved_adapter(
+    trained: tuple[Any, PromptTokenizer, list[TokenTree], Path],
+) -> None:
+    model, _, lessons, folder = trained
+    again, _ = tiny(folder)
+    with torch.no_grad():
+        assert float(loss(again, lessons[0])) == pytest.approx(float(loss(model, lessons[0])), rel=0.02)
+    assert any(parameter.requires_grad for parameter in again.parameters())
