@@ -12,11 +12,13 @@ from typing import Annotated, Any
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow.parquet as pq
 import typer
 
 from pipeline.embedded import BASE_MODEL, demo_base_model, demo_encoder
 from pipeline.prompts import PromptTokenizer
 from pipeline.teaching.data import Encode, TeachingData, nearest, read_data
+from pipeline.teaching.held_out import held_out_queries
 from pipeline.teaching.recipe import Recipe
 from pipeline.teaching.rows import Negatives, TreeBuilder
 from pipeline.teaching.trees import TokenTree, lay_out, packed
@@ -25,6 +27,8 @@ log = logging.getLogger(__name__)
 
 # Held-out trees: enough to tell checkpoints apart, few enough to cost a minute on two cores.
 EXAMINED = 90
+# Held-out reading rows at most: mining their wrong passages is part of every run.
+HELD_OUT_ROWS = 300
 
 
 def mine_negatives(encode: Encode, data: TeachingData, pool: TeachingData, k: int = 10) -> Negatives:
@@ -133,10 +137,20 @@ def run(
     return checkpoint()
 
 
+def write_held_out(part: tuple[TeachingData, TeachingData], encoder: str, rows: int, file: Path) -> None:
+    """Write held-out rows as a query set for ``jobs.annotate``."""
+    (negatives,) = mined(encoder, part)
+    pq.write_table(held_out_queries(part[0], negatives, rows), file)
+    log.info("written: %s", file)
+
+
 def teach(
     data: Annotated[Path, typer.Option(help="Data folder: rc.jsonl and, optionally, the others.")],
-    base: Annotated[str, typer.Option(help="Base model: name, path, or 'demo'.")],
-    output: Annotated[Path, typer.Option(help="Folder for the adapter.")],
+    base: Annotated[str, typer.Option(help="Base model: name, path, or 'demo'.")] = "demo",
+    output: Annotated[Path, typer.Option(help="Folder for the adapter.")] = Path("adapter"),
+    held_out: Annotated[
+        Path | None, typer.Option(help="Teach nothing; write the held-out part as a query set (Parquet) here.")
+    ] = None,
     encoder: Annotated[
         str, typer.Option(help="Encoder that finds hard wrong passages: name, path or 'demo'.")
     ] = "demo",
@@ -171,8 +185,11 @@ def teach(
     parts = read_data(data).split(held_out=0.03, seed=20231017)
     train_part, test_part = (
         (sample(parts[0], readings, pairs, seed), parts[0]),
-        (sample(parts[1], 300, 100, 0), parts[1]),
+        (sample(parts[1], HELD_OUT_ROWS, 100, 0), parts[1]),
     )
+    if held_out is not None:
+        write_held_out(test_part, encoder, HELD_OUT_ROWS, held_out)
+        return
     run(train_part, test_part, base, encoder, adapter, recipe, output)
 
 
