@@ -2,6 +2,7 @@
 
 import json
 import logging
+from array import array
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -45,30 +46,53 @@ class Figures:
 
 @dataclass
 class Tally:
-    """Judged rows by id, a few numbers for each, so that a set of any size can pass by."""
+    """Judged rows added up: some numbers for each, and its id once, so that a set of millions fits.
 
-    rows: dict[str, Judged] = field(default_factory=dict)
+    Attributes:
+        metrics: for each, the ids of the rows that have it and its values.
+    """
+
     errors: int = 0
+    retrieved: list[bool] = field(default_factory=list)
+    metrics: "dict[str, tuple[list[str], array[float]]]" = field(default_factory=dict)
+    relevance: list[tuple[bool, float]] = field(default_factory=list)
+    support: list[tuple[bool, float]] = field(default_factory=list)
+
+    def add(self, id_: str, row: Judged) -> None:
+        """Count one answered row."""
+        self.retrieved.append(row.retrieved)
+        self.relevance.extend(row.relevance)
+        self.support.extend(row.support)
+        for name, value in row.metrics.items():
+            ids, values = self.metrics.setdefault(name, ([], array("d")))
+            ids.append(id_)
+            values.append(value)
+
+    def merge(self, other: "Tally") -> None:
+        """Count another tally's rows too."""
+        self.errors += other.errors
+        self.retrieved.extend(other.retrieved)
+        self.relevance.extend(other.relevance)
+        self.support.extend(other.support)
+        for name, (ids, values) in other.metrics.items():
+            own_ids, own_values = self.metrics.setdefault(name, ([], array("d")))
+            own_ids.extend(ids)
+            own_values.extend(values)
 
     def values(self, metric: str) -> dict[str, float]:
         """A metric by id."""
-        return {id_: row.metrics[metric] for id_, row in self.rows.items() if metric in row.metrics}
-
-    @property
-    def metrics(self) -> list[str]:
-        """Names of all metrics that a row has, in the order of their first occurrence."""
-        return list(dict.fromkeys(name for row in self.rows.values() for name in row.metrics))
+        ids, values = self.metrics.get(metric, ([], array("d")))
+        return dict(zip(ids, values, strict=True))
 
     def figures(self) -> Figures:
         """The figures of all rows."""
-        rows = self.rows.values()
         return Figures(
-            rows=len(rows),
+            rows=len(self.retrieved),
             errors=self.errors,
-            retrieval_rate=mean([row.retrieved for row in rows]),
-            metrics={name: estimate(list(self.values(name).values())) for name in self.metrics},
-            isrel=calibration([pair for row in rows for pair in row.relevance]),
-            issup=calibration([pair for row in rows for pair in row.support]),
+            retrieval_rate=mean(self.retrieved),
+            metrics={name: estimate(values) for name, (_, values) in self.metrics.items()},
+            isrel=calibration(self.relevance),
+            issup=calibration(self.support),
         )
 
 
@@ -87,8 +111,10 @@ class Evaluation:
     @cached_property
     def all(self) -> Tally:
         """All rows together."""
-        rows = {id_: row for tally in self.groups.values() for id_, row in tally.rows.items()}
-        return Tally(rows, sum(tally.errors for tally in self.groups.values()))
+        total = Tally()
+        for tally in self.groups.values():
+            total.merge(tally)
+        return total
 
     @cached_property
     def overall(self) -> Figures:
@@ -133,7 +159,7 @@ def evaluate_set(
     for row in rows_of(folder / "data", wanted, required=[columns.id, "answer", "retrieved", "answers"]):
         if task in (None, row.get(columns.task)):
             metric, closed = _judged_as(row, columns, manifest.get("tasks", {}))
-            groups[_group(row, by)].rows[row[columns.id]] = judge(view(row), metric, closed)
+            groups[_group(row, by)].add(row[columns.id], judge(view(row), metric, closed))
     for row in rows_of(folder / "errors", [columns.task, by], required=None):
         if task in (None, row.get(columns.task)):
             groups[_group(row, by)].errors += 1

@@ -19,8 +19,10 @@ FULL = QUERIES.with_name("queries_full.parquet")
 
 
 def evaluation(*right: bool) -> Evaluation:
-    rows = {str(n): Judged(True, {"match": float(is_right)}) for n, is_right in enumerate(right)}
-    return Evaluation("somewhere", {"qa": Tally(rows)})
+    tally = Tally()
+    for n, is_right in enumerate(right):
+        tally.add(str(n), Judged(True, {"match": float(is_right)}))
+    return Evaluation("somewhere", {"qa": tally})
 
 
 def variant(folder: Path) -> Variant:
