@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterator
 from datetime import UTC, datetime
-from typing import Annotated, Any
+from typing import Annotated, Any, NoReturn
 
 import pyarrow as pa
 import typer
@@ -216,8 +216,9 @@ def annotate(
     """
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
     if rescored is not None:
-        rescore(rescored, output, config, settings or [], overwrite)
-        return
+        if queries or index or model:
+            raise typer.BadParameter("--rescore reads a run: --queries, --index and --model do not go with it")
+        rescore(rescored, output, config, settings or [], dry_run, overwrite, as_json)
     flags = {"queries": queries, "index": index, "output": output, "model.name": model}
     try:
         plan = check(load_config(config, settings or [], flags), overwrite)
@@ -232,16 +233,21 @@ def annotate(
         return
     try:
         summary = execute(plan, resources)
-    except Exception as error:
-        log.exception("the run failed; the same command continues it")
-        # Ray puts a worker's whole traceback into the message; its last line is the error itself.
-        typer.echo(f"error: {(str(error).strip() or repr(error)).splitlines()[-1].strip()}", err=True)
-        raise typer.Exit(1) from None
+    except Exception as error:  # noqa: BLE001  whatever it is, one line and the status say so
+        _fail(error, "the run failed; the same command continues it")
     _report(summary, as_json)
     raise typer.Exit(summary.exit_status)
 
 
-def rescore(run_uri: str, output: str | None, config: str | None, settings: list[str], overwrite: bool) -> None:
+def rescore(
+    run_uri: str,
+    output: str | None,
+    config: str | None,
+    settings: list[str],
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> NoReturn:
     """Write an annotated set anew with changed settings, without an engine."""
     if output is None:
         raise typer.BadParameter("--rescore needs --output, the folder for the new annotated set")
@@ -249,11 +255,30 @@ def rescore(run_uri: str, output: str | None, config: str | None, settings: list
         changes = load_sections(None, [s for s in settings if not s.startswith("storage.")], ["decoding"])["decoding"]
         storage = load_storage(config, [s for s in settings if s.startswith("storage.")])
         plan = check_rescore(run_uri, output, changes, storage, overwrite)
-        changed = execute_rescore(plan)
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    typer.echo(f"{changed} answers changed; annotated set: {output}", err=True)
+    if dry_run:
+        typer.echo(
+            f"to do    {len(plan.manifest['units'])} units of {run_uri}; nothing was written (--dry-run)", err=True
+        )
+        raise typer.Exit(0)
+    try:
+        done = execute_rescore(plan)
+    except Exception as error:  # noqa: BLE001  whatever it is, one line and the status say so
+        _fail(error, "the rescoring failed; say --overwrite to begin it again")
+    typer.echo(f"{done.changed} of {done.rows} answers changed; annotated set: {output}", err=True)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(done)))
+    raise typer.Exit(3 if done.errors else 0)
+
+
+def _fail(error: Exception, what: str) -> NoReturn:
+    """Log an error, say it in one line, and exit with status 1."""
+    log.error(what, exc_info=error)
+    # Ray puts a worker's whole traceback into the message; its last line is the error itself.
+    typer.echo(f"error: {(str(error).strip() or repr(error)).splitlines()[-1].strip()}", err=True)
+    raise typer.Exit(1) from None
 
 
 def _report(summary: Summary, as_json: bool) -> None:

@@ -13,7 +13,6 @@ import logging
 import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
-from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -25,7 +24,7 @@ from pipeline.config import load_storage
 from pipeline.evaluation import Evaluation, Figures, Row, columns_of, evaluate_set, read_manifest, rows_of
 from pipeline.exports import EXPORTED, alce, factscore
 from pipeline.statistics import Estimate
-from pipeline.storage import Location, StorageError, locate
+from pipeline.storage import Location, locate
 
 MAIN = "annotations"
 TITLES = {"exact_match": "exact", "f1": "F1", "str_em": "str-EM", "rouge_l": "ROUGE-L"}
@@ -109,19 +108,19 @@ def _export(folder: Location, task: str | None, export: Callable[[Iterable[Row],
 def evaluate(
     annotations: Annotated[str, typer.Option(help="Folder of an annotated set: the --output of jobs.annotate.")],
     task: Annotated[str | None, typer.Option(help="Only the rows of this task.")] = None,
-    by: Annotated[str, typer.Option(help="Column to show figures by.")] = "task",
+    by: Annotated[str | None, typer.Option(help="Column to show figures by; the task by default.")] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here; - is stdout, instead of the table.")
+        str | None, typer.Option("--json", help="Write the figures here; - is stdout, instead of the table.")
     ] = None,
     baseline: Annotated[
         list[str] | None, typer.Option(help="NAME=URI of another set of the same queries to compare with; repeatable.")
     ] = None,
     sweep: Annotated[
-        Path | None, typer.Option(help="Try other weights, δ and constraints on its candidates; writes to this folder.")
+        str | None, typer.Option(help="Try other weights, δ and constraints on its candidates; writes to this folder.")
     ] = None,
-    alce_file: Annotated[Path | None, typer.Option("--alce", help="Write the rows for ALCE's judge here.")] = None,
+    alce_file: Annotated[str | None, typer.Option("--alce", help="Write the rows for ALCE's judge here.")] = None,
     factscore_file: Annotated[
-        Path | None, typer.Option("--factscore", help="Write the rows for FActScore's judge here.")
+        str | None, typer.Option("--factscore", help="Write the rows for FActScore's judge here.")
     ] = None,
     config: Annotated[str | None, typer.Option(help="YAML file of a run, for its section 'storage'.")] = None,
     settings: Annotated[
@@ -136,18 +135,18 @@ def evaluate(
         sets = {MAIN: annotations, **_baselines(baseline or [])}
         evaluated = {name: evaluate_set(locate(uri, storage), by, task) for name, uri in sets.items()}
         main, others = evaluated[MAIN], {name: other for name, other in evaluated.items() if name != MAIN}
-        found = sweep_set(locate(annotations, storage)) if sweep else None
+        found = sweep_set(locate(annotations, storage), task) if sweep else None
         if found and sweep:
-            logging.info("written: %s", ", ".join(map(str, save(found, sweep))))
+            save(found, locate(sweep, storage))
         for file, export in ((alce_file, alce), (factscore_file, factscore)):
             if file is not None:
-                _export(locate(annotations, storage), task, export, locate(str(file), storage))
-        if json_file is not None and str(json_file) != "-":
+                _export(locate(annotations, storage), task, export, locate(file, storage))
+        if json_file not in (None, "-"):
             locate(str(json_file), storage).write(report(main, others).encode())
-    except (ValueError, StorageError) as error:
+    except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    if str(json_file) == "-":
+    if json_file == "-":
         sys.stdout.write(report(main, others) + "\n")
         return
     console = Console()

@@ -13,8 +13,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.cluster import connect
-from pipeline.config import ExecutionConfig, StorageConfig, flatten
+from pipeline.config import ExecutionConfig, StorageConfig, assign, flatten
 from pipeline.output import OutputFolder, parquet_bytes
+from pipeline.plan import check_apart
 from pipeline.rescore import Rescoring
 from pipeline.schema import answer_row
 from pipeline.storage import locate
@@ -51,8 +52,7 @@ def check(run: str, output: str, changes: Mapping[str, Any], storage: StorageCon
     manifest = source.manifest()
     if manifest is None or not source.finished():
         raise ValueError(f"--rescore {run}: no finished annotated set there")
-    if source.location.path.rstrip("/") == target.location.path.rstrip("/"):
-        raise ValueError(f"--output {output} is the run itself; choose another")
+    check_apart(source.location, target.location)
     if (target.foreign() or target.manifest()) and not overwrite:
         raise ValueError(f"--output {output} is taken; choose another, or replace it with --overwrite")
     rescoring = Rescoring.of(manifest, changes)
@@ -60,12 +60,25 @@ def check(run: str, output: str, changes: Mapping[str, Any], storage: StorageCon
         name: {**task, "decoding": rescoring.tasks[name][0].model_dump(mode="json")}
         for name, task in manifest["tasks"].items()
     }
-    settings = {**manifest["settings"], **{f"decoding.{key}": value for key, value in flatten(dict(changes)).items()}}
-    return RescorePlan(source, target, rescoring, {**manifest, "settings": settings, "tasks": tasks, "rescored": run})
+    changed = {f"decoding.{key}": value for key, value in flatten(dict(changes)).items()}
+    for key, value in changed.items():
+        assign(manifest["configuration"], key, value)
+    # What it was made from is part of what it is: a run of the model must not continue it.
+    settings = {**manifest["settings"], **changed, "rescored": source.location.uri}
+    return RescorePlan(source, target, rescoring, {**manifest, "settings": settings, "tasks": tasks})
 
 
-def execute(plan: RescorePlan) -> int:
-    """Choose every row again; returns the number of rows whose answer changed."""
+@dataclass(frozen=True)
+class Rescored:
+    """The outcome: rows, those of them in ``errors/``, and answers that changed."""
+
+    rows: int
+    errors: int
+    changed: int
+
+
+def execute(plan: RescorePlan) -> Rescored:
+    """Choose every row again."""
     import ray
 
     connect(ExecutionConfig())
@@ -81,8 +94,9 @@ def execute(plan: RescorePlan) -> int:
     )
     changed = sum(int(row["changed"]) for row in rescored.iter_rows())
     retrieved = sum(unit.retrieved for unit in plan.output.summaries(units))
-    plan.output.finish({**plan.manifest, "counts": {**plan.manifest["counts"], "retrieved": retrieved}})
-    return changed
+    counts = {**plan.manifest["counts"], "output": plan.output.location.uri, "retrieved": retrieved}
+    plan.output.finish({**plan.manifest, "counts": counts})
+    return Rescored(counts["rows"], counts["errors"], changed)
 
 
 def _rescore_units(batch: pa.Table, plan: RescorePlan) -> pa.Table:

@@ -1,29 +1,29 @@
 """The sweep of ``jobs.evaluate --sweep``: read a run's candidates, try other settings, draw and recommend."""
 
+import io
 import json
 from dataclasses import asdict
-from pathlib import Path
 from typing import Any
 
 from rich.table import Table
 
 from pipeline.evaluation import read_manifest, rows_of
-from pipeline.rescore import Rescoring
+from pipeline.rescore import Rescoring, any_threshold
 from pipeline.storage import Location
 from pipeline.sweep import GRID, Example, Sweep, example_of, sweep
 
-# Enough to tell two points of accuracy apart; each row is chosen again some fifty times.
+# Enough to tell two points of accuracy apart; each row is chosen again a hundred times at most.
 MOST_ROWS = 5_000
 
 
-def sweep_set(folder: Location) -> Sweep:
-    """Sweep over the first rows of an annotated set that have gold answers.
+def sweep_set(folder: Location, task: str | None = None) -> Sweep:
+    """Sweep over the first rows of an annotated set, or of one of its tasks, that have gold answers.
 
     Raises:
         ValueError: the set has no manifest or no candidates, or too few rows have gold answers.
     """
     manifest = read_manifest(folder)
-    if "tasks" not in manifest:
+    if not manifest:
         raise ValueError(f"{folder.uri}: no manifest of a run, which --sweep needs")
     rescoring = Rescoring.of(manifest, {})
     metrics = {name: task["metric"] for name, task in manifest["tasks"].items()}
@@ -31,25 +31,24 @@ def sweep_set(folder: Location) -> Sweep:
     read = [columns.id, columns.task, columns.choices, "answers", "short_answers", "retrieve_probability"]
     examples: list[Example] = []
     for row in rows_of(folder / "data", [*read, "usage", "candidates", "evidence"], required=[columns.id]):
+        if task not in (None, row.get(columns.task)):
+            continue
         if (example := example_of(row, rescoring, metrics)) is not None:
             examples.append(example)
         if len(examples) == MOST_ROWS:
             break
-    explored = all(task["decoding"]["explore"] for task in manifest["tasks"].values())
+    explored = all(any_threshold(example.config.model_dump()) for example in examples)
     return sweep(examples, [key for key in GRID if key != "threshold" or explored])
 
 
-def save(found: Sweep, folder: Path) -> list[Path]:
+def save(found: Sweep, folder: Location) -> None:
     """Write ``sweep.json`` and ``sweep.svg``."""
-    folder.mkdir(parents=True, exist_ok=True)
-    files = [folder / "sweep.json", folder / "sweep.svg"]
-    files[0].write_text(json.dumps(asdict(found), indent=2, ensure_ascii=False))
-    draw(found, files[1])
-    return files
+    (folder / "sweep.json").write(json.dumps(asdict(found), indent=2, ensure_ascii=False).encode())
+    (folder / "sweep.svg").write(drawing(found))
 
 
-def draw(found: Sweep, file: Path) -> None:
-    """Score against retrieval rate where δ was swept, and against each weight."""
+def drawing(found: Sweep) -> bytes:
+    """Score against retrieval rate where δ was swept, and against each weight: an SVG."""
     from matplotlib.figure import Figure
 
     curves = {key: points for key, points in found.curves.items() if key != "constraint"}
@@ -62,7 +61,9 @@ def draw(found: Sweep, file: Path) -> None:
         panel.set_xlabel("rows that used a passage (%), δ from 0 to 1" if by_rate else key)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(f"{found.metric} (%)")
-    figure.savefig(file)
+    file = io.BytesIO()
+    figure.savefig(file, format="svg")
+    return file.getvalue()
 
 
 def tables(found: Sweep) -> list[Table]:

@@ -11,7 +11,7 @@ from pipeline.config import RunConfig
 from pipeline.critics import critic_of
 from pipeline.engine import EngineDeadError, VllmGenerator
 from pipeline.profiles import Tasks
-from pipeline.retrieve import IndexRetriever, Retriever
+from pipeline.retrieve import IndexRetriever
 from pipeline.schema import (
     ANSWER_FIELDS,
     CANDIDATE_FIELDS,
@@ -78,12 +78,12 @@ class SelfRagActor:
     def __init__(self, config: RunConfig) -> None:
         self.config = config
         critic = critic_of(config)
-        retriever: Retriever | None = None
+        self.retriever: IndexRetriever | None = None
         if config.index is not None and config.decoding.mode != "never":
-            retriever = IndexRetriever.open(locate(config.index, config.storage), config.retrieval)
+            self.retriever = IndexRetriever.open(locate(config.index, config.storage), config.retrieval)
         self.generator = VllmGenerator.start(config.model, critic.watched)
         tasks = Tasks(config.decoding, config.profiles, config.task)
-        self.system = SelfRag(self.generator, critic, tasks, retriever)
+        self.system = SelfRag(self.generator, critic, tasks, self.retriever)
 
     async def __call__(self, table: pa.Table) -> pa.Table:
         """Annotate one unit."""
@@ -94,7 +94,8 @@ class SelfRagActor:
             os._exit(1)
 
     def __del__(self) -> None:
-        """End the engine; Ray Data deletes the object when the pool shuts down, and calls nothing else."""
-        generator = getattr(self, "generator", None)
-        if generator is not None:
+        """End engine and index; Ray Data deletes the object when the pool shuts down, and calls nothing else."""
+        if (retriever := getattr(self, "retriever", None)) is not None:
+            retriever.close()
+        if (generator := getattr(self, "generator", None)) is not None:
             generator.shutdown()

@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 from pipeline.config import DecodingConfig
 from pipeline.reflection import IsSup, Retrieve
-from pipeline.types import Path, Segment
+from pipeline.types import Finish, Path, Segment
 
 T = TypeVar("T")
 Expand = Callable[[Path], Awaitable[Sequence[Path]]]
@@ -60,28 +60,33 @@ def merged(paths: Iterable[Path]) -> list[Path]:
     return list(best.values())
 
 
-def continued(path: Path, children: Sequence[Path], config: DecodingConfig) -> list[Path]:
-    """A path's children on the branch decided for, constraints kept; without any, the path ends where it is."""
+def continued(path: Path, children: Sequence[Path], config: DecodingConfig, barren: Finish) -> list[Path]:
+    """A path's children on the branch decided for, constraints kept; without any, the path ends where it is.
+
+    Args:
+        barren: why it ends where it has no children on that branch.
+    """
     opening = decision(path, config)
-    # Where a search found nothing, its only child has no passage.
-    branch = [child for child in children if child.segments[-1].opening is opening] or children
-    return [child for child in branch if permitted(child.segments[-1], config.constraint)] or [path.ended()]
+    branch = [child for child in children if child.segments[-1].opening is opening]
+    allowed = [child for child in branch if permitted(child.segments[-1], config.constraint)]
+    return allowed or [path.ended(Finish.CONSTRAINT if branch else barren)]
 
 
-async def search(root: Path, expand: Expand, config: DecodingConfig) -> list[Path]:
+async def search(root: Path, expand: Expand, config: DecodingConfig, barren: Finish = Finish.ROOM) -> list[Path]:
     """Grow an answer segment by segment.
 
     Args:
         root: the empty path with the first decision's boundary.
         expand: all one-segment continuations of a live path, at least those on the branch decided for; none where
             it cannot grow.
+        barren: why a path ends that cannot grow.
 
     Returns:
         Everything that competes to be the answer: all continuations of the last step, and finished paths.
     """
 
     async def grown(path: Path) -> list[Path]:
-        return [path] if path.finished else continued(path, await expand(path), config)
+        return [path] if path.finished else continued(path, await expand(path), config, barren)
 
     paths = [root]
     for _ in range(config.segments):

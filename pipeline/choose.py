@@ -6,6 +6,7 @@ from collections import defaultdict
 from collections.abc import Sequence
 
 from pipeline.beam import order
+from pipeline.metrics import OPENING, label
 from pipeline.types import Path, RetrievedPassage, Segment
 
 
@@ -31,16 +32,16 @@ def closed_answer(text: str, choices: Sequence[str]) -> str | None:
     """The choice that a text names: equal to it, or beginning with it; case and outer punctuation do not count.
 
     ``"b."`` and ``"B: because"`` name ``"B"``; ``"Because"`` does not, nor does ``"A dog"`` name ``"A"``: after
-    a choice of one letter, words may follow only behind a punctuation mark. None where no choice is named; the
-    longest where several are.
+    a choice of one letter, words may follow only behind a punctuation mark or on a new line. None where no choice is
+    named; the longest where several are.
     """
-    fitting = [choice for choice in choices if (core := re.sub(r"^\W+|\W+$", "", choice)) and _begins_with(text, core)]
+    fitting = [choice for choice in choices if label(choice) and _begins_with(text, label(choice))]
     return max(fitting, key=len, default=None)
 
 
 def _begins_with(text: str, choice: str) -> bool:
-    mark = r"[^\w\s]" if len(choice) == 1 else r"\W"
-    return re.match(rf"\W*{re.escape(choice)}\s*(?:$|(?<!\s){mark})", text, re.IGNORECASE) is not None
+    mark = r"[^\w\s+\-]|\n" if len(choice) == 1 else r"\W"
+    return re.match(rf"[{OPENING}\s]*{re.escape(choice)}(?:[^\S\n]*$|{mark})", text, re.IGNORECASE) is not None
 
 
 def plain_text(segments: Sequence[Segment]) -> str:

@@ -47,18 +47,19 @@ class Encoder:
         self._lock = threading.Lock()
 
     @classmethod
-    def load(cls, name: str, device: str = "auto") -> "Encoder":
+    def load(cls, name: str, device: str = "auto", revision: str | None = None) -> "Encoder":
         """Load a model.
 
         Args:
             name: Hugging Face name, local folder, or ``demo``.
+            revision: commit of the Hugging Face repository; the newest by default.
             device: ``auto`` takes a GPU where there is one; ``cpu`` or ``gpu``.
 
         Raises:
             ValueError: no such model, or no GPU where one is asked for.
         """
         torch_device = _torch_device(device)
-        folder = _folder(name) or _fetch(name)
+        folder = _folder(name) or _fetch(name, revision)
         from sentence_transformers import SentenceTransformer
         from transformers.utils import logging
 
@@ -67,8 +68,8 @@ class Encoder:
             model = SentenceTransformer(str(folder), device=torch_device, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ValueError(f"encoder {name}: not a sentence-transformers model ({_line(error)})") from None
-        revision = folder.name if folder.parent.name == "snapshots" else None
-        return cls(model, name, revision, _digest(folder))
+        commit = folder.name if folder.parent.name == "snapshots" else None
+        return cls(model, name, commit, _digest(folder))
 
     def encode(self, texts: list[str], batch_size: int = 32) -> Vectors:
         """Vectors of passages: float32 [len(texts), dimension], of unit length. Safe to call from threads."""
@@ -86,8 +87,11 @@ class Encoder:
         return np.ascontiguousarray(vectors, dtype=np.float32)
 
 
-def encoder_digest(name: str) -> str | None:
+def encoder_digest(name: str, revision: str | None = None) -> str | None:
     """Digest of a model without loading it; None for a Hugging Face model that is not in the local cache.
+
+    Args:
+        revision: as in :meth:`Encoder.load`.
 
     Raises:
         ValueError: no such folder.
@@ -95,7 +99,7 @@ def encoder_digest(name: str) -> str | None:
     folder = _folder(name)
     if folder is None:
         try:
-            folder = Path(huggingface_hub.snapshot_download(name, local_files_only=True))
+            folder = Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
         except (OSError, ValueError):
             return None
     return _digest(folder)
@@ -118,13 +122,14 @@ def _folder(name: str) -> Path | None:
     return None
 
 
-def _fetch(name: str) -> Path:
+def _fetch(name: str, revision: str | None) -> Path:
     """Download a model into the Hugging Face cache, or find it there."""
     disable_progress_bars()
     try:
-        folder = Path(huggingface_hub.snapshot_download(name, ignore_patterns=[*_OTHER_RUNTIMES, "*.bin"]))
-        if not any(folder.glob("*.safetensors")):
-            folder = Path(huggingface_hub.snapshot_download(name, ignore_patterns=_OTHER_RUNTIMES))
+        for left_out in ([*_OTHER_RUNTIMES, "*.bin"], _OTHER_RUNTIMES):
+            folder = Path(huggingface_hub.snapshot_download(name, revision=revision, ignore_patterns=left_out))
+            if any(folder.glob("*.safetensors")):
+                break
     except (OSError, ValueError) as error:
         raise ValueError(
             f"encoder {name}: neither a local folder nor to be had from the Hugging Face hub ({_line(error)})"

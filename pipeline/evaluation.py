@@ -11,9 +11,11 @@ from typing import Any
 
 from pyarrow import dataset
 
-from pipeline.config import Columns
+from pipeline.choose import closed_answer
+from pipeline.config import Columns, Profile
 from pipeline.judging import READ_COLUMNS, Judged, judge
 from pipeline.profiles import built_in_profiles
+from pipeline.schema import GOLD_TYPES, check_types
 from pipeline.statistics import Calibration, Difference, Estimate, calibration, compare, estimate, mean
 from pipeline.storage import Location
 
@@ -133,40 +135,50 @@ class Evaluation:
 
 
 def first_passage(row: Row) -> Row:
-    """The row as it would be had the model read the first passage alone, where its candidates tell."""
+    """The row as it would be had the model read the first passage alone.
+
+    Rows whose candidates do not tell stay as they are: those without retrieval, and answers of several segments.
+    """
     read = [c for c in row.get("candidates") or [] if c["rank"] == 1 and c["parent"] is None]
-    return {**row, "answer": read[0]["text"]} if read else row
+    if not read or len(row.get("segments") or ()) > 1:
+        return row
+    text = read[0]["text"]
+    return {**row, "answer": closed_answer(text, row.get("choices") or ()) or text, "retrieved": True}
 
 
 def evaluate_set(
-    folder: Location, by: str = "task", task: str | None = None, view: Callable[[Row], Row] = lambda row: row
+    folder: Location, by: str | None = None, task: str | None = None, view: Callable[[Row], Row] = lambda row: row
 ) -> Evaluation:
     """Judge the annotated set in a folder.
 
     Args:
-        by: column to group by.
+        by: column to group by; the task's by default.
         task: take the rows of this task only.
         view: applied to each row first, such as :func:`first_passage`.
 
     Raises:
-        ValueError: no annotated set there, a column is missing, or no rows of the task.
-        StorageError: it cannot be read.
+        ValueError: no annotated set there, a column is missing or of the wrong type, or no rows of the task.
+        OSError: it cannot be read.
     """
     manifest = read_manifest(folder)
     columns = columns_of(manifest)
     groups: defaultdict[str, Tally] = defaultdict(Tally)
-    wanted = [columns.id, columns.task, columns.choices, by, *READ_COLUMNS]
-    for row in rows_of(folder / "data", wanted, required=[columns.id, "answer", "retrieved", "answers"]):
+    group = by or columns.task
+    wanted = [columns.id, columns.task, columns.choices, group, *READ_COLUMNS]
+    required = [columns.id, "answer", "retrieved", *([by] if by else [])]
+    for row in rows_of(folder / "data", wanted, required):
         if task in (None, row.get(columns.task)):
-            metric, closed = _judged_as(row, columns, manifest.get("tasks", {}))
-            groups[_group(row, by)].add(row[columns.id], judge(view(row), metric, closed))
-    for row in rows_of(folder / "errors", [columns.task, by], required=None):
+            judged = judge(view(row), *_judged_as(row, columns, manifest.get("tasks", {})))
+            groups[_group(row, group)].add(row[columns.id], judged)
+    for row in rows_of(folder / "errors", [columns.task, group], required=None):
         if task in (None, row.get(columns.task)):
-            groups[_group(row, by)].errors += 1
+            groups[_group(row, group)].errors += 1
     if not groups:
         raise ValueError(f"{folder.uri}: no rows of task {task!r}" if task else f"{folder.uri}: no rows")
     if not (folder / "_SUCCESS").exists():
         log.warning("%s has no _SUCCESS: the run that writes it is not finished", folder.uri)
+    if not any(tally.metrics for tally in groups.values()):
+        log.warning("%s has no gold (columns %s): nothing can be graded", folder.uri, ", ".join(GOLD_TYPES))
     return Evaluation(folder.uri, groups)
 
 
@@ -198,15 +210,15 @@ def _group(row: Row, by: str) -> str:
     return NOTHING if value is None else str(value)
 
 
-def _judged_as(row: Row, columns: Columns, tasks: Mapping[str, Any]) -> tuple[str, bool]:
-    """The metric that the row's task is known by, and whether it has a closed set."""
+def _judged_as(row: Row, columns: Columns, tasks: Mapping[str, Any]) -> tuple[str, bool, bool]:
+    """The metric that the row's task is known by, whether it has a closed set, and whether it cites."""
     name = row.get(columns.task) or ""
     if name in tasks:
-        metric, choices = tasks[name]["metric"], tasks[name]["choices"]
+        metric, choices, cites = tasks[name]["metric"], tasks[name]["choices"], tasks[name]["decoding"]["citations"]
     else:
-        profile = built_in_profiles().get(name)
-        metric, choices = (profile.metric, profile.choices) if profile else ("match", ())
-    return metric, bool(row.get(columns.choices) or choices)
+        profile = built_in_profiles().get(name, Profile())
+        metric, choices, cites = profile.metric, profile.choices, bool(profile.decoding.get("citations"))
+    return metric, bool(row.get(columns.choices) or choices), cites
 
 
 def rows_of(folder: Location, columns: list[str], required: list[str] | None) -> Iterator[Row]:
@@ -216,7 +228,7 @@ def rows_of(folder: Location, columns: list[str], required: list[str] | None) ->
         required: columns that must be there; None where the folder itself may be missing.
 
     Raises:
-        ValueError: there are no files, or a column is missing.
+        ValueError: there are no files, a column is missing, or one of gold is of the wrong type.
     """
     files = folder.files(".parquet")
     if not files:
@@ -227,5 +239,6 @@ def rows_of(folder: Location, columns: list[str], required: list[str] | None) ->
     missing = [name for name in required or () if name not in data.schema.names]
     if missing:
         raise ValueError(f"{folder.uri}: no column {missing[0]!r}; it has {', '.join(data.schema.names)}")
+    check_types(data.schema, GOLD_TYPES, folder.uri)
     for batch in data.to_batches(columns=[name for name in dict.fromkeys(columns) if name in data.schema.names]):
         yield from batch.to_pylist()

@@ -9,30 +9,48 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 Row = Mapping[str, Any]
-EXPORTED = ("answer", "answers", "short_answers", "passages")
+EXPORTED = ("answer", "answers", "short_answers", "passages", "segments")
 
 
 def alce(rows: Iterable[Row], query: str = "query") -> str:
     """Rows for ALCE: question, output with citations, cited passages in their order, and gold where there is some.
 
+    ALCE looks at the first row to see what gold there is, so a kind of gold is written for all rows or for none; and it
+    compares with two long answers, so a single one stands there twice.
+
     Args:
         query: the column of the question.
     """
-    return json.dumps({"data": [_alce(row, query) for row in rows]}, ensure_ascii=False)
+    items = [_alce(row, query) for row in rows]
+    for kind in ("qa_pairs", "annotations", "answer"):
+        if not all(item[kind] for item in items):
+            for item in items:
+                del item[kind]
+    return json.dumps({"data": items}, ensure_ascii=False)
 
 
 def _alce(row: Row, query: str) -> dict[str, Any]:
-    item: dict[str, Any] = {
+    references = list(row.get("answers") or ())
+    return {
         "question": row[query],
-        "output": row["answer"] or "",
+        "output": cited_inside(row["segments"] or ()),
         "docs": [{"id": p["id"], "title": p["title"], "text": p["text"]} for p in row["passages"] or ()],
+        "qa_pairs": [{"short_answers": golds} for golds in row.get("short_answers") or ()],
+        "annotations": [{"long_answer": answer} for answer in (references * 2)[: max(2, len(references))]],
+        "answer": references[0] if references else "",
     }
-    if sets := row.get("short_answers"):
-        item["qa_pairs"] = [{"short_answers": golds} for golds in sets]
-    if answers := row.get("answers"):
-        item["annotations"] = [{"long_answer": answer} for answer in answers]
-        item["answer"] = answers[0]
-    return item
+
+
+def cited_inside(segments: Iterable[Row]) -> str:
+    """The segments on one line, each with its citation before its last mark: ALCE cuts the text at such marks."""
+    parts = []
+    for segment in segments:
+        text = " ".join(segment["text"].split())
+        if segment["citation"] is not None:
+            body = text.rstrip(".!?")
+            text = f"{body} [{segment['citation']}]{text[len(body) :]}"
+        parts.append(text)
+    return " ".join(filter(None, parts))
 
 
 def factscore(rows: Iterable[Row], query: str = "query") -> str:

@@ -135,8 +135,8 @@ def check_index(folder: Location, retrieval: RetrievalConfig) -> IndexManifest:
     """
     manifest = read_manifest(folder)
     parse_search(retrieval.search)
-    wanted = retrieval.encoder or manifest.encoder.name
-    digest = encoder_digest(wanted)
+    wanted, revision = wanted_encoder(manifest, retrieval)
+    digest = encoder_digest(wanted, revision)
     if digest is not None or wanted != manifest.encoder.name:
         _check_digest(wanted, digest, manifest)  # a model not downloaded yet is compared when it is
     files = [file for shard in manifest.shards for file in shard.files()]
@@ -149,6 +149,13 @@ def check_index(folder: Location, retrieval: RetrievalConfig) -> IndexManifest:
             raise ValueError(f"{(folder / name).uri}: missing; copy the whole index again, or build it anew")
         check_size((folder / name).uri, info.size, size)
     return manifest
+
+
+def wanted_encoder(manifest: IndexManifest, retrieval: RetrievalConfig) -> tuple[str, str | None]:
+    """Name and revision of the encoder to search with: the configured one, or the one that the index was built with."""
+    if retrieval.encoder in (None, manifest.encoder.name):
+        return manifest.encoder.name, manifest.encoder.revision
+    return str(retrieval.encoder), None
 
 
 def parse_search(search: str) -> dict[str, float]:

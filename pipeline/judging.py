@@ -1,15 +1,23 @@
 """One annotated row against its gold answers and gold passage."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.metrics import best, contains, exact, rouge_l, same_choice, string_em, token_f1, without_citations
 
-# What a row can bring to be judged by; answers are the only ones that a set must have.
+# What a row can bring to be judged by.
 GOLD_COLUMNS = ("answers", "short_answers", "gold_passage_id")
 READ_COLUMNS = ("answer", "retrieved", "segments", "candidates", "evidence", *GOLD_COLUMNS)
+SHORT_FORM = ["match", "exact_match", "f1"]
 LONG_FORM = ("str_em", "rouge_l")
+METRICS: Mapping[str, Callable[[str, str], float]] = {
+    "match": contains,
+    "exact_match": exact,
+    "f1": token_f1,
+    "accuracy": same_choice,
+    "rouge_l": rouge_l,
+}
 
 
 @dataclass(frozen=True)
@@ -29,48 +37,60 @@ class Judged:
     support: tuple[tuple[bool, float], ...] = field(default=())
 
 
-def judge(row: Mapping[str, Any], metric: str = "match", closed: bool = False) -> Judged:
+def judge(row: Mapping[str, Any], metric: str = "match", closed: bool = False, cites: bool = False) -> Judged:
     """Judge an annotated row.
 
     Args:
         row: as Arrow gives it; of the gold columns any may be absent or null.
         metric: the one that the row's task is known by; it tells long-form answers apart.
         closed: whether the answer comes from a closed set.
+        cites: whether citations were asked for.
     """
-    metrics = {**against_answers(row, metric, closed), **_citations(row), **_recall(row)}
+    metrics = {**against_answers(row, metric, closed), **(_citations(row) if cites else {}), **_recall(row)}
     return Judged(bool(row["retrieved"]), metrics, tuple(_relevance(row)), tuple(_support(row)))
 
 
 def against_answers(row: Mapping[str, Any], metric: str, closed: bool) -> dict[str, float]:
     """The metrics of the answer's text alone; empty where the row has no gold."""
-    answer, golds = without_citations(row["answer"] or ""), row.get("answers") or ()
-    found = {}
-    if sets := [golds for golds in row.get("short_answers") or () if golds]:
-        found["str_em"] = string_em(answer, sets)
-    if not golds:
-        return found
-    if closed or metric == "accuracy":
-        return {**found, "accuracy": best(same_choice, answer, golds)}
-    if metric in LONG_FORM:
-        return {**found, "rouge_l": best(rouge_l, answer, golds)}
-    named = {"match": contains, "exact_match": exact, "f1": token_f1}
-    return {**found, **{name: best(compare, answer, golds) for name, compare in named.items()}}
+    golds, sets = golds_of(row), short_golds_of(row)
+    names = ["str_em"] if sets else []
+    if golds:
+        names += ["accuracy"] if closed or metric == "accuracy" else ["rouge_l"] if metric in LONG_FORM else SHORT_FORM
+    return {name: score(row, name) for name in names}
+
+
+def score(row: Mapping[str, Any], metric: str) -> float:
+    """One metric of a row's answer, which has gold for it."""
+    answer = without_citations(row["answer"] or "")
+    if metric == "str_em":
+        return string_em(answer, short_golds_of(row))
+    return best(METRICS[metric], answer, golds_of(row))
+
+
+def golds_of(row: Mapping[str, Any]) -> list[str]:
+    """Gold answers of a row."""
+    return [gold for gold in row.get("answers") or () if gold is not None]
+
+
+def short_golds_of(row: Mapping[str, Any]) -> list[list[str]]:
+    """Sets of short gold answers of a row."""
+    sets = [[gold for gold in golds or () if gold is not None] for golds in row.get("short_answers") or ()]
+    return [golds for golds in sets if golds]
 
 
 def _citations(row: Mapping[str, Any]) -> dict[str, float]:
-    """Share of the segments that rest on a passage, for answers of several."""
+    """Share of the answer's segments that name a passage."""
     texts = [segment for segment in row.get("segments") or () if segment["text"]]
-    return {"cited": sum(s["citation"] is not None for s in texts) / len(texts)} if len(texts) > 1 else {}
+    return {"cited": sum(s["citation"] is not None for s in texts) / len(texts)} if texts else {}
 
 
 def _recall(row: Mapping[str, Any]) -> dict[str, float]:
-    """Whether the first search found the gold passage, first of all and among all that were read."""
+    """Whether the first passage read is the gold one, and whether any is, of those that the first search found."""
     gold, read = row.get("gold_passage_id"), _first_read(row)
     if gold is None or not read:
         return {}
-    rank = next((c["rank"] for c in read if c["passage_id"] == gold), None)
-    deepest = max(c["rank"] for c in read)
-    return {f"recall@{k}": float(rank is not None and rank <= k) for k in sorted({1, deepest})}
+    ranks = [c["rank"] for c in read if c["passage_id"] == gold]
+    return {"recall@1": float(1 in ranks), "recall@k": float(bool(ranks))}
 
 
 def _first_read(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
@@ -89,8 +109,8 @@ def _support(row: Mapping[str, Any]) -> list[tuple[bool, float]]:
     passages = {p["id"]: p["text"] for p in row.get("evidence") or ()}
     judged = []
     for c in _first_read(row):
-        if c["is_sup"] is not None and row.get("answers"):
+        if c["is_sup"] is not None and golds_of(row):
             text = passages[c["passage_id"]]
-            borne = any(contains(c["text"], gold) and contains(text, gold) for gold in row["answers"])
+            borne = any(contains(c["text"], gold) and contains(text, gold) for gold in golds_of(row))
             judged.append((borne, c["is_sup"]))
     return judged

@@ -8,6 +8,9 @@ from functools import cache
 from typing import Any
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
+# Marks around a label, as in (B) or "b."; escaped for use in a character class too.
+OPENING = "\"'`(\\[{*"
+CLOSING = "\"'`)]}*.,:;!?"
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
@@ -43,21 +46,30 @@ def best(metric: Callable[[str, str], float], answer: str, golds: Sequence[str])
 
 def same_choice(answer: str, gold: str) -> bool:
     """Whether both are the same label: case and outer punctuation do not count, articles do ("A" is a label)."""
-    return _label(answer) == _label(gold)
+    return label(answer).casefold() == label(gold).casefold()
 
 
-def _label(text: str) -> str:
-    return re.sub(r"^\W+|\W+$", "", text).casefold()
+def label(text: str) -> str:
+    """A label without what is put around it; signs that may be part of it, as in "-1" and "C++", stay."""
+    return text.strip().lstrip(OPENING).rstrip(CLOSING).strip()
 
 
 def string_em(answer: str, sets: Sequence[Sequence[str]]) -> float:
-    """Share of the sets of short answers of which one stands in the answer (ASQA's STR-EM, Stelmakh et al. 2022)."""
+    """Share of the sets of short answers of which one stands in the answer (STR-EM of ASQA, Stelmakh et al. 2022).
+
+    Whole words count, where the original takes parts of words too.
+    """
     return sum(any(contains(answer, gold) for gold in golds) for golds in sets) / len(sets)
 
 
 def rouge_l(answer: str, gold: str) -> float:
-    """F-measure of the longest common subsequence of stemmed words, by sentence as in ALCE (ROUGE-Lsum), in [0, 1]."""
-    return float(_rouge().score(gold, answer)["rougeLsum"].fmeasure)
+    """F-measure of the longest common subsequences of stemmed words, sentence by sentence (ROUGE-Lsum), in [0, 1]."""
+    return float(_rouge().score(_sentences(gold), _sentences(answer))["rougeLsum"].fmeasure)
+
+
+def _sentences(text: str) -> str:
+    """One sentence to a line, as the scorer wants them."""
+    return re.sub(r"(?<=[.!?])\s+", "\n", text)
 
 
 @cache

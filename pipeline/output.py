@@ -106,11 +106,11 @@ class OutputFolder:
         """Record what is about to run; a success marker of before no longer holds."""
         if self._success.exists():
             self._success.delete()
-        self._write_manifest({"status": "running", **manifest})
+        self._write_manifest({**manifest, "status": "running"})
 
     def finish(self, manifest: dict[str, Any]) -> None:
         """Record what ran, then mark success."""
-        self._write_manifest({"status": "finished", **manifest})
+        self._write_manifest({**manifest, "status": "finished"})
         self._success.write(b"")
 
     def _write_manifest(self, manifest: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ from pipeline.engine import check_engine_arguments, model_path
 from pipeline.index import check_index
 from pipeline.output import OutputFolder
 from pipeline.profiles import Tasks, built_in_digest
+from pipeline.prompted import prompts_digest
 from pipeline.provenance import model_identity
 from pipeline.query_set import QuerySet, Unit, inspect_queries
 from pipeline.storage import Location, locate
@@ -48,7 +49,7 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What decides the results: an output holds rows of one identity only."""
         return {
-            "settings": {**self.config.decisive(), "profiles.built_in": built_in_digest()},
+            "settings": {**self.config.decisive(), "profiles.built_in": built_in_digest(), **self._prompts()},
             "queries": {"files": self.queries.files, "rows": self.queries.rows, "digest": self.queries.digest},
             "model": self.model,
             "index": self.index,
@@ -66,6 +67,9 @@ class Plan:
             f"output   {config.output}: {len(self.done)} of {len(self.queries.units)} units done before",
             f"to do    {rows} rows in {len(self.todo)} units on {config.execution.actors} actor(s)",
         ]
+
+    def _prompts(self) -> dict[str, str]:
+        return {"critic.prompts": prompts_digest()} if self.config.decoding.critic == "prompted" else {}
 
     def tasks(self) -> dict[str, dict[str, Any]]:
         """How the rows of each task are asked, decoded and judged, by the task's name; ``""`` is for none."""
@@ -91,7 +95,7 @@ def check(config: RunConfig, overwrite: bool = False) -> Plan:
     """
     config = with_absolute_paths(config)
     queries_location, output = locate(config.queries, config.storage), locate(config.output, config.storage)
-    _check_apart(queries_location, output)
+    check_apart(queries_location, output)
     queries = inspect_queries(queries_location, config.columns, config.execution.unit_rows)
     _check_bucket(output)
     index = _check_retrieval(config, queries)
@@ -101,6 +105,7 @@ def check(config: RunConfig, overwrite: bool = False) -> Plan:
     if commit := model.get("commit"):  # every actor must load the commit that the manifest records
         config = config.model_copy(update={"model": config.model.model_copy(update={"revision": commit})})
     plan = Plan(config, queries, OutputFolder(output), model, index, overwrite)
+    plan.tasks()  # a profile may contradict the run
     _check_output(plan)
     if overwrite:
         return plan
@@ -108,10 +113,15 @@ def check(config: RunConfig, overwrite: bool = False) -> Plan:
     return replace(plan, done=plan.output.done_units() & known, succeeded=plan.output.finished())
 
 
-def _check_apart(queries: Location, output: Location) -> None:
-    one, other = f"{queries.path.rstrip('/')}/", f"{output.path.rstrip('/')}/"
-    if queries.local == output.local and (one.startswith(other) or other.startswith(one)):
-        raise ValueError(f"--output {output.uri} and --queries {queries.uri} lie in one another; choose another output")
+def check_apart(source: Location, output: Location) -> None:
+    """Refuse an output inside of what is read, and the reverse.
+
+    Raises:
+        ValueError: one lies in the other.
+    """
+    one, other = f"{source.path.rstrip('/')}/", f"{output.path.rstrip('/')}/"
+    if source.local == output.local and (one.startswith(other) or other.startswith(one)):
+        raise ValueError(f"--output {output.uri} and {source.uri} lie in one another; choose another output")
 
 
 def _check_bucket(output: Location) -> None:

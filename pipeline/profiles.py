@@ -1,7 +1,7 @@
 """Task profiles: a row's ``task`` decides how it is asked and decoded. The built-in ones are in ``profiles.yaml``."""
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
 from pathlib import Path
@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import DecodingConfig, Profile
+from pipeline.config import DecodingConfig, Profile, assign, flatten, validated
 from pipeline.types import Query
 
 BUILT_IN = Path(__file__).with_suffix(".yaml")
@@ -46,27 +46,36 @@ class Tasks:
         return {**built_in_profiles(), **self.profiles}
 
     @cached_property
-    def _decoding(self) -> dict[str, DecodingConfig]:
-        return {name: settled(profile, self.decoding) for name, profile in self.known.items()}
+    def _settled(self) -> dict[str, DecodingConfig]:
+        return {}
+
+    def _settings(self, name: str) -> DecodingConfig:
+        if name not in self._settled:
+            self._settled[name] = settled(name, self.known[name], self.decoding)
+        return self._settled[name]
 
     def apply(self, query: Query) -> tuple[Query, DecodingConfig]:
         """The query as its task asks it, and the settings to decode it with; as they are where no profile fits."""
         name = self._profile(query.task)
         if name is None:
-            return query, self.decoding
+            return query, for_choices(self.decoding, query.choices)
         profile = self.known[name]
         choices = query.choices or profile.choices
         instruction = profile.instruction.replace("{choices}", ", ".join(choices)).replace("{query}", query.query)
-        return replace(query, choices=choices, instruction=instruction), self._decoding[name]
+        return replace(query, choices=choices, instruction=instruction), for_choices(self._settings(name), choices)
 
     def _profile(self, task: str | None) -> str | None:
         name = task or self.default
         return name if name in self.known else None
 
     def described(self, task: str) -> dict[str, Any]:
-        """What a run's manifest says of a task: its profile, metric and choices, and all its settings."""
+        """What a run's manifest says of a task: its profile, metric and choices, and all its settings.
+
+        Raises:
+            ValueError: the profile and the run contradict each other.
+        """
         name = self._profile(task)
-        decoding = self._decoding[name] if name else self.decoding
+        decoding = self._settings(name) if name else self.decoding
         profile = self.known[name] if name else Profile()
         return {
             "profile": name,
@@ -76,6 +85,19 @@ class Tasks:
         }
 
 
-def settled(profile: Profile, decoding: DecodingConfig) -> DecodingConfig:
-    """The defaults, then what the profile says, then what the run sets itself."""
-    return DecodingConfig.model_validate({**profile.decoding, **decoding.model_dump(exclude_unset=True)})
+def settled(name: str, profile: Profile, decoding: DecodingConfig) -> DecodingConfig:
+    """The defaults, then what the profile says, then what the run sets itself.
+
+    Raises:
+        ValueError: the result contradicts itself; names the profile.
+    """
+    tree: dict[str, Any] = {}
+    for settings in (profile.decoding, decoding.model_dump(exclude_unset=True)):
+        for key, value in flatten(settings).items():
+            assign(tree, key, value)
+    return validated(DecodingConfig, tree, f"decoding (with profile {name})")
+
+
+def for_choices(decoding: DecodingConfig, choices: Sequence[str]) -> DecodingConfig:
+    """The settings for a closed set, whose votes are counted over answers of one segment."""
+    return decoding.model_copy(update={"segments": 1}) if choices and decoding.segments > 1 else decoding

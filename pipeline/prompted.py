@@ -4,7 +4,7 @@ This goes beyond the paper. A question's answer is one token among its labels, a
 place of the reflection tokens', so that scores, constraints and the beam are the same. A segment is a line.
 """
 
-import asyncio
+import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -29,17 +29,23 @@ from pipeline.critique import (
 )
 from pipeline.engine import Generator
 from pipeline.prompts import passage_text
-from pipeline.reader import Reader, Requests
+from pipeline.reader import Reader, Requests, put
 from pipeline.reflection import IsRel, IsSup, IsUse, Retrieve
-from pipeline.types import Boundary, Critique, Generation, Path, Query, RetrievedPassage, Segment, Usage
+from pipeline.types import Boundary, Critique, Finish, Generation, Path, Query, RetrievedPassage, Segment, Usage
 
-PROMPTS: Mapping[str, Any] = yaml.safe_load(File(__file__).with_suffix(".yaml").read_text("utf-8"))
+FILE = File(__file__).with_suffix(".yaml")
+PROMPTS: Mapping[str, Any] = yaml.safe_load(FILE.read_text("utf-8"))
 # Which question stands for which group of reflection tokens; a group's labels are in its order.
 QUESTIONS: Mapping[type[StrEnum], str] = {Retrieve: "retrieve", IsRel: "relevant", IsSup: "supported", IsUse: "useful"}
 VALUES = {IsRel: IS_REL_VALUES, IsSup: IS_SUP_VALUES, IsUse: IS_USE_VALUES}
 Group = TypeVar("Group", bound=StrEnum)
 # Stands for the user's text while a chat template is taken apart.
 PLACE = "USERTEXTGOESHERE"
+
+
+def prompts_digest() -> str:
+    """Digest of the questions: a run is not continued with others."""
+    return hashlib.sha256(FILE.read_bytes()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
@@ -76,10 +82,14 @@ class PromptedCritic:
         labels[0] = [*labels[0], labels[0][-1]]
         return tuple(self._label(label) for group in labels for label in group)
 
-    @property
-    def eos(self) -> int:
-        """Id of the end-of-sequence token."""
-        return int(self.tokenizer.eos_token_id)
+    @cached_property
+    def ends(self) -> tuple[int, ...]:
+        """Ids that end an answer: the end of sequence, and what the chat template puts behind an answer."""
+        turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PLACE}]
+        _, after = self._around(self.tokenizer.apply_chat_template(turns, tokenize=False))
+        special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.get_added_vocab().values())
+        behind = [token for token in self._trusted(after)[:1] if token in special]
+        return tuple(dict.fromkeys([int(self.tokenizer.eos_token_id), *behind]))
 
     @cached_property
     def newlines(self) -> frozenset[int]:
@@ -89,10 +99,19 @@ class PromptedCritic:
     @cached_property
     def frame(self) -> tuple[list[int], list[int]]:
         """Ids of the chat template before and after the user's text; control tokens in it are the template's own."""
-        turn = [{"role": "user", "content": PLACE}]
-        text = self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True)
-        before, after = text.split(PLACE)
+        before, after = self._frame_texts
         return self._trusted(before), self._trusted(after)
+
+    @cached_property
+    def _frame_texts(self) -> tuple[str, str]:
+        turn = [{"role": "user", "content": PLACE}]
+        return self._around(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+
+    def _around(self, rendered: str) -> tuple[str, str]:
+        if rendered.count(PLACE) != 1:
+            raise ValueError(f"model {self.name}: its chat template does not show a turn's text once, as it is")
+        before, _, after = rendered.partition(PLACE)
+        return before, after
 
     def _trusted(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
@@ -102,7 +121,10 @@ class PromptedCritic:
         return list(self.tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"])
 
     def _label(self, label: str) -> int:
-        return self.text(label)[0]
+        """First id of a label where an answer begins: tokenizers may write it otherwise at the start of a text."""
+        _, after = self._frame_texts
+        alone, answered = self._trusted(after), self._trusted(after + label)
+        return answered[len(alone)] if answered[: len(alone)] == alone else self.text(label)[0]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Text of ids."""
@@ -159,26 +181,32 @@ class PromptedReader:
         template = PROMPTS["write_from_passage" if evidence else "write"]
         prompt = self._prompt(template, evidence, written=len(written)) + written
         generation = await self.requests.ask(prompt, self.config.max_tokens, self._stops)
-        ids, more = self._split(generation)
+        ids, finish = self._split(generation)
         text = self.critic.decode(ids).strip()
-        answer = self.critic.decode([*written, *ids]).strip()
-        decision = asyncio.ensure_future(self._boundary(answer) if more else _nothing())
-        judged = await self._judge(generation, text, evidence)
-        boundary = await decision
-        raw = "".join(token for token in (opening, judged.relevance, text, judged.support, judged.utility) if token)
-        return Path((*path.segments, Segment(text, raw, evidence, judged, opening, tuple(ids))), boundary)
+        so_far = self.critic.decode([*written, *ids]).strip()
+
+        async def boundary_after() -> Boundary | None:
+            last = len(path.segments) + 1 == self.config.segments
+            return None if finish else Boundary() if last else await self._boundary(so_far)
+
+        done: list[Any] = await together(self._judge(generation, text, evidence), boundary_after())
+        judged, boundary = done
+        raw = "".join(t for t in (put(opening, evidence), judged.relevance, text, judged.support, judged.utility) if t)
+        segment = Segment(text, raw, evidence, judged, opening, tuple(ids))
+        return Path((*path.segments, segment), boundary, finish)
 
     @property
     def _stops(self) -> list[int]:
         lines = self.critic.newlines if self.config.segments > 1 else ()
-        return [self.critic.eos, *lines]
+        return [*self.critic.ends, *lines]
 
-    def _split(self, generation: Generation) -> tuple[list[int], bool]:
-        """A segment's ids, and whether it ended with its line and not with the answer."""
+    def _split(self, generation: Generation) -> tuple[list[int], Finish | None]:
+        """A segment's ids, and why nothing follows; None where it ended with its line."""
         ids = list(generation.token_ids)
-        if ids[-1] == self.critic.eos:
-            return ids[:-1], False
-        return ids, ids[-1] in self.critic.newlines and self.config.segments > 1
+        if ids[-1] in self.critic.ends:
+            return ids[:-1], Finish.STOP
+        line = ids[-1] in self.critic.newlines and self.config.segments > 1
+        return ids, None if line else Finish.LENGTH
 
     async def _judge(self, generation: Generation, text: str, evidence: RetrievedPassage | None) -> Critique:
         """Is the passage relevant, does it support the text, is the text useful?"""
@@ -187,7 +215,7 @@ class PromptedReader:
         found = {group: probabilities_at(answer, 0, group) for group, answer in zip(groups, answers, strict=True)}
         scores = {group: expected_value(found[group], VALUES[group]) for group in groups}
         is_rel, is_sup, is_use = (scores.get(group) for group in (IsRel, IsSup, IsUse))
-        sequence = sequence_probability(generation, self.critic.newlines | {self.critic.eos})
+        sequence = sequence_probability(generation, self.critic.newlines | set(self.critic.ends))
         return Critique(
             sequence_probability=sequence,
             is_rel=is_rel,
@@ -201,7 +229,7 @@ class PromptedReader:
 
     async def _ask(self, question: str, evidence: RetrievedPassage | None = None, answer: str = "") -> Generation:
         prompt = self._prompt(PROMPTS[question]["prompt"], evidence, answer)
-        return await self.requests.ask(prompt, 1, [self.critic.eos])
+        return await self.requests.ask(prompt, 1, self.critic.ends)
 
     def _prompt(
         self, template: str, evidence: RetrievedPassage | None = None, answer: str = "", written: int = 0
@@ -230,7 +258,3 @@ def likeliest(group: type[Group], found: Mapping[type[StrEnum], Sequence[float]]
     if group not in found:
         return None
     return max(zip(found[group], group, strict=True), key=lambda pair: pair[0])[1]
-
-
-async def _nothing() -> None:
-    return None

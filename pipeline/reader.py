@@ -13,7 +13,7 @@ from pipeline.critique import critique, retrieve_probability
 from pipeline.engine import Generator
 from pipeline.prompts import PromptTokenizer, passage_text
 from pipeline.reflection import Paragraph, Retrieve
-from pipeline.types import Boundary, Generation, Passage, Path, Query, RetrievedPassage, Segment, Usage
+from pipeline.types import Boundary, Finish, Generation, Passage, Path, Query, RetrievedPassage, Segment, Usage
 
 
 class Reader(Protocol):
@@ -41,8 +41,8 @@ class Reader(Protocol):
 
         Args:
             opening: the decision before it.
-            evidence: the passage to write from: a new one for ``[Retrieval]``, the path's own for
-                ``[Continue to Use Evidence]``, None for ``[No Retrieval]``.
+            evidence: the passage to write from: a new one for ``[Retrieval]``, or None where the search found
+                nothing; the path's own for ``[Continue to Use Evidence]``; None for ``[No Retrieval]``.
         """
         ...
 
@@ -147,21 +147,21 @@ class ReflectionReader:
     async def write(self, path: Path, opening: Retrieve, evidence: RetrievedPassage | None) -> Path:
         """See :meth:`Reader.write`."""
         generation = await self.requests.ask(self._context(path, opening, evidence), self.config.max_tokens, self.stops)
-        ids, boundary = self._split(generation)
+        ids, boundary, finish = self._split(generation)
         judged = critique(generation, self.tokenizer.reflection, self.tokenizer.eos, self.config.weights)
         words = [token for token in ids if token not in self.tokenizer.reflection.control]
-        raw = f"{opening}{self.tokenizer.decode(ids)}"
+        raw = f"{put(opening, evidence)}{self.tokenizer.decode(ids)}"
         text = self.tokenizer.decode(words).strip()
-        return Path((*path.segments, Segment(text, raw, evidence, judged, opening, tuple(ids))), boundary)
+        return Path((*path.segments, Segment(text, raw, evidence, judged, opening, tuple(ids))), boundary, finish)
 
-    def _split(self, generation: Generation) -> tuple[list[int], Boundary | None]:
-        """A segment's own ids, and the boundary where it ended at a Retrieve token."""
+    def _split(self, generation: Generation) -> tuple[list[int], Boundary | None, Finish | None]:
+        """A segment's own ids, and the boundary where it ended at a Retrieve token, or why nothing follows."""
         *ids, last = generation.token_ids
         reflection = self.tokenizer.reflection
         if last in reflection.group(Retrieve):
             keep = last == reflection[Retrieve.CONTINUE]
-            return ids, Boundary(retrieve_probability(generation, len(ids)), keep)
-        return (ids if last == self.tokenizer.eos else [*ids, last]), None
+            return ids, Boundary(retrieve_probability(generation, len(ids)), keep), None
+        return (ids, None, Finish.STOP) if last == self.tokenizer.eos else ([*ids, last], None, Finish.LENGTH)
 
     def _context(self, path: Path, opening: Retrieve, evidence: RetrievedPassage | None) -> list[int]:
         """Ids of everything before a new segment: the prompt, earlier segments with their passages, the new passage.
@@ -176,7 +176,7 @@ class ReflectionReader:
         self.lost += sum(len(body) for body in bodies) - sum(kept)
         context = list(self.prompt)
         for (opened, used, ids), body, length in zip(steps, bodies, kept, strict=True):
-            context += self.tokenizer.control(opened)
+            context += self.tokenizer.control(put(opened, used))
             if used is not None and opened is Retrieve.YES:
                 context += self.tokenizer.paragraph(body[:length])
             context += ids
@@ -186,6 +186,11 @@ class ReflectionReader:
         if passage not in self.bodies:
             self.bodies[passage] = self.tokenizer.text(passage_text(passage.title, passage.text))
         return self.bodies[passage]
+
+
+def put(opening: Retrieve, evidence: RetrievedPassage | None) -> Retrieve:
+    """The token that opens a segment in the prompt: without a passage none was retrieved, whatever was decided."""
+    return opening if evidence is not None else Retrieve.NO
 
 
 def cut_oldest(lengths: Sequence[int], room: int) -> list[int]:

@@ -12,6 +12,7 @@ from typing import Any
 from pipeline.beam import search
 from pipeline.config import Columns, DecodingConfig, Weights, validated
 from pipeline.critique import segment_score
+from pipeline.profiles import for_choices
 from pipeline.reflection import IsSup, Retrieve
 from pipeline.self_rag import conclude
 from pipeline.types import (
@@ -19,6 +20,7 @@ from pipeline.types import (
     Boundary,
     Candidate,
     Critique,
+    Finish,
     Passage,
     Path,
     RetrievedPassage,
@@ -51,13 +53,13 @@ class Recorded:
         paths: list[Path] = []
         for candidate in candidates:
             parent = self.root if candidate.parent is None else paths[candidate.parent]
-            paths.append(Path((*parent.segments, candidate.segment), candidate.boundary))
+            paths.append(Path((*parent.segments, candidate.segment), candidate.boundary, candidate.finish))
             families[parent].append(paths[-1])
 
         async def expand(path: Path) -> Sequence[Path]:
             return families[path]
 
-        found = await search(self.root, expand, config)
+        found = await search(self.root, expand, config, barren=Finish.PRUNED)
         return conclude(self.root, found, choices, config, self.usage, candidates)
 
 
@@ -84,25 +86,43 @@ class Rescoring:
         Raises:
             ValueError: a setting cannot be changed afterwards, or the run did not keep what that takes.
         """
+        if "tasks" not in manifest:
+            raise ValueError("the run's manifest does not describe its tasks: it is of an earlier version")
         columns = Columns.model_validate(manifest["configuration"]["columns"])
         return cls(columns, {name: _changed(task, changes) for name, task in manifest["tasks"].items()})
 
     async def answer(self, row: Mapping[str, Any]) -> Answer:
         """Choose one annotated row's answer again."""
+        config, choices = self.settings(row)
+        return await recorded(row).rechoose(config, choices)
+
+    def settings(self, row: Mapping[str, Any]) -> tuple[DecodingConfig, tuple[str, ...]]:
+        """Settings and closed set of a row."""
         config, choices = self.tasks[row.get(self.columns.task) or ""]
-        return await recorded(row).rechoose(config, tuple(row.get(self.columns.choices) or ()) or choices)
+        choices = tuple(row.get(self.columns.choices) or ()) or choices
+        return for_choices(config, choices), choices
 
 
 def _changed(task: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[DecodingConfig, tuple[str, ...]]:
     before = task["decoding"]
+    if not isinstance(changes.get("weights", {}), dict):
+        raise ValueError("decoding.weights: expected settings of its own, such as decoding.weights.support=2")
     if fixed := sorted(changes.keys() - CHANGEABLE):
         raise ValueError(f"decoding.{fixed[0]} cannot be changed without generating again, only {CHANGEABLE_NAMES}")
     if not before["keep_candidates"]:
         raise ValueError("the run holds no candidates; annotate with decoding.keep_candidates=true")
-    if changes.get("threshold", before["threshold"]) != before["threshold"] and not before["explore"]:
-        raise ValueError("decoding.threshold cannot be changed: the run did not explore (decoding.explore=true)")
+    if changes.get("threshold", before["threshold"]) != before["threshold"] and not any_threshold(before):
+        raise ValueError(
+            "decoding.threshold cannot be changed: that needs a run with decoding.explore=true and "
+            "answers of one segment"
+        )
     weights = {**before["weights"], **changes.get("weights", {})}
     return validated(DecodingConfig, {**before, **changes, "weights": weights}, "decoding"), tuple(task["choices"])
+
+
+def any_threshold(decoding: Mapping[str, Any]) -> bool:
+    """Whether a run's candidates tell what any threshold would have answered: only its first decision is explored."""
+    return bool(decoding["explore"]) and decoding["segments"] == 1
 
 
 def rescored(candidate: Candidate, weights: Weights) -> Candidate:
@@ -137,6 +157,7 @@ def _candidate(row: Mapping[str, Any], passages: Mapping[str, Passage]) -> Candi
     evidence = None
     if row["passage_id"] is not None:
         evidence = RetrievedPassage(passages[row["passage_id"]], row["retrieval_score"], row["rank"])
-    boundary = None if row["finished"] else Boundary(row["next_retrieve_probability"], row["next_keeps_evidence"])
+    finish = Finish(row["finish_reason"]) if row["finish_reason"] else None
+    boundary = None if finish else Boundary(row["next_retrieve_probability"], row["next_keeps_evidence"])
     segment = Segment(row["text"], row["raw"], evidence, critique, Retrieve(row["opening"]))
-    return Candidate(segment, row["parent"], boundary)
+    return Candidate(segment, row["parent"], boundary, finish)

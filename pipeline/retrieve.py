@@ -7,7 +7,7 @@ from typing import Protocol
 
 from pipeline.config import RetrievalConfig
 from pipeline.encoder import Encoder
-from pipeline.index import PassageIndex, check_encoder, check_index
+from pipeline.index import PassageIndex, check_encoder, check_index, wanted_encoder
 from pipeline.storage import Location
 from pipeline.types import Query, RetrievedPassage
 
@@ -59,7 +59,8 @@ class IndexRetriever:
             StorageError: storage does not answer.
         """
         manifest = check_index(folder, retrieval)
-        encoder = Encoder.load(retrieval.encoder or manifest.encoder.name, retrieval.device)
+        name, revision = wanted_encoder(manifest, retrieval)
+        encoder = Encoder.load(name, retrieval.device, revision)
         check_encoder(encoder, manifest)
         return cls(encoder, PassageIndex.open(folder, retrieval), retrieval)
 

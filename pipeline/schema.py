@@ -1,7 +1,7 @@
 """Arrow at the border: rows in → Query, Answer → rows out. The output's nested types are constants."""
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -37,7 +37,7 @@ CANDIDATE = pa.struct(
         pa.field("rank", pa.int32()),
         *CRITIQUE_FIELDS,
         pa.field("support", pa.string()),
-        pa.field("finished", pa.bool_()),
+        pa.field("finish_reason", pa.string()),
         pa.field("next_retrieve_probability", pa.float64()),
         pa.field("next_keeps_evidence", pa.bool_()),
     ]
@@ -67,6 +67,7 @@ ANSWER_FIELDS = [
     pa.field("raw_output", pa.string()),
     pa.field("retrieved", pa.bool_()),
     pa.field("retrieve_probability", pa.float64()),
+    pa.field("finish_reason", pa.string()),
     pa.field("segments", pa.list_(SEGMENT)),
     pa.field("passages", pa.list_(PASSAGE)),
     pa.field("usage", USAGE),
@@ -100,6 +101,30 @@ def _is_passages(kind: pa.DataType) -> bool:
     return {"id", "text"} <= fields.keys() and all(_is_text(fields[n]) for n in ("id", "title", "text") if n in fields)
 
 
+def _is_texts(kind: pa.DataType) -> bool:
+    return _is_list(kind) and _is_text(kind.value_type)
+
+
+TypeCheck = tuple[Callable[[pa.DataType], bool], str]
+# What answers are judged by; the evaluation reads these columns.
+GOLD_TYPES: Mapping[str, TypeCheck] = {
+    "answers": (_is_texts, "list<string>"),
+    "short_answers": (lambda kind: _is_list(kind) and _is_texts(kind.value_type), "list<list<string>>"),
+    "gold_passage_id": (_is_text, "string"),
+}
+
+
+def check_types(schema: pa.Schema, wanted: Mapping[str, TypeCheck], source: str) -> None:
+    """Check the columns that are there; a column of nulls has no type yet.
+
+    Raises:
+        ValueError: one is of another type than wanted.
+    """
+    for column, (fits, name) in wanted.items():
+        if column in schema.names and not pa.types.is_null(kind := schema.field(column).type) and not fits(kind):
+            raise ValueError(f"{source}: column {column!r} is {kind}, expected {name}")
+
+
 def check_query_schema(schema: pa.Schema, columns: Columns, source: str) -> None:
     """Check a query set's columns.
 
@@ -115,18 +140,16 @@ def check_query_schema(schema: pa.Schema, columns: Columns, source: str) -> None
     for name, count in Counter(schema.names).items():
         if count > 1:
             raise ValueError(f"{source}: {count} columns are named {name!r}")
-    wanted = {
+    wanted: dict[str, TypeCheck] = {
         columns.id: (_is_text, "string"),
         columns.query: (_is_text, "string"),
         columns.input: (_is_text, "string"),
         columns.task: (_is_text, "string"),
-        columns.choices: (lambda kind: _is_list(kind) and _is_text(kind.value_type), "list<string>"),
-        "answers": (lambda kind: _is_list(kind) and _is_text(kind.value_type), "list<string>"),
+        columns.choices: (_is_texts, "list<string>"),
         columns.passages: (_is_passages, "list<struct<id: string, title: string, text: string>>"),
+        **GOLD_TYPES,
     }
-    for column, (fits, name) in wanted.items():
-        if column in schema.names and not pa.types.is_null(kind := schema.field(column).type) and not fits(kind):
-            raise ValueError(f"{source}: column {column!r} is {kind}, expected {name}")
+    check_types(schema, wanted, source)
     for name in schema.names:
         if name in RESERVED and f"input_{name}" in schema.names:
             raise ValueError(f"{source}: columns {name!r} and 'input_{name}' would both be written as 'input_{name}'")
@@ -150,9 +173,13 @@ def error_schema(inputs: pa.Schema) -> pa.Schema:
 
 
 def query_of(row: Mapping[str, Any], columns: Columns) -> Query:
-    """One input row as a query; absent columns and nulls mean the same."""
+    """One input row as a query; absent columns and nulls mean the same.
+
+    Raises:
+        ValueError: a given passage cannot be told from another.
+    """
     given = row.get(columns.passages)
-    passages = tuple(Passage(p["id"], p.get("title") or "", p["text"] or "") for p in given) if given else None
+    passages = _given(given) if given else None
     return Query(
         id=row[columns.id],
         query=row[columns.query] or "",
@@ -163,6 +190,22 @@ def query_of(row: Mapping[str, Any], columns: Columns) -> Query:
     )
 
 
+def _given(rows: Sequence[Mapping[str, Any] | None]) -> tuple[Passage, ...]:
+    """Given passages.
+
+    Raises:
+        ValueError: one is null, has no id, or has another's.
+    """
+    passages: dict[str, Passage] = {}
+    for place, row in enumerate(rows):
+        if row is None or row["id"] is None:
+            raise ValueError(f"given passage {place} is null or has no id")
+        if row["id"] in passages:
+            raise ValueError(f"two given passages have the id {row['id']!r}")
+        passages[row["id"]] = Passage(row["id"], row.get("title") or "", row["text"] or "")
+    return tuple(passages.values())
+
+
 def answer_row(answer: Answer) -> dict[str, Any]:
     """An answer as the values of the output columns."""
     return {
@@ -170,6 +213,7 @@ def answer_row(answer: Answer) -> dict[str, Any]:
         "raw_output": answer.raw_output,
         "retrieved": answer.retrieved,
         "retrieve_probability": answer.retrieve_probability,
+        "finish_reason": answer.finish,
         "segments": [
             {**_scores(segment), "citation": number}
             for segment, number in zip(answer.segments, citation_numbers(answer.segments), strict=True)
@@ -199,7 +243,7 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
         "retrieval_score": segment.evidence and segment.evidence.score,
         "rank": segment.evidence and segment.evidence.rank,
         "support": segment.critique.support,
-        "finished": boundary is None,
+        "finish_reason": candidate.finish,
         "next_retrieve_probability": boundary and boundary.probability,
         "next_keeps_evidence": boundary and boundary.keep,
     }

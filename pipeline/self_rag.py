@@ -16,7 +16,7 @@ from pipeline.profiles import Tasks
 from pipeline.reader import Critic, Reader
 from pipeline.reflection import Retrieve
 from pipeline.retrieve import Retriever, given_passages
-from pipeline.types import Answer, Candidate, Path, Query, RetrievedPassage, Usage
+from pipeline.types import Answer, Candidate, Finish, Path, Query, RetrievedPassage, Usage
 
 
 @dataclass(frozen=True)
@@ -85,13 +85,12 @@ class Decoding:
         """What a decision leads to: one way for each passage found, or a single one."""
         if opening is not Retrieve.YES:
             return [(opening, path.evidence if opening is Retrieve.CONTINUE else None)]
-        return [(opening, evidence) for evidence in await self.retrieve(path)] or [(Retrieve.NO, None)]
+        return [(opening, evidence) for evidence in await self.retrieve(path)] or [(opening, None)]
 
     async def retrieve(self, path: Path) -> list[RetrievedPassage]:
         """The top k passages, given ones or the index's: for the query, later with the last segment's text."""
         if self.query.passages is not None:
-            self.searches.setdefault("", given_passages(self.query, self.config.passages))
-            return self.searches[""]
+            return given_passages(self.query, self.config.passages)
         if self.retriever is None:
             raise ValueError("the query has no passages of its own and the run has no index (--index)")
         last = path.segments[-1].text if path.segments and self.config.search == "dynamic" else ""
@@ -117,6 +116,7 @@ def conclude(
         raw_output="".join(segment.raw for segment in best.segments),
         retrieved=any(segment.evidence is not None for segment in best.segments),
         retrieve_probability=root.boundary.probability if root.boundary else None,
+        finish=best.finish or Finish.SEGMENTS,
         segments=best.segments,
         usage=usage,
         candidates=candidates,
@@ -130,5 +130,5 @@ def tree(root: Path, families: dict[Path, Sequence[Path]]) -> tuple[Candidate, .
     for path, place in waiting:
         for child in families.get(path, ()):
             waiting.append((child, len(candidates)))
-            candidates.append(Candidate(child.segments[-1], place, child.boundary))
+            candidates.append(Candidate(child.segments[-1], place, child.boundary, child.finish))
     return tuple(candidates)

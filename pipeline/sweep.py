@@ -6,11 +6,11 @@ Settings are recommended on one half of the rows and reported on the other.
 import asyncio
 import hashlib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.config import DecodingConfig, assign
-from pipeline.judging import against_answers
+from pipeline.judging import golds_of, score, short_golds_of
 from pipeline.rescore import Recorded, Rescoring, recorded
 from pipeline.statistics import Difference, Estimate, compare, estimate, mean
 
@@ -34,6 +34,7 @@ class Example:
         gold: its gold columns.
         metric: what its task is known by.
         config: the settings that its answer was chosen with.
+        scores: of answers, as far as they were asked for.
     """
 
     id: str
@@ -42,6 +43,13 @@ class Example:
     metric: str
     choices: tuple[str, ...]
     config: DecodingConfig
+    scores: dict[str, float] = field(default_factory=dict)
+
+    def score(self, answer: str) -> float:
+        """The metric of an answer; most settings give one that was scored before."""
+        if answer not in self.scores:
+            self.scores[answer] = score({**self.gold, "answer": answer}, self.metric)
+        return self.scores[answer]
 
 
 @dataclass(frozen=True)
@@ -84,13 +92,10 @@ def example_of(row: Mapping[str, Any], rescoring: Rescoring, metrics: Mapping[st
     Args:
         metrics: by task; ``""`` is for rows without one.
     """
-    task = row.get(rescoring.columns.task) or ""
-    config, choices = rescoring.tasks[task]
-    choices = tuple(row.get(rescoring.columns.choices) or ()) or choices
+    config, choices = rescoring.settings(row)
     gold = {name: row.get(name) for name in ("answers", "short_answers")}
-    graded = against_answers({**gold, "answer": ""}, metrics[task], bool(choices))
-    metric = "accuracy" if choices else metrics[task]
-    if metric not in graded:
+    metric = "accuracy" if choices else metrics[row.get(rescoring.columns.task) or ""]
+    if not (short_golds_of(gold) if metric == "str_em" else golds_of(gold)):
         return None
     return Example(row[rescoring.columns.id], recorded(row), gold, metric, choices, config)
 
@@ -105,12 +110,13 @@ def changed(config: DecodingConfig, settings: Mapping[str, Any]) -> DecodingConf
 
 async def _graded(examples: Sequence[Example], settings: Mapping[str, Any]) -> tuple[dict[str, float], float]:
     """Scores by id under other settings, and the retrieval rate."""
-    configs = {id(e.config): changed(e.config, settings) for e in examples}
+    configs: dict[DecodingConfig, DecodingConfig] = {}
     scores, retrieved = {}, []
     for example in examples:
-        answer = await example.recorded.rechoose(configs[id(example.config)], example.choices)
-        row = {**example.gold, "answer": answer.answer}
-        scores[example.id] = against_answers(row, example.metric, bool(example.choices))[example.metric]
+        if example.config not in configs:
+            configs[example.config] = changed(example.config, settings)
+        answer = await example.recorded.rechoose(configs[example.config], example.choices)
+        scores[example.id] = example.score(answer.answer)
         retrieved.append(answer.retrieved)
     return scores, mean(retrieved) or 0.0
 

@@ -1,6 +1,7 @@
 """What travels between the steps: frozen, typed, free of Arrow and of the engine."""
 
 from dataclasses import dataclass
+from enum import StrEnum
 
 import numpy as np
 import numpy.typing as npt
@@ -103,7 +104,7 @@ class Segment:
         text: without reflection tokens.
         raw: with them, the passage left out.
         evidence: the passage it was written from; None without retrieval.
-        opening: what was decided at the boundary before it.
+        opening: what was decided at the boundary before it; ``[Retrieval]`` without evidence found nothing.
         token_ids: as written, without the token that ended it.
     """
 
@@ -128,16 +129,29 @@ class Boundary:
     keep: bool = False
 
 
+class Finish(StrEnum):
+    """Why an answer ends where it does."""
+
+    STOP = "stop"  # the model ended it
+    LENGTH = "length"  # its last segment has decoding.max_tokens
+    SEGMENTS = "segments"  # it has decoding.segments, and the model would have gone on
+    ROOM = "room"  # the model takes no longer prompt
+    CONSTRAINT = "constraint"  # decoding.constraint left nothing to go on with
+    PRUNED = "pruned"  # chosen again: the run had not gone on with it
+
+
 @dataclass(frozen=True, eq=False)
 class Path:
     """An answer under way. Paths are nodes of a tree: equal only if they are the same one.
 
     Attributes:
         boundary: where its next segment would begin; None once it is finished.
+        finish: why it is finished; None while it is not.
     """
 
     segments: tuple[Segment, ...] = ()
     boundary: Boundary | None = Boundary()
+    finish: Finish | None = None
 
     @property
     def finished(self) -> bool:
@@ -154,9 +168,9 @@ class Path:
         """The passage of its last segment."""
         return self.segments[-1].evidence if self.segments else None
 
-    def ended(self) -> "Path":
+    def ended(self, finish: Finish) -> "Path":
         """The same answer, with nothing to follow."""
-        return Path(self.segments, None)
+        return Path(self.segments, None, finish)
 
 
 @dataclass(frozen=True)
@@ -166,11 +180,13 @@ class Candidate:
     Attributes:
         parent: place of the segment before it in the list of candidates; None for a first one.
         boundary: of the path that it ends; None where nothing follows.
+        finish: why nothing follows; None where something may.
     """
 
     segment: Segment
     parent: int | None
     boundary: Boundary | None
+    finish: Finish | None = None
 
 
 @dataclass(frozen=True)
@@ -200,6 +216,7 @@ class Answer:
 
     Attributes:
         retrieve_probability: p(Yes) / (p(Yes) + p(No)) at the first decision; None where the mode decides.
+        finish: why it ends where it does.
         segments: those of the answer, in order.
         candidates: every scored segment, parents before their children; empty unless asked for.
     """
@@ -208,6 +225,7 @@ class Answer:
     raw_output: str
     retrieved: bool
     retrieve_probability: float | None
+    finish: Finish
     segments: tuple[Segment, ...]
     usage: Usage
     candidates: tuple[Candidate, ...] = ()

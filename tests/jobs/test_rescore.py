@@ -80,11 +80,11 @@ def read(folder: Path) -> list[dict[str, Any]]:
 
 def test_own_settings_give_the_same_set_and_others_another(tmp_path: Path) -> None:
     run = annotated_set(tmp_path / "run", keep_candidates=True, explore=True)
-    assert rescore(run, tmp_path / "same").exit_code == 0
+    assert rescore(run, tmp_path / "same").exit_code == 3  # as the run: some rows are in errors/
     assert read(tmp_path / "same") == read(run)
 
     result = rescore(run, tmp_path / "never", "decoding.threshold=1.0", "decoding.weights.sequence=3")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 3, result.output
     rows = read(tmp_path / "never")
     assert [row["id"] for row in rows] == [row["id"] for row in read(run)]
     assert not any(row["retrieved"] for row in rows)
@@ -98,8 +98,10 @@ def test_own_settings_give_the_same_set_and_others_another(tmp_path: Path) -> No
         "support": 1.0,
         "utility": 0.5,
     }
-    assert manifest["counts"] == {"rows": 40, "errors": 2, "retrieved": 0}
-    assert manifest["rescored"] == str(run)
+    counts = {"rows": 40, "errors": 2, "retrieved": 0, "output": str(tmp_path / "never")}
+    assert (manifest["status"], manifest["counts"]) == ("finished", counts)
+    assert manifest["settings"]["rescored"] == str(run)
+    assert manifest["configuration"]["decoding"]["threshold"] == 1.0
     assert (tmp_path / "never" / "_SUCCESS").exists()
     errors = sorted((tmp_path / "never" / "errors").glob("*"))
     assert [pq.read_table(file)["error_type"].to_pylist() for file in errors] == [["ValueError"]] * 2
@@ -109,9 +111,11 @@ def test_own_settings_give_the_same_set_and_others_another(tmp_path: Path) -> No
     ("decoding", "setting", "problem"),
     [
         ({"keep_candidates": True}, "decoding.passages=3", "decoding.passages cannot be changed without generating"),
-        ({"keep_candidates": True}, "decoding.threshold=0.9", "the run did not explore"),
+        ({"keep_candidates": True}, "decoding.threshold=0.9", "needs a run with decoding.explore=true"),
         ({}, "decoding.weights.support=2", "holds no candidates"),
         ({"keep_candidates": True}, "model.name=x", "here only decoding.* can be set"),
+        ({"keep_candidates": True}, "decoding.weights=2", "decoding.weights: expected settings of its own"),
+        ({"keep_candidates": True, "explore": True, "segments": 3}, "decoding.threshold=0.9", "answers of one segment"),
         ({"keep_candidates": True}, "decoding.weights.support=-1", "key decoding.weights.support: input should be"),
     ],
 )
@@ -134,7 +138,23 @@ def test_a_run_that_is_not_finished_is_refused(tmp_path: Path) -> None:
 
 def test_a_taken_output_is_refused(tmp_path: Path) -> None:
     run = annotated_set(tmp_path / "run", rows=2, keep_candidates=True)
-    assert "is the run itself" in rescore(run, run).stderr
+    for inside in (run, run / "data"):
+        assert "lie in one another" in rescore(run, inside).stderr
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "file").write_text("mine")
     assert "is taken" in rescore(run, tmp_path / "new").stderr
+
+
+def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+    run = annotated_set(tmp_path / "run", rows=2, keep_candidates=True)
+    result = CliRunner().invoke(APP, ["--rescore", str(run), "--output", str(tmp_path / "new"), "--dry-run"])
+    assert result.exit_code == 0
+    assert "2 units" in result.stderr
+    assert not (tmp_path / "new").exists()
+
+
+def test_flags_of_a_run_do_not_go_with_it(tmp_path: Path) -> None:
+    run = annotated_set(tmp_path / "run", rows=2, keep_candidates=True)
+    result = CliRunner().invoke(APP, ["--rescore", str(run), "--output", str(tmp_path / "new"), "--model", "demo"])
+    assert result.exit_code == 2
+    assert not (tmp_path / "new").exists()

@@ -10,7 +10,7 @@ from pipeline.beam import continued, decision, merged, permitted, search, togeth
 from pipeline.choose import choose
 from pipeline.config import DecodingConfig
 from pipeline.reflection import IsSup, Retrieve
-from pipeline.types import Boundary, Critique, Passage, Path, RetrievedPassage, Segment
+from pipeline.types import Boundary, Critique, Finish, Passage, Path, RetrievedPassage, Segment
 
 ASKS, REFUSES, KEEPS = Boundary(0.9), Boundary(0.1), Boundary(0.1, keep=True)
 
@@ -23,7 +23,7 @@ def segment(
 
 
 def path(*segments: Segment, boundary: Boundary | None = ASKS) -> Path:
-    return Path(segments, boundary)
+    return Path(segments, boundary, Finish.STOP if boundary is None else None)
 
 
 def texts(paths: Sequence[Path]) -> list[str]:
@@ -74,15 +74,19 @@ def test_hard_constraints(
 def test_a_path_ends_where_the_constraint_leaves_nothing() -> None:
     config = DecodingConfig(constraint="no_contradiction")
     parent = path(segment("a", 1.0))
-    (ended,) = continued(parent, [path(*parent.segments, segment("b", 3.0, support=IsSup.NONE))], config)
-    assert (ended.finished, texts([ended])) == (True, ["a"])
+    dropped = path(*parent.segments, segment("b", 3.0, support=IsSup.NONE))
+    (ended,) = continued(parent, [dropped], config, Finish.ROOM)
+    assert (ended.finished, ended.finish, texts([ended])) == (True, Finish.CONSTRAINT, ["a"])
+    (ended,) = continued(parent, [], config, Finish.ROOM)
+    assert ended.finish is Finish.ROOM
 
 
 def test_only_the_branch_decided_for_goes_on() -> None:
     yes, no = path(segment("yes", 1.0)), path(segment("no", 2.0, None, opening=Retrieve.NO))
-    assert continued(path(boundary=ASKS), [yes, no], DecodingConfig()) == [yes]
-    assert continued(path(boundary=REFUSES), [yes, no], DecodingConfig()) == [no]
-    assert continued(path(boundary=ASKS), [no], DecodingConfig()) == [no]  # nothing was found
+    assert continued(path(boundary=ASKS), [yes, no], DecodingConfig(), Finish.ROOM) == [yes]
+    assert continued(path(boundary=REFUSES), [yes, no], DecodingConfig(), Finish.ROOM) == [no]
+    (ended,) = continued(path(boundary=ASKS), [no], DecodingConfig(), Finish.PRUNED)
+    assert ended.finish is Finish.PRUNED
 
 
 def test_equal_texts_are_merged_into_the_best() -> None:

@@ -71,10 +71,25 @@ def test_order_of_the_passages_never_changes_the_winner(
         ("SUPPORTS the claim", "SUPPORTS"),
         ("not", None),
         ("not enough info", "not enough info"),
+        ("B\n\nBecause it is.", "B"),
+        ("**B**", "B"),
     ],
 )
 def test_choice_is_named_whole(text: str, named: str | None) -> None:
     assert closed_answer(text, ["A", "B", "SUPPORTS", "not enough info", ""]) == named
+
+
+@pytest.mark.parametrize(
+    ("text", "choices", "named"),
+    [
+        ("1", ["-1", "1"], "1"),
+        ("-1", ["-1", "1"], "-1"),
+        ("C", ["C", "C++"], "C"),
+        ("C++.", ["C", "C++"], "C++"),
+    ],
+)
+def test_signs_belong_to_a_choice(text: str, choices: list[str], named: str) -> None:
+    assert closed_answer(text, choices) == named
 
 
 def test_citations_are_numbered_by_first_use() -> None:

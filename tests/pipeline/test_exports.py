@@ -1,10 +1,11 @@
 import json
 
-from pipeline.exports import alce, factscore
+from pipeline.exports import alce, cited_inside, factscore
 
 ROW = {
     "query": "Who led the Normans?",
-    "answer": "Rollo led them. [1]",
+    "answer": "Rollo led them. [1] They came",
+    "segments": [{"text": "Rollo led\nthem.", "citation": 1}, {"text": "They came", "citation": None}],
     "passages": [{"id": "p1", "title": "Normans", "text": "Led by Rollo.", "retrieval_score": 0.5, "rank": 3}],
     "short_answers": [["Rollo", "Hrolf"]],
     "answers": ["They were led by Rollo."],
@@ -16,19 +17,28 @@ def test_alce_item() -> None:
         "data": [
             {
                 "question": "Who led the Normans?",
-                "output": "Rollo led them. [1]",
+                "output": "Rollo led them [1]. They came",
                 "docs": [{"id": "p1", "title": "Normans", "text": "Led by Rollo."}],
                 "qa_pairs": [{"short_answers": ["Rollo", "Hrolf"]}],
-                "annotations": [{"long_answer": "They were led by Rollo."}],
+                "annotations": [{"long_answer": "They were led by Rollo."}] * 2,
                 "answer": "They were led by Rollo.",
             }
         ]
     }
 
 
-def test_alce_item_without_gold() -> None:
-    row = {"q": "Who?", "answer": None, "passages": []}
-    assert json.loads(alce([row], "q"))["data"] == [{"question": "Who?", "output": "", "docs": []}]
+def test_gold_that_a_row_lacks_is_written_for_none() -> None:
+    bare = {"query": "Who?", "answer": None, "passages": [], "segments": [], "answers": ["x", "y"]}
+    first, second = json.loads(alce([ROW, bare]))["data"]
+    assert "qa_pairs" not in first | second
+    assert second["annotations"] == [{"long_answer": "x"}, {"long_answer": "y"}]
+    assert second["output"] == ""
+
+
+def test_citations_stand_inside_their_sentence() -> None:
+    cited = [("Who? Rollo!", 2), ("", None), ("In 911", 1)]
+    segments = [{"text": text, "citation": number} for text, number in cited]
+    assert cited_inside(segments) == "Who? Rollo [2]! In 911 [1]"
 
 
 def test_factscore_has_a_line_for_each_row() -> None:

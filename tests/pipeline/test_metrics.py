@@ -81,6 +81,9 @@ def test_best_takes_the_gold_answer_that_fits_best() -> None:
         ("REFUTES", "refutes", True),
         ("not enough info", "NOT ENOUGH INFO", True),
         ("SUPPORTS the claim", "SUPPORTS", False),
+        ("-1", "1", False),
+        ("C", "C++", False),
+        ("**B**", "B", True),
     ],
 )
 def test_labels_are_compared_whole(answer: str, gold: str, expected: bool) -> None:
@@ -96,6 +99,8 @@ def test_rouge_l_by_hand() -> None:
     # Of 4 words in the answer and 3 in the gold, "the norman came" are in order in both: P = 3/4, R = 1.
     assert rouge_l("the Normans also came", "the Normans came") == pytest.approx(2 * 0.75 / 1.75)
     assert rouge_l("nothing", "the Normans came") == 0.0
+    # By sentence the order of the sentences does not count, in one piece it does.
+    assert rouge_l("It rained. The Normans came.", "The Normans came. It rained.") == pytest.approx(1.0)
 
 
 def test_citations_do_not_count_as_words() -> None:

@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config import DecodingConfig, Profile
+from pipeline.config import DecodingConfig, Profile, Weights
 from pipeline.profiles import Tasks, built_in_profiles
 from pipeline.types import Query
 
@@ -27,6 +27,29 @@ def test_the_runs_own_settings_go_before_a_profiles() -> None:
     tasks = Tasks(DecodingConfig(threshold=0.5, keep_candidates=True))
     config = tasks.apply(Query("q", "?", task="asqa"))[1]
     assert (config.threshold, config.keep_candidates, config.segments) == (0.5, True, 7)
+
+
+def test_weights_of_profile_and_run_are_both_kept() -> None:
+    tasks = Tasks(
+        DecodingConfig(weights=Weights(relevance=2.0)), {"law": Profile(decoding={"weights": {"support": 3.0}})}
+    )
+    weights = tasks.apply(Query("q", "?", task="law"))[1].weights
+    assert (weights.relevance, weights.support, weights.utility) == (2.0, 3.0, 0.5)
+
+
+def test_a_closed_set_is_voted_on_over_answers_of_one_segment() -> None:
+    tasks = Tasks(DecodingConfig(segments=7))
+    assert tasks.apply(Query("q", "?", choices=("A", "B")))[1].segments == 1
+    assert tasks.apply(Query("q", "?", task="pubhealth"))[1].segments == 1
+    assert tasks.apply(Query("q", "?", task="popqa"))[1].segments == 7
+
+
+def test_a_profile_that_contradicts_the_run_is_named() -> None:
+    run = DecodingConfig(explore=True, keep_candidates=True)
+    tasks = Tasks(run, {"law": Profile(decoding={"mode": "always"})})
+    assert tasks.described("")["decoding"]["explore"] is True  # rows of other tasks are not concerned
+    with pytest.raises(ValueError, match=r"with profile law\): value error, explore needs"):
+        tasks.described("law")
 
 
 def test_a_setting_equal_to_the_default_is_a_setting_too() -> None:

@@ -61,7 +61,7 @@ class Clerk:
         if max_tokens > 1:
             newline = self.critic.text("\n")[0]
             more = newline in stops and text.rsplit("assistant\n", 1)[1].count("\n") + 1 < len(self.lines)
-            ids = [*ids, newline if more else self.critic.eos]
+            ids = [*ids, newline if more else self.critic.ends[0]]
         table = np.full((len(ids), len(REFLECTION_TOKENS)), math.log(1e-9))
         for token, probability in probabilities.items():
             table[0, REFLECTION_TOKENS.index(token)] = math.log(probability)

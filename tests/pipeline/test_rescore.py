@@ -6,7 +6,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import DecodingConfig, Weights
-from pipeline.profiles import Tasks
+from pipeline.profiles import Tasks, for_choices
 from pipeline.reader import ReflectionCritic
 from pipeline.rescore import recorded
 from pipeline.schema import answer_row, data_schema
@@ -45,7 +45,7 @@ def rechosen(row: dict[str, Any], config: DecodingConfig, choices: tuple[str, ..
 def test_rescoring_with_the_runs_own_values_changes_nothing(form: dict[str, Any], choices: tuple[str, ...]) -> None:
     config = DecodingConfig(keep_candidates=True, **form)
     for row in annotated(config, choices):
-        assert rechosen(row, config, choices) == row
+        assert rechosen(row, for_choices(config, choices), choices) == row
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 1.0])

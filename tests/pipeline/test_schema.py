@@ -11,7 +11,18 @@ from pipeline.schema import (
     passed_through,
     query_of,
 )
-from pipeline.types import Answer, Boundary, Candidate, Critique, Passage, Query, RetrievedPassage, Segment, Usage
+from pipeline.types import (
+    Answer,
+    Boundary,
+    Candidate,
+    Critique,
+    Finish,
+    Passage,
+    Query,
+    RetrievedPassage,
+    Segment,
+    Usage,
+)
 
 PASSAGE = Passage("p1", "Title", "Text")
 CRITIQUE = Critique(0.5, 0.75, None, 0.25, 1.375)
@@ -23,7 +34,7 @@ def segment(passage: Passage | None, rank: int = 1) -> Segment:
 
 
 def answer(*segments: Segment, candidates: tuple[Candidate, ...] = ()) -> Answer:
-    return Answer("text", "[Retrieval][Relevant]text", True, 0.8, segments, Usage(seconds=1.5), candidates)
+    return Answer("text", "[Retrieval][Relevant]text", True, 0.8, Finish.STOP, segments, Usage(seconds=1.5), candidates)
 
 
 def test_row_becomes_query():
@@ -40,6 +51,29 @@ def test_row_becomes_query():
 @pytest.mark.parametrize("given", [None, []])
 def test_no_given_passages_means_the_index(given):
     assert query_of({"id": "q", "query": "Who?", "passages": given}, Columns()).passages is None
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ([{"id": "p", "text": "a"}, {"id": "p", "text": "b"}], "two given passages have the id 'p'"),
+        ([{"id": None, "text": "a"}], "given passage 0 is null or has no id"),
+        ([{"id": "p", "text": "a"}, None], "given passage 1 is null or has no id"),
+    ],
+)
+def test_given_passages_that_cannot_be_told_apart_are_an_error_of_the_row(given, problem):
+    with pytest.raises(ValueError, match=problem):
+        query_of({"id": "q", "query": "Who?", "passages": given}, Columns())
+
+
+@pytest.mark.parametrize(
+    ("column", "kind", "expected"),
+    [("short_answers", pa.list_(pa.string()), "list<list<string>>"), ("gold_passage_id", pa.int64(), "string")],
+)
+def test_gold_of_the_wrong_type_is_refused(column, kind, expected):
+    schema = pa.schema([("id", pa.string()), ("query", pa.string()), (column, kind)])
+    with pytest.raises(ValueError, match=f"q.parquet: column '{column}' is .*, expected {expected}"):
+        check_query_schema(schema, Columns(), "q.parquet")
 
 
 def test_columns_can_be_mapped():
@@ -62,19 +96,20 @@ def test_citations_are_numbered_by_first_use():
 def test_candidates_are_a_tree_and_every_passage_read_is_there_once():
     other = Passage("p2", "", "Other")
     first = Candidate(segment(PASSAGE), None, Boundary(0.25, keep=True))
-    second, third = (Candidate(s, 0, None) for s in (segment(other, 2), segment(PASSAGE)))
+    second, third = (Candidate(s, 0, None, Finish.LENGTH) for s in (segment(other, 2), segment(PASSAGE)))
     row = answer_row(answer(candidates=(first, second, third)))
     schema = data_schema(pa.schema([]), keep_candidates=True)
     (back,) = pa.Table.from_pylist([row], schema=schema).to_pylist()
     assert [c["parent"] for c in back["candidates"]] == [None, 0, 0]
-    assert [c["finished"] for c in back["candidates"]] == [False, True, True]
+    assert [c["finish_reason"] for c in back["candidates"]] == [None, "length", "length"]
+    assert back["finish_reason"] == "stop"
     assert back["candidates"][0]["next_retrieve_probability"] == 0.25
     assert [c["next_keeps_evidence"] for c in back["candidates"]] == [True, None, None]
     assert [p["id"] for p in back["evidence"]] == ["p1", "p2"]
 
 
 def test_absent_critique_stays_null_in_arrow():
-    candidate = Candidate(segment(None), parent=None, boundary=None)
+    candidate = Candidate(segment(None), parent=None, boundary=None, finish=Finish.STOP)
     row = answer_row(answer(segment(PASSAGE), candidates=(candidate,)))
     schema = data_schema(pa.schema([]), keep_candidates=True)
     (back,) = pa.Table.from_pylist([row], schema=schema).to_pylist()
