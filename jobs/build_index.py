@@ -1,6 +1,6 @@
 """Passages in Parquet → embeddings → FAISS shards with their manifest.
 
-``python -m jobs.build_index --passages URI --output URI``
+``python -m jobs.build_index --passages URI --output URI [--plan]``
 
 The driver checks the passages, trains the index where its kind needs that, and hands the same empty index to every
 shard, so that scores can be compared across shards. Ray Data runs the shards over a pool of actors, each with its
@@ -24,8 +24,10 @@ import numpy.typing as npt
 import pyarrow as pa
 import typer
 from pyarrow import fs
+from rich.console import Console
 
 from jobs.cluster import connect
+from jobs.index_plan import survey, tables
 from pipeline.config import ExecutionConfig, StorageConfig, load_storage
 from pipeline.encoder import Encoder, Vectors
 from pipeline.index import MANIFEST, EncoderEntry, IndexManifest, write_manifest
@@ -299,6 +301,18 @@ def execute(plan: BuildPlan, index: Any) -> IndexManifest:
     return manifest
 
 
+def show_plan(request: BuildRequest) -> None:
+    """Print what the index will take; nothing is written.
+
+    Raises:
+        ValueError: the passages, the encoder or the factory string are wrong.
+    """
+    files = find_passages(locate(request.passages, request.storage))
+    corpus = survey(files, Encoder.load(_absolute(request.encoder)), request.batch_size)
+    for table in tables(corpus, request.factory, request.shards):
+        Console().print(table)
+
+
 def build_index(
     passages: Annotated[str, typer.Option(help="Parquet file or folder with the columns id, title and text.")],
     output: Annotated[str, typer.Option(help="Folder for the index.")],
@@ -310,6 +324,7 @@ def build_index(
         int | None, typer.Option(min=1, help="Encoders at work; by default one per GPU or machine.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an index that is there.")] = False,
+    plan_only: Annotated[bool, typer.Option("--plan", help="Build nothing; say what the index will take.")] = False,
     config: Annotated[str | None, typer.Option(help="YAML file of a run, for its section 'storage'.")] = None,
     settings: Annotated[
         list[str] | None,
@@ -326,6 +341,9 @@ def build_index(
     try:
         storage = load_storage(config, settings or [])
         request = BuildRequest(passages, output, encoder, factory, shards, batch_size, actors, overwrite, storage)
+        if plan_only:
+            show_plan(request)
+            return
         plan, model = check(request)
         index = prepare_index(plan, model)
     except (ValueError, OSError) as error:

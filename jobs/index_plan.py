@@ -1,0 +1,70 @@
+"""What an index of the user's own passages will take: ``jobs.build_index --plan``."""
+
+import time
+from dataclasses import dataclass
+
+import pyarrow.parquet as pq
+from rich.table import Table
+
+from pipeline.encoder import Encoder
+from pipeline.passages import PassageRange, sample_passages
+from pipeline.prompts import passage_text
+from pipeline.shards import PASSAGE_SCHEMA
+from pipeline.sizing import USUAL_FACTORIES, size_plan
+
+# Encoded to see how fast this machine is: a few seconds on a CPU.
+SAMPLE = 64
+GB = 1e9
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What the passages' files say.
+
+    Attributes:
+        text_bytes: of ids, titles and texts, uncompressed: what the passages files will have.
+        rate: passages per second of one encoder on this machine.
+    """
+
+    passages: int
+    text_bytes: int
+    dimension: int
+    rate: float
+
+
+def survey(files: list[PassageRange], encoder: Encoder, batch_size: int) -> Corpus:
+    """Read the footers, and encode a sample."""
+    sample = sample_passages(files, SAMPLE)
+    texts = [passage_text(row["title"], row["text"]) for row in sample.to_pylist()]
+    encoder.encode(texts[:batch_size], batch_size)  # the first batch warms up
+    begun = time.monotonic()
+    encoder.encode(texts, batch_size)
+    rate = len(texts) / (time.monotonic() - begun)
+    return Corpus(sum(file.rows for file in files), sum(map(_text_bytes, files)), encoder.dimension, rate)
+
+
+def _text_bytes(part: PassageRange) -> int:
+    with pq.ParquetFile(part.file.path, filesystem=part.file.filesystem) as parquet:
+        footer, total = parquet.metadata, 0
+        for group in range(footer.num_row_groups):
+            columns = [footer.row_group(group).column(n) for n in range(footer.num_columns)]
+            total += sum(c.total_uncompressed_size for c in columns if c.path_in_schema in PASSAGE_SCHEMA.names)
+    return total
+
+
+def tables(corpus: Corpus, factory: str, shards: int) -> list[Table]:
+    """The corpus, and sizes for the factory asked for beside the usual ones."""
+    about = Table(title="Passages", show_header=False)
+    hours = corpus.passages / corpus.rate / 3600
+    about.add_row("passages", f"{corpus.passages:,}")
+    about.add_row("their text, memory-mapped", f"{corpus.text_bytes / GB:.2f} GB")
+    about.add_row("dimensions", str(corpus.dimension))
+    about.add_row("one encoder on this machine", f"{corpus.rate:.0f} passages/s, {hours:.1f} h for all")
+    sizes = Table(title=f"The FAISS index in {shards} shards: bytes in memory of who searches it")
+    for heading in ("factory", "bytes per passage", "all shards", "largest shard"):
+        sizes.add_column(heading, justify="left" if heading == "factory" else "right")
+    for line in size_plan(corpus.passages, corpus.dimension, shards, dict.fromkeys([factory, *USUAL_FACTORIES])):
+        sizes.add_row(
+            line.factory, f"{line.per_vector:,.0f}", f"{line.index / GB:.2f} GB", f"{line.largest_shard / GB:.2f} GB"
+        )
+    return [about, sizes]

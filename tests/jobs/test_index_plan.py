@@ -1,0 +1,29 @@
+from pathlib import Path
+
+import typer
+from typer.testing import CliRunner
+
+from jobs.build_index import build_index
+from tests.conftest import DEMO
+
+APP = typer.Typer()
+APP.command()(build_index)
+
+
+def test_the_plan_names_what_it_will_take_and_writes_nothing(tmp_path: Path) -> None:
+    flags = ["--passages", str(DEMO / "passages.parquet"), "--output", str(tmp_path / "index"), "--factory", "SQfp16"]
+    result = CliRunner().invoke(APP, [*flags, "--plan"], env={"COLUMNS": "120"})
+    assert result.exit_code == 0, result.output
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+    assert ["passages", "1,271"] in cells
+    assert ["dimensions", "384"] in cells
+    assert ["SQfp16", "768", "0.00 GB", "0.00 GB"] in cells
+    assert not (tmp_path / "index").exists()
+
+
+def test_a_wrong_factory_is_one_line(tmp_path: Path) -> None:
+    flags = ["--passages", str(DEMO / "passages.parquet"), "--output", str(tmp_path), "--factory", "Flatt", "--plan"]
+    result = CliRunner().invoke(APP, flags)
+    assert result.exit_code == 2
+    assert "factory Flatt" in result.stderr
+    assert result.stderr.count("\n") == 1
