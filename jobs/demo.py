@@ -1,10 +1,10 @@
-"""The embedded default, start to end: model, encoder and index; two runs over the demo queries; the results.
+"""The embedded default, start to end: model, encoder and index; a run over the demo queries; the results.
 
 ``python -m jobs.demo [--output out/demo] [--rows N]``
 
-The main run lets the model decide when to retrieve and choose among three passages by its own critique. Two
-baselines show what that is worth: believing the first passage found (its candidate of the main run), and never
-reading any (a run of its own).
+The model decides when to retrieve and chooses among three passages by its own critique. Two baselines show what that
+is worth: believing the first passage found, and never reading any. Both are among the run's candidates, since it
+explores both branches of the first decision.
 """
 
 import hashlib
@@ -34,7 +34,7 @@ from pipeline.config import (
     cache_folder,
 )
 from pipeline.embedded import built, demo_encoder, demo_model
-from pipeline.evaluation import Evaluation, evaluate_set, first_passage
+from pipeline.evaluation import Evaluation, View, evaluate_set, first_passage, without_retrieval
 from pipeline.metrics import best, contains
 from pipeline.storage import locate
 
@@ -43,11 +43,8 @@ PASSAGES = DEMO / "passages.parquet"
 QUERIES = DEMO / "queries.parquet"
 
 MAIN = "adaptive"
-FIRST_PASSAGE = "first passage"
-VARIANTS: Mapping[str, DecodingConfig] = {
-    MAIN: DecodingConfig(passages=3, keep_candidates=True),
-    "never": DecodingConfig(mode="never", keep_candidates=True),
-}
+BASELINES: Mapping[str, View] = {"first passage": first_passage, "never": without_retrieval}
+DECODING = DecodingConfig(passages=3, max_tokens=60, keep_candidates=True, explore=True)
 # Questions of two parts: an answer of several segments, each with its citation.
 LONG_FORM = Profile(decoding={"segments": 4, "citations": True, "max_tokens": 40}, metric="str_em")
 
@@ -59,17 +56,16 @@ PLAIN_WIDTH = 140
 
 
 @dataclass(frozen=True)
-class Variant:
-    """One of the runs, with what came out of it.
+class DemoSet:
+    """The annotated demo set.
 
     Attributes:
-        counts: of the manifest, so those of the run that did the work.
+        counts: of its manifest, so those of the call that did the work.
     """
 
     folder: Path
     exit_status: int
     counts: Mapping[str, Any]
-    evaluation: Evaluation
 
 
 def demo_index() -> Path:
@@ -96,32 +92,25 @@ def first_rows(queries: Path, rows: int, file: Path) -> Path:
     return file
 
 
-def annotate_variants(queries: Path, index: Path, output: Path, overwrite: bool) -> dict[str, Variant]:
-    """Annotate and evaluate the queries in every variant; what an earlier call has finished is kept."""
-    variants = {}
-    for name, decoding in VARIANTS.items():
-        folder = output / name
-        config = RunConfig(
-            queries=str(queries),
-            output=str(folder),
-            index=None if decoding.mode == "never" else str(index),
-            model=ModelConfig(name="demo"),
-            decoding=decoding,
-            profiles={"two_questions": LONG_FORM},
-            execution=ExecutionConfig(unit_rows=UNIT_ROWS),
-        )
-        sys.stderr.write(f"{name}: annotating into {folder}\n")
-        status = run(config, overwrite).exit_status
-        counts = json.loads((folder / "_manifest.json").read_text())["counts"]
-        variants[name] = Variant(folder, status, counts, evaluate_set(locate(str(folder), StorageConfig())))
-    return variants
+def annotate(queries: Path, index: Path, folder: Path, overwrite: bool) -> DemoSet:
+    """Annotate the queries; what an earlier call has finished is kept."""
+    config = RunConfig(
+        queries=str(queries),
+        output=str(folder),
+        index=str(index),
+        model=ModelConfig(name="demo"),
+        decoding=DECODING,
+        profiles={"two_questions": LONG_FORM},
+        execution=ExecutionConfig(unit_rows=UNIT_ROWS),
+    )
+    status = run(config, overwrite).exit_status
+    return DemoSet(folder, status, json.loads((folder / "_manifest.json").read_text())["counts"])
 
 
-def evaluations(variants: Mapping[str, Variant]) -> dict[str, Evaluation]:
-    """The figures of the runs and, from the main run's candidates, of believing the first passage."""
-    main = locate(str(variants[MAIN].folder), StorageConfig())
-    named = {name: variant.evaluation for name, variant in variants.items()}
-    return {MAIN: named.pop(MAIN), FIRST_PASSAGE: evaluate_set(main, view=first_passage), **named}
+def evaluations(folder: Path) -> dict[str, Evaluation]:
+    """The figures of the run and of its baselines."""
+    location = locate(str(folder), StorageConfig())
+    return {MAIN: evaluate_set(location), **{name: evaluate_set(location, view=v) for name, v in BASELINES.items()}}
 
 
 def answers_table(folder: Path) -> Table:
@@ -164,29 +153,28 @@ def _figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def conclusion(variants: Mapping[str, Variant], evaluated: Mapping[str, Evaluation]) -> list[str]:
+def conclusion(annotated: DemoSet, evaluated: Mapping[str, Evaluation]) -> list[str]:
     """The run in words: what the model's decisions and critique are worth, how fast it was, where the files are."""
     lines = []
     if "match" in evaluated[MAIN].overall.metrics:
         matches = {name: evaluation.overall.metrics["match"].mean for name, evaluation in evaluated.items()}
         others = ", ".join(f"{100 * match:.1f} % {name}" for name, match in matches.items() if name != MAIN)
         lines.append(f"Gold answer in the answer: {100 * matches[MAIN]:.1f} % {MAIN}; {others}.")
-    counts = variants[MAIN].counts
-    rate = counts["annotated"] / counts["seconds"]
+    counts = annotated.counts
     lines.append(
-        f"{counts['retrieved']} of {counts['rows']} rows used a passage. {MAIN}: {counts['annotated']} rows in "
-        f"{counts['seconds']:.0f} s, {rate:.2f} rows/s, the engine's start included."
+        f"{counts['retrieved']} of {counts['rows']} rows used a passage. {counts['annotated']} rows in "
+        f"{counts['seconds']:.0f} s, {counts['annotated'] / counts['seconds']:.2f} rows/s, the engine's start included."
     )
-    return lines + [f"{name}: {variant.folder}" for name, variant in variants.items()]
+    return [*lines, f"annotated set: {annotated.folder}"]
 
 
 def demo(
-    output: Annotated[Path, typer.Option(help="Folder for the annotated sets.")] = Path("out/demo"),
+    output: Annotated[Path, typer.Option(help="Folder for the annotated set.")] = Path("out/demo"),
     rows: Annotated[int | None, typer.Option(min=1, help="Only the first rows of the queries.")] = None,
     queries: Annotated[Path, typer.Option(help="Query set: a Parquet file with gold answers.")] = QUERIES,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Annotate anew what is there already.")] = False,
 ) -> None:
-    """Annotate the demo queries with the embedded model, beside two baselines, and show the results.
+    """Annotate the demo queries with the embedded model and show the results beside two baselines.
 
     The first run downloads and builds model, encoder and index into the cache folder (SELFRAG_CACHE). A second run
     into the same output folder shows what is there, or continues it.
@@ -197,17 +185,17 @@ def demo(
         demo_model()
         index = demo_index()
         chosen = first_rows(queries, rows, output / "queries.parquet") if rows else queries
-        variants = annotate_variants(chosen, index, output, overwrite)
+        annotated = annotate(chosen, index, output / MAIN, overwrite)
     except (ValueError, RuntimeError, OSError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from None
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-    console.print(answers_table(variants[MAIN].folder))
-    evaluated = evaluations(variants)
+    console.print(answers_table(annotated.folder))
+    evaluated = evaluations(annotated.folder)
     console.print(comparison(evaluated))
-    for line in conclusion(variants, evaluated):
+    for line in conclusion(annotated, evaluated):
         console.print(line, highlight=False)
-    raise typer.Exit(max(variant.exit_status for variant in variants.values()))
+    raise typer.Exit(annotated.exit_status)
 
 
 if __name__ == "__main__":

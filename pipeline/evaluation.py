@@ -15,6 +15,7 @@ from pipeline.choose import closed_answer
 from pipeline.config import Columns, Profile
 from pipeline.judging import READ_COLUMNS, Judged, judge
 from pipeline.profiles import built_in_profiles
+from pipeline.reflection import Retrieve
 from pipeline.schema import GOLD_TYPES, check_types
 from pipeline.statistics import Calibration, Difference, Estimate, calibration, compare, estimate, mean
 from pipeline.storage import Location
@@ -134,27 +135,42 @@ class Evaluation:
         return {name: difference for name, difference in found.items() if difference is not None}
 
 
-def first_passage(row: Row) -> Row:
-    """The row as it would be had the model read the first passage alone.
+View = Callable[[Row], Row | None]
 
-    Rows whose candidates do not tell stay as they are: those without retrieval, and answers of several segments.
-    """
-    read = [c for c in row.get("candidates") or [] if c["rank"] == 1 and c["parent"] is None]
-    if not read or len(row.get("segments") or ()) > 1:
+
+def as_it_is(row: Row) -> Row:
+    """The row that was annotated."""
+    return row
+
+
+def first_passage(row: Row) -> Row | None:
+    """The row as it would be had the model believed the first passage found; None for answers of several segments."""
+    return _instead(row, lambda c: c["rank"] == 1, retrieved=True)
+
+
+def without_retrieval(row: Row) -> Row | None:
+    """The row as it would be without any passage, where its run explored; None for answers of several segments."""
+    return _instead(row, lambda c: c["opening"] == Retrieve.NO, retrieved=False)
+
+
+def _instead(row: Row, wanted: Callable[[Row], bool], retrieved: bool) -> Row | None:
+    """The row with another of its first candidates as its answer; as it is where there is none such."""
+    candidates = row.get("candidates") or []
+    if any(c["parent"] is not None for c in candidates):
+        return None
+    text = next((c["text"] for c in candidates if wanted(c)), None)
+    if text is None:
         return row
-    text = read[0]["text"]
-    return {**row, "answer": closed_answer(text, row.get("choices") or ()) or text, "retrieved": True}
+    return {**row, "answer": closed_answer(text, row.get("choices") or ()) or text, "retrieved": retrieved}
 
 
-def evaluate_set(
-    folder: Location, by: str | None = None, task: str | None = None, view: Callable[[Row], Row] = lambda row: row
-) -> Evaluation:
+def evaluate_set(folder: Location, by: str | None = None, task: str | None = None, view: View = as_it_is) -> Evaluation:
     """Judge the annotated set in a folder.
 
     Args:
         by: column to group by; the task's by default.
         task: take the rows of this task only.
-        view: applied to each row first, such as :func:`first_passage`.
+        view: applied to each row first, such as :func:`first_passage`; rows that it has none for are left out.
 
     Raises:
         ValueError: no annotated set there, a column is missing or of the wrong type, or no rows of the task.
@@ -167,8 +183,8 @@ def evaluate_set(
     wanted = [columns.id, columns.task, columns.choices, group, *READ_COLUMNS]
     required = [columns.id, "answer", "retrieved", *([by] if by else [])]
     for row in rows_of(folder / "data", wanted, required):
-        if task in (None, row.get(columns.task)):
-            judged = judge(view(row), *_judged_as(row, columns, manifest.get("tasks", {})))
+        if task in (None, row.get(columns.task)) and (seen := view(row)) is not None:
+            judged = judge(seen, *_judged_as(row, columns, manifest.get("tasks", {})))
             groups[_group(row, group)].add(row[columns.id], judged)
     for row in rows_of(folder / "errors", [columns.task, group], required=None):
         if task in (None, row.get(columns.task)):

@@ -49,7 +49,8 @@ def index_size(factory: str, dimension: int) -> IndexSize:
 def _size(index: Any, factory: str) -> IndexSize:
     kind = faiss.downcast_index(index)  # a view: ``index`` stays the owner
     if isinstance(kind, faiss.IndexPreTransform):
-        matrices = [faiss.downcast_VectorTransform(kind.chain.at(n)) for n in range(kind.chain.size())]
+        chain: Any = kind.chain  # a C++ vector, whatever the stubs say
+        matrices = [faiss.downcast_VectorTransform(chain.at(n)) for n in range(chain.size())]
         return _size(kind.index, factory) + IndexSize(0, sum(m.d_in * m.d_out * FLOAT for m in matrices))
     if isinstance(kind, faiss.IndexRefine):
         return _size(kind.base_index, factory) + _size(kind.refine_index, factory)

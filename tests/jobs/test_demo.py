@@ -7,12 +7,10 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from jobs.demo import PASSAGES, QUERIES, VARIANTS, Variant, answers_table, conclusion, first_rows
-from pipeline.config import StorageConfig
-from pipeline.evaluation import Evaluation, Tally, evaluate_set
+from jobs.demo import PASSAGES, QUERIES, DemoSet, answers_table, conclusion, evaluations, first_rows
+from pipeline.evaluation import Evaluation, Tally
 from pipeline.judging import Judged
 from pipeline.schema import data_schema
-from pipeline.storage import locate
 
 QUERY_SCHEMA = pq.read_schema(QUERIES)
 FULL = QUERIES.with_name("queries_full.parquet")
@@ -23,11 +21,6 @@ def evaluation(*right: bool) -> Evaluation:
     for n, is_right in enumerate(right):
         tally.add(str(n), Judged(True, {"match": float(is_right)}))
     return Evaluation("somewhere", {"qa": tally})
-
-
-def variant(folder: Path) -> Variant:
-    counts = {"rows": 4, "annotated": 4, "retrieved": 3, "seconds": 8.0}
-    return Variant(folder, 0, counts, evaluation(True))
 
 
 def test_the_demo_data_holds_together() -> None:
@@ -49,13 +42,14 @@ def test_first_rows_of_a_query_set(tmp_path: Path) -> None:
     assert few.equals(pq.read_table(QUERIES).slice(0, 7))
 
 
-def test_the_conclusion_compares_the_variants(tmp_path: Path) -> None:
+def test_the_conclusion_compares_with_the_baselines(tmp_path: Path) -> None:
     grades = {"adaptive": (True, True, True, False), "first passage": (True, True, False, False), "never": (False,) * 4}
     evaluated = {name: evaluation(*right) for name, right in grades.items()}
-    first, second, *folders = conclusion({name: variant(tmp_path / name) for name in VARIANTS}, evaluated)
+    counts = {"rows": 4, "annotated": 4, "retrieved": 3, "seconds": 8.0}
+    first, second, folder = conclusion(DemoSet(tmp_path, 0, counts), evaluated)
     assert first == "Gold answer in the answer: 75.0 % adaptive; 50.0 % first passage, 0.0 % never."
-    assert second.startswith("3 of 4 rows used a passage. adaptive: 4 rows in 8 s, 0.50 rows/s")
-    assert folders == [f"{name}: {tmp_path / name}" for name in VARIANTS]
+    assert second.startswith("3 of 4 rows used a passage. 4 rows in 8 s, 0.50 rows/s")
+    assert folder == f"annotated set: {tmp_path}"
 
 
 def test_the_table_shows_answers_with_evidence_and_without(tmp_path: Path) -> None:
@@ -92,7 +86,7 @@ def test_the_demo_from_start_to_end(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jobs.demo", "--rows", "6", "--output", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=550, check=True)
     assert "Gold answer in the answer" in result.stdout
-    for name in VARIANTS:
-        figures = evaluate_set(locate(str(tmp_path / name), StorageConfig())).overall
-        assert (figures.rows, figures.errors) == (6, 0)
-        assert name != "never" or figures.retrieval_rate == 0.0
+    evaluated = evaluations(tmp_path / "adaptive")
+    assert [(e.overall.rows, e.overall.errors) for e in evaluated.values()] == [(6, 0)] * 3
+    assert evaluated["never"].overall.retrieval_rate == 0.0
+    assert evaluated["first passage"].overall.retrieval_rate == 1.0

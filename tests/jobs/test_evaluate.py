@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from jobs.evaluate import evaluate
 from pipeline.config import StorageConfig
-from pipeline.evaluation import Evaluation, evaluate_set, first_passage
+from pipeline.evaluation import Evaluation, as_it_is, evaluate_set, first_passage, without_retrieval
 from pipeline.schema import CANDIDATE_FIELDS
 from pipeline.storage import locate
 from tests.jobs.test_rescore import annotated_set
@@ -232,14 +232,26 @@ def test_an_unfinished_set_is_evaluated_with_a_warning(annotated: Path, caplog: 
     assert "_SUCCESS" in caplog.text
 
 
-def test_first_passage_view_answers_from_rank_one() -> None:
-    candidates = [{"rank": 2, "text": "Paris", "parent": None}, {"rank": 1, "text": "Rome", "parent": None}]
-    later = {"rank": 1, "text": "Oslo", "parent": 0}
-    alone = {"rank": None, "text": "Hello", "parent": None}
-    assert first_passage({"answer": "Paris", "candidates": [later, *candidates]})["answer"] == "Rome"
-    assert first_passage({"answer": "Hello", "candidates": [alone]})["answer"] == "Hello"
-    assert first_passage({"answer": "Hello"})["answer"] == "Hello"
-    long = {"answer": "Paris. Rome.", "candidates": candidates, "segments": [{}, {}]}
-    assert first_passage(long) == long
-    closed = {"answer": "A", "candidates": [{"rank": 1, "text": "B: because", "parent": None}], "choices": ["A", "B"]}
-    assert first_passage(closed)["answer"] == "B"
+def test_views_answer_from_another_candidate() -> None:
+    read = {"rank": 2, "text": "Paris", "parent": None, "opening": "[Retrieval]"}
+    first = {**read, "rank": 1, "text": "Rome"}
+    alone = {"rank": None, "text": "Hello", "parent": None, "opening": "[No Retrieval]"}
+    row = {"answer": "Paris", "candidates": [read, first, alone]}
+    assert first_passage(row) == {**row, "answer": "Rome", "retrieved": True}
+    assert without_retrieval(row) == {**row, "answer": "Hello", "retrieved": False}
+    assert as_it_is(row) == row
+
+
+def test_views_leave_rows_that_tell_nothing() -> None:
+    alone = {"rank": None, "text": "Hello", "parent": None, "opening": "[No Retrieval]"}
+    row = {"answer": "Hello", "candidates": [alone]}
+    assert first_passage(row) == row
+    assert first_passage({"answer": "Hello"}) == {"answer": "Hello"}
+    assert first_passage({"answer": "a b", "candidates": [alone, {**alone, "parent": 0}]}) is None
+
+
+def test_views_of_a_closed_set_name_a_choice() -> None:
+    first = {"rank": 1, "text": "B: because", "parent": None, "opening": "[Retrieval]"}
+    seen = first_passage({"answer": "A", "candidates": [first], "choices": ["A", "B"]})
+    assert seen is not None
+    assert seen["answer"] == "B"
