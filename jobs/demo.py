@@ -51,6 +51,7 @@ LONG_FORM = Profile(decoding={"segments": 4, "citations": True, "max_tokens": 40
 # Small enough to see progress, and three in flight keep the engine full.
 UNIT_ROWS = 8
 SHOWN = 10
+SHOWN_METRICS = ("match", "f1", "recall@1", "str_em")
 # Characters per line where the terminal does not say.
 PLAIN_WIDTH = 140
 
@@ -192,7 +193,7 @@ def demo(
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     console.print(answers_table(annotated.folder))
     evaluated = evaluations(annotated.folder)
-    console.print(comparison(evaluated))
+    console.print(comparison(evaluated, SHOWN_METRICS))
     for line in conclusion(annotated, evaluated):
         console.print(line, highlight=False)
     raise typer.Exit(annotated.exit_status)

@@ -11,7 +11,7 @@ Rows without gold are counted, not graded.
 import json
 import logging
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
 from dataclasses import asdict
 from typing import Annotated
 
@@ -30,9 +30,14 @@ MAIN = "annotations"
 TITLES = {"exact_match": "exact", "f1": "F1", "str_em": "str-EM", "rouge_l": "ROUGE-L"}
 
 
-def comparison(named: Mapping[str, Evaluation]) -> Table:
-    """A table with a line for each set and group; metrics with half the width of their 95 % interval."""
-    metrics = list(dict.fromkeys(name for evaluation in named.values() for name in evaluation.overall.metrics))
+def comparison(named: Mapping[str, Evaluation], only: Collection[str] = ()) -> Table:
+    """A table with a line for each set and group; metrics with half the width of their 95 % interval.
+
+    Args:
+        only: metrics to show; all by default.
+    """
+    found = dict.fromkeys(name for evaluation in named.values() for name in evaluation.overall.metrics)
+    metrics = [name for name in found if name in (only or found)]
     table = Table(title="Evaluation (%, ± half of the 95 % interval)")
     several = len(named) > 1
     for heading in (["set"] if several else []) + ["group"]:

@@ -95,7 +95,8 @@ class SelfRagActor:
 
     def __del__(self) -> None:
         """End engine and index; Ray Data deletes the object when the pool shuts down, and calls nothing else."""
-        if (retriever := getattr(self, "retriever", None)) is not None:
-            retriever.close()
+        # The engine first: its processes end with this one, and what they say then is noise.
         if (generator := getattr(self, "generator", None)) is not None:
             generator.shutdown()
+        if (retriever := getattr(self, "retriever", None)) is not None:
+            retriever.close()
