@@ -9,7 +9,8 @@ VECTORS = np.random.default_rng(0).normal(size=(3000, 64)).astype(np.float32)
 
 
 @pytest.mark.parametrize(
-    "factory", ["Flat", "SQ8", "SQfp16", "PQ16", "IVF16,Flat", "IVF16,SQ8", "IVF16,PQ16", "OPQ16,IVF16,PQ16", "HNSW32"]
+    "factory",
+    ["Flat", "SQ8", "SQfp16", "PQ16x4", "IVF16,Flat", "IVF16,SQ8", "IVF16,PQ16x4", "OPQ16,IVF16,PQ16x4", "HNSW32"],
 )
 def test_sizes_are_those_of_real_indexes(factory: str) -> None:
     index = empty_index(factory, 64)
@@ -34,7 +35,7 @@ def test_plan_counts_centroids_once_for_each_shard() -> None:
     assert line.largest_shard == 250_000 * (384 + 8) + 2048 * 384 * 4
 
 
-@pytest.mark.parametrize(("passages", "lists"), [(1, 16), (1_000_000, 2048), (21_000_000, 16384)])
+@pytest.mark.parametrize(("passages", "lists"), [(1, 16), (1_000_000, 4096), (21_000_000, 16384)])
 def test_usual_lists_are_a_power_of_two(passages: int, lists: int) -> None:
     assert usual_lists(passages) == lists
 
