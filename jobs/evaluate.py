@@ -21,8 +21,9 @@ from rich.table import Table
 
 from jobs.sweep import save, sweep_set, tables
 from pipeline.config import load_storage
-from pipeline.evaluation import Evaluation, Figures, Row, columns_of, evaluate_set, read_manifest, rows_of
+from pipeline.evaluation import Evaluation, Figures, Row, columns_of, evaluate_set, rows_of
 from pipeline.exports import EXPORTED, alce, factscore
+from pipeline.output import OutputFolder
 from pipeline.statistics import Estimate
 from pipeline.storage import Location, locate
 
@@ -103,7 +104,7 @@ def report(main: Evaluation, baselines: Mapping[str, Evaluation]) -> str:
 
 
 def _export(folder: Location, task: str | None, export: Callable[[Iterable[Row], str], str], file: Location) -> None:
-    columns = columns_of(read_manifest(folder))
+    columns = columns_of(OutputFolder(folder).manifest() or {})
     rows = rows_of(folder / "data", [columns.query, columns.task, *EXPORTED], required=[columns.query, "passages"])
     chosen = (row for row in rows if task in (None, row.get(columns.task)))
     file.write(export(chosen, columns.query).encode())

@@ -7,7 +7,8 @@ from typing import Any
 
 from rich.table import Table
 
-from pipeline.evaluation import read_manifest, rows_of
+from pipeline.evaluation import rows_of
+from pipeline.output import OutputFolder
 from pipeline.rescore import Rescoring, any_threshold
 from pipeline.storage import Location
 from pipeline.sweep import GRID, Example, Sweep, example_of, sweep
@@ -22,7 +23,7 @@ def sweep_set(folder: Location, task: str | None = None) -> Sweep:
     Raises:
         ValueError: the set has no manifest or no candidates, or too few rows have gold answers.
     """
-    manifest = read_manifest(folder)
+    manifest = OutputFolder(folder).manifest()
     if not manifest:
         raise ValueError(f"{folder.uri}: no manifest of a run, which --sweep needs")
     rescoring = Rescoring.of(manifest, {})

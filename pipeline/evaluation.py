@@ -1,6 +1,5 @@
 """An annotated set → figures: its rows judged one by one, added up overall and by a column."""
 
-import json
 import logging
 from array import array
 from collections import defaultdict
@@ -14,6 +13,7 @@ from pyarrow import dataset
 from pipeline.choose import closed_answer
 from pipeline.config import Columns, Profile
 from pipeline.judging import READ_COLUMNS, Judged, judge
+from pipeline.output import OutputFolder
 from pipeline.profiles import built_in_profiles
 from pipeline.reflection import Retrieve
 from pipeline.schema import GOLD_TYPES, check_types
@@ -176,7 +176,7 @@ def evaluate_set(folder: Location, by: str | None = None, task: str | None = Non
         ValueError: no annotated set there, a column is missing or of the wrong type, or no rows of the task.
         OSError: it cannot be read.
     """
-    manifest = read_manifest(folder)
+    manifest = OutputFolder(folder).manifest() or {}
     columns = columns_of(manifest)
     groups: defaultdict[str, Tally] = defaultdict(Tally)
     group = by or columns.task
@@ -196,24 +196,6 @@ def evaluate_set(folder: Location, by: str | None = None, task: str | None = Non
     if not any(tally.metrics for tally in groups.values()):
         log.warning("%s has no gold (columns %s): nothing can be graded", folder.uri, ", ".join(GOLD_TYPES))
     return Evaluation(folder.uri, groups)
-
-
-def read_manifest(folder: Location) -> dict[str, Any]:
-    """The manifest of an annotated set; empty where there is none.
-
-    Raises:
-        ValueError: it is no JSON object.
-    """
-    file = folder / "_manifest.json"
-    if not file.exists():
-        return {}
-    try:
-        manifest = json.loads(file.read())
-    except ValueError:
-        manifest = None
-    if not isinstance(manifest, dict):
-        raise ValueError(f"{file.uri}: not a manifest")
-    return manifest
 
 
 def columns_of(manifest: Mapping[str, Any]) -> Columns:

@@ -5,10 +5,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.metrics import best, contains, exact, rouge_l, same_choice, string_em, token_f1, without_citations
+from pipeline.schema import GOLD_TYPES
 
-# What a row can bring to be judged by.
-GOLD_COLUMNS = ("answers", "short_answers", "gold_passage_id")
-READ_COLUMNS = ("answer", "retrieved", "segments", "candidates", "evidence", *GOLD_COLUMNS)
+# What a row is judged by, as far as its set has it.
+READ_COLUMNS = ("answer", "retrieved", "segments", "candidates", "evidence", *GOLD_TYPES)
 SHORT_FORM = ["match", "exact_match", "f1"]
 LONG_FORM = ("str_em", "rouge_l")
 METRICS: Mapping[str, Callable[[str, str], float]] = {

@@ -72,7 +72,7 @@ class OutputFolder:
         except ValueError:
             found = None
         if not isinstance(found, dict) or found.get("format_version") != FORMAT_VERSION:
-            raise ValueError(f"{self._manifest.uri}: not a manifest of this version; choose another --output")
+            raise ValueError(f"{self._manifest.uri}: not a manifest of this version; choose another folder")
         return found
 
     def finished(self) -> bool:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner, Result
 from jobs.evaluate import evaluate
 from pipeline.config import StorageConfig
 from pipeline.evaluation import Evaluation, as_it_is, evaluate_set, first_passage, without_retrieval
+from pipeline.output import FORMAT_VERSION
 from pipeline.schema import CANDIDATE_FIELDS
 from pipeline.storage import locate
 from tests.jobs.test_rescore import annotated_set
@@ -147,6 +148,7 @@ def test_tasks_and_column_names_come_from_the_manifest(tmp_path: Path) -> None:
     schema = pa.schema([field.with_name(names.get(field.name, field.name)) for field in fields])
     write_rows(tmp_path / "data" / "part.parquet", [row], schema)
     manifest = {
+        "format_version": FORMAT_VERSION,
         "configuration": {"columns": names},
         "tasks": {"essay": {"metric": "rouge_l", "choices": [], "decoding": {"citations": False}}},
     }
