@@ -29,6 +29,7 @@ from pipeline.plan import Plan, check
 from pipeline.provenance import versions
 from pipeline.query_set import Unit, read_unit
 from pipeline.schema import UNIT_COLUMN
+from pipeline.servers import start_servers
 
 log = logging.getLogger(__name__)
 
@@ -86,7 +87,7 @@ def allot(plan: Plan) -> Resources:
         ValueError: the cluster's nodes do not hold the actors.
     """
     connect(plan.config.execution)
-    return actor_resources(plan.config)
+    return actor_resources(plan.config, plan.index["shards"] if plan.index else 0)
 
 
 def execute(plan: Plan, resources: Resources) -> Summary:
@@ -134,7 +135,7 @@ def annotate_units(plan: Plan, resources: Resources) -> Iterator[UnitSummary]:
         .map_batches(_read, fn_args=[config], batch_size=None, batch_format="pyarrow", compute=beside, num_cpus=0)
         .map_batches(
             SelfRagActor,
-            fn_constructor_args=[config],
+            fn_constructor_args=[config, shard_servers(plan, resources)],
             batch_size=None,
             batch_format="pyarrow",
             compute=pool,
@@ -148,6 +149,15 @@ def annotate_units(plan: Plan, resources: Resources) -> Iterator[UnitSummary]:
     for batch in summaries.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in batch["summary"].to_pylist():
             yield UnitSummary(**json.loads(row))
+
+
+def shard_servers(plan: Plan, resources: Resources) -> list[Any]:
+    """Handles of the shard servers of a partitioned index; none in the local topology."""
+    config = plan.config
+    if not (resources.servers and plan.index and config.index):
+        return []
+    shards: int = plan.index["shards"]
+    return start_servers(config.index, shards, resources.servers, config.retrieval, config.execution, config.storage)
 
 
 def _read(batch: pa.Table, config: RunConfig) -> pa.Table:
@@ -228,6 +238,8 @@ def annotate(
         raise typer.Exit(2) from None
     for line in [*plan.lines(), f"actors   {resources.cpus:g} CPUs and {resources.gpus:g} GPUs each"]:
         typer.echo(line, err=True)
+    if resources.servers:
+        typer.echo(f"shards   {resources.servers} shard server(s) beside the actors", err=True)
     if dry_run:
         typer.echo("nothing was written and no engine started (--dry-run)", err=True)
         return

@@ -1,260 +1,40 @@
-"""Passages in Parquet → embeddings → FAISS shards with their manifest.
+"""Passages in Parquet → embeddings → FAISS shards with their manifest; or what they will take; or a check of them.
 
 ``python -m jobs.build_index --passages URI --output URI [--plan]``
+``python -m jobs.build_index --check URI``
 
-The driver checks the passages, trains the index where its kind needs that, and hands the same empty index to every
-shard, so that scores can be compared across shards. Ray Data runs the shards over a pool of actors, each with its
-own encoder. ``index.json`` comes last: a build that was killed leaves no index.
+The driver checks the passages, has a sample encoded and trains the index on it where its kind needs that, and hands
+the same empty index to every shard, so that scores can be compared across shards. Ray Data runs the shards over a pool
+of actors, each with its own encoder and one shard in memory. ``index.json`` comes last: a build that was killed leaves
+no index, and the same command goes on with the shards that are missing.
 """
 
 import logging
-import math
 import sys
-import threading
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, NoReturn
 
-import faiss
-import numpy as np
-import numpy.typing as npt
-import pyarrow as pa
 import typer
-from pyarrow import fs
 from rich.console import Console
 
-from jobs.cluster import connect
+from jobs.index_build import execute
+from jobs.index_check import CheckRequest, check_command
 from jobs.index_plan import survey, tables
-from pipeline.config import ExecutionConfig, StorageConfig, load_storage
-from pipeline.encoder import Encoder, Vectors
-from pipeline.index import MANIFEST, EncoderEntry, IndexManifest, write_manifest
-from pipeline.passages import (
-    PassageRange,
-    ShardPlan,
-    check_passages,
-    find_passages,
-    plan_shards,
-    read_passages,
-    sample_passages,
-)
-from pipeline.prompts import passage_text
-from pipeline.shards import ShardEntry, build_shard, centroids, empty_index, train, training_rows
-from pipeline.storage import Location, locate
+from pipeline.build import BuildFolder, BuildPlan, BuildRequest
+from pipeline.config import RetrievalConfig, StorageConfig, load_sections
+from pipeline.encoder import Encoder, EncoderStyle
+from pipeline.manifest import EncoderEntry
+from pipeline.passage_checks import check_passages
+from pipeline.passages import find_passages, plan_shards
+from pipeline.settings import validated
+from pipeline.shards import empty_index
+from pipeline.storage import locate
 
 log = logging.getLogger(__name__)
 
-# Seconds between progress lines.
-LINE_INTERVAL = 10.0
-# A shard that kills its process this many times more fails the build.
-SHARD_RETRIES = 2
 
-
-@dataclass(frozen=True)
-class BuildRequest:
-    """What the command was asked for.
-
-    Attributes:
-        passages, output: URIs.
-        encoder: Hugging Face name, local folder, or ``demo``.
-        factory: FAISS factory string.
-        batch_size: passages encoded at once.
-        actors: encoders at work; None takes one for each GPU, or for each machine where there are none.
-        overwrite: replace an index that is there.
-        storage: access to object storage.
-    """
-
-    passages: str
-    output: str
-    encoder: str = "demo"
-    factory: str = "Flat"
-    shards: int = 1
-    batch_size: int = 32
-    actors: int | None = None
-    overwrite: bool = False
-    storage: StorageConfig = field(default_factory=StorageConfig)
-
-
-@dataclass(frozen=True)
-class BuildPlan:
-    """A request whose inputs have been checked."""
-
-    request: BuildRequest
-    files: list[PassageRange]
-    shards: tuple[ShardPlan, ...]
-    output: Location
-    encoder: EncoderEntry
-
-    @property
-    def passages(self) -> int:
-        """How many."""
-        return sum(shard.rows for shard in self.shards)
-
-
-def check_output(output: Location, overwrite: bool) -> None:
-    """Refuse to touch an index unless that is asked for.
-
-    Raises:
-        ValueError: the output is a file, or holds an index and ``overwrite`` is not set.
-    """
-    if output.kind() == fs.FileType.File:
-        raise ValueError(f"output {output.uri}: is a file; name a folder")
-    if (output / MANIFEST).exists() and not overwrite:
-        raise ValueError(f"output {output.uri}: already holds an index; say --overwrite to replace it")
-
-
-def prepare_index(plan: BuildPlan, encoder: Encoder) -> Any:
-    """The empty index that every shard starts from, trained where its kind needs that.
-
-    Raises:
-        ValueError: the factory string is wrong, or there are too few passages for it.
-    """
-    index = empty_index(plan.request.factory, encoder.dimension)
-    if centroids(index) > plan.passages:
-        raise ValueError(
-            f"factory {plan.request.factory}: {centroids(index)} inverted lists need as many passages, "
-            f"there are {plan.passages}; use Flat or fewer lists"
-        )
-    rows = training_rows(index)
-    if rows:
-        sample = sample_passages(plan.files, rows)
-        log.info("training %s on %d passages", plan.request.factory, sample.num_rows)
-        train(index, encode_passages(encoder, sample, plan.request.batch_size))
-    return index
-
-
-def encode_passages(encoder: Encoder, passages: pa.RecordBatch | pa.Table, batch_size: int) -> Vectors:
-    """Vectors of passages, read as title and text: float32 [rows, dimension]."""
-    pairs = zip(passages["title"].to_pylist(), passages["text"].to_pylist(), strict=True)
-    return encoder.encode([passage_text(title, text) for title, text in pairs], batch_size)
-
-
-class Tally:
-    """A Ray actor that counts passages, so that a long shard shows its progress."""
-
-    def __init__(self) -> None:
-        self.rows = 0
-
-    def add(self, rows: int) -> None:
-        """Count passages."""
-        self.rows += rows
-
-    def total(self) -> int:
-        """Passages so far."""
-        return self.rows
-
-
-class ShardBuilder:
-    """Builds shards; loads the encoder once.
-
-    Args:
-        template: Ray reference to the empty index, serialised by FAISS: uint8 [bytes].
-        tally: Ray handle of a ``Tally``.
-    """
-
-    def __init__(self, plan: BuildPlan, template: Any, tally: Any) -> None:
-        import ray
-
-        self.plan = plan
-        self.template: npt.NDArray[np.uint8] = ray.get(template)
-        self.tally = tally
-        self.encoder = Encoder.load(plan.encoder.name)
-        if self.encoder.digest != plan.encoder.digest:
-            raise ValueError(f"encoder {plan.encoder.name} differs between machines; put the same files on all")
-
-    def __call__(self, batch: pa.Table) -> pa.Table:
-        """Shard numbers in, manifest entries out, row by row."""
-        numbers = batch["item"].to_pylist()
-        entries = [self.build(self.plan.shards[number]).model_dump_json() for number in numbers]
-        return pa.table({"shard": pa.array(numbers, pa.int64()), "entry": pa.array(entries, pa.string())})
-
-    def build(self, shard: ShardPlan) -> ShardEntry:
-        """Encode the passages of a shard and write its files."""
-        # FAISS writes into the index it deserialises, and Ray's arrays are read-only.
-        index = faiss.deserialize_index(self.template.copy())
-        return build_shard(self.plan.output, shard.number, index, self._encoded(shard))
-
-    def _encoded(self, shard: ShardPlan) -> Iterator[tuple[pa.RecordBatch, Vectors]]:
-        for passages in read_passages(shard.ranges):
-            yield passages, encode_passages(self.encoder, passages, self.plan.request.batch_size)
-            self.tally.add.remote(passages.num_rows)
-
-
-def build_shards(plan: BuildPlan, index: Any) -> tuple[ShardEntry, ...]:
-    """Build all shards with Ray Data; their entries in order.
-
-    Raises:
-        ray.exceptions.RayError: a shard failed.
-    """
-    import ray
-
-    actors, cpus, gpus = pool(plan)
-    tally = ray.remote(num_cpus=0)(Tally).remote()
-    arguments = {"plan": plan, "template": ray.put(faiss.serialize_index(index)), "tally": tally}
-    numbers = ray.data.from_items(list(range(len(plan.shards))), override_num_blocks=len(plan.shards))
-    built = numbers.map_batches(
-        ShardBuilder,
-        batch_size=1,
-        batch_format="pyarrow",
-        compute=ray.data.ActorPoolStrategy(size=actors),
-        fn_constructor_kwargs=arguments,
-        num_cpus=cpus,
-        num_gpus=gpus,
-        max_restarts=-1,
-        max_task_retries=SHARD_RETRIES,
-    )
-    with progress_lines(tally, plan.passages):
-        entries = {row["shard"]: ShardEntry.model_validate_json(row["entry"]) for row in built.iter_rows()}
-    return tuple(entries[number] for number in range(len(plan.shards)))
-
-
-def pool(plan: BuildPlan) -> tuple[int, int, int]:
-    """How many actors, and the CPUs and GPUs of each: together all CPUs of a machine."""
-    import ray
-
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    gpus = int(sum(machine.get("GPU", 0) for machine in machines))
-    actors = min(plan.request.actors or gpus or len(machines), len(plan.shards))
-    per_machine = math.ceil(actors / len(machines))
-    cpus = max(1, int(min(machine["CPU"] for machine in machines)) // per_machine)
-    return actors, cpus, int(gpus >= actors)
-
-
-@contextmanager
-def progress_lines(tally: Any, passages: int) -> Iterator[None]:
-    """Log a line every ``LINE_INTERVAL`` seconds while the body runs."""
-    import ray
-
-    begun, over = time.monotonic(), threading.Event()
-
-    def report() -> None:
-        while not over.wait(LINE_INTERVAL):
-            done = ray.get(tally.total.remote())
-            rate = done / (time.monotonic() - begun)
-            left = f", {(passages - done) / rate:.0f} s left" if done else ""
-            log.info("%d/%d passages, %.1f passages/s%s", done, passages, rate, left)
-
-    thread = threading.Thread(target=report, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        over.set()
-        thread.join()
-
-
-def clear(output: Location) -> None:
-    """Delete an earlier index, its manifest first, and what a killed build left."""
-    if (output / MANIFEST).exists():
-        (output / MANIFEST).delete()
-    for file in output.files():
-        if file.path.rpartition("/")[2].startswith("shard-") and file.path.endswith((".faiss", ".passages.arrow")):
-            file.delete()
-
-
-def check(request: BuildRequest) -> tuple[BuildPlan, Encoder]:
+def check(request: BuildRequest) -> BuildPlan:
     """Check everything that can be wrong with the inputs, the cheapest first.
 
     Raises:
@@ -262,13 +42,15 @@ def check(request: BuildRequest) -> tuple[BuildPlan, Encoder]:
         StorageError: storage does not answer.
     """
     output = locate(request.output, request.storage)
-    check_output(output, request.overwrite)
-    files = find_passages(locate(request.passages, request.storage))
+    BuildFolder(output).check(request.overwrite)
+    files = find_passages(locate(request.passages, request.storage), request.embeddings)
     shards = plan_shards(files, request.shards)
+    encoder = Encoder.load(_absolute(request.encoder), style=request.style)
+    entry = EncoderEntry.of(encoder)
+    plan = BuildPlan(request, files, shards, output, entry, encoder.dimension)
+    plan.check_factory(empty_index(request.factory, encoder.dimension))
     check_passages(files)
-    encoder = Encoder.load(_absolute(request.encoder))
-    entry = EncoderEntry(name=encoder.name, revision=encoder.revision, digest=encoder.digest)
-    return BuildPlan(request, files, shards, output, entry), encoder
+    return plan
 
 
 def _absolute(encoder: str) -> str:
@@ -277,46 +59,36 @@ def _absolute(encoder: str) -> str:
     return str(folder.resolve()) if encoder != "demo" and folder.is_dir() else encoder
 
 
-def execute(plan: BuildPlan, index: Any) -> IndexManifest:
-    """Build the shards of a checked plan, then write the manifest.
-
-    Args:
-        index: empty and trained.
-
-    Raises:
-        ray.exceptions.RayError: a shard failed.
-        StorageError: the output cannot be written.
-    """
-    connect(ExecutionConfig())
-    clear(plan.output)
-    entries = build_shards(plan, index)
-    manifest = IndexManifest(
-        encoder=plan.encoder,
-        dimension=index.d,
-        factory=plan.request.factory,
-        passages=plan.passages,
-        shards=entries,
-    )
-    write_manifest(plan.output, manifest)
-    return manifest
-
-
 def show_plan(request: BuildRequest) -> None:
     """Print what the index will take; nothing is written.
 
     Raises:
         ValueError: the passages, the encoder or the factory string are wrong.
     """
-    files = find_passages(locate(request.passages, request.storage))
-    corpus = survey(files, Encoder.load(_absolute(request.encoder)), request.batch_size)
+    files = find_passages(locate(request.passages, request.storage), request.embeddings)
+    encoder = Encoder.load(_absolute(request.encoder), style=request.style)
+    corpus = survey(files, encoder, request.batch_size)
     for table in tables(corpus, request.factory, request.shards):
         Console().print(table)
 
 
 def build_index(
-    passages: Annotated[str, typer.Option(help="Parquet file or folder with the columns id, title and text.")],
-    output: Annotated[str, typer.Option(help="Folder for the index.")],
+    passages: Annotated[
+        str | None, typer.Option(help="Parquet file or folder with the columns id, title and text.")
+    ] = None,
+    output: Annotated[str | None, typer.Option(help="Folder for the index.")] = None,
     encoder: Annotated[str, typer.Option(help="Encoder: hub name, folder, or 'demo'.")] = "demo",
+    query_prefix: Annotated[str, typer.Option(help="Put before every query, such as 'query: ' for E5.")] = "",
+    passage_prefix: Annotated[str, typer.Option(help="Put before every passage, such as 'passage: '.")] = "",
+    normalise: Annotated[
+        bool, typer.Option("--normalise/--no-normalise", help="Vectors of unit length; not for Contriever.")
+    ] = True,
+    dtype: Annotated[
+        str, typer.Option(help="Of the encoder's weights on a GPU: float32, float16, bfloat16.")
+    ] = "float32",
+    embeddings: Annotated[
+        str | None, typer.Option(help="Column with the passages' vectors, made by that encoder before.")
+    ] = None,
     factory: Annotated[str, typer.Option(help="FAISS factory string, such as IVF4096,SQ8 or HNSW32.")] = "Flat",
     shards: Annotated[int, typer.Option(min=1, help="Files to cut the index into.")] = 1,
     batch_size: Annotated[int, typer.Option(min=1, help="Passages encoded at once.")] = 32,
@@ -325,41 +97,87 @@ def build_index(
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an index that is there.")] = False,
     plan_only: Annotated[bool, typer.Option("--plan", help="Build nothing; say what the index will take.")] = False,
-    config: Annotated[str | None, typer.Option(help="YAML file of a run, for its section 'storage'.")] = None,
+    check_uri: Annotated[
+        str | None, typer.Option("--check", help="Build nothing; check this index, and measure its recall and speed.")
+    ] = None,
+    queries: Annotated[str | None, typer.Option(help="Query set for --check; passages by default.")] = None,
+    sample: Annotated[int, typer.Option(min=1, help="Queries for --check.")] = 200,
+    k: Annotated[int, typer.Option("--k", min=1, help="Passages for each query of --check.")] = 10,
+    recall: Annotated[float, typer.Option(min=0.0, max=1.0, help="Recall wanted of --check.")] = 0.95,
+    as_json: Annotated[bool, typer.Option("--json", help="Print what --check found as JSON.")] = False,
+    config: Annotated[
+        str | None, typer.Option(help="YAML file of a run, for its sections 'storage' and 'retrieval'.")
+    ] = None,
     settings: Annotated[
         list[str] | None,
-        typer.Option("--set", help="A storage setting, such as storage.endpoint_url=http://host:9000."),
+        typer.Option("--set", help="A setting, such as storage.endpoint_url=http://host:9000, or retrieval.threads=4."),
     ] = None,
 ) -> None:
     """Build a FAISS index of passages.
 
-    Exit status: 0 built, 1 failed, 2 bad usage.
+    A build that was interrupted goes on where it was when the same command is given again.
+    Exit status: 0 built, 1 failed (or, with --check, damaged), 2 bad usage.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    log.setLevel(logging.INFO)
+    for name in (__name__, "jobs.index_build"):
+        logging.getLogger(name).setLevel(logging.INFO)
     begun = time.monotonic()
     try:
-        storage = load_storage(config, settings or [])
-        request = BuildRequest(passages, output, encoder, factory, shards, batch_size, actors, overwrite, storage)
+        sections = load_sections(config, settings or [], ["storage", "retrieval"])
+        storage = validated(StorageConfig, sections["storage"], "storage")
+        if check_uri is not None:
+            retrieval = validated(RetrievalConfig, sections["retrieval"], "retrieval")
+            check_command(CheckRequest(check_uri, storage, retrieval, queries, sample, k, recall), as_json)
+            return
+        style = validated(
+            EncoderStyle,
+            {"query_prefix": query_prefix, "passage_prefix": passage_prefix, "normalised": normalise, "dtype": dtype},
+            "encoder",
+        )
+        request = BuildRequest(
+            passages=_given(passages, "--passages"),
+            output=_given(output, "--output") if not plan_only else "",
+            encoder=encoder,
+            style=style,
+            embeddings=embeddings,
+            factory=factory,
+            shards=shards,
+            batch_size=batch_size,
+            actors=actors,
+            overwrite=overwrite,
+            storage=storage,
+        )
         if plan_only:
             show_plan(request)
             return
-        plan, model = check(request)
-        index = prepare_index(plan, model)
+        plan = check(request)
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    log.info("encoding %d passages into %d shards of %s", plan.passages, shards, factory)
-    from ray.exceptions import RayError
-
+    log.info("%d passages into %d shards of %s", plan.passages, shards, factory)
     try:
-        execute(plan, index)
-    except (RayError, ValueError, OSError) as error:
-        log.exception("the build failed; there is no index")
-        typer.echo(f"error: {(str(error).strip() or repr(error)).splitlines()[-1]}", err=True)
-        raise typer.Exit(1) from None
+        execute(plan)
+    except Exception as error:  # noqa: BLE001  whatever it is, one line and the status say so
+        _fail(error)
     seconds = time.monotonic() - begun
     typer.echo(f"index: {output}, {plan.passages} passages, {shards} shards, {seconds:.1f} s", err=True)
+
+
+def _given(value: str | None, option: str) -> str:
+    if value is None:
+        raise ValueError(f"{option} is missing")
+    return value
+
+
+def _fail(error: Exception) -> NoReturn:
+    from ray.exceptions import RayError
+
+    if isinstance(error, ValueError) and not isinstance(error, RayError):
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    log.error("the build failed; the same command goes on with it", exc_info=error)
+    typer.echo(f"error: {(str(error).strip() or repr(error)).splitlines()[-1]}", err=True)
+    raise typer.Exit(1) from None
 
 
 if __name__ == "__main__":

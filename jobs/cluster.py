@@ -8,10 +8,11 @@ from pipeline.config import ExecutionConfig, RunConfig
 
 @dataclass(frozen=True)
 class Resources:
-    """What one actor gets."""
+    """What one actor gets, and how many shard servers there are beside the actors."""
 
     cpus: float
     gpus: float
+    servers: int = 0
 
 
 def connect(execution: ExecutionConfig) -> None:
@@ -26,10 +27,13 @@ def connect(execution: ExecutionConfig) -> None:
     context.target_max_block_size = None  # Ray Data would cut a large unit in two, and a unit is one file
 
 
-def actor_resources(config: RunConfig) -> Resources:
+def actor_resources(config: RunConfig, shards: int) -> Resources:
     """CPUs and GPUs of each actor: as configured, otherwise a fair share of the nodes that are up.
 
     Where both are configured nothing is compared with the nodes: an autoscaler may still bring them.
+
+    Args:
+        shards: of the index; 0 where none is searched.
 
     Raises:
         ValueError: the cluster's nodes do not hold all actors.
@@ -37,14 +41,42 @@ def actor_resources(config: RunConfig) -> Resources:
     import ray
 
     execution = config.execution
-    if execution.cpus_per_actor is not None and execution.gpus_per_actor is not None:
-        return Resources(execution.cpus_per_actor, execution.gpus_per_actor)
     nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    return share_of(nodes, config)
+    servers = server_count(nodes, config, shards)
+    if execution.cpus_per_actor is not None and execution.gpus_per_actor is not None:
+        return Resources(execution.cpus_per_actor, execution.gpus_per_actor, servers)
+    return share_of(beside_servers(nodes, execution, servers), config, servers)
 
 
-def share_of(nodes: list[dict[str, float]], config: RunConfig) -> Resources:
-    """CPUs and GPUs of each actor on nodes with these resources.
+def server_count(nodes: list[dict[str, float]], config: RunConfig, shards: int) -> int:
+    """Shard servers of a run: as configured, otherwise one for each node that has CPUs; at most one for each shard."""
+    if config.retrieval.topology == "local":
+        return 0
+    return min(config.execution.shard_servers or sum(1 for node in nodes if node.get("CPU")), shards)
+
+
+def beside_servers(nodes: list[dict[str, float]], execution: ExecutionConfig, servers: int) -> list[dict[str, float]]:
+    """What the nodes have left when the servers are spread over them.
+
+    Raises:
+        ValueError: the nodes do not hold them.
+    """
+    left = [dict(node) for node in nodes]
+    for _ in range(servers):
+        node = max(left, key=lambda node: (node.get("GPU", 0.0) >= execution.gpus_per_server, node.get("CPU", 0.0)))
+        for name, needed in (("CPU", execution.cpus_per_server), ("GPU", execution.gpus_per_server)):
+            node[name] = node.get(name, 0.0) - needed
+            if node[name] < 0:
+                raise ValueError(
+                    f"{servers} shard servers, each with {execution.cpus_per_server:g} CPUs and "
+                    f"{execution.gpus_per_server:g} GPUs, do not fit on the cluster's {len(nodes)} node(s); set "
+                    "execution.shard_servers, cpus_per_server or gpus_per_server lower"
+                )
+    return left
+
+
+def share_of(nodes: list[dict[str, float]], config: RunConfig, servers: int = 0) -> Resources:
+    """CPUs and GPUs of each actor on nodes with these resources left.
 
     Raises:
         ValueError: they do not hold all actors.
@@ -64,7 +96,7 @@ def share_of(nodes: list[dict[str, float]], config: RunConfig) -> Resources:
             f"{len(nodes)} node(s) hold {room}; lower it, or set both execution.cpus_per_actor and "
             "execution.gpus_per_actor if an autoscaler will bring more nodes"
         )
-    return Resources(cpus, gpus)
+    return Resources(cpus, gpus, servers)
 
 
 def _room(node: dict[str, float], cpus: float, gpus: float) -> int:

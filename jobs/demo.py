@@ -24,11 +24,13 @@ from rich.table import Table
 
 from jobs.annotate import run
 from jobs.evaluate import comparison
+from pipeline.build import BuildRequest
 from pipeline.config import (
     DecodingConfig,
     ExecutionConfig,
     ModelConfig,
     Profile,
+    RetrievalConfig,
     RunConfig,
     StorageConfig,
     cache_folder,
@@ -36,6 +38,7 @@ from pipeline.config import (
 from pipeline.embedded import built, demo_encoder, demo_model
 from pipeline.evaluation import Evaluation, View, evaluate_set, first_passage, without_retrieval
 from pipeline.metrics import best, contains
+from pipeline.settings import validated
 from pipeline.storage import locate
 
 DEMO = Path(__file__).parent.parent / "infra" / "demo"
@@ -50,6 +53,8 @@ LONG_FORM = Profile(decoding={"segments": 4, "citations": True, "max_tokens": 40
 
 # Small enough to see progress, and three in flight keep the engine full.
 UNIT_ROWS = 8
+# Of the index, so that both topologies can be shown with it.
+SHARDS = 2
 SHOWN = 10
 SHOWN_METRICS = ("match", "f1", "recall@1", "str_em")
 # Characters per line where the terminal does not say.
@@ -75,15 +80,15 @@ def demo_index() -> Path:
     Raises:
         RuntimeError: the encoder must be downloaded and cannot be.
     """
-    digest = hashlib.sha256(PASSAGES.read_bytes() + demo_encoder().name.encode()).hexdigest()
+    digest = hashlib.sha256(PASSAGES.read_bytes() + f"{demo_encoder().name}, {SHARDS} shards".encode()).hexdigest()
     return built(cache_folder() / f"demo-index-{digest[:12]}", _build_index)
 
 
 def _build_index(target: Path) -> None:
-    from jobs.build_index import BuildRequest, check, execute, prepare_index
+    from jobs.build_index import check
+    from jobs.index_build import execute
 
-    plan, encoder = check(BuildRequest(str(PASSAGES), str(target)))
-    execute(plan, prepare_index(plan, encoder))
+    execute(check(BuildRequest(str(PASSAGES), str(target), shards=SHARDS)))
 
 
 def first_rows(queries: Path, rows: int, file: Path) -> Path:
@@ -93,7 +98,7 @@ def first_rows(queries: Path, rows: int, file: Path) -> Path:
     return file
 
 
-def annotate(queries: Path, index: Path, folder: Path, overwrite: bool) -> DemoSet:
+def annotate(queries: Path, index: Path, folder: Path, overwrite: bool, topology: str) -> DemoSet:
     """Annotate the queries; what an earlier call has finished is kept."""
     config = RunConfig(
         queries=str(queries),
@@ -102,7 +107,9 @@ def annotate(queries: Path, index: Path, folder: Path, overwrite: bool) -> DemoS
         model=ModelConfig(name="demo"),
         decoding=DECODING,
         profiles={"two_questions": LONG_FORM},
-        execution=ExecutionConfig(unit_rows=UNIT_ROWS),
+        retrieval=validated(RetrievalConfig, {"topology": topology}, "retrieval"),
+        # On a machine of few cores the engine needs them all; searching this little index takes next to none.
+        execution=ExecutionConfig(unit_rows=UNIT_ROWS, shard_servers=SHARDS, cpus_per_server=0),
     )
     status = run(config, overwrite).exit_status
     return DemoSet(folder, status, json.loads((folder / "_manifest.json").read_text())["counts"])
@@ -173,6 +180,9 @@ def demo(
     output: Annotated[Path, typer.Option(help="Folder for the annotated set.")] = Path("out/demo"),
     rows: Annotated[int | None, typer.Option(min=1, help="Only the first rows of the queries.")] = None,
     queries: Annotated[Path, typer.Option(help="Query set: a Parquet file with gold answers.")] = QUERIES,
+    topology: Annotated[
+        str, typer.Option(help="local: the actor holds the index; partitioned: shard servers do.")
+    ] = "local",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Annotate anew what is there already.")] = False,
 ) -> None:
     """Annotate the demo queries with the embedded model and show the results beside two baselines.
@@ -186,7 +196,7 @@ def demo(
         demo_model()
         index = demo_index()
         chosen = first_rows(queries, rows, output / "queries.parquet") if rows else queries
-        annotated = annotate(chosen, index, output / MAIN, overwrite)
+        annotated = annotate(chosen, index, output / MAIN, overwrite, topology)
     except (ValueError, RuntimeError, OSError) as error:
         typer.echo(f"error: {' '.join(str(error).split())}", err=True)
         raise typer.Exit(1) from None

@@ -7,7 +7,7 @@ import pyarrow.parquet as pq
 from rich.table import Table
 
 from pipeline.encoder import Encoder
-from pipeline.passages import PassageRange, sample_passages
+from pipeline.passages import PassageRange, spread_samples
 from pipeline.prompts import passage_text
 from pipeline.shards import PASSAGE_SCHEMA
 from pipeline.sizing import USUAL_FACTORIES, size_plan
@@ -34,8 +34,8 @@ class Corpus:
 
 def survey(files: list[PassageRange], encoder: Encoder, batch_size: int) -> Corpus:
     """Read the footers, and encode a sample."""
-    sample = sample_passages(files, SAMPLE)
-    texts = [passage_text(row["title"], row["text"]) for row in sample.to_pylist()]
+    batches = [batch.passages for sample in spread_samples(files, SAMPLE) for batch in sample.read()]
+    texts = [passage_text(row["title"], row["text"]) for batch in batches for row in batch.to_pylist()]
     encoder.encode(texts[:batch_size], batch_size)  # the first batch warms up
     begun = time.monotonic()
     encoder.encode(texts, batch_size)

@@ -13,11 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from jobs.cluster import connect
-from pipeline.config import ExecutionConfig, StorageConfig, assign, flatten
+from pipeline.config import ExecutionConfig, StorageConfig
 from pipeline.output import OutputFolder, parquet_bytes
 from pipeline.plan import check_apart
 from pipeline.rescore import Rescoring
 from pipeline.schema import answer_row
+from pipeline.settings import assign, flatten
 from pipeline.storage import locate
 
 # What choosing again writes anew; usage stays what the run cost.

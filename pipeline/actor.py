@@ -3,13 +3,14 @@
 import asyncio
 import logging
 import os
+from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.config import RunConfig
 from pipeline.critics import critic_of
-from pipeline.engine import EngineDeadError, VllmGenerator
+from pipeline.engine import EngineDeadError, VllmGenerator, gpu_share
 from pipeline.profiles import Tasks
 from pipeline.retrieve import IndexRetriever
 from pipeline.schema import (
@@ -22,6 +23,7 @@ from pipeline.schema import (
     query_of,
 )
 from pipeline.self_rag import SelfRag
+from pipeline.servers import IndexLostError
 from pipeline.storage import locate
 
 log = logging.getLogger(__name__)
@@ -38,11 +40,11 @@ async def annotate_row(system: SelfRag, row: dict[str, Any], config: RunConfig) 
     """Answer one row; whatever goes wrong with it alone becomes its error columns.
 
     Raises:
-        EngineDeadError: the row is not to blame.
+        EngineDeadError, IndexLostError: the row is not to blame.
     """
     try:
         return answer_row(await system.answer(query_of(row, config.columns)))
-    except EngineDeadError:
+    except (EngineDeadError, IndexLostError):
         raise
     except Exception as error:  # noqa: BLE001  a bad row must not sink its neighbours, whatever is wrong with it
         log.warning("row %r failed: %s: %s", row.get(config.columns.id), type(error).__name__, error)
@@ -69,18 +71,19 @@ async def annotate_table(system: SelfRag, table: pa.Table, config: RunConfig) ->
 
 
 class SelfRagActor:
-    """Holds a vLLM replica and an opened index.
+    """Holds a vLLM replica, and an opened index or the handles of its shard servers.
 
     When the engine dies the process ends with it: Ray starts a new actor and runs the unit again, which an
     exception would not bring about.
     """
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, servers: Sequence[Any] = ()) -> None:
         self.config = config
         critic = critic_of(config)
         self.retriever: IndexRetriever | None = None
         if config.index is not None and config.decoding.mode != "never":
-            self.retriever = IndexRetriever.open(locate(config.index, config.storage), config.retrieval)
+            folder, share = locate(config.index, config.storage), gpu_share(config.model)
+            self.retriever = IndexRetriever.open(folder, config.retrieval, share, servers)
         self.generator = VllmGenerator.start(config.model, critic.watched)
         tasks = Tasks(config.decoding, config.profiles, config.task)
         self.system = SelfRag(self.generator, critic, tasks, self.retriever)

@@ -3,25 +3,18 @@
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-import smart_open
-import yaml
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
+
+from pipeline.settings import Frozen, apply_settings, assign, flatten, read_yaml, validated
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-Section = TypeVar("Section", bound=_Frozen)
-
-
-class Columns(_Frozen):
+class Columns(Frozen):
     """Which column of the query set holds what."""
 
     id: str = "id"
@@ -32,7 +25,7 @@ class Columns(_Frozen):
     passages: str = "passages"
 
 
-class ModelConfig(_Frozen):
+class ModelConfig(Frozen):
     """The model, and any argument of vLLM's engine.
 
     Attributes:
@@ -46,10 +39,10 @@ class ModelConfig(_Frozen):
     name: str
     revision: str | None = None
     lora: str | None = None
-    engine: dict[str, Any] = {}
+    engine: dict[str, Any] = Field(default_factory=dict)
 
 
-class Weights(_Frozen):
+class Weights(Frozen):
     """Weights of a segment's score (paper, equation 4); the defaults are the paper's."""
 
     sequence: Weight = 1.0
@@ -58,7 +51,7 @@ class Weights(_Frozen):
     utility: Weight = 0.5
 
 
-class DecodingConfig(_Frozen):
+class DecodingConfig(Frozen):
     """How an answer is found.
 
     Attributes:
@@ -101,7 +94,7 @@ class DecodingConfig(_Frozen):
         return self
 
 
-class Profile(_Frozen):
+class Profile(Frozen):
     """How the rows of a task are asked, decoded and judged.
 
     Attributes:
@@ -113,7 +106,7 @@ class Profile(_Frozen):
 
     instruction: str = "{query}"
     choices: tuple[str, ...] = ()
-    decoding: dict[str, Any] = {}
+    decoding: dict[str, Any] = Field(default_factory=dict)
     metric: Literal["match", "exact_match", "accuracy", "str_em", "rouge_l"] = "match"
 
     @field_validator("decoding")
@@ -132,37 +125,53 @@ class Profile(_Frozen):
         return instruction
 
 
-class RetrievalConfig(_Frozen):
+class RetrievalConfig(Frozen):
     """How the index is searched.
 
     Attributes:
         encoder: refuse an index that was not built with this one; by default the index says which it needs.
         search: FAISS search parameters such as ``nprobe=16`` or ``efSearch=64``, comma-separated.
+        topology: ``local`` gives every actor all shards; ``partitioned`` spreads them over shard servers, for an
+            index that is larger than one machine or card.
         device: where FAISS and the encoder run; ``auto`` takes a GPU where there is one.
+        float16: keep the vectors of ``Flat`` shards in half precision on the GPU, which halves what they need.
         batch_size: most queries encoded and searched together.
         wait_ms: how long the first of them waits for others.
-        threads: of FAISS, per actor.
+        threads: of FAISS, per actor or shard server.
         verify: check the digest of every index file before it is opened.
         cache: folder for index files that come from object storage.
+        cache_gb: most gigabytes (10^9 bytes) of that folder; files of other indexes go first, the longest unused
+            ones before others. No limit by default.
     """
 
     encoder: str | None = None
     search: str = ""
+    topology: Literal["local", "partitioned"] = "local"
     device: Literal["auto", "cpu", "gpu"] = "auto"
+    float16: bool = False
     batch_size: Positive = 64
     wait_ms: Annotated[float, Field(ge=0.0)] = 2.0
     threads: Positive = 1
     verify: bool = True
     cache: str = "~/.cache/selfrag/index"
+    cache_gb: Annotated[float, Field(gt=0)] | None = None
+
+    @field_validator("search")
+    @classmethod
+    def _parameters(cls, search: str) -> str:
+        parse_search(search)
+        return search
 
 
-class ExecutionConfig(_Frozen):
+class ExecutionConfig(Frozen):
     """Where and how the job runs; changes nothing in the results.
 
     Attributes:
         actors: actors at work, each with a replica of the model.
         cpus_per_actor: by default all of the machine's for one actor, an even share for several.
         gpus_per_actor: by default the tensor-parallel size where the cluster has GPUs, otherwise 0.
+        shard_servers: of the partitioned topology; by default one for each node, at most one for each shard.
+        cpus_per_server, gpus_per_server: resources of each of them.
         unit_rows: rows of a work unit, which is one output file.
         units_in_flight: units that an actor decodes at once, so that its engine stays full between them.
         max_error_rate: share of rows in ``errors/`` above which a finished run counts as failed.
@@ -172,13 +181,16 @@ class ExecutionConfig(_Frozen):
     actors: Positive = 1
     cpus_per_actor: Annotated[float, Field(gt=0)] | None = None
     gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
+    shard_servers: Positive | None = None
+    cpus_per_server: Annotated[float, Field(ge=0)] = 1.0
+    gpus_per_server: Annotated[float, Field(ge=0)] = 0.0
     unit_rows: Positive = 256
     units_in_flight: Positive = 3
     max_error_rate: Share = 0.01
     ray_address: str | None = None
 
 
-class StorageConfig(_Frozen):
+class StorageConfig(Frozen):
     """Access to object storage. What is not set comes from the standard AWS variables, files and roles."""
 
     endpoint_url: str | None = None
@@ -188,7 +200,7 @@ class StorageConfig(_Frozen):
     session_token: SecretStr | None = None
 
 
-class RunConfig(_Frozen):
+class RunConfig(Frozen):
     """One annotation run.
 
     Attributes:
@@ -206,7 +218,7 @@ class RunConfig(_Frozen):
     columns: Columns = Columns()
     decoding: DecodingConfig = DecodingConfig()
     task: str | None = None
-    profiles: dict[str, Profile] = {}
+    profiles: dict[str, Profile] = Field(default_factory=dict)
     retrieval: RetrievalConfig = RetrievalConfig()
     execution: ExecutionConfig = ExecutionConfig()
     storage: StorageConfig = StorageConfig()
@@ -226,50 +238,10 @@ class RunConfig(_Frozen):
         work into output files. Queries, index and model are compared by their digests, wherever they lie.
         """
         flat = flatten(self.recorded())
-        elsewhere = ("queries", "index", "output", "execution.", "storage.")
-        unimportant = (*elsewhere, "retrieval.cache", "retrieval.threads", "retrieval.device")
-        kept = {key: value for key, value in flat.items() if not key.startswith(unimportant)}
-        return {**kept, "execution.unit_rows": self.execution.unit_rows}
-
-
-def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one with dotted keys; empty ones stay values."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            flat.update(flatten(value, f"{prefix}{key}."))
-        else:
-            flat[prefix + key] = value
-    return flat
-
-
-def assign(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key in nested dictionaries."""
-    *parents, last = key.split(".")
-    for parent in parents:
-        child = tree.setdefault(parent, {})
-        if not isinstance(child, dict):
-            raise ValueError(f"{key}: {parent} is a value ({child!r}), not a section")
-        tree = child
-    tree[last] = value
-
-
-def read_yaml(uri: str) -> dict[str, Any]:
-    """Read a YAML mapping from a path or any URI that smart_open knows.
-
-    Raises:
-        ValueError: it cannot be read, is not YAML, or is not a mapping; names the file.
-    """
-    try:
-        with smart_open.open(uri, encoding="utf-8") as file:
-            tree = yaml.safe_load(file)
-    except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"configuration {uri}: {' '.join(str(error).split())}") from None
-    if tree is None:
-        return {}
-    if not isinstance(tree, dict):
-        raise ValueError(f"configuration {uri}: expected keys and values, found {type(tree).__name__}")
-    return tree
+        elsewhere = ("queries", "index", "output", "retrieval.", "execution.", "storage.")
+        kept = {key: value for key, value in flat.items() if not key.startswith(elsewhere)}
+        decisive = ("retrieval.encoder", "retrieval.search", "retrieval.float16", "execution.unit_rows")
+        return {**kept, **{key: flat[key] for key in decisive}}
 
 
 def load_config(file: str | None, settings: list[str], flags: dict[str, Any]) -> RunConfig:
@@ -290,22 +262,6 @@ def load_config(file: str | None, settings: list[str], flags: dict[str, Any]) ->
         if value is not None:
             assign(tree, key, value)
     return validated(RunConfig, tree)
-
-
-def apply_settings(tree: dict[str, Any], settings: Sequence[str]) -> None:
-    """Set ``KEY=VALUE`` settings, with dotted keys and values in YAML, in nested dictionaries.
-
-    Raises:
-        ValueError: a setting has no value, or one that is not YAML.
-    """
-    for setting in settings:
-        key, equals, value = setting.partition("=")
-        if not equals:
-            raise ValueError(f"--set {setting}: expected KEY=VALUE, such as decoding.threshold=0.3")
-        try:
-            assign(tree, key.strip(), yaml.safe_load(value))
-        except yaml.YAMLError:
-            raise ValueError(f"--set {setting}: the value is not YAML") from None
 
 
 def load_sections(file: str | None, settings: Sequence[str], allowed: Sequence[str]) -> dict[str, Any]:
@@ -336,30 +292,22 @@ def load_storage(file: str | None, settings: Sequence[str]) -> StorageConfig:
     return validated(StorageConfig, load_sections(file, settings, ["storage"])["storage"], "storage")
 
 
-def validated(section: type[Section], tree: dict[str, Any], name: str = "") -> Section:
-    """A section of the configuration from plain values.
-
-    Args:
-        name: of the section, for the message.
+def parse_search(search: str) -> dict[str, float]:
+    """FAISS search parameters from a string such as ``nprobe=16,efSearch=64``.
 
     Raises:
-        ValueError: unknown key, wrong type or value; one line that names the key and says what is wrong.
+        ValueError: it does not have this form.
     """
-    try:
-        return section.model_validate(tree)
-    except ValidationError as error:
-        raise ValueError("; ".join(_problem(dict(e), name) for e in error.errors())) from None
-
-
-def _problem(error: dict[str, Any], section: str) -> str:
-    key = ".".join([section] * bool(section) + [str(part) for part in error["loc"]])
-    if error["type"] == "extra_forbidden":
-        return f"unknown configuration key {key}"
-    if error["type"] == "missing":
-        flag = {"model": "--model", "model.name": "--model"}.get(key, f"--{key}")
-        return f"missing configuration key {key} (flag {flag})"
-    found = "" if key.startswith("storage") else f", found {error['input']!r}"  # it may be a secret
-    return f"configuration key {key}: {error['msg'].lower()}{found}"
+    parameters: dict[str, float] = {}
+    for item in filter(None, (part.strip() for part in search.split(","))):
+        name, _, value = item.partition("=")
+        try:
+            parameters[name.strip()] = float(value)
+        except ValueError:
+            raise ValueError("expected NAME=NUMBER,… such as nprobe=16") from None
+        if not 0 < parameters[name.strip()] < float("inf"):
+            raise ValueError(f"{name.strip()} must be above 0")
+    return parameters
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

@@ -4,12 +4,14 @@ import hashlib
 import json
 import threading
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import huggingface_hub
 import numpy as np
 import numpy.typing as npt
 from huggingface_hub.utils.tqdm import disable_progress_bars
+
+from pipeline.settings import Frozen
 
 Vectors = npt.NDArray[np.float32]
 
@@ -27,8 +29,24 @@ _WEIGHTS = ("*.safetensors", "*.bin")
 _OTHER_RUNTIMES = ["*.onnx", "*.h5", "*.ot", "*.msgpack", "onnx/*", "openvino/*"]
 
 
+class EncoderStyle(Frozen):
+    """How a model wants to be used; its card says so.
+
+    Attributes:
+        query_prefix, passage_prefix: put before every text, such as E5's ``query: `` and ``passage: ``; without them
+            the prompts of the model's own configuration count.
+        normalised: vectors get unit length, so that inner products are cosines; Contriever's stay as they are.
+        dtype: of the weights on a GPU; CPUs compute in float32.
+    """
+
+    query_prefix: str = ""
+    passage_prefix: str = ""
+    normalised: bool = True
+    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
+
+
 class Encoder:
-    """A sentence-transformers model whose vectors have unit length, so that their inner product is the cosine.
+    """A sentence-transformers model; plain transformers get mean pooling.
 
     Attributes:
         name: as asked for: a Hugging Face name, a local folder or ``demo``.
@@ -37,29 +55,34 @@ class Encoder:
         dimension: of its vectors.
     """
 
-    def __init__(self, model: Any, name: str, revision: str | None, digest: str) -> None:
+    def __init__(self, model: Any, name: str, revision: str | None, digest: str, style: EncoderStyle) -> None:
         self.name = name
         self.revision = revision
         self.digest = digest
         self.dimension = int(model.get_embedding_dimension())
+        self.style = style
         self._model = model
         # Rust tokenizers refuse two threads at once ("Already borrowed").
         self._lock = threading.Lock()
 
     @classmethod
-    def load(cls, name: str, device: str = "auto", revision: str | None = None) -> "Encoder":
+    def load(
+        cls, name: str, device: str = "auto", revision: str | None = None, style: EncoderStyle | None = None
+    ) -> "Encoder":
         """Load a model.
 
         Args:
             name: Hugging Face name, local folder, or ``demo``.
             revision: commit of the Hugging Face repository; the newest by default.
             device: ``auto`` takes a GPU where there is one; ``cpu`` or ``gpu``.
+            style: how it is used; as a model with unit length and no prefixes by default.
 
         Raises:
             ValueError: no such model, or no GPU where one is asked for.
         """
         torch_device = _torch_device(device)
         folder = _folder(name) or _fetch(name, revision)
+        import torch
         from sentence_transformers import SentenceTransformer
         from transformers.utils import logging
 
@@ -68,22 +91,26 @@ class Encoder:
             model = SentenceTransformer(str(folder), device=torch_device, local_files_only=True)
         except (OSError, ValueError) as error:
             raise ValueError(f"encoder {name}: not a sentence-transformers model ({_line(error)})") from None
+        style = style or EncoderStyle()
+        if torch_device != "cpu":
+            model = model.to(getattr(torch, style.dtype))
         commit = folder.name if folder.parent.name == "snapshots" else None
-        return cls(model, name, commit, _digest(folder))
+        return cls(model, name, commit, _digest(folder), style)
 
     def encode(self, texts: list[str], batch_size: int = 32) -> Vectors:
-        """Vectors of passages: float32 [len(texts), dimension], of unit length. Safe to call from threads."""
-        return self._encode(self._model.encode_document, texts, batch_size)
+        """Vectors of passages: float32 [len(texts), dimension]. Safe to call from threads."""
+        return self._encode(self._model.encode_document, texts, batch_size, self.style.passage_prefix)
 
     def encode_queries(self, texts: list[str], batch_size: int = 32) -> Vectors:
-        """Vectors of queries, as ``encode``; they differ where the model has a prompt for queries."""
-        return self._encode(self._model.encode_query, texts, batch_size)
+        """Vectors of queries, as ``encode``; they differ where queries have a prefix or prompt of their own."""
+        return self._encode(self._model.encode_query, texts, batch_size, self.style.query_prefix)
 
-    def _encode(self, encode: Any, texts: list[str], batch_size: int) -> Vectors:
+    def _encode(self, encode: Any, texts: list[str], batch_size: int, prefix: str) -> Vectors:
         if not texts:
             return np.zeros((0, self.dimension), np.float32)
+        options = {"normalize_embeddings": self.style.normalised, "prompt": prefix or None}
         with self._lock:
-            vectors = encode(texts, batch_size=batch_size, normalize_embeddings=True, show_progress_bar=False)
+            vectors = encode(texts, batch_size=batch_size, show_progress_bar=False, **options)
         return np.ascontiguousarray(vectors, dtype=np.float32)
 
 

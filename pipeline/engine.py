@@ -129,6 +129,13 @@ def engine_arguments(model: ModelConfig) -> dict[str, Any]:
     return defaults | model.engine
 
 
+def gpu_share(model: ModelConfig) -> float:
+    """Share of a GPU's memory that the engine will take: ``gpu_memory_utilization``, vLLM's own default otherwise."""
+    from vllm import AsyncEngineArgs
+
+    return float(model.engine.get("gpu_memory_utilization", AsyncEngineArgs.gpu_memory_utilization))
+
+
 def lora_rank(adapter: str) -> int:
     """The least rank that vLLM can be started with for a LoRA adapter.
 

@@ -1,179 +1,24 @@
-"""The index: its manifest, and search over all of its shards."""
+"""Search over the shards of an index as if they were one."""
 
-import hashlib
+from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import faiss
 import numpy as np
 import numpy.typing as npt
-from pyarrow import fs
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
-from pipeline.config import Positive, RetrievalConfig
-from pipeline.encoder import Encoder, Vectors, encoder_digest
-from pipeline.shards import (
-    PassageFile,
-    ShardEntry,
-    check_size,
-    faiss_reason,
-    obtain,
-    read_faiss,
-)
-from pipeline.storage import Location, StorageError
-from pipeline.types import RetrievedPassage
-
-MANIFEST = "index.json"
+from pipeline.cache import make_room, obtain
+from pipeline.config import RetrievalConfig
+from pipeline.devices import Device, set_search
+from pipeline.encoder import Vectors
+from pipeline.manifest import IndexManifest, ShardEntry, read_manifest
+from pipeline.shards import PassageFile, read_faiss
+from pipeline.storage import Location
+from pipeline.types import Passage, RetrievedPassage
 
 # Equal scores beyond this many places keep the order FAISS gives them. Its GPU search stops at 2,048.
 _MOST_PLACES = 1024
-
-
-class _Frozen(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class EncoderEntry(_Frozen):
-    """The encoder that an index was built with; attributes as those of ``Encoder``."""
-
-    name: str
-    revision: str | None
-    digest: str
-
-
-class IndexManifest(_Frozen):
-    """``index.json``: everything about an index but its vectors and passages.
-
-    Attributes:
-        metric, normalised: vectors have unit length, so inner products are cosines.
-        factory: FAISS factory string of every shard.
-        passages: in all shards.
-        shards: in the order of the passages.
-    """
-
-    format_version: Literal[1] = 1
-    encoder: EncoderEntry
-    dimension: Positive
-    metric: Literal["inner_product"] = "inner_product"
-    normalised: Literal[True] = True
-    factory: str
-    passages: Positive
-    shards: Annotated[tuple[ShardEntry, ...], Field(min_length=1)]
-
-    def digest(self) -> str:
-        """SHA-256, in hex, of everything above: with the shards' own digests, the identity of the whole index."""
-        return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
-
-    @model_validator(mode="after")
-    def _counts_agree(self) -> "IndexManifest":
-        if sum(shard.rows for shard in self.shards) != self.passages:
-            raise ValueError(f"the shards do not hold {self.passages} passages together")
-        return self
-
-
-def write_manifest(folder: Location, manifest: IndexManifest) -> None:
-    """Write ``index.json``, which makes the folder an index: the last step of a build."""
-    (folder / MANIFEST).write(manifest.model_dump_json(indent=2).encode() + b"\n")
-
-
-def read_manifest(folder: Location) -> IndexManifest:
-    """Read ``index.json``.
-
-    Raises:
-        ValueError: there is none, or it is damaged or of another version; names file and key.
-        StorageError: it cannot be read.
-    """
-    file = folder / MANIFEST
-    if file.kind() != fs.FileType.File:
-        raise ValueError(f"{folder.uri}: no index here ({MANIFEST} is missing); build one with jobs.build_index")
-    try:
-        return IndexManifest.model_validate_json(file.read())
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(str(part) for part in problem["loc"])
-        found = f", found {problem['input']!r}" if problem["type"] == "literal_error" else ""
-        where = f"key {key}: " if key else ""
-        raise ValueError(
-            f"{file.uri}: {where}{problem['msg'].lower()}{found}; build the index anew with this version"
-        ) from None
-
-
-def check_encoder(encoder: Encoder, manifest: IndexManifest) -> None:
-    """Refuse an encoder other than the one an index was built with; its name may differ, its content may not.
-
-    Raises:
-        ValueError: digest or dimension differ.
-    """
-    if encoder.dimension != manifest.dimension:
-        raise ValueError(
-            f"encoder {encoder.name} gives {encoder.dimension} dimensions, the index has {manifest.dimension}: "
-            f"{_encoder_advice(manifest)}"
-        )
-    _check_digest(encoder.name, encoder.digest, manifest)
-
-
-def _check_digest(name: str, digest: str | None, manifest: IndexManifest) -> None:
-    built = manifest.encoder
-    if digest != built.digest:
-        raise ValueError(
-            f"encoder {name} (digest {(digest or 'unknown')[:12]}) is not the one that the index was built with "
-            f"({built.name}, digest {built.digest[:12]}): {_encoder_advice(manifest)}"
-        )
-
-
-def _encoder_advice(manifest: IndexManifest) -> str:
-    return f"set retrieval.encoder to {manifest.encoder.name} as it was then, or build the index anew"
-
-
-def check_index(folder: Location, retrieval: RetrievalConfig) -> IndexManifest:
-    """Check what can be checked without opening an index: manifest, encoder, file sizes, search parameters.
-
-    Raises:
-        ValueError: no usable index, or one that the configuration does not match; one line with advice.
-        StorageError: storage does not answer.
-    """
-    manifest = read_manifest(folder)
-    parse_search(retrieval.search)
-    wanted, revision = wanted_encoder(manifest, retrieval)
-    digest = encoder_digest(wanted, revision)
-    if digest is not None or wanted != manifest.encoder.name:
-        _check_digest(wanted, digest, manifest)  # a model not downloaded yet is compared when it is
-    files = [file for shard in manifest.shards for file in shard.files()]
-    try:
-        found = folder.filesystem.get_file_info([(folder / name).path for name, _, _ in files])
-    except OSError as error:
-        raise StorageError(f"{folder.uri}: {' '.join(str(error).split())}") from error
-    for (name, size, _), info in zip(files, found, strict=True):
-        if info.type != fs.FileType.File:
-            raise ValueError(f"{(folder / name).uri}: missing; copy the whole index again, or build it anew")
-        check_size((folder / name).uri, info.size, size)
-    return manifest
-
-
-def wanted_encoder(manifest: IndexManifest, retrieval: RetrievalConfig) -> tuple[str, str | None]:
-    """Name and revision of the encoder to search with: the configured one, or the one that the index was built with."""
-    if retrieval.encoder in (None, manifest.encoder.name):
-        return manifest.encoder.name, manifest.encoder.revision
-    return str(retrieval.encoder), None
-
-
-def parse_search(search: str) -> dict[str, float]:
-    """FAISS search parameters from a string such as ``nprobe=16,efSearch=64``.
-
-    Raises:
-        ValueError: it does not have this form.
-    """
-    parameters: dict[str, float] = {}
-    for item in filter(None, (part.strip() for part in search.split(","))):
-        name, _, value = item.partition("=")
-        try:
-            parameters[name.strip()] = float(value)
-        except ValueError:
-            raise ValueError(f"retrieval.search {search}: expected NAME=NUMBER,… such as nprobe=16") from None
-        if not 0 < parameters[name.strip()] < float("inf"):
-            raise ValueError(f"retrieval.search {search}: {name.strip()} must be above 0")
-    return parameters
 
 
 @dataclass(frozen=True)
@@ -184,24 +29,38 @@ class Hit:
     shard: int
     row: int
 
+    @property
+    def order(self) -> tuple[float, int, int]:
+        """Sort key: best first; equal scores in the order of the passages, as one index over all would have it."""
+        return -self.score, self.shard, self.row
+
+
+Found = tuple[Hit, Passage]
+
 
 class Shard:
-    """An opened shard."""
+    """An opened shard.
 
-    def __init__(self, index: Any, passages: PassageFile) -> None:
+    Args:
+        space: FAISS's parameter space for the device that the index is on; the CPU's by default.
+    """
+
+    def __init__(self, index: Any, passages: PassageFile, space: Any | None = None) -> None:
         self.index = index
         self.passages = passages
+        self._space = space or faiss.ParameterSpace()
 
     @classmethod
-    def open(cls, folder: Location, entry: ShardEntry, dimension: int, retrieval: RetrievalConfig) -> "Shard":
+    def open(
+        cls, folder: Location, entry: ShardEntry, dimension: int, retrieval: RetrievalConfig, device: Device
+    ) -> "Shard":
         """Fetch the files where they are remote, check them, map them.
 
         Raises:
             ValueError: a file is missing or is not what the manifest says, or a search parameter does not apply.
         """
-        cache = Path(retrieval.cache).expanduser()
         index_file, passages_file = (
-            obtain(folder / name, size, sha256, cache, verify=retrieval.verify) for name, size, sha256 in entry.files()
+            obtain(folder / name, size, sha256, retrieval) for name, size, sha256 in entry.files()
         )
         index, passages = read_faiss(index_file), PassageFile(passages_file)
         if (index.d, index.ntotal, len(passages)) != (dimension, entry.rows, entry.rows):
@@ -209,9 +68,18 @@ class Shard:
                 f"{(folder / entry.file).uri}: {index.ntotal} vectors of {index.d} dimensions and {len(passages)} "
                 f"passages where index.json says {entry.rows} and {dimension}; build the index anew"
             )
-        index, space = _on_device(index, retrieval.device)
-        _set_search(index, space, retrieval.search)
-        return cls(index, passages)
+        index, space = device.place(index)
+        shard = cls(index, passages, space)
+        shard.tune(retrieval.search)
+        return shard
+
+    def tune(self, search: str) -> None:
+        """Set search parameters, as ``retrieval.search``.
+
+        Raises:
+            ValueError: this kind of index has no such parameter.
+        """
+        set_search(self.index, self._space, search)
 
     def top(self, queries: Vectors, k: int) -> tuple[Vectors, npt.NDArray[np.int64]]:
         """The best rows: scores float32 and rows int64, both [queries, k or fewer]; row -1 where FAISS found none.
@@ -232,40 +100,64 @@ class Shard:
 
 
 class PassageIndex:
-    """All shards of an index, searched as if they were one."""
+    """Shards of an index, all of them or some, searched as if they were one.
 
-    def __init__(self, manifest: IndexManifest, shards: list[Shard], threads: int = 1) -> None:
+    Args:
+        shards: by their number in the manifest.
+        threads: of FAISS.
+    """
+
+    def __init__(self, manifest: IndexManifest, shards: dict[int, Shard], threads: int = 1) -> None:
         self.manifest = manifest
-        self._shards = shards
-        self._threads = threads
+        self.shards = shards
+        self._numbers = np.array(sorted(shards))
+        self.threads = threads
 
     @classmethod
-    def open(cls, folder: Location, retrieval: RetrievalConfig) -> "PassageIndex":
+    def open(
+        cls,
+        folder: Location,
+        retrieval: RetrievalConfig,
+        numbers: Sequence[int] | None = None,
+        engine_share: float = 0.0,
+    ) -> "PassageIndex":
         """Open an index: in place from a local disk, by way of ``retrieval.cache`` from elsewhere.
+
+        Args:
+            numbers: of the shards to open; all by default.
+            engine_share: of the GPU's memory, that vLLM takes on the same card.
 
         Raises:
             ValueError: no usable index; one line that names the file.
             StorageError: storage does not answer.
         """
         manifest = read_manifest(folder)
-        shards = [Shard.open(folder, entry, manifest.dimension, retrieval) for entry in manifest.shards]
+        chosen = sorted(range(len(manifest.shards)) if numbers is None else numbers)
+        entries = {number: manifest.shards[number] for number in chosen}
+        if not folder.local:
+            make_room(retrieval, [file for entry in entries.values() for file in entry.files()])
+        device = Device.choose(retrieval, manifest, chosen, engine_share)
+        shards = {
+            number: Shard.open(folder, entry, manifest.dimension, retrieval, device)
+            for number, entry in entries.items()
+        }
         return cls(manifest, shards, retrieval.threads)
 
     def search(self, queries: Vectors, k: int) -> list[list[Hit]]:
-        """The k best of all shards for each query, best first; equal scores by shard, then row.
+        """The k best of these shards for each query, best first; equal scores by shard, then row.
 
         Args:
-            queries: float32 [n, dimension], of unit length.
+            queries: float32 [n, dimension].
 
         Returns:
             n lists of k hits, or fewer where the index has or finds no more.
         """
         # OpenMP keeps this number per thread, so it has to be set in the thread that searches.
-        faiss.omp_set_num_threads(self._threads)
-        found = [shard.top(queries, k) for shard in self._shards]
+        faiss.omp_set_num_threads(self.threads)
+        found = [self.shards[number].top(queries, k) for number in self._numbers]
         scores = np.concatenate([scores for scores, _ in found], axis=1)
         rows = np.concatenate([rows for _, rows in found], axis=1)
-        shards = np.repeat(np.arange(len(found)), [scores.shape[1] for scores, _ in found])
+        shards = np.repeat(self._numbers, [scores.shape[1] for scores, _ in found])
         # Within a shard equal scores are in the order of their rows already.
         best = np.argsort(-scores, axis=1, kind="stable")
         return [
@@ -273,38 +165,18 @@ class PassageIndex:
             for n in range(len(queries))
         ]
 
-    def retrieve(self, queries: Vectors, k: int) -> list[list[RetrievedPassage]]:
+    def find(self, queries: Vectors, k: int) -> list[list[Found]]:
         """As ``search``, with the passages."""
         return [
-            [
-                RetrievedPassage(self._shards[hit.shard].passages.passage(hit.row), hit.score, rank)
-                for rank, hit in enumerate(hits, start=1)
-            ]
+            [(hit, self.shards[hit.shard].passages.passage(hit.row)) for hit in hits]
             for hits in self.search(queries, k)
         ]
 
-
-def _on_device(index: Any, device: str) -> tuple[Any, Any]:
-    """The index on its device, with the FAISS parameter space that belongs to it."""
-    # The CPU build of FAISS has none of the GPU names.
-    gpus = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
-    if device == "gpu" and gpus == 0:
-        raise ValueError("retrieval.device gpu: FAISS sees none; install the gpu extra, or set auto or cpu")
-    if device == "cpu" or gpus == 0:
-        return index, faiss.ParameterSpace()
-    try:
-        return faiss.index_cpu_to_gpu(faiss.StandardGpuResources(), 0, index), faiss.GpuParameterSpace()
-    except RuntimeError as error:
-        if device == "gpu":
-            raise ValueError(f"retrieval.device gpu: {faiss_reason(error)}; set auto or cpu") from None
-        # Graph indexes, for one, have no GPU form.
-        return index, faiss.ParameterSpace()
+    def retrieve(self, queries: Vectors, k: int) -> list[list[RetrievedPassage]]:
+        """As ``search``, with the passages and their ranks from 1."""
+        return [ranked(found) for found in self.find(queries, k)]
 
 
-def _set_search(index: Any, space: Any, search: str) -> None:
-    for name, value in parse_search(search).items():
-        try:
-            space.set_index_parameter(index, name, value)
-        except RuntimeError:
-            kind = type(faiss.downcast_index(index)).__name__
-            raise ValueError(f"retrieval.search {search}: a {kind} has no parameter {name}; leave it out") from None
+def ranked(found: Sequence[Found]) -> list[RetrievedPassage]:
+    """Hits with their passages, best first, as what a query gets."""
+    return [RetrievedPassage(passage, hit.score, rank) for rank, (hit, passage) in enumerate(found, start=1)]

@@ -1,16 +1,18 @@
 """Passages in Parquet: found, checked, cut into shards, read."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
+from pipeline.embeddings import check_embeddings
 from pipeline.shards import PASSAGE_SCHEMA
 from pipeline.storage import Location
 
@@ -33,6 +35,28 @@ class PassageRange:
 
 
 @dataclass(frozen=True)
+class PassageBatch:
+    """Consecutive passages of a file, or some of them.
+
+    Attributes:
+        rows: their numbers in the file, from 0: int64 [rows].
+        passages: in ``PASSAGE_SCHEMA``.
+        embeddings: their vectors as the file has them, a list array; None where they were not asked for.
+    """
+
+    file: Location
+    rows: npt.NDArray[np.int64]
+    passages: pa.RecordBatch
+    embeddings: pa.Array | None
+
+    def take(self, rows: npt.NDArray[np.int64]) -> "PassageBatch":
+        """Some of them, counted from the first."""
+        places = pa.array(rows)
+        embeddings = None if self.embeddings is None else self.embeddings.take(places)
+        return PassageBatch(self.file, self.rows[rows], self.passages.take(places), embeddings)
+
+
+@dataclass(frozen=True)
 class ShardPlan:
     """The passages of a shard: consecutive ones, possibly from several files."""
 
@@ -45,11 +69,14 @@ class ShardPlan:
         return sum(part.rows for part in self.ranges)
 
 
-def find_passages(source: Location) -> list[PassageRange]:
+def find_passages(source: Location, embeddings: str | None = None) -> list[PassageRange]:
     """Every Parquet file of a source, whole, in the order of names; only footers are read.
 
+    Args:
+        embeddings: column that must hold vectors.
+
     Raises:
-        ValueError: nothing there, not Parquet, no passages, or a column is missing or no string.
+        ValueError: nothing there, not Parquet, no passages, or a column is missing or of another type.
         StorageError: storage does not answer.
     """
     kind = source.kind()
@@ -58,13 +85,13 @@ def find_passages(source: Location) -> list[PassageRange]:
     files = [source] if kind == fs.FileType.File else source.files(".parquet")
     if not files:
         raise ValueError(f"passages {source.uri}: no Parquet files (*.parquet) in this folder")
-    found = [PassageRange(file, 0, _checked_rows(file)) for file in files]
+    found = [PassageRange(file, 0, _checked_rows(file, embeddings)) for file in files]
     if not any(part.rows for part in found):
         raise ValueError(f"passages {source.uri}: no rows")
     return [part for part in found if part.rows]
 
 
-def _checked_rows(file: Location) -> int:
+def _checked_rows(file: Location, embeddings: str | None) -> int:
     with _readable(file), pq.ParquetFile(file.path, filesystem=file.filesystem) as parquet:
         schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
     for name in PASSAGE_SCHEMA.names:
@@ -74,50 +101,9 @@ def _checked_rows(file: Location) -> int:
         values = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_string(values) or pa.types.is_large_string(values) or pa.types.is_string_view(values)):
             raise ValueError(f"{file.uri}: column {name} is {kind}; make it string")
+    if embeddings:
+        check_embeddings(file, schema, embeddings)
     return int(rows)
-
-
-def check_passages(files: list[PassageRange]) -> None:
-    """Read ids and texts once: an id must be there and unique, a text must not be empty.
-
-    The ids are held in memory, some tens of bytes each; the texts are not.
-
-    Raises:
-        ValueError: names file, column and row (from 0).
-    """
-    ids = []
-    for part in files:
-        row = part.start
-        for batch in _batches(part, ("id", "text")):
-            _refuse(pc.is_null(batch["id"]), part.file, row, "column id is null")
-            blank = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(batch["text"])), 0)
-            _refuse(pc.fill_null(blank, True), part.file, row, "column text is empty")
-            ids.append(batch["id"])
-            row += batch.num_rows
-    _refuse_duplicate(files, pa.chunked_array(ids))
-
-
-def _refuse(wrong: pa.Array, file: Location, first_row: int, problem: str) -> None:
-    place = pc.index(wrong, True).as_py()
-    if place >= 0:
-        raise ValueError(f"{file.uri}: row {first_row + place}: {problem}; give every passage an id and a text")
-
-
-def _refuse_duplicate(files: list[PassageRange], ids: pa.ChunkedArray) -> None:
-    if pc.count_distinct(ids).as_py() == len(ids):
-        return
-    counts = pc.value_counts(ids)
-    value = counts.field("values")[pc.index(pc.greater(counts.field("counts"), 1), True).as_py()]
-    first, second = (_place(files, int(row)) for row in np.flatnonzero(pc.equal(ids, value).to_numpy())[:2])
-    raise ValueError(f"{second}: column id: {value.as_py()!r} is also in {first}; ids must be unique")
-
-
-def _place(files: list[PassageRange], row: int) -> str:
-    for part in files:
-        if row < part.rows:
-            return f"{part.file.uri}: row {row}"
-        row -= part.rows
-    raise AssertionError("a row beyond the last file")
 
 
 def plan_shards(files: list[PassageRange], shards: int) -> tuple[ShardPlan, ...]:
@@ -143,43 +129,44 @@ def _cut(files: list[PassageRange], start: int, stop: int) -> tuple[PassageRange
     return tuple(parts)
 
 
-def read_passages(parts: tuple[PassageRange, ...]) -> Iterator[pa.RecordBatch]:
-    """The passages of ranges, in ``PASSAGE_SCHEMA``, at most ``BATCH_ROWS`` at a time; a null title is empty.
+def read_passages(parts: Iterable[PassageRange], embeddings: str | None = None) -> Iterator[PassageBatch]:
+    """The passages of ranges, at most ``BATCH_ROWS`` at a time; a null title is empty.
+
+    Args:
+        embeddings: column with their vectors, where it is wanted.
 
     Raises:
         ValueError: a file cannot be read; names it.
     """
+    columns = [*PASSAGE_SCHEMA.names, *([embeddings] if embeddings else [])]
     for part in parts:
-        for batch in _batches(part, tuple(PASSAGE_SCHEMA.names)):
-            titles = pc.fill_null(batch["title"], "")
-            yield pa.record_batch([batch["id"], titles, batch["text"]], schema=PASSAGE_SCHEMA)
+        for row, batch in read_columns(part, columns):
+            strings = [batch[name].cast(pa.string()) for name in PASSAGE_SCHEMA.names]
+            strings[1] = pc.fill_null(strings[1], "")
+            passages = pa.record_batch(strings, schema=PASSAGE_SCHEMA)
+            yield PassageBatch(
+                part.file, np.arange(row, row + len(batch)), passages, batch[embeddings] if embeddings else None
+            )
 
 
-def sample_passages(files: list[PassageRange], size: int) -> pa.Table:
-    """Evenly spaced passages, ``size`` of them or all."""
-    total = sum(part.rows for part in files)
-    chosen = np.unique(np.linspace(0, total - 1, min(size, total)).astype(np.int64))
-    taken, row = [], 0
-    for batch in read_passages(tuple(files)):
-        here = chosen[(chosen >= row) & (chosen < row + batch.num_rows)]
-        taken.append(batch.take(pa.array(here - row)))
-        row += batch.num_rows
-    return pa.Table.from_batches(taken, PASSAGE_SCHEMA)
+def read_columns(
+    part: PassageRange, columns: list[str], batch_rows: int = BATCH_ROWS
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """The rows of a range with the number of the first, reading only the row groups that it touches.
 
-
-def _batches(part: PassageRange, columns: tuple[str, ...]) -> Iterator[pa.RecordBatch]:
-    """The rows of a range with their columns as strings, reading only the row groups that it touches."""
+    Raises:
+        ValueError: the file cannot be read; names it.
+    """
     with _readable(part.file), pq.ParquetFile(part.file.path, filesystem=part.file.filesystem) as parquet:
         sizes = [parquet.metadata.row_group(n).num_rows for n in range(parquet.metadata.num_row_groups)]
         ends = np.cumsum(sizes)
         groups = [n for n, end in enumerate(ends) if end > part.start and end - sizes[n] < part.stop]
         row = int(ends[groups[0]]) - sizes[groups[0]]
-        for batch in parquet.iter_batches(BATCH_ROWS, row_groups=groups, columns=list(columns)):
+        for batch in parquet.iter_batches(batch_rows, row_groups=groups, columns=columns):
             first, last = max(part.start - row, 0), min(part.stop - row, batch.num_rows)
-            row += batch.num_rows
             if first < last:
-                strings = [batch.column(name)[first:last].cast(pa.string()) for name in columns]
-                yield pa.record_batch(strings, names=list(columns))
+                yield row + first, batch.slice(first, last - first)
+            row += batch.num_rows
 
 
 @contextmanager
@@ -188,3 +175,40 @@ def _readable(file: Location) -> Iterator[None]:
         yield
     except (pa.ArrowException, OSError) as error:
         raise ValueError(f"{file.uri}: cannot be read as Parquet ({' '.join(str(error).split())})") from None
+
+
+@dataclass(frozen=True)
+class Sample:
+    """Some rows of a range, counted from its start: int64 [rows]."""
+
+    part: PassageRange
+    rows: npt.NDArray[np.int64]
+
+    def read(self, embeddings: str | None = None) -> Iterator[PassageBatch]:
+        """Its passages, as :func:`read_passages`."""
+        for batch in read_passages([self.part], embeddings):
+            start = batch.rows[0] - self.part.start
+            taken = self.rows[(self.rows >= start) & (self.rows < start + batch.passages.num_rows)] - start
+            if len(taken):
+                yield batch.take(taken)
+
+
+def spread_samples(files: list[PassageRange], size: int) -> list[Sample]:
+    """Evenly spaced passages, ``size`` of them or all, taken from evenly spaced row groups.
+
+    Of a corpus much larger than the sample only some row groups are read: about eight rows for each one taken.
+    """
+    groups = [group for part in files for group in _row_groups(part)]
+    kept = groups[:: max(1, sum(group.rows for group in groups) // (8 * size))]
+    total = sum(group.rows for group in kept)
+    chosen = np.unique(np.linspace(0, total - 1, min(size, total)).astype(np.int64))
+    ends = np.cumsum([group.rows for group in kept])
+    parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
+    return [Sample(g, rows - (end - g.rows)) for g, rows, end in zip(kept, parts, ends, strict=True) if len(rows)]
+
+
+def _row_groups(part: PassageRange) -> list[PassageRange]:
+    with _readable(part.file), pq.ParquetFile(part.file.path, filesystem=part.file.filesystem) as parquet:
+        sizes = [parquet.metadata.row_group(n).num_rows for n in range(parquet.metadata.num_row_groups)]
+    ends = [0, *np.cumsum(sizes).tolist()]
+    return [PassageRange(part.file, start, stop) for start, stop in pairwise(ends) if start < stop]

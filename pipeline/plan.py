@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.config import RunConfig, with_absolute_paths
 from pipeline.critics import critic_of
 from pipeline.engine import check_engine_arguments, model_path
-from pipeline.index import check_index
+from pipeline.manifest import check_index
 from pipeline.output import OutputFolder
 from pipeline.profiles import Tasks, built_in_digest
 from pipeline.prompted import prompts_digest
@@ -142,7 +142,7 @@ def _check_retrieval(config: RunConfig, queries: QuerySet) -> dict[str, Any] | N
             )
         return None
     manifest = check_index(locate(config.index, config.storage), config.retrieval)
-    return {"passages": manifest.passages, "digest": manifest.digest()}
+    return {"passages": manifest.passages, "shards": len(manifest.shards), "digest": manifest.digest()}
 
 
 def _check_output(plan: Plan) -> None:

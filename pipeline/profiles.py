@@ -9,7 +9,8 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import DecodingConfig, Profile, assign, flatten, validated
+from pipeline.config import DecodingConfig, Profile
+from pipeline.settings import assign, flatten, validated
 from pipeline.types import Query
 
 BUILT_IN = Path(__file__).with_suffix(".yaml")

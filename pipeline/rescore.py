@@ -10,11 +10,12 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.beam import search
-from pipeline.config import Columns, DecodingConfig, Weights, validated
+from pipeline.config import Columns, DecodingConfig, Weights
 from pipeline.critique import segment_score
 from pipeline.profiles import for_choices
 from pipeline.reflection import IsSup, Retrieve
 from pipeline.self_rag import conclude
+from pipeline.settings import validated
 from pipeline.types import (
     Answer,
     Boundary,

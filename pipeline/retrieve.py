@@ -1,13 +1,16 @@
 """Query → passages: from the index, or those that came with the query."""
 
 import asyncio
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from pipeline.config import RetrievalConfig
-from pipeline.encoder import Encoder
-from pipeline.index import PassageIndex, check_encoder, check_index, wanted_encoder
+from pipeline.encoder import Encoder, Vectors
+from pipeline.index import PassageIndex
+from pipeline.manifest import IndexManifest, check_encoder, check_index, wanted_encoder
+from pipeline.servers import PartitionedIndex
 from pipeline.storage import Location
 from pipeline.types import Query, RetrievedPassage
 
@@ -17,6 +20,19 @@ class Retriever(Protocol):
 
     async def retrieve(self, query: str, k: int) -> list[RetrievedPassage]:
         """The k best passages, best first; fewer where there are no more."""
+        ...
+
+
+class SearchableIndex(Protocol):
+    """All shards of an index, wherever they are."""
+
+    @property
+    def manifest(self) -> IndexManifest:
+        """What the index says about itself."""
+        ...
+
+    def retrieve(self, queries: Vectors, k: int) -> list[list[RetrievedPassage]]:
+        """The k best passages for each query, best first; may block."""
         ...
 
 
@@ -39,7 +55,7 @@ class IndexRetriever:
     gather for the next.
     """
 
-    def __init__(self, encoder: Encoder, index: PassageIndex, retrieval: RetrievalConfig) -> None:
+    def __init__(self, encoder: Encoder, index: SearchableIndex, retrieval: RetrievalConfig) -> None:
         check_encoder(encoder, index.manifest)
         self._encoder = encoder
         self._index = index
@@ -51,8 +67,18 @@ class IndexRetriever:
         self._searching = False
 
     @classmethod
-    def open(cls, folder: Location, retrieval: RetrievalConfig) -> "IndexRetriever":
+    def open(
+        cls,
+        folder: Location,
+        retrieval: RetrievalConfig,
+        engine_share: float = 0.0,
+        servers: Sequence[Any] = (),
+    ) -> "IndexRetriever":
         """Open an index with the encoder it names, or with ``retrieval.encoder``.
+
+        Args:
+            engine_share: of the GPU's memory, that vLLM takes on the same card.
+            servers: handles of the shard servers; without any, all shards are opened here.
 
         Raises:
             ValueError: no usable index or encoder, or they do not belong together.
@@ -60,9 +86,11 @@ class IndexRetriever:
         """
         manifest = check_index(folder, retrieval)
         name, revision = wanted_encoder(manifest, retrieval)
-        encoder = Encoder.load(name, retrieval.device, revision)
+        encoder = Encoder.load(name, retrieval.device, revision, manifest.encoder.style)
         check_encoder(encoder, manifest)
-        return cls(encoder, PassageIndex.open(folder, retrieval), retrieval)
+        if servers:
+            return cls(encoder, PartitionedIndex(manifest, servers), retrieval)
+        return cls(encoder, PassageIndex.open(folder, retrieval, engine_share=engine_share), retrieval)
 
     async def retrieve(self, query: str, k: int) -> list[RetrievedPassage]:
         """The k best passages, best first; fewer where the index has no more.

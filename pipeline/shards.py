@@ -1,62 +1,30 @@
 """One shard of an index: a FAISS index and, row by row, the passages it is about."""
 
-import fcntl
-import hashlib
 import os
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import faiss
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import fs
-from pydantic import BaseModel, ConfigDict, Field
 
-from pipeline.config import Positive
+from pipeline.cache import REMEDY, SCRATCH_PREFIX, file_digest
 from pipeline.encoder import Vectors
+from pipeline.manifest import ShardEntry
 from pipeline.storage import Location, StorageError
 from pipeline.types import Passage
 
 PASSAGE_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "title", "text")])
-SCRATCH_PREFIX = ".building-"
 
 # FAISS asks for 39 to 256 training vectors per centroid; more of them cost encoding time and gain little.
 _TRAINING_PER_CENTROID = 64
 # Product quantisers learn 256 centroids in each part.
 _SMALLEST_TRAINING = 256 * _TRAINING_PER_CENTROID
-
-FileName = Annotated[str, Field(pattern=r"^[^/\\]+$")]
-Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-
-
-class ShardEntry(BaseModel):
-    """What the manifest says of a shard.
-
-    Attributes:
-        file, bytes, sha256: of the FAISS index.
-        passages_file, passages_bytes, passages_sha256: of the passages, an Arrow IPC file.
-        rows: of both.
-    """
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    file: FileName
-    passages_file: FileName
-    rows: Positive
-    bytes: Positive
-    sha256: Digest
-    passages_bytes: Positive
-    passages_sha256: Digest
-
-    def files(self) -> tuple[tuple[str, int, str], tuple[str, int, str]]:
-        """Name, size in bytes and digest of the two files."""
-        index = (self.file, self.bytes, self.sha256)
-        return index, (self.passages_file, self.passages_bytes, self.passages_sha256)
 
 
 def empty_index(factory: str, dimension: int) -> Any:
@@ -171,77 +139,6 @@ def publish(source: Path, target: Location) -> None:
         raise StorageError(f"{target.uri}: {' '.join(str(error).split())}") from error
 
 
-def file_digest(path: Path) -> str:
-    """SHA-256 of a file in hex."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def obtain(source: Location, size: int, sha256: str, cache: Path, *, verify: bool) -> Path:
-    """A local path of an index file: itself where it is local, otherwise a copy that is fetched once.
-
-    Args:
-        size: in bytes, as the manifest says.
-        verify: read the whole file to check its digest; a fetched copy is always checked.
-
-    Raises:
-        ValueError: the file is missing or is not what the manifest says.
-        StorageError: it cannot be fetched.
-    """
-    if source.local:
-        check_file(Path(source.path), source.uri, size, sha256 if verify else None)
-        return Path(source.path)
-    cache.mkdir(parents=True, exist_ok=True)
-    copy = cache / f"{sha256}-{Path(source.path).name}"
-    # The lock makes several actors of one machine fetch a file once.
-    with copy.with_name(f"{copy.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        if copy.exists():
-            check_file(copy, str(copy), size, sha256 if verify else None)
-        else:
-            _fetch(source, copy, size, sha256)
-    return copy
-
-
-def _fetch(source: Location, copy: Path, size: int, sha256: str) -> None:
-    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=copy.parent) as scratch:
-        arriving = Path(scratch) / copy.name
-        try:
-            fs.copy_files(source.path, str(arriving), source.filesystem, fs.LocalFileSystem())
-        except FileNotFoundError:
-            raise ValueError(f"{source.uri}: missing; {_REMEDY}") from None
-        except OSError as error:
-            raise StorageError(f"{source.uri}: {' '.join(str(error).split())}") from error
-        check_file(arriving, source.uri, size, sha256)
-        shutil.move(arriving, copy)
-
-
-_REMEDY = "copy the whole index again, or build it anew"
-
-
-def check_file(path: Path, uri: str, size: int, sha256: str | None) -> None:
-    """Compare a local file with the manifest; its digest too where one is given.
-
-    Raises:
-        ValueError: missing, of another size or content; names the file.
-    """
-    if not path.is_file():
-        raise ValueError(f"{uri}: missing; {_REMEDY}")
-    check_size(uri, path.stat().st_size, size)
-    if sha256 is not None and file_digest(path) != sha256:
-        raise ValueError(f"{uri}: its SHA-256 is not what index.json says; {_REMEDY}")
-
-
-def check_size(uri: str, found: int, size: int) -> None:
-    """Compare a file's size with the manifest's.
-
-    Raises:
-        ValueError: they differ.
-    """
-    if found != size:
-        raise ValueError(f"{uri}: has {found} bytes where index.json says {size}; {_REMEDY}")
-
-
 class PassageFile:
     """The passages of a shard, read from the memory-mapped file one by one."""
 
@@ -249,9 +146,9 @@ class PassageFile:
         try:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         except pa.ArrowInvalid as error:
-            raise ValueError(f"{path}: not an Arrow IPC file ({error}); {_REMEDY}") from None
+            raise ValueError(f"{path}: not an Arrow IPC file ({error}); {REMEDY}") from None
         if table.schema != PASSAGE_SCHEMA:
-            raise ValueError(f"{path}: expected the columns id, title and text; {_REMEDY}")
+            raise ValueError(f"{path}: expected the columns id, title and text; {REMEDY}")
         # These are views of the map: a page is read when a passage on it is.
         self._batches = table.to_batches()
         self._ends: npt.NDArray[np.int64] = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
@@ -276,4 +173,4 @@ def read_faiss(path: Path) -> Any:
     try:
         return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
-        raise ValueError(f"{path}: not a FAISS index ({faiss_reason(error)}); {_REMEDY}") from None
+        raise ValueError(f"{path}: not a FAISS index ({faiss_reason(error)}); {REMEDY}") from None

@@ -15,7 +15,7 @@ from pipeline.teaching.trees import Branch, given, taught
 CLAIM_INSTRUCTION = "Is the following claim supported by evidence? Answer with one of: {choices}."
 
 # Shares of the kinds of trees: reading first, since spans are the hardest to learn.
-READING, PAIR, INSTRUCTION, TWO_SEGMENTS, CLAIM = 0.56, 0.10, 0.22, 0.07, 0.05
+READING, PAIR, INSTRUCTION, TWO_SEGMENTS, CLAIM = 0.62, 0.06, 0.16, 0.08, 0.08
 
 
 @dataclass(frozen=True)
@@ -27,9 +27,9 @@ class LossWeights:
     """
 
     decide: float = 2.0
-    relevance: float = 5.0
+    relevance: float = 4.0
     critique: float = 2.0
-    text: float = 2.0
+    text: float = 4.0
     guess: float = 0.2
     output: float = 0.3
 
@@ -138,7 +138,10 @@ class TreeBuilder:
         return self._passage(title, text).then(self._irrelevant(span), self._judged(span, IsSup.NONE, IsUse.ONE))
 
     def reading(self, row: Reading, words: int, rng: random.Random) -> Branch:
-        """A question with its gold passage, right and wrong answers to it, and wrong passages."""
+        """A question with its gold passage, right and wrong answers to it, and wrong passages.
+
+        Nearly half have no wrong passage: relevance is soon learned, reading is not, and costs the same tokens.
+        """
         text = window(row.passage, words, rng, around=row.answer)
         answers = [self._right(row.answer)]
         wrong = wrong_span(text, row.answer, rng)
@@ -149,7 +152,8 @@ class TreeBuilder:
             rng.shuffle(both)
             answers.append(self._judged(" and ".join(both), IsSup.PARTIALLY, IsUse.THREE))
         passages = [self._passage(row.title, text).then(*answers)]
-        passages += [self._distractor(row, words, rng) for _ in range(1 + (rng.random() < 0.35))]
+        distractors = rng.choices((0, 1, 2), (0.45, 0.40, 0.15))[0]
+        passages += [self._distractor(row, words, rng) for _ in range(distractors)]
         return self._question(row.question).then(*passages)
 
     def _distractor(self, row: Reading, words: int, rng: random.Random) -> Branch:
@@ -194,13 +198,16 @@ class TreeBuilder:
             boundary = boundary + self._passage(second.title, other) + relevant
         return head + boundary + answers[1] + self._end(IsUse.FIVE)
 
-    def claim(self, row: Claim) -> Branch:
-        """A closed set: a claim, its evidence, and the label."""
+    def claim(self, row: Claim, other: Claim, rng: random.Random) -> Branch:
+        """A closed set: a claim, its evidence with the label, and another claim's evidence."""
         instruction = CLAIM_INSTRUCTION.format(choices=", ".join(row.choices))
         start = self._question(instruction, row.claim)
         wrong = [choice for choice in row.choices if choice != row.label][:1]
         judged = [self._judged(choice, IsSup.NONE, IsUse.ONE) for choice in wrong]
-        return start.then(self._passage(row.title, row.text).then(self._right(row.label), *judged))
+        evidence = self._passage(row.title, row.text).then(self._right(row.label), *judged)
+        if other.title == row.title or other.text == row.text:
+            return start.then(evidence)
+        return start.then(evidence, self._passage(other.title, other.text) + self._irrelevant(rng.choice(row.choices)))
 
     def stream(self, data: TeachingData, rng: random.Random, longest: Callable[[], int]) -> Iterator[Branch]:
         """Endless trees of all kinds; passages are cut to windows of 40 to ``longest()`` words at most."""
@@ -228,4 +235,4 @@ class TreeBuilder:
                 other = rng.choice(twins) if twins and rng.random() < 0.5 else rng.choice(data.readings)
                 yield self.two_segments(row, other, words, rng)
             else:
-                yield self.claim(rng.choice(data.claims))
+                yield self.claim(rng.choice(data.claims), rng.choice(data.claims), rng)

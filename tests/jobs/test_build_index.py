@@ -11,11 +11,12 @@ import ray
 import typer
 from typer.testing import CliRunner, Result
 
-from jobs.build_index import BuildPlan, BuildRequest, build_index, check, clear, encode_passages, prepare_index
+from jobs.build_index import build_index
 from pipeline.config import RetrievalConfig, StorageConfig
-from pipeline.encoder import Encoder, Vectors
-from pipeline.index import PassageIndex, check_encoder, check_index
-from pipeline.passages import find_passages, plan_shards, read_passages, sample_passages
+from pipeline.encoder import Encoder
+from pipeline.index import PassageIndex
+from pipeline.manifest import check_encoder, check_index, read_manifest
+from pipeline.prompts import passage_text
 from pipeline.retrieve import IndexRetriever
 from pipeline.storage import locate
 from pipeline.types import Passage
@@ -68,7 +69,7 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[pa.Table, 
 def test_built_shards_rank_as_one_index_over_all_passages(built: tuple[pa.Table, Path]) -> None:
     passages, folder = built
     encoder = Encoder.load("demo", "cpu")
-    vectors = encode_passages(encoder, passages, 32)
+    vectors = encoder.encode([passage_text(row["title"], row["text"]) for row in passages.to_pylist()])
     exact = faiss.IndexFlatIP(encoder.dimension)
     exact.add(vectors)
     scores, rows = exact.search(vectors[:10], 5)
@@ -195,90 +196,160 @@ def test_unknown_encoder_is_refused(source: Path, tmp_path: Path) -> None:
     refused(run(source, tmp_path / "out", "--encoder", "/no/model"), "encoder /no/model: no such folder")
 
 
-class LetterEncoder:
-    """Two dimensions, from the last character of a text."""
-
-    name, revision, digest, dimension = "letters", None, "d" * 64, 2
-
-    def encode(self, texts: list[str], batch_size: int) -> Vectors:
-        angles = [float(ord(text[-1])) for text in texts]
-        return np.array([[np.cos(angle), np.sin(angle)] for angle in angles], np.float32)
-
-
-@pytest.fixture
-def letters(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.build_index.Encoder.load", lambda name: LetterEncoder())
-
-
 @pytest.mark.parametrize(
     ("factory", "problem"),
     [
         ("Flatt", "factory Flatt: could not parse index string Flatt"),
         ("PQ7", "factory PQ7: The dimension of the vector (d) should be a multiple"),
         ("IVF16,Flat", "factory IVF16,Flat: 16 inverted lists need as many passages, there are 15"),
-        ("PQ2", "cannot be trained on 15 passages"),
     ],
 )
-def test_bad_factory_is_refused(letters: None, source: Path, tmp_path: Path, factory: str, problem: str) -> None:
-    result = run(source, tmp_path / "out", "--factory", factory)
-    assert result.exit_code == 2
-    assert problem in result.stderr.splitlines()[-1]
+def test_bad_factory_is_refused(source: Path, tmp_path: Path, factory: str, problem: str) -> None:
+    refused(run(source, tmp_path / "out", "--factory", factory), problem)
+    assert not (tmp_path / "out").exists()
 
 
-def planned(letters_source: Path, output: Path, **changes: Any) -> tuple[BuildPlan, Encoder]:
-    return check(BuildRequest(str(letters_source), str(output), **changes))
+def test_missing_options_are_named() -> None:
+    refused(CliRunner().invoke(app, ["--output", "out"]), "--passages is missing")
+    refused(CliRunner().invoke(app, ["--passages", "p"]), "--output is missing")
 
 
-def test_trained_index_is_handed_out_empty(letters: None, source: Path, tmp_path: Path) -> None:
-    plan, encoder = planned(source, tmp_path / "out", factory="IVF2,Flat", shards=2)
-    index = prepare_index(plan, encoder)
-    assert (index.is_trained, index.ntotal, index.nlist) == (True, 0, 2)
+def test_an_unknown_precision_is_refused(source: Path, tmp_path: Path) -> None:
+    refused(run(source, tmp_path / "out", "--dtype", "float8"), "encoder.dtype", "float8")
 
 
-def test_failed_build_leaves_no_index(
-    letters: None, source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.fixture(scope="module")
+def cluster(built: tuple[pa.Table, Path]) -> None:
+    """Ray stays up from one build to the next."""
+
+
+def given_vectors(rows: int, start: int = 0) -> tuple[pa.Table, np.ndarray]:
+    """Passages with vectors of the demo encoder's size, and these with unit length."""
+    vectors = np.random.default_rng(start).normal(size=(rows, 384)).astype(np.float32)
+    column = pa.FixedSizeListArray.from_arrays(vectors.ravel(), 384)
+    unit = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+    return pa.table({**numbered(rows, start), "vector": column}), unit
+
+
+@pytest.fixture
+def with_vectors(tmp_path: Path) -> tuple[Path, np.ndarray]:
+    """Three hundred passages with their vectors in two files."""
+    (tmp_path / "passages").mkdir()
+    tables, vectors = zip(*(given_vectors(150, start) for start in (0, 150)), strict=True)
+    for name, table in zip("ab", tables, strict=True):
+        pq.write_table(table, tmp_path / "passages" / f"{name}.parquet", row_group_size=64)
+    return tmp_path / "passages", np.concatenate(vectors)
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat"])
+def test_given_vectors_are_indexed_without_encoding(
+    with_vectors: tuple[Path, np.ndarray], tmp_path: Path, factory: str
 ) -> None:
-    def fail(plan: BuildPlan, index: Any) -> None:
-        raise ray.exceptions.RayError("a machine is gone")
+    source, vectors = with_vectors
+    result = run(source, tmp_path / "out", "--embeddings", "vector", "--factory", factory, "--shards", "3")
+    assert result.exit_code == 0, result.stderr
+    assert read_manifest(place(tmp_path / "out")).embeddings == "vector"
+    search = "nprobe=8" if factory.startswith("IVF") else ""
+    index = PassageIndex.open(place(tmp_path / "out"), RetrievalConfig(device="cpu", search=search))
+    exact = vectors[:20] @ vectors.T
+    wanted = [[str(row) for row in np.argsort(-scores)[:5]] for scores in exact]
+    assert [[hit.passage.id for hit in hits] for hits in index.retrieve(vectors[:20], 5)] == wanted
 
-    monkeypatch.setattr("jobs.build_index.connect", lambda execution: None)
-    monkeypatch.setattr("jobs.build_index.build_shards", fail)
-    (tmp_path / "index.json").write_text("an earlier index")
-    result = run(source, tmp_path, "--overwrite")
+
+@pytest.mark.usefixtures("cluster")
+def test_a_vector_that_cannot_be_indexed_fails_the_build_with_its_row(
+    with_vectors: tuple[Path, np.ndarray], tmp_path: Path
+) -> None:
+    source, _ = with_vectors
+    table, _ = given_vectors(70, 300)
+    vectors = table["vector"].to_pylist()
+    vectors[67] = [float("nan")] * 384
+    wrong = table.set_column(3, "vector", pa.array(vectors, pa.list_(pa.float32(), 384)))
+    pq.write_table(wrong, source / "c.parquet", row_group_size=64)
+    result = run(source, tmp_path / "out", "--embeddings", "vector", "--shards", "2")
     assert result.exit_code == 1
-    assert result.stderr.splitlines()[-1] == "error: a machine is gone"
-    assert not (tmp_path / "index.json").exists()
-
-
-def test_shards_cut_across_files_and_row_groups_without_loss(source: Path) -> None:
-    shards = plan_shards(find_passages(place(source)), 4)
-    read = [[i for batch in read_passages(shard.ranges) for i in batch["id"].to_pylist()] for shard in shards]
-    assert read == [["0", "1", "2"], ["3", "4", "5", "6"], ["7", "8", "9", "10"], ["11", "12", "13", "14"]]
-    assert [shard.rows for shard in shards] == [3, 4, 4, 4]
-
-
-def test_passages_are_read_as_plain_strings(tmp_path: Path) -> None:
-    table = pa.table(
-        {
-            "text": pa.array(["x", "y"], pa.large_string()),
-            "id": pa.array(["1", "2"]),
-            "title": pa.array(["same", None]).dictionary_encode(),
-            "more": [1.0, 2.0],
-        }
+    assert (
+        f"{source}/c.parquet: row 67: column vector holds a number that is not finite" in result.stderr.splitlines()[-1]
     )
-    pq.write_table(table, tmp_path / "p.parquet")
-    (batch,) = read_passages(tuple(find_passages(place(tmp_path / "p.parquet"))))
-    assert batch.to_pylist() == [{"id": "1", "title": "same", "text": "x"}, {"id": "2", "title": "", "text": "y"}]
+    assert not (tmp_path / "out" / "index.json").exists()
 
 
-def test_sample_is_spread_evenly(source: Path) -> None:
-    files = find_passages(place(source))
-    assert sample_passages(files, 3)["id"].to_pylist() == ["0", "7", "14"]
-    assert sample_passages(files, 100)["id"].to_pylist() == [str(n) for n in range(15)]
+@pytest.mark.usefixtures("cluster")
+def test_too_few_passages_to_train_on_are_said(tmp_path: Path) -> None:
+    pq.write_table(given_vectors(15)[0], tmp_path / "p.parquet")
+    result = run(tmp_path / "p.parquet", tmp_path / "out", "--embeddings", "vector", "--factory", "PQ8")
+    assert result.exit_code == 2
+    assert "cannot be trained on 15 passages" in result.stderr.splitlines()[-1]
 
 
-def test_clearing_removes_an_index_and_nothing_else(tmp_path: Path) -> None:
-    for name in ("index.json", "shard-00000.faiss", "shard-00000.passages.arrow", "notes.txt"):
-        (tmp_path / name).write_text("x")
-    clear(place(tmp_path))
-    assert [file.name for file in tmp_path.iterdir()] == ["notes.txt"]
+@pytest.fixture
+def interrupted(
+    with_vectors: tuple[Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, cluster: None
+) -> tuple[Path, list[str]]:
+    """An output folder whose build ended when shard 1 of three was not there yet; and its command's options."""
+    options = ["--embeddings", "vector", "--factory", "IVF8,Flat", "--shards", "3"]
+
+    def killed(*_: object) -> None:
+        raise OSError("the machine is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("jobs.index_build.write_manifest", killed)
+        result = run(with_vectors[0], tmp_path / "out", *options)
+    assert result.exit_code == 1
+    assert result.stderr.splitlines()[-1] == "error: the machine is gone"
+    assert not (tmp_path / "out" / "index.json").exists()
+    (tmp_path / "out" / "_build" / "shard-00001.json").unlink()
+    (tmp_path / "out" / "shard-00001.faiss").write_bytes(b"half")
+    (tmp_path / "out" / ".building-xyz").mkdir()
+    return tmp_path / "out", options
+
+
+def test_an_interrupted_build_goes_on_with_the_missing_shards(
+    interrupted: tuple[Path, list[str]], with_vectors: tuple[Path, np.ndarray]
+) -> None:
+    (out, options), (source, vectors) = interrupted, with_vectors
+    before = {file.name: file.stat().st_mtime_ns for file in out.glob("shard-*")}
+    result = run(source, out, *options)
+    assert result.exit_code == 0, result.stderr
+    assert "2 of 3 shards are there from an interrupted build" in result.stderr
+    after = {file.name: file.stat().st_mtime_ns for file in out.glob("shard-*")}
+    assert {name for name in after if after[name] != before.get(name)} == {
+        "shard-00001.faiss",
+        "shard-00001.passages.arrow",
+    }
+    assert {file.name for file in out.iterdir()} == {"index.json", *after}
+    index = PassageIndex.open(place(out), RetrievalConfig(device="cpu", search="nprobe=8"))
+    assert [hits[0].passage.id for hits in index.retrieve(vectors, 1)] == [str(n) for n in range(300)]
+
+
+def test_an_interrupted_build_of_something_else_is_not_mixed(
+    interrupted: tuple[Path, list[str]], with_vectors: tuple[Path, np.ndarray]
+) -> None:
+    (out, options), (source, _) = interrupted, with_vectors
+    pq.write_table(given_vectors(10, 300)[0], source / "c.parquet")
+    changed = [option if option != "IVF8,Flat" else "Flat" for option in options]
+    refused_last(run(source, out, *changed), "holds an unfinished build that differs in factory, passages; say --over")
+    assert run(source, out, *changed, "--overwrite").exit_code == 0
+    assert read_manifest(place(out)).passages == 310
+    assert not (out / "_build").exists()
+
+
+def refused_last(result: Result, part: str) -> None:
+    assert result.exit_code == 2
+    assert part in result.stderr.splitlines()[-1]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_prefixes_and_lengths_are_kept_for_the_queries(tmp_path: Path, source: Path) -> None:
+    options = ["--query-prefix", "query: ", "--passage-prefix", "passage: ", "--no-normalise"]
+    result = run(source, tmp_path / "out", *options)
+    assert result.exit_code == 0, result.stderr
+    encoder = Encoder.load("demo", "cpu")
+    (stored,) = (faiss.read_index(str(file)) for file in (tmp_path / "out").glob("*.faiss"))
+    wanted = encoder._model.encode(["passage: title 3\ntext 3"], normalize_embeddings=False)
+    np.testing.assert_allclose(stored.reconstruct(3), wanted[0], atol=1e-5)
+    retriever = IndexRetriever.open(place(tmp_path / "out"), RetrievalConfig(device="cpu"))
+    asked = encoder._model.encode(["query: text 3"], normalize_embeddings=False)
+    np.testing.assert_allclose(retriever._encoder.encode_queries(["text 3"]), asked, atol=1e-5)
+    retriever.close()

@@ -4,73 +4,17 @@ from typing import Any
 
 import faiss
 import numpy as np
-import pyarrow as pa
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from pyarrow import fs
 
-from pipeline.config import RetrievalConfig, StorageConfig
-from pipeline.encoder import Vectors
-from pipeline.index import (
-    EncoderEntry,
-    IndexManifest,
-    PassageIndex,
-    Shard,
-    check_encoder,
-    check_index,
-    parse_search,
-    read_manifest,
-    write_manifest,
-)
-from pipeline.shards import PASSAGE_SCHEMA, build_shard, empty_index, faiss_reason, train
-from pipeline.storage import Location, locate
+from pipeline.config import RetrievalConfig
+from pipeline.index import PassageIndex, Shard
+from pipeline.manifest import check_index, read_manifest, write_manifest
+from pipeline.shards import build_shard, empty_index, faiss_reason, train
+from pipeline.storage import Location
 from pipeline.types import Passage
-
-CPU = RetrievalConfig(device="cpu")
-ENCODER = EncoderEntry(name="tiny", revision=None, digest="d" * 64)
-
-
-def passages(start: int, rows: int) -> pa.RecordBatch:
-    names = [str(row) for row in range(start, start + rows)]
-    return pa.record_batch([names, [f"title {n}" for n in names], [f"text {n}" for n in names]], schema=PASSAGE_SCHEMA)
-
-
-def save(folder: Location, parts: list[Vectors], factory: str = "Flat") -> IndexManifest:
-    """An index whose passage ids are row numbers over all shards; shards are written in batches of 7 rows."""
-    dimension = parts[0].shape[1]
-    template = empty_index(factory, dimension)
-    if not template.is_trained:
-        train(template, np.concatenate(parts))
-    entries, start = [], 0
-    for number, part in enumerate(parts):
-        begins = range(0, len(part), 7)
-        batches = [(passages(start + i, len(part[i : i + 7])), part[i : i + 7]) for i in begins]
-        entries.append(build_shard(folder, number, faiss.clone_index(template), batches))
-        start += len(part)
-    manifest = IndexManifest(
-        encoder=ENCODER, dimension=dimension, factory=factory, passages=start, shards=tuple(entries)
-    )
-    write_manifest(folder, manifest)
-    return manifest
-
-
-def unit_vectors(rows: int, seed: int = 0, dimension: int = 16) -> Vectors:
-    vectors = np.random.default_rng(seed).normal(size=(rows, dimension)).astype(np.float32)
-    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Location:
-    return locate(str(tmp_path / "index"), StorageConfig())
-
-
-@pytest.fixture
-def saved(folder: Location) -> Location:
-    vectors = unit_vectors(60)
-    save(folder, [vectors[:25], vectors[25:30], vectors[30:]])
-    return folder
-
+from tests.indexes import CPU, passages, save, unit_vectors
 
 small = st.integers(-1, 1)
 
@@ -92,7 +36,7 @@ def test_shards_rank_as_one_index_would_with_ties_by_shard_then_row(
         index = empty_index("Flat", 2)
         index.add(part)
         shards.append(Shard(index, None))  # type: ignore[arg-type]
-    found = PassageIndex(None, shards).search(asked, k)  # type: ignore[arg-type]
+    found = PassageIndex(None, dict(enumerate(shards))).search(asked, k)  # type: ignore[arg-type]
 
     starts = np.cumsum([0, *(len(part) for part in parts)])
     scores = asked @ vectors.T
@@ -159,17 +103,6 @@ def test_search_parameter_that_does_not_apply_is_named(saved: Location) -> None:
         PassageIndex.open(saved, RetrievalConfig(device="cpu", search="efSearch=64"))
 
 
-@pytest.mark.parametrize("search", ["nprobe", "nprobe=many", "nprobe=0", "nprobe=inf"])
-def test_malformed_search_is_refused(search: str) -> None:
-    with pytest.raises(ValueError, match=f"retrieval.search {search}"):
-        parse_search(search)
-
-
-def test_search_string_is_parsed() -> None:
-    assert parse_search(" nprobe=16, efSearch=64 ") == {"nprobe": 16, "efSearch": 64}
-    assert parse_search("") == {}
-
-
 def change(path: str, edit: Callable[[bytes], bytes]) -> None:
     file = Path(path)
     file.write_bytes(edit(file.read_bytes()))
@@ -205,76 +138,6 @@ def test_files_of_another_index_are_refused(saved: Location) -> None:
     write_manifest(saved, manifest.model_copy(update={"shards": (first, swapped, third)}))
     with pytest.raises(ValueError, match=r"25 vectors of 16 dimensions and 5 passages where index.json says 5 and 16"):
         PassageIndex.open(saved, CPU)
-
-
-@pytest.mark.parametrize(
-    ("old", "new", "problem"),
-    [
-        (b'"format_version": 1', b'"format_version": 9', "key format_version: input should be 1, found 9"),
-        (b'"dimension": 16', b'"dimension": "x"', "key dimension: "),
-        (b'"shard-00000.faiss"', b'"../outside.faiss"', "key shards.0.file: "),
-        (b'"passages": 60', b'"passages": 61', "the shards do not hold 61 passages together"),
-        (b'"factory"', b'"other"', "key (factory|other): "),
-        (b"{", b"", "invalid json"),
-    ],
-)
-def test_damaged_manifest_names_file_and_key(saved: Location, old: bytes, new: bytes, problem: str) -> None:
-    change((saved / "index.json").path, lambda content: content.replace(old, new, 1))
-    with pytest.raises(ValueError, match=rf"^\S+/index\.json: .*{problem}.*; build the index anew"):
-        read_manifest(saved)
-
-
-def test_folder_without_index_is_named(folder: Location) -> None:
-    with pytest.raises(ValueError, match=r"no index here \(index.json is missing\)"):
-        check_index(folder, CPU)
-
-
-class TinyEncoder:
-    def __init__(self, name: str, digest: str, dimension: int) -> None:
-        self.name, self.digest, self.dimension = name, digest, dimension
-
-
-def test_encoder_is_known_by_its_content_not_its_name(saved: Location) -> None:
-    manifest = read_manifest(saved)
-    check: Any = check_encoder
-    check(TinyEncoder("renamed", "d" * 64, 16), manifest)
-    with pytest.raises(ValueError, match=r"encoder tiny .*is not the one.*set retrieval.encoder to tiny as it was"):
-        check(TinyEncoder("tiny", "e" * 64, 16), manifest)
-    with pytest.raises(ValueError, match="gives 8 dimensions, the index has 16"):
-        check(TinyEncoder("tiny", "d" * 64, 8), manifest)
-
-
-def test_cheap_check_compares_the_asked_encoder_by_digest(saved: Location, monkeypatch: pytest.MonkeyPatch) -> None:
-    digests = {"same": "d" * 64, "other": "e" * 64, "remote": None}
-    monkeypatch.setattr("pipeline.index.encoder_digest", digests.get)
-    for name in (None, "tiny", "same"):
-        assert check_index(saved, RetrievalConfig(encoder=name)).passages == 60
-    for name in ("other", "remote"):
-        with pytest.raises(ValueError, match=f"encoder {name} .*not the one that the index was built with"):
-            check_index(saved, RetrievalConfig(encoder=name))
-
-
-@pytest.fixture
-def remote(saved: Location) -> Location:
-    """The saved index behind a file system that is not a local disk."""
-    path = Path(saved.path)
-    return Location("mem://index", fs.SubTreeFileSystem(str(path.parent), fs.LocalFileSystem()), path.name)
-
-
-def test_remote_files_are_fetched_once_and_checked(remote: Location, saved: Location, tmp_path: Path) -> None:
-    cached = RetrievalConfig(device="cpu", cache=str(tmp_path / "cache"))
-    expected = PassageIndex.open(saved, CPU).retrieve(unit_vectors(3), 5)
-    assert PassageIndex.open(remote, cached).retrieve(unit_vectors(3), 5) == expected
-    (tmp_path / "index" / "shard-00000.faiss").unlink()
-    assert PassageIndex.open(remote, cached).retrieve(unit_vectors(3), 5) == expected
-
-
-def test_wrong_remote_file_never_enters_the_cache(remote: Location, tmp_path: Path) -> None:
-    change(str(tmp_path / "index" / "shard-00000.faiss"), lambda content: content[:-1] + bytes([content[-1] ^ 1]))
-    cached = RetrievalConfig(device="cpu", cache=str(tmp_path / "cache"), verify=False)
-    with pytest.raises(ValueError, match=r"mem://index/shard-00000.faiss: its SHA-256"):
-        PassageIndex.open(remote, cached)
-    assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
 def test_a_shard_goes_to_other_file_systems_whole(remote: Location, saved: Location, tmp_path: Path) -> None:

@@ -196,11 +196,17 @@ def test_a_second_segment_retrieves_its_own_passage_otherwise(builder: TreeBuild
 
 
 def test_a_claim_teaches_its_label_and_judges_the_other(builder: TreeBuilder) -> None:
-    tree = builder.claim(Claim("Rollo was Norse.", ("SUPPORTS", "REFUTES"), "SUPPORTS", "Rollo", "A Norse leader."))
+    claim = Claim("Rollo was Norse.", ("SUPPORTS", "REFUTES"), "SUPPORTS", "Rollo", "A Norse leader.")
+    fish = Claim("Fish fly.", ("SUPPORTS", "REFUTES"), "REFUTES", "Fish", "They swim.")
+    tree = builder.claim(claim, fish, random.Random(0))
     right, wrong = tree.children[0].children
     assert weighted(builder, right)[:3] == [(IsRel.RELEVANT, 5.0), ("SUPPORTS", 3.0), (IsSup.FULLY, 2.0)]
     assert weighted(builder, wrong)[:3] == [(IsRel.RELEVANT, 0.0), ("REFUTES", 0.0), (IsSup.NONE, 2.0)]
     assert "SUPPORTS, REFUTES" in texts(builder, tree)[0]
+    (guess,) = (text for text in texts(builder, tree) if IsRel.IRRELEVANT in text)
+    assert "Fish They swim." in guess
+    alone = builder.claim(claim, claim, random.Random(0))
+    assert not any(IsRel.IRRELEVANT in text for text in texts(builder, alone))
 
 
 @given(st.sampled_from(CONTROL_TOKENS), st.integers(0, 1000))

@@ -1,0 +1,238 @@
+"""The build's graph: a pool of Ray actors encodes a sample, then builds shards.
+
+The driver trains the index and hands the same empty one to every shard, so that scores can be compared across them.
+Each actor has its own encoder and one shard in memory.
+"""
+
+import logging
+import math
+import threading
+import time
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import faiss
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from jobs.cluster import connect
+from pipeline.build import BuildFolder, BuildPlan, read_ahead
+from pipeline.config import ExecutionConfig
+from pipeline.encoder import Vectors
+from pipeline.manifest import IndexManifest, ShardEntry, write_manifest
+from pipeline.passages import Sample, ShardPlan, read_passages, spread_samples
+from pipeline.shards import build_shard, empty_index, train, training_rows
+
+log = logging.getLogger(__name__)
+
+# Seconds between progress lines.
+LINE_INTERVAL = 10.0
+# A shard that kills its process this many times more fails the build.
+SHARD_RETRIES = 2
+
+
+class Tally:
+    """A Ray actor that counts passages, so that a long shard shows its progress."""
+
+    def __init__(self) -> None:
+        self.rows = 0
+
+    def add(self, rows: int) -> None:
+        """Count passages."""
+        self.rows += rows
+
+    def total(self) -> int:
+        """Passages so far."""
+        return self.rows
+
+
+class SampleEncoder:
+    """Makes vectors of the samples that an index is trained on.
+
+    Args:
+        samples: by number.
+        tally: Ray handle of a ``Tally``.
+    """
+
+    def __init__(self, plan: BuildPlan, samples: list[Sample], tally: Any) -> None:
+        self.plan, self.samples, self.tally = plan, samples, tally
+        self.vectorise = plan.vectoriser()
+
+    def __call__(self, batch: pa.Table) -> dict[str, Vectors]:
+        """Numbers of samples in, their vectors out: float32 [passages, dimension]."""
+        read = (part for n in batch["item"].to_pylist() for part in self.samples[n].read(self.plan.request.embeddings))
+        vectors = []
+        for part in read_ahead(read):
+            vectors.append(self.vectorise(part))
+            self.tally.add.remote(part.passages.num_rows)
+        return {"vectors": np.concatenate(vectors)}
+
+
+class ShardBuilder:
+    """Builds shards; loads the encoder once.
+
+    Args:
+        template: the empty index, serialised by FAISS: uint8 [bytes].
+        tally: Ray handle of a ``Tally``.
+    """
+
+    def __init__(self, plan: BuildPlan, template: Any, tally: Any) -> None:
+        import ray
+
+        self.plan, self.tally = plan, tally
+        self.template: npt.NDArray[np.uint8] = ray.get(template)
+        self.vectorise = plan.vectoriser()
+        self.folder = BuildFolder(plan.output)
+
+    def __call__(self, batch: pa.Table) -> pa.Table:
+        """Shard numbers in, manifest entries out, row by row."""
+        numbers = batch["item"].to_pylist()
+        entries = [self.build(self.plan.shards[number]).model_dump_json() for number in numbers]
+        return pa.table({"shard": pa.array(numbers, pa.int64()), "entry": pa.array(entries, pa.string())})
+
+    def build(self, shard: ShardPlan) -> ShardEntry:
+        """Make vectors of the passages of a shard, write its files, and record it."""
+        # FAISS writes into the index it deserialises, and Ray's arrays are read-only.
+        index = faiss.deserialize_index(self.template.copy())
+        entry = build_shard(self.plan.output, shard.number, index, self._batches(shard))
+        self.folder.keep(shard.number, entry)
+        return entry
+
+    def _batches(self, shard: ShardPlan) -> Iterator[tuple[pa.RecordBatch, Vectors]]:
+        for batch in read_ahead(read_passages(shard.ranges, self.plan.request.embeddings)):
+            yield batch.passages, self.vectorise(batch)
+            self.tally.add.remote(batch.passages.num_rows)
+
+
+def trained_index(plan: BuildPlan, folder: BuildFolder) -> Any:
+    """The empty index that every shard starts from, trained where its kind needs that.
+
+    Raises:
+        ValueError: too few passages for the factory.
+        ray.exceptions.RayError: the sample could not be encoded.
+    """
+    index = empty_index(plan.request.factory, plan.dimension)
+    size = training_rows(index)
+    if not size:
+        return index
+    if (kept := folder.trained()) is not None:
+        return kept
+    samples = spread_samples(plan.files, size)
+    passages = sum(len(sample.rows) for sample in samples)
+    log.info("encoding %d passages to train %s on", passages, plan.request.factory)
+    with worked(plan, SampleEncoder, samples, range(len(samples)), passages) as encoded:
+        parts = [batch["vectors"] for batch in encoded.iter_batches(batch_size=None, batch_format="numpy")]
+    train(index, np.concatenate(parts))
+    folder.keep_trained(index)
+    return index
+
+
+def build_shards(plan: BuildPlan, index: Any, folder: BuildFolder) -> tuple[ShardEntry, ...]:
+    """Build the shards that are not there yet; the entries of all, in order.
+
+    Raises:
+        ray.exceptions.RayError: a shard failed.
+    """
+    import ray
+
+    entries = folder.finished(plan.shards)
+    missing = [shard for shard in plan.shards if shard.number not in entries]
+    if entries:
+        log.info("%d of %d shards are there from an interrupted build", len(entries), len(plan.shards))
+    if missing:
+        template = ray.put(faiss.serialize_index(index))
+        numbers = [shard.number for shard in missing]
+        with worked(plan, ShardBuilder, template, numbers, sum(shard.rows for shard in missing)) as built:
+            entries |= {row["shard"]: ShardEntry.model_validate_json(row["entry"]) for row in built.iter_rows()}
+    return tuple(entries[shard.number] for shard in plan.shards)
+
+
+@contextmanager
+def worked(plan: BuildPlan, worker: type, argument: Any, numbers: Iterable[int], passages: int) -> Iterator[Any]:
+    """A Ray dataset of what a pool of actors makes of numbered pieces; progress lines while it is read.
+
+    Args:
+        worker: class of the actors; is given plan, argument and the handle of a ``Tally``.
+        passages: in all pieces.
+    """
+    import ray
+
+    pieces = list(numbers)
+    actors, cpus, gpus = pool(plan, len(pieces))
+    tally = ray.remote(num_cpus=0)(Tally).remote()
+    dataset = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
+        worker,
+        batch_size=1,
+        batch_format="pyarrow",
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        fn_constructor_args=[plan, argument, tally],
+        num_cpus=cpus,
+        num_gpus=gpus,
+        max_restarts=-1,
+        max_task_retries=SHARD_RETRIES,
+    )
+    with progress_lines(tally, passages):
+        yield dataset
+
+
+def pool(plan: BuildPlan, pieces: int) -> tuple[int, int, int]:
+    """How many actors, and the CPUs and GPUs of each: together all CPUs of a machine."""
+    import ray
+
+    machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
+    gpus = int(sum(machine.get("GPU", 0) for machine in machines))
+    actors = min(plan.request.actors or gpus or len(machines), pieces)
+    per_machine = math.ceil(actors / len(machines))
+    cpus = max(1, int(min(machine["CPU"] for machine in machines)) // per_machine)
+    return actors, cpus, int(gpus >= actors)
+
+
+@contextmanager
+def progress_lines(tally: Any, passages: int) -> Iterator[None]:
+    """Log a line every ``LINE_INTERVAL`` seconds while the body runs."""
+    import ray
+
+    begun, over = time.monotonic(), threading.Event()
+
+    def report() -> None:
+        while not over.wait(LINE_INTERVAL):
+            done = ray.get(tally.total.remote())
+            rate = done / (time.monotonic() - begun)
+            left = f", {(passages - done) / rate:.0f} s left" if done else ""
+            log.info("%d/%d passages, %.1f passages/s%s", done, passages, rate, left)
+
+    thread = threading.Thread(target=report, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        over.set()
+        thread.join()
+
+
+def execute(plan: BuildPlan) -> IndexManifest:
+    """Build the shards of a checked plan, then write the manifest.
+
+    Raises:
+        ValueError: an interrupted build of something else is there, or there are too few passages for the factory.
+        ray.exceptions.RayError: a shard failed.
+        StorageError: the output cannot be written.
+    """
+    folder = BuildFolder(plan.output)
+    folder.begin(plan.identity(), plan.request.overwrite)
+    connect(ExecutionConfig())
+    index = trained_index(plan, folder)
+    entries = build_shards(plan, index, folder)
+    manifest = IndexManifest(
+        encoder=plan.encoder,
+        embeddings=plan.request.embeddings,
+        dimension=plan.dimension,
+        factory=plan.request.factory,
+        passages=plan.passages,
+        shards=entries,
+    )
+    write_manifest(plan.output, manifest)
+    folder.forget()
+    return manifest

@@ -1,0 +1,176 @@
+"""Is an index whole, and how should it be searched: ``jobs.build_index --check URI``."""
+
+import dataclasses
+import json
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from pipeline.config import RetrievalConfig, StorageConfig
+from pipeline.encoder import Encoder, Vectors
+from pipeline.index import Hit, PassageIndex
+from pipeline.manifest import check_encoder, check_files, read_manifest, wanted_encoder
+from pipeline.prompts import passage_text
+from pipeline.query_set import parquet_files
+from pipeline.recall import CANDIDATES, Speed, exhaustive, lossy, measure, parameters, reranked, stored_vectors, without
+from pipeline.storage import locate
+from pipeline.types import Passage
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class CheckRequest:
+    """What the command was asked for.
+
+    Attributes:
+        index: URI.
+        queries: URI of a query set; None takes passages of the index as queries.
+        sample: queries at most.
+        k: passages for each.
+        recall: share of the exact result that is wanted.
+    """
+
+    index: str
+    storage: StorageConfig
+    retrieval: RetrievalConfig
+    queries: str | None = None
+    sample: int = 200
+    k: int = 10
+    recall: float = 0.95
+
+
+@dataclass(frozen=True)
+class Checked:
+    """What was found.
+
+    Attributes:
+        reference: what recall is measured against, in words.
+        advice: the fastest parameter that reaches the wanted recall; None where none does.
+    """
+
+    index: str
+    passages: int
+    shards: int
+    factory: str
+    queries: int
+    k: int
+    reference: str
+    speeds: tuple[Speed, ...]
+    wanted: float
+    advice: str | None
+
+
+def check_command(request: CheckRequest, as_json: bool) -> None:
+    """Check an index and print what was found.
+
+    Raises:
+        ValueError: there is no index, or it is damaged; names the file.
+        StorageError: storage does not answer.
+    """
+    checked = check_index_folder(request)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(checked)))
+        return
+    Console().print(speeds_table(checked))
+    typer.echo(f"{checked.index}: whole, {checked.passages} passages in {checked.shards} shards of {checked.factory}")
+    typer.echo(f"recall is against {checked.reference}")
+    if checked.advice is None:
+        typer.echo(f"nothing reaches a recall of {checked.wanted:g}; build it with another factory")
+    elif checked.advice:
+        typer.echo(f"for a recall of {checked.wanted:g}: --set retrieval.search={checked.advice}")
+
+
+def check_index_folder(request: CheckRequest) -> Checked:
+    """Read and compare every file of an index, then measure it on a sample.
+
+    Raises:
+        ValueError: there is no index, or it is damaged; names the file.
+        StorageError: storage does not answer.
+    """
+    folder, retrieval = locate(request.index, request.storage), request.retrieval
+    manifest = read_manifest(folder)
+    check_files(folder, manifest)
+    index = PassageIndex.open(folder, retrieval.model_copy(update={"verify": True, "search": ""}))
+    encoder = None
+    if request.queries or (lossy(index) and manifest.embeddings is None):
+        name, revision = wanted_encoder(manifest, retrieval)
+        encoder = Encoder.load(name, retrieval.device, revision, manifest.encoder.style)
+        check_encoder(encoder, manifest)
+    queries, own = _queries(request, index, encoder)
+    exact, reference = _exact(request, index, queries, own, encoder)
+    speeds = tuple(measure(index, queries, own, exact, search) for search in parameters(index))
+    enough = [speed.search for speed in speeds if speed.recall >= request.recall]
+    return Checked(
+        index=request.index,
+        passages=manifest.passages,
+        shards=len(manifest.shards),
+        factory=manifest.factory,
+        queries=len(queries),
+        k=request.k,
+        reference=reference,
+        speeds=speeds,
+        wanted=request.recall,
+        advice=enough[0] if enough else None,
+    )
+
+
+def _queries(
+    request: CheckRequest, index: PassageIndex, encoder: Encoder | None
+) -> tuple[Vectors, list[Hit] | list[None]]:
+    """Vectors to search for, and where the passages are that they were made of, if any."""
+    if request.queries is None or encoder is None:
+        return stored_vectors(index, request.sample)
+    texts: list[str] = []
+    for file in parquet_files(locate(request.queries, request.storage)):
+        with file.filesystem.open_input_file(file.path) as stream:
+            if "query" not in (names := pq.read_schema(stream).names):
+                raise ValueError(f"{file.uri}: column query is missing, found {', '.join(names)}")
+            texts += pq.read_table(stream, columns=["query"])["query"].cast(pa.string()).drop_null().to_pylist()
+    chosen = np.unique(np.linspace(0, len(texts) - 1, min(request.sample, len(texts))).astype(int))
+    vectors = encoder.encode_queries([texts[n] for n in chosen])
+    return vectors, [None] * len(vectors)
+
+
+def _exact(
+    request: CheckRequest,
+    index: PassageIndex,
+    queries: Vectors,
+    own: list[Hit] | list[None],
+    encoder: Encoder | None,
+) -> tuple[list[list[Hit]], str]:
+    """The k best for each query, and in words what makes them exact."""
+    k = request.k
+    if not lossy(index):
+        return without(exhaustive(index, queries, k + 1), own, k), "exact search over all vectors"
+    if encoder is None:
+        words = "search over all codes; what these lose is not seen, since the index has no other vectors"
+        return without(exhaustive(index, queries, k + 1), own, k), words
+    candidates = without(exhaustive(index, queries, CANDIDATES * k + 1), own, CANDIDATES * k)
+
+    def passage(hit: Hit) -> Passage:
+        return index.shards[hit.shard].passages.passage(hit.row)
+
+    def encode(passages: list[Passage]) -> Vectors:
+        return encoder.encode([passage_text(p.title, p.text) for p in passages])
+
+    words = f"the exact order of the {CANDIDATES * k} best codes of each query, encoded anew"
+    return reranked(candidates, queries, k, passage, encode), words
+
+
+def speeds_table(checked: Checked) -> Table:
+    """One line for each search parameter; those that reach the wanted recall are marked."""
+    table = Table(title=f"{checked.queries} queries, {checked.k} passages each")
+    for heading in ("search", f"recall@{checked.k}", "", "ms, median", "ms, 95 %", "queries/s in batches of 64"):
+        table.add_column(heading, justify="left" if heading == "search" else "right")
+    for speed in checked.speeds:
+        mark = "✓" if speed.recall >= checked.wanted else ""
+        times = [f"{speed.median_ms:.2f}", f"{speed.p95_ms:.2f}", f"{speed.queries_per_s:,.0f}"]
+        table.add_row(speed.search or "–", f"{speed.recall:.3f}", mark, *times)
+    return table

@@ -1,0 +1,64 @@
+"""Vectors that come with the passages, as a Parquet column."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from pipeline.encoder import Vectors
+from pipeline.storage import Location
+
+
+def check_embeddings(file: Location, schema: pa.Schema, column: str) -> None:
+    """Check that a file has a column of vectors.
+
+    Raises:
+        ValueError: it is missing, or is no list of floats.
+    """
+    if column not in schema.names:
+        raise ValueError(f"{file.uri}: column {column} is missing; --embeddings names the column of the vectors")
+    kind = schema.field(column).type
+    listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
+    if not (listed and pa.types.is_floating(kind.value_type)):
+        raise ValueError(f"{file.uri}: column {column} is {kind}; make it a list of float")
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where vectors came from, for messages.
+
+    Attributes:
+        rows: their numbers in the file, from 0: int64 [rows].
+    """
+
+    file: Location
+    rows: npt.NDArray[np.int64]
+    column: str
+
+    def error(self, wrong: npt.NDArray[np.bool_], problem: str) -> ValueError:
+        """What is wrong with the first of the wrong ones."""
+        return ValueError(f"{self.file.uri}: row {self.rows[np.argmax(wrong)]}: column {self.column} {problem}")
+
+
+def vectors_of(embeddings: pa.Array, dimension: int, normalised: bool, place: Place) -> Vectors:
+    """Vectors from a list array: float32 [rows, dimension], of unit length where they shall be normalised.
+
+    Raises:
+        ValueError: a vector is null, of another size, not finite, or has no direction; names file, row and column.
+    """
+    sizes = pc.fill_null(pc.list_value_length(embeddings), 0).to_numpy(zero_copy_only=False)
+    if (wrong := sizes != dimension).any():
+        raise place.error(wrong, f"has {sizes[np.argmax(wrong)]} numbers where the encoder's vectors have {dimension}")
+    flat = embeddings.flatten().cast(pa.float32())
+    vectors: Vectors = flat.to_numpy(zero_copy_only=False).reshape(-1, dimension)  # a null inside becomes NaN
+    if (wrong := np.logical_not(np.isfinite(vectors).all(axis=1))).any():
+        raise place.error(wrong, "holds a number that is not finite")
+    if not normalised:
+        return np.ascontiguousarray(vectors)
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    if (wrong := lengths[:, 0] == 0).any():
+        raise place.error(wrong, "is all zeros, which has no direction")
+    unit: Vectors = vectors / lengths
+    return unit

@@ -1,0 +1,153 @@
+"""How much of the exact result an index finds, and how fast, by search parameter."""
+
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import faiss
+import numpy as np
+
+from pipeline.encoder import Vectors
+from pipeline.index import Hit, PassageIndex, Shard
+from pipeline.types import Passage
+
+# Passages looked at for each one wanted when codes stand for vectors: their exact order decides.
+CANDIDATES = 10
+# Searches one by one for the latency, and together for the throughput.
+SINGLE_QUERIES, BATCH = 50, 64
+
+
+@dataclass(frozen=True)
+class Speed:
+    """What a search parameter gives.
+
+    Attributes:
+        search: as ``retrieval.search``; empty where the index has no parameter.
+        recall: share of the exact k best that are among the k found.
+        median_ms, p95_ms: of queries searched one by one.
+        queries_per_s: of queries searched 64 at a time.
+    """
+
+    search: str
+    recall: float
+    median_ms: float
+    p95_ms: float
+    queries_per_s: float
+
+
+def stored_vectors(index: PassageIndex, size: int) -> tuple[Vectors, list[Hit]]:
+    """Evenly spaced vectors of an index as it has them, and where they are: float32 [size or fewer, dimension]."""
+    ends = np.cumsum([len(index.shards[number].passages) for number in sorted(index.shards)])
+    chosen = np.unique(np.linspace(0, ends[-1] - 1, min(size, int(ends[-1]))).astype(np.int64))
+    vectors, places = [], []
+    for row in chosen.tolist():
+        position = int(np.searchsorted(ends, row, side="right"))
+        number = sorted(index.shards)[position]
+        shard = index.shards[number]
+        local = row - (int(ends[position]) - len(shard.passages))
+        vectors.append(shard.index.reconstruct_n(local, 1))
+        places.append(Hit(0.0, number, local))
+    return np.concatenate(vectors), places
+
+
+def parameters(index: PassageIndex) -> list[str]:
+    """Search parameters worth trying, from the fastest: powers of two for lists and graphs, none for a flat index."""
+    some = next(iter(index.shards.values())).index
+    if (ivf := faiss.try_extract_index_ivf(some)) is not None:
+        return [f"nprobe={2**n}" for n in range(int(ivf.nlist).bit_length()) if 2**n <= min(ivf.nlist, 1024)]
+    if isinstance(_inner(some), faiss.IndexHNSW):
+        return [f"efSearch={2**n}" for n in range(4, 11)]
+    return [""]
+
+
+def _inner(index: Any) -> Any:
+    kind = faiss.downcast_index(index)
+    return _inner(kind.index) if isinstance(kind, faiss.IndexPreTransform) else kind
+
+
+def lossy(index: PassageIndex) -> bool:
+    """Whether codes stand for the vectors: product and scalar quantisers, and whatever is transformed first."""
+    kind = faiss.downcast_index(next(iter(index.shards.values())).index)
+    return not isinstance(kind, faiss.IndexFlat | faiss.IndexIVFFlat | faiss.IndexHNSWFlat | faiss.IndexRefineFlat)
+
+
+def exhaustive(index: PassageIndex, queries: Vectors, k: int) -> list[list[Hit]]:
+    """The k best when every vector of the index is looked at, as it is stored."""
+    views = {number: Shard(_all_of(shard), shard.passages) for number, shard in index.shards.items()}
+    found = PassageIndex(index.manifest, views, index.threads).search(queries, k)
+    del views  # they refer to indexes that others own
+    return found
+
+
+def _all_of(shard: Shard) -> Any:
+    kind = faiss.downcast_index(shard.index)
+    if isinstance(kind, faiss.IndexHNSW):
+        return kind.storage
+    if isinstance(kind, faiss.IndexRefineFlat):
+        return kind.refine_index
+    if (ivf := faiss.try_extract_index_ivf(kind)) is not None:
+        shard.tune(f"nprobe={ivf.nlist}")
+        if isinstance(faiss.downcast_index(ivf.quantizer), faiss.IndexHNSW):
+            shard.tune(f"quantizer_efSearch={ivf.nlist}")
+    return shard.index
+
+
+def reranked(
+    candidates: Sequence[list[Hit]],
+    queries: Vectors,
+    k: int,
+    passages: Callable[[Hit], Passage],
+    encode: Callable[[list[Passage]], Vectors],
+) -> list[list[Hit]]:
+    """The k best of each query's candidates by the exact vectors of their passages."""
+    best = []
+    for query, hits in zip(queries, candidates, strict=True):
+        scores = encode([passages(hit) for hit in hits]) @ query
+        order = np.argsort(-scores, kind="stable")[:k]
+        best.append([hits[n] for n in order])
+    return best
+
+
+def recall(found: Sequence[list[Hit]], exact: Sequence[list[Hit]]) -> float:
+    """Share of the exact hits that were found, over all queries."""
+    pairs = [({(h.shard, h.row) for h in f}, {(h.shard, h.row) for h in e}) for f, e in zip(found, exact, strict=True)]
+    return sum(len(f & e) for f, e in pairs) / sum(len(e) for _, e in pairs)
+
+
+def without(found: Sequence[list[Hit]], own: Sequence[Hit | None], k: int) -> list[list[Hit]]:
+    """The first k hits of each query that are not the passage it was made of."""
+    return [
+        [hit for hit in hits if me is None or (hit.shard, hit.row) != (me.shard, me.row)][:k]
+        for hits, me in zip(found, own, strict=True)
+    ]
+
+
+def measure(
+    index: PassageIndex, queries: Vectors, own: Sequence[Hit | None], exact: Sequence[list[Hit]], search: str
+) -> Speed:
+    """Recall and speed with a search parameter.
+
+    Args:
+        queries: float32 [n, dimension].
+        own: where each query's own passage is, which does not count; None where there is none.
+        exact: the hits to find, k for each query.
+    """
+    if search:
+        for shard in index.shards.values():
+            shard.tune(search)
+    k = max(map(len, exact))
+    asked = k + any(me is not None for me in own)
+    index.search(queries[:1], asked)  # the first search of a thread starts OpenMP's
+    single = []
+    for query in queries[:SINGLE_QUERIES]:
+        begun = time.perf_counter()
+        index.search(query[None], asked)
+        single.append(1000 * (time.perf_counter() - begun))
+    found: list[list[Hit]] = []
+    begun = time.perf_counter()
+    for first in range(0, len(queries), BATCH):
+        found += index.search(queries[first : first + BATCH], asked)
+    rate = len(queries) / (time.perf_counter() - begun)
+    median, p95 = np.percentile(single, [50, 95])
+    return Speed(search, recall(without(found, own, k), exact), float(median), float(p95), rate)

@@ -1,0 +1,118 @@
+"""The partitioned topology: shard servers, each with some shards of the index, searched as if they were one.
+
+A query batch is sent to all servers, each answers with the best of its own shards, and the best of those are kept:
+the same ones in the same order as one index over all passages would give. Ray restarts a server that dies, on
+another node if need be, and sends it again what it had not answered.
+"""
+
+import heapq
+import logging
+from collections.abc import Sequence
+from itertools import islice
+from typing import Any
+
+from pipeline.config import ExecutionConfig, RetrievalConfig, StorageConfig
+from pipeline.encoder import Vectors
+from pipeline.index import Found, PassageIndex, ranked
+from pipeline.manifest import IndexManifest
+from pipeline.storage import locate
+from pipeline.types import RetrievedPassage
+
+log = logging.getLogger(__name__)
+
+# Seconds after which a search that waits for a server says so.
+PATIENCE = 60.0
+
+
+class IndexLostError(RuntimeError):
+    """A shard server is gone for good; no row is to blame."""
+
+
+class ShardServer:
+    """A Ray actor that holds some shards.
+
+    Args:
+        numbers: of its shards.
+    """
+
+    def __init__(self, index: str, numbers: Sequence[int], retrieval: RetrievalConfig, storage: StorageConfig) -> None:
+        self._index = PassageIndex.open(locate(index, storage), retrieval, numbers)
+
+    def vectors(self) -> int:
+        """How many it holds; answers once they are loaded."""
+        return sum(len(shard.passages) for shard in self._index.shards.values())
+
+    def find(self, queries: Vectors, k: int) -> list[list[Found]]:
+        """The k best of its shards for each query, best first."""
+        return self._index.find(queries, k)
+
+
+class PartitionedIndex:
+    """All shards of an index, in servers.
+
+    Args:
+        servers: Ray handles that hold every shard once.
+    """
+
+    def __init__(self, manifest: IndexManifest, servers: Sequence[Any]) -> None:
+        self.manifest = manifest
+        self._servers = servers
+
+    def retrieve(self, queries: Vectors, k: int) -> list[list[RetrievedPassage]]:
+        """The k best of all shards for each query, best first; waits while a server is restarted.
+
+        Args:
+            queries: float32 [n, dimension].
+
+        Raises:
+            IndexLostError: a server cannot be restarted.
+        """
+        import ray
+
+        batch = ray.put(queries)
+        waiting = [server.find.remote(batch, k) for server in self._servers]
+        while len(ray.wait(waiting, num_returns=len(waiting), timeout=PATIENCE)[0]) < len(waiting):
+            log.warning("a search waits for shard servers since %.0f s or more", PATIENCE)
+        try:
+            answers = ray.get(waiting)
+        except ray.exceptions.RayActorError as error:
+            raise IndexLostError(f"a shard server is gone: {' '.join(str(error).split())}") from error
+        return [ranked(best(parts, k)) for parts in zip(*answers, strict=True)]
+
+
+def best(parts: Sequence[Sequence[Found]], k: int) -> list[Found]:
+    """The k best of several lists that are in order themselves; equal scores by shard, then row."""
+    return list(islice(heapq.merge(*parts, key=lambda found: found[0].order), k))
+
+
+def deal(shards: int, servers: int) -> list[list[int]]:
+    """Shard numbers for each server, whose counts differ by one at most."""
+    return [list(range(first, shards, servers)) for first in range(servers)]
+
+
+def start_servers(
+    index: str,
+    shards: int,
+    count: int,
+    retrieval: RetrievalConfig,
+    execution: ExecutionConfig,
+    storage: StorageConfig,
+) -> list[Any]:
+    """Start shard servers and wait until all shards are loaded; they end with the job.
+
+    Raises:
+        ray.exceptions.RayError: one cannot open its shards; its last line says why.
+    """
+    import ray
+
+    server = ray.remote(ShardServer).options(
+        num_cpus=execution.cpus_per_server,
+        num_gpus=execution.gpus_per_server,
+        max_restarts=-1,
+        max_task_retries=-1,
+        scheduling_strategy="SPREAD",
+    )
+    handles = [server.remote(index, numbers, retrieval, storage) for numbers in deal(shards, count)]
+    loaded = ray.get([handle.vectors.remote() for handle in handles])
+    log.info("%d shard servers hold %s vectors", count, " + ".join(map(str, loaded)))
+    return handles

@@ -1,0 +1,99 @@
+"""Configuration as plain values: YAML files, dotted keys, settings, and models made of them."""
+
+from collections.abc import Sequence
+from typing import Any, TypeVar
+
+import smart_open
+import yaml
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+
+class Frozen(BaseModel):
+    """Part of a configuration or of a manifest: cannot be changed, and unknown keys fail."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+Section = TypeVar("Section", bound=Frozen)
+
+
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested dictionaries as one with dotted keys; empty ones stay values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, dict) and value:
+            flat.update(flatten(value, f"{prefix}{key}."))
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def assign(tree: dict[str, Any], key: str, value: Any) -> None:
+    """Set a dotted key in nested dictionaries."""
+    *parents, last = key.split(".")
+    for parent in parents:
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ValueError(f"{key}: {parent} is a value ({child!r}), not a section")
+        tree = child
+    tree[last] = value
+
+
+def read_yaml(uri: str) -> dict[str, Any]:
+    """Read a YAML mapping from a path or any URI that smart_open knows.
+
+    Raises:
+        ValueError: it cannot be read, is not YAML, or is not a mapping; names the file.
+    """
+    try:
+        with smart_open.open(uri, encoding="utf-8") as file:
+            tree = yaml.safe_load(file)
+    except (OSError, yaml.YAMLError) as error:
+        raise ValueError(f"configuration {uri}: {' '.join(str(error).split())}") from None
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ValueError(f"configuration {uri}: expected keys and values, found {type(tree).__name__}")
+    return tree
+
+
+def apply_settings(tree: dict[str, Any], settings: Sequence[str]) -> None:
+    """Set ``KEY=VALUE`` settings, with dotted keys and values in YAML, in nested dictionaries.
+
+    Raises:
+        ValueError: a setting has no value, or one that is not YAML.
+    """
+    for setting in settings:
+        key, equals, value = setting.partition("=")
+        if not equals:
+            raise ValueError(f"--set {setting}: expected KEY=VALUE, such as decoding.threshold=0.3")
+        try:
+            assign(tree, key.strip(), yaml.safe_load(value))
+        except yaml.YAMLError:
+            raise ValueError(f"--set {setting}: the value is not YAML") from None
+
+
+def validated(section: type[Section], tree: dict[str, Any], name: str = "") -> Section:
+    """A section of the configuration from plain values.
+
+    Args:
+        name: of the section, for the message.
+
+    Raises:
+        ValueError: unknown key, wrong type or value; one line that names the key and says what is wrong.
+    """
+    try:
+        return section.model_validate(tree)
+    except ValidationError as error:
+        raise ValueError("; ".join(_problem(dict(e), name) for e in error.errors())) from None
+
+
+def _problem(error: dict[str, Any], section: str) -> str:
+    key = ".".join([section] * bool(section) + [str(part) for part in error["loc"]])
+    if error["type"] == "extra_forbidden":
+        return f"unknown configuration key {key}"
+    if error["type"] == "missing":
+        flag = {"model": "--model", "model.name": "--model"}.get(key, f"--{key}")
+        return f"missing configuration key {key} (flag {flag})"
+    found = "" if key.startswith("storage") else f", found {error['input']!r}"  # it may be a secret
+    return f"configuration key {key}: {error['msg'].lower()}{found}"

@@ -1,0 +1,43 @@
+"""Small indexes made of random vectors."""
+
+import faiss
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config import RetrievalConfig
+from pipeline.encoder import Vectors
+from pipeline.manifest import EncoderEntry, IndexManifest, write_manifest
+from pipeline.shards import PASSAGE_SCHEMA, build_shard, empty_index, train
+from pipeline.storage import Location
+
+CPU = RetrievalConfig(device="cpu")
+ENCODER = EncoderEntry(name="tiny", revision=None, digest="d" * 64)
+
+
+def passages(start: int, rows: int) -> pa.RecordBatch:
+    names = [str(row) for row in range(start, start + rows)]
+    return pa.record_batch([names, [f"title {n}" for n in names], [f"text {n}" for n in names]], schema=PASSAGE_SCHEMA)
+
+
+def save(folder: Location, parts: list[Vectors], factory: str = "Flat") -> IndexManifest:
+    """An index whose passage ids are row numbers over all shards; shards are written in batches of 7 rows."""
+    dimension = parts[0].shape[1]
+    template = empty_index(factory, dimension)
+    if not template.is_trained:
+        train(template, np.concatenate(parts))
+    entries, start = [], 0
+    for number, part in enumerate(parts):
+        begins = range(0, len(part), 7)
+        batches = [(passages(start + i, len(part[i : i + 7])), part[i : i + 7]) for i in begins]
+        entries.append(build_shard(folder, number, faiss.clone_index(template), batches))
+        start += len(part)
+    manifest = IndexManifest(
+        encoder=ENCODER, dimension=dimension, factory=factory, passages=start, shards=tuple(entries)
+    )
+    write_manifest(folder, manifest)
+    return manifest
+
+
+def unit_vectors(rows: int, seed: int = 0, dimension: int = 16) -> Vectors:
+    vectors = np.random.default_rng(seed).normal(size=(rows, dimension)).astype(np.float32)
+    return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)

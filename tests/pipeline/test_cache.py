@@ -1,0 +1,132 @@
+import multiprocessing
+import os
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+
+import pytest
+from pyarrow import fs
+
+from pipeline.cache import make_room, obtain
+from pipeline.config import RetrievalConfig
+from pipeline.index import PassageIndex
+from pipeline.manifest import read_manifest
+from pipeline.storage import Location
+from tests.indexes import CPU, save, unit_vectors
+
+
+def test_remote_files_are_fetched_once_and_checked(remote: Location, saved: Location, tmp_path: Path) -> None:
+    cached = RetrievalConfig(device="cpu", cache=str(tmp_path / "cache"))
+    expected = PassageIndex.open(saved, CPU).retrieve(unit_vectors(3), 5)
+    assert PassageIndex.open(remote, cached).retrieve(unit_vectors(3), 5) == expected
+    (tmp_path / "index" / "shard-00000.faiss").unlink()
+    assert PassageIndex.open(remote, cached).retrieve(unit_vectors(3), 5) == expected
+
+
+def test_wrong_remote_file_never_enters_the_cache(remote: Location, tmp_path: Path) -> None:
+    file = tmp_path / "index" / "shard-00000.faiss"
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    cached = RetrievalConfig(device="cpu", cache=str(tmp_path / "cache"), verify=False)
+    with pytest.raises(ValueError, match=r"mem://index/shard-00000.faiss: its SHA-256"):
+        PassageIndex.open(remote, cached)
+    assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".lock"]
+
+
+class CountingFiles(fs.FileSystemHandler):
+    """A file system that is not local, and notes what is read, one line for each file."""
+
+    def __init__(self, root: str, log: str) -> None:
+        self.inner = fs.SubTreeFileSystem(root, fs.LocalFileSystem())
+        self.log = log
+
+    def open_input_file(self, path: str) -> object:
+        return self._noted(path, self.inner.open_input_file(path))
+
+    def open_input_stream(self, path: str) -> object:
+        return self._noted(path, self.inner.open_input_stream(path))
+
+    def _noted(self, path: str, stream: object) -> object:
+        with Path(self.log).open("a") as file:
+            file.write(f"{path}\n")
+        return stream
+
+    def get_file_info(self, paths: list[str]) -> list[fs.FileInfo]:
+        return self.inner.get_file_info(paths)
+
+    def get_file_info_selector(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
+        return self.inner.get_file_info(selector)
+
+    def get_type_name(self) -> str:
+        return "counting"
+
+    def normalize_path(self, path: str) -> str:
+        return path
+
+    def _no(self, *_: object) -> None:
+        raise NotImplementedError
+
+    copy_file = create_dir = delete_dir = delete_dir_contents = delete_file = delete_root_dir_contents = move = _no
+    open_append_stream = open_output_stream = _no
+
+
+def _fetch(root: str, log: str, cache: str, file: tuple[str, int, str]) -> bytes:
+    source = Location(f"count://{file[0]}", fs.PyFileSystem(CountingFiles(root, log)), file[0])
+    return obtain(source, file[1], file[2], RetrievalConfig(cache=cache)).read_bytes()
+
+
+def test_many_readers_at_once_fetch_a_file_once(saved: Location, tmp_path: Path) -> None:
+    file = read_manifest(saved).shards[0].files()[0]
+    log, cache = tmp_path / "log", tmp_path / "cache"
+    with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("fork")) as readers:
+        fetches = [readers.submit(_fetch, saved.path, str(log), str(cache), file) for _ in range(12)]
+        contents = {fetch.result() for fetch in fetches}
+    assert contents == {(Path(saved.path) / file[0]).read_bytes()}
+    assert log.read_text().splitlines() == [file[0]]
+
+
+def test_a_changed_index_is_another_file(remote: Location, saved: Location, tmp_path: Path) -> None:
+    cached = RetrievalConfig(device="cpu", cache=str(tmp_path / "cache"))
+    PassageIndex.open(remote, cached)
+    changed = unit_vectors(60, seed=9)
+    save(saved, [changed])
+    (hits,) = PassageIndex.open(remote, cached).retrieve(changed[7:8], 1)
+    assert hits[0].passage.id == "7"
+    assert hits[0].score == pytest.approx(1.0)
+
+
+def copy(cache: Path, digit: str, size: int, used: int) -> Path:
+    file = cache / f"{digit * 64}-shard-00000.faiss"
+    file.write_bytes(bytes(size))
+    os.utime(file, (used, used))
+    return file
+
+
+def test_the_longest_unused_copies_of_other_indexes_go_until_there_is_room(tmp_path: Path) -> None:
+    old, older, own = (copy(tmp_path, *what) for what in (("a", 400, 30), ("b", 400, 20), ("c", 400, 10)))
+    note = tmp_path / "note.txt"
+    note.write_bytes(bytes(5000))
+    needed = [("shard-00000.faiss", 400, "c" * 64), ("shard-00001.faiss", 100, "d" * 64)]
+    make_room(RetrievalConfig(cache=str(tmp_path), cache_gb=1000e-9), needed)
+    assert (old.exists(), older.exists(), own.exists(), note.exists()) == (True, False, True, True)
+
+
+def test_without_a_limit_nothing_goes(tmp_path: Path) -> None:
+    kept = copy(tmp_path, "a", 400, 30)
+    make_room(RetrievalConfig(cache=str(tmp_path)), [("shard-00000.faiss", 10**15, "c" * 64)])
+    assert kept.exists()
+
+
+def test_an_index_larger_than_the_limit_is_refused_with_both_numbers(remote: Location, tmp_path: Path) -> None:
+    small = RetrievalConfig(device="cpu", cache=str(tmp_path / "cache"), cache_gb=1e-6)
+    with pytest.raises(ValueError, match=r"retrieval.cache_gb 1e-06: this index has 0.00 GB .*partitioned"):
+        PassageIndex.open(remote, small)
+    assert len(PassageIndex.open(remote, small, numbers=[]).shards) == 0
+
+
+def test_a_mapped_copy_can_be_read_after_it_went(remote: Location, tmp_path: Path) -> None:
+    cached = RetrievalConfig(device="cpu", cache=str(tmp_path / "cache"))
+    index = PassageIndex.open(remote, cached)
+    expected = PassageIndex.open(remote, CPU.model_copy(update={"cache": str(tmp_path / "other")}))
+    for file in (tmp_path / "cache").iterdir():
+        file.unlink()
+    assert index.retrieve(unit_vectors(3), 5) == expected.retrieve(unit_vectors(3), 5)

@@ -1,0 +1,71 @@
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from pipeline.config import RetrievalConfig
+from pipeline.encoder import EncoderStyle
+from pipeline.manifest import check_encoder, check_index, read_manifest
+from pipeline.storage import Location
+from tests.indexes import CPU
+
+
+@pytest.mark.parametrize(
+    ("old", "new", "problem"),
+    [
+        (b'"format_version": 1', b'"format_version": 9', "key format_version: input should be 1, found 9"),
+        (b'"dimension": 16', b'"dimension": "x"', "key dimension: "),
+        (b'"shard-00000.faiss"', b'"../outside.faiss"', "key shards.0.file: "),
+        (b'"passages": 60', b'"passages": 61', "the shards do not hold 61 passages together"),
+        (b'"factory"', b'"other"', "key (factory|other): "),
+        (b"{", b"", "invalid json"),
+    ],
+)
+def test_damaged_manifest_names_file_and_key(saved: Location, old: bytes, new: bytes, problem: str) -> None:
+    file = Path((saved / "index.json").path)
+    file.write_bytes(file.read_bytes().replace(old, new, 1))
+    with pytest.raises(ValueError, match=rf"^\S+/index\.json: .*{problem}.*; build the index anew"):
+        read_manifest(saved)
+
+
+def test_folder_without_index_is_named(folder: Location) -> None:
+    with pytest.raises(ValueError, match=r"no index here \(index.json is missing\)"):
+        check_index(folder, CPU)
+
+
+class TinyEncoder:
+    def __init__(self, name: str, digest: str, dimension: int) -> None:
+        self.name, self.digest, self.dimension = name, digest, dimension
+
+
+def test_encoder_is_known_by_its_content_not_its_name(saved: Location) -> None:
+    manifest = read_manifest(saved)
+    check: Any = check_encoder
+    check(TinyEncoder("renamed", "d" * 64, 16), manifest)
+    with pytest.raises(ValueError, match=r"encoder tiny .*is not the one.*set retrieval.encoder to tiny as it was"):
+        check(TinyEncoder("tiny", "e" * 64, 16), manifest)
+    with pytest.raises(ValueError, match="gives 8 dimensions, the index has 16"):
+        check(TinyEncoder("tiny", "d" * 64, 8), manifest)
+
+
+def test_cheap_check_compares_the_asked_encoder_by_digest(saved: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    digests = {"same": "d" * 64, "other": "e" * 64, "remote": None}
+    monkeypatch.setattr("pipeline.manifest.encoder_digest", digests.get)
+    for name in (None, "tiny", "same"):
+        assert check_index(saved, RetrievalConfig(encoder=name)).passages == 60
+    for name in ("other", "remote"):
+        with pytest.raises(ValueError, match=f"encoder {name} .*not the one that the index was built with"):
+            check_index(saved, RetrievalConfig(encoder=name))
+
+
+def test_the_encoders_style_is_read_back(saved: Location) -> None:
+    manifest = read_manifest(saved)
+    assert manifest.encoder.style == EncoderStyle()
+    style = {"query_prefix": "query: ", "passage_prefix": "passage: ", "normalised": False, "dtype": "float16"}
+    changed = manifest.encoder.model_copy(update=style)
+    assert changed.style == EncoderStyle(**style)
+    assert manifest.model_copy(update={"encoder": changed}).digest() != manifest.digest()
+
+
+def test_an_index_counts_the_bytes_of_all_its_faiss_files(saved: Location) -> None:
+    assert read_manifest(saved).bytes == sum(file.stat().st_size for file in Path(saved.path).glob("*.faiss"))

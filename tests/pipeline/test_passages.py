@@ -1,0 +1,141 @@
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.build import read_ahead
+from pipeline.config import StorageConfig
+from pipeline.passage_checks import check_passages
+from pipeline.passages import PassageRange, Sample, find_passages, plan_shards, read_passages, spread_samples
+from pipeline.storage import locate
+
+
+def place(path: Path) -> Any:
+    return locate(str(path), StorageConfig())
+
+
+def numbered(rows: int, start: int = 0) -> dict[str, list[Any]]:
+    names = [str(row) for row in range(start, start + rows)]
+    return {"id": names, "title": [f"title {n}" for n in names], "text": [f"text {n}" for n in names]}
+
+
+@pytest.fixture
+def source(tmp_path: Path) -> Path:
+    """Ten and five passages in two files, in row groups of four."""
+    for name, rows, start in (("a", 10, 0), ("b", 5, 10)):
+        vectors = [[float(n)] for n in range(start, start + rows)]
+        table = pa.table({**numbered(rows, start), "vector": vectors})
+        pq.write_table(table, tmp_path / f"{name}.parquet", row_group_size=4)
+    return tmp_path
+
+
+def ids(batches: Any) -> list[str]:
+    return [name for batch in batches for name in batch.passages["id"].to_pylist()]
+
+
+def test_shards_cut_across_files_and_row_groups_without_loss(source: Path) -> None:
+    shards = plan_shards(find_passages(place(source)), 4)
+    read = [ids(read_passages(shard.ranges)) for shard in shards]
+    assert read == [["0", "1", "2"], ["3", "4", "5", "6"], ["7", "8", "9", "10"], ["11", "12", "13", "14"]]
+    assert [shard.rows for shard in shards] == [3, 4, 4, 4]
+
+
+def test_passages_are_read_as_plain_strings(tmp_path: Path) -> None:
+    table = pa.table(
+        {
+            "text": pa.array(["x", "y"], pa.large_string()),
+            "id": pa.array(["1", "2"]),
+            "title": pa.array(["same", None]).dictionary_encode(),
+            "more": [1.0, 2.0],
+        }
+    )
+    pq.write_table(table, tmp_path / "p.parquet")
+    (batch,) = read_passages(find_passages(place(tmp_path / "p.parquet")))
+    assert batch.passages.to_pylist() == [
+        {"id": "1", "title": "same", "text": "x"},
+        {"id": "2", "title": "", "text": "y"},
+    ]
+    assert batch.embeddings is None
+
+
+def test_vectors_come_with_their_passages_and_row_numbers(source: Path) -> None:
+    shard = plan_shards(find_passages(place(source), "vector"), 2)[1]
+    read = list(read_passages(shard.ranges, "vector"))
+    for batch in read:
+        names = [int(name) for name in batch.passages["id"].to_pylist()]
+        assert batch.embeddings.to_pylist() == [[float(name)] for name in names]
+        assert [batch.rows.tolist()] == [[name % 10 for name in names]]
+    assert ids(read) == [str(n) for n in range(7, 15)]
+
+
+def test_a_small_corpus_is_sampled_evenly(source: Path) -> None:
+    files = find_passages(place(source), "vector")
+
+    def sample(size: int) -> list[str]:
+        return ids(batch for sample in spread_samples(files, size) for batch in sample.read())
+
+    assert sample(3) == ["0", "7", "14"]
+    assert sample(15) == sample(100) == [str(n) for n in range(15)]
+
+
+def test_a_sample_brings_its_vectors_and_row_numbers(source: Path) -> None:
+    part = PassageRange(place(source / "a.parquet"), 4, 10)
+    (batch,) = Sample(part, np.array([1, 5])).read("vector")
+    assert batch.passages["id"].to_pylist() == ["5", "9"]
+    assert batch.embeddings.to_pylist() == [[5.0], [9.0]]
+    assert batch.rows.tolist() == [5, 9]
+
+
+def test_of_a_large_corpus_few_row_groups_are_read(tmp_path: Path) -> None:
+    pq.write_table(pa.table(numbered(4000)), tmp_path / "p.parquet", row_group_size=10)
+    samples = spread_samples(find_passages(place(tmp_path / "p.parquet")), 5)
+    assert sum(len(sample.rows) for sample in samples) == 5
+    assert sum(sample.part.rows for sample in samples) <= 50
+    names = [int(name) for name in ids(batch for sample in samples for batch in sample.read())]
+    assert names[0] < 200
+    assert names[-1] > 2900
+
+
+@given(rows=st.integers(1, 400), group=st.integers(1, 50), size=st.integers(1, 60))
+def test_a_sample_has_the_size_asked_for_without_doubles(
+    tmp_path_factory: pytest.TempPathFactory, rows: int, group: int, size: int
+) -> None:
+    file = tmp_path_factory.mktemp("p") / "p.parquet"
+    pq.write_table(pa.table(numbered(rows)), file, row_group_size=group)
+    samples = spread_samples(find_passages(place(file)), size)
+    names = [row + sample.part.start for sample in samples for row in sample.rows.tolist()]
+    assert len(names) == len(set(names)) == min(size, rows)
+    assert names == sorted(names)
+    assert 0 <= names[0] <= names[-1] < rows
+
+
+@pytest.mark.parametrize("compared", [1, 4, 1000])
+def test_ids_are_unique_however_few_are_compared_at_a_time(source: Path, compared: int) -> None:
+    check_passages(find_passages(place(source)), compared)
+    pq.write_table(pa.table(numbered(1, 12)), source / "c.parquet")
+    with pytest.raises(ValueError, match=r"c.parquet: row 0: column id: '12' is also in .*b.parquet: row 2; ids must"):
+        check_passages(find_passages(place(source)), compared)
+
+
+def test_ids_with_equal_hashes_are_compared_themselves(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.passage_checks._hashes", lambda ids: np.zeros(len(ids), np.uint64))
+    check_passages(find_passages(place(source)))
+
+
+def test_items_are_fetched_ahead_in_order_and_errors_arrive() -> None:
+    assert list(read_ahead(iter(range(1, 8)))) == list(range(1, 8))
+    assert list(read_ahead(iter(()))) == []
+
+    def broken() -> Any:
+        yield 1
+        raise ValueError("no more")
+
+    arriving = read_ahead(broken())
+    assert next(arriving) == 1
+    with pytest.raises(ValueError, match="no more"):
+        next(arriving)

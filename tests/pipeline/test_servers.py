@@ -1,0 +1,128 @@
+"""The partitioned topology over real Ray actors on one machine."""
+
+import os
+import signal
+from collections.abc import Iterator
+from typing import Any
+
+import faiss
+import numpy as np
+import pytest
+import ray
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config import ExecutionConfig, StorageConfig
+from pipeline.index import Hit, PassageIndex
+from pipeline.manifest import read_manifest
+from pipeline.servers import IndexLostError, PartitionedIndex, ShardServer, best, deal, start_servers
+from pipeline.storage import Location
+from pipeline.types import Passage
+from tests.indexes import CPU, save, unit_vectors
+
+NO_CPUS = ExecutionConfig(cpus_per_server=0)
+
+
+@pytest.fixture(scope="module")
+def cluster() -> Iterator[None]:
+    was_running = ray.is_initialized()
+    if not was_running:
+        ray.init(num_cpus=2, include_dashboard=False, logging_level="ERROR")
+    yield
+    if not was_running:
+        ray.shutdown()
+
+
+def start(index: Location, count: int) -> list[Any]:
+    shards = len(read_manifest(index).shards)
+    return start_servers(index.uri, shards, count, CPU, NO_CPUS, StorageConfig())
+
+
+@given(st.integers(1, 20), st.integers(1, 20))
+def test_every_shard_is_dealt_once_and_evenly(shards: int, servers: int) -> None:
+    dealt = deal(shards, servers)
+    assert sorted(number for numbers in dealt for number in numbers) == list(range(shards))
+    assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
+
+
+scores = st.sampled_from([0.0, 0.5, 1.0])
+
+
+@given(st.lists(st.lists(st.tuples(scores, st.integers(0, 5)), max_size=6), min_size=1, max_size=4), st.integers(1, 8))
+def test_the_best_of_all_servers_are_kept_with_ties_by_shard_then_row(
+    answers: list[list[tuple[float, int]]], k: int
+) -> None:
+    parts = [
+        sorted([(Hit(score, n, row), Passage(f"{n}-{row}", "", "")) for score, row in part], key=lambda f: f[0].order)
+        for n, part in enumerate(answers)
+    ]
+    everything = sorted((found for part in parts for found in part), key=lambda f: (-f[0].score, f[0].shard, f[0].row))
+    assert best(parts, k) == everything[:k]
+
+
+@pytest.fixture
+def tied(folder: Location) -> tuple[Location, np.ndarray]:
+    """90 vectors in five shards, each of them thrice, far apart: every score is contested."""
+    vectors = np.tile(unit_vectors(30, seed=4), (3, 1))
+    save(folder, [vectors[:10], vectors[10:37], vectors[37:40], vectors[40:75], vectors[75:]])
+    return folder, vectors
+
+
+@pytest.mark.usefixtures("cluster")
+@pytest.mark.parametrize("count", [1, 2, 5])
+def test_servers_find_what_one_flat_index_finds_in_the_same_order(
+    tied: tuple[Location, np.ndarray], count: int
+) -> None:
+    folder, vectors = tied
+    queries = unit_vectors(70, seed=5)
+    exact = queries @ vectors.T
+    one = faiss.IndexFlatIP(16)
+    one.add(vectors)
+    faiss_scores, _ = one.search(queries, 8)
+    found = PartitionedIndex(read_manifest(folder), start(folder, count)).retrieve(queries, 8)
+    assert found == PassageIndex.open(folder, CPU).retrieve(queries, 8)
+    for hits, row_scores, flat in zip(found, exact, faiss_scores, strict=True):
+        wanted = sorted(range(90), key=lambda row: (-np.round(row_scores[row], 5), row))[:8]
+        assert [hit.passage.id for hit in hits] == [str(row) for row in wanted]
+        assert [hit.rank for hit in hits] == list(range(1, 9))
+        np.testing.assert_allclose([hit.score for hit in hits], flat, atol=1e-6)
+
+
+class MortalServer(ShardServer):
+    """Says which process it is."""
+
+    def process(self) -> int:
+        return os.getpid()
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_search_survives_the_death_of_servers(saved: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.servers.ShardServer", MortalServer)
+    servers = start(saved, 2)
+    index = PartitionedIndex(read_manifest(saved), servers)
+    queries = unit_vectors(4, seed=8)
+    expected = PassageIndex.open(saved, CPU).retrieve(queries, 5)
+    for server in servers:
+        process = ray.get(server.process.remote())
+        os.kill(process, signal.SIGKILL)
+        assert index.retrieve(queries, 5) == expected
+        assert ray.get(server.process.remote()) != process
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_server_that_cannot_come_back_is_told_apart_from_a_bad_row(saved: Location) -> None:
+    servers = start(saved, 2)
+    ray.kill(servers[1])
+    index = PartitionedIndex(read_manifest(saved), servers)
+    with pytest.raises(IndexLostError, match="a shard server is gone"):
+        index.retrieve(unit_vectors(1), 3)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_damaged_shard_stops_the_start_with_its_name(saved: Location) -> None:
+    file = (saved / "shard-00002.faiss").path
+    with open(file, "r+b") as stream:  # noqa: PTH123
+        stream.seek(-1, os.SEEK_END)
+        stream.write(b"\xff")
+    with pytest.raises(ray.exceptions.RayError, match=r"shard-00002.faiss: its SHA-256 is not what index.json says"):
+        start(saved, 3)
