@@ -18,7 +18,7 @@ from typing import Annotated, Any, NoReturn
 import pyarrow as pa
 import typer
 
-from jobs.cluster import Resources, actor_resources, connect
+from jobs.cluster import Resources, actor_resources, connect, reason
 from jobs.progress import Progress
 from jobs.rescore import check as check_rescore
 from jobs.rescore import execute as execute_rescore
@@ -288,8 +288,7 @@ def rescore(
 def _fail(error: Exception, what: str) -> NoReturn:
     """Log an error, say it in one line, and exit with status 1."""
     log.error(what, exc_info=error)
-    # Ray puts a worker's whole traceback into the message; its last line is the error itself.
-    typer.echo(f"error: {(str(error).strip() or repr(error)).splitlines()[-1].strip()}", err=True)
+    typer.echo(f"error: {reason(error)}", err=True)
     raise typer.Exit(1) from None
 
 

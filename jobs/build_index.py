@@ -18,10 +18,12 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
+from jobs.cluster import reason
 from jobs.index_build import execute
 from jobs.index_check import CheckRequest, check_command
 from jobs.index_plan import survey, tables
 from pipeline.build import BuildFolder, BuildPlan, BuildRequest
+from pipeline.cache import DamagedIndexError
 from pipeline.config import RetrievalConfig, StorageConfig, load_sections
 from pipeline.encoder import Encoder, EncoderStyle
 from pipeline.manifest import EncoderEntry
@@ -153,7 +155,7 @@ def build_index(
         plan = check(request)
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+        raise typer.Exit(1 if isinstance(error, DamagedIndexError) else 2) from None
     log.info("%d passages into %d shards of %s", plan.passages, shards, factory)
     try:
         execute(plan)
@@ -176,7 +178,7 @@ def _fail(error: Exception) -> NoReturn:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     log.error("the build failed; the same command goes on with it", exc_info=error)
-    typer.echo(f"error: {(str(error).strip() or repr(error)).splitlines()[-1]}", err=True)
+    typer.echo(f"error: {reason(error)}", err=True)
     raise typer.Exit(1) from None
 
 

@@ -1,6 +1,7 @@
 """Ray: connecting, and what an actor may ask for."""
 
 import math
+import re
 from dataclasses import dataclass
 
 from pipeline.config import ExecutionConfig, RunConfig
@@ -25,6 +26,24 @@ def connect(execution: ExecutionConfig) -> None:
     context.enable_progress_bars = False
     context.print_on_execution_start = False
     context.target_max_block_size = None  # Ray Data would cut a large unit in two, and a unit is one file
+
+
+# A line of a traceback that says what was raised.
+_RAISED = re.compile(r"^(?P<kind>[A-Za-z_][\w.]*(?:Error|Exception)): (?P<message>.+)$", re.MULTILINE)
+
+
+def reason(error: BaseException) -> str:
+    """What went wrong, in one line.
+
+    Ray puts a worker's whole traceback into the message, the first error first, and advice of its own behind it.
+    """
+    text = re.sub(r"\x1b\[\d+m", "", str(error)).strip() or repr(error)
+    raised = [match for match in _RAISED.finditer(text) if not match["kind"].startswith("ray.")]
+    if not raised:
+        return text.splitlines()[-1].strip()
+    kind, message = raised[0]["kind"], raised[0]["message"].strip()
+    ours = kind == "ValueError" or kind.startswith("pipeline.")
+    return message if ours else f"{kind}: {message}"
 
 
 def actor_resources(config: RunConfig, shards: int) -> Resources:

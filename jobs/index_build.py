@@ -6,10 +6,12 @@ Each actor has its own encoder and one shard in memory.
 
 import logging
 import math
+import resource
 import threading
 import time
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import faiss
@@ -70,6 +72,29 @@ class SampleEncoder:
         return {"vectors": np.concatenate(vectors)}
 
 
+@dataclass(frozen=True)
+class ShardReport:
+    """A shard that was built.
+
+    Attributes:
+        seconds: from its first passage to its files in place.
+        peak_bytes: most memory that the actor has had so far, libraries and encoder included.
+    """
+
+    number: int
+    entry: ShardEntry
+    seconds: float
+    peak_bytes: int
+
+
+@dataclass(frozen=True)
+class Built:
+    """A finished index, and the shards that this call has built."""
+
+    manifest: IndexManifest
+    reports: tuple[ShardReport, ...]
+
+
 class ShardBuilder:
     """Builds shards; loads the encoder once.
 
@@ -87,18 +112,19 @@ class ShardBuilder:
         self.folder = BuildFolder(plan.output)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Shard numbers in, manifest entries out, row by row."""
-        numbers = batch["item"].to_pylist()
-        entries = [self.build(self.plan.shards[number]).model_dump_json() for number in numbers]
-        return pa.table({"shard": pa.array(numbers, pa.int64()), "entry": pa.array(entries, pa.string())})
+        """Shard numbers in, reports out, row by row."""
+        reports = [self.build(self.plan.shards[number]) for number in batch["item"].to_pylist()]
+        return pa.Table.from_pylist([{**vars(report), "entry": report.entry.model_dump_json()} for report in reports])
 
-    def build(self, shard: ShardPlan) -> ShardEntry:
+    def build(self, shard: ShardPlan) -> ShardReport:
         """Make vectors of the passages of a shard, write its files, and record it."""
+        begun = time.monotonic()
         # FAISS writes into the index it deserialises, and Ray's arrays are read-only.
         index = faiss.deserialize_index(self.template.copy())
         entry = build_shard(self.plan.output, shard.number, index, self._batches(shard))
         self.folder.keep(shard.number, entry)
-        return entry
+        peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        return ShardReport(shard.number, entry, time.monotonic() - begun, peak)
 
     def _batches(self, shard: ShardPlan) -> Iterator[tuple[pa.RecordBatch, Vectors]]:
         for batch in read_ahead(read_passages(shard.ranges, self.plan.request.embeddings)):
@@ -129,24 +155,24 @@ def trained_index(plan: BuildPlan, folder: BuildFolder) -> Any:
     return index
 
 
-def build_shards(plan: BuildPlan, index: Any, folder: BuildFolder) -> tuple[ShardEntry, ...]:
-    """Build the shards that are not there yet; the entries of all, in order.
+def build_shards(plan: BuildPlan, index: Any, missing: list[ShardPlan]) -> list[ShardReport]:
+    """Build shards.
 
     Raises:
         ray.exceptions.RayError: a shard failed.
     """
     import ray
 
-    entries = folder.finished(plan.shards)
-    missing = [shard for shard in plan.shards if shard.number not in entries]
-    if entries:
-        log.info("%d of %d shards are there from an interrupted build", len(entries), len(plan.shards))
-    if missing:
-        template = ray.put(faiss.serialize_index(index))
-        numbers = [shard.number for shard in missing]
-        with worked(plan, ShardBuilder, template, numbers, sum(shard.rows for shard in missing)) as built:
-            entries |= {row["shard"]: ShardEntry.model_validate_json(row["entry"]) for row in built.iter_rows()}
-    return tuple(entries[shard.number] for shard in plan.shards)
+    template = ray.put(faiss.serialize_index(index))
+    numbers = [shard.number for shard in missing]
+    reports = []
+    with worked(plan, ShardBuilder, template, numbers, sum(shard.rows for shard in missing)) as built:
+        for row in built.iter_rows():
+            report = ShardReport(**{**row, "entry": ShardEntry.model_validate_json(row["entry"])})
+            reports.append(report)
+            what = (report.number, report.entry.rows, report.seconds, report.peak_bytes / 1e9)
+            log.info("shard %d: %d passages in %.1f s, at most %.2f GB of memory", *what)
+    return reports
 
 
 @contextmanager
@@ -212,8 +238,8 @@ def progress_lines(tally: Any, passages: int) -> Iterator[None]:
         thread.join()
 
 
-def execute(plan: BuildPlan) -> IndexManifest:
-    """Build the shards of a checked plan, then write the manifest.
+def execute(plan: BuildPlan) -> Built:
+    """Build the missing shards of a checked plan, then write the manifest.
 
     Raises:
         ValueError: an interrupted build of something else is there, or there are too few passages for the factory.
@@ -222,17 +248,21 @@ def execute(plan: BuildPlan) -> IndexManifest:
     """
     folder = BuildFolder(plan.output)
     folder.begin(plan.identity(), plan.request.overwrite)
+    entries = folder.finished(plan.shards)
+    if entries:
+        log.info("%d of %d shards are there from an interrupted build", len(entries), len(plan.shards))
     connect(ExecutionConfig())
-    index = trained_index(plan, folder)
-    entries = build_shards(plan, index, folder)
+    missing = [shard for shard in plan.shards if shard.number not in entries]
+    reports = build_shards(plan, trained_index(plan, folder), missing) if missing else []
+    entries |= {report.number: report.entry for report in reports}
     manifest = IndexManifest(
         encoder=plan.encoder,
         embeddings=plan.request.embeddings,
         dimension=plan.dimension,
         factory=plan.request.factory,
         passages=plan.passages,
-        shards=entries,
+        shards=tuple(entries[shard.number] for shard in plan.shards),
     )
     write_manifest(plan.output, manifest)
     folder.forget()
-    return manifest
+    return Built(manifest, tuple(reports))

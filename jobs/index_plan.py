@@ -10,11 +10,22 @@ from pipeline.encoder import Encoder
 from pipeline.passages import PassageRange, spread_samples
 from pipeline.prompts import passage_text
 from pipeline.shards import PASSAGE_SCHEMA
-from pipeline.sizing import USUAL_FACTORIES, size_plan
+from pipeline.sizing import (
+    CARDS,
+    USUAL_FACTORIES,
+    beside_7b,
+    cards_needed,
+    engine_share,
+    machines_needed,
+    search_cost,
+    size_plan,
+)
 
 # Encoded to see how fast this machine is: a few seconds on a CPU.
 SAMPLE = 64
-GB = 1e9
+GB, MB = 1e9, 1e6
+# Memory of a machine that shards are put on.
+MACHINE = 256_000_000_000
 
 
 @dataclass(frozen=True)
@@ -67,4 +78,31 @@ def tables(corpus: Corpus, factory: str, shards: int) -> list[Table]:
         sizes.add_row(
             line.factory, f"{line.per_vector:,.0f}", f"{line.index / GB:.2f} GB", f"{line.largest_shard / GB:.2f} GB"
         )
-    return [about, sizes]
+    return [about, sizes, placements(corpus, factory, shards)]
+
+
+def placements(corpus: Corpus, factory: str, shards: int) -> Table:
+    """Where the index fits: on the card of a 7B model, on cards of its own, in the memory of machines."""
+    table = Table(title="Where it fits (topology local, or partitioned over so many servers), and what a query costs")
+    headings = [f"beside a 7B model, {card / GB:.0f} GB" for card in CARDS]
+    headings += [
+        f"servers, {CARDS[-1] / GB:.0f} GB cards",
+        f"servers, {MACHINE / GB:.0f} GB memory",
+        "compared",
+        "read",
+    ]
+    for heading in ("factory", *headings):
+        table.add_column(heading, justify="left" if heading == "factory" else "right")
+    largest = -(-corpus.passages // shards)
+    for line in size_plan(corpus.passages, corpus.dimension, shards, dict.fromkeys([factory, *USUAL_FACTORIES])):
+        cost = search_cost(line.factory, corpus.dimension, largest)
+        on_cards = ["no GPU form"] * (len(CARDS) + 1)
+        if "HNSW" not in line.factory:
+            on_cards = [_beside(line.index, card) for card in CARDS] + [str(cards_needed(line.index, CARDS[-1]))]
+        costs = [f"{shards * cost.compared:,}", f"{shards * cost.bytes / MB:,.1f} MB"]
+        table.add_row(line.factory, *on_cards, str(machines_needed(line.index, MACHINE)), *costs)
+    return table
+
+
+def _beside(index: int, card: int) -> str:
+    return f"yes, engine at {engine_share(index, card):.2f}" if index <= beside_7b(card) else "no"

@@ -19,6 +19,10 @@ SCRATCH_PREFIX = ".building-"
 REMEDY = "copy the whole index again, or build it anew"
 
 
+class DamagedIndexError(ValueError):
+    """A file of an index is missing or is not what the manifest says."""
+
+
 def file_digest(path: Path) -> str:
     """SHA-256 of a file in hex."""
     with path.open("rb") as file:
@@ -35,7 +39,7 @@ def obtain(source: Location, size: int, sha256: str, retrieval: RetrievalConfig)
         size: in bytes, as the manifest says.
 
     Raises:
-        ValueError: the file is missing or is not what the manifest says.
+        DamagedIndexError: the file is missing or is not what the manifest says.
         StorageError: it cannot be fetched.
     """
     if source.local:
@@ -104,7 +108,7 @@ def _fetch(source: Location, copy: Path, size: int, sha256: str) -> None:
         try:
             fs.copy_files(source.path, str(arriving), source.filesystem, fs.LocalFileSystem())
         except FileNotFoundError:
-            raise ValueError(f"{source.uri}: missing; {REMEDY}") from None
+            raise DamagedIndexError(f"{source.uri}: missing; {REMEDY}") from None
         except OSError as error:
             raise StorageError(f"{source.uri}: {' '.join(str(error).split())}") from error
         check_file(arriving, source.uri, size, sha256)
@@ -115,20 +119,20 @@ def check_file(path: Path, uri: str, size: int, sha256: str | None) -> None:
     """Compare a local file with the manifest; its digest too where one is given.
 
     Raises:
-        ValueError: missing, of another size or content; names the file.
+        DamagedIndexError: missing, of another size or content; names the file.
     """
     if not path.is_file():
-        raise ValueError(f"{uri}: missing; {REMEDY}")
+        raise DamagedIndexError(f"{uri}: missing; {REMEDY}")
     check_size(uri, path.stat().st_size, size)
     if sha256 is not None and file_digest(path) != sha256:
-        raise ValueError(f"{uri}: its SHA-256 is not what index.json says; {REMEDY}")
+        raise DamagedIndexError(f"{uri}: its SHA-256 is not what index.json says; {REMEDY}")
 
 
 def check_size(uri: str, found: int, size: int) -> None:
     """Compare a file's size with the manifest's.
 
     Raises:
-        ValueError: they differ.
+        DamagedIndexError: they differ.
     """
     if found != size:
-        raise ValueError(f"{uri}: has {found} bytes where index.json says {size}; {REMEDY}")
+        raise DamagedIndexError(f"{uri}: has {found} bytes where index.json says {size}; {REMEDY}")

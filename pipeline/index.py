@@ -8,7 +8,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.cache import make_room, obtain
+from pipeline.cache import DamagedIndexError, make_room, obtain
 from pipeline.config import RetrievalConfig
 from pipeline.devices import Device, set_search
 from pipeline.encoder import Vectors
@@ -64,7 +64,7 @@ class Shard:
         )
         index, passages = read_faiss(index_file), PassageFile(passages_file)
         if (index.d, index.ntotal, len(passages)) != (dimension, entry.rows, entry.rows):
-            raise ValueError(
+            raise DamagedIndexError(
                 f"{(folder / entry.file).uri}: {index.ntotal} vectors of {index.d} dimensions and {len(passages)} "
                 f"passages where index.json says {entry.rows} and {dimension}; build the index anew"
             )

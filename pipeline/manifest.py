@@ -6,7 +6,7 @@ from typing import Annotated, Literal
 from pyarrow import fs
 from pydantic import Field, ValidationError, model_validator
 
-from pipeline.cache import check_size
+from pipeline.cache import REMEDY, DamagedIndexError, check_size
 from pipeline.config import Positive, RetrievalConfig
 from pipeline.encoder import Encoder, EncoderStyle, encoder_digest
 from pipeline.settings import Frozen
@@ -170,7 +170,7 @@ def check_files(folder: Location, manifest: IndexManifest) -> None:
     """Compare the sizes of all files with the manifest.
 
     Raises:
-        ValueError: a file is missing or has another size.
+        DamagedIndexError: a file is missing or has another size.
         StorageError: storage does not answer.
     """
     files = [file for shard in manifest.shards for file in shard.files()]
@@ -180,7 +180,7 @@ def check_files(folder: Location, manifest: IndexManifest) -> None:
         raise StorageError(f"{folder.uri}: {' '.join(str(error).split())}") from error
     for (name, size, _), info in zip(files, found, strict=True):
         if info.type != fs.FileType.File:
-            raise ValueError(f"{(folder / name).uri}: missing; copy the whole index again, or build it anew")
+            raise DamagedIndexError(f"{(folder / name).uri}: missing; {REMEDY}")
         check_size((folder / name).uri, info.size, size)
 
 

@@ -13,7 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import fs
 
-from pipeline.cache import REMEDY, SCRATCH_PREFIX, file_digest
+from pipeline.cache import REMEDY, SCRATCH_PREFIX, DamagedIndexError, file_digest
 from pipeline.encoder import Vectors
 from pipeline.manifest import ShardEntry
 from pipeline.storage import Location, StorageError
@@ -146,9 +146,9 @@ class PassageFile:
         try:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         except pa.ArrowInvalid as error:
-            raise ValueError(f"{path}: not an Arrow IPC file ({error}); {REMEDY}") from None
+            raise DamagedIndexError(f"{path}: not an Arrow IPC file ({error}); {REMEDY}") from None
         if table.schema != PASSAGE_SCHEMA:
-            raise ValueError(f"{path}: expected the columns id, title and text; {REMEDY}")
+            raise DamagedIndexError(f"{path}: expected the columns id, title and text; {REMEDY}")
         # These are views of the map: a page is read when a passage on it is.
         self._batches = table.to_batches()
         self._ends: npt.NDArray[np.int64] = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
@@ -168,9 +168,9 @@ def read_faiss(path: Path) -> Any:
     """Map a FAISS index into memory, so that the actors of a machine share its pages.
 
     Raises:
-        ValueError: FAISS cannot read it.
+        DamagedIndexError: FAISS cannot read it.
     """
     try:
         return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
-        raise ValueError(f"{path}: not a FAISS index ({faiss_reason(error)}); {REMEDY}") from None
+        raise DamagedIndexError(f"{path}: not a FAISS index ({faiss_reason(error)}); {REMEDY}") from None

@@ -7,6 +7,7 @@ from typing import Any
 
 import faiss
 
+from pipeline.devices import RESERVED_BYTES, WORKING_BYTES
 from pipeline.shards import empty_index
 
 FLOAT = 4
@@ -114,3 +115,63 @@ def size_plan(passages: int, dimension: int, shards: int, factories: Iterable[st
             SizePlan(named, size.per_vector, size.total(passages) + (shards - 1) * size.fixed, size.total(largest))
         )
     return lines
+
+
+@dataclass(frozen=True)
+class SearchCost:
+    """What one query costs: vectors compared with it, and bytes read for that."""
+
+    compared: int
+    bytes: int
+
+
+def search_cost(factory: str, dimension: int, vectors: int, nprobe: int = 32, ef_search: int = 64) -> SearchCost:
+    """The cost of a query in one shard of so many vectors.
+
+    Flat indexes compare all; inverted lists their centroids and ``nprobe`` of equally long lists; graphs at most
+    ``ef_search`` vectors' links on the lowest level.
+
+    Raises:
+        ValueError: as :func:`index_size`.
+    """
+    size = index_size(factory, dimension)
+    index = empty_index(factory, dimension)
+    if (ivf := faiss.try_extract_index_ivf(index)) is not None:
+        scanned = round(vectors * min(1.0, nprobe / ivf.nlist))
+        return SearchCost(ivf.nlist + scanned, ivf.nlist * ivf.d * FLOAT + round(scanned * size.per_vector))
+    graph: Any = faiss.downcast_index(index)
+    on_graph = isinstance(graph, faiss.IndexHNSW)
+    compared = min(vectors, ef_search * graph.hnsw.nb_neighbors(0)) if on_graph else vectors
+    return SearchCost(compared, round(compared * size.per_vector))
+
+
+# A 7B model of Llama 2's shape: 6.74 · 10^9 parameters in half precision; keys and values of 32 layers, 4,096 wide.
+MODEL_BYTES = 13_480_000_000
+KV_BYTES_PER_TOKEN = 2 * 32 * 4096 * 2
+# Enough for some 25 rows of five passages at once; vLLM's activations and graphs.
+KV_TOKENS = 8192
+ENGINE_BYTES = 1_500_000_000
+CARDS = (24_000_000_000, 40_000_000_000, 80_000_000_000)
+# Of a machine's memory, shards may take this share: the rest is for the system, Ray and passages.
+MEMORY_SHARE = 0.8
+
+
+def beside_7b(card: int) -> int:
+    """Bytes of a card that an index may take beside a 7B model in half precision."""
+    engine = MODEL_BYTES + KV_TOKENS * KV_BYTES_PER_TOKEN + ENGINE_BYTES
+    return max(0, card - engine - RESERVED_BYTES - WORKING_BYTES)
+
+
+def engine_share(index: int, card: int) -> float:
+    """``gpu_memory_utilization`` that leaves room for an index of so many bytes on a card, rounded down to 1 %."""
+    return math.floor(100 * (card - index - RESERVED_BYTES - WORKING_BYTES) / card) / 100
+
+
+def cards_needed(index: int, card: int) -> int:
+    """Cards of shard servers, without a model on them, that hold an index together."""
+    return -(-index // (card - RESERVED_BYTES - WORKING_BYTES))
+
+
+def machines_needed(index: int, memory: int) -> int:
+    """Machines of so many bytes of memory that hold an index together, in CPU memory."""
+    return -(-index // int(memory * MEMORY_SHARE))

@@ -14,6 +14,11 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from pyarrow import fs
+
+from pipeline.config import StorageConfig
+from pipeline.storage import Location, locate
+from tests.indexes import save, unit_vectors
 
 DEMO = Path(__file__).parents[1] / "infra" / "demo"
 
@@ -50,6 +55,25 @@ def small_index(tmp_path_factory: pytest.TempPathFactory, small_corpus: Path) ->
     command = [sys.executable, "-m", "jobs.build_index", "--passages", str(small_corpus), "--output", str(folder)]
     subprocess.run([*command, "--shards", "2"], check=True, timeout=300)
     return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Location:
+    return locate(str(tmp_path / "index"), StorageConfig())
+
+
+@pytest.fixture
+def saved(folder: Location) -> Location:
+    vectors = unit_vectors(60)
+    save(folder, [vectors[:25], vectors[25:30], vectors[30:]])
+    return folder
+
+
+@pytest.fixture
+def remote(saved: Location) -> Location:
+    """The saved index behind a file system that is not a local disk."""
+    path = Path(saved.path)
+    return Location("mem://index", fs.SubTreeFileSystem(str(path.parent), fs.LocalFileSystem()), path.name)
 
 
 @dataclass(frozen=True)

@@ -255,8 +255,8 @@ def test_damaged_shard_ends_the_run_before_the_engine(queries, small_index, tmp_
     assert not list((tmp_path / "out").rglob("part-*"))
 
 
-def test_from_and_to_s3(s3, queries, small_index, answers, monkeypatch):
-    """The same answers from and to an object store; nothing secret is written anywhere."""
+def test_from_and_to_s3_by_way_of_shard_servers(s3, queries, small_index, answers, monkeypatch):
+    """The same answers from and to an object store with a partitioned index; nothing secret is written anywhere."""
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     store = fs.S3FileSystem(
         access_key=s3.access_key, secret_key=s3.secret_key, endpoint_override=s3.endpoint, region="us-east-1"
@@ -267,9 +267,12 @@ def test_from_and_to_s3(s3, queries, small_index, answers, monkeypatch):
                 stream.write(file.read_bytes())
     base = f"s3://{s3.bucket}"
     options = ["--queries", f"{base}/queries", "--index", f"{base}/index", "--output", f"{base}/out"]
+    servers = ["retrieval.topology=partitioned", "execution.shard_servers=2", "execution.cpus_per_server=0"]
+    options += [word for setting in servers for word in ("--set", setting)]
     result = annotate(*options, "--set", "execution.max_error_rate=0.1", **s3.environment)
     assert result.returncode == 3, result.stderr[-3000:]
 
+    assert "2 shard server(s) beside the actors" in result.stderr
     table = ds.dataset(f"{s3.bucket}/out/data", filesystem=store).to_table()
     found = {row["id"]: row["answer"] for row in table.to_pylist()}
     assert found == {key: row["answer"] for key, row in answers.items()}

@@ -1,6 +1,6 @@
 import pytest
 
-from jobs.cluster import Resources, share_of
+from jobs.cluster import Resources, beside_servers, reason, server_count, share_of
 from pipeline.config import RunConfig
 
 LAPTOP = [{"CPU": 2.0}]
@@ -39,3 +39,70 @@ def test_actors_share_the_nodes(nodes, run, expected):
 def test_actors_that_do_not_fit_are_refused(nodes, run):
     with pytest.raises(ValueError, match="execution.actors is"):
         share_of(nodes, run)
+
+
+def partitioned(shard_servers=None, **execution) -> RunConfig:
+    run = config(shard_servers=shard_servers, **execution)
+    return run.model_copy(update={"retrieval": run.retrieval.model_copy(update={"topology": "partitioned"})})
+
+
+@pytest.mark.parametrize(
+    ("run", "shards", "expected"),
+    [
+        (config(shard_servers=3), 8, 0),
+        (partitioned(), 8, 2),
+        (partitioned(), 1, 1),
+        (partitioned(5), 8, 5),
+        (partitioned(5), 3, 3),
+        (partitioned(5), 0, 0),
+    ],
+)
+def test_there_is_a_server_for_each_node_with_cpus_unless_told_otherwise(run, shards, expected):
+    assert server_count(GPU_NODES, run, shards) == expected
+
+
+def test_servers_leave_the_rest_to_the_actors():
+    run = partitioned(3, cpus_per_server=3, gpus_per_server=1, actors=1)
+    left = beside_servers(GPU_NODES, run.execution, 3)
+    assert left == [{"CPU": 0.0}, {"CPU": 10.0, "GPU": 0.0}, {"CPU": 13.0, "GPU": 1.0}]
+    assert GPU_NODES[1] == {"CPU": 16.0, "GPU": 2.0}
+    assert share_of(left, run, 3) == Resources(13.0, 1.0, 3)
+
+
+def test_servers_go_to_nodes_with_cpus_where_they_need_no_gpu():
+    nodes = [{"CPU": 4.0}, {"CPU": 2.5, "GPU": 1.0}]
+    left = beside_servers(nodes, partitioned(3).execution, 3)
+    assert [node["CPU"] for node in left] == [2.0, 1.5]
+
+
+@pytest.mark.parametrize("needs", [{"cpus_per_server": 9}, {"gpus_per_server": 2, "cpus_per_server": 0}])
+def test_servers_that_do_not_fit_are_refused(needs):
+    run = partitioned(3, **needs)
+    with pytest.raises(ValueError, match="3 shard servers, each with .* do not fit on the cluster's 3 node"):
+        beside_servers(GPU_NODES, run.execution, 3)
+
+
+RAY_SAYS = """\x1b[36mray::MapBatches(F)()\x1b[39m (pid=1, ip=10.0.0.1)
+  File "x.py", line 7, in __call__
+    raise KINDError("shard-00001.faiss: missing")
+KINDError: shard-00001.faiss: missing
+
+The above exception was the direct cause of the following exception:
+
+ray.exceptions.UserCodeException: UDF failed to process a data block.
+To change retry attempts, configure `ray.data.DataContext.get_current()` (any task)."""
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (RAY_SAYS.replace("KINDError", "ValueError"), "shard-00001.faiss: missing"),
+        (RAY_SAYS.replace("KINDError", "pipeline.storage.StorageError"), "shard-00001.faiss: missing"),
+        (RAY_SAYS.replace("KINDError", "KeyError"), "KeyError: shard-00001.faiss: missing"),
+        ("s3://b/x: access denied", "s3://b/x: access denied"),
+        ("The actor died.\n\tIts node was removed.", "Its node was removed."),
+        ("", "RuntimeError('')"),
+    ],
+)
+def test_the_reason_is_the_first_error_in_one_line(text, expected):
+    assert reason(RuntimeError(text)) == expected

@@ -3,7 +3,17 @@ import numpy as np
 import pytest
 
 from pipeline.shards import empty_index
-from pipeline.sizing import index_size, size_plan, usual_lists
+from pipeline.sizing import (
+    SearchCost,
+    beside_7b,
+    cards_needed,
+    engine_share,
+    index_size,
+    machines_needed,
+    search_cost,
+    size_plan,
+    usual_lists,
+)
 
 VECTORS = np.random.default_rng(0).normal(size=(3000, 64)).astype(np.float32)
 
@@ -49,3 +59,44 @@ def test_usual_factories_that_do_not_fit_the_dimension_are_left_out() -> None:
     assert [line.factory for line in size_plan(1000, 100, 1)][-1] == "IVF128,SQ8"  # 100 is no multiple of 64
     with pytest.raises(ValueError, match="factory PQ64"):
         size_plan(1000, 100, 1, ["PQ64"])
+
+
+@pytest.mark.parametrize(
+    ("factory", "expected"),
+    [
+        ("Flat", SearchCost(1_000_000, 3_072_000_000)),
+        # 4,096 centroids of 768 floats, and 32 of 4,096 lists with codes of 768 bytes and ids of 8.
+        ("IVF4096,SQ8", SearchCost(4096 + 7812, 4096 * 768 * 4 + 7812 * 776)),
+        ("IVF16,Flat", SearchCost(16 + 1_000_000, 16 * 768 * 4 + 1_000_000 * 3080)),
+        ("OPQ64_256,IVF4096,PQ64", SearchCost(4096 + 7812, 4096 * 256 * 4 + 7812 * 72)),
+    ],
+)
+def test_what_a_query_costs_by_hand(factory: str, expected: SearchCost) -> None:
+    assert search_cost(factory, 768, 1_000_000) == expected
+
+
+def test_a_graph_compares_no_more_than_its_width_times_its_links() -> None:
+    index = faiss.index_factory(64, "HNSW32", faiss.METRIC_INNER_PRODUCT)
+    index.add(VECTORS)
+    index.hnsw.efSearch = 16
+    faiss.cvar.hnsw_stats.reset()
+    index.search(VECTORS[:100], 10)
+    compared = faiss.cvar.hnsw_stats.ndis / 100
+    assert compared <= search_cost("HNSW32", 64, 3000, ef_search=16).compared == 16 * 64
+    assert search_cost("HNSW32", 64, 10).compared == 10
+
+
+def test_what_is_left_beside_a_7b_model_by_hand() -> None:
+    # 40 GB less weights, 8,192 tokens of half a mebibyte, activations, and the index's own working memory.
+    left = 40_000_000_000 - 13_480_000_000 - 8192 * 524_288 - 1_500_000_000 - 2048 * 2**20
+    assert beside_7b(40_000_000_000) == left == 18_577_549_056
+    assert beside_7b(16_000_000_000) == 0
+
+
+def test_shares_and_counts_by_hand() -> None:
+    reserve = 2048 * 2**20
+    assert engine_share(20_000_000_000 - reserve, 80_000_000_000) == 0.75
+    assert cards_needed(10 * (80_000_000_000 - reserve), 80_000_000_000) == 10
+    assert cards_needed(10 * (80_000_000_000 - reserve) + 1, 80_000_000_000) == 11
+    assert machines_needed(204_800_000_000, 256_000_000_000) == 1
+    assert machines_needed(204_800_000_001, 256_000_000_000) == 2

@@ -1,0 +1,229 @@
+"""What the index costs beside its bare parts, side by side in one run: encoder, FAISS, memory.
+
+``python -m jobs.benchmark_index --passages URI [--encoded 2000] [--vectors 2000000] [--json FILE]``
+
+- Build: passages/s through the whole build against the same encoder in a bare loop over the same texts.
+- Given vectors: vectors/s through the build against ``faiss.add`` of vectors that are in memory already.
+- Search: queries/s over the shards in batches of 64 against one FAISS index of all vectors, and what is found.
+- Memory: the most that a builder took against the size of a shard.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import platform
+import shutil
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Annotated, Any
+
+import faiss
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jobs.build_index import check
+from jobs.index_build import Built, execute
+from pipeline.build import BuildRequest
+from pipeline.config import RetrievalConfig, StorageConfig
+from pipeline.encoder import Encoder, Vectors
+from pipeline.index import PassageIndex
+from pipeline.passages import find_passages, read_passages
+from pipeline.prompts import passage_text
+from pipeline.storage import locate
+
+FILE_ROWS = 250_000
+BATCH, K = 64, 10
+MB = 1e6
+
+
+@dataclasses.dataclass(frozen=True)
+class Comparison:
+    """One line: ours against the bare part, over repeats.
+
+    Attributes:
+        ours, bare: rates, all repeats.
+        unit: of the rates.
+        note: what else was seen.
+    """
+
+    name: str
+    unit: str
+    ours: list[float]
+    bare: list[float]
+    note: str = ""
+
+    @property
+    def ratio(self) -> float:
+        """Median of ours over median of the bare part."""
+        return statistics.median(self.ours) / statistics.median(self.bare)
+
+
+def timed(work: Callable[[], object]) -> float:
+    """Seconds that a call takes."""
+    begun = time.perf_counter()
+    work()
+    return time.perf_counter() - begun
+
+
+def first_passages(source: str, rows: int, file: Path) -> list[str]:
+    """Write the first passages of a source to a file; their texts as they are encoded."""
+    batches, read = [], 0
+    for batch in read_passages(find_passages(locate(source, StorageConfig()))):
+        batches.append(batch.passages)
+        read += batch.passages.num_rows
+        if read >= rows:
+            break
+    table = pa.Table.from_batches(batches).slice(0, rows)
+    pq.write_table(table, file)
+    return [passage_text(row["title"], row["text"]) for row in table.to_pylist()]
+
+
+def build(passages: Path, output: Path, **request: Any) -> tuple[Built, float]:
+    """Build an index anew; also the seconds that the call took."""
+    shutil.rmtree(output, ignore_errors=True)
+    begun = time.perf_counter()
+    built = execute(check(BuildRequest(str(passages), str(output), **request)))
+    return built, time.perf_counter() - begun
+
+
+def compare_encoding(source: str, rows: int, shards: int, repeats: int, folder: Path) -> list[Comparison]:
+    """The build against the bare encoder loop: while it encodes, and with everything around it."""
+    texts = first_passages(source, rows, folder / "passages.parquet")
+    model = Encoder.load("demo", "cpu")
+    model.encode(texts[:64])  # the first batches warm up
+    bare, working, whole = [], [], []
+    for _ in range(repeats):
+        bare.append(len(texts) / timed(lambda: model.encode(texts)))
+        built, seconds = build(folder / "passages.parquet", folder / "encoded", shards=shards)
+        working.append(len(texts) / sum(report.seconds for report in built.reports))
+        whole.append(len(texts) / seconds)
+    return [
+        Comparison(
+            "encode and build", "passages/s", working, bare, f"{len(texts)} passages, {shards} shards, one actor"
+        ),
+        Comparison("the same with checks and start", "passages/s", whole, bare),
+    ]
+
+
+def clustered(rows: int, dimension: int, seed: int = 0) -> Vectors:
+    """Unit vectors around 4,000 centres, as texts' are around their topics: float32 [rows, dimension]."""
+    rng = np.random.default_rng(seed)
+    centres = np.random.default_rng(99).normal(size=(4000, dimension)).astype(np.float32)
+    vectors = centres[rng.integers(0, len(centres), rows)]
+    vectors += rng.normal(size=vectors.shape).astype(np.float32)
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    return vectors
+
+
+def write_vectors(rows: int, dimension: int, folder: Path) -> None:
+    """Passages with given vectors, in files of a quarter of a million."""
+    folder.mkdir()
+    for number, start in enumerate(range(0, rows, FILE_ROWS)):
+        names = [str(row) for row in range(start, min(start + FILE_ROWS, rows))]
+        vectors = clustered(len(names), dimension, number)
+        column = pa.FixedSizeListArray.from_arrays(vectors.ravel(), dimension)
+        texts = [f"passage {name}" for name in names]
+        table = pa.table({"id": names, "title": [""] * len(names), "text": texts, "vector": column})
+        pq.write_table(table, folder / f"{number:03d}.parquet", row_group_size=50_000, compression="NONE")
+
+
+def all_vectors(rows: int, dimension: int) -> Vectors:
+    """The vectors that ``write_vectors`` writes."""
+    starts = enumerate(range(0, rows, FILE_ROWS))
+    return np.concatenate([clustered(min(FILE_ROWS, rows - start), dimension, n) for n, start in starts])
+
+
+def compare_adding(
+    rows: int, dimension: int, factory: str, shards: int, repeats: int, folder: Path
+) -> tuple[list[Comparison], Any]:
+    """The build from given vectors against ``faiss.add``; also the bare index of all vectors."""
+    request = {"embeddings": "vector", "factory": factory, "shards": shards}
+    vectors = all_vectors(rows, dimension)
+    ours, bare, peak, index = [], [], 0.0, None
+    for _ in range(repeats):
+        built, _ = build(folder / "vectors", folder / "given", **request)
+        ours.append(rows / sum(report.seconds for report in built.reports))
+        peak = max(report.peak_bytes for report in built.reports) / MB
+        index = faiss.read_index(str(folder / "given" / built.manifest.shards[0].file))
+        index.reset()  # keeps its training
+        bare.append(rows / timed(lambda index=index: index.add(vectors)))
+    shard = max(shard.bytes + shard.passages_bytes for shard in built.manifest.shards) / MB
+    note = f"{shards} shards of {shard:,.0f} MB; a builder took {peak:,.0f} MB at most"
+    return [Comparison(f"{factory}: build from given vectors", "vectors/s", ours, bare, note)], index
+
+
+def compare_searching(index: Any, search: str, factory: str, repeats: int, threads: int, folder: Path) -> Comparison:
+    """Search over the shards against one FAISS index of all vectors."""
+    retrieval = RetrievalConfig(device="cpu", search=search, threads=threads, verify=False)
+    sharded = PassageIndex.open(locate(str(folder / "given"), StorageConfig()), retrieval)
+    if search:
+        faiss.ParameterSpace().set_index_parameters(index, search)
+    queries = clustered(BATCH, index.d, 12345)
+    faiss.omp_set_num_threads(threads)
+    ours, bare = [], []
+    found, wanted = sharded.search(queries, K), index.search(queries, K)[1]  # and both are warm
+    for _ in range(repeats):
+        bare.append(BATCH / timed(lambda: index.search(queries, K)))
+        ours.append(BATCH / timed(lambda: sharded.search(queries, K)))
+    starts = np.cumsum([0, *(shard.rows for shard in sharded.manifest.shards)])
+    same = np.mean(
+        [[starts[h.shard] + h.row for h in hits] == row for hits, row in zip(found, wanted.tolist(), strict=True)]
+    )
+    note = f"batches of {BATCH}, {len(starts) - 1} shards against one index; same hits in {100 * same:.1f} % of queries"
+    return Comparison(f"{factory} {search}: search".replace("  ", " "), "queries/s", ours, bare, note)
+
+
+def report(lines: list[Comparison]) -> Table:
+    """All lines with their medians and ratios."""
+    table = Table(title="Against the bare parts")
+    for heading in ("", "ours", "bare", "unit", "ours / bare", "min … max", ""):
+        table.add_column(heading, justify="right" if "ours" in heading or heading == "bare" else "left")
+    for line in lines:
+        ratios = sorted(a / b for a, b in zip(line.ours, line.bare, strict=True))
+        medians = [f"{statistics.median(values):,.1f}" for values in (line.ours, line.bare)]
+        table.add_row(
+            line.name, *medians, line.unit, f"{line.ratio:.3f}", f"{ratios[0]:.3f} … {ratios[-1]:.3f}", line.note
+        )
+    return table
+
+
+def benchmark_index(
+    passages: Annotated[str, typer.Option(help="Passages to encode: Parquet.")],
+    encoded: Annotated[int, typer.Option(min=64, help="Of them, so many.")] = 2000,
+    vectors: Annotated[int, typer.Option(min=10_000, help="Synthetic vectors for the other comparisons.")] = 2_000_000,
+    dimension: Annotated[int, typer.Option(min=8, help="Of these vectors: that of the demo encoder.")] = 384,
+    factory: Annotated[str, typer.Option(help="A factory to compare beside Flat.")] = "IVF1024,SQ8",
+    search: Annotated[str, typer.Option(help="Its search parameters.")] = "nprobe=16",
+    shards: Annotated[int, typer.Option(min=1)] = 4,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    threads: Annotated[int, typer.Option(min=1, help="FAISS threads of both sides of the search.")] = os.cpu_count()
+    or 1,
+    scratch: Annotated[Path | None, typer.Option(help="Folder for the indexes, some gigabytes.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+) -> None:
+    """Compare the index with its bare parts, side by side in one run."""
+    logging.basicConfig(level=logging.WARNING)
+    with tempfile.TemporaryDirectory(dir=scratch) as name:
+        folder = Path(name)
+        lines = compare_encoding(passages, encoded, shards, repeats, folder)
+        write_vectors(vectors, dimension, folder / "vectors")
+        for kind, parameters in (("Flat", ""), (factory, search)):
+            adding, index = compare_adding(vectors, dimension, kind, shards, repeats, folder)
+            lines += [*adding, compare_searching(index, parameters, kind, repeats, threads, folder)]
+    Console(width=None if os.isatty(1) else 200).print(report(lines))
+    if json_file:
+        machine = {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "threads": threads}
+        figures = [{**dataclasses.asdict(line), "ratio": line.ratio} for line in lines]
+        json_file.write_text(json.dumps({"machine": machine, "figures": figures}, indent=2))
+
+
+if __name__ == "__main__":
+    typer.run(benchmark_index)

@@ -1,0 +1,109 @@
+import json
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from jobs.build_index import build_index
+from pipeline.storage import Location
+from tests.indexes import save, unit_vectors
+
+APP = typer.Typer()
+APP.command()(build_index)
+
+
+def check(index: Location | Path, *options: str) -> Result:
+    uri = index.uri if isinstance(index, Location) else str(index)
+    return CliRunner().invoke(APP, ["--check", uri, *options], env={"COLUMNS": "140"})
+
+
+@pytest.fixture
+def probed(folder: Location) -> Location:
+    vectors = unit_vectors(500)
+    save(folder, [vectors[:300], vectors[300:]], "IVF8,Flat")
+    return folder
+
+
+def test_the_check_names_the_fastest_setting_that_finds_enough(probed: Location) -> None:
+    result = check(probed, "--recall", "1.0", "--sample", "50")
+    assert result.exit_code == 0, result.output
+    assert "whole, 500 passages in 2 shards of IVF8,Flat" in result.stdout
+    assert "recall is against exact search over all vectors" in result.stdout
+    assert "for a recall of 1: --set retrieval.search=nprobe=8" in result.stdout
+    cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
+    assert [row[0] for row in cells] == ["nprobe=1", "nprobe=2", "nprobe=4", "nprobe=8"]
+    assert [row[2] for row in cells] == ["", "", "", "✓"]
+
+
+def test_the_same_as_json(probed: Location) -> None:
+    result = check(probed, "--recall", "0.2", "--sample", "50", "--k", "3", "--json", "--set", "retrieval.threads=2")
+    found = json.loads(result.stdout)
+    assert (found["passages"], found["queries"], found["k"], found["advice"]) == (500, 50, 3, "nprobe=1")
+    recalls = [speed["recall"] for speed in found["speeds"]]
+    assert recalls == sorted(recalls)
+    assert recalls[-1] == 1.0
+
+
+def test_codes_without_vectors_are_said_to_be_the_reference(folder: Location) -> None:
+    from pipeline.manifest import read_manifest, write_manifest
+
+    manifest = save(folder, [unit_vectors(400)], "SQ8")
+    write_manifest(folder, manifest.model_copy(update={"embeddings": "vector"}))
+    assert read_manifest(folder).embeddings == "vector"
+    result = check(folder)
+    assert result.exit_code == 0, result.output
+    assert "recall is against search over all codes; what these lose is not seen" in result.stdout
+
+
+@pytest.mark.parametrize("name", ["shard-00000.faiss", "shard-00001.passages.arrow"])
+def test_damage_is_named(probed: Location, name: str) -> None:
+    file = Path((probed / name).path)
+    content = file.read_bytes()
+    file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
+    result = check(probed)
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert f"{name}: its SHA-256 is not what index.json says" in result.stderr
+    file.unlink()
+    assert f"{name}: missing" in check(probed).stderr
+
+
+def test_no_index_is_bad_usage(tmp_path: Path) -> None:
+    result = check(tmp_path)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "no index here" in result.stderr
+
+
+def test_real_codes_are_checked_against_the_encoder(small_corpus: Path, tmp_path: Path) -> None:
+    from pipeline.config import StorageConfig
+    from pipeline.encoder import Encoder
+    from pipeline.manifest import EncoderEntry, IndexManifest, write_manifest
+    from pipeline.prompts import passage_text
+    from pipeline.shards import build_shard, empty_index
+    from pipeline.storage import locate
+
+    rows = pq.read_table(small_corpus).slice(0, 30)
+    encoder = Encoder.load("demo", "cpu")
+    vectors = encoder.encode([passage_text(row["title"], row["text"]) for row in rows.to_pylist()])
+    template = empty_index("SQ4", 384)
+    template.train(vectors)
+    folder = locate(str(tmp_path / "index"), StorageConfig())
+    batch = pa.record_batch([rows[name].combine_chunks() for name in ("id", "title", "text")], ["id", "title", "text"])
+    entry = build_shard(folder, 0, template, [(batch, vectors)])
+    write_manifest(
+        folder,
+        IndexManifest(encoder=EncoderEntry.of(encoder), dimension=384, factory="SQ4", passages=30, shards=(entry,)),
+    )
+    pq.write_table(pa.table({"id": ["1", "2"], "query": ["Who ruled?", "What is it?"]}), tmp_path / "q.parquet")
+    options = ["--queries", str(tmp_path / "q.parquet"), "--k", "2", "--json"]
+    found = json.loads(check(folder, *options).stdout)
+    assert found["queries"] == 2
+    assert found["reference"].startswith("the exact order of the 20 best codes")
+    asked = encoder.encode_queries(["Who ruled?", "What is it?"])
+    exact = np.argsort(-(asked @ vectors.T), axis=1)[:, :2]
+    coded = template.search(asked, 2)[1]
+    wanted = np.mean([len(set(a) & set(b)) / 2 for a, b in zip(exact.tolist(), coded.tolist(), strict=True)])
+    assert found["speeds"][0]["recall"] == wanted

@@ -1,0 +1,113 @@
+import faiss
+import numpy as np
+import pytest
+
+from pipeline.index import Hit, PassageIndex
+from pipeline.recall import exhaustive, lossy, measure, parameters, recall, reranked, stored_vectors, without
+from pipeline.storage import Location
+from pipeline.types import Passage
+from tests.indexes import CPU, save, unit_vectors
+
+VECTORS = unit_vectors(600, seed=3)
+QUERIES = unit_vectors(40, seed=4)
+
+
+def opened(folder: Location, factory: str) -> PassageIndex:
+    save(folder, [VECTORS[:200], VECTORS[200:230], VECTORS[230:]], factory)
+    return PassageIndex.open(folder, CPU)
+
+
+def exact(k: int) -> list[list[int]]:
+    return np.argsort(-(QUERIES @ VECTORS.T), axis=1)[:, :k].tolist()
+
+
+def rows(hits: list[list[Hit]]) -> list[list[int]]:
+    starts = [0, 200, 230]
+    return [[starts[hit.shard] + hit.row for hit in found] for found in hits]
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "IVF16_HNSW8,Flat", "HNSW8", "IVF16,SQ4,RFlat"])
+def test_exhaustive_search_sees_every_vector(folder: Location, factory: str) -> None:
+    assert rows(exhaustive(opened(folder, factory), QUERIES, 5)) == exact(5)
+
+
+@pytest.mark.parametrize(
+    ("factory", "expected"),
+    [
+        ("Flat", False),
+        ("IVF16,Flat", False),
+        ("HNSW8", False),
+        ("IVF16,SQ8,RFlat", False),
+        ("SQ8", True),
+        ("IVF16,SQ8", True),
+        ("PCA8,Flat", True),
+        ("PQ4x4", True),
+    ],
+)
+def test_codes_that_stand_for_vectors_are_known(folder: Location, factory: str, expected: bool) -> None:
+    assert lossy(opened(folder, factory)) is expected
+
+
+@pytest.mark.parametrize(
+    ("factory", "expected"),
+    [
+        ("Flat", [""]),
+        ("IVF16,SQ8", ["nprobe=1", "nprobe=2", "nprobe=4", "nprobe=8", "nprobe=16"]),
+        ("HNSW8", [f"efSearch={width}" for width in (16, 32, 64, 128, 256, 512, 1024)]),
+    ],
+)
+def test_parameters_belong_to_the_kind_of_index(folder: Location, factory: str, expected: list[str]) -> None:
+    assert parameters(opened(folder, factory)) == expected
+
+
+@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "HNSW8"])
+def test_stored_vectors_are_those_of_their_places(folder: Location, factory: str) -> None:
+    vectors, places = stored_vectors(opened(folder, factory), 7)
+    (numbers,) = rows([places])
+    assert (numbers[0], numbers[-1], len(set(numbers))) == (0, 599, 7)
+    np.testing.assert_allclose(vectors, VECTORS[numbers], atol=1e-6)
+
+
+def hits(*places: tuple[int, int]) -> list[Hit]:
+    return [Hit(0.0, shard, row) for shard, row in places]
+
+
+def test_recall_is_the_share_of_the_exact_hits_found() -> None:
+    wanted = [hits((0, 1), (0, 2)), hits((1, 1), (1, 2))]
+    assert recall(wanted, wanted) == 1.0
+    assert recall([hits((0, 2), (1, 1)), hits((1, 2), (1, 1))], wanted) == 0.75
+    assert recall([[], []], wanted) == 0.0
+
+
+def test_a_passage_does_not_count_for_itself() -> None:
+    found = [hits((0, 1), (0, 2), (0, 3)), hits((0, 1), (0, 2), (0, 3))]
+    assert without(found, [Hit(9.0, 0, 2), None], 2) == [hits((0, 1), (0, 3)), hits((0, 1), (0, 2))]
+
+
+def test_exact_vectors_decide_among_candidates() -> None:
+    def encode(passages: list[Passage]) -> np.ndarray:
+        return np.array([[float(passage.id), 0.0] for passage in passages], np.float32)
+
+    candidates = [hits((0, 3), (1, 8), (0, 5))]
+    query = np.array([[1.0, 0.0]], np.float32)
+    best = reranked(candidates, query, 2, lambda hit: Passage(str(hit.row), "", ""), encode)
+    assert best == [hits((1, 8), (0, 5))]
+
+
+@pytest.fixture
+def probes(folder: Location) -> PassageIndex:
+    return opened(folder, "IVF16,Flat")
+
+
+def test_recall_grows_with_the_lists_probed_to_all_of_them(probes: PassageIndex) -> None:
+    wanted = exhaustive(probes, QUERIES, 5)
+    none: list[None] = [None] * len(QUERIES)
+    recalls = [measure(probes, QUERIES, none, wanted, search) for search in parameters(probes)]
+    found = [speed.recall for speed in recalls]
+    assert found == sorted(found)
+    assert 0.05 < found[0] < 0.9
+    assert found[-1] == 1.0
+    assert all(speed.queries_per_s > 0 and 0 < speed.median_ms <= speed.p95_ms for speed in recalls)
+    one = faiss.IndexFlatIP(16)
+    one.add(VECTORS)
+    assert rows(wanted) == one.search(QUERIES, 5)[1].tolist()
