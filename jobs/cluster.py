@@ -71,7 +71,8 @@ def server_count(nodes: list[dict[str, float]], config: RunConfig, shards: int) 
     """Shard servers of a run: as configured, otherwise one for each node that has CPUs; at most one for each shard."""
     if config.retrieval.topology == "local":
         return 0
-    return min(config.execution.shard_servers or sum(1 for node in nodes if node.get("CPU")), shards)
+    nodes_with_cpus = sum(1 for node in nodes if node.get("CPU"))
+    return min(config.execution.shard_servers or max(1, nodes_with_cpus), shards)
 
 
 def beside_servers(nodes: list[dict[str, float]], execution: ExecutionConfig, servers: int) -> list[dict[str, float]]:

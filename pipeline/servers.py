@@ -20,7 +20,7 @@ from pipeline.types import RetrievedPassage
 
 log = logging.getLogger(__name__)
 
-# Seconds after which a search that waits for a server says so.
+# Seconds between two lines of who waits for a server.
 PATIENCE = 60.0
 
 
@@ -70,14 +70,21 @@ class PartitionedIndex:
         import ray
 
         batch = ray.put(queries)
-        waiting = [server.find.remote(batch, k) for server in self._servers]
-        while len(ray.wait(waiting, num_returns=len(waiting), timeout=PATIENCE)[0]) < len(waiting):
-            log.warning("a search waits for shard servers since %.0f s or more", PATIENCE)
         try:
-            answers = ray.get(waiting)
+            answers = _answers([server.find.remote(batch, k) for server in self._servers], "a search")
         except ray.exceptions.RayActorError as error:
             raise IndexLostError(f"a shard server is gone: {' '.join(str(error).split())}") from error
         return [ranked(best(parts, k)) for parts in zip(*answers, strict=True)]
+
+
+def _answers(references: list[Any], who: str) -> list[Any]:
+    """What servers answer, however long that takes; the log says who is waiting."""
+    import ray
+
+    while missing := len(references) - len(ray.wait(references, num_returns=len(references), timeout=PATIENCE)[0]):
+        log.warning("%s waits for %d of %d shard servers", who, missing, len(references))
+    answers: list[Any] = ray.get(references)
+    return answers
 
 
 def best(parts: Sequence[Sequence[Found]], k: int) -> list[Found]:
@@ -113,6 +120,6 @@ def start_servers(
         scheduling_strategy="SPREAD",
     )
     handles = [server.remote(index, numbers, retrieval, storage) for numbers in deal(shards, count)]
-    loaded = ray.get([handle.vectors.remote() for handle in handles])
+    loaded = _answers([handle.vectors.remote() for handle in handles], "the job")
     log.info("%d shard servers hold %s vectors", count, " + ".join(map(str, loaded)))
     return handles

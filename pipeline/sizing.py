@@ -148,7 +148,7 @@ def search_cost(factory: str, dimension: int, vectors: int, nprobe: int = 32, ef
 # A 7B model of Llama 2's shape: 6.74 · 10^9 parameters in half precision; keys and values of 32 layers, 4,096 wide.
 MODEL_BYTES = 13_480_000_000
 KV_BYTES_PER_TOKEN = 2 * 32 * 4096 * 2
-# Enough for some 25 rows of five passages at once; vLLM's activations and graphs.
+# Enough for some eight rows of five passages at once; vLLM's activations and graphs.
 KV_TOKENS = 8192
 ENGINE_BYTES = 1_500_000_000
 CARDS = (24_000_000_000, 40_000_000_000, 80_000_000_000)

@@ -61,6 +61,10 @@ def test_there_is_a_server_for_each_node_with_cpus_unless_told_otherwise(run, sh
     assert server_count(GPU_NODES, run, shards) == expected
 
 
+def test_there_is_a_server_where_all_nodes_are_still_to_come():
+    assert server_count([{"CPU": 0.0}], partitioned(), 8) == 1
+
+
 def test_servers_leave_the_rest_to_the_actors():
     run = partitioned(3, cpus_per_server=3, gpus_per_server=1, actors=1)
     left = beside_servers(GPU_NODES, run.execution, 3)

@@ -1,3 +1,6 @@
+import re
+from pathlib import Path
+
 import faiss
 import numpy as np
 import pytest
@@ -100,3 +103,30 @@ def test_shares_and_counts_by_hand() -> None:
     assert cards_needed(10 * (80_000_000_000 - reserve) + 1, 80_000_000_000) == 11
     assert machines_needed(204_800_000_000, 256_000_000_000) == 1
     assert machines_needed(204_800_000_001, 256_000_000_000) == 2
+
+
+def documented() -> list[list[str]]:
+    """The cells of the large table of the sizing document."""
+    lines = (Path(__file__).parents[2] / "infra" / "SIZING.md").read_text().splitlines()
+    return [
+        [cell.strip() for cell in line.strip("|").split("|")] for line in lines if re.match(r"\| [\d,]+ M in", line)
+    ]
+
+
+def test_the_sizing_document_says_what_the_plan_would() -> None:
+    rows = documented()
+    assert len(rows) == 18
+    for corpus, factory, per_vector, index, shard, *cards, card_servers, servers, compared, read in rows:
+        passages, shards = (int(number.replace(",", "")) for number in re.findall(r"[\d,]+", corpus))
+        (line,) = size_plan(passages * 10**6, 768, shards, [factory])
+        cost = search_cost(factory, 768, -(-passages * 10**6 // shards))
+        assert (per_vector, index) == (f"{line.per_vector:,.0f}", f"{line.index / 1e9:,.1f}")
+        assert shard == f"{line.largest_shard / 1e9:.1f}"
+        sizes = (24_000_000_000, 40_000_000_000, 80_000_000_000)
+        fits = [f"yes, {engine_share(line.index, c):.2f}" if line.index <= beside_7b(c) else "no" for c in sizes]
+        graph = factory == "HNSW32"
+        assert cards == (["–"] * 3 if graph else fits)
+        assert card_servers == ("–" if graph else str(cards_needed(line.index, sizes[-1])))
+        assert servers == str(machines_needed(line.index, 256_000_000_000))
+        assert compared == f"{shards * cost.compared / 1e6:,.2f} M"
+        assert read == f"{shards * cost.bytes / 1e9:,.2f} GB"
