@@ -19,7 +19,7 @@ import typer
 from rich.console import Console
 
 from jobs.cluster import reason
-from jobs.index_build import execute
+from jobs.build_graph import execute
 from jobs.index_check import CheckRequest, check_command
 from jobs.index_plan import survey, tables
 from pipeline.build import BuildFolder, BuildPlan, BuildRequest
@@ -121,7 +121,7 @@ def build_index(
     Exit status: 0 built, 1 failed (or, with --check, damaged), 2 bad usage.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    for name in (__name__, "jobs.index_build"):
+    for name in (__name__, "jobs.build_graph"):
         logging.getLogger(name).setLevel(logging.INFO)
     begun = time.monotonic()
     try:

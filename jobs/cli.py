@@ -10,6 +10,7 @@ import typer
 JOBS = {
     "annotate": "Queries to answers with evidence and critique.",
     "build_index": "Passages to a FAISS index.",
+    "benchmark_index": "The index beside the bare encoder and bare FAISS.",
     "evaluate": "Compare annotated answers with gold answers.",
     "teach": "Teach a language model the reflection tokens.",
     "demo": "The embedded default, start to end.",

@@ -48,6 +48,8 @@ QUERIES = DEMO / "queries.parquet"
 MAIN = "adaptive"
 BASELINES: Mapping[str, View] = {"first passage": first_passage, "never": without_retrieval}
 DECODING = DecodingConfig(passages=3, max_tokens=60, keep_candidates=True, explore=True)
+# Every row is explored, and what one passage costs is enough for tasks that need none.
+INSTRUCTION = Profile(decoding={"passages": 1})
 # Questions of two parts: an answer of several segments, each with its citation.
 LONG_FORM = Profile(decoding={"segments": 4, "citations": True, "max_tokens": 40}, metric="str_em")
 
@@ -86,9 +88,9 @@ def demo_index() -> Path:
 
 def _build_index(target: Path) -> None:
     from jobs.build_index import check
-    from jobs.index_build import execute
+    from jobs.build_graph import execute
 
-    execute(check(BuildRequest(str(PASSAGES), str(target), shards=SHARDS)))
+    execute(check(BuildRequest(str(PASSAGES), str(target), embeddings="vector", shards=SHARDS)))
 
 
 def first_rows(queries: Path, rows: int, file: Path) -> Path:
@@ -106,7 +108,7 @@ def annotate(queries: Path, index: Path, folder: Path, overwrite: bool, topology
         index=str(index),
         model=ModelConfig(name="demo"),
         decoding=DECODING,
-        profiles={"two_questions": LONG_FORM},
+        profiles={"two_questions": LONG_FORM, "instruction": INSTRUCTION},
         retrieval=validated(RetrievalConfig, {"topology": topology}, "retrieval"),
         # On a machine of few cores the engine needs them all; searching this little index takes next to none.
         execution=ExecutionConfig(unit_rows=UNIT_ROWS, shard_servers=SHARDS, cpus_per_server=0),

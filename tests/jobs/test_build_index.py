@@ -294,7 +294,7 @@ def interrupted(
         raise OSError("the machine is gone")
 
     with monkeypatch.context() as patched:
-        patched.setattr("jobs.index_build.write_manifest", killed)
+        patched.setattr("jobs.build_graph.write_manifest", killed)
         result = run(with_vectors[0], tmp_path / "out", *options)
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == "error: the machine is gone"

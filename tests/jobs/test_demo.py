@@ -2,14 +2,17 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
 from jobs.demo import PASSAGES, QUERIES, DemoSet, answers_table, conclusion, evaluations, first_rows
+from pipeline.encoder import Encoder
 from pipeline.evaluation import Evaluation, Tally
 from pipeline.judging import Judged
+from pipeline.prompts import passage_text
 from pipeline.schema import data_schema
 
 QUERY_SCHEMA = pq.read_schema(QUERIES)
@@ -35,6 +38,13 @@ def test_the_demo_data_holds_together() -> None:
         assert (row["short_answers"] is None) == (row["task"] != "two_questions")
         assert gold is None or any(answer in gold["text"] for answer in row["answers"])
     assert sum(row["task"] == "qa" for row in rows) == 100
+
+
+def test_the_vectors_of_the_demo_passages_are_the_encoders() -> None:
+    rows = pq.read_table(PASSAGES).slice(600, 5).to_pylist()
+    vectors = Encoder.load("demo", "cpu").encode([passage_text(row["title"], row["text"]) for row in rows])
+    cosines = np.sum(vectors * np.array([row["vector"] for row in rows], np.float32), axis=1)
+    np.testing.assert_allclose(cosines, 1, atol=1e-3)
 
 
 def test_first_rows_of_a_query_set(tmp_path: Path) -> None:
