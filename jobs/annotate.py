@@ -29,7 +29,7 @@ from pipeline.plan import Plan, check
 from pipeline.provenance import versions
 from pipeline.query_set import Unit, read_unit
 from pipeline.schema import UNIT_COLUMN
-from pipeline.servers import start_servers
+from pipeline.servers import ServedIndex, start_servers
 
 log = logging.getLogger(__name__)
 
@@ -135,7 +135,7 @@ def annotate_units(plan: Plan, resources: Resources) -> Iterator[UnitSummary]:
         .map_batches(_read, fn_args=[config], batch_size=None, batch_format="pyarrow", compute=beside, num_cpus=0)
         .map_batches(
             SelfRagActor,
-            fn_constructor_args=[config, shard_servers(plan, resources)],
+            fn_constructor_args=[config, shard_servers(plan, resources), plan.index and plan.index["digest"]],
             batch_size=None,
             batch_format="pyarrow",
             compute=pool,
@@ -156,8 +156,9 @@ def shard_servers(plan: Plan, resources: Resources) -> list[Any]:
     config = plan.config
     if not (resources.servers and plan.index and config.index):
         return []
-    shards: int = plan.index["shards"]
-    return start_servers(config.index, shards, resources.servers, config.retrieval, config.execution, config.storage)
+    digest, shards = plan.index["digest"], plan.index["shards"]
+    index = ServedIndex(config.index, digest, shards, config.retrieval, config.storage)
+    return start_servers(index, resources.servers, config.execution)
 
 
 def _read(batch: pa.Table, config: RunConfig) -> pa.Table:
@@ -239,7 +240,7 @@ def annotate(
     for line in [*plan.lines(), f"actors   {resources.cpus:g} CPUs and {resources.gpus:g} GPUs each"]:
         typer.echo(line, err=True)
     if resources.servers:
-        typer.echo(f"shards   {resources.servers} shard server(s) beside the actors", err=True)
+        typer.echo(f"shards   {len(resources.servers)} shard server(s) beside the actors", err=True)
     if dry_run:
         typer.echo("nothing was written and no engine started (--dry-run)", err=True)
         return

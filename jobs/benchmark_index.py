@@ -29,8 +29,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jobs.build_index import check
 from jobs.build_graph import Built, execute
+from jobs.build_index import check
 from pipeline.build import BuildRequest
 from pipeline.config import RetrievalConfig, StorageConfig
 from pipeline.devices import set_search

@@ -186,7 +186,9 @@ def worked(plan: BuildPlan, worker: type, argument: Any, numbers: Iterable[int],
     import ray
 
     pieces = list(numbers)
-    actors, cpus, gpus = pool(plan, len(pieces))
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    actors, cpus, gpus = pool(nodes, plan.request.actors, len(pieces))
+    log.info("%d actor(s) at work, each with %d CPUs and %g GPUs", actors, cpus, gpus)
     tally = ray.remote(num_cpus=0)(Tally).remote()
     dataset = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
         worker,
@@ -203,16 +205,26 @@ def worked(plan: BuildPlan, worker: type, argument: Any, numbers: Iterable[int],
         yield dataset
 
 
-def pool(plan: BuildPlan, pieces: int) -> tuple[int, int, int]:
-    """How many actors, and the CPUs and GPUs of each: together all CPUs of a machine."""
-    import ray
+def pool(nodes: list[dict[str, float]], asked: int | None, pieces: int) -> tuple[int, int, float]:
+    """How many actors, and the CPUs and GPUs of each.
 
-    machines = [node["Resources"] for node in ray.nodes() if node["Alive"] and node["Resources"].get("CPU")]
-    gpus = int(sum(machine.get("GPU", 0) for machine in machines))
-    actors = min(plan.request.actors or gpus or len(machines), pieces)
-    per_machine = math.ceil(actors / len(machines))
-    cpus = max(1, int(min(machine["CPU"] for machine in machines)) // per_machine)
-    return actors, cpus, int(gpus >= actors)
+    Where there are GPUs, each has an encoder, or a share of them where more are asked for; otherwise each machine has.
+
+    Args:
+        nodes: resources of the nodes that are up.
+        asked: actors, if any number was asked for.
+        pieces: of work; more actors are not needed.
+    """
+    with_gpus = [node for node in nodes if node.get("GPU") and node.get("CPU")]
+    machines = with_gpus or [node for node in nodes if node.get("CPU")]
+    gpus = sum(int(node["GPU"]) for node in with_gpus)
+    actors = max(1, min(asked or gpus or len(machines), pieces))
+    if not gpus:
+        per_machine = math.ceil(actors / len(machines))
+        return actors, max(1, int(min(node["CPU"] for node in machines)) // per_machine), 0
+    per_gpu = math.ceil(actors / gpus)
+    cpus = min(int(node["CPU"] / node["GPU"]) for node in with_gpus) // per_gpu
+    return actors, max(1, cpus), 1 / per_gpu
 
 
 @contextmanager
@@ -224,7 +236,10 @@ def progress_lines(tally: Any, passages: int) -> Iterator[None]:
 
     def report() -> None:
         while not over.wait(LINE_INTERVAL):
-            done = ray.get(tally.total.remote())
+            try:
+                done = min(ray.get(tally.total.remote()), passages)  # pieces that were done twice count twice
+            except ray.exceptions.RayError:
+                return  # its node is gone; the build goes on without lines
             rate = done / (time.monotonic() - begun)
             left = f", {(passages - done) / rate:.0f} s left" if done else ""
             log.info("%d/%d passages, %.1f passages/s%s", done, passages, rate, left)

@@ -18,8 +18,8 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from jobs.cluster import reason
 from jobs.build_graph import execute
+from jobs.cluster import reason
 from jobs.index_check import CheckRequest, check_command
 from jobs.index_plan import survey, tables
 from pipeline.build import BuildFolder, BuildPlan, BuildRequest
@@ -44,14 +44,16 @@ def check(request: BuildRequest) -> BuildPlan:
         StorageError: storage does not answer.
     """
     output = locate(request.output, request.storage)
-    BuildFolder(output).check(request.overwrite)
+    folder = BuildFolder(output)
+    folder.check(request.overwrite)
     files = find_passages(locate(request.passages, request.storage), request.embeddings)
     shards = plan_shards(files, request.shards)
     encoder = Encoder.load(_absolute(request.encoder), style=request.style)
     entry = EncoderEntry.of(encoder)
     plan = BuildPlan(request, files, shards, output, entry, encoder.dimension)
     plan.check_factory(empty_index(request.factory, encoder.dimension))
-    check_passages(files)
+    if not folder.begun(plan.identity()):  # or they have been checked before
+        check_passages(files)
     return plan
 
 

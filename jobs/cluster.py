@@ -1,19 +1,23 @@
 """Ray: connecting, and what an actor may ask for."""
 
+import dataclasses
 import math
 import re
-from dataclasses import dataclass
 
 from pipeline.config import ExecutionConfig, RunConfig
 
 
-@dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True)
 class Resources:
-    """What one actor gets, and how many shard servers there are beside the actors."""
+    """What one actor gets, and where the shard servers beside the actors go.
+
+    Attributes:
+        servers: for each of them the id of its node; None leaves that to Ray.
+    """
 
     cpus: float
     gpus: float
-    servers: int = 0
+    servers: tuple[str | None, ...] = ()
 
 
 def connect(execution: ExecutionConfig) -> None:
@@ -60,11 +64,13 @@ def actor_resources(config: RunConfig, shards: int) -> Resources:
     import ray
 
     execution = config.execution
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    alive = [node for node in ray.nodes() if node["Alive"]]
+    nodes = [node["Resources"] for node in alive]
     servers = server_count(nodes, config, shards)
     if execution.cpus_per_actor is not None and execution.gpus_per_actor is not None:
-        return Resources(execution.cpus_per_actor, execution.gpus_per_actor, servers)
-    return share_of(beside_servers(nodes, execution, servers), config, servers)
+        return Resources(execution.cpus_per_actor, execution.gpus_per_actor, (None,) * servers)
+    left, homes = beside_servers(nodes, execution, servers)
+    return dataclasses.replace(share_of(left, config), servers=tuple(alive[home]["NodeID"] for home in homes))
 
 
 def server_count(nodes: list[dict[str, float]], config: RunConfig, shards: int) -> int:
@@ -75,27 +81,32 @@ def server_count(nodes: list[dict[str, float]], config: RunConfig, shards: int) 
     return min(config.execution.shard_servers or max(1, nodes_with_cpus), shards)
 
 
-def beside_servers(nodes: list[dict[str, float]], execution: ExecutionConfig, servers: int) -> list[dict[str, float]]:
-    """What the nodes have left when the servers are spread over them.
+def beside_servers(
+    nodes: list[dict[str, float]], execution: ExecutionConfig, servers: int
+) -> tuple[list[dict[str, float]], list[int]]:
+    """What the nodes have left when the servers are spread over them, and the place of each server's node.
 
     Raises:
         ValueError: the nodes do not hold them.
     """
     left = [dict(node) for node in nodes]
+    homes: list[int] = []
+    needs = {"CPU": execution.cpus_per_server, "GPU": execution.gpus_per_server}
     for _ in range(servers):
-        node = max(left, key=lambda node: (node.get("GPU", 0.0) >= execution.gpus_per_server, node.get("CPU", 0.0)))
-        for name, needed in (("CPU", execution.cpus_per_server), ("GPU", execution.gpus_per_server)):
-            node[name] = node.get(name, 0.0) - needed
-            if node[name] < 0:
-                raise ValueError(
-                    f"{servers} shard servers, each with {execution.cpus_per_server:g} CPUs and "
-                    f"{execution.gpus_per_server:g} GPUs, do not fit on the cluster's {len(nodes)} node(s); set "
-                    "execution.shard_servers, cpus_per_server or gpus_per_server lower"
-                )
-    return left
+        fitting = [n for n, node in enumerate(left) if all(node.get(name, 0.0) >= needs[name] for name in needs)]
+        if not fitting:
+            raise ValueError(
+                f"{servers} shard servers, each with {execution.cpus_per_server:g} CPUs and "
+                f"{execution.gpus_per_server:g} GPUs, do not fit on the cluster's {len(nodes)} node(s); set "
+                "execution.shard_servers, cpus_per_server or gpus_per_server lower"
+            )
+        home = min(fitting, key=lambda n: (homes.count(n), -left[n].get("CPU", 0.0)))
+        homes.append(home)
+        left[home] |= {name: left[home].get(name, 0.0) - needs[name] for name in needs}
+    return left, homes
 
 
-def share_of(nodes: list[dict[str, float]], config: RunConfig, servers: int = 0) -> Resources:
+def share_of(nodes: list[dict[str, float]], config: RunConfig) -> Resources:
     """CPUs and GPUs of each actor on nodes with these resources left.
 
     Raises:
@@ -116,7 +127,7 @@ def share_of(nodes: list[dict[str, float]], config: RunConfig, servers: int = 0)
             f"{len(nodes)} node(s) hold {room}; lower it, or set both execution.cpus_per_actor and "
             "execution.gpus_per_actor if an autoscaler will bring more nodes"
         )
-    return Resources(cpus, gpus, servers)
+    return Resources(cpus, gpus)
 
 
 def _room(node: dict[str, float], cpus: float, gpus: float) -> int:

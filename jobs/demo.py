@@ -87,8 +87,8 @@ def demo_index() -> Path:
 
 
 def _build_index(target: Path) -> None:
-    from jobs.build_index import check
     from jobs.build_graph import execute
+    from jobs.build_index import check
 
     execute(check(BuildRequest(str(PASSAGES), str(target), embeddings="vector", shards=SHARDS)))
 

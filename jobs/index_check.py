@@ -1,4 +1,7 @@
-"""Is an index whole, and how should it be searched: ``jobs.build_index --check URI``."""
+"""Is an index whole, and how should it be searched: ``jobs.build_index --check URI``.
+
+Speed is that of the CPU, recall that of any device: both search the same lists with the same parameters.
+"""
 
 import dataclasses
 import json
@@ -51,6 +54,7 @@ class Checked:
     """What was found.
 
     Attributes:
+        own: whether passages of the index were the queries.
         reference: what recall is measured against, in words.
         advice: the fastest parameter that reaches the wanted recall; None where none does.
     """
@@ -61,6 +65,7 @@ class Checked:
     factory: str
     queries: int
     k: int
+    own: bool
     reference: str
     speeds: tuple[Speed, ...]
     wanted: float
@@ -80,7 +85,8 @@ def check_command(request: CheckRequest, as_json: bool) -> None:
         return
     Console().print(speeds_table(checked))
     typer.echo(f"{checked.index}: whole, {checked.passages} passages in {checked.shards} shards of {checked.factory}")
-    typer.echo(f"recall is against {checked.reference}")
+    source = "passages of the index, which are easier to find than questions" if checked.own else "the query set"
+    typer.echo(f"queries are {source}; recall is against {checked.reference}")
     if checked.advice is None:
         typer.echo(f"nothing reaches a recall of {checked.wanted:g}; build it with another factory")
     elif checked.advice:
@@ -97,7 +103,9 @@ def check_index_folder(request: CheckRequest) -> Checked:
     folder, retrieval = locate(request.index, request.storage), request.retrieval
     manifest = read_manifest(folder)
     check_files(folder, manifest)
-    index = PassageIndex.open(folder, retrieval.model_copy(update={"verify": True, "search": ""}))
+    if manifest.passages <= request.k:
+        raise ValueError(f"{folder.uri}: {manifest.passages} passages are too few to look for {request.k} among them")
+    index = PassageIndex.open(folder, retrieval.model_copy(update={"verify": True, "device": "cpu"}))
     encoder = None
     if request.queries or (lossy(index) and manifest.embeddings is None):
         name, revision = wanted_encoder(manifest, retrieval)
@@ -105,7 +113,9 @@ def check_index_folder(request: CheckRequest) -> Checked:
         check_encoder(encoder, manifest)
     queries, own = _queries(request, index, encoder)
     exact, reference = _exact(request, index, queries, own, encoder)
-    speeds = tuple(measure(index, queries, own, exact, search) for search in parameters(index))
+    fixed = [retrieval.search] if retrieval.search else []
+    searches = [",".join([*fixed, *filter(None, [swept])]) for swept in parameters(index)]
+    speeds = tuple(measure(index, queries, own, exact, search) for search in searches)
     enough = [speed.search for speed in speeds if speed.recall >= request.recall]
     return Checked(
         index=request.index,
@@ -114,6 +124,7 @@ def check_index_folder(request: CheckRequest) -> Checked:
         factory=manifest.factory,
         queries=len(queries),
         k=request.k,
+        own=request.queries is None,
         reference=reference,
         speeds=speeds,
         wanted=request.recall,
@@ -133,6 +144,8 @@ def _queries(
             if "query" not in (names := pq.read_schema(stream).names):
                 raise ValueError(f"{file.uri}: column query is missing, found {', '.join(names)}")
             texts += pq.read_table(stream, columns=["query"])["query"].cast(pa.string()).drop_null().to_pylist()
+    if not texts:
+        raise ValueError(f"{request.queries}: no queries in it")
     chosen = np.unique(np.linspace(0, len(texts) - 1, min(request.sample, len(texts))).astype(int))
     vectors = encoder.encode_queries([texts[n] for n in chosen])
     return vectors, [None] * len(vectors)

@@ -7,17 +7,19 @@ import pyarrow.parquet as pq
 from rich.table import Table
 
 from pipeline.encoder import Encoder
-from pipeline.passages import PassageRange, spread_samples
+from pipeline.passages import PassageRange, in_threads, spread_samples
 from pipeline.prompts import passage_text
 from pipeline.shards import PASSAGE_SCHEMA
 from pipeline.sizing import (
     CARDS,
     USUAL_FACTORIES,
+    SizePlan,
     beside_7b,
     cards_needed,
-    engine_share,
+    gpu_need,
     machines_needed,
     search_cost,
+    share_beside,
     size_plan,
 )
 
@@ -51,7 +53,7 @@ def survey(files: list[PassageRange], encoder: Encoder, batch_size: int) -> Corp
     begun = time.monotonic()
     encoder.encode(texts, batch_size)
     rate = len(texts) / (time.monotonic() - begun)
-    return Corpus(sum(file.rows for file in files), sum(map(_text_bytes, files)), encoder.dimension, rate)
+    return Corpus(sum(file.rows for file in files), sum(in_threads(_text_bytes, files)), encoder.dimension, rate)
 
 
 def _text_bytes(part: PassageRange) -> int:
@@ -74,35 +76,33 @@ def tables(corpus: Corpus, factory: str, shards: int) -> list[Table]:
     sizes = Table(title=f"The FAISS index in {shards} shards: bytes in memory of who searches it")
     for heading in ("factory", "bytes per passage", "all shards", "largest shard"):
         sizes.add_column(heading, justify="left" if heading == "factory" else "right")
-    for line in size_plan(corpus.passages, corpus.dimension, shards, dict.fromkeys([factory, *USUAL_FACTORIES])):
+    lines = size_plan(corpus.passages, corpus.dimension, shards, dict.fromkeys([factory, *USUAL_FACTORIES]))
+    for line in lines:
         sizes.add_row(
             line.factory, f"{line.per_vector:,.0f}", f"{line.index / GB:.2f} GB", f"{line.largest_shard / GB:.2f} GB"
         )
-    return [about, sizes, placements(corpus, factory, shards)]
+    return [about, sizes, placements(corpus, lines, shards)]
 
 
-def placements(corpus: Corpus, factory: str, shards: int) -> Table:
+def placements(corpus: Corpus, lines: list[SizePlan], shards: int) -> Table:
     """Where the index fits: on the card of a 7B model, on cards of its own, in the memory of machines."""
     table = Table(title="Where it fits (topology local, or partitioned over so many servers), and what a query costs")
     headings = [f"beside a 7B model, {card / GB:.0f} GB" for card in CARDS]
-    headings += [
-        f"servers, {CARDS[-1] / GB:.0f} GB cards",
-        f"servers, {MACHINE / GB:.0f} GB memory",
-        "compared",
-        "read",
-    ]
+    headings += [f"servers, {CARDS[-1] / GB:.0f} GB cards", f"servers, {MACHINE / GB:.0f} GB memory"]
+    headings += ["compared", "read"]
     for heading in ("factory", *headings):
         table.add_column(heading, justify="left" if heading == "factory" else "right")
     largest = -(-corpus.passages // shards)
-    for line in size_plan(corpus.passages, corpus.dimension, shards, dict.fromkeys([factory, *USUAL_FACTORIES])):
+    for line in lines:
         cost = search_cost(line.factory, corpus.dimension, largest)
-        on_cards = ["no GPU form"] * (len(CARDS) + 1)
-        if "HNSW" not in line.factory:
-            on_cards = [_beside(line.index, card) for card in CARDS] + [str(cards_needed(line.index, CARDS[-1]))]
+        need = gpu_need(line.factory, corpus.dimension)
+        on_cards = [*(_beside(line.index, card, need) for card in CARDS), str(cards_needed(line.index, CARDS[-1]))]
+        if need == "none":
+            on_cards = ["–"] * len(on_cards)
         costs = [f"{shards * cost.compared:,}", f"{shards * cost.bytes / MB:,.1f} MB"]
         table.add_row(line.factory, *on_cards, str(machines_needed(line.index, MACHINE)), *costs)
     return table
 
 
-def _beside(index: int, card: int) -> str:
-    return f"yes, engine at {engine_share(index, card):.2f}" if index <= beside_7b(card) else "no"
+def _beside(index: int, card: int, need: str) -> str:
+    return " ".join(filter(None, [f"{share_beside(index, card):.2f}", need])) if index <= beside_7b(card) else "no"

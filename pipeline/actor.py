@@ -77,13 +77,13 @@ class SelfRagActor:
     exception would not bring about.
     """
 
-    def __init__(self, config: RunConfig, servers: Sequence[Any] = ()) -> None:
+    def __init__(self, config: RunConfig, servers: Sequence[Any] = (), index_digest: str | None = None) -> None:
         self.config = config
         critic = critic_of(config)
         self.retriever: IndexRetriever | None = None
         if config.index is not None and config.decoding.mode != "never":
             folder, share = locate(config.index, config.storage), gpu_share(config.model)
-            self.retriever = IndexRetriever.open(folder, config.retrieval, share, servers)
+            self.retriever = IndexRetriever.open(folder, config.retrieval, share, servers, index_digest)
         self.generator = VllmGenerator.start(config.model, critic.watched)
         tasks = Tasks(config.decoding, config.profiles, config.task)
         self.system = SelfRag(self.generator, critic, tasks, self.retriever)

@@ -19,7 +19,7 @@ from pipeline.encoder import Encoder, EncoderStyle, Vectors
 from pipeline.manifest import MANIFEST, EncoderEntry, ShardEntry
 from pipeline.passages import PassageBatch, PassageRange, ShardPlan
 from pipeline.prompts import passage_text
-from pipeline.shards import centroids
+from pipeline.shards import SHARD_FILE, centroids
 from pipeline.storage import Location
 
 Vectorise = Callable[[PassageBatch], Vectors]
@@ -73,7 +73,7 @@ class BuildPlan:
 
     def identity(self) -> dict[str, Any]:
         """What decides the shards: a build goes on only with shards of the same. Files count by name, size and time."""
-        infos = [part.file.filesystem.get_file_info(part.file.path) for part in self.files]
+        infos = self.files[0].file.filesystem.get_file_info([part.file.path for part in self.files])
         files = [[part.file.uri, info.size, info.mtime_ns] for part, info in zip(self.files, infos, strict=True)]
         return {
             "passages": files,
@@ -101,7 +101,13 @@ class BuildPlan:
         def vectorise(batch: PassageBatch) -> Vectors:
             titles, texts = batch.passages["title"].to_pylist(), batch.passages["text"].to_pylist()
             pairs = zip(titles, texts, strict=True)
-            return encoder.encode([passage_text(title, text) for title, text in pairs], self.request.batch_size)
+            vectors = encoder.encode([passage_text(title, text) for title, text in pairs], self.request.batch_size)
+            if (wrong := np.logical_not(np.isfinite(vectors).all(axis=1))).any():
+                raise ValueError(
+                    f"{batch.file.uri}: row {batch.rows[np.argmax(wrong)]}: the encoder's vector holds a number "
+                    "that is not finite; try another --dtype"
+                )
+            return vectors
 
         return vectorise
 
@@ -140,25 +146,34 @@ class BuildFolder:
         if (self.output / MANIFEST).exists() and not overwrite:
             raise ValueError(f"output {self.output.uri}: already holds an index; say --overwrite to replace it")
 
+    def begun(self, identity: dict[str, Any]) -> bool:
+        """Whether a build of the same identity was interrupted here."""
+        return self._before() == identity and not (self.output / MANIFEST).exists()
+
+    def _before(self) -> dict[str, Any] | None:
+        record = self._unfinished / "build.json"
+        found: dict[str, Any] | None = json.loads(record.read()) if record.exists() else None
+        return found
+
     def begin(self, identity: dict[str, Any], overwrite: bool) -> None:
         """Go on with an interrupted build of the same identity, or begin one.
 
         Raises:
-            ValueError: another build was interrupted here; names what differs.
+            ValueError: another build was interrupted here and may not be overwritten; names what differs.
         """
-        if overwrite:
-            self.clear()
         self._sweep()
-        record = self._unfinished / "build.json"
-        if not record.exists():
-            record.write(json.dumps(identity).encode())
+        if self.begun(identity):
             return
-        before = json.loads(record.read())
-        if differing := sorted(key for key in identity if before.get(key) != identity[key]):
+        before = self._before()
+        if before is not None and not overwrite:
+            differing = sorted(key for key in identity if before.get(key) != identity[key])
             raise ValueError(
                 f"output {self.output.uri}: holds an unfinished build that differs in {', '.join(differing)}; "
                 "say --overwrite to begin anew"
             )
+        if overwrite:
+            self.clear()
+        (self._unfinished / "build.json").write(json.dumps(identity).encode())
 
     def _sweep(self) -> None:
         """Remove the half-written shards of builders that were killed."""
@@ -196,20 +211,24 @@ class BuildFolder:
         (self._unfinished / f"shard-{number:05d}.json").write(entry.model_dump_json().encode())
 
     def forget(self) -> None:
-        """Remove what only an unfinished build needs; the records last, so that it can be called again."""
-        names = [f.path.rpartition("/")[2] for f in self._unfinished.files()]
+        """Remove what only an unfinished build needs; ``build.json`` last, so that this can be done again."""
+        self._sweep()
+        names = [file.path.rpartition("/")[2] for file in self._unfinished.files()]
         for name in sorted(names, key="build.json".__eq__):
             (self._unfinished / name).delete()
         if self.output.local and self._unfinished.exists():
             self._unfinished.filesystem.delete_dir(self._unfinished.path)
 
     def clear(self) -> None:
-        """Delete an earlier index, its manifest first, and what an interrupted build left."""
+        """Delete an index that is here, its manifest first, and what an interrupted build left; nothing below."""
         if (self.output / MANIFEST).exists():
             (self.output / MANIFEST).delete()
+        elif self._before() is None:
+            return
         self.forget()
+        base = f"{self.output.path.rstrip('/')}/"
         for file in self.output.files():
-            if file.path.rpartition("/")[2].startswith("shard-") and file.path.endswith((".faiss", ".passages.arrow")):
+            if SHARD_FILE.fullmatch(file.path.removeprefix(base)):
                 file.delete()
 
 

@@ -3,8 +3,6 @@
 import fcntl
 import hashlib
 import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,6 +15,10 @@ from pipeline.storage import Location, StorageError
 SCRATCH_PREFIX = ".building-"
 
 REMEDY = "copy the whole index again, or build it anew"
+
+
+# Name, size in bytes, SHA-256 in hex.
+CachedFile = tuple[str, int, str]
 
 
 class DamagedIndexError(ValueError):
@@ -50,51 +52,68 @@ def obtain(source: Location, size: int, sha256: str, retrieval: RetrievalConfig)
     copy = cache / f"{sha256}-{Path(source.path).name}"
     # The lock makes several readers on one machine fetch a file once.
     with _locked(copy.with_name(f"{copy.name}.lock")):
-        if copy.exists():
-            check_file(copy, str(copy), size, sha256 if retrieval.verify else None)
-        else:
+        fetched = not copy.exists()
+        if fetched:
             _fetch(source, copy, size, sha256)
         os.utime(copy)
+    if not fetched:  # outside the lock: the readers of a machine check it side by side
+        check_file(copy, str(copy), size, sha256 if retrieval.verify else None)
     return copy
 
 
 @contextmanager
-def _locked(path: Path) -> Iterator[None]:
+def _locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
     with path.open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
+        fcntl.flock(lock, how)
         yield
 
 
-def make_room(retrieval: RetrievalConfig, files: list[tuple[str, int, str]]) -> None:
-    """Delete copies of other indexes, the longest unused first, until the files of this one fit into the limit.
+@contextmanager
+def room_for(retrieval: RetrievalConfig, wanted: list[CachedFile], others: list[CachedFile]) -> Iterator[None]:
+    """Keep the cache below its limit, and nothing of this index is deleted while the body opens it.
 
-    Who has a deleted file mapped keeps reading it: its blocks are freed when the last reader is gone.
+    Copies of other indexes are deleted, the longest unused first. Who has one mapped keeps reading it: its blocks
+    are freed when the last reader is gone.
 
     Args:
-        files: name, size in bytes and digest of every file that the opener needs.
+        wanted: name, size in bytes and digest of every file that the body opens.
+        others: of the same index, which servers on this machine may have.
 
     Raises:
         ValueError: they are larger together than ``retrieval.cache_gb``.
     """
     if retrieval.cache_gb is None:
+        yield
         return
-    limit, needed = int(retrieval.cache_gb * 1e9), sum(size for _, size, _ in files)
-    if needed > limit:
-        raise ValueError(
-            f"retrieval.cache_gb {retrieval.cache_gb:g}: this index has {needed / 1e9:.2f} GB of files; raise it, or "
-            "set retrieval.topology to partitioned, so that each machine holds a part"
-        )
     cache = Path(retrieval.cache).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
-    own = {f"{sha256}-{name}" for name, _, sha256 in files}
-    with _locked(cache / ".evict.lock"):
-        others = [file for file in cache.iterdir() if file.name not in own and _is_copy(file)]
-        room = limit - needed - sum(file.stat().st_size for file in others)
-        for file in sorted(others, key=lambda file: file.stat().st_mtime):
-            if room >= 0:
-                break
-            room += file.stat().st_size
-            file.unlink()
+    with _locked(cache / ".room.lock"):
+        _make_room(cache, int(retrieval.cache_gb * 1e9), wanted, others)
+    with _locked(cache / ".room.lock", fcntl.LOCK_SH):
+        yield
+
+
+def _make_room(cache: Path, limit: int, wanted: list[CachedFile], others: list[CachedFile]) -> None:
+    own = {_copy_name(file) for file in [*wanted, *others]}
+    present = sum(file[1] for file in others if (cache / _copy_name(file)).exists())
+    needed = present + sum(size for _, size, _ in wanted)
+    if needed > limit:
+        raise ValueError(
+            f"retrieval.cache_gb {limit / 1e9:g}: the files of this index on this machine have {needed / 1e9:.2f} GB; "
+            "raise it, or set retrieval.topology to partitioned, so that each machine holds a part"
+        )
+    foreign = [file for file in cache.iterdir() if file.name not in own and _is_copy(file)]
+    room = limit - needed - sum(file.stat().st_size for file in foreign)
+    for file in sorted(foreign, key=lambda file: file.stat().st_mtime):
+        if room >= 0:
+            break
+        room += file.stat().st_size
+        file.unlink()
+
+
+def _copy_name(file: CachedFile) -> str:
+    name, _, sha256 = file
+    return f"{sha256}-{name}"
 
 
 def _is_copy(file: Path) -> bool:
@@ -103,16 +122,18 @@ def _is_copy(file: Path) -> bool:
 
 
 def _fetch(source: Location, copy: Path, size: int, sha256: str) -> None:
-    with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=copy.parent) as scratch:
-        arriving = Path(scratch) / copy.name
-        try:
-            fs.copy_files(source.path, str(arriving), source.filesystem, fs.LocalFileSystem())
-        except FileNotFoundError:
-            raise DamagedIndexError(f"{source.uri}: missing; {REMEDY}") from None
-        except OSError as error:
-            raise StorageError(f"{source.uri}: {' '.join(str(error).split())}") from error
+    """Fetch a file; the caller has its lock, so what lies at the temporary name is of a fetch that was killed."""
+    arriving = copy.with_name(f".{copy.name}.arriving")
+    try:
+        fs.copy_files(source.path, str(arriving), source.filesystem, fs.LocalFileSystem())
         check_file(arriving, source.uri, size, sha256)
-        shutil.move(arriving, copy)
+        arriving.rename(copy)
+    except FileNotFoundError:
+        raise DamagedIndexError(f"{source.uri}: missing; {REMEDY}") from None
+    except OSError as error:
+        raise StorageError(f"{source.uri}: {' '.join(str(error).split())}") from error
+    finally:
+        arriving.unlink(missing_ok=True)
 
 
 def check_file(path: Path, uri: str, size: int, sha256: str | None) -> None:

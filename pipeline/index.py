@@ -1,6 +1,7 @@
 """Search over the shards of an index as if they were one."""
 
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +9,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.cache import DamagedIndexError, make_room, obtain
+from pipeline.cache import DamagedIndexError, obtain, room_for
 from pipeline.config import RetrievalConfig
 from pipeline.devices import Device, set_search
 from pipeline.encoder import Vectors
@@ -120,27 +121,26 @@ class PassageIndex:
         retrieval: RetrievalConfig,
         numbers: Sequence[int] | None = None,
         engine_share: float = 0.0,
+        digest: str | None = None,
     ) -> "PassageIndex":
         """Open an index: in place from a local disk, by way of ``retrieval.cache`` from elsewhere.
 
         Args:
             numbers: of the shards to open; all by default.
             engine_share: of the GPU's memory, that vLLM takes on the same card.
+            digest: that the manifest must have.
 
         Raises:
             ValueError: no usable index; one line that names the file.
             StorageError: storage does not answer.
         """
-        manifest = read_manifest(folder)
+        manifest = read_manifest(folder, digest)
         chosen = sorted(range(len(manifest.shards)) if numbers is None else numbers)
-        entries = {number: manifest.shards[number] for number in chosen}
-        if not folder.local:
-            make_room(retrieval, [file for entry in entries.values() for file in entry.files()])
         device = Device.choose(retrieval, manifest, chosen, engine_share)
-        shards = {
-            number: Shard.open(folder, entry, manifest.dimension, retrieval, device)
-            for number, entry in entries.items()
-        }
+        shards = {}
+        with _in_cache(folder, manifest, retrieval, chosen):
+            for number in chosen:
+                shards[number] = Shard.open(folder, manifest.shards[number], manifest.dimension, retrieval, device)
         return cls(manifest, shards, retrieval.threads)
 
     def search(self, queries: Vectors, k: int) -> list[list[Hit]]:
@@ -175,6 +175,17 @@ class PassageIndex:
     def retrieve(self, queries: Vectors, k: int) -> list[list[RetrievedPassage]]:
         """As ``search``, with the passages and their ranks from 1."""
         return [ranked(found) for found in self.find(queries, k)]
+
+
+def _in_cache(
+    folder: Location, manifest: IndexManifest, retrieval: RetrievalConfig, chosen: Sequence[int]
+) -> AbstractContextManager[None]:
+    """Room in the cache for some shards, where they come from elsewhere."""
+    if folder.local:
+        return nullcontext()
+    wanted = [file for number in chosen for file in manifest.shards[number].files()]
+    every = [file for entry in manifest.shards for file in entry.files()]
+    return room_for(retrieval, wanted, [file for file in every if file not in wanted])
 
 
 def ranked(found: Sequence[Found]) -> list[RetrievedPassage]:

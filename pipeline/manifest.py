@@ -101,18 +101,22 @@ def write_manifest(folder: Location, manifest: IndexManifest) -> None:
     (folder / MANIFEST).write(manifest.model_dump_json(indent=2).encode() + b"\n")
 
 
-def read_manifest(folder: Location) -> IndexManifest:
+def read_manifest(folder: Location, digest: str | None = None) -> IndexManifest:
     """Read ``index.json``.
+
+    Args:
+        digest: that it must have: that of the index which the run began with.
 
     Raises:
         ValueError: there is none, or it is damaged or of another version; names file and key.
+        DamagedIndexError: it has another digest.
         StorageError: it cannot be read.
     """
     file = folder / MANIFEST
     if file.kind() != fs.FileType.File:
         raise ValueError(f"{folder.uri}: no index here ({MANIFEST} is missing); build one with jobs.build_index")
     try:
-        return IndexManifest.model_validate_json(file.read())
+        manifest = IndexManifest.model_validate_json(file.read())
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
@@ -121,6 +125,9 @@ def read_manifest(folder: Location) -> IndexManifest:
         raise ValueError(
             f"{file.uri}: {where}{problem['msg'].lower()}{found}; build the index anew with this version"
         ) from None
+    if digest not in (None, manifest.digest()):
+        raise DamagedIndexError(f"{file.uri}: the index was replaced while the run is at work; start the run anew")
+    return manifest
 
 
 def check_encoder(encoder: Encoder, manifest: IndexManifest) -> None:
@@ -150,14 +157,17 @@ def _encoder_advice(manifest: IndexManifest) -> str:
     return f"set retrieval.encoder to {manifest.encoder.name} as it was then, or build the index anew"
 
 
-def check_index(folder: Location, retrieval: RetrievalConfig) -> IndexManifest:
-    """Check what can be checked without opening an index: manifest, encoder, file sizes, the cache's limit.
+def check_index(folder: Location, retrieval: RetrievalConfig, digest: str | None = None) -> IndexManifest:
+    """Check what can be checked without opening an index: manifest, encoder, file sizes.
+
+    Args:
+        digest: as :func:`read_manifest`.
 
     Raises:
         ValueError: no usable index, or one that the configuration does not match; one line with advice.
         StorageError: storage does not answer.
     """
-    manifest = read_manifest(folder)
+    manifest = read_manifest(folder, digest)
     wanted, revision = wanted_encoder(manifest, retrieval)
     digest = encoder_digest(wanted, revision)
     if digest is not None or wanted != manifest.encoder.name:

@@ -14,7 +14,9 @@ from pipeline.passages import PassageRange, read_columns
 from pipeline.storage import Location
 
 # Rows checked at a time.
-CHECKED_ROWS = 1 << 16
+CHECKED_ROWS = 1 << 13
+# One repeated id is enough to refuse; several may turn out to be different ids with equal hashes.
+MOST_REPEATED = 1000
 # Ids compared at a time: 8 bytes each, and as much again to sort them.
 COMPARED_IDS = 1 << 23
 
@@ -37,9 +39,9 @@ def check_passages(files: list[PassageRange], compared: int = COMPARED_IDS) -> N
                 blank = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(_strings(batch["text"]))), 0)
                 _refuse(pc.fill_null(blank, True), part.file, row, "column text is empty")
                 _scatter(_hashes(batch["id"]), names)
-        repeated = np.concatenate([_repeated(name) for name in names])
-    if len(repeated):
-        _refuse_equal_ids(files, repeated)
+        for name in names:
+            if len(repeated := _repeated(name)):
+                _refuse_equal_ids(files, repeated)
 
 
 def _refuse(wrong: pa.Array, file: Location, first_row: int, problem: str) -> None:
@@ -69,7 +71,7 @@ def _repeated(file: Path) -> npt.NDArray[np.uint64]:
         return np.empty(0, np.uint64)
     hashes = np.fromfile(file, np.uint64)
     hashes.sort()
-    return np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+    return np.unique(hashes[1:][hashes[1:] == hashes[:-1]])[:MOST_REPEATED]
 
 
 def _refuse_equal_ids(files: list[PassageRange], hashes: npt.NDArray[np.uint64]) -> None:

@@ -1,9 +1,11 @@
 """Passages in Parquet: found, checked, cut into shards, read."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
@@ -18,6 +20,11 @@ from pipeline.storage import Location
 
 # Rows read, encoded and added to an index at a time: a few megabytes.
 BATCH_ROWS = 1024
+# Footers read at once.
+READERS = 16
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -85,7 +92,8 @@ def find_passages(source: Location, embeddings: str | None = None) -> list[Passa
     files = [source] if kind == fs.FileType.File else source.files(".parquet")
     if not files:
         raise ValueError(f"passages {source.uri}: no Parquet files (*.parquet) in this folder")
-    found = [PassageRange(file, 0, _checked_rows(file, embeddings)) for file in files]
+    rows = in_threads(lambda file: _checked_rows(file, embeddings), files)
+    found = [PassageRange(file, 0, count) for file, count in zip(files, rows, strict=True)]
     if not any(part.rows for part in found):
         raise ValueError(f"passages {source.uri}: no rows")
     return [part for part in found if part.rows]
@@ -194,17 +202,28 @@ class Sample:
 
 
 def spread_samples(files: list[PassageRange], size: int) -> list[Sample]:
-    """Evenly spaced passages, ``size`` of them or all, taken from evenly spaced row groups.
+    """Evenly spaced passages, ``size`` of them or all.
 
-    Of a corpus much larger than the sample only some row groups are read: about eight rows for each one taken.
+    Of a corpus much larger than the sample they are taken in runs of neighbours, so that only some row groups are
+    read: about eight rows for each one taken, but 64 runs at least.
     """
-    groups = [group for part in files for group in _row_groups(part)]
-    kept = groups[:: max(1, sum(group.rows for group in groups) // (8 * size))]
-    total = sum(group.rows for group in kept)
-    chosen = np.unique(np.linspace(0, total - 1, min(size, total)).astype(np.int64))
-    ends = np.cumsum([group.rows for group in kept])
-    parts = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
-    return [Sample(g, rows - (end - g.rows)) for g, rows, end in zip(kept, parts, ends, strict=True) if len(rows)]
+    groups = in_threads(_row_groups, files)
+    parts = [group for several in groups for group in several]
+    ends = np.cumsum([part.rows for part in parts])
+    chosen = _spread(int(ends[-1]), size, len(parts))
+    split = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
+    return [Sample(p, rows - (end - p.rows)) for p, rows, end in zip(parts, split, ends, strict=True) if len(rows)]
+
+
+def _spread(total: int, size: int, groups: int) -> npt.NDArray[np.int64]:
+    """Numbers of evenly spaced rows, in runs where they are few among many."""
+    size = min(size, total)
+    runs = size if total <= 8 * size else min(size, max(64, 8 * size * groups // total))
+    places = np.arange(size)
+    run = places * runs // size
+    first = -(-run * size // runs)  # the first place of the same run
+    rows: npt.NDArray[np.int64] = run * total // runs + places - first
+    return rows
 
 
 def _row_groups(part: PassageRange) -> list[PassageRange]:
@@ -212,3 +231,9 @@ def _row_groups(part: PassageRange) -> list[PassageRange]:
         sizes = [parquet.metadata.row_group(n).num_rows for n in range(parquet.metadata.num_row_groups)]
     ends = [0, *np.cumsum(sizes).tolist()]
     return [PassageRange(part.file, start, stop) for start, stop in pairwise(ends) if start < stop]
+
+
+def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """What a function makes of each item, in order; many at once, since object stores answer slowly."""
+    with ThreadPoolExecutor(READERS) as threads:
+        return list(threads.map(work, items))

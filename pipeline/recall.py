@@ -9,11 +9,14 @@ import faiss
 import numpy as np
 
 from pipeline.encoder import Vectors
-from pipeline.index import Hit, PassageIndex, Shard
+from pipeline.index import Hit, PassageIndex
+from pipeline.shards import faiss_reason
 from pipeline.types import Passage
 
 # Passages looked at for each one wanted when codes stand for vectors: their exact order decides.
 CANDIDATES = 10
+# Vectors read back and compared at a time.
+BLOCK = 1 << 16
 # Searches one by one for the latency, and together for the throughput.
 SINGLE_QUERIES, BATCH = 50, 64
 
@@ -53,17 +56,21 @@ def stored_vectors(index: PassageIndex, size: int) -> tuple[Vectors, list[Hit]]:
 
 def parameters(index: PassageIndex) -> list[str]:
     """Search parameters worth trying, from the fastest: powers of two for lists and graphs, none for a flat index."""
-    some = next(iter(index.shards.values())).index
-    if (ivf := faiss.try_extract_index_ivf(some)) is not None:
-        return [f"nprobe={2**n}" for n in range(int(ivf.nlist).bit_length()) if 2**n <= min(ivf.nlist, 1024)]
-    if isinstance(_inner(some), faiss.IndexHNSW):
+    some = _inner(next(iter(index.shards.values())).index)
+    if isinstance(some, faiss.IndexIVF):
+        lists = int(some.nlist)
+        return [f"nprobe={n}" for n in sorted({2**n for n in range(11) if 2**n < lists} | {min(lists, 1024)})]
+    if isinstance(some, faiss.IndexHNSW):
         return [f"efSearch={2**n}" for n in range(4, 11)]
     return [""]
 
 
 def _inner(index: Any) -> Any:
+    """What lists or links an index has, behind transformations and refinements."""
     kind = faiss.downcast_index(index)
-    return _inner(kind.index) if isinstance(kind, faiss.IndexPreTransform) else kind
+    if isinstance(kind, faiss.IndexPreTransform):
+        return _inner(kind.index)
+    return _inner(kind.base_index) if isinstance(kind, faiss.IndexRefine) else kind
 
 
 def lossy(index: PassageIndex) -> bool:
@@ -73,24 +80,25 @@ def lossy(index: PassageIndex) -> bool:
 
 
 def exhaustive(index: PassageIndex, queries: Vectors, k: int) -> list[list[Hit]]:
-    """The k best when every vector of the index is looked at, as it is stored."""
-    views = {number: Shard(_all_of(shard), shard.passages) for number, shard in index.shards.items()}
-    found = PassageIndex(index.manifest, views, index.threads).search(queries, k)
-    del views  # they refer to indexes that others own
+    """The k best when every vector of the index is looked at, as it is stored; search parameters play no part.
+
+    Raises:
+        ValueError: this kind of index does not give its vectors back.
+    """
+    faiss.omp_set_num_threads(index.threads)
+    found: list[list[Hit]] = [[] for _ in queries]
+    for number, shard in index.shards.items():
+        for first in range(0, len(shard.passages), BLOCK):
+            size = min(BLOCK, len(shard.passages) - first)
+            try:
+                block = shard.index.reconstruct_n(first, size)
+            except RuntimeError as error:
+                raise ValueError(f"its vectors cannot be read back: {faiss_reason(error)}") from None
+            scores, rows = faiss.knn(queries, block, min(k, size), metric=faiss.METRIC_INNER_PRODUCT)
+            for n in range(len(queries)):
+                hits = [Hit(float(s), number, first + int(r)) for s, r in zip(scores[n], rows[n], strict=True)]
+                found[n] = sorted([*found[n], *hits], key=lambda hit: hit.order)[:k]
     return found
-
-
-def _all_of(shard: Shard) -> Any:
-    kind = faiss.downcast_index(shard.index)
-    if isinstance(kind, faiss.IndexHNSW):
-        return kind.storage
-    if isinstance(kind, faiss.IndexRefineFlat):
-        return kind.refine_index
-    if (ivf := faiss.try_extract_index_ivf(kind)) is not None:
-        shard.tune(f"nprobe={ivf.nlist}")
-        if isinstance(faiss.downcast_index(ivf.quantizer), faiss.IndexHNSW):
-            shard.tune(f"quantizer_efSearch={ivf.nlist}")
-    return shard.index
 
 
 def reranked(

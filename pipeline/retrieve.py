@@ -73,24 +73,26 @@ class IndexRetriever:
         retrieval: RetrievalConfig,
         engine_share: float = 0.0,
         servers: Sequence[Any] = (),
+        digest: str | None = None,
     ) -> "IndexRetriever":
         """Open an index with the encoder it names, or with ``retrieval.encoder``.
 
         Args:
             engine_share: of the GPU's memory, that vLLM takes on the same card.
             servers: handles of the shard servers; without any, all shards are opened here.
+            digest: that the index must have.
 
         Raises:
             ValueError: no usable index or encoder, or they do not belong together.
             StorageError: storage does not answer.
         """
-        manifest = check_index(folder, retrieval)
+        manifest = check_index(folder, retrieval, digest)
         name, revision = wanted_encoder(manifest, retrieval)
         encoder = Encoder.load(name, retrieval.device, revision, manifest.encoder.style)
         check_encoder(encoder, manifest)
         if servers:
             return cls(encoder, PartitionedIndex(manifest, servers), retrieval)
-        return cls(encoder, PassageIndex.open(folder, retrieval, engine_share=engine_share), retrieval)
+        return cls(encoder, PassageIndex.open(folder, retrieval, None, engine_share, digest), retrieval)
 
     async def retrieve(self, query: str, k: int) -> list[RetrievedPassage]:
         """The k best passages, best first; fewer where the index has no more.

@@ -8,6 +8,7 @@ another node if need be, and sends it again what it had not answered.
 import heapq
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
@@ -28,6 +29,22 @@ class IndexLostError(RuntimeError):
     """A shard server is gone for good; no row is to blame."""
 
 
+@dataclass(frozen=True)
+class ServedIndex:
+    """What a server has to know of an index, also when it is restarted.
+
+    Attributes:
+        digest: of the manifest that the run began with.
+        shards: how many there are.
+    """
+
+    uri: str
+    digest: str
+    shards: int
+    retrieval: RetrievalConfig
+    storage: StorageConfig
+
+
 class ShardServer:
     """A Ray actor that holds some shards.
 
@@ -35,8 +52,9 @@ class ShardServer:
         numbers: of its shards.
     """
 
-    def __init__(self, index: str, numbers: Sequence[int], retrieval: RetrievalConfig, storage: StorageConfig) -> None:
-        self._index = PassageIndex.open(locate(index, storage), retrieval, numbers)
+    def __init__(self, index: ServedIndex, numbers: Sequence[int]) -> None:
+        folder = locate(index.uri, index.storage)
+        self._index = PassageIndex.open(folder, index.retrieval, numbers, digest=index.digest)
 
     def vectors(self) -> int:
         """How many it holds; answers once they are loaded."""
@@ -72,7 +90,9 @@ class PartitionedIndex:
         batch = ray.put(queries)
         try:
             answers = _answers([server.find.remote(batch, k) for server in self._servers], "a search")
-        except ray.exceptions.RayActorError as error:
+        except ray.exceptions.RayTaskError:
+            raise  # what is wrong with these queries, not with the server
+        except ray.exceptions.RayError as error:
             raise IndexLostError(f"a shard server is gone: {' '.join(str(error).split())}") from error
         return [ranked(best(parts, k)) for parts in zip(*answers, strict=True)]
 
@@ -97,29 +117,29 @@ def deal(shards: int, servers: int) -> list[list[int]]:
     return [list(range(first, shards, servers)) for first in range(servers)]
 
 
-def start_servers(
-    index: str,
-    shards: int,
-    count: int,
-    retrieval: RetrievalConfig,
-    execution: ExecutionConfig,
-    storage: StorageConfig,
-) -> list[Any]:
+def start_servers(index: ServedIndex, nodes: Sequence[str | None], execution: ExecutionConfig) -> list[Any]:
     """Start shard servers and wait until all shards are loaded; they end with the job.
 
+    Args:
+        nodes: for each server the id of the Ray node that has room for it; None leaves it to Ray. After the death of
+            its node a server goes to any other.
+
     Raises:
-        ray.exceptions.RayError: one cannot open its shards; its last line says why.
+        ray.exceptions.RayError: one cannot open its shards; its message says why.
     """
     import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     server = ray.remote(ShardServer).options(
         num_cpus=execution.cpus_per_server,
         num_gpus=execution.gpus_per_server,
         max_restarts=-1,
         max_task_retries=-1,
-        scheduling_strategy="SPREAD",
     )
-    handles = [server.remote(index, numbers, retrieval, storage) for numbers in deal(shards, count)]
+    handles = []
+    for node, numbers in zip(nodes, deal(index.shards, len(nodes)), strict=True):
+        where = NodeAffinitySchedulingStrategy(node, soft=True) if node else "SPREAD"
+        handles.append(server.options(scheduling_strategy=where).remote(index, numbers))
     loaded = _answers([handle.vectors.remote() for handle in handles], "the job")
-    log.info("%d shard servers hold %s vectors", count, " + ".join(map(str, loaded)))
+    log.info("%d shard servers hold %s vectors", len(nodes), " + ".join(map(str, loaded)))
     return handles

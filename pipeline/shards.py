@@ -1,6 +1,7 @@
 """One shard of an index: a FAISS index and, row by row, the passages it is about."""
 
 import os
+import re
 import tempfile
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -70,6 +71,10 @@ def train(index: Any, vectors: Vectors) -> None:
 def faiss_reason(error: RuntimeError) -> str:
     """What a FAISS error says, without where in its source it was said."""
     return " ".join(str(error).rpartition("failed: ")[2].rpartition(".cpp:")[2].split()).lstrip("0123456789: ")
+
+
+# The names that ``shard_files`` gives.
+SHARD_FILE = re.compile(r"shard-\d{5,}\.(faiss|passages\.arrow)")
 
 
 def shard_files(number: int) -> tuple[str, str]:

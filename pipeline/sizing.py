@@ -7,7 +7,7 @@ from typing import Any
 
 import faiss
 
-from pipeline.devices import RESERVED_BYTES, WORKING_BYTES
+from pipeline.devices import RESERVED_BYTES, WORKING_BYTES, gpu_form
 from pipeline.shards import empty_index
 
 FLOAT = 4
@@ -151,25 +151,33 @@ KV_BYTES_PER_TOKEN = 2 * 32 * 4096 * 2
 # Enough for some eight rows of five passages at once; vLLM's activations and graphs.
 KV_TOKENS = 8192
 ENGINE_BYTES = 1_500_000_000
+# The encoder, and what is kept free and for FAISS's working memory.
+BESIDE_BYTES = (512 << 20) + RESERVED_BYTES + WORKING_BYTES
 CARDS = (24_000_000_000, 40_000_000_000, 80_000_000_000)
 # Of a machine's memory, shards may take this share: the rest is for the system, Ray and passages.
 MEMORY_SHARE = 0.8
 
 
+def gpu_need(factory: str, dimension: int) -> str:
+    """What GPUs ask of an index: nothing, ``float16`` (``retrieval.float16``), or ``none`` where they have no such."""
+    index = empty_index(factory, dimension)
+    return "" if gpu_form(index, False) else "float16" if gpu_form(index, True) else "none"
+
+
 def beside_7b(card: int) -> int:
     """Bytes of a card that an index may take beside a 7B model in half precision."""
     engine = MODEL_BYTES + KV_TOKENS * KV_BYTES_PER_TOKEN + ENGINE_BYTES
-    return max(0, card - engine - RESERVED_BYTES - WORKING_BYTES)
+    return max(0, card - engine - BESIDE_BYTES)
 
 
-def engine_share(index: int, card: int) -> float:
+def share_beside(index: int, card: int) -> float:
     """``gpu_memory_utilization`` that leaves room for an index of so many bytes on a card, rounded down to 1 %."""
-    return math.floor(100 * (card - index - RESERVED_BYTES - WORKING_BYTES) / card) / 100
+    return math.floor(100 * (card - index - BESIDE_BYTES) / card) / 100
 
 
 def cards_needed(index: int, card: int) -> int:
     """Cards of shard servers, without a model on them, that hold an index together."""
-    return -(-index // (card - RESERVED_BYTES - WORKING_BYTES))
+    return -(-index // (card - BESIDE_BYTES))
 
 
 def machines_needed(index: int, memory: int) -> int:

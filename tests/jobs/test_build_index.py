@@ -1,3 +1,6 @@
+import os
+import shutil
+import signal
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,11 +14,13 @@ import ray
 import typer
 from typer.testing import CliRunner, Result
 
+from jobs.build_graph import ShardBuilder
 from jobs.build_index import build_index
 from pipeline.config import RetrievalConfig, StorageConfig
 from pipeline.encoder import Encoder
 from pipeline.index import PassageIndex
 from pipeline.manifest import check_encoder, check_index, read_manifest
+from pipeline.passages import ShardPlan
 from pipeline.prompts import passage_text
 from pipeline.retrieve import IndexRetriever
 from pipeline.storage import locate
@@ -321,6 +326,56 @@ def test_an_interrupted_build_goes_on_with_the_missing_shards(
     assert {file.name for file in out.iterdir()} == {"index.json", *after}
     index = PassageIndex.open(place(out), RetrievalConfig(device="cpu", search="nprobe=8"))
     assert [hits[0].passage.id for hits in index.retrieve(vectors, 1)] == [str(n) for n in range(300)]
+
+
+def test_an_interrupted_rebuild_goes_on_too(
+    interrupted: tuple[Path, list[str]], with_vectors: tuple[Path, np.ndarray]
+) -> None:
+    (out, options), (source, _) = interrupted, with_vectors
+    before = (out / "shard-00000.faiss").stat().st_mtime_ns
+    assert run(source, out, *options, "--overwrite").exit_code == 0
+    assert (out / "shard-00000.faiss").stat().st_mtime_ns == before
+    assert run(source, out, *options, "--overwrite").exit_code == 0
+    assert (out / "shard-00000.faiss").stat().st_mtime_ns != before
+
+
+class MortalBuilder(ShardBuilder):
+    """Dies in the middle of shard 1, the first time."""
+
+    def _batches(self, shard: ShardPlan) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
+        for batch in super()._batches(shard):
+            yield batch
+            mark = Path(self.plan.output.path) / "died"
+            if shard.number == 1 and not mark.exists():
+                mark.touch()
+                os.kill(os.getpid(), signal.SIGKILL)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_builder_that_is_killed_builds_its_shard_again(
+    with_vectors: tuple[Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    source, vectors = with_vectors
+    monkeypatch.setattr("jobs.build_graph.ShardBuilder", MortalBuilder)
+    result = run(source, tmp_path / "out", "--embeddings", "vector", "--shards", "2")
+    assert result.exit_code == 0, result.stderr
+    (tmp_path / "out" / "died").unlink()
+    names = {f"shard-0000{n}.{kind}" for n in (0, 1) for kind in ("faiss", "passages.arrow")}
+    assert {file.name for file in (tmp_path / "out").iterdir()} == {"index.json", *names}
+    index = PassageIndex.open(place(tmp_path / "out"), RetrievalConfig(device="cpu"))
+    assert [hits[0].passage.id for hits in index.retrieve(vectors, 1)] == [str(n) for n in range(300)]
+
+
+def test_overwriting_touches_nothing_but_the_index_itself(
+    built: tuple[pa.Table, Path], with_vectors: tuple[Path, np.ndarray], tmp_path: Path
+) -> None:
+    source, _ = with_vectors
+    shutil.copytree(built[1], tmp_path / "out" / "other")
+    (tmp_path / "out" / "notes.txt").write_text("mine")
+    before = sorted((tmp_path / "out").rglob("*"))
+    refused(run(source, tmp_path / "out", "--overwrite", "--factory", "Flatt"), "factory Flatt")
+    assert run(source, tmp_path / "out", "--overwrite", "--embeddings", "vector").exit_code == 0
+    assert set(before) < set((tmp_path / "out").rglob("*"))
 
 
 def test_an_interrupted_build_of_something_else_is_not_mixed(

@@ -67,16 +67,18 @@ def test_there_is_a_server_where_all_nodes_are_still_to_come():
 
 def test_servers_leave_the_rest_to_the_actors():
     run = partitioned(3, cpus_per_server=3, gpus_per_server=1, actors=1)
-    left = beside_servers(GPU_NODES, run.execution, 3)
+    left, homes = beside_servers(GPU_NODES, run.execution, 3)
     assert left == [{"CPU": 0.0}, {"CPU": 10.0, "GPU": 0.0}, {"CPU": 13.0, "GPU": 1.0}]
+    assert homes == [1, 2, 1]
     assert GPU_NODES[1] == {"CPU": 16.0, "GPU": 2.0}
-    assert share_of(left, run, 3) == Resources(13.0, 1.0, 3)
+    assert share_of(left, run) == Resources(13.0, 1.0)
 
 
-def test_servers_go_to_nodes_with_cpus_where_they_need_no_gpu():
-    nodes = [{"CPU": 4.0}, {"CPU": 2.5, "GPU": 1.0}]
-    left = beside_servers(nodes, partitioned(3).execution, 3)
-    assert [node["CPU"] for node in left] == [2.0, 1.5]
+def test_servers_are_spread_over_the_nodes_that_hold_them():
+    nodes = [{"CPU": 4.0}, {"CPU": 2.5, "GPU": 1.0}, {"CPU": 0.5}]
+    left, homes = beside_servers(nodes, partitioned(3).execution, 3)
+    assert homes == [0, 1, 0]
+    assert [node["CPU"] for node in left] == [2.0, 1.5, 0.5]
 
 
 @pytest.mark.parametrize("needs", [{"cpus_per_server": 9}, {"gpus_per_server": 2, "cpus_per_server": 0}])

@@ -71,6 +71,20 @@ def test_damage_is_named(probed: Location, name: str) -> None:
     assert f"{name}: missing" in check(probed).stderr
 
 
+def test_configured_parameters_stay_while_others_are_swept(folder: Location) -> None:
+    save(folder, [unit_vectors(300)], "IVF3,SQ8,RFlat")
+    found = json.loads(check(folder, "--json", "--set", "retrieval.search=k_factor_rf=4").stdout)
+    assert [speed["search"] for speed in found["speeds"]] == [f"k_factor_rf=4,nprobe={n}" for n in (1, 2, 3)]
+    assert found["speeds"][-1]["recall"] == pytest.approx(1.0, abs=0.01)
+
+
+def test_too_few_passages_or_queries_to_measure_are_said(folder: Location, tmp_path: Path) -> None:
+    save(folder, [unit_vectors(10)])
+    result = check(folder)
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "10 passages are too few to look for 10 among them" in result.stderr
+
+
 def test_no_index_is_bad_usage(tmp_path: Path) -> None:
     result = check(tmp_path)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)

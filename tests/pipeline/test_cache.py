@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from pyarrow import fs
 
-from pipeline.cache import make_room, obtain
+from pipeline.cache import obtain, room_for
 from pipeline.config import RetrievalConfig
 from pipeline.index import PassageIndex
 from pipeline.manifest import read_manifest
@@ -101,24 +101,60 @@ def copy(cache: Path, digit: str, size: int, used: int) -> Path:
     return file
 
 
+OWN = ("shard-00000.faiss", 400, "c" * 64)
+MISSING = ("shard-00001.faiss", 100, "d" * 64)
+
+
+def limited(cache: Path, size: int | None) -> RetrievalConfig:
+    return RetrievalConfig(cache=str(cache), cache_gb=size and size / 1e9)
+
+
 def test_the_longest_unused_copies_of_other_indexes_go_until_there_is_room(tmp_path: Path) -> None:
     old, older, own = (copy(tmp_path, *what) for what in (("a", 400, 30), ("b", 400, 20), ("c", 400, 10)))
     note = tmp_path / "note.txt"
     note.write_bytes(bytes(5000))
-    needed = [("shard-00000.faiss", 400, "c" * 64), ("shard-00001.faiss", 100, "d" * 64)]
-    make_room(RetrievalConfig(cache=str(tmp_path), cache_gb=1000e-9), needed)
-    assert (old.exists(), older.exists(), own.exists(), note.exists()) == (True, False, True, True)
+    with room_for(limited(tmp_path, 1000), [OWN, MISSING], []):
+        assert (old.exists(), older.exists(), own.exists(), note.exists()) == (True, False, True, True)
+
+
+def test_what_other_servers_hold_of_the_same_index_counts_and_stays(tmp_path: Path) -> None:
+    siblings, other = copy(tmp_path, "c", 400, 10), copy(tmp_path, "a", 400, 30)
+    with room_for(limited(tmp_path, 899), [MISSING], [OWN]):
+        assert (siblings.exists(), other.exists()) == (True, False)
+    with (
+        pytest.raises(ValueError, match="the files of this index on this machine have 0.00 GB"),
+        room_for(limited(tmp_path, 499), [MISSING], [OWN]),
+    ):
+        pass
+    assert siblings.exists()
 
 
 def test_without_a_limit_nothing_goes(tmp_path: Path) -> None:
     kept = copy(tmp_path, "a", 400, 30)
-    make_room(RetrievalConfig(cache=str(tmp_path)), [("shard-00000.faiss", 10**15, "c" * 64)])
-    assert kept.exists()
+    with room_for(limited(tmp_path, None), [("shard-00000.faiss", 10**15, "c" * 64)], []):
+        assert kept.exists()
+
+
+def _evict(cache: str, done: str) -> None:
+    with room_for(limited(Path(cache), 1000), [("shard-00000.faiss", 900, "e" * 64)], []):
+        Path(done).touch()
+
+
+def test_nothing_goes_while_another_index_is_being_opened(tmp_path: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    own, done = copy(tmp_path / "cache", "c", 400, 10), tmp_path / "done"
+    with room_for(limited(tmp_path / "cache", 1000), [OWN], []):
+        other = multiprocessing.get_context("spawn").Process(target=_evict, args=(str(tmp_path / "cache"), str(done)))
+        other.start()
+        other.join(4)
+        assert (own.exists(), done.exists(), other.is_alive()) == (True, False, True)
+    other.join(30)
+    assert (own.exists(), done.exists(), other.exitcode) == (False, True, 0)
 
 
 def test_an_index_larger_than_the_limit_is_refused_with_both_numbers(remote: Location, tmp_path: Path) -> None:
-    small = RetrievalConfig(device="cpu", cache=str(tmp_path / "cache"), cache_gb=1e-6)
-    with pytest.raises(ValueError, match=r"retrieval.cache_gb 1e-06: this index has 0.00 GB .*partitioned"):
+    small = limited(tmp_path / "cache", 1000)
+    with pytest.raises(ValueError, match=r"retrieval.cache_gb 1e-06: the files of this index .* 0.00 GB; raise it"):
         PassageIndex.open(remote, small)
     assert len(PassageIndex.open(remote, small, numbers=[]).shards) == 0
 

@@ -1,3 +1,4 @@
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ def test_a_small_corpus_is_sampled_evenly(source: Path) -> None:
     def sample(size: int) -> list[str]:
         return ids(batch for sample in spread_samples(files, size) for batch in sample.read())
 
-    assert sample(3) == ["0", "7", "14"]
+    assert sample(3) == ["0", "5", "10"]
     assert sample(15) == sample(100) == [str(n) for n in range(15)]
 
 
@@ -91,27 +92,32 @@ def test_a_sample_brings_its_vectors_and_row_numbers(source: Path) -> None:
     assert batch.rows.tolist() == [5, 9]
 
 
-def test_of_a_large_corpus_few_row_groups_are_read(tmp_path: Path) -> None:
-    pq.write_table(pa.table(numbered(4000)), tmp_path / "p.parquet", row_group_size=10)
-    samples = spread_samples(find_passages(place(tmp_path / "p.parquet")), 5)
-    assert sum(len(sample.rows) for sample in samples) == 5
-    assert sum(sample.part.rows for sample in samples) <= 50
+def test_of_a_large_corpus_some_row_groups_are_read(tmp_path: Path) -> None:
+    pq.write_table(pa.table(numbered(40_000)), tmp_path / "p.parquet", row_group_size=20)
+    samples = spread_samples(find_passages(place(tmp_path / "p.parquet")), 500)
+    assert sum(len(sample.rows) for sample in samples) == 500
+    assert sum(sample.part.rows for sample in samples) <= 2 * 8 * 500
     names = [int(name) for name in ids(batch for sample in samples for batch in sample.read())]
-    assert names[0] < 200
-    assert names[-1] > 2900
+    assert names[0] == 0
+    assert names[-1] > 39_000
+    assert max(np.diff(names)) < 1000
 
 
-@given(rows=st.integers(1, 400), group=st.integers(1, 50), size=st.integers(1, 60))
-def test_a_sample_has_the_size_asked_for_without_doubles(
-    tmp_path_factory: pytest.TempPathFactory, rows: int, group: int, size: int
+@given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(1, 60), st.integers(1, 700))
+def test_a_sample_has_the_size_asked_for_wherever_the_row_groups_end(
+    tmp_path_factory: pytest.TempPathFactory, groups: list[int], odd: int, size: int
 ) -> None:
-    file = tmp_path_factory.mktemp("p") / "p.parquet"
-    pq.write_table(pa.table(numbered(rows)), file, row_group_size=group)
-    samples = spread_samples(find_passages(place(file)), size)
-    names = [row + sample.part.start for sample in samples for row in sample.rows.tolist()]
-    assert len(names) == len(set(names)) == min(size, rows)
-    assert names == sorted(names)
-    assert 0 <= names[0] <= names[-1] < rows
+    folder = tmp_path_factory.mktemp("p")
+    for number, group in enumerate(groups):
+        pq.write_table(pa.table(numbered(3 * group + odd)), folder / f"{number}.parquet", row_group_size=group)
+    files = find_passages(place(folder))
+    total = sum(part.rows for part in files)
+    starts = dict(zip((part.file.path for part in files), np.cumsum([0, *(p.rows for p in files)]), strict=False))
+    samples = spread_samples(files, size)
+    rows = [starts[s.part.file.path] + s.part.start + row for s in samples for row in s.rows.tolist()]
+    assert len(rows) == min(size, total)
+    assert all(later > earlier for earlier, later in pairwise(rows))
+    assert 0 <= rows[0] <= rows[-1] < total
 
 
 @pytest.mark.parametrize("compared", [1, 4, 1000])

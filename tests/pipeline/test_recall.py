@@ -26,9 +26,29 @@ def rows(hits: list[list[Hit]]) -> list[list[int]]:
     return [[starts[hit.shard] + hit.row for hit in found] for found in hits]
 
 
-@pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "IVF16_HNSW8,Flat", "HNSW8", "IVF16,SQ4,RFlat"])
+EXACT = ["Flat", "IVF16,Flat", "IVF16_HNSW8,Flat", "HNSW8", "IVF16,SQ4,RFlat", "HNSW8,RFlat"]
+
+
+@pytest.mark.parametrize("factory", EXACT)
 def test_exhaustive_search_sees_every_vector(folder: Location, factory: str) -> None:
-    assert rows(exhaustive(opened(folder, factory), QUERIES, 5)) == exact(5)
+    index = opened(folder, factory)
+    before = index.search(QUERIES, 5)
+    assert rows(exhaustive(index, QUERIES, 5)) == exact(5)
+    assert index.search(QUERIES, 5) == before
+
+
+@pytest.mark.parametrize("factory", ["PCA12,HNSW8", "OPQ4,IVF16,PQ4x4", "IVF16,SQ8"])
+def test_exhaustive_search_takes_codes_for_what_they_stand_for(folder: Location, factory: str) -> None:
+    index = opened(folder, factory)
+    stored = np.concatenate([shard.index.reconstruct_n(0, len(shard.passages)) for shard in index.shards.values()])
+    wanted = np.argsort(-(QUERIES @ stored.T), axis=1)[:, :5]
+    scores = [[hit.score for hit in hits] for hits in exhaustive(index, QUERIES, 5)]
+    np.testing.assert_allclose(scores, np.take_along_axis(QUERIES @ stored.T, wanted, 1), atol=1e-5)
+
+
+def test_vectors_are_read_back_in_blocks(folder: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.recall.BLOCK", 70)
+    assert rows(exhaustive(opened(folder, "Flat"), QUERIES, 5)) == exact(5)
 
 
 @pytest.mark.parametrize(
@@ -53,6 +73,9 @@ def test_codes_that_stand_for_vectors_are_known(folder: Location, factory: str, 
     [
         ("Flat", [""]),
         ("IVF16,SQ8", ["nprobe=1", "nprobe=2", "nprobe=4", "nprobe=8", "nprobe=16"]),
+        ("PCA8,IVF10,Flat", ["nprobe=1", "nprobe=2", "nprobe=4", "nprobe=8", "nprobe=10"]),
+        ("IVF3,SQ8,RFlat", ["nprobe=1", "nprobe=2", "nprobe=3"]),
+        ("HNSW8,RFlat", [f"efSearch={width}" for width in (16, 32, 64, 128, 256, 512, 1024)]),
         ("HNSW8", [f"efSearch={width}" for width in (16, 32, 64, 128, 256, 512, 1024)]),
     ],
 )

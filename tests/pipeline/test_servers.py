@@ -3,6 +3,7 @@
 import os
 import signal
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import faiss
@@ -13,10 +14,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import ExecutionConfig, StorageConfig
-from pipeline.index import Hit, PassageIndex
+from pipeline.encoder import Vectors
+from pipeline.index import Found, Hit, PassageIndex
 from pipeline.manifest import read_manifest
-from pipeline.servers import IndexLostError, PartitionedIndex, ShardServer, best, deal, start_servers
-from pipeline.storage import Location
+from pipeline.servers import IndexLostError, PartitionedIndex, ServedIndex, ShardServer, best, deal, start_servers
+from pipeline.storage import Location, locate
 from pipeline.types import Passage
 from tests.indexes import CPU, save, unit_vectors
 
@@ -34,8 +36,9 @@ def cluster() -> Iterator[None]:
 
 
 def start(index: Location, count: int) -> list[Any]:
-    shards = len(read_manifest(index).shards)
-    return start_servers(index.uri, shards, count, CPU, NO_CPUS, StorageConfig())
+    manifest = read_manifest(index)
+    served = ServedIndex(index.uri, manifest.digest(), len(manifest.shards), CPU, StorageConfig())
+    return start_servers(served, [None] * count, NO_CPUS)
 
 
 @given(st.integers(1, 20), st.integers(1, 20))
@@ -89,24 +92,39 @@ def test_servers_find_what_one_flat_index_finds_in_the_same_order(
 
 
 class MortalServer(ShardServer):
-    """Says which process it is."""
+    """Dies of a query whose first number is 9, the first time it is asked, and answers it when it is back."""
 
-    def process(self) -> int:
-        return os.getpid()
+    def find(self, queries: Vectors, k: int) -> list[list[Found]]:
+        folder = Path(self._folder.path)
+        if queries[0, 0] == 9 and not (mark := folder / f"died-{min(self._index.shards)}").exists():
+            mark.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().find(queries, k)
+
+    def __init__(self, index: ServedIndex, numbers: list[int]) -> None:
+        super().__init__(index, numbers)
+        self._folder = locate(index.uri, index.storage)
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_search_survives_the_death_of_servers(saved: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_search_survives_the_death_of_all_servers_under_it(saved: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.servers.ShardServer", MortalServer)
-    servers = start(saved, 2)
-    index = PartitionedIndex(read_manifest(saved), servers)
+    index = PartitionedIndex(read_manifest(saved), start(saved, 2))
     queries = unit_vectors(4, seed=8)
-    expected = PassageIndex.open(saved, CPU).retrieve(queries, 5)
-    for server in servers:
-        process = ray.get(server.process.remote())
-        os.kill(process, signal.SIGKILL)
-        assert index.retrieve(queries, 5) == expected
-        assert ray.get(server.process.remote()) != process
+    queries[0, 0] = 9
+    assert index.retrieve(queries, 5) == PassageIndex.open(saved, CPU).retrieve(queries, 5)
+    assert sorted(file.name for file in Path(saved.path).glob("died-*")) == ["died-0", "died-1"]
+
+
+@pytest.mark.usefixtures("cluster")
+def test_a_server_that_comes_back_to_another_index_is_lost(saved: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.servers.ShardServer", MortalServer)
+    index = PartitionedIndex(read_manifest(saved), start(saved, 1))
+    save(saved, [unit_vectors(60, seed=1)])
+    queries = unit_vectors(1)
+    queries[0, 0] = 9
+    with pytest.raises(IndexLostError, match="the index was replaced while the run is at work"):
+        index.retrieve(queries, 3)
 
 
 @pytest.mark.usefixtures("cluster")

@@ -10,10 +10,11 @@ from pipeline.sizing import (
     SearchCost,
     beside_7b,
     cards_needed,
-    engine_share,
+    gpu_need,
     index_size,
     machines_needed,
     search_cost,
+    share_beside,
     size_plan,
     usual_lists,
 )
@@ -97,8 +98,8 @@ def test_what_is_left_beside_a_7b_model_by_hand() -> None:
 
 
 def test_shares_and_counts_by_hand() -> None:
-    reserve = 2048 * 2**20
-    assert engine_share(20_000_000_000 - reserve, 80_000_000_000) == 0.75
+    reserve = (512 + 1024 + 512) * 2**20
+    assert share_beside(20_000_000_000 - reserve, 80_000_000_000) == 0.75
     assert cards_needed(10 * (80_000_000_000 - reserve), 80_000_000_000) == 10
     assert cards_needed(10 * (80_000_000_000 - reserve) + 1, 80_000_000_000) == 11
     assert machines_needed(204_800_000_000, 256_000_000_000) == 1
@@ -123,10 +124,11 @@ def test_the_sizing_document_says_what_the_plan_would() -> None:
         assert (per_vector, index) == (f"{line.per_vector:,.0f}", f"{line.index / 1e9:,.1f}")
         assert shard == f"{line.largest_shard / 1e9:.1f}"
         sizes = (24_000_000_000, 40_000_000_000, 80_000_000_000)
-        fits = [f"yes, {engine_share(line.index, c):.2f}" if line.index <= beside_7b(c) else "no" for c in sizes]
-        graph = factory == "HNSW32"
-        assert cards == (["–"] * 3 if graph else fits)
-        assert card_servers == ("–" if graph else str(cards_needed(line.index, sizes[-1])))
+        need = gpu_need(factory, 768)
+        shares = [f"{share_beside(line.index, card):.2f} {need}".strip() for card in sizes]
+        room = [shares[n] if line.index <= beside_7b(card) else "no" for n, card in enumerate(sizes)]
+        on_cards = [*room, str(cards_needed(line.index, sizes[-1]))]
+        assert [*cards, card_servers] == (["–"] * 4 if need == "none" else on_cards)
         assert servers == str(machines_needed(line.index, 256_000_000_000))
         assert compared == f"{shards * cost.compared / 1e6:,.2f} M"
         assert read == f"{shards * cost.bytes / 1e9:,.2f} GB"

@@ -1,0 +1,23 @@
+import pytest
+
+from jobs.build_graph import pool
+
+LAPTOP = [{"CPU": 8.0}]
+GPU_NODES = [{"CPU": 64.0}, {"CPU": 96.0, "GPU": 8.0}, {"CPU": 32.0, "GPU": 2.0}]
+
+
+@pytest.mark.parametrize(
+    ("nodes", "asked", "pieces", "expected"),
+    [
+        (LAPTOP, None, 4, (1, 8, 0)),
+        (LAPTOP, 3, 4, (3, 2, 0)),
+        (LAPTOP, 16, 16, (16, 1, 0)),
+        (LAPTOP * 3, None, 2, (2, 8, 0)),
+        ([{"CPU": 0.0}, *LAPTOP], None, 9, (1, 8, 0)),
+        (GPU_NODES, None, 32, (10, 12, 1)),  # the smaller share of CPUs: 96 / 8
+        (GPU_NODES, None, 4, (4, 12, 1)),
+        (GPU_NODES, 20, 32, (20, 6, 0.5)),
+    ],
+)
+def test_there_is_an_encoder_for_each_gpu_or_else_for_each_machine(nodes, asked, pieces, expected):
+    assert pool(nodes, asked, pieces) == expected
