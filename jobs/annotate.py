@@ -23,6 +23,7 @@ from jobs.progress import Progress
 from jobs.rescore import check as check_rescore
 from jobs.rescore import execute as execute_rescore
 from pipeline.actor import SelfRagActor
+from pipeline.claim import Claim, OutputTakenError
 from pipeline.config import RunConfig, load_config, load_sections, load_storage
 from pipeline.output import OutputFolder, UnitSummary
 from pipeline.plan import Plan, check
@@ -33,6 +34,8 @@ from pipeline.servers import ServedIndex, start_servers
 
 log = logging.getLogger(__name__)
 
+# So many errors end no run early, however small it is.
+FEWEST_ERRORS = 100
 # A unit is run again this often when its actor dies under it.
 UNIT_RETRIES = 3
 
@@ -97,13 +100,8 @@ def execute(plan: Plan, resources: Resources) -> Summary:
     record |= {"versions": versions(), "started": begun.isoformat()}
     annotated = 0
     if not plan.finished:
-        if plan.overwrite:
-            plan.output.clear()
-        plan.output.begin(record)
-        with Progress(sum(unit.rows for unit in plan.todo)) as progress:
-            for unit in annotate_units(plan, resources):
-                annotated += unit.rows
-                progress.add(unit)
+        with Claim(plan.output.location):
+            annotated = annotate_todo(plan, resources, record)
     units = plan.output.summaries(unit.id for unit in plan.queries.units)
     summary = summarise(plan, units, annotated, time.monotonic() - started)
     if not plan.finished:
@@ -111,6 +109,27 @@ def execute(plan: Plan, resources: Resources) -> Summary:
         times = {"finished": datetime.now(UTC).isoformat()}
         plan.output.finish({**record, **times, "counts": dataclasses.asdict(summary), "units": files})
     return summary
+
+
+def annotate_todo(plan: Plan, resources: Resources, record: dict[str, Any]) -> int:
+    """Annotate what is left; how many rows that were.
+
+    Raises:
+        RuntimeError: so many rows fail that the run cannot end well; what is done stays.
+    """
+    if plan.overwrite:
+        plan.output.clear()
+    plan.output.begin(record)
+    allowed = max(plan.config.execution.max_error_rate * plan.queries.rows, FEWEST_ERRORS)
+    with Progress(sum(unit.rows for unit in plan.todo)) as progress:
+        for unit in annotate_units(plan, resources):
+            progress.add(unit)
+            if progress.errors > allowed:
+                raise RuntimeError(
+                    f"{progress.errors} of {progress.done} rows failed ({', '.join(unit.errors)}), more than "
+                    "execution.max_error_rate allows of all; look into errors/, mend the cause, and say --overwrite"
+                )
+    return progress.done
 
 
 def annotate_units(plan: Plan, resources: Resources) -> Iterator[UnitSummary]:
@@ -246,6 +265,9 @@ def annotate(
         return
     try:
         summary = execute(plan, resources)
+    except OutputTakenError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
     except Exception as error:  # noqa: BLE001  whatever it is, one line and the status say so
         _fail(error, "the run failed; the same command continues it")
     _report(summary, as_json)

@@ -3,11 +3,10 @@
 import time
 from dataclasses import dataclass
 
-import pyarrow.parquet as pq
 from rich.table import Table
 
 from pipeline.encoder import Encoder
-from pipeline.passages import PassageRange, in_threads, spread_samples
+from pipeline.passages import PassageRange, in_threads, read_footer, spread_samples
 from pipeline.prompts import passage_text
 from pipeline.shards import PASSAGE_SCHEMA
 from pipeline.sizing import (
@@ -57,11 +56,10 @@ def survey(files: list[PassageRange], encoder: Encoder, batch_size: int) -> Corp
 
 
 def _text_bytes(part: PassageRange) -> int:
-    with pq.ParquetFile(part.file.path, filesystem=part.file.filesystem) as parquet:
-        footer, total = parquet.metadata, 0
-        for group in range(footer.num_row_groups):
-            columns = [footer.row_group(group).column(n) for n in range(footer.num_columns)]
-            total += sum(c.total_uncompressed_size for c in columns if c.path_in_schema in PASSAGE_SCHEMA.names)
+    footer, total = read_footer(part.file), 0
+    for group in range(footer.num_row_groups):
+        columns = [footer.row_group(group).column(n) for n in range(footer.num_columns)]
+        total += sum(c.total_uncompressed_size for c in columns if c.path_in_schema in PASSAGE_SCHEMA.names)
     return total
 
 

@@ -42,8 +42,13 @@ async def annotate_row(system: SelfRag, row: dict[str, Any], config: RunConfig) 
     Raises:
         EngineDeadError, IndexLostError: the row is not to blame.
     """
+    limit = config.execution.row_timeout_s
     try:
-        return answer_row(await system.answer(query_of(row, config.columns)))
+        async with asyncio.timeout(limit):
+            return answer_row(await system.answer(query_of(row, config.columns)))
+    except TimeoutError:
+        message = f"no answer within execution.row_timeout_s = {limit:g} s"
+        return {"error_type": "TimeoutError", "error_message": message, "attempts": 1}
     except (EngineDeadError, IndexLostError):
         raise
     except Exception as error:  # noqa: BLE001  a bad row must not sink its neighbours, whatever is wrong with it

@@ -73,7 +73,8 @@ class BuildPlan:
 
     def identity(self) -> dict[str, Any]:
         """What decides the shards: a build goes on only with shards of the same. Files count by name, size and time."""
-        infos = self.files[0].file.filesystem.get_file_info([part.file.path for part in self.files])
+        source, paths = self.files[0].file, [part.file.path for part in self.files]
+        infos = source.attempt(lambda: source.filesystem.get_file_info(paths))
         files = [[part.file.uri, info.size, info.mtime_ns] for part, info in zip(self.files, infos, strict=True)]
         return {
             "passages": files,
@@ -203,7 +204,7 @@ class BuildFolder:
 
     def _size(self, name: str) -> int | None:
         file = self.output / name
-        size: int | None = file.filesystem.get_file_info(file.path).size
+        size: int | None = file.attempt(lambda: file.filesystem.get_file_info(file.path).size)
         return size
 
     def keep(self, number: int, entry: ShardEntry) -> None:

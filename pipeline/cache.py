@@ -10,7 +10,7 @@ from pathlib import Path
 from pyarrow import fs
 
 from pipeline.config import RetrievalConfig
-from pipeline.storage import Location, StorageError
+from pipeline.storage import Location, MissingFileError
 
 SCRATCH_PREFIX = ".building-"
 
@@ -125,13 +125,11 @@ def _fetch(source: Location, copy: Path, size: int, sha256: str) -> None:
     """Fetch a file; the caller has its lock, so what lies at the temporary name is of a fetch that was killed."""
     arriving = copy.with_name(f".{copy.name}.arriving")
     try:
-        fs.copy_files(source.path, str(arriving), source.filesystem, fs.LocalFileSystem())
+        source.attempt(lambda: fs.copy_files(source.path, str(arriving), source.filesystem, fs.LocalFileSystem()))
         check_file(arriving, source.uri, size, sha256)
         arriving.rename(copy)
-    except FileNotFoundError:
+    except MissingFileError:
         raise DamagedIndexError(f"{source.uri}: missing; {REMEDY}") from None
-    except OSError as error:
-        raise StorageError(f"{source.uri}: {' '.join(str(error).split())}") from error
     finally:
         arriving.unlink(missing_ok=True)
 

@@ -174,7 +174,9 @@ class ExecutionConfig(Frozen):
         cpus_per_server, gpus_per_server: resources of each of them.
         unit_rows: rows of a work unit, which is one output file.
         units_in_flight: units that an actor decodes at once, so that its engine stays full between them.
-        max_error_rate: share of rows in ``errors/`` above which a finished run counts as failed.
+        row_timeout_s: rows that take longer go to ``errors/``; a row shares the engine with all others in flight.
+        max_error_rate: share of rows in ``errors/`` above which a finished run counts as failed, and above which
+            (and above 100 rows) one that is at work stops.
         ray_address: of a running cluster; by default one starts in this process unless Ray is there already.
     """
 
@@ -186,18 +188,25 @@ class ExecutionConfig(Frozen):
     gpus_per_server: Annotated[float, Field(ge=0)] = 0.0
     unit_rows: Positive = 256
     units_in_flight: Positive = 3
+    row_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     max_error_rate: Share = 0.01
     ray_address: str | None = None
 
 
 class StorageConfig(Frozen):
-    """Access to object storage. What is not set comes from the standard AWS variables, files and roles."""
+    """Access to object storage. What is not set comes from the standard AWS variables, files and roles.
+
+    Attributes:
+        patience_s: how long faults that pass (no connection, errors 500 and 503, throttling) are waited for, with
+            longer and longer pauses, before the job gives up.
+    """
 
     endpoint_url: str | None = None
     region: str | None = None
     access_key: SecretStr | None = None
     secret_key: SecretStr | None = None
     session_token: SecretStr | None = None
+    patience_s: Annotated[float, Field(ge=0)] = 120.0
 
 
 class RunConfig(Frozen):

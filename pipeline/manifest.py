@@ -10,7 +10,7 @@ from pipeline.cache import REMEDY, DamagedIndexError, check_size
 from pipeline.config import Positive, RetrievalConfig
 from pipeline.encoder import Encoder, EncoderStyle, encoder_digest
 from pipeline.settings import Frozen
-from pipeline.storage import Location, StorageError
+from pipeline.storage import Location
 
 MANIFEST = "index.json"
 
@@ -184,10 +184,8 @@ def check_files(folder: Location, manifest: IndexManifest) -> None:
         StorageError: storage does not answer.
     """
     files = [file for shard in manifest.shards for file in shard.files()]
-    try:
-        found = folder.filesystem.get_file_info([(folder / name).path for name, _, _ in files])
-    except OSError as error:
-        raise StorageError(f"{folder.uri}: {' '.join(str(error).split())}") from error
+    paths = [(folder / name).path for name, _, _ in files]
+    found = folder.attempt(lambda: folder.filesystem.get_file_info(paths))
     for (name, size, _), info in zip(files, found, strict=True):
         if info.type != fs.FileType.File:
             raise DamagedIndexError(f"{(folder / name).uri}: missing; {REMEDY}")

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.schema import data_schema, error_schema
-from pipeline.storage import Location, StorageError
+from pipeline.storage import Location, MissingFileError, StorageError, one_line
 
 FORMAT_VERSION = 1
 UNIT_FILE = re.compile(r"part-[0-9a-f]{20}\.parquet")
@@ -180,8 +180,11 @@ def parquet_bytes(table: pa.Table) -> bytes:
 
 
 def _columns(file: Location, names: list[str]) -> pa.Table:
-    try:
+    def work() -> pa.Table:
         with file.filesystem.open_input_file(file.path) as stream:
             return pq.read_table(stream, columns=names)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise StorageError(f"{file.uri}: {' '.join(str(error).split())}; delete it and run again") from error
+
+    try:
+        return file.attempt(work)
+    except (pa.ArrowInvalid, MissingFileError) as error:
+        raise StorageError(f"{file.uri}: {one_line(error)}; delete it and run again") from error

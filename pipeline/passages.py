@@ -16,7 +16,7 @@ from pyarrow import fs
 
 from pipeline.embeddings import check_embeddings
 from pipeline.shards import PASSAGE_SCHEMA
-from pipeline.storage import Location
+from pipeline.storage import Location, one_line
 
 # Rows read, encoded and added to an index at a time: a few megabytes.
 BATCH_ROWS = 1024
@@ -100,8 +100,8 @@ def find_passages(source: Location, embeddings: str | None = None) -> list[Passa
 
 
 def _checked_rows(file: Location, embeddings: str | None) -> int:
-    with _readable(file), pq.ParquetFile(file.path, filesystem=file.filesystem) as parquet:
-        schema, rows = parquet.schema_arrow, parquet.metadata.num_rows
+    footer = read_footer(file)
+    schema = footer.schema.to_arrow_schema()
     for name in PASSAGE_SCHEMA.names:
         if name not in schema.names:
             raise ValueError(f"{file.uri}: column {name} is missing; passages have the columns id, title and text")
@@ -111,7 +111,23 @@ def _checked_rows(file: Location, embeddings: str | None) -> int:
             raise ValueError(f"{file.uri}: column {name} is {kind}; make it string")
     if embeddings:
         check_embeddings(file, schema, embeddings)
-    return int(rows)
+    return int(footer.num_rows)
+
+
+def read_footer(file: Location) -> pq.FileMetaData:
+    """The footer of a Parquet file.
+
+    Raises:
+        ValueError: it is none.
+        StorageError: it cannot be read.
+    """
+
+    def work() -> pq.FileMetaData:
+        with file.filesystem.open_input_file(file.path) as stream:
+            return pq.read_metadata(stream)
+
+    with _readable(file):
+        return file.attempt(work)
 
 
 def plan_shards(files: list[PassageRange], shards: int) -> tuple[ShardPlan, ...]:
@@ -162,10 +178,31 @@ def read_columns(
 ) -> Iterator[tuple[int, pa.RecordBatch]]:
     """The rows of a range with the number of the first, reading only the row groups that it touches.
 
+    Where an object store fails for a while, reading goes on at the row that was reached.
+
     Raises:
-        ValueError: the file cannot be read; names it.
+        ValueError: the file is not Parquet; names it.
+        StorageError: it cannot be read.
     """
-    with _readable(part.file), pq.ParquetFile(part.file.path, filesystem=part.file.filesystem) as parquet:
+    left, batches = part, _read_columns(part, columns, batch_rows)
+
+    def following() -> tuple[int, pa.RecordBatch]:
+        nonlocal batches
+        try:
+            return next(batches)
+        except OSError:
+            batches = _read_columns(left, columns, batch_rows)  # a generator that has raised is over
+            raise
+
+    while left.rows:
+        with _readable(part.file):
+            row, batch = part.file.attempt(following)
+        left = PassageRange(part.file, row + batch.num_rows, part.stop)
+        yield row, batch
+
+
+def _read_columns(part: PassageRange, columns: list[str], batch_rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+    with pq.ParquetFile(part.file.path, filesystem=part.file.filesystem) as parquet:
         sizes = [parquet.metadata.row_group(n).num_rows for n in range(parquet.metadata.num_row_groups)]
         ends = np.cumsum(sizes)
         groups = [n for n, end in enumerate(ends) if end > part.start and end - sizes[n] < part.stop]
@@ -181,8 +218,8 @@ def read_columns(
 def _readable(file: Location) -> Iterator[None]:
     try:
         yield
-    except (pa.ArrowException, OSError) as error:
-        raise ValueError(f"{file.uri}: cannot be read as Parquet ({' '.join(str(error).split())})") from None
+    except pa.ArrowException as error:
+        raise ValueError(f"{file.uri}: cannot be read as Parquet ({one_line(error)})") from None
 
 
 @dataclass(frozen=True)
@@ -227,8 +264,8 @@ def _spread(total: int, size: int, groups: int) -> npt.NDArray[np.int64]:
 
 
 def _row_groups(part: PassageRange) -> list[PassageRange]:
-    with _readable(part.file), pq.ParquetFile(part.file.path, filesystem=part.file.filesystem) as parquet:
-        sizes = [parquet.metadata.row_group(n).num_rows for n in range(parquet.metadata.num_row_groups)]
+    footer = read_footer(part.file)
+    sizes = [footer.row_group(n).num_rows for n in range(footer.num_row_groups)]
     ends = [0, *np.cumsum(sizes).tolist()]
     return [PassageRange(part.file, start, stop) for start, stop in pairwise(ends) if start < stop]
 

@@ -2,9 +2,10 @@
 
 import hashlib
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -13,9 +14,11 @@ from pyarrow import fs
 
 from pipeline.config import Columns, StorageConfig
 from pipeline.schema import check_query_schema
-from pipeline.storage import Location, locate
+from pipeline.storage import Location, locate, one_line
 
 READ_BYTES = 8 * 2**20
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -67,7 +70,7 @@ def inspect_queries(location: Location, columns: Columns, unit_rows: int) -> Que
         StorageError: the storage cannot be read.
     """
     files = parquet_files(location)
-    footers = [(file, _footer(file)) for file in files]
+    footers = [(file, _opened(file, pq.read_metadata)) for file in files]
     schema = footers[0][1].schema.to_arrow_schema().remove_metadata()
     for file, footer in footers:
         check_query_schema(footer.schema.to_arrow_schema(), columns, file.uri)
@@ -103,12 +106,26 @@ def parquet_files(location: Location) -> list[Location]:
     return files
 
 
-def _footer(file: Location) -> pq.FileMetaData:
-    try:
+def _opened(file: Location, work: Callable[[Any], Result]) -> Result:
+    """What a function makes of a file that is open for random access.
+
+    Raises:
+        ValueError: it is not Parquet.
+        StorageError: it cannot be read.
+    """
+
+    def attempt() -> Result:
         with file.filesystem.open_input_file(file.path) as stream:
-            return pq.read_metadata(stream)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise ValueError(f"{file.uri}: not a readable Parquet file: {' '.join(str(error).split())}") from None
+            return work(stream)
+
+    try:
+        return file.attempt(attempt)
+    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
+        raise ValueError(f"{file.uri}: not a readable Parquet file: {one_line(error)}") from None
+
+
+def _column(file: Location, name: str, kind: pa.DataType) -> pa.ChunkedArray:
+    return _opened(file, lambda stream: pq.read_table(stream, columns=[name])[name].cast(kind))
 
 
 def _difference(one: pa.Schema, other: pa.Schema) -> str:
@@ -122,11 +139,7 @@ def _difference(one: pa.Schema, other: pa.Schema) -> str:
 def _check_ids(files: list[Location], column: str) -> None:
     ids: list[pa.ChunkedArray] = []
     for file in files:
-        try:
-            with file.filesystem.open_input_file(file.path) as stream:
-                values = pq.read_table(stream, columns=[column])[column].cast(pa.large_string())
-        except (pa.ArrowInvalid, OSError) as error:
-            raise ValueError(f"{file.uri}: not a readable Parquet file: {' '.join(str(error).split())}") from None
+        values = _column(file, column, pa.large_string())
         if values.null_count:
             row = pc.index(values.is_null(), True).as_py()
             raise ValueError(f"{file.uri}: column {column!r} is null in row {row}; every query needs an id")
@@ -153,18 +166,20 @@ def _tasks(files: list[Location], schema: pa.Schema, columns: Columns) -> dict[s
         return {}
     tasks: Counter[str] = Counter()
     for file in files:
-        with file.filesystem.open_input_file(file.path) as stream:
-            values = pq.read_table(stream, columns=[columns.task])[columns.task].cast(pa.string())
+        values = _column(file, columns.task, pa.string())
         tasks.update({entry["values"]: entry["counts"] for entry in pc.value_counts(values.drop_null()).to_pylist()})
     return dict(sorted(tasks.items()))
 
 
 def _content_digest(file: Location) -> str:
-    digest = hashlib.sha256()
-    with file.filesystem.open_input_stream(file.path) as stream:
-        while block := stream.read(READ_BYTES):
-            digest.update(block)
-    return digest.hexdigest()
+    def work() -> str:
+        digest = hashlib.sha256()
+        with file.filesystem.open_input_stream(file.path) as stream:
+            while block := stream.read(READ_BYTES):
+                digest.update(block)
+        return digest.hexdigest()
+
+    return file.attempt(work)
 
 
 def _units(file: Location, footer: pq.FileMetaData, unit_rows: int) -> Iterator[Unit]:
@@ -180,8 +195,7 @@ def _units(file: Location, footer: pq.FileMetaData, unit_rows: int) -> Iterator[
 @lru_cache(maxsize=1)
 def _row_group(uri: str, group: int, storage: StorageConfig) -> pa.Table:
     file = locate(uri, storage)
-    with file.filesystem.open_input_file(file.path) as stream:
-        return pq.ParquetFile(stream).read_row_group(group).replace_schema_metadata(None)
+    return _opened(file, lambda stream: pq.ParquetFile(stream).read_row_group(group).replace_schema_metadata(None))
 
 
 def read_unit(unit: Unit, storage: StorageConfig) -> pa.Table:

@@ -10,7 +10,7 @@ from pipeline.config import RetrievalConfig
 from pipeline.encoder import Encoder, Vectors
 from pipeline.index import PassageIndex
 from pipeline.manifest import IndexManifest, check_encoder, check_index, wanted_encoder
-from pipeline.servers import PartitionedIndex
+from pipeline.servers import IndexLostError, PartitionedIndex
 from pipeline.storage import Location
 from pipeline.types import Query, RetrievedPassage
 
@@ -46,6 +46,9 @@ class _Request:
     query: str
     k: int
     answer: asyncio.Future[list[RetrievedPassage]]
+
+
+Outcome = list[RetrievedPassage] | Exception
 
 
 class IndexRetriever:
@@ -98,7 +101,8 @@ class IndexRetriever:
         """The k best passages, best first; fewer where the index has no more.
 
         Raises:
-            Whatever the encoder or FAISS raised: every request of the batch gets it.
+            IndexLostError: a shard server is gone; no query is to blame.
+            Whatever the encoder or FAISS raised for this query alone.
         """
         loop = asyncio.get_running_loop()
         request = _Request(query, k, loop.create_future())
@@ -127,20 +131,24 @@ class IndexRetriever:
         found = asyncio.get_running_loop().run_in_executor(self._thread, self._search, batch)
         found.add_done_callback(lambda done: self._deliver(batch, done))
 
-    def _search(self, batch: list[_Request]) -> list[list[RetrievedPassage]]:
-        vectors = self._encoder.encode_queries([request.query for request in batch])
-        found = self._index.retrieve(vectors, max(request.k for request in batch))
+    def _search(self, batch: list[_Request]) -> list[Outcome]:
+        """What is found for each request; a query that cannot be searched for spoils nothing for its neighbours."""
+        try:
+            vectors = self._encoder.encode_queries([request.query for request in batch])
+            found = self._index.retrieve(vectors, max(request.k for request in batch))
+        except IndexLostError as error:
+            return [error] * len(batch)
+        except Exception as error:  # noqa: BLE001  whoever asked raises it
+            return [error] if len(batch) == 1 else [self._search([request])[0] for request in batch]
         return [passages[: request.k] for request, passages in zip(batch, found, strict=True)]
 
-    def _deliver(self, batch: list[_Request], done: asyncio.Future[list[list[RetrievedPassage]]]) -> None:
+    def _deliver(self, batch: list[_Request], done: asyncio.Future[list[Outcome]]) -> None:
         self._searching = False
-        error = done.exception()
-        answers = [[]] * len(batch) if error else done.result()
-        for request, passages in zip(batch, answers, strict=True):
+        for request, outcome in zip(batch, done.result(), strict=True):
             if request.answer.done():
                 continue
-            if error:
-                request.answer.set_exception(error)
+            if isinstance(outcome, Exception):
+                request.answer.set_exception(outcome)
             else:
-                request.answer.set_result(passages)
+                request.answer.set_result(outcome)
         self._start()

@@ -17,7 +17,7 @@ from pyarrow import fs
 from pipeline.cache import REMEDY, SCRATCH_PREFIX, DamagedIndexError, file_digest
 from pipeline.encoder import Vectors
 from pipeline.manifest import ShardEntry
-from pipeline.storage import Location, StorageError
+from pipeline.storage import Location
 from pipeline.types import Passage
 
 PASSAGE_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "title", "text")])
@@ -133,15 +133,16 @@ def publish(source: Path, target: Location) -> None:
     Raises:
         StorageError: the target cannot be written.
     """
-    try:
+
+    def work() -> None:
         if not target.local:
             fs.copy_files(str(source), target.path, fs.LocalFileSystem(), target.filesystem)
             return
         with source.open("rb") as file:
             os.fsync(file.fileno())
         source.replace(target.path)
-    except OSError as error:
-        raise StorageError(f"{target.uri}: {' '.join(str(error).split())}") from error
+
+    target.attempt(work)
 
 
 class PassageFile:

@@ -1,19 +1,37 @@
-"""URIs → file systems. Files appear whole or not at all, on local disks and on object stores."""
+"""URIs → file systems. Files appear whole or not at all; what passes on object stores is waited for."""
 
+import contextlib
+import logging
 import os
+import re
 import uuid
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
+import tenacity
 from pyarrow import fs
 
 from pipeline.config import StorageConfig
 
+log = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+# What no waiting mends: the request, the credentials or the name is wrong.
+_PERMANENT = re.compile(
+    r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID|SIGNATURE_DOES_NOT_MATCH|UNRECOGNIZED_CLIENT|"
+    r"EXPIRED_TOKEN|MISSING_AUTHENTICATION_TOKEN|NO_SUCH_|RESOURCE_NOT_FOUND|VALIDATION|INVALID_|HTTP status 4(?!08|29)"
+)
+
 
 class StorageError(OSError):
     """A storage operation failed for good; the message names the URI."""
+
+
+class MissingFileError(StorageError):
+    """There is no such file."""
 
 
 @dataclass(frozen=True)
@@ -23,11 +41,13 @@ class Location:
     Attributes:
         uri: as the user wrote it, for messages and manifests.
         path: the same within ``filesystem``.
+        patience_s: how long faults that pass are waited for.
     """
 
     uri: str
     filesystem: fs.FileSystem
     path: str
+    patience_s: float = 0.0
 
     @property
     def local(self) -> bool:
@@ -35,12 +55,41 @@ class Location:
         return isinstance(self.filesystem, fs.LocalFileSystem)
 
     def __truediv__(self, name: str) -> "Location":
-        return Location(f"{self.uri.rstrip('/')}/{name}", self.filesystem, f"{self.path.rstrip('/')}/{name}")
+        uri, path = f"{self.uri.rstrip('/')}/{name}", f"{self.path.rstrip('/')}/{name}"
+        return Location(uri, self.filesystem, path, self.patience_s)
+
+    def attempt(self, work: Callable[[], Result]) -> Result:
+        """Do something with what is here; on object stores, again and again while a fault may pass.
+
+        The SDK's own retries take some two seconds; outages, restarts and throttling take longer.
+
+        Raises:
+            MissingFileError: there is nothing here.
+            StorageError: it failed for good; names the URI.
+        """
+        retrying = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(passing),
+            stop=tenacity.stop_after_delay(0 if self.local else self.patience_s),
+            wait=tenacity.wait_exponential_jitter(initial=0.5, max=30),
+            before_sleep=self._say,
+            reraise=True,
+        )
+        try:
+            return retrying(work)
+        except StorageError:
+            raise
+        except FileNotFoundError as error:
+            raise MissingFileError(f"{self.uri}: {one_line(error)}") from error
+        except OSError as error:
+            raise StorageError(f"{self.uri}: {one_line(error)}") from error
+
+    def _say(self, state: tenacity.RetryCallState) -> None:
+        error = state.outcome.exception() if state.outcome else None
+        log.warning("%s: %s; trying again in %.1f s", self.uri, one_line(error), state.upcoming_sleep)
 
     def kind(self) -> fs.FileType:
         """File, directory or not found."""
-        with _named(self.uri):
-            return self.filesystem.get_file_info(self.path).type
+        return self.attempt(lambda: self.filesystem.get_file_info(self.path).type)
 
     def exists(self) -> bool:
         """Whether there is a file or a folder."""
@@ -48,8 +97,8 @@ class Location:
 
     def files(self, suffix: str = "") -> list["Location"]:
         """All files below this folder by name, hidden and underscored ones left out; none where it is missing."""
-        with _named(self.uri):
-            found = self.filesystem.get_file_info(fs.FileSelector(self.path, recursive=True, allow_not_found=True))
+        selector = fs.FileSelector(self.path, recursive=True, allow_not_found=True)
+        found = self.attempt(lambda: self.filesystem.get_file_info(selector))
         base = self.path.rstrip("/")
         names = sorted(info.path[len(base) + 1 :] for info in found if info.type == fs.FileType.File)
         return [
@@ -60,33 +109,43 @@ class Location:
 
     def read(self) -> bytes:
         """The whole file."""
-        with _named(self.uri), self.filesystem.open_input_stream(self.path) as stream:
-            return bytes(stream.read())
+
+        def work() -> bytes:
+            with self.filesystem.open_input_stream(self.path) as stream:
+                return bytes(stream.read())
+
+        return self.attempt(work)
 
     def write(self, content: bytes) -> None:
         """Write a file at once: under a temporary name, synced and renamed on local disks; one PUT elsewhere."""
-        with _named(self.uri):
+
+        def work() -> None:
             if self.local:
                 _write_and_rename(Path(self.path), content)
                 return
             with self.filesystem.open_output_stream(self.path) as stream:
                 stream.write(content)
 
+        self.attempt(work)
+
     def delete(self) -> None:
-        """Delete a file."""
-        with _named(self.uri):
-            self.filesystem.delete_file(self.path)
+        """Delete a file; one that is not there is deleted already, by an attempt whose answer was lost perhaps."""
+        with contextlib.suppress(MissingFileError):
+            self.attempt(lambda: self.filesystem.delete_file(self.path))
 
 
-@contextmanager
-def _named(uri: str) -> Iterator[None]:
-    """Turn an ``OSError`` inside into a ``StorageError`` that names the URI."""
-    try:
-        yield
-    except StorageError:
-        raise
-    except OSError as error:
-        raise StorageError(f"{uri}: {' '.join(str(error).split())}") from error
+def passing(error: BaseException) -> bool:
+    """Whether a fault of an object store may pass: no answer, an internal error, throttling, a broken connection.
+
+    Arrow also raises ``OSError`` for damaged Parquet; what S3 itself says begins otherwise.
+    """
+    said = str(error)
+    return type(error) is OSError and "AWS Error" in said and not _PERMANENT.search(said)
+
+
+def one_line(error: BaseException | None) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())
 
 
 def _write_and_rename(path: Path, content: bytes) -> None:
@@ -111,12 +170,12 @@ def locate(uri: str, storage: StorageConfig) -> Location:
     if "://" not in uri:
         return Location(uri, fs.LocalFileSystem(), str(Path(uri).expanduser().absolute()))
     if uri.startswith("s3://"):
-        return Location(uri, _s3(storage), uri.removeprefix("s3://").rstrip("/"))
+        return Location(uri, _s3(storage), uri.removeprefix("s3://").rstrip("/"), storage.patience_s)
     try:
         filesystem, path = fs.FileSystem.from_uri(uri)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{uri}: {' '.join(str(error).split())}") from None
-    return Location(uri, filesystem, path)
+        raise ValueError(f"{uri}: {one_line(error)}") from None
+    return Location(uri, filesystem, path, storage.patience_s)
 
 
 def _s3(storage: StorageConfig) -> fs.S3FileSystem:
@@ -134,4 +193,5 @@ def _s3(storage: StorageConfig) -> fs.S3FileSystem:
         scheme=scheme,
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=4),
         connect_timeout=10,
+        request_timeout=60,
     )

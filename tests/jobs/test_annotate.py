@@ -10,8 +10,15 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from jobs.annotate import Summary
+from jobs.annotate import Summary, annotate_todo
 from jobs.annotate import annotate as command
+from jobs.cluster import Resources
+from pipeline.claim import Claim
+from pipeline.config import RunConfig, StorageConfig
+from pipeline.output import OutputFolder, UnitSummary
+from pipeline.plan import Plan
+from pipeline.query_set import QuerySet
+from pipeline.storage import locate
 
 GIVEN = pa.list_(pa.struct([("id", pa.string()), ("title", pa.string()), ("text", pa.string())]))
 
@@ -239,6 +246,41 @@ def test_dry_run_prints_the_plan_and_writes_nothing(options):
     assert "2 rows in 1 files" in result.stderr
     assert "2 rows in 1 units on 1 actor(s)" in result.stderr
     assert not Path(options["--output"]).exists()
+
+
+def test_a_run_that_another_one_is_at_work_on_stops_before_the_engine(options, monkeypatch):
+    monkeypatch.setattr("pipeline.claim.SETTLE", 0.0)
+    with Claim(locate(options["--output"], StorageConfig())):
+        line = refused(call(options)).splitlines()[-1]
+    assert "another run is at work there (process" in line
+
+
+def failing(tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch, *errors: int) -> tuple[Plan, list[int]]:
+    """A plan of units of a hundred rows each, of which so many fail."""
+    seen = []
+
+    def units(*_):
+        for number, count in enumerate(errors):
+            seen.append(number)
+            yield UnitSummary(f"{number:020x}", 100, {"KeyError": count})
+
+    monkeypatch.setattr("jobs.annotate.annotate_units", units)
+    config = RunConfig.model_validate({"queries": "q", "output": "o", "model": {"name": "m"}})
+    queries = QuerySet(pa.schema([]), (), 1, rows, "d", False, {})
+    return Plan(config, queries, OutputFolder(locate(str(tmp_path / "out"), StorageConfig())), {}, None), seen
+
+
+def test_a_run_that_fails_at_large_stops_early(tmp_path, monkeypatch):
+    plan, seen = failing(tmp_path, 20_000, monkeypatch, 0, 90, 90, 90, 90)
+    with pytest.raises(RuntimeError, match=r"^270 of 400 rows failed \(KeyError\), more than execution.max_error_rate"):
+        annotate_todo(plan, Resources(1, 0), {})
+    assert seen == [0, 1, 2, 3]
+
+
+def test_few_errors_stop_no_run_early(tmp_path, monkeypatch):
+    plan, seen = failing(tmp_path, 300, monkeypatch, 0, 0, 100)
+    assert annotate_todo(plan, Resources(1, 0), {}) == 300
+    assert seen == [0, 1, 2]
 
 
 @pytest.mark.parametrize(("errors", "status"), [(0, 0), (1, 3), (2, 1)])

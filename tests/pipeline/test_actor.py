@@ -1,3 +1,5 @@
+import asyncio
+
 import pyarrow as pa
 import pytest
 
@@ -7,6 +9,7 @@ from pipeline.engine import EngineDeadError
 from pipeline.profiles import Tasks
 from pipeline.reader import ReflectionCritic
 from pipeline.self_rag import SelfRag
+from pipeline.servers import IndexLostError
 from tests.fakes import ScriptedGenerator, generation, word_tokenizer
 
 CONFIG = RunConfig.model_validate(
@@ -46,6 +49,29 @@ async def test_bad_rows_do_not_sink_their_neighbours():
     assert found["error_type"].to_pylist() == [None, "KeyError", "ValueError", None]
     assert found["error_message"].to_pylist()[2] == "the query is empty"
     assert found["attempts"].to_pylist() == [None, 1, 1, None]
+
+
+async def test_a_row_that_takes_too_long_is_an_error_and_holds_nobody_up():
+    patient = system()
+    answer = patient.answer
+
+    async def slow(query):
+        if "slow" in query.query:
+            await asyncio.sleep(60)
+        return await answer(query)
+
+    object.__setattr__(patient, "answer", slow)
+    execution = CONFIG.execution.model_copy(update={"row_timeout_s": 0.05})
+    limited = CONFIG.model_copy(update={"execution": execution})
+    found = await asyncio.wait_for(annotate_table(patient, table("one", "slow", "two"), limited), 5)
+    assert found["answer"].to_pylist() == ["one", None, "two"]
+    assert found["error_type"].to_pylist() == [None, "TimeoutError", None]
+    assert found["error_message"].to_pylist()[1] == "no answer within execution.row_timeout_s = 0.05 s"
+
+
+async def test_a_lost_index_is_no_rows_fault():
+    with pytest.raises(IndexLostError):
+        await annotate_table(system(IndexLostError), table("one", "poison"), CONFIG)
 
 
 async def test_dead_engine_is_no_rows_fault():

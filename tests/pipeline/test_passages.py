@@ -12,8 +12,18 @@ from hypothesis import strategies as st
 from pipeline.build import read_ahead
 from pipeline.config import StorageConfig
 from pipeline.passage_checks import check_passages
-from pipeline.passages import PassageRange, Sample, find_passages, plan_shards, read_passages, spread_samples
+from pipeline.passages import (
+    PassageRange,
+    Sample,
+    _read_columns,
+    find_passages,
+    plan_shards,
+    read_columns,
+    read_passages,
+    spread_samples,
+)
 from pipeline.storage import locate
+from tests.flaky import BUSY, flaky
 
 
 def place(path: Path) -> Any:
@@ -118,6 +128,27 @@ def test_a_sample_has_the_size_asked_for_wherever_the_row_groups_end(
     assert len(rows) == min(size, total)
     assert all(later > earlier for earlier, later in pairwise(rows))
     assert 0 <= rows[0] <= rows[-1] < total
+
+
+def test_reading_goes_on_where_the_connection_broke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
+    pq.write_table(pa.table(numbered(5000)), tmp_path / "p.parquet", row_group_size=500)
+    begun = []
+
+    def breaking(part: PassageRange, columns: list[str], batch_rows: int) -> Any:
+        begun.append(part.start)
+        for number, read in enumerate(_read_columns(part, columns, batch_rows)):
+            if number == 3:
+                raise OSError(BUSY)
+            yield read
+
+    monkeypatch.setattr("pipeline.passages._read_columns", breaking)
+    folder, _ = flaky(tmp_path, [])
+    part = PassageRange(folder / "p.parquet", 700, 4800)
+    assert [row for row, _ in read_columns(part, ["id"], 400)][:2] == [700, 900]
+    assert ids(read_passages([part])) == [str(n) for n in range(700, 4800)]
+    assert begun[0] == 700
+    assert len(begun) >= 4
 
 
 @pytest.mark.parametrize("compared", [1, 4, 1000])

@@ -8,6 +8,7 @@ import pytest
 from pipeline.config import RetrievalConfig
 from pipeline.encoder import Vectors
 from pipeline.retrieve import IndexRetriever, given_passages
+from pipeline.servers import IndexLostError
 from pipeline.types import Passage, Query, RetrievedPassage
 
 DIGEST = "d" * 64
@@ -93,11 +94,24 @@ async def test_searching_happens_in_one_thread_beside_the_event_loop() -> None:
     assert threading.get_ident() not in encoder.threads
 
 
-async def test_failing_batch_fails_all_who_wait_for_it_and_the_next_works() -> None:
-    retriever, _, _ = make()
-    failed = await asyncio.gather(*(retriever.retrieve(q, 1) for q in ("a", "boom", "b")), return_exceptions=True)
-    assert [str(error) for error in failed] == ["no vectors today"] * 3
-    assert await retriever.retrieve("abc", 1) == [found(3, 1)]
+async def test_a_query_that_cannot_be_searched_for_fails_alone() -> None:
+    retriever, encoder, _ = make()
+    ended = await asyncio.gather(*(retriever.retrieve(q, 1) for q in ("a", "boom", "abc")), return_exceptions=True)
+    assert (ended[0], str(ended[1]), ended[2]) == ([found(1, 1)], "no vectors today", [found(3, 1)])
+    assert encoder.batches == [["a", "boom", "abc"], ["a"], ["boom"], ["abc"]]
+    assert await retriever.retrieve("ab", 1) == [found(2, 1)]
+
+
+async def test_a_lost_index_fails_all_at_once() -> None:
+    retriever, encoder, index = make()
+
+    def lost(_queries: Vectors, _k: int) -> None:
+        raise IndexLostError("a shard server is gone")
+
+    index.retrieve = lost  # type: ignore[assignment,method-assign]
+    ended = await asyncio.gather(*(retriever.retrieve(q, 1) for q in ("a", "b")), return_exceptions=True)
+    assert [type(error) for error in ended] == [IndexLostError] * 2
+    assert len(encoder.batches) == 1
 
 
 async def test_cancelled_requests_are_not_searched_for_and_disturb_nobody() -> None:

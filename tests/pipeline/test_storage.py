@@ -4,7 +4,8 @@ import pytest
 from pyarrow import fs
 
 from pipeline.config import StorageConfig
-from pipeline.storage import StorageError, locate
+from pipeline.storage import MissingFileError, StorageError, locate, passing
+from tests.flaky import BUSY, flaky
 
 HERE = StorageConfig()
 
@@ -69,3 +70,86 @@ def test_s3_round_trip_with_configured_credentials(s3, monkeypatch):
     assert (folder / "data" / "part-1.parquet").kind() == fs.FileType.File
     (folder / "data" / "part-1.parquet").delete()
     assert not (folder / "data" / "part-1.parquet").exists()
+
+
+@pytest.fixture
+def waits(monkeypatch):
+    """Seconds that were waited; they pass at once."""
+    waited = []
+    clock = [0.0]
+
+    def sleep(seconds):
+        waited.append(seconds)
+        clock[0] += seconds
+
+    monkeypatch.setattr("tenacity.nap.time.sleep", sleep)
+    monkeypatch.setattr("time.monotonic", lambda: clock[0])
+    return waited
+
+
+def test_faults_that_pass_are_waited_for_longer_and_longer(tmp_path, waits, caplog):
+    (tmp_path / "file").write_bytes(b"content")
+    folder, files = flaky(tmp_path, [BUSY] * 4)
+    assert (folder / "file").read() == b"content"
+    assert len(files.opened) == 5
+    assert len(waits) == 4
+    assert all(0.5 * 2**n <= wait <= 0.5 * 2**n + 1 for n, wait in enumerate(waits))
+    assert caplog.messages[0].startswith("mem://folder/file: When reading: AWS Error SLOW_DOWN")
+
+
+def test_patience_ends_with_the_uri(tmp_path, waits):
+    folder, _ = flaky(tmp_path, [BUSY] * 1000, patience_s=100)
+    with pytest.raises(StorageError, match="^mem://folder/file: .*SLOW_DOWN"):
+        (folder / "file").write(b"content")
+    assert 100 <= sum(waits) < 140
+
+
+@pytest.mark.parametrize(
+    "code", ["ACCESS_DENIED", "NO_SUCH_BUCKET", "SIGNATURE_DOES_NOT_MATCH", "UNKNOWN (HTTP status 403)"]
+)
+def test_what_no_waiting_mends_is_said_at_once(tmp_path, waits, code):
+    folder, files = flaky(tmp_path, [f"When reading: AWS Error {code} during GetObject operation"] * 9)
+    with pytest.raises(StorageError, match="^mem://folder/file: "):
+        (folder / "file").read()
+    assert (len(files.opened), waits) == (1, [])
+
+
+@pytest.mark.parametrize(
+    ("error", "expected"),
+    [
+        (OSError("AWS Error NETWORK_CONNECTION during HeadObject operation: curlCode: 7"), True),
+        (OSError("AWS Error UNKNOWN (HTTP status 503) during PutObject operation"), True),
+        (OSError("AWS Error UNKNOWN (HTTP status 429) during PutObject operation"), True),
+        (OSError("AWS Error INTERNAL_FAILURE during GetObject operation"), True),
+        (OSError("AWS Error UNKNOWN (HTTP status 403) during HeadObject operation"), False),
+        (OSError("Couldn't deserialize thrift: TProtocolException: Invalid data"), False),
+        (FileNotFoundError("AWS Error RESOURCE_NOT_FOUND"), False),
+        (ValueError("AWS Error INTERNAL_FAILURE"), False),
+    ],
+)
+def test_faults_that_may_pass_are_told_from_others(error, expected):
+    assert passing(error) is expected
+
+
+def test_local_disks_are_not_waited_for(tmp_path, waits, monkeypatch):
+    def busy(_):
+        raise OSError(BUSY)
+
+    monkeypatch.setattr("os.fsync", busy)
+    with pytest.raises(StorageError):
+        locate(str(tmp_path / "file"), HERE).write(b"x")
+    assert waits == []
+
+
+def test_a_delete_whose_answer_was_lost_has_deleted(tmp_path, waits):
+    (tmp_path / "file").write_bytes(b"content")
+    folder, _ = flaky(tmp_path, [BUSY])
+    (folder / "file").delete()
+    assert not (tmp_path / "file").exists()
+    assert len(waits) == 1
+
+
+def test_a_missing_file_is_told_apart(tmp_path, waits):
+    folder, _ = flaky(tmp_path, [BUSY])
+    with pytest.raises(MissingFileError, match="mem://folder/absent"):
+        (folder / "absent").read()

@@ -1,0 +1,140 @@
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import pytest
+
+from pipeline.claim import Claim, OutputTakenError, Owner, born
+from pipeline.config import StorageConfig
+from pipeline.storage import Location, locate
+
+
+@pytest.fixture(autouse=True)
+def soon(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.claim.SETTLE", 0.3)
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Location:
+    return locate(str(tmp_path / "out"), StorageConfig())
+
+
+def claims(output: Location) -> list[dict]:
+    return [json.loads(file.read_text()) for file in Path(output.path).glob("_running/*.json")]
+
+
+def other(output: Location, **changes: object) -> Path:
+    owner = {**vars(Owner.me()), "id": "0" * 32, "started": 1.0, **changes}
+    file = Path(output.path) / "_running" / f"{owner['id']}.json"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text(json.dumps(owner))
+    return file
+
+
+def test_a_claim_lasts_as_long_as_its_run(output: Location) -> None:
+    with Claim(output):
+        (claim,) = claims(output)
+        assert claim["pid"] == os.getpid()
+    assert list(Path(output.path).iterdir()) == []
+
+
+def test_a_second_run_on_the_same_machine_stops_with_a_clear_line(output: Location) -> None:
+    with Claim(output):
+        with pytest.raises(OutputTakenError, match=rf"out: another run is at work there \(process {os.getpid()} on "):
+            Claim(output).__enter__()
+        assert len(claims(output)) == 1
+    with Claim(output):
+        assert len(claims(output)) == 1
+
+
+def test_a_killed_runs_claim_does_not_stand_in_the_way(output: Location) -> None:
+    script = f"""
+import time
+from pipeline.claim import Claim
+from pipeline.config import StorageConfig
+from pipeline.storage import locate
+with Claim(locate({output.path!r}, StorageConfig())):
+    print("claimed", flush=True)
+    time.sleep(60)
+"""
+    run = subprocess.Popen([sys.executable, "-c", script], stdout=subprocess.PIPE, text=True)
+    assert run.stdout is not None
+    assert run.stdout.readline() == "claimed\n"
+    with pytest.raises(OutputTakenError, match=f"process {run.pid} on"):
+        Claim(output).__enter__()
+    run.send_signal(signal.SIGKILL)
+    run.wait()
+    with Claim(output):
+        assert [claim["pid"] for claim in claims(output)] == [os.getpid()]
+
+
+def test_a_reused_pid_is_another_process(output: Location) -> None:
+    file = other(output, born="1")
+    with Claim(output):
+        assert not file.exists()
+
+
+def test_another_machines_silent_claim_is_dead_after_a_while(
+    output: Location, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("pipeline.claim.PATIENCE", 0.3)
+    file = other(output, host="elsewhere")
+    with Claim(output):
+        assert not file.exists()
+    assert "a run of elsewhere was at work; watching it" in caplog.text
+
+
+def test_another_machines_living_claim_is_respected(output: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.claim.PATIENCE", 5.0)
+    monkeypatch.setattr("pipeline.claim.BEAT", 0.3)
+    file = other(output, host="elsewhere")
+    beat = threading.Timer(0.2, lambda: other(output, host="elsewhere", beats=1))
+    beat.start()
+    began = time.monotonic()
+    with pytest.raises(OutputTakenError, match="on elsewhere"):
+        Claim(output).__enter__()
+    assert time.monotonic() - began < 3
+    assert file.exists()
+
+
+def test_signs_of_life_are_written(output: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.claim.BEAT", 0.05)
+    with Claim(output):
+        time.sleep(0.4)
+        (claim,) = claims(output)
+    assert claim["beats"] >= 2
+
+
+def _race(path: str, start: object, results: object) -> None:
+    output = locate(path, StorageConfig())
+    start.wait()  # type: ignore[attr-defined]
+    try:
+        with Claim(output):
+            results.put("won")  # type: ignore[attr-defined]
+            time.sleep(1.5)
+    except OutputTakenError:
+        results.put("stopped")  # type: ignore[attr-defined]
+
+
+def test_of_several_runs_started_at_once_one_goes_on(output: Location) -> None:
+    context = multiprocessing.get_context("fork")
+    start, results = context.Event(), context.Queue()
+    runs = [context.Process(target=_race, args=(output.path, start, results)) for _ in range(4)]
+    for run in runs:
+        run.start()
+    start.set()
+    assert sorted(results.get(timeout=20) for _ in runs) == ["stopped", "stopped", "stopped", "won"]
+    for run in runs:
+        run.join(10)
+    assert claims(output) == []
+
+
+def test_no_process_has_no_birth() -> None:
+    assert born(os.getpid())
+    assert born(2**22 + 1) is None
