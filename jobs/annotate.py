@@ -23,6 +23,7 @@ from jobs.progress import Progress
 from jobs.rescore import check as check_rescore
 from jobs.rescore import execute as execute_rescore
 from pipeline.actor import SelfRagActor
+from pipeline.attempts import Attempts
 from pipeline.claim import Claim, OutputTakenError
 from pipeline.config import RunConfig, load_config, load_sections, load_storage
 from pipeline.output import OutputFolder, UnitSummary
@@ -36,8 +37,6 @@ log = logging.getLogger(__name__)
 
 # So many errors end no run early, however small it is.
 FEWEST_ERRORS = 100
-# A unit is run again this often when its actor dies under it.
-UNIT_RETRIES = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -138,6 +137,7 @@ def annotate_units(plan: Plan, resources: Resources) -> Iterator[UnitSummary]:
         return
     import ray
     from ray.data import ActorPoolStrategy, TaskPoolStrategy
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     config = plan.config
     pool = ActorPoolStrategy(
@@ -145,6 +145,9 @@ def annotate_units(plan: Plan, resources: Resources) -> Iterator[UnitSummary]:
         max_concurrent_calls_per_actor=config.execution.units_in_flight,
         max_tasks_in_flight_per_actor=2 * config.execution.units_in_flight,
     )
+    # Where the driver is, since both end together.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
+    attempts = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Attempts).remote()
     # Reading and writing ask for no CPU, so that they run beside actors that have them all; their number is bounded.
     beside = TaskPoolStrategy(size=2 * config.execution.actors)
     units = [{"unit": dataclasses.asdict(unit)} for unit in plan.todo]
@@ -154,14 +157,14 @@ def annotate_units(plan: Plan, resources: Resources) -> Iterator[UnitSummary]:
         .map_batches(_read, fn_args=[config], batch_size=None, batch_format="pyarrow", compute=beside, num_cpus=0)
         .map_batches(
             SelfRagActor,
-            fn_constructor_args=[config, shard_servers(plan, resources), plan.index and plan.index["digest"]],
+            fn_constructor_args=[config, attempts, shard_servers(plan, resources), plan.index and plan.index["digest"]],
             batch_size=None,
             batch_format="pyarrow",
             compute=pool,
             num_cpus=resources.cpus,
             num_gpus=resources.gpus,
             max_restarts=-1,
-            max_task_retries=UNIT_RETRIES,
+            max_task_retries=-1,  # Attempts ends it
         )
         .map_batches(_write, fn_args=written, batch_size=None, batch_format="pyarrow", compute=beside, num_cpus=0)
     )

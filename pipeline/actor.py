@@ -8,6 +8,7 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.attempts import BESIDE_OTHERS, ROW_DEATHS, ProcessDiedError, Turnstile
 from pipeline.config import RunConfig
 from pipeline.critics import critic_of
 from pipeline.engine import EngineDeadError, VllmGenerator, gpu_share
@@ -47,21 +48,34 @@ async def annotate_row(system: SelfRag, row: dict[str, Any], config: RunConfig) 
         async with asyncio.timeout(limit):
             return answer_row(await system.answer(query_of(row, config.columns)))
     except TimeoutError:
-        message = f"no answer within execution.row_timeout_s = {limit:g} s"
-        return {"error_type": "TimeoutError", "error_message": message, "attempts": 1}
+        return failed(TimeoutError(f"no answer within execution.row_timeout_s = {limit:g} s"))
     except (EngineDeadError, IndexLostError):
         raise
     except Exception as error:  # noqa: BLE001  a bad row must not sink its neighbours, whatever is wrong with it
         log.warning("row %r failed: %s: %s", row.get(config.columns.id), type(error).__name__, error)
-        return {"error_type": type(error).__name__, "error_message": str(error), "attempts": 1}
+        return failed(error)
 
 
-async def annotate_table(system: SelfRag, table: pa.Table, config: RunConfig) -> pa.Table:
-    """Annotate a unit's rows, all of them concurrently; rows stay in order, one out for each one in."""
+def failed(error: Exception, attempts: int = 1) -> dict[str, Any]:
+    """The error columns of a row."""
+    return {"error_type": type(error).__name__, "error_message": str(error), "attempts": attempts}
+
+
+async def annotate_table(system: SelfRag, table: pa.Table, config: RunConfig, attempts: Any | None = None) -> pa.Table:
+    """Annotate a unit's rows; rows stay in order, one out for each one in.
+
+    Args:
+        attempts: Ray handle of ``Attempts``, where the unit is alone and its rows shall be one by one; all of them
+            are concurrent otherwise.
+    """
     inputs = table.drop_columns([UNIT_COLUMN])
     read = [name for name in vars(config.columns).values() if name in inputs.schema.names]
     rows = inputs.select(read).to_pylist()
-    outcomes = await asyncio.gather(*(annotate_row(system, row, config) for row in rows))
+    if attempts is None:
+        outcomes = await asyncio.gather(*(annotate_row(system, row, config) for row in rows))
+    else:
+        unit = table[UNIT_COLUMN][0].as_py()
+        outcomes = [await _alone(system, row, config, attempts, f"{unit}:{n}") for n, row in enumerate(rows)]
     schema = annotated_schema(inputs.schema, config.decoding.keep_candidates)
     passed = inputs.rename_columns(passed_through(inputs.schema).names)
     columns = [
@@ -75,15 +89,39 @@ async def annotate_table(system: SelfRag, table: pa.Table, config: RunConfig) ->
     return pa.table(columns, schema=schema)
 
 
+async def _alone(system: SelfRag, row: dict[str, Any], config: RunConfig, attempts: Any, name: str) -> dict[str, Any]:
+    """Annotate one row with nothing beside it, unless processes have died of it before."""
+    deaths = await attempts.begin.remote(name)
+    if deaths >= ROW_DEATHS:
+        outcome = failed(ProcessDiedError(f"{deaths} processes died while this row alone was decoded"), deaths)
+    else:
+        outcome = await annotate_row(system, row, config)
+    await attempts.end.remote(name)
+    return outcome
+
+
 class SelfRagActor:
     """Holds a vLLM replica, and an opened index or the handles of its shard servers.
 
     When the engine dies the process ends with it: Ray starts a new actor and runs the unit again, which an
     exception would not bring about.
+
+    Args:
+        attempts: Ray handle of ``Attempts``.
+        servers: handles of the shard servers, if there are any.
+        index_digest: that the index must have.
     """
 
-    def __init__(self, config: RunConfig, servers: Sequence[Any] = (), index_digest: str | None = None) -> None:
+    def __init__(
+        self, config: RunConfig, attempts: Any, servers: Sequence[Any] = (), index_digest: str | None = None
+    ) -> None:
         self.config = config
+        self.attempts = attempts
+        self.turnstile = Turnstile()
+        self._open(servers, index_digest)
+
+    def _open(self, servers: Sequence[Any], index_digest: str | None) -> None:
+        config = self.config
         critic = critic_of(config)
         self.retriever: IndexRetriever | None = None
         if config.index is not None and config.decoding.mode != "never":
@@ -94,12 +132,19 @@ class SelfRagActor:
         self.system = SelfRag(self.generator, critic, tasks, self.retriever)
 
     async def __call__(self, table: pa.Table) -> pa.Table:
-        """Annotate one unit."""
+        """Annotate one unit: beside others, or alone where processes have died under it."""
+        unit = table[UNIT_COLUMN][0].as_py()
+        deaths = await self.attempts.begin.remote(unit)
+        one_by_one = self.attempts if deaths > BESIDE_OTHERS else None
+        place = self.turnstile.beside_others() if deaths < BESIDE_OTHERS else self.turnstile.alone()
         try:
-            return await annotate_table(self.system, table, self.config)
+            async with place:
+                annotated = await annotate_table(self.system, table, self.config, one_by_one)
         except EngineDeadError:
             log.critical("the engine is dead; this actor ends and is started again", exc_info=True)
             os._exit(1)
+        await self.attempts.end.remote(unit)
+        return annotated
 
     def __del__(self) -> None:
         """End engine and index; Ray Data deletes the object when the pool shuts down, and calls nothing else."""

@@ -1,9 +1,11 @@
 import asyncio
+from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 
-from pipeline.actor import UNIT_COLUMN, annotate_table, annotated_schema
+from pipeline.actor import UNIT_COLUMN, SelfRagActor, annotate_table, annotated_schema
+from pipeline.attempts import Attempts, Turnstile
 from pipeline.config import RunConfig
 from pipeline.engine import EngineDeadError
 from pipeline.profiles import Tasks
@@ -67,6 +69,76 @@ async def test_a_row_that_takes_too_long_is_an_error_and_holds_nobody_up():
     assert found["answer"].to_pylist() == ["one", None, "two"]
     assert found["error_type"].to_pylist() == [None, "TimeoutError", None]
     assert found["error_message"].to_pylist()[1] == "no answer within execution.row_timeout_s = 0.05 s"
+
+
+class LocalHandle:
+    """Calls methods of an object as a Ray handle does."""
+
+    def __init__(self, inner: object) -> None:
+        self.inner = inner
+
+    def __getattr__(self, name: str):
+        async def call(*arguments):
+            return getattr(self.inner, name)(*arguments)
+
+        return SimpleNamespace(remote=call)
+
+
+async def dies_of_poison(actor: SelfRagActor, unit: pa.Table) -> pa.Table | None:
+    """What a unit comes to; None where the actor's process died of it."""
+    try:
+        return await actor(unit)
+    except Died:
+        return None
+
+
+class Died(BaseException):
+    """The process is gone, with everything in it."""
+
+
+def actor(attempts: LocalHandle, seen: list[str], deadly: str = "poison") -> SelfRagActor:
+    """A new process: its engine dies of some query, and so does the process."""
+    made = SelfRagActor.__new__(SelfRagActor)
+    made.config, made.attempts, made.turnstile = CONFIG, attempts, Turnstile()
+    made.system = system()
+    answer = made.system.answer
+
+    async def mortal(query):
+        seen.append(query.query)
+        if deadly in query.query:
+            raise Died
+        return await answer(query)
+
+    object.__setattr__(made.system, "answer", mortal)
+    return made
+
+
+async def test_a_row_that_kills_its_process_is_set_aside_and_its_neighbours_finish():
+    attempts, unit, seen, deaths = LocalHandle(Attempts()), table("one", "poison", "two"), [], 0
+    while (found := await dies_of_poison(actor(attempts, seen), unit)) is None:
+        deaths += 1
+    assert found["answer"].to_pylist() == ["one", None, "two"]
+    assert found["error_type"].to_pylist() == [None, "ProcessDiedError", None]
+    assert found["error_message"].to_pylist()[1] == "2 processes died while this row alone was decoded"
+    assert deaths == 2 + 1 + 2  # beside others, alone, and its own
+    assert attempts.inner._begun == {}
+
+
+async def test_innocent_units_are_not_blamed_for_a_death_beside_them():
+    attempts, seen = LocalHandle(Attempts()), []
+    units = {"u": table("one", "two"), "p": table("poison", "three")}
+    units["p"] = units["p"].set_column(3, UNIT_COLUMN, pa.array(["p", "p"]))
+    done: dict[str, pa.Table] = {}
+    for _ in range(12):
+        process = actor(attempts, seen)
+        todo = [name for name in units if name not in done]
+        ended = await asyncio.gather(*(dies_of_poison(process, units[name]) for name in todo))
+        if None not in ended or len(todo) == 1:
+            done |= {name: found for name, found in zip(todo, ended, strict=True) if found is not None}
+        if len(done) == len(units):
+            break
+    assert done["u"]["error_type"].to_pylist() == [None, None]
+    assert done["p"]["error_type"].to_pylist() == ["ProcessDiedError", None]
 
 
 async def test_a_lost_index_is_no_rows_fault():

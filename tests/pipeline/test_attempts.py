@@ -1,0 +1,63 @@
+import asyncio
+import random
+
+import pytest
+
+from pipeline.attempts import Attempts, Turnstile
+
+
+def test_attempts_count_until_they_end() -> None:
+    attempts = Attempts()
+    assert [attempts.begin("a"), attempts.begin("a"), attempts.begin("b")] == [0, 1, 0]
+    attempts.end("a")
+    assert [attempts.begin("a"), attempts.begin("b")] == [0, 1]
+
+
+@pytest.mark.parametrize("seed", range(20))
+async def test_who_is_alone_is_alone_and_everybody_gets_in(seed: int) -> None:
+    rng, turnstile = random.Random(seed), Turnstile()
+    inside: list[str] = []
+    passed = 0
+
+    async def visit(name: str, alone: bool) -> None:
+        nonlocal passed
+        for _ in range(rng.randrange(4)):
+            await asyncio.sleep(0)
+        async with turnstile.alone() if alone else turnstile.beside_others():
+            inside.append(name)
+            for _ in range(rng.randrange(6)):
+                assert "alone" not in inside or inside == ["alone"]
+                await asyncio.sleep(0)
+            inside.remove(name)
+        passed += 1
+
+    visits = [visit("alone" if n % 3 == 0 else f"v{n}", n % 3 == 0) for n in range(30)]
+    await asyncio.wait_for(asyncio.gather(*visits), 5)
+    assert passed == 30
+
+
+async def test_others_are_beside_one_another() -> None:
+    turnstile, inside, most = Turnstile(), 0, 0
+
+    async def visit() -> None:
+        nonlocal inside, most
+        async with turnstile.beside_others():
+            inside += 1
+            most = max(most, inside)
+            await asyncio.sleep(0.01)
+            inside -= 1
+
+    await asyncio.gather(*(visit() for _ in range(5)))
+    assert most == 5
+
+
+async def test_who_gives_up_waiting_to_be_alone_lets_others_in() -> None:
+    turnstile = Turnstile()
+    async with turnstile.beside_others():
+        waiting = asyncio.create_task(turnstile.alone().__aenter__())
+        await asyncio.sleep(0)
+        waiting.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await waiting
+        async with asyncio.timeout(1), turnstile.beside_others():
+            pass
