@@ -130,12 +130,8 @@ def start_servers(index: ServedIndex, nodes: Sequence[str | None], execution: Ex
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    server = ray.remote(ShardServer).options(
-        num_cpus=execution.cpus_per_server,
-        num_gpus=execution.gpus_per_server,
-        max_restarts=-1,
-        max_task_retries=-1,
-    )
+    resources = {"num_cpus": execution.cpus_per_server, "num_gpus": execution.gpus_per_server}
+    server = ray.remote(max_restarts=-1, max_task_retries=-1, **resources)(ShardServer)
     handles = []
     for node, numbers in zip(nodes, deal(index.shards, len(nodes)), strict=True):
         where = NodeAffinitySchedulingStrategy(node, soft=True) if node else "SPREAD"

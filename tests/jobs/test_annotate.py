@@ -249,10 +249,11 @@ def test_dry_run_prints_the_plan_and_writes_nothing(options):
 
 
 def test_a_run_that_another_one_is_at_work_on_stops_before_the_engine(options, monkeypatch):
-    monkeypatch.setattr("pipeline.claim.SETTLE", 0.0)
+    monkeypatch.setattr("jobs.annotate.allot", lambda _plan: Resources(1, 0))
     with Claim(locate(options["--output"], StorageConfig())):
-        line = refused(call(options)).splitlines()[-1]
-    assert "another run is at work there (process" in line
+        result = call(options)
+    assert result.exit_code == 2
+    assert "another run is at work there (process" in result.stderr.splitlines()[-1]
 
 
 def failing(tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch, *errors: int) -> tuple[Plan, list[int]]:
