@@ -140,7 +140,11 @@ def passing(error: BaseException) -> bool:
     Arrow also raises ``OSError`` for damaged Parquet; what S3 itself says begins otherwise.
     """
     said = str(error)
-    return type(error) is OSError and "AWS Error" in said and not _PERMANENT.search(said)
+    if type(error) is not OSError or "AWS Error" not in said:
+        return False
+    # Its answer may have been lost: then it is refused the second time, and the file is written once more.
+    completing = "CompleteMultipartUpload" in said and "ACCESS_DENIED" not in said
+    return completing or not _PERMANENT.search(said)
 
 
 def one_line(error: BaseException | None) -> str:
@@ -194,4 +198,5 @@ def _s3(storage: StorageConfig) -> fs.S3FileSystem:
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=4),
         connect_timeout=10,
         request_timeout=60,
+        allow_delayed_open=True,  # small files go in one PUT, not in three requests
     )

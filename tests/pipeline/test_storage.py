@@ -122,6 +122,8 @@ def test_what_no_waiting_mends_is_said_at_once(tmp_path, waits, code):
         (OSError("AWS Error UNKNOWN (HTTP status 429) during PutObject operation"), True),
         (OSError("AWS Error INTERNAL_FAILURE during GetObject operation"), True),
         (OSError("AWS Error UNKNOWN (HTTP status 403) during HeadObject operation"), False),
+        (OSError("AWS Error NO_SUCH_UPLOAD during CompleteMultipartUpload operation"), True),
+        (OSError("AWS Error ACCESS_DENIED during CompleteMultipartUpload operation"), False),
         (OSError("Couldn't deserialize thrift: TProtocolException: Invalid data"), False),
         (FileNotFoundError("AWS Error RESOURCE_NOT_FOUND"), False),
         (ValueError("AWS Error INTERNAL_FAILURE"), False),

@@ -1,0 +1,110 @@
+"""A few of the campaign's runs, and faults that follow from the rows themselves."""
+
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+import pyarrow.dataset as ds
+import pytest
+from pyarrow import fs
+
+from tests.faults.campaign import actor_kills, cluster, driver_kills, model_folder
+from tests.faults.harness import Job, broken, write_queries
+from tests.faults.proxy import FaultProxy, Faults
+
+pytestmark = pytest.mark.slow
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path, Path]]:
+    """A cluster's address, a folder for process ids, and what passes for a model."""
+    folder = tmp_path_factory.mktemp("faults")
+    with cluster(folder) as made:
+        yield made.address, folder / "pids", model_folder(folder)  # type: ignore[attr-defined]
+
+
+@pytest.fixture
+def job(running: tuple[str, Path, Path], tmp_path: Path) -> Job:
+    address, _, model = running
+    return Job(str(tmp_path / "queries"), str(tmp_path / "out"), model, [f"execution.ray_address={address}"])
+
+
+def test_nothing_is_lost_or_doubled_when_drivers_are_killed(job: Job, tmp_path: Path) -> None:
+    write_queries(tmp_path / "queries", 150)
+    killed, problems = driver_kills(job, tmp_path / "queries", random.Random(1), kills=3, longest=7.0)
+    assert (killed, problems) == (3, [])
+
+
+def test_nothing_is_lost_or_doubled_when_actors_are_killed(
+    job: Job, running: tuple[str, Path, Path], tmp_path: Path
+) -> None:
+    write_queries(tmp_path / "queries", 200)
+    killed, problems = actor_kills(job, tmp_path / "queries", running[1], random.Random(2), kills=3)
+    assert killed >= 3
+    assert problems == []
+
+
+def test_poison_rows_are_set_aside_and_all_others_are_answered(job: Job, tmp_path: Path) -> None:
+    write_queries(tmp_path / "queries", 60, {5: "RAISES", 17: "DIES", 33: "HANGS"})
+    job.settings += ["execution.row_timeout_s=5", "execution.max_error_rate=0.1"]
+    status, said = job.finish()
+    assert status == 3, said[-3000:]
+    assert broken(job.output, tmp_path / "queries", errors=3) == []
+    errors = ds.dataset(f"{job.output}/errors").to_table().to_pylist()
+    assert {row["id"]: (row["error_type"], row["attempts"]) for row in errors} == {
+        "q5": ("KeyError", 1),
+        "q17": ("ProcessDiedError", 2),
+        "q33": ("TimeoutError", 1),
+    }
+
+
+def test_answers_do_not_depend_on_what_happened(job: Job, tmp_path: Path) -> None:
+    write_queries(tmp_path / "queries", 60)
+    assert job.finish()[0] == 0
+    calm = {row["id"]: row["answer"] for row in ds.dataset(f"{job.output}/data").to_table().to_pylist()}
+    job.output = str(tmp_path / "again")
+    driver_kills(job, tmp_path / "queries", random.Random(3), kills=1, longest=6.0)
+    found = ds.dataset(f"{job.output}/data").to_table().to_pylist()
+    assert {row["id"]: row["answer"] for row in found} == calm
+
+
+def test_of_two_runs_on_one_output_one_stops_with_a_clear_line(job: Job, tmp_path: Path) -> None:
+    write_queries(tmp_path / "queries", 300)
+    first, second = job.start(), job.start()
+    said = [process.communicate(timeout=120)[1] for process in (first, second)]
+    statuses = [first.returncode, second.returncode]
+    assert sorted(statuses) == [0, 2], said
+    assert "another run is at work there (process" in said[statuses.index(2)].strip().splitlines()[-1]
+    assert broken(job.output, tmp_path / "queries") == []
+
+
+def test_a_store_in_trouble_is_waited_for(job: Job, s3, tmp_path: Path) -> None:
+    write_queries(tmp_path / "queries", 100)
+    store = fs.S3FileSystem(
+        access_key=s3.access_key, secret_key=s3.secret_key, endpoint_override=s3.endpoint, region="us-east-1"
+    )
+    for file in (tmp_path / "queries").iterdir():
+        with store.open_output_stream(f"{s3.bucket}/faults/queries/{file.name}") as stream:
+            stream.write(file.read_bytes())
+    job.queries, job.output = f"s3://{s3.bucket}/faults/queries", f"s3://{s3.bucket}/faults/out"
+    faults = Faults(refused=0.1, cut=0.05, slow=0.05)
+    with FaultProxy(s3.endpoint, faults, seed=4) as proxy:
+        keys = {"endpoint_url": proxy.url, "access_key": s3.access_key, "secret_key": s3.secret_key}
+        job.settings += [f"storage.{name}={value}" for name, value in {**keys, "region": "us-east-1"}.items()]
+        status, said = job.finish()
+    assert status == 0, said[-3000:]
+    assert faults.hurt > 5
+    assert broken(f"{s3.bucket}/faults/out", tmp_path / "queries", store) == []
+
+
+def test_a_store_that_stays_away_ends_the_run_with_its_uri(job: Job, s3, tmp_path: Path) -> None:
+    write_queries(tmp_path / "queries", 20)
+    job.output = f"s3://{s3.bucket}/away/out"
+    with FaultProxy(s3.endpoint, Faults(refused=1.0), seed=5) as proxy:
+        keys = {"endpoint_url": proxy.url, "access_key": s3.access_key, "secret_key": s3.secret_key}
+        job.settings += [f"storage.{name}={value}" for name, value in {**keys, "region": "us-east-1"}.items()]
+        job.settings += ["storage.patience_s=3"]
+        status, said = job.finish()
+    assert status == 2
+    assert said.strip().splitlines()[-1].startswith(f"error: s3://{s3.bucket}/away/out")
+    assert s3.secret_key not in said
