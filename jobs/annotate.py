@@ -259,10 +259,8 @@ def annotate(
     except (ValueError, OSError, RuntimeError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    for line in [*plan.lines(), f"actors   {resources.cpus:g} CPUs and {resources.gpus:g} GPUs each"]:
+    for line in [*plan.lines(), *resources.lines()]:
         typer.echo(line, err=True)
-    if resources.servers:
-        typer.echo(f"shards   {len(resources.servers)} shard server(s) beside the actors", err=True)
     if dry_run:
         typer.echo("nothing was written and no engine started (--dry-run)", err=True)
         return

@@ -19,6 +19,11 @@ class Resources:
     gpus: float
     servers: tuple[str | None, ...] = ()
 
+    def lines(self) -> list[str]:
+        """The same in words."""
+        servers = [f"shards   {len(self.servers)} shard server(s) beside the actors"] if self.servers else []
+        return [f"actors   {self.cpus:g} CPUs and {self.gpus:g} GPUs each", *servers]
+
 
 def connect(execution: ExecutionConfig) -> None:
     """Connect to a cluster (``ray_address``, ``RAY_ADDRESS``), or start Ray in this process."""

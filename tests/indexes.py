@@ -1,14 +1,16 @@
 """Small indexes made of random vectors."""
 
+from pathlib import Path
+
 import faiss
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import RetrievalConfig
+from pipeline.config import RetrievalConfig, StorageConfig
 from pipeline.encoder import Vectors
 from pipeline.manifest import EncoderEntry, IndexManifest, write_manifest
 from pipeline.shards import PASSAGE_SCHEMA, build_shard, empty_index, train
-from pipeline.storage import Location
+from pipeline.storage import Location, locate
 
 CPU = RetrievalConfig(device="cpu")
 ENCODER = EncoderEntry(name="tiny", revision=None, digest="d" * 64)
@@ -41,3 +43,14 @@ def save(folder: Location, parts: list[Vectors], factory: str = "Flat") -> Index
 def unit_vectors(rows: int, seed: int = 0, dimension: int = 16) -> Vectors:
     vectors = np.random.default_rng(seed).normal(size=(rows, dimension)).astype(np.float32)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def place(path: Path) -> Location:
+    """A local path as a location."""
+    return locate(str(path), StorageConfig())
+
+
+def numbered(rows: int, start: int = 0) -> dict[str, list[str]]:
+    """Columns of so many passages, numbered from ``start``."""
+    names = [str(row) for row in range(start, start + rows)]
+    return {"id": names, "title": [f"title {n}" for n in names], "text": [f"text {n}" for n in names]}

@@ -17,15 +17,15 @@ from typer.testing import CliRunner, Result
 
 from jobs.build_graph import ShardBuilder
 from jobs.build_index import build_index
-from pipeline.config import RetrievalConfig, StorageConfig
+from pipeline.config import RetrievalConfig
 from pipeline.encoder import Encoder
 from pipeline.index import PassageIndex
 from pipeline.manifest import check_encoder, check_index, read_manifest
 from pipeline.passages import ShardPlan
 from pipeline.prompts import passage_text
 from pipeline.retrieve import IndexRetriever
-from pipeline.storage import locate
 from pipeline.types import Passage
+from tests.indexes import numbered, place
 
 DEMO = Path(__file__).parents[2] / "infra" / "demo" / "passages.parquet"
 app = typer.Typer()
@@ -34,15 +34,6 @@ app.command()(build_index)
 
 def run(passages: Path, output: Path, *options: str) -> Result:
     return CliRunner().invoke(app, ["--passages", str(passages), "--output", str(output), *options])
-
-
-def place(path: Path) -> Any:
-    return locate(str(path), StorageConfig())
-
-
-def numbered(rows: int, start: int = 0) -> dict[str, list[Any]]:
-    names = [str(row) for row in range(start, start + rows)]
-    return {"id": names, "title": [f"title {n}" for n in names], "text": [f"text {n}" for n in names]}
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@ import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from pyarrow import fs
 
@@ -11,6 +12,7 @@ from pipeline.config import RetrievalConfig
 from pipeline.index import PassageIndex
 from pipeline.manifest import read_manifest
 from pipeline.storage import Location
+from tests.flaky import FlakyFiles
 from tests.indexes import CPU, save, unit_vectors
 
 
@@ -32,41 +34,24 @@ def test_wrong_remote_file_never_enters_the_cache(remote: Location, tmp_path: Pa
     assert [file.suffix for file in (tmp_path / "cache").iterdir()] == [".lock"]
 
 
-class CountingFiles(fs.FileSystemHandler):
-    """A file system that is not local, and notes what is read, one line for each file."""
+class CountingFiles(FlakyFiles):
+    """Notes what is opened in a file that processes share, one line for each."""
 
     def __init__(self, root: str, log: str) -> None:
-        self.inner = fs.SubTreeFileSystem(root, fs.LocalFileSystem())
+        super().__init__(Path(root), [])
         self.log = log
 
-    def open_input_file(self, path: str) -> object:
-        return self._noted(path, self.inner.open_input_file(path))
+    def open_input_file(self, path: str) -> pa.NativeFile:
+        self._note(path)
+        return super().open_input_file(path)
 
-    def open_input_stream(self, path: str) -> object:
-        return self._noted(path, self.inner.open_input_stream(path))
+    def open_input_stream(self, path: str) -> pa.NativeFile:
+        self._note(path)
+        return super().open_input_stream(path)
 
-    def _noted(self, path: str, stream: object) -> object:
+    def _note(self, path: str) -> None:
         with Path(self.log).open("a") as file:
             file.write(f"{path}\n")
-        return stream
-
-    def get_file_info(self, paths: list[str]) -> list[fs.FileInfo]:
-        return self.inner.get_file_info(paths)
-
-    def get_file_info_selector(self, selector: fs.FileSelector) -> list[fs.FileInfo]:
-        return self.inner.get_file_info(selector)
-
-    def get_type_name(self) -> str:
-        return "counting"
-
-    def normalize_path(self, path: str) -> str:
-        return path
-
-    def _no(self, *_: object) -> None:
-        raise NotImplementedError
-
-    copy_file = create_dir = delete_dir = delete_dir_contents = delete_file = delete_root_dir_contents = move = _no
-    open_append_stream = open_output_stream = _no
 
 
 def _fetch(root: str, log: str, cache: str, file: tuple[str, int, str]) -> bytes:

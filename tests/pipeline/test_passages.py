@@ -10,7 +10,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.build import read_ahead
-from pipeline.config import StorageConfig
 from pipeline.passage_checks import check_passages
 from pipeline.passages import (
     PassageRange,
@@ -22,17 +21,8 @@ from pipeline.passages import (
     read_passages,
     spread_samples,
 )
-from pipeline.storage import locate
 from tests.flaky import BUSY, flaky
-
-
-def place(path: Path) -> Any:
-    return locate(str(path), StorageConfig())
-
-
-def numbered(rows: int, start: int = 0) -> dict[str, list[Any]]:
-    names = [str(row) for row in range(start, start + rows)]
-    return {"id": names, "title": [f"title {n}" for n in names], "text": [f"text {n}" for n in names]}
+from tests.indexes import numbered, place
 
 
 @pytest.fixture
