@@ -23,7 +23,7 @@ from jobs.progress import Progress
 from jobs.rescore import check as check_rescore
 from jobs.rescore import execute as execute_rescore
 from pipeline.actor import SelfRagActor
-from pipeline.attempts import Attempts
+from pipeline.attempts import PATIENCE, Attempts
 from pipeline.claim import Claim, OutputTakenError
 from pipeline.config import RunConfig, load_config, load_sections, load_storage
 from pipeline.output import OutputFolder, UnitSummary
@@ -145,9 +145,10 @@ def annotate_units(plan: Plan, resources: Resources) -> Iterator[UnitSummary]:
         max_concurrent_calls_per_actor=config.execution.units_in_flight,
         max_tasks_in_flight_per_actor=2 * config.execution.units_in_flight,
     )
-    # Where the driver is, since both end together.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=True)
-    attempts = ray.remote(num_cpus=0, max_restarts=-1, scheduling_strategy=here)(Attempts).remote()
+    # Where the driver is, since both end together; soft affinity may place it on a node that dies.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    lasting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
+    attempts = lasting(Attempts).remote(PATIENCE * config.execution.actors * config.execution.units_in_flight)
     # Reading and writing ask for no CPU, so that they run beside actors that have them all; their number is bounded.
     beside = TaskPoolStrategy(size=2 * config.execution.actors)
     units = [{"unit": dataclasses.asdict(unit)} for unit in plan.todo]

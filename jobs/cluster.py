@@ -40,6 +40,9 @@ def connect(execution: ExecutionConfig) -> None:
 # A line of a traceback that says what was raised.
 _RAISED = re.compile(r"^(?P<kind>[A-Za-z_][\w.]*(?:Error|Exception)): (?P<message>.+)$", re.MULTILINE)
 
+# What Ray puts around an error.
+_WRAPPERS = ("ray.exceptions.RayTaskError", "ray.exceptions.UserCodeException")
+
 
 def reason(error: BaseException) -> str:
     """What went wrong, in one line.
@@ -47,7 +50,9 @@ def reason(error: BaseException) -> str:
     Ray puts a worker's whole traceback into the message, the first error first, and advice of its own behind it.
     """
     text = re.sub(r"\x1b\[\d+m", "", str(error)).strip() or repr(error)
-    raised = [match for match in _RAISED.finditer(text) if not match["kind"].startswith("ray.")]
+    found = list(_RAISED.finditer(text))
+    theirs = [match for match in found if match["kind"] not in _WRAPPERS]
+    raised = [match for match in found if not match["kind"].startswith("ray.")] or theirs
     if not raised:
         return text.splitlines()[-1].strip()
     kind, message = raised[0]["kind"], raised[0]["message"].strip()

@@ -8,10 +8,11 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.attempts import BESIDE_OTHERS, ROW_DEATHS, ProcessDiedError, Turnstile
+from pipeline.attempts import BESIDE_OTHERS, ROW_DEATHS, OutOfMemoryError, ProcessDiedError, Turnstile
 from pipeline.config import RunConfig
 from pipeline.critics import critic_of
 from pipeline.engine import EngineDeadError, VllmGenerator, gpu_share
+from pipeline.postmortem import Death
 from pipeline.profiles import Tasks
 from pipeline.retrieve import IndexRetriever
 from pipeline.schema import (
@@ -93,11 +94,27 @@ async def _alone(system: SelfRag, row: dict[str, Any], config: RunConfig, attemp
     """Annotate one row with nothing beside it, unless processes have died of it before."""
     deaths = await attempts.begin.remote(name)
     if deaths >= ROW_DEATHS:
-        outcome = failed(ProcessDiedError(f"{deaths} processes died while this row alone was decoded"), deaths)
+        outcome = failed(cause(deaths, await attempts.death.remote(name)), deaths)
     else:
-        outcome = await annotate_row(system, row, config)
+        try:
+            outcome = await annotate_row(system, row, config)
+        except EngineDeadError as error:
+            await attempts.died.remote(name, error.death)
+            raise
     await attempts.end.remote(name)
     return outcome
+
+
+def cause(deaths: int, last: Death | None) -> Exception:
+    """Why a row is given up that so many processes have died of."""
+    if last is None:
+        return ProcessDiedError(f"{deaths} processes died while this row alone was decoded")
+    if last.out_of_memory:
+        return OutOfMemoryError(
+            f"the engine ran out of memory {deaths} times while this row alone was decoded ({last.reason}); "
+            "lower model.engine.gpu_memory_utilization, decoding.passages or the lengths"
+        )
+    return ProcessDiedError(f"the engine died {deaths} times while this row alone was decoded: {last.reason}")
 
 
 class SelfRagActor:
@@ -140,8 +157,10 @@ class SelfRagActor:
         try:
             async with place:
                 annotated = await annotate_table(self.system, table, self.config, one_by_one)
-        except EngineDeadError:
-            log.critical("the engine is dead; this actor ends and is started again", exc_info=True)
+        except EngineDeadError as error:
+            memory = " (out of memory)" if error.death.out_of_memory else ""
+            log.critical("the engine is dead%s: %s; this actor ends and is started again", memory, error)
+            await self.attempts.died.remote(unit, error.death)
             os._exit(1)
         await self.attempts.end.remote(unit)
         return annotated

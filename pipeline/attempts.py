@@ -9,30 +9,69 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
+from pipeline.postmortem import Death
+
 # Attempts of a unit beside others; the next one is alone in its process, and from then on its rows are one by one.
 BESIDE_OTHERS = 2
 # A row whose process died this often while it was alone is not tried again.
 ROW_DEATHS = 2
+# Deaths in a row, with nothing done in between, that one unit in flight may have a part in; a poison row has in five.
+PATIENCE = 10
 
 
 class ProcessDiedError(RuntimeError):
     """Every process that decoded the row died of it."""
 
 
-class Attempts:
-    """A Ray actor that outlives those that die, and counts what was begun."""
+class OutOfMemoryError(RuntimeError):
+    """Every engine that decoded the row ran out of memory over it."""
 
-    def __init__(self) -> None:
+
+class HopelessError(RuntimeError):
+    """Processes die one after another, and nothing gets done in between."""
+
+
+class Attempts:
+    """A Ray actor that outlives those that die, and counts what was begun.
+
+    Args:
+        patience: so many deaths in a row, with nothing finished in between, end the run.
+    """
+
+    def __init__(self, patience: int) -> None:
+        self._patience = patience
         self._begun: Counter[str] = Counter()
+        self._deaths: dict[str, Death] = {}
+        self._last: Death | None = None
+        self._in_vain = 0
 
     def begin(self, what: str) -> int:
-        """Count an attempt; how many before it did not end."""
+        """Count an attempt; how many before it did not end.
+
+        Raises:
+            HopelessError: too many, of whatever, one after another.
+        """
         self._begun[what] += 1
+        if self._begun[what] > 1:
+            self._in_vain += 1
+        if self._in_vain > self._patience:
+            last = f"; the last engine's end: {self._last.reason}" if self._last else ""
+            raise HopelessError(f"{self._in_vain} attempts ended with their process, with nothing done{last}")
         return self._begun[what] - 1
+
+    def died(self, what: str, death: Death) -> None:
+        """Record how the engine ended that this was decoded on."""
+        self._deaths[what] = self._last = death
+
+    def death(self, what: str) -> Death | None:
+        """What is known about the last engine that ended under it; nothing where its whole process was killed."""
+        return self._deaths.get(what)
 
     def end(self, what: str) -> None:
         """Forget what has ended, however it ended."""
         del self._begun[what]
+        self._deaths.pop(what, None)
+        self._in_vain = 0
 
 
 class Turnstile:

@@ -6,6 +6,7 @@ ask for the same (vLLM's V1 runner silently answers -inf where such requests sha
 vllm-project/vllm#51789).
 """
 
+import asyncio
 import dataclasses
 import itertools
 import logging
@@ -18,6 +19,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config import ModelConfig
+from pipeline.postmortem import Death, ErrorLog, cause_of_death
 from pipeline.types import Generation
 
 log = logging.getLogger(__name__)
@@ -41,6 +43,10 @@ ENVIRONMENT = {
 
 class EngineDeadError(RuntimeError):
     """The engine cannot answer any more; the process that holds it must be replaced."""
+
+    def __init__(self, death: Death) -> None:
+        super().__init__(death.reason)
+        self.death = death
 
 
 class Generator(Protocol):
@@ -165,6 +171,7 @@ class VllmGenerator:
     sampling: dict[str, Any]
     watched: tuple[int, ...]
     max_model_len: int
+    errors: ErrorLog
     lora: Any = None
     numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
@@ -177,6 +184,7 @@ class VllmGenerator:
         """
         for name, value in ENVIRONMENT.items():
             os.environ.setdefault(name, value)
+        errors = ErrorLog.from_now()
         from vllm import AsyncEngineArgs
         from vllm.lora.request import LoRARequest
         from vllm.v1.engine.async_llm import AsyncLLM
@@ -190,7 +198,7 @@ class VllmGenerator:
             "skip_special_tokens": False,
         }
         lora = LoRARequest("adapter", 1, model.lora) if model.lora else None
-        return cls(engine, sampling, watched, int(engine.model_config.max_model_len), lora)
+        return cls(engine, sampling, watched, int(engine.model_config.max_model_len), errors, lora)
 
     async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
         """See :meth:`Generator.generate`."""
@@ -210,8 +218,17 @@ class VllmGenerator:
         try:
             outputs = [output async for output in stream]
         except VllmEngineDeadError as error:
-            raise EngineDeadError(str(error)) from error
+            raise EngineDeadError(await self._death()) from error
         return self._generation(outputs[-1])
+
+    async def _death(self) -> Death:
+        """How the engine ended; its process says that it dies before it has."""
+        manager = self.engine.engine_core.resources.engine_manager
+        for _ in range(50):
+            if len(ended := manager.finished_procs()) == len(manager.processes):
+                break
+            await asyncio.sleep(0.1)
+        return cause_of_death(ended.values(), self.errors.text())
 
     def _generation(self, final: Any) -> Generation:
         output = final.outputs[0]

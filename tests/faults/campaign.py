@@ -3,40 +3,22 @@
 After each run the invariant is checked from its files alone. Ends with status 1 where it does not hold.
 """
 
-import os
 import random
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from tests.faults.harness import Job, broken, kill_actors, kill_drivers, write_queries
+from tests.faults import series
+from tests.faults.harness import Job, write_queries
+from tests.s3 import serving_s3
 
-ROWS = 300
-
-
-@contextmanager
-def cluster(folder: Path, nodes: int = 0, cpus: int = 2) -> Iterator[object]:
-    """A Ray cluster of its own on this machine: a head, and so many nodes beside it."""
-    from ray.cluster_utils import Cluster
-
-    (folder / "pids").mkdir()
-    # Workers inherit what is set here, not what their driver has.
-    os.environ["FAULTS_PIDS"] = str(folder / "pids")
-    os.environ["AWS_REQUEST_CHECKSUM_CALCULATION"] = "when_required"
-    made = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
-    try:
-        for _ in range(nodes):
-            made.add_node(num_cpus=cpus)
-        made.wait_for_nodes()
-        yield made
-    finally:
-        made.shutdown()
-        del os.environ["FAULTS_PIDS"]
+ROWS, ROWS_ON_S3, ROWS_FOR_REAL = 300, 100, 60
 
 
 def model_folder(folder: Path) -> Path:
@@ -46,63 +28,69 @@ def model_folder(folder: Path) -> Path:
     return folder / "model"
 
 
-def driver_kills(job: Job, queries: Path, rng: random.Random, kills: int, longest: float) -> tuple[int, list[str]]:
-    """Kill the driver until so many kills have been made, over as many outputs as that takes."""
-    killed, problems, number = 0, [], 0
-    base = job.output
-    while killed < kills:
-        job.output = f"{base}-{number}"
-        killed += kill_drivers(job, rng, kills - killed, longest)
-        status, said = job.finish()
-        if status != 0:
-            problems.append(f"{job.output}: status {status}: {said[-2000:]}")
-        problems += [f"{job.output}: {problem}" for problem in broken(job.output, queries)]
-        number += 1
-    return killed, problems
-
-
-def actor_kills(job: Job, queries: Path, pids: Path, rng: random.Random, kills: int) -> tuple[int, list[str]]:
-    """Kill actors under runs that must finish all the same."""
-    killed, problems, number = 0, [], 0
-    base = job.output
-    while killed < kills:
-        job.output = f"{base}-{number}"
-        some, status, said = kill_actors(job, pids, rng, min(4, kills - killed), pause=3.0)
-        killed += some
-        if status != 0:
-            problems.append(f"{job.output}: status {status}: {said[-2000:]}")
-        problems += [f"{job.output}: {problem}" for problem in broken(job.output, queries)]
-        number += 1
-    return killed, problems
-
-
 def campaign(
     drivers: Annotated[int, typer.Option(help="Driver kills.")] = 0,
     actors: Annotated[int, typer.Option(help="Actor kills.")] = 0,
+    nodes: Annotated[int, typer.Option(help="Kills of a worker node.")] = 0,
+    clusters: Annotated[int, typer.Option(help="Kills of everything at once.")] = 0,
+    storage: Annotated[int, typer.Option(help="Runs from and to a store in trouble.")] = 0,
+    real: Annotated[int, typer.Option(help="Driver kills of runs with vLLM and the embedded model.")] = 0,
     seed: Annotated[int | None, typer.Option(help="Of every random moment; drawn by default.")] = None,
 ) -> None:
     """Run with faults and say what did not hold."""
     seed = random.SystemRandom().randrange(10**6) if seed is None else seed
-    rng, problems = random.Random(seed), []
     typer.echo(f"seed {seed}")
-    with tempfile.TemporaryDirectory() as name, cluster(Path(name)) as made:
-        folder = Path(name)
-        write_queries(folder / "queries", ROWS)
-        settings = [f"execution.ray_address={made.address}"]  # type: ignore[attr-defined]
-        model = model_folder(folder)
-        if drivers:
-            job = Job(str(folder / "queries"), str(folder / "driver"), model, settings)
-            killed, found = driver_kills(job, folder / "queries", rng, drivers, longest=9.0)
-            typer.echo(f"{killed} driver kills, {len(found)} problems")
-            problems += found
-        if actors:
-            job = Job(str(folder / "queries"), str(folder / "actor"), model, settings)
-            killed, found = actor_kills(job, folder / "queries", folder / "pids", rng, actors)
-            typer.echo(f"{killed} actor kills, {len(found)} problems")
+    wanted: dict[str, tuple[int, Callable[..., series.Outcome]]] = {
+        "driver kills": (drivers, _drivers),
+        "actor kills": (actors, _actors),
+        "node kills": (nodes, series.node_kills),
+        "kills of the whole cluster": (clusters, series.cluster_kills),
+        "runs with storage faults": (storage, _storage),
+        "driver kills with vLLM": (real, _real),
+    }
+    problems = []
+    for what, (number, run) in wanted.items():
+        if not number:
+            continue
+        with tempfile.TemporaryDirectory() as name:
+            folder, began = Path(name), time.monotonic()
+            rows = {_storage: ROWS_ON_S3, _real: ROWS_FOR_REAL}.get(run, ROWS)
+            write_queries(folder / "queries", rows)
+            job = Job(str(folder / "queries"), str(folder / "out"), model_folder(folder))
+            faults, found = run(job, folder / "queries", random.Random(f"{seed} {what}"), number)
+            typer.echo(f"{number} {what}: {faults} faults, {len(found)} problems, {time.monotonic() - began:.0f} s")
             problems += found
     for problem in problems:
         typer.echo(problem)
     sys.exit(bool(problems))
+
+
+def _drivers(job: Job, queries: Path, rng: random.Random, kills: int) -> series.Outcome:
+    with tempfile.TemporaryDirectory() as folder, series.cluster(Path(folder)) as made:
+        return series.driver_kills(series.on(made, job), queries, rng, kills, longest=9.0)
+
+
+def _actors(job: Job, queries: Path, rng: random.Random, kills: int) -> series.Outcome:
+    with tempfile.TemporaryDirectory() as folder, series.cluster(Path(folder)) as made:
+        return series.actor_kills(series.on(made, job), queries, Path(folder) / "pids", rng, kills)
+
+
+def _storage(job: Job, queries: Path, rng: random.Random, runs: int) -> series.Outcome:
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        tempfile.TemporaryDirectory() as root,
+        series.cluster(Path(folder)) as made,
+        serving_s3(Path(root)) as s3,
+    ):
+        return series.storage_faults(series.on(made, job), queries, s3, rng, runs)
+
+
+def _real(job: Job, queries: Path, rng: random.Random, kills: int) -> series.Outcome:
+    from pipeline.embedded import demo_model
+
+    settings = ["execution.cpus_per_actor=2", "execution.unit_rows=4"]
+    job = replace(job, module="jobs.annotate", model=demo_model(), settings=settings)
+    return series.driver_kills(job, queries, rng, kills, longest=150.0)
 
 
 if __name__ == "__main__":

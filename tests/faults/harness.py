@@ -5,10 +5,12 @@ import random
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import IO, Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
@@ -34,55 +36,119 @@ def write_queries(folder: Path, rows: int, words: dict[int, str] | None = None) 
 
 @dataclass
 class Job:
-    """A command on one output, to be started again until it ends by itself."""
+    """A command on one output, to be started again until it ends by itself.
+
+    Attributes:
+        module: with the scripted engine, or ``jobs.annotate`` for the real one.
+        filesystem: where ``output`` is read when the run is over; None for the local one.
+    """
 
     queries: str
     output: str
     model: Path
     settings: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
+    module: str = "tests.faults.scripted"
+    filesystem: Any = None
 
-    def start(self) -> subprocess.Popen[str]:
+    def start(self) -> "Running":
         """Start the command in a session of its own."""
         settings = ["execution.unit_rows=10", "execution.cpus_per_actor=0.5", "execution.gpus_per_actor=0"]
         options = ["--queries", self.queries, "--output", self.output, "--model", str(self.model)]
         options += [word for setting in [*settings, *self.settings] for word in ("--set", setting)]
-        return subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.scripted", *options],
+        # A pipe that nobody reads fills, and the command waits.
+        log = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the object that holds it
+        process = subprocess.Popen(
+            [sys.executable, "-m", self.module, *options],
             stdout=subprocess.DEVNULL,
-            stderr=subprocess.PIPE,
-            text=True,
+            stderr=log,
             start_new_session=True,
             env={**os.environ, **self.environment},
         )
+        return Running(process, log)
 
     def finish(self, timeout: float = 240) -> tuple[int, str]:
         """Run the command to its end: exit status and what it said."""
-        process = self.start()
-        _, said = process.communicate(timeout=timeout)
-        return process.returncode, said
+        return self.start().ended(timeout)
+
+    def problems(self, queries: Path, status: int, said: str) -> list[str]:
+        """What does not hold of a run that ended."""
+        failed = [f"status {status}: {said[-2000:]}"] if status != 0 else []
+        found = [*failed, *broken(self.output.removeprefix("s3://"), queries, self.filesystem)]
+        return [f"{self.output}: {problem}" for problem in found]
 
 
-def kill(process: subprocess.Popen[str]) -> None:
-    """End a process and whatever it has started, without a word."""
-    os.killpg(process.pid, signal.SIGKILL)
-    process.communicate()
+@dataclass
+class Running:
+    """A command at work."""
+
+    process: subprocess.Popen[bytes]
+    log: IO[str]
+
+    def ended(self, timeout: float = 240) -> tuple[int, str]:
+        """Wait for its end: exit status and what it said."""
+        try:
+            self.process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            self.kill()
+            return -1, f"did not end within {timeout} s: {self._said()}"
+        return self.process.returncode, self._said()
+
+    def kill(self) -> None:
+        """End it and whatever it has started, without a word."""
+        os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+
+    def _said(self) -> str:
+        self.log.seek(0)
+        return self.log.read()
 
 
 def kill_drivers(job: Job, rng: random.Random, most: int, longest: float) -> int:
     """Kill the driver at random moments until a run ends by itself or ``most`` were killed; how many were."""
     for killed in range(most):
-        process = job.start()
+        running = job.start()
         try:
-            process.communicate(timeout=rng.uniform(0.2, longest))
+            running.process.wait(rng.uniform(0.2, longest))
         except subprocess.TimeoutExpired:
-            kill(process)
+            running.kill()
         else:
             return killed
     return most
 
 
-def broken(output: str, queries: Path, filesystem: object | None = None, errors: int = 0) -> list[str]:
+def kill_actors(running: Running, pids: Path, rng: random.Random, kills: int, pause: float) -> int:
+    """Kill actors of a running job at random moments; how many were."""
+    killed = 0
+    while running.process.poll() is None and killed < kills:
+        time.sleep(rng.uniform(0.1, pause))
+        for pid in rng.sample(alive := processes(pids), min(1, len(alive))):
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+            (pids / str(pid)).unlink()
+            killed += 1
+    return killed
+
+
+def processes(folder: Path) -> list[int]:
+    """Actors that are alive, by the files that they have left."""
+    return [int(file.name) for file in folder.iterdir() if Path(f"/proc/{file.name}").exists()]
+
+
+def written(output: str) -> dict[str, int]:
+    """Finished units of an output on this disk, and when each was written, in nanoseconds."""
+    return {file.name: file.stat().st_mtime_ns for file in Path(output).glob("data/part-*.parquet")}
+
+
+def redone(before: dict[str, int], output: str) -> list[str]:
+    """Units that were finished ``before`` and have been written again."""
+    now = written(output)
+    return [f"{output}: {name} was finished and is written again" for name in before if now.get(name) != before[name]]
+
+
+def broken(output: str, queries: Path, filesystem: Any = None, errors: int = 0) -> list[str]:
     """What does not hold of a finished output: each id once in ``data/`` or ``errors/``, and so many errors."""
     wanted = Counter(ds.dataset(queries).to_table(columns=["id"])["id"].to_pylist())
     found = {}
@@ -94,28 +160,8 @@ def broken(output: str, queries: Path, filesystem: object | None = None, errors:
         except FileNotFoundError:
             found[name] = pa.table({"id": pa.array([], pa.string())})
     counts = Counter(found["data"]["id"].to_pylist()) + Counter(found["errors"]["id"].to_pylist())
-    problems = [f"{name}: {counts[name]} times" for name in wanted | counts if counts[name] != wanted[name]]
+    wrong = [f"{name} is there {counts[name]} times" for name in wanted | counts if counts[name] != wanted[name]]
+    problems = [f"{len(wrong)} rows: {', '.join(wrong[:5])}"] if wrong else []
     if found["errors"].num_rows != errors:
         problems.append(f"{found['errors'].num_rows} errors instead of {errors}")
     return problems
-
-
-def processes(folder: Path) -> list[int]:
-    """Actors that are alive, by the files that they have left."""
-    return [int(file.name) for file in folder.iterdir() if Path(f"/proc/{file.name}").exists()]
-
-
-def kill_actors(job: Job, pids: Path, rng: random.Random, kills: int, pause: float) -> tuple[int, int, str]:
-    """Run the job and kill its actors meanwhile; how many, the exit status, and what was said."""
-    process, killed = job.start(), 0
-    while process.poll() is None and killed < kills:
-        time.sleep(rng.uniform(0.1, pause))
-        for pid in rng.sample(alive := processes(pids), min(1, len(alive))):
-            try:
-                os.kill(pid, signal.SIGKILL)
-            except ProcessLookupError:
-                continue
-            (pids / str(pid)).unlink()
-            killed += 1
-    _, said = process.communicate(timeout=240)
-    return killed, process.returncode, said

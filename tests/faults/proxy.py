@@ -10,13 +10,34 @@ from aiohttp import ClientSession, ClientTimeout, web
 
 @dataclass
 class Faults:
-    """Shares of requests that are answered with 503, cut in the middle, or delayed; others pass."""
+    """Shares of requests that come to harm; others pass.
+
+    Attributes:
+        refused: answered with 503.
+        failed: carried out, and answered with 500 all the same.
+        cut: carried out, and the answer ends in its middle.
+        lost: the connection ends before anything is carried out.
+        slow: delayed by ``seconds``.
+        hurt: how many have come to harm so far.
+    """
 
     refused: float = 0.0
+    failed: float = 0.0
     cut: float = 0.0
+    lost: float = 0.0
     slow: float = 0.0
     seconds: float = 0.5
     hurt: int = 0
+
+    def draw(self, rng: random.Random) -> str | None:
+        """What happens to the next request."""
+        left = rng.random()
+        for kind in ("refused", "failed", "cut", "lost", "slow"):
+            left -= getattr(self, kind)
+            if left < 0:
+                self.hurt += 1
+                return kind
+        return None
 
 
 class FaultProxy:
@@ -53,22 +74,28 @@ class FaultProxy:
         await self._stop.wait()
         await self._session.close()
         await runner.cleanup()
+        for task in asyncio.all_tasks() - {asyncio.current_task()}:
+            task.cancel()  # those whose connection was cut
+        await asyncio.sleep(0)
 
     async def _pass(self, request: web.Request) -> web.StreamResponse:
-        draw, faults = self.rng.random(), self.faults
-        if draw < faults.refused:
-            faults.hurt += 1
-            return web.Response(status=503, text="<Error><Code>SlowDown</Code></Error>", content_type="application/xml")
-        if draw < faults.refused + faults.slow:
-            faults.hurt += 1
-            await asyncio.sleep(faults.seconds)
+        fault = self.faults.draw(self.rng)
+        if fault == "refused":
+            return _trouble(503, "SlowDown")
+        if fault == "lost":
+            assert request.transport is not None
+            request.transport.abort()
+            return web.Response()  # nobody is left to read it
+        if fault == "slow":
+            await asyncio.sleep(self.faults.seconds)
         headers = {k: v for k, v in request.headers.items() if k.lower() not in ("transfer-encoding", "expect")}
         async with self._session.request(
             request.method, f"{self.target}{request.raw_path}", headers=headers, data=await request.read()
         ) as answer:
             body = await answer.read()
-            if faults.refused + faults.slow <= draw < faults.refused + faults.slow + faults.cut:
-                faults.hurt += 1
+            if fault == "failed":
+                return _trouble(500, "InternalError")
+            if fault == "cut":
                 return await self._cut(request, answer.status, dict(answer.headers), body)
             kept = {k: v for k, v in answer.headers.items() if k.lower() not in ("transfer-encoding", "connection")}
             return web.Response(status=answer.status, headers=kept, body=None if request.method == "HEAD" else body)
@@ -82,3 +109,7 @@ class FaultProxy:
         assert request.transport is not None
         request.transport.abort()
         return response
+
+
+def _trouble(status: int, code: str) -> web.Response:
+    return web.Response(status=status, text=f"<Error><Code>{code}</Code></Error>", content_type="application/xml")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pyarrow.dataset as ds
 import pytest
-from pyarrow import fs
 
-from tests.faults.campaign import actor_kills, cluster, driver_kills, model_folder
+from tests.faults.campaign import model_folder
 from tests.faults.harness import Job, broken, write_queries
 from tests.faults.proxy import FaultProxy, Faults
+from tests.faults.series import actor_kills, cluster, driver_kills, storage_faults
 
 pytestmark = pytest.mark.slow
 
@@ -71,8 +71,7 @@ def test_answers_do_not_depend_on_what_happened(job: Job, tmp_path: Path) -> Non
 def test_of_two_runs_on_one_output_one_stops_with_a_clear_line(job: Job, tmp_path: Path) -> None:
     write_queries(tmp_path / "queries", 300)
     first, second = job.start(), job.start()
-    said = [process.communicate(timeout=120)[1] for process in (first, second)]
-    statuses = [first.returncode, second.returncode]
+    statuses, said = zip(first.ended(), second.ended(), strict=True)
     assert sorted(statuses) == [0, 2], said
     assert "another run is at work there (process" in said[statuses.index(2)].strip().splitlines()[-1]
     assert broken(job.output, tmp_path / "queries") == []
@@ -80,21 +79,9 @@ def test_of_two_runs_on_one_output_one_stops_with_a_clear_line(job: Job, tmp_pat
 
 def test_a_store_in_trouble_is_waited_for(job: Job, s3, tmp_path: Path) -> None:
     write_queries(tmp_path / "queries", 100)
-    store = fs.S3FileSystem(
-        access_key=s3.access_key, secret_key=s3.secret_key, endpoint_override=s3.endpoint, region="us-east-1"
-    )
-    for file in (tmp_path / "queries").iterdir():
-        with store.open_output_stream(f"{s3.bucket}/faults/queries/{file.name}") as stream:
-            stream.write(file.read_bytes())
-    job.queries, job.output = f"s3://{s3.bucket}/faults/queries", f"s3://{s3.bucket}/faults/out"
-    faults = Faults(refused=0.1, cut=0.05, slow=0.05)
-    with FaultProxy(s3.endpoint, faults, seed=4) as proxy:
-        keys = {"endpoint_url": proxy.url, "access_key": s3.access_key, "secret_key": s3.secret_key}
-        job.settings += [f"storage.{name}={value}" for name, value in {**keys, "region": "us-east-1"}.items()]
-        status, said = job.finish()
-    assert status == 0, said[-3000:]
-    assert faults.hurt > 5
-    assert broken(f"{s3.bucket}/faults/out", tmp_path / "queries", store) == []
+    hurt, problems = storage_faults(job, tmp_path / "queries", s3, random.Random(4), runs=1)
+    assert hurt > 5
+    assert problems == []
 
 
 def test_a_store_that_stays_away_ends_the_run_with_its_uri(job: Job, s3, tmp_path: Path) -> None:

@@ -1,13 +1,15 @@
 import asyncio
+from collections.abc import Callable
 from types import SimpleNamespace
 
 import pyarrow as pa
 import pytest
 
 from pipeline.actor import UNIT_COLUMN, SelfRagActor, annotate_table, annotated_schema
-from pipeline.attempts import Attempts, Turnstile
+from pipeline.attempts import PATIENCE, Attempts, Turnstile
 from pipeline.config import RunConfig
 from pipeline.engine import EngineDeadError
+from pipeline.postmortem import Death
 from pipeline.profiles import Tasks
 from pipeline.reader import ReflectionCritic
 from pipeline.self_rag import SelfRag
@@ -17,9 +19,10 @@ from tests.fakes import ScriptedGenerator, generation, word_tokenizer
 CONFIG = RunConfig.model_validate(
     {"queries": "q", "output": "o", "model": {"name": "m"}, "decoding": {"mode": "never"}}
 )
+DEATH = Death("ended with status 1", out_of_memory=False)
 
 
-def system(failure: type[Exception] = KeyError) -> SelfRag:
+def system(failure: Callable[[str], Exception] = KeyError) -> SelfRag:
     """Repeats the question; a question about poison raises."""
     tokenizer = word_tokenizer()
 
@@ -114,7 +117,7 @@ def actor(attempts: LocalHandle, seen: list[str], deadly: str = "poison") -> Sel
 
 
 async def test_a_row_that_kills_its_process_is_set_aside_and_its_neighbours_finish():
-    attempts, unit, seen, deaths = LocalHandle(Attempts()), table("one", "poison", "two"), [], 0
+    attempts, unit, seen, deaths = LocalHandle(Attempts(PATIENCE)), table("one", "poison", "two"), [], 0
     while (found := await dies_of_poison(actor(attempts, seen), unit)) is None:
         deaths += 1
     assert found["answer"].to_pylist() == ["one", None, "two"]
@@ -124,8 +127,32 @@ async def test_a_row_that_kills_its_process_is_set_aside_and_its_neighbours_fini
     assert attempts.inner._begun == {}
 
 
+@pytest.mark.parametrize(
+    ("death", "expected"),
+    [
+        (
+            Death("torch.OutOfMemoryError: CUDA out of memory.", out_of_memory=True),
+            ("OutOfMemoryError", "the engine ran out of memory 2 times while this row alone was decoded (torch.Out"),
+        ),
+        (
+            Death("RuntimeError: device-side assert", out_of_memory=False),
+            ("ProcessDiedError", "the engine died 2 times while this row alone was decoded: RuntimeError: device"),
+        ),
+    ],
+)
+async def test_an_engine_without_memory_is_told_apart_from_one_that_a_row_kills(death, expected):
+    attempts, unit = LocalHandle(Attempts(PATIENCE)), table("poison")
+    dying = system(lambda _: EngineDeadError(death))
+    for _ in range(2):
+        with pytest.raises(EngineDeadError):
+            await annotate_table(dying, unit, CONFIG, attempts)
+    (row,) = (await annotate_table(dying, unit, CONFIG, attempts)).to_pylist()
+    assert (row["error_type"], row["attempts"]) == (expected[0], 2)
+    assert row["error_message"].startswith(expected[1])
+
+
 async def test_innocent_units_are_not_blamed_for_a_death_beside_them():
-    attempts, seen = LocalHandle(Attempts()), []
+    attempts, seen = LocalHandle(Attempts(PATIENCE)), []
     units = {"u": table("one", "two"), "p": table("poison", "three")}
     units["p"] = units["p"].set_column(3, UNIT_COLUMN, pa.array(["p", "p"]))
     done: dict[str, pa.Table] = {}
@@ -148,7 +175,7 @@ async def test_a_lost_index_is_no_rows_fault():
 
 async def test_dead_engine_is_no_rows_fault():
     with pytest.raises(EngineDeadError):
-        await annotate_table(system(EngineDeadError), table("one", "poison"), CONFIG)
+        await annotate_table(system(lambda _: EngineDeadError(DEATH)), table("one", "poison"), CONFIG)
 
 
 async def test_schema_does_not_depend_on_the_batch():

@@ -3,14 +3,37 @@ import random
 
 import pytest
 
-from pipeline.attempts import Attempts, Turnstile
+from pipeline.attempts import PATIENCE, Attempts, HopelessError, Turnstile
+from pipeline.postmortem import Death
 
 
 def test_attempts_count_until_they_end() -> None:
-    attempts = Attempts()
+    attempts = Attempts(PATIENCE)
     assert [attempts.begin("a"), attempts.begin("a"), attempts.begin("b")] == [0, 1, 0]
     attempts.end("a")
     assert [attempts.begin("a"), attempts.begin("b")] == [0, 1]
+
+
+def test_deaths_with_nothing_done_in_between_end_the_run() -> None:
+    attempts = Attempts(patience=3)
+    for _ in range(4):
+        attempts.begin("a")
+    attempts.begin("b")
+    attempts.end("b")
+    for _ in range(3):
+        attempts.begin("a")
+    attempts.died("a", Death("CUDA error: device lost", out_of_memory=False))
+    with pytest.raises(HopelessError, match=r"^4 attempts .* nothing done; the last .*: CUDA error: device lost$"):
+        attempts.begin("c"), attempts.begin("c")
+
+
+def test_a_death_is_known_until_its_row_ends() -> None:
+    attempts, death = Attempts(PATIENCE), Death("killed", out_of_memory=True)
+    attempts.begin("a")
+    attempts.died("a", death)
+    assert (attempts.death("a"), attempts.death("b")) == (death, None)
+    attempts.end("a")
+    assert attempts.death("a") is None
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -1,0 +1,136 @@
+"""Series of runs with one kind of fault each, over as many outputs as that takes.
+
+Each returns how many faults there were and what did not hold; the invariant is checked from the files of each run.
+"""
+
+import random
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.faults.harness import Job, kill_actors, kill_drivers, redone, written
+from tests.faults.proxy import FaultProxy, Faults
+from tests.s3 import S3Server
+
+Outcome = tuple[int, list[str]]
+
+
+@contextmanager
+def cluster(folder: Path, cpus: int = 2, nodes: int = 0) -> Iterator[Any]:
+    """A Ray cluster of its own on this machine: a head with so many CPUs, and so many nodes of one CPU beside it."""
+    from ray.cluster_utils import Cluster
+
+    (folder / "pids").mkdir(exist_ok=True)
+    with pytest.MonkeyPatch.context() as patched:
+        # Workers inherit what is set here, not what their driver has.
+        patched.setenv("FAULTS_PIDS", str(folder / "pids"))
+        patched.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
+        made = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
+        try:
+            for _ in range(nodes):
+                made.add_node(num_cpus=1)
+            made.wait_for_nodes()
+            yield made
+        finally:
+            made.shutdown()
+
+
+def on(made: Any, job: Job) -> Job:
+    """The job on a cluster."""
+    return replace(job, settings=[*job.settings, f"execution.ray_address={made.address}"])
+
+
+def outputs(job: Job) -> Iterator[Job]:
+    """The job on one new output after another."""
+    number = 0
+    while True:
+        yield replace(job, output=f"{job.output}-{number}")
+        number += 1
+
+
+def driver_kills(job: Job, queries: Path, rng: random.Random, kills: int, longest: float) -> Outcome:
+    """Kill the driver, again and again on the same output, then let it finish."""
+    killed, problems = 0, []
+    for run in outputs(job):
+        if killed >= kills:
+            break
+        killed += kill_drivers(run, rng, min(8, kills - killed), longest)
+        before = written(run.output)
+        problems += run.problems(queries, *run.finish()) + redone(before, run.output)
+    return killed, problems
+
+
+def actor_kills(job: Job, queries: Path, pids: Path, rng: random.Random, kills: int) -> Outcome:
+    """Kill actors under runs that must finish all the same."""
+    killed, problems = 0, []
+    for run in outputs(job):
+        if killed >= kills:
+            break
+        running = run.start()
+        killed += kill_actors(running, pids, rng, min(4, kills - killed), pause=3.0)
+        problems += run.problems(queries, *running.ended())
+    return killed, problems
+
+
+def node_kills(job: Job, queries: Path, rng: random.Random, kills: int) -> Outcome:
+    """Kill a worker node under each run, and bring another; the run must finish all the same."""
+    killed, problems = 0, []
+    job = replace(job, settings=[*job.settings, "execution.actors=2"])
+    with tempfile.TemporaryDirectory() as folder, cluster(Path(folder), cpus=0, nodes=2) as made:
+        for run in outputs(on(made, job)):
+            if killed >= kills:
+                break
+            running = run.start()
+            time.sleep(rng.uniform(4, 12))
+            if running.process.poll() is None:
+                made.remove_node(rng.choice(sorted(made.worker_nodes, key=lambda node: node.unique_id)), False)
+                killed += 1
+                time.sleep(rng.uniform(0, 3))
+                made.add_node(num_cpus=1)
+            problems += run.problems(queries, *running.ended())
+    return killed, problems
+
+
+def cluster_kills(job: Job, queries: Path, rng: random.Random, kills: int) -> Outcome:
+    """Kill all of Ray and the driver at once, as a power cut does; the same command on a new cluster finishes."""
+    killed, problems = 0, []
+    for run in outputs(job):
+        if killed >= kills:
+            break
+        with tempfile.TemporaryDirectory() as folder, cluster(Path(folder)) as made:
+            running = on(made, run).start()
+            time.sleep(rng.uniform(4, 12))
+            made.head_node.kill_all_processes(check_alive=False, allow_graceful=False)
+            if running.process.poll() is None:
+                running.kill()
+                killed += 1
+        before = written(run.output)
+        with tempfile.TemporaryDirectory() as folder, cluster(Path(folder)) as made:
+            problems += run.problems(queries, *on(made, run).finish()) + redone(before, run.output)
+    return killed, problems
+
+
+def storage_faults(job: Job, queries: Path, s3: S3Server, rng: random.Random, runs: int) -> Outcome:
+    """Run from and to a store that refuses, delays, loses and cuts off requests; how many requests were hurt."""
+    hurt, problems = 0, []
+    store = s3.filesystem()
+    for file in queries.iterdir():
+        with store.open_output_stream(f"{s3.bucket}/queries/{file.name}") as stream:
+            stream.write(file.read_bytes())
+    job = replace(job, queries=f"s3://{s3.bucket}/queries", output=f"s3://{s3.bucket}/out", filesystem=store)
+    for _, run in zip(range(runs), outputs(job), strict=False):
+        shares = {kind: rng.uniform(0, 0.1) for kind in ("refused", "failed", "cut", "lost", "slow")}
+        faults = Faults(**shares)
+        with FaultProxy(s3.endpoint, faults, rng.randrange(10**6)) as proxy:
+            at = {"endpoint_url": proxy.url, "access_key": s3.access_key, "secret_key": s3.secret_key}
+            storage = [f"storage.{name}={value}" for name, value in {**at, "region": "us-east-1"}.items()]
+            status, said = replace(run, settings=[*run.settings, *storage]).finish()
+        hurt += faults.hurt
+        problems += [f"{problem} ({shares})" for problem in run.problems(queries, status, said)]
+    return hurt, problems

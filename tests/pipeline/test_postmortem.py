@@ -1,0 +1,56 @@
+import pytest
+
+from pipeline.postmortem import Death, ErrorLog, cause_of_death, error_file
+
+TRACEBACK = """ERROR 2026-01-01 [vllm.v1.engine.core] EngineCore encountered a fatal error.
+Traceback (most recent call last):
+  File "core.py", line 1, in run
+    raise RuntimeError("CUDA out of memory, says this line of code")
+RuntimeError: device-side assert triggered
+"""
+
+
+@pytest.mark.parametrize(
+    ("codes", "log", "expected"),
+    [
+        ([1], TRACEBACK, Death("RuntimeError: device-side assert triggered", out_of_memory=False)),
+        (
+            [1],
+            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\nRuntimeError: worker failed\n",
+            Death("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", out_of_memory=True),
+        ),
+        (
+            [1],
+            "RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+            Death(
+                "RuntimeError: DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+                out_of_memory=True,
+            ),
+        ),
+        ([-9], "", Death("killed by signal 9, as a machine that runs out of memory does", out_of_memory=True)),
+        ([-11], "", Death("ended with status -11", out_of_memory=False)),
+        ([], "", Death("no sign of life", out_of_memory=False)),
+    ],
+)
+def test_cause_of_death(codes, log, expected):
+    assert cause_of_death(codes, log) == expected
+
+
+def test_an_engines_errors_are_those_since_its_start(tmp_path):
+    file = tmp_path / "errors"
+    file.write_text("of another\n")
+    log = ErrorLog(file, file.stat().st_size)
+    assert log.text() == ""
+    file.write_text("of another\nof this\n")
+    assert log.text() == "of this\n"
+    assert ErrorLog(None, 0).text() == ErrorLog(tmp_path / "none", 0).text() == ""
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("VLLM_CONFIGURE_LOGGING", "0"), ("VLLM_LOGGING_CONFIG_PATH", "mine.json")]
+)
+def test_logging_that_somebody_has_configured_is_left_alone(monkeypatch, name, value):
+    error_file.cache_clear()
+    monkeypatch.setenv(name, value)
+    assert ErrorLog.from_now() == ErrorLog(None, 0)
+    error_file.cache_clear()
