@@ -38,12 +38,33 @@ def annotated_schema(inputs: pa.Schema, keep_candidates: bool) -> pa.Schema:
     return pa.schema([*passed_through(inputs), *ANSWER_FIELDS, *extra, *ERROR_FIELDS, unit])
 
 
-async def annotate_row(system: SelfRag, row: dict[str, Any], config: RunConfig) -> dict[str, Any]:
+Row = dict[str, Any] | UnicodeDecodeError
+
+
+def read_rows(table: pa.Table) -> list[Row]:
+    """Rows as Python has them; an error in the place of one whose text is not UTF-8, which Arrow does not check."""
+    try:
+        return list(table.to_pylist())
+    except UnicodeDecodeError:
+        return [_read_row(table.slice(n, 1)) for n in range(table.num_rows)]
+
+
+def _read_row(table: pa.Table) -> Row:
+    try:
+        (row,) = table.to_pylist()
+    except UnicodeDecodeError as error:
+        return error
+    return dict(row)
+
+
+async def annotate_row(system: SelfRag, row: Row, config: RunConfig) -> dict[str, Any]:
     """Answer one row; whatever goes wrong with it alone becomes its error columns.
 
     Raises:
         EngineDeadError, IndexLostError: the row is not to blame.
     """
+    if isinstance(row, UnicodeDecodeError):
+        return failed(ValueError(f"its text is not UTF-8: {row}"))
     limit = config.execution.row_timeout_s
     try:
         async with asyncio.timeout(limit):
@@ -71,7 +92,7 @@ async def annotate_table(system: SelfRag, table: pa.Table, config: RunConfig, at
     """
     inputs = table.drop_columns([UNIT_COLUMN])
     read = [name for name in vars(config.columns).values() if name in inputs.schema.names]
-    rows = inputs.select(read).to_pylist()
+    rows = read_rows(inputs.select(read))
     if attempts is None:
         outcomes = await asyncio.gather(*(annotate_row(system, row, config) for row in rows))
     else:
@@ -90,7 +111,7 @@ async def annotate_table(system: SelfRag, table: pa.Table, config: RunConfig, at
     return pa.table(columns, schema=schema)
 
 
-async def _alone(system: SelfRag, row: dict[str, Any], config: RunConfig, attempts: Any, name: str) -> dict[str, Any]:
+async def _alone(system: SelfRag, row: Row, config: RunConfig, attempts: Any, name: str) -> dict[str, Any]:
     """Annotate one row with nothing beside it, unless processes have died of it before."""
     deaths = await attempts.begin.remote(name)
     if deaths >= ROW_DEATHS:

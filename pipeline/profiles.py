@@ -35,11 +35,18 @@ class Tasks:
         decoding: of the run; what it sets itself goes before what a profile says.
         profiles: the configuration's own, by name; they go before built-in ones of that name.
         default: task of the rows that name none.
+
+    Raises:
+        ValueError: no profile has the default's name.
     """
 
     decoding: DecodingConfig
     profiles: Mapping[str, Profile] = field(default_factory=dict)
     default: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.default is not None and self.default not in self.known:
+            raise ValueError(f"configuration key task: no profile {self.default!r}; there are {', '.join(self.known)}")
 
     @cached_property
     def known(self) -> dict[str, Profile]:

@@ -14,7 +14,7 @@ from pyarrow import fs
 
 from pipeline.config import Columns, StorageConfig
 from pipeline.schema import check_query_schema
-from pipeline.storage import Location, locate, one_line
+from pipeline.storage import Location, StorageError, locate, one_line
 
 READ_BYTES = 8 * 2**20
 
@@ -122,6 +122,10 @@ def _opened(file: Location, work: Callable[[Any], Result]) -> Result:
         return file.attempt(attempt)
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"{file.uri}: not a readable Parquet file: {one_line(error)}") from None
+    except StorageError as error:
+        if "thrift" in str(error):  # how Parquet's metadata is written; Arrow calls it an I/O error
+            raise ValueError(f"{file.uri}: not a readable Parquet file: {one_line(error.__cause__)}") from None
+        raise
 
 
 def _column(file: Location, name: str, kind: pa.DataType) -> pa.ChunkedArray:
@@ -143,6 +147,10 @@ def _check_ids(files: list[Location], column: str) -> None:
         if values.null_count:
             row = pc.index(values.is_null(), True).as_py()
             raise ValueError(f"{file.uri}: column {column!r} is null in row {row}; every query needs an id")
+        try:
+            values.validate(full=True)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{file.uri}: column {column!r} is not UTF-8: {one_line(error)}") from None
         ids.append(values)
     merged = pa.chunked_array([chunk for values in ids for chunk in values.chunks], pa.large_string())
     if pc.count_distinct(merged).as_py() != len(merged):

@@ -176,16 +176,19 @@ def query_of(row: Mapping[str, Any], columns: Columns) -> Query:
     """One input row as a query; absent columns and nulls mean the same.
 
     Raises:
-        ValueError: a given passage cannot be told from another.
+        ValueError: a choice is null, or a given passage cannot be told from another.
     """
     given = row.get(columns.passages)
+    choices = tuple(row.get(columns.choices) or ())
+    if None in choices:
+        raise ValueError("a choice is null")
     passages = _given(given) if given else None
     return Query(
         id=row[columns.id],
         query=row[columns.query] or "",
         input=row.get(columns.input),
         task=row.get(columns.task),
-        choices=tuple(row.get(columns.choices) or ()),
+        choices=choices,
         passages=passages,
     )
 

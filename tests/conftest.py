@@ -1,5 +1,6 @@
 """Shared fixtures: the embedded model and encoder, a small index, and a real S3 server on loopback."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -15,6 +16,8 @@ from pipeline.storage import Location, locate
 from tests.indexes import save, unit_vectors
 from tests.s3 import S3Server, serving_s3
 
+# A Ray cluster that happens to run on this machine is none of the tests' business.
+os.environ["RAY_ADDRESS"] = "local"
 DEMO = Path(__file__).parents[1] / "infra" / "demo"
 
 

@@ -1,7 +1,5 @@
 """The command's checks: bad input ends in one clear line and exit status 2 before anything starts."""
 
-import json
-import os
 from pathlib import Path
 
 import pyarrow as pa
@@ -65,137 +63,6 @@ def call(options: dict[str, str], *more: str, **environment: str):
     return annotate(*[word for pair in options.items() for word in pair], *more, **environment)
 
 
-@pytest.mark.parametrize(
-    ("columns", "message"),
-    [
-        ({"id": ["a"], "question": ["Who?"]}, "no column 'query'; it has id, question"),
-        ({"query": ["Who?"]}, "no column 'id'; it has query"),
-        ({"id": ["a", None], "query": ["x", "y"]}, "column 'id' is null in row 1"),
-        ({"id": ["a", "b", "a"], "query": ["x", "y", "z"]}, "id 'a' is not unique"),
-        ({"id": [1, 2], "query": ["x", "y"]}, "column 'id' is int64, expected string"),
-        ({"id": ["a"], "query": [["x"]]}, "column 'query' is list"),
-        ({"id": ["a"], "query": ["x"], "choices": ["A,B"]}, "column 'choices' is string, expected list<string>"),
-        ({"id": ["a"], "query": ["x"], "passages": [["text"]]}, "column 'passages' is list"),
-        (
-            {"id": ["a"], "query": ["x"], "answer": ["y"], "input_answer": ["z"]},
-            "columns 'answer' and 'input_answer' would both be written as 'input_answer'",
-        ),
-        ({"id": ["a"], "query": ["x"], "answers": ["Paris"]}, "column 'answers' is string, expected list<string>"),
-        ({"id": pa.array([], pa.string()), "query": pa.array([], pa.string())}, "the query set has no rows"),
-    ],
-)
-def test_bad_query_set_is_refused(columns, message, options, tmp_path):
-    options["--queries"] = str(query_set(tmp_path / "bad", **columns))
-    line = refused(call(options))
-    assert message in line
-    assert options["--queries"] in line or "not unique" in line
-    assert not Path(options["--output"]).exists()
-
-
-def test_duplicate_id_across_files_names_both(options, tmp_path):
-    for name in ("one.parquet", "two.parquet"):
-        query_set(tmp_path / "set", name, id=[name, "same"], query=["x", "y"])
-    options["--queries"] = str(tmp_path / "set")
-    line = refused(call(options))
-    assert "one.parquet row 1" in line
-    assert "two.parquet row 1" in line
-
-
-def test_files_of_different_schemas_are_refused(options, tmp_path):
-    query_set(tmp_path / "set", "one.parquet", id=["a"], query=["x"], year=[1])
-    query_set(tmp_path / "set", "two.parquet", id=["b"], query=["y"], year=["1"])
-    options["--queries"] = str(tmp_path / "set")
-    assert "two.parquet: its schema differs" in (line := refused(call(options)))
-    assert "column 'year' is string, not int64" in line
-
-
-def test_unreadable_parquet_is_named(options, tmp_path):
-    (tmp_path / "broken.parquet").write_bytes(b"PAR1 nothing of the kind PAR1")
-    options["--queries"] = str(tmp_path / "broken.parquet")
-    assert "broken.parquet: not a readable Parquet file" in refused(call(options))
-
-
-@pytest.mark.parametrize("missing", ["nowhere", "nowhere/queries.parquet"])
-def test_missing_query_set_is_named(missing, options, tmp_path):
-    options["--queries"] = str(tmp_path / missing)
-    assert f"{missing}: not found" in refused(call(options))
-
-
-@pytest.mark.parametrize(
-    ("setting", "message"),
-    [
-        ("decoding.treshold=0.3", "unknown configuration key decoding.treshold"),
-        ("decoding.threshold=1.5", "configuration key decoding.threshold: input should be less than or equal to 1"),
-        ("decoding.weights.support=-1", "configuration key decoding.weights.support"),
-        ("decoding.passages=0", "configuration key decoding.passages"),
-        ("decoding.mode=sometimes", "configuration key decoding.mode"),
-        ("decoding", "expected KEY=VALUE"),
-        ("index=i", "index.json is missing"),
-    ],
-)
-def test_bad_configuration_is_refused(setting, message, options):
-    options["--set"] = "decoding.mode=always"
-    assert message in refused(call(options, "--set", setting))
-
-
-def test_unknown_engine_argument_is_refused(options):
-    line = refused(call(options, "--set", "model.engine.tensor_paralel_size=2"))
-    assert "unknown configuration key model.engine.tensor_paralel_size" in line
-
-
-def test_required_options_are_named():
-    assert "missing configuration key queries (flag --queries)" in refused(annotate())
-
-
-def test_unknown_key_in_the_file_is_named(options, tmp_path):
-    (tmp_path / "run.yaml").write_text("decoding:\n  depth: 3\n")
-    assert "unknown configuration key decoding.depth" in refused(call(options, "--config", str(tmp_path / "run.yaml")))
-
-
-def test_index_is_asked_for_when_there_are_no_passages(options):
-    options["--set"] = "decoding.mode=adaptive"
-    assert "--index is missing" in refused(call(options))
-
-
-def test_model_without_reflection_tokens_is_refused(options):
-    from pipeline.embedded import demo_base_model
-
-    options["--model"] = str(demo_base_model())
-    assert "its tokenizer lacks 15 of 15 reflection tokens" in refused(call(options))
-
-
-def test_missing_model_is_refused(options, tmp_path):
-    options["--model"] = str(tmp_path / "no-model")
-    assert "its tokenizer cannot be loaded" in refused(call(options))
-
-
-def test_index_of_another_encoder_is_refused(options, small_index, tmp_path):
-    manifest = json.loads((small_index / "index.json").read_text())
-    other = tmp_path / "index"
-    other.mkdir()
-    for file in small_index.iterdir():
-        os.link(file, other / file.name)
-    (other / "index.json").unlink()
-    manifest["encoder"]["digest"] = "0" * 64
-    (other / "index.json").write_text(json.dumps(manifest))
-    options |= {"--index": str(other), "--set": "decoding.mode=always"}
-    assert "is not the one that the index was built with" in refused(call(options))
-
-
-def test_output_of_something_else_is_left_alone(options, tmp_path):
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out" / "thesis.txt").write_text("years of work")
-    assert "holds files of something else" in refused(call(options))
-    assert (tmp_path / "out" / "thesis.txt").read_text() == "years of work"
-
-
-def test_doubled_column_is_refused(options, tmp_path):
-    table = pa.table([["a"], ["x"], ["1"], ["2"]], names=["id", "query", "note", "note"])
-    pq.write_table(table, tmp_path / "double.parquet")
-    options["--queries"] = str(tmp_path / "double.parquet")
-    assert "2 columns are named 'note'" in refused(call(options))
-
-
 @pytest.mark.parametrize("place", ["", "/sub", "/.."])
 @pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
 def test_output_over_the_queries_is_refused(place, flag, options, tmp_path):
@@ -207,29 +74,11 @@ def test_output_over_the_queries_is_refused(place, flag, options, tmp_path):
     assert (folder / "queries.parquet").exists()
 
 
-def test_overwriting_what_no_run_has_written_is_refused(options, tmp_path):
-    kept = query_set(tmp_path / "out" / "data", "train-00000.parquet", id=["mine"])
-    assert "holds files of something else" in refused(call(options, "--overwrite"))
-    assert kept.exists()
-
-
 def test_too_many_actors_are_refused_before_anything_is_deleted(options):
     result = call(options, "--set", "execution.actors=1000", "--overwrite")
     assert result.exit_code == 2
     assert result.stderr.strip().splitlines()[-1].startswith("error: execution.actors is 1000")
     assert not Path(options["--output"]).exists()
-
-
-def test_missing_output_bucket_is_named(options, s3):
-    options["--output"] = "s3://no-such-bucket/out"
-    assert "--output s3://no-such-bucket/out: no bucket 'no-such-bucket' there" in refused(
-        call(options, **s3.environment)
-    )
-
-
-def test_missing_bucket_is_named(options, s3):
-    options["--queries"] = "s3://no-such-bucket/queries"
-    assert "s3://no-such-bucket/queries" in refused(call(options, **s3.environment))
 
 
 def test_wrong_credentials_are_named_and_not_shown(options, s3):

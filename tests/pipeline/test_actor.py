@@ -1,4 +1,5 @@
 import asyncio
+import re
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -54,6 +55,41 @@ async def test_bad_rows_do_not_sink_their_neighbours():
     assert found["error_type"].to_pylist() == [None, "KeyError", "ValueError", None]
     assert found["error_message"].to_pylist()[2] == "the query is empty"
     assert found["attempts"].to_pylist() == [None, 1, 1, None]
+
+
+P1 = {"id": "p1", "title": "t", "text": "x"}
+BAD_ROWS = {
+    "null query": ({"query": None}, "the query is empty"),
+    "blank query": ({"query": " \n\u00a0\t "}, "the query is empty"),
+    "query longer than the model": ({"query": "word " * 200_000}, "the query has 20000. tokens and the model takes"),
+    "query not UTF-8": ({"query": b"caf\xe9"}, "its text is not UTF-8: .* can't decode byte 0xe9"),
+    "lone surrogate": ({"query": b"\xed\xa0\x80"}, "its text is not UTF-8"),
+    "null choice": ({"choices": ["A", None]}, "a choice is null"),
+    "null passage": ({"passages": [P1, None]}, "given passage 1 is null or has no id"),
+    "passage without id": ({"passages": [{**P1, "id": None}]}, "given passage 0 is null or has no id"),
+    "passage twice": ({"passages": [P1, P1]}, "two given passages have the id 'p1'"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+async def test_a_bad_row_is_an_error_with_its_reason_and_its_neighbours_are_answered(name):
+    change, reason = BAD_ROWS[name]
+    good = {"query": "one", "choices": None, "passages": None}
+    made = [good, {**good, **change}, {**good, "query": "two"}]
+    queries = [value.encode() if isinstance(value, str) else value for value in (row["query"] for row in made)]
+    given = pa.list_(pa.struct([("id", pa.string()), ("title", pa.string()), ("text", pa.string())]))
+    columns = {
+        "id": ["a", "b", "c"],
+        "query": pa.array(queries, pa.binary()).view(pa.string()),
+        "choices": pa.array([row["choices"] for row in made], pa.list_(pa.string())),
+        "passages": pa.array([row["passages"] for row in made], given),
+        UNIT_COLUMN: ["u"] * 3,
+    }
+    found = await annotate_table(system(), pa.table(columns), CONFIG)
+    assert found["answer"].to_pylist() == ["one", None, "two"]
+    assert found["error_type"].to_pylist() == [None, "ValueError", None]
+    assert re.search(reason, found["error_message"].to_pylist()[1])
+    assert found["query"].combine_chunks().equals(columns["query"])  # as it came, whatever it is
 
 
 async def test_a_row_that_takes_too_long_is_an_error_and_holds_nobody_up():
