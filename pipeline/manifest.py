@@ -14,7 +14,8 @@ from pipeline.storage import Location
 
 MANIFEST = "index.json"
 
-FileName = Annotated[str, Field(pattern=r"^[^/\\]+$")]
+# A plain name: an index that somebody else has written must not lead out of its folder, nor out of the cache.
+FileName = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 

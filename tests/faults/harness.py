@@ -47,6 +47,7 @@ class Job:
     output: str
     model: Path
     settings: list[str] = field(default_factory=list)
+    options: list[str] = field(default_factory=list)
     environment: dict[str, str] = field(default_factory=dict)
     module: str = "tests.faults.scripted"
     filesystem: Any = None
@@ -54,7 +55,7 @@ class Job:
     def start(self) -> "Running":
         """Start the command in a session of its own."""
         settings = ["execution.unit_rows=10", "execution.cpus_per_actor=0.5", "execution.gpus_per_actor=0"]
-        options = ["--queries", self.queries, "--output", self.output, "--model", str(self.model)]
+        options = ["--queries", self.queries, "--output", self.output, "--model", str(self.model), *self.options]
         options += [word for setting in [*settings, *self.settings] for word in ("--set", setting)]
         # A pipe that nobody reads fills, and the command waits.
         log = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the object that holds it

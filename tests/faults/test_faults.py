@@ -2,31 +2,41 @@
 
 import random
 from collections.abc import Iterator
+from dataclasses import dataclass
 from pathlib import Path
 
 import pyarrow.dataset as ds
 import pytest
+from pyarrow import fs
 
 from tests.faults.campaign import model_folder
 from tests.faults.harness import Job, broken, write_queries
 from tests.faults.proxy import FaultProxy, Faults
 from tests.faults.series import actor_kills, cluster, driver_kills, storage_faults
 
-pytestmark = pytest.mark.slow
+
+@dataclass(frozen=True)
+class Running:
+    """A cluster: its address, its folder of logs, one for process ids, and what passes for a model."""
+
+    address: str
+    session: Path
+    pids: Path
+    model: Path
 
 
 @pytest.fixture(scope="module")
-def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, Path, Path]]:
-    """A cluster's address, a folder for process ids, and what passes for a model."""
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     folder = tmp_path_factory.mktemp("faults")
     with cluster(folder) as made:
-        yield made.address, folder / "pids", model_folder(folder)  # type: ignore[attr-defined]
+        session = Path(made.head_node.get_session_dir_path())
+        yield Running(made.address, session, folder / "pids", model_folder(folder))
 
 
 @pytest.fixture
-def job(running: tuple[str, Path, Path], tmp_path: Path) -> Job:
-    address, _, model = running
-    return Job(str(tmp_path / "queries"), str(tmp_path / "out"), model, [f"execution.ray_address={address}"])
+def job(running: Running, tmp_path: Path) -> Job:
+    settings = [f"execution.ray_address={running.address}"]
+    return Job(str(tmp_path / "queries"), str(tmp_path / "out"), running.model, settings)
 
 
 def test_nothing_is_lost_or_doubled_when_drivers_are_killed(job: Job, tmp_path: Path) -> None:
@@ -35,11 +45,9 @@ def test_nothing_is_lost_or_doubled_when_drivers_are_killed(job: Job, tmp_path: 
     assert (killed, problems) == (3, [])
 
 
-def test_nothing_is_lost_or_doubled_when_actors_are_killed(
-    job: Job, running: tuple[str, Path, Path], tmp_path: Path
-) -> None:
+def test_nothing_is_lost_or_doubled_when_actors_are_killed(job: Job, running: Running, tmp_path: Path) -> None:
     write_queries(tmp_path / "queries", 200)
-    killed, problems = actor_kills(job, tmp_path / "queries", running[1], random.Random(2), kills=3)
+    killed, problems = actor_kills(job, tmp_path / "queries", running.pids, random.Random(2), kills=3)
     assert killed >= 3
     assert problems == []
 
@@ -58,13 +66,14 @@ def test_poison_rows_are_set_aside_and_all_others_are_answered(job: Job, tmp_pat
     }
 
 
+@pytest.mark.slow
 def test_answers_do_not_depend_on_what_happened(job: Job, tmp_path: Path) -> None:
     write_queries(tmp_path / "queries", 60)
     assert job.finish()[0] == 0
     calm = {row["id"]: row["answer"] for row in ds.dataset(f"{job.output}/data").to_table().to_pylist()}
     job.output = str(tmp_path / "again")
     driver_kills(job, tmp_path / "queries", random.Random(3), kills=1, longest=6.0)
-    found = ds.dataset(f"{job.output}/data").to_table().to_pylist()
+    found = ds.dataset(f"{job.output}-0/data").to_table().to_pylist()
     assert {row["id"]: row["answer"] for row in found} == calm
 
 
@@ -95,3 +104,27 @@ def test_a_store_that_stays_away_ends_the_run_with_its_uri(job: Job, s3, tmp_pat
     assert status == 2
     assert said.strip().splitlines()[-1].startswith(f"error: s3://{s3.bucket}/away/out")
     assert s3.secret_key not in said
+
+
+def test_credentials_are_written_nowhere(job: Job, running: Running, s3, tmp_path: Path) -> None:
+    """Neither by a run with an error row, nor by one that the store refuses, into files or logs, Ray's included."""
+    write_queries(tmp_path / "queries", 30, {7: "RAISES"})
+    keys = f"access_key: {s3.access_key}\n  secret_key: {s3.secret_key}\n  endpoint_url: {s3.endpoint}"
+    (tmp_path / "run.yaml").write_text(f"storage:\n  {keys}\n  region: us-east-1\n")
+    job.queries = str(tmp_path / "queries")
+    said = []
+    for output, status in ((f"s3://{s3.bucket}/secrets/out", 3), ("s3://elsewhere/out", 2)):
+        job.output = output
+        job.options = ["--config", str(tmp_path / "run.yaml"), "--set", "execution.max_error_rate=0.5"]
+        ended, words = job.finish()
+        assert ended == status, words[-2000:]
+        said.append(words.encode())
+    store = s3.filesystem()
+    files = store.get_file_info(fs.FileSelector(f"{s3.bucket}/secrets", recursive=True))
+    written = [store.open_input_stream(file.path).read() for file in files if file.type == fs.FileType.File]
+    assert len(written) > 4  # data, errors, manifest, success
+    logs = [file.read_bytes() for file in (running.session / "logs").rglob("*") if file.is_file()]
+    assert len(logs) > 10
+    for text in [*said, *written, *logs]:
+        assert s3.secret_key.encode() not in text
+        assert s3.access_key.encode() not in text

@@ -199,6 +199,10 @@ INDEX: dict[str, tuple[Spoil, str]] = {
         lambda c: c.manifest(lambda m: m["shards"][0].update(file="../../etc/passwd")),
         "index.json: key shards.0.file: string should match pattern",
     ),
+    "shard above": (
+        lambda c: c.manifest(lambda m: m["shards"][0].update(passages_file="..")),
+        "index.json: key shards.0.passages_file: string should match pattern",
+    ),
     "counts disagree": (lambda c: c.manifest(lambda m: m.update(passages=9)), "do not hold 9 passages together"),
     "another encoder": (
         lambda c: c.manifest(lambda m: m["encoder"].update(digest="0" * 64)),

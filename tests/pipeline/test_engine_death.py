@@ -32,6 +32,7 @@ async def kill(engine: Any) -> None:
     os.kill(process.pid, signal.SIGKILL)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("end", "reason"),
     [(starve, "CUDA out of memory. Tried to allocate"), (kill, "^killed by signal 9")],
