@@ -17,7 +17,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check clean
+.PHONY: help setup demo test check audit clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ check: $(READY) ## lint, types and tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(MAKE) test
+
+audit: $(READY) ## look the dependencies up among known vulnerabilities (needs PyPI)
+	$(BIN)/uv tool run pip-audit --path $(VENV)/lib/python3*/site-packages
 
 clean: ## delete the environment, outputs and tool caches
 	rm -rf $(VENV) out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -21,6 +21,7 @@ import pyarrow as pa
 
 from jobs.cluster import connect
 from pipeline.build import BuildFolder, BuildPlan, read_ahead
+from pipeline.claim import Claim
 from pipeline.config import ExecutionConfig
 from pipeline.encoder import Vectors
 from pipeline.manifest import IndexManifest, ShardEntry, write_manifest
@@ -258,9 +259,15 @@ def execute(plan: BuildPlan) -> Built:
 
     Raises:
         ValueError: an interrupted build of something else is there, or there are too few passages for the factory.
+        OutputTakenError: another build is at work there.
         ray.exceptions.RayError: a shard failed.
         StorageError: the output cannot be written.
     """
+    with Claim(plan.output):
+        return _execute(plan)
+
+
+def _execute(plan: BuildPlan) -> Built:
     folder = BuildFolder(plan.output)
     folder.begin(plan.identity(), plan.request.overwrite)
     entries = folder.finished(plan.shards)
