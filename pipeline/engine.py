@@ -164,10 +164,14 @@ def lora_rank(adapter: str) -> int:
 class VllmGenerator:
     """A vLLM replica in this process; its engine core is a process of its own.
 
+    Attributes:
+        load: an ``engine_load.EngineLoad``: how full its steps are.
+
     Use :meth:`start` to make one and :meth:`shutdown` to end it.
     """
 
     engine: Any
+    load: Any
     sampling: dict[str, Any]
     watched: tuple[int, ...]
     max_model_len: int
@@ -189,7 +193,16 @@ class VllmGenerator:
         from vllm.lora.request import LoRARequest
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(model)))
+        from pipeline.engine_load import EngineLoad
+
+        loads: list[EngineLoad] = []
+
+        def watch(config: Any, number: int) -> EngineLoad:
+            loads.append(EngineLoad(config, number))
+            return loads[-1]
+
+        # With a logger of statistics answers bring their times as well.
+        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(model)), stat_loggers=[watch])
         sampling = {
             "temperature": 0.0,
             "logprob_token_ids": list(dict.fromkeys(watched)),
@@ -198,7 +211,7 @@ class VllmGenerator:
             "skip_special_tokens": False,
         }
         lora = LoRARequest("adapter", 1, model.lora) if model.lora else None
-        return cls(engine, sampling, watched, int(engine.model_config.max_model_len), errors, lora)
+        return cls(engine, loads[0], sampling, watched, int(engine.model_config.max_model_len), errors, lora)
 
     async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
         """See :meth:`Generator.generate`."""
@@ -233,12 +246,16 @@ class VllmGenerator:
     def _generation(self, final: Any) -> Generation:
         output = final.outputs[0]
         chosen, reflection = targeted_logprobs(output.logprobs, output.token_ids, self.watched)
+        times = final.metrics
         return Generation(
             token_ids=tuple(output.token_ids),
             logprobs=chosen,
             reflection_logprobs=reflection,
             prompt_tokens=len(final.prompt_token_ids),
             cached_tokens=final.num_cached_tokens or 0,
+            queue_seconds=times.scheduled_ts - times.queued_ts,
+            prefill_seconds=times.first_token_ts - times.scheduled_ts,
+            decode_seconds=times.last_token_ts - times.first_token_ts,
         )
 
     def shutdown(self) -> None:
@@ -248,6 +265,7 @@ class VllmGenerator:
             # It would report the engine's end as a failure.
             handler.get_loop().call_soon_threadsafe(handler.cancel)
         self.engine.shutdown()
+        self.engine.shutdown = lambda: None  # its destructor would try again when vLLM's modules are gone
 
 
 def targeted_logprobs(

@@ -70,12 +70,16 @@ class Requests:
     async def ask(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
         """See :meth:`Generator.generate`."""
         generation = await self.generator.generate(prompt, max_tokens, stops)
+        before = self.usage
         self.usage = replace(
-            self.usage,
-            prompt_tokens=self.usage.prompt_tokens + generation.prompt_tokens,
-            cached_tokens=self.usage.cached_tokens + generation.cached_tokens,
-            generated_tokens=self.usage.generated_tokens + len(generation.token_ids),
-            engine_requests=self.usage.engine_requests + 1,
+            before,
+            prompt_tokens=before.prompt_tokens + generation.prompt_tokens,
+            cached_tokens=before.cached_tokens + generation.cached_tokens,
+            generated_tokens=before.generated_tokens + len(generation.token_ids),
+            engine_requests=before.engine_requests + 1,
+            queue_seconds=before.queue_seconds + generation.queue_seconds,
+            prefill_seconds=before.prefill_seconds + generation.prefill_seconds,
+            decode_seconds=before.decode_seconds + generation.decode_seconds,
         )
         return generation
 

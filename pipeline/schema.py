@@ -60,6 +60,11 @@ USAGE = pa.struct(
         pa.field("engine_requests", pa.int32()),
         pa.field("truncated_tokens", pa.int32()),
         pa.field("seconds", pa.float64()),
+        pa.field("decide_seconds", pa.float64()),
+        pa.field("retrieve_seconds", pa.float64()),
+        pa.field("queue_seconds", pa.float64()),
+        pa.field("prefill_seconds", pa.float64()),
+        pa.field("decode_seconds", pa.float64()),
     ]
 )
 ANSWER_FIELDS = [

@@ -52,6 +52,7 @@ class Decoding:
 
     Attributes:
         searches: passages found, by what was asked.
+        searching: seconds waited for them.
         families: what each path was continued to.
     """
 
@@ -60,14 +61,22 @@ class Decoding:
     retriever: Retriever | None
     config: DecodingConfig
     searches: dict[str, list[RetrievedPassage]] = field(default_factory=dict)
+    searching: float = 0.0
     families: dict[Path, Sequence[Path]] = field(default_factory=dict)
 
     async def run(self) -> Answer:
         """The algorithm."""
         started = time.monotonic()
         root = Path((), await self.reader.decide())
+        decided = time.monotonic()
         paths = await search(root, self.expand, self.config)
-        usage = replace(self.reader.usage, retrievals=len(self.searches), seconds=time.monotonic() - started)
+        usage = replace(
+            self.reader.usage,
+            retrievals=len(self.searches),
+            seconds=time.monotonic() - started,
+            decide_seconds=decided - started,
+            retrieve_seconds=self.searching,
+        )
         candidates = tree(root, self.families) if self.config.keep_candidates else ()
         return conclude(root, paths, self.query.choices, self.config, usage, candidates)
 
@@ -96,7 +105,9 @@ class Decoding:
         last = path.segments[-1].text if path.segments and self.config.search == "dynamic" else ""
         asked = f"{self.query.query} {last}".rstrip()
         if asked not in self.searches:
+            began = time.monotonic()
             self.searches[asked] = await self.retriever.retrieve(asked, self.config.passages)
+            self.searching += time.monotonic() - began
         return self.searches[asked]
 
 

@@ -64,6 +64,8 @@ class Generation:
             ``reflection.REFLECTION_TOKENS``.
         prompt_tokens: tokens of the prompt.
         cached_tokens: those of them that the prefix cache had.
+        queue_seconds, prefill_seconds, decode_seconds: that it waited for a slot, and that the engine took to its
+            first token and from there to its last; steps are shared with other requests.
     """
 
     token_ids: tuple[int, ...]
@@ -71,6 +73,9 @@ class Generation:
     reflection_logprobs: npt.NDArray[np.float64]
     prompt_tokens: int = 0
     cached_tokens: int = 0
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -199,6 +204,9 @@ class Usage:
         engine_requests: generations asked for.
         truncated_tokens: passage tokens cut because a prompt did not fit the model.
         seconds: from the first step of the row to its last, queueing included.
+        decide_seconds, retrieve_seconds: of them, until the first decision, and waiting for passages.
+        queue_seconds, prefill_seconds, decode_seconds: as in :class:`Generation`, summed over its requests, which run
+            side by side.
     """
 
     prompt_tokens: int = 0
@@ -208,6 +216,11 @@ class Usage:
     engine_requests: int = 0
     truncated_tokens: int = 0
     seconds: float = 0.0
+    decide_seconds: float = 0.0
+    retrieve_seconds: float = 0.0
+    queue_seconds: float = 0.0
+    prefill_seconds: float = 0.0
+    decode_seconds: float = 0.0
 
 
 @dataclass(frozen=True)

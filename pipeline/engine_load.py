@@ -1,0 +1,30 @@
+"""How full the engine is, step by step. Importing this imports vLLM."""
+
+from collections import Counter
+from typing import Any
+
+from vllm.v1.metrics.loggers import StatLoggerBase
+
+
+class EngineLoad(StatLoggerBase):  # type: ignore[misc]
+    """Counts what vLLM's scheduler says of each step; one engine for each process.
+
+    Attributes:
+        slots: most requests that the engine runs at once (``max_num_seqs``).
+        steps: number of steps by requests that ran in them.
+        waiting: requests that wait for a slot now.
+    """
+
+    def __init__(self, vllm_config: Any, *_: Any) -> None:
+        self.slots = int(vllm_config.scheduler_config.max_num_seqs)
+        self.steps: Counter[int] = Counter()
+        self.waiting = 0
+
+    def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
+        """Called by vLLM for each step that has outputs."""
+        if scheduler_stats is not None:
+            self.steps[scheduler_stats.num_running_reqs] += 1
+            self.waiting = scheduler_stats.num_waiting_reqs
+
+    def log_engine_initialized(self) -> None:
+        """Nothing to say."""
