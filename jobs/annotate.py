@@ -104,7 +104,15 @@ def execute(plan: Plan, resources: Resources) -> Summary:
     units = plan.output.summaries(unit.id for unit in plan.queries.units)
     summary = summarise(plan, units, annotated, time.monotonic() - started)
     if not plan.finished:
-        files = {unit.unit: {"rows": unit.rows, "errors": sum(unit.errors.values())} for unit in units}
+        files = {
+            unit.unit: {
+                "rows": unit.rows,
+                "errors": sum(unit.errors.values()),
+                "began": unit.began,
+                "ended": unit.ended,
+            }
+            for unit in units
+        }
         times = {"finished": datetime.now(UTC).isoformat()}
         plan.output.finish({**record, **times, "counts": dataclasses.asdict(summary), "units": files})
     return summary
@@ -192,9 +200,9 @@ def _read(batch: pa.Table, config: RunConfig) -> pa.Table:
 
 def _write(batch: pa.Table, output: OutputFolder, inputs: pa.Schema, keep_candidates: bool) -> pa.Table:
     (name,) = set(batch[UNIT_COLUMN].to_pylist())
-    unit, rows = name.split("/")
+    unit, rows, began, ended = name.split("/")
     assert batch.num_rows == int(rows), f"unit {unit} has {rows} rows and {batch.num_rows} arrived"
-    summary = output.write_unit(unit, batch, inputs, keep_candidates)
+    summary = output.write_unit(unit, batch, inputs, keep_candidates, (float(began), float(ended)))
     return pa.table({"summary": [json.dumps(dataclasses.asdict(summary))]})
 
 

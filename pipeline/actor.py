@@ -3,6 +3,7 @@
 import asyncio
 import logging
 import os
+import time
 from collections.abc import Sequence
 from typing import Any
 
@@ -177,6 +178,7 @@ class SelfRagActor:
         place = self.turnstile.beside_others() if deaths < BESIDE_OTHERS else self.turnstile.alone()
         try:
             async with place:
+                began = time.time()
                 annotated = await annotate_table(self.system, table, self.config, one_by_one)
         except EngineDeadError as error:
             memory = " (out of memory)" if error.death.out_of_memory else ""
@@ -184,7 +186,8 @@ class SelfRagActor:
             await self.attempts.died.remote(unit, error.death)
             os._exit(1)
         await self.attempts.end.remote(unit)
-        return annotated
+        stamped = pa.array([f"{unit}/{began}/{time.time()}"] * table.num_rows, pa.string())
+        return annotated.set_column(annotated.schema.names.index(UNIT_COLUMN), UNIT_COLUMN, stamped)
 
     def __del__(self) -> None:
         """End engine and index; Ray Data deletes the object when the pool shuts down, and calls nothing else."""

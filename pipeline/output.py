@@ -22,6 +22,8 @@ from pipeline.storage import Location, MissingFileError, StorageError, one_line
 
 FORMAT_VERSION = 1
 UNIT_FILE = re.compile(r"part-[0-9a-f]{20}\.parquet")
+# Where a data file keeps when its unit was begun and ended.
+TIMES = b"selfrag.times"
 # Files read at once when a finished run is counted: object stores answer slowly, and many at a time.
 READERS = 16
 
@@ -35,6 +37,7 @@ class UnitSummary:
         errors: failed rows by error type.
         retrieved: answered rows that used a passage.
         generated_tokens, prompt_tokens: of its answered rows.
+        began, ended: when an actor took it up and had annotated it, in seconds since the epoch; None where unknown.
     """
 
     unit: str
@@ -43,6 +46,8 @@ class UnitSummary:
     retrieved: int = 0
     generated_tokens: int = 0
     prompt_tokens: int = 0
+    began: float | None = None
+    ended: float | None = None
 
 
 @dataclass(frozen=True)
@@ -117,14 +122,23 @@ class OutputFolder:
         content = {"format_version": FORMAT_VERSION, **manifest}
         self._manifest.write(json.dumps(content, indent=2, ensure_ascii=False).encode())
 
-    def write_unit(self, unit: str, annotated: pa.Table, inputs: pa.Schema, keep_candidates: bool) -> UnitSummary:
+    def write_unit(
+        self,
+        unit: str,
+        annotated: pa.Table,
+        inputs: pa.Schema,
+        keep_candidates: bool,
+        times: tuple[float, float] | None = None,
+    ) -> UnitSummary:
         """Write a unit's two files.
 
         Args:
             annotated: input, answer and error columns together; a row is an error where ``error_type`` is set.
+            times: when the unit was begun and ended; kept in the data file's metadata, so that they survive a resume.
         """
         failed = pc.is_valid(annotated["error_type"])
         answers = annotated.filter(pc.invert(failed)).select(data_schema(inputs, keep_candidates).names)
+        answers = answers.replace_schema_metadata({TIMES: json.dumps(times)} if times else None)
         errors = annotated.filter(failed).select(error_schema(inputs).names)
         errors_file = self.location / "errors" / f"part-{unit}.parquet"
         if errors.num_rows:
@@ -157,6 +171,7 @@ NO_ERRORS = pa.table({"error_type": pa.array([], pa.string())})
 def summarise(unit: str, answers: pa.Table, errors: pa.Table) -> UnitSummary:
     """Count a unit's rows."""
     usage = answers["usage"].combine_chunks()
+    began, ended = json.loads((answers.schema.metadata or {}).get(TIMES, b"[null, null]"))
     return UnitSummary(
         unit=unit,
         rows=answers.num_rows + errors.num_rows,
@@ -164,6 +179,8 @@ def summarise(unit: str, answers: pa.Table, errors: pa.Table) -> UnitSummary:
         retrieved=pc.sum(answers["retrieved"]).as_py() or 0,
         generated_tokens=pc.sum(pc.struct_field(usage, "generated_tokens")).as_py() or 0,
         prompt_tokens=pc.sum(pc.struct_field(usage, "prompt_tokens")).as_py() or 0,
+        began=began,
+        ended=ended,
     )
 
 

@@ -84,7 +84,8 @@ ERROR_FIELDS = [
     pa.field("error_message", pa.string()),
     pa.field("attempts", pa.int32()),
 ]
-# Travels with a unit's rows from reader to writer.
+# Travels with a unit's rows from reader to writer: its id and number of rows, and when an actor began and ended it,
+# in seconds since the epoch, separated by slashes.
 UNIT_COLUMN = "_unit"
 RESERVED = frozenset([UNIT_COLUMN, *(f.name for f in [*ANSWER_FIELDS, *CANDIDATE_FIELDS, *ERROR_FIELDS])])
 

@@ -1,5 +1,6 @@
 import asyncio
 import re
+import time
 from collections.abc import Callable
 from types import SimpleNamespace
 
@@ -160,6 +161,9 @@ async def test_a_row_that_kills_its_process_is_set_aside_and_its_neighbours_fini
     assert found["error_type"].to_pylist() == [None, "ProcessDiedError", None]
     assert found["error_message"].to_pylist()[1] == "2 processes died while this row alone was decoded"
     assert deaths == 2 + 1 + 2  # beside others, alone, and its own
+    unit, began, ended = found[UNIT_COLUMN][0].as_py().split("/")
+    assert unit == "u"
+    assert time.time() - 60 < float(began) <= float(ended) <= time.time()
     assert attempts.inner._begun == {}
 
 

@@ -44,6 +44,12 @@ def test_rows_go_to_data_and_errors(folder, tmp_path):
     ]
 
 
+def test_a_files_metadata_keep_when_its_unit_was_done(folder):
+    summary = folder.write_unit(U1, annotated("a"), INPUTS, keep_candidates=False, times=(12.5, 14.0))
+    assert (summary.began, summary.ended) == (12.5, 14.0)
+    assert folder.summaries([U1]) == [summary]
+
+
 def test_unit_of_failures_has_an_empty_data_file(folder, tmp_path):
     write(folder, U1, "bad")
     assert pq.read_table(tmp_path / f"out/data/part-{U1}.parquet").num_rows == 0
