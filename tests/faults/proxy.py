@@ -96,13 +96,13 @@ class FaultProxy:
             if fault == "failed":
                 return _trouble(500, "InternalError")
             if fault == "cut":
-                return await self._cut(request, answer.status, dict(answer.headers), body)
+                return await self._cut(request, answer.status, body)
             kept = {k: v for k, v in answer.headers.items() if k.lower() not in ("transfer-encoding", "connection")}
             return web.Response(status=answer.status, headers=kept, body=None if request.method == "HEAD" else body)
 
-    async def _cut(self, request: web.Request, status: int, headers: dict[str, str], body: bytes) -> web.StreamResponse:
+    async def _cut(self, request: web.Request, status: int, body: bytes) -> web.StreamResponse:
         """Half of the answer, then nothing."""
-        response = web.StreamResponse(status=status, headers={"Content-Length": headers.get("Content-Length", "0")})
+        response = web.StreamResponse(status=status, headers={"Content-Length": str(max(1, len(body)))})
         await response.prepare(request)
         if body:
             await response.write(body[: len(body) // 2])
