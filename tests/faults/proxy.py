@@ -83,9 +83,7 @@ class FaultProxy:
         if fault == "refused":
             return _trouble(503, "SlowDown")
         if fault == "lost":
-            assert request.transport is not None
-            request.transport.abort()
-            return web.Response()  # nobody is left to read it
+            return _gone(request)
         if fault == "slow":
             await asyncio.sleep(self.faults.seconds)
         headers = {k: v for k, v in request.headers.items() if k.lower() not in ("transfer-encoding", "expect")}
@@ -101,14 +99,19 @@ class FaultProxy:
             return web.Response(status=answer.status, headers=kept, body=None if request.method == "HEAD" else body)
 
     async def _cut(self, request: web.Request, status: int, body: bytes) -> web.StreamResponse:
-        """Half of the answer, then nothing."""
-        response = web.StreamResponse(status=status, headers={"Content-Length": str(max(1, len(body)))})
-        await response.prepare(request)
-        if body:
+        """Half of the answer, if it has a body, then nothing."""
+        response = web.StreamResponse(status=status, headers={"Content-Length": str(len(body))})
+        if len(body) > 1 and request.method != "HEAD":
+            await response.prepare(request)
             await response.write(body[: len(body) // 2])
-        assert request.transport is not None
-        request.transport.abort()
-        return response
+        return _gone(request)
+
+
+def _gone(request: web.Request) -> web.StreamResponse:
+    """End the connection."""
+    assert request.transport is not None
+    request.transport.abort()
+    return web.Response()  # nobody is left to read it
 
 
 def _trouble(status: int, code: str) -> web.Response:

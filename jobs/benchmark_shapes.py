@@ -1,0 +1,177 @@
+"""The ways in which Self-RAG is run elsewhere, and the bare engine, all on the one engine that our decoding runs on.
+
+The shapes are of the public short-form scripts, re-created in a few lines: what they ask of the engine, and in which
+order. What they do with the answers is ours, so that their decisions can be compared with ours.
+
+- *released*: one query at a time; the decision writes a whole answer with the log-probabilities of 32,016 tokens, each
+  passage's answer has those of 5,000 (https://github.com/AkariAsai/self-rag, ``run_short_form.py``).
+- *naive*: the same steps for all queries at once, one step after the other, with 5,000 log-probabilities.
+- *flashrag*: the same with the 5 best log-probabilities (https://github.com/RUC-NLPIR/FlashRAG).
+- *direct*: our decoding, called without Ray, files or storage.
+- *ceiling*: the very tokens of *direct*, prompts and lengths, submitted at once to the bare engine.
+"""
+
+import asyncio
+import dataclasses
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import DecodingConfig
+from pipeline.critique import critique, retrieve_probability
+from pipeline.engine import Generator, VllmGenerator
+from pipeline.prompts import PromptTokenizer, passage_text
+from pipeline.reflection import Retrieve
+from pipeline.self_rag import SelfRag
+from pipeline.types import Answer, Generation, Query, RetrievedPassage
+
+# What the released scripts count for a token that is not among the log-probabilities.
+ABSENT = -100.0
+RELEASED_DECISION, RELEASED_CANDIDATE = 32_016, 5_000
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a shape made of a query."""
+
+    retrieved: bool
+    answer: str
+
+
+@dataclass
+class Recorder:
+    """Our engine, and every request to it: the prompt and how many tokens were written.
+
+    Attributes:
+        work: (prompt, tokens written) in the order of their ends.
+    """
+
+    generator: Generator
+    work: list[tuple[tuple[int, ...], int]] = field(default_factory=list)
+
+    @property
+    def max_model_len(self) -> int:
+        """See :attr:`Generator.max_model_len`."""
+        return self.generator.max_model_len
+
+    async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
+        """See :meth:`Generator.generate`."""
+        generation = await self.generator.generate(prompt, max_tokens, stops)
+        self.work.append((tuple(prompt), len(generation.token_ids)))
+        return generation
+
+
+async def direct(system: SelfRag, queries: Sequence[Query]) -> list[Answer]:
+    """Our decoding of all queries at once."""
+    return list(await asyncio.gather(*(system.answer(query) for query in queries)))
+
+
+@dataclass
+class BareEngine:
+    """The engine below our own requests.
+
+    Args:
+        generator: whose vLLM engine it is.
+    """
+
+    generator: VllmGenerator
+    numbers: Any = field(default_factory=lambda: (f"bare-{n}" for n in itertools.count()))
+
+    async def ask(self, prompt: Sequence[int], **sampling: Any) -> Any:
+        """One request; vLLM's final output."""
+        from vllm import SamplingParams, TokensPrompt
+        from vllm.sampling_params import RequestOutputKind
+
+        params = SamplingParams(temperature=0.0, output_kind=RequestOutputKind.FINAL_ONLY, **sampling)
+        stream = self.generator.engine.generate(TokensPrompt(prompt_token_ids=list(prompt)), params, next(self.numbers))
+        return [output async for output in stream][-1]
+
+    async def forget(self) -> None:
+        """Empty the prefix cache, so that no variant lives off another's prompts."""
+        await self.generator.engine.reset_prefix_cache()
+
+    async def replay(self, work: Sequence[tuple[tuple[int, ...], int]]) -> None:
+        """*ceiling*: prompts, each with exactly so many tokens, all at once."""
+        await asyncio.gather(
+            *(self.ask(prompt, max_tokens=n, ignore_eos=True, detokenize=False) for prompt, n in work)
+        )
+
+
+@dataclass(frozen=True)
+class Released:
+    """The steps of the released short-form script.
+
+    Attributes:
+        decision, candidate: log-probabilities of each token asked for in the two steps.
+    """
+
+    engine: BareEngine
+    tokenizer: PromptTokenizer
+    config: DecodingConfig
+    decision: int = RELEASED_DECISION
+    candidate: int = RELEASED_CANDIDATE
+
+    async def serially(self, queries: Sequence[Query], found: Sequence[Sequence[RetrievedPassage]]) -> list[Outcome]:
+        """One query after the other; the passages of a query together."""
+        outcomes = []
+        for query, passages in zip(queries, found, strict=True):
+            outcomes += await self.in_waves([query], [passages])
+        return outcomes
+
+    async def in_waves(self, queries: Sequence[Query], found: Sequence[Sequence[RetrievedPassage]]) -> list[Outcome]:
+        """All decisions, then all candidates."""
+        prompts = [self.tokenizer.prompt(query.query) for query in queries]
+        decisions = await asyncio.gather(*(self._ask(prompt, self.decision) for prompt in prompts))
+        wanted = [retrieve_probability(decision) > self.config.threshold for decision in decisions]
+        return list(
+            await asyncio.gather(
+                *(self._answer(*row) for row in zip(prompts, wanted, found, strict=True))
+            )
+        )
+
+    async def _answer(self, prompt: list[int], wanted: bool, passages: Sequence[RetrievedPassage]) -> Outcome:
+        contexts = [self._context(prompt, one) for one in passages] if wanted else [self._context(prompt, None)]
+        generations = await asyncio.gather(*(self._ask(context, self.candidate) for context in contexts))
+        reflection, eos = self.tokenizer.reflection, self.tokenizer.eos
+        segments = [self._first_segment(generation) for generation in generations]
+        scores = [critique(segment, reflection, eos, self.config.weights).score for segment in segments]
+        best = segments[int(np.argmax(scores))]
+        words = [token for token in best.token_ids if token not in reflection.control and token != eos]
+        return Outcome(wanted, self.tokenizer.decode(words).strip())
+
+    def _context(self, prompt: list[int], passage: RetrievedPassage | None) -> list[int]:
+        if passage is None:
+            return prompt + self.tokenizer.control(Retrieve.NO)
+        body = self.tokenizer.text(passage_text(passage.passage.title, passage.passage.text))
+        return prompt + self.tokenizer.control(Retrieve.YES) + self.tokenizer.paragraph(body)
+
+    async def _ask(self, prompt: list[int], logprobs: int) -> Generation:
+        output = await self.engine.ask(
+            prompt, max_tokens=self.config.max_tokens, logprobs=logprobs, skip_special_tokens=False
+        )
+        return read_wide(output, self.tokenizer.reflection.reflection)
+
+    def _first_segment(self, generation: Generation) -> Generation:
+        """Up to the next Retrieve token, where ours ends; the scripts write on."""
+        ends = self.tokenizer.reflection.group(Retrieve)
+        places = [n for n, token in enumerate(generation.token_ids) if token in ends]
+        if not places:
+            return generation
+        end = places[0] + 1
+        return dataclasses.replace(
+            generation,
+            token_ids=generation.token_ids[:end],
+            logprobs=generation.logprobs[:end],
+            reflection_logprobs=generation.reflection_logprobs[:end],
+        )
+
+
+def read_wide(output: Any, wanted: Sequence[int]) -> Generation:
+    """An answer of vLLM whose log-probabilities are dictionaries of the best tokens; others count ``ABSENT``."""
+    completion = output.outputs[0]
+    table = [[position[i].logprob if i in position else ABSENT for i in wanted] for position in completion.logprobs]
+    chosen = [position[t].logprob for position, t in zip(completion.logprobs, completion.token_ids, strict=True)]
+    return Generation(tuple(completion.token_ids), np.array(chosen), np.array(table), len(output.prompt_token_ids))
