@@ -17,7 +17,7 @@ endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check audit clean
+.PHONY: help setup demo test check bench audit clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -35,6 +35,9 @@ check: $(READY) ## lint, types and tests
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(MAKE) test
+
+bench: $(READY) ## compare with other implementations' shapes and the bare engine, side by side
+	$(BIN)/python -m jobs.benchmark --json bench.json --plot bench.png
 
 audit: $(READY) ## look the dependencies up among known vulnerabilities (needs PyPI)
 	$(BIN)/uv tool run pip-audit --path $(VENV)/lib/python3*/site-packages

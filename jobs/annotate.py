@@ -92,15 +92,19 @@ def allot(plan: Plan) -> Resources:
     return actor_resources(plan.config, plan.index["shards"] if plan.index else 0)
 
 
-def execute(plan: Plan, resources: Resources) -> Summary:
-    """Carry a plan out."""
+def execute(plan: Plan, resources: Resources, actor: type[SelfRagActor] = SelfRagActor) -> Summary:
+    """Carry a plan out.
+
+    Args:
+        actor: what annotates the units; another one where the engine is a scripted one.
+    """
     started, begun = time.monotonic(), datetime.now(UTC)
     record = {"configuration": plan.config.recorded(), **plan.identity(), "tasks": plan.tasks()}
     record |= {"versions": versions(), "started": begun.isoformat()}
     annotated = 0
     if not plan.finished:
         with Claim(plan.output.location):
-            annotated = annotate_todo(plan, resources, record)
+            annotated = annotate_todo(plan, resources, record, actor)
     units = plan.output.summaries(unit.id for unit in plan.queries.units)
     summary = summarise(plan, units, annotated, time.monotonic() - started)
     if not plan.finished:
@@ -118,7 +122,9 @@ def execute(plan: Plan, resources: Resources) -> Summary:
     return summary
 
 
-def annotate_todo(plan: Plan, resources: Resources, record: dict[str, Any]) -> int:
+def annotate_todo(
+    plan: Plan, resources: Resources, record: dict[str, Any], actor: type[SelfRagActor] = SelfRagActor
+) -> int:
     """Annotate what is left; how many rows that were.
 
     Raises:
@@ -129,7 +135,7 @@ def annotate_todo(plan: Plan, resources: Resources, record: dict[str, Any]) -> i
     plan.output.begin(record)
     allowed = max(plan.config.execution.max_error_rate * plan.queries.rows, FEWEST_ERRORS)
     with Progress(sum(unit.rows for unit in plan.todo)) as progress:
-        for unit in annotate_units(plan, resources):
+        for unit in annotate_units(plan, resources, actor):
             progress.add(unit)
             if progress.errors > allowed:
                 raise RuntimeError(
@@ -139,7 +145,7 @@ def annotate_todo(plan: Plan, resources: Resources, record: dict[str, Any]) -> i
     return progress.done
 
 
-def annotate_units(plan: Plan, resources: Resources) -> Iterator[UnitSummary]:
+def annotate_units(plan: Plan, resources: Resources, actor: type[SelfRagActor]) -> Iterator[UnitSummary]:
     """The job's graph; yields a summary as each unit's files appear."""
     if not plan.todo:
         return
@@ -165,7 +171,7 @@ def annotate_units(plan: Plan, resources: Resources) -> Iterator[UnitSummary]:
         ray.data.from_items(units, override_num_blocks=len(units))
         .map_batches(_read, fn_args=[config], batch_size=None, batch_format="pyarrow", compute=beside, num_cpus=0)
         .map_batches(
-            SelfRagActor,
+            actor,
             fn_constructor_args=[config, attempts, shard_servers(plan, resources), plan.index and plan.index["digest"]],
             batch_size=None,
             batch_format="pyarrow",

@@ -95,9 +95,7 @@ class BareEngine:
 
     async def replay(self, work: Sequence[tuple[tuple[int, ...], int]]) -> None:
         """*ceiling*: prompts, each with exactly so many tokens, all at once."""
-        await asyncio.gather(
-            *(self.ask(prompt, max_tokens=n, ignore_eos=True, detokenize=False) for prompt, n in work)
-        )
+        await asyncio.gather(*(self.ask(prompt, max_tokens=n, ignore_eos=True, detokenize=False) for prompt, n in work))
 
 
 @dataclass(frozen=True)
@@ -126,11 +124,7 @@ class Released:
         prompts = [self.tokenizer.prompt(query.query) for query in queries]
         decisions = await asyncio.gather(*(self._ask(prompt, self.decision) for prompt in prompts))
         wanted = [retrieve_probability(decision) > self.config.threshold for decision in decisions]
-        return list(
-            await asyncio.gather(
-                *(self._answer(*row) for row in zip(prompts, wanted, found, strict=True))
-            )
-        )
+        return list(await asyncio.gather(*(self._answer(*row) for row in zip(prompts, wanted, found, strict=True))))
 
     async def _answer(self, prompt: list[int], wanted: bool, passages: Sequence[RetrievedPassage]) -> Outcome:
         contexts = [self._context(prompt, one) for one in passages] if wanted else [self._context(prompt, None)]

@@ -8,6 +8,7 @@ Everything else is real: Ray, its actors, the files, the checks. What a row come
 """
 
 import asyncio
+import functools
 import os
 import random
 import signal
@@ -57,7 +58,7 @@ class ScriptedActor(SelfRagActor):
 
 def main() -> None:
     """Run the command."""
-    jobs.annotate.SelfRagActor = ScriptedActor  # type: ignore[misc]
+    jobs.annotate.execute = functools.partial(jobs.annotate.execute, actor=ScriptedActor)
     pipeline.plan.critic_of = lambda _config: None  # type: ignore[assignment]
     jobs.annotate.main()
 

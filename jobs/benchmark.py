@@ -1,0 +1,360 @@
+"""What a row costs, side by side in one run: ours, the shapes of other implementations, and the bare engine.
+
+``python -m jobs.benchmark [--quick] [--json FILE] [--plot FILE]``
+
+Ours is ``jobs.annotate`` itself, Parquet to Parquet; its rate counts from the first unit that an actor takes up to the
+last that is annotated, since an engine's start is paid once for any number of rows. The shapes and the bare engine are
+in ``jobs.benchmark_shapes``. Ratios of one run belong together; absolute rates belong to the machine.
+"""
+
+import asyncio
+import dataclasses
+import json
+import logging
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from jobs.benchmark_shapes import BareEngine, Outcome, Recorder, Released, direct
+from jobs.benchmark_workloads import WORKLOADS, Row, Workload, with_passages
+from jobs.demo import demo_index
+from pipeline.config import DecodingConfig, ModelConfig, RetrievalConfig, StorageConfig
+from pipeline.engine import VllmGenerator, gpu_share, load_tokenizer
+from pipeline.profiles import Tasks
+from pipeline.prompts import PromptTokenizer
+from pipeline.reader import ReflectionCritic
+from pipeline.retrieve import IndexRetriever
+from pipeline.self_rag import SelfRag
+from pipeline.storage import locate
+from pipeline.types import Passage, Query
+
+# Passages for each query, and most tokens of a segment: those of the demo.
+DECODING = {"passages": 3, "max_tokens": 60}
+# Queries of a unit; so many units are in flight that all rows are.
+UNIT_ROWS = 8
+STAGES = ("seconds", "decide_seconds", "retrieve_seconds", "queue_seconds", "prefill_seconds", "decode_seconds")
+
+
+@dataclass
+class Measured:
+    """One variant on one workload.
+
+    Attributes:
+        rates: queries/s of each repeat.
+        rows: queries of a repeat.
+        agreement: shares of queries with our decision and with our answer, where there is something to compare.
+    """
+
+    rows: int
+    rates: list[float] = field(default_factory=list)
+    agreement: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float:
+        """The median."""
+        return statistics.median(self.rates)
+
+
+Results = dict[str, dict[str, Measured]]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to run.
+
+    Attributes:
+        rows, serial_rows: queries for each variant, and for the one that answers one at a time.
+        model: of all variants.
+    """
+
+    workloads: Sequence[Workload]
+    rows: int
+    serial_rows: int
+    repeats: int
+    model: ModelConfig
+    folder: Path
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The engine that shapes and ceiling share, with everything around it."""
+
+    generator: VllmGenerator
+    tokenizer: PromptTokenizer
+    retriever: IndexRetriever
+
+    @classmethod
+    def open(cls, model: ModelConfig) -> "Bench":
+        """Start the engine and open the demo's index."""
+        tokenizer = PromptTokenizer.of(load_tokenizer(model), model.name)
+        retriever = IndexRetriever.open(locate(str(demo_index()), StorageConfig()), RetrievalConfig(), gpu_share(model))
+        wide = model.model_copy(update={"engine": {**model.engine, "max_logprobs": -1}})
+        generator = VllmGenerator.start(wide, ReflectionCritic(tokenizer).watched)
+        return cls(generator, tokenizer, retriever)
+
+    def close(self) -> None:
+        """End the engine."""
+        self.generator.shutdown()
+        self.retriever.close()
+
+
+async def prepare(bench: Bench, workload: Workload, plan: Plan) -> tuple[list[Row], list[list[Any]]]:
+    """The workload's rows, and the passages found for each."""
+    rows = workload.rows(plan.rows)
+    found = await asyncio.gather(*(bench.retriever.retrieve(row["query"], DECODING["passages"]) for row in rows))
+    return [with_passages(row, passages, workload) for row, passages in zip(rows, found, strict=True)], list(found)
+
+
+def queries_of(rows: Sequence[Row]) -> list[Query]:
+    """Rows as the decoding takes them."""
+    return [
+        Query(
+            row["id"],
+            row["query"],
+            choices=tuple(row.get("choices", ())),
+            passages=tuple(Passage(**p) for p in row["passages"]) if "passages" in row else None,
+        )
+        for row in rows
+    ]
+
+
+async def measure_shapes(bench: Bench, workload: Workload, plan: Plan) -> tuple[list[Row], dict[str, Measured]]:
+    """All variants that run on one engine, in turn, so many times; also the rows."""
+    rows, found = await prepare(bench, workload, plan)
+    queries, config = queries_of(rows), DecodingConfig(**{**DECODING, **workload.decoding})
+    if workload.body is not None:
+        found = [
+            [dataclasses.replace(f, passage=p) for f, p in zip(fs, q.passages or (), strict=True)]
+            for fs, q in zip(found, queries, strict=True)
+        ]
+    engine, critic = BareEngine(bench.generator), ReflectionCritic(bench.tokenizer)
+    few = plan.serial_rows
+    shapes: dict[str, tuple[int, Callable[[], Awaitable[list[Outcome]]]]] = {}
+    if workload.short_form:
+        released = Released(engine, bench.tokenizer, config)
+        naive, flashrag = (dataclasses.replace(released, decision=n, candidate=n) for n in (5000, 5))
+        shapes = {
+            "released": (few, lambda: released.serially(queries[:few], found[:few])),
+            "naive": (len(queries), lambda: naive.in_waves(queries, found)),
+            "flashrag": (len(queries), lambda: flashrag.in_waves(queries, found)),
+        }
+    measured = {name: Measured(count) for name, (count, _) in shapes.items()}
+    measured |= {"direct": Measured(len(rows)), "ceiling": Measured(len(rows))}
+    for _ in range(plan.repeats):
+        recorder = Recorder(bench.generator)
+        system = SelfRag(recorder, critic, Tasks(config), bench.retriever)
+        answers = await timed(engine, measured["direct"], direct(system, queries))
+        ours = [Outcome(a.retrieved, a.segments[0].text if a.segments else "") for a in answers]
+        await timed(engine, measured["ceiling"], engine.replay(recorder.work))
+        for name, (_, run) in shapes.items():
+            theirs = await timed(engine, measured[name], run())
+            measured[name].agreement = agreement(ours, theirs)
+    return rows, measured
+
+
+async def timed(engine: BareEngine, measured: Measured, work: Awaitable[Any]) -> Any:
+    """Do something with an empty prefix cache and note its rate."""
+    await engine.forget()
+    began = time.perf_counter()
+    outcome = await work
+    measured.rates.append(measured.rows / (time.perf_counter() - began))
+    return outcome
+
+
+def agreement(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> dict[str, float]:
+    """Shares of queries with the same decision, and with the same answer too."""
+    pairs = list(zip(ours, theirs, strict=False))
+    return {
+        "decision": statistics.mean(a.retrieved == b.retrieved for a, b in pairs),
+        "answer": statistics.mean(a == b for a, b in pairs),
+    }
+
+
+def measure_job(workload: Workload, rows: Sequence[Row], plan: Plan) -> tuple[Measured, dict[str, float]]:
+    """``jobs.annotate`` on the rows; also mean seconds of a row by stage, and of the whole call."""
+    folder = Path(tempfile.mkdtemp(dir=plan.folder))
+    pq.write_table(pa.Table.from_pylist(list(rows)), folder / "queries.parquet")
+    units = -(-len(rows) // UNIT_ROWS)
+    settings = {
+        "model": plan.model.model_dump(exclude_none=True),
+        "decoding": {**DECODING, **workload.decoding},
+        "execution": {"unit_rows": UNIT_ROWS, "units_in_flight": units},
+    }
+    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
+    measured, stages = Measured(len(rows)), {}
+    for number in range(plan.repeats):
+        output = folder / f"out-{number}"
+        options = ["--config", folder / "run.yaml", "--queries", folder / "queries.parquet", "--index", demo_index()]
+        command = [sys.executable, "-m", "jobs.annotate", *map(str, options), "--output", str(output), "--json"]
+        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  our own command
+        if done.returncode != 0:
+            raise RuntimeError(f"jobs.annotate ended with status {done.returncode}: {done.stderr[-2000:]}")
+        written = json.loads((output / "_manifest.json").read_text())["units"].values()
+        seconds = max(unit["ended"] for unit in written) - min(unit["began"] for unit in written)
+        measured.rates.append(len(rows) / seconds)
+        usage = ds.dataset(output / "data").to_table(columns=["usage"])["usage"].combine_chunks()
+        stages = {name: float(pc.mean(pc.struct_field(usage, name)).as_py()) for name in STAGES}
+        stages |= {"call_seconds": float(json.loads(done.stdout)["seconds"]), "decoding_seconds": seconds}
+    return measured, stages
+
+
+@dataclass(frozen=True)
+class Report:
+    """All figures.
+
+    Attributes:
+        stages: by workload: mean seconds of a row by stage; ``seconds`` is from its first step to its last.
+        slots: how full the engine's steps were in all of the shared engine's variants together: number of steps by
+            requests in them.
+    """
+
+    results: Results
+    stages: dict[str, dict[str, float]]
+
+    def ratios(self, workload: str) -> dict[str, dict[str, float]]:
+        """Ours against each variant: median of the rates, and the least and greatest of all pairs."""
+        ours = self.results[workload]["ours"]
+        return {
+            name: {
+                "median": ours.rate / other.rate,
+                "min": min(ours.rates) / max(other.rates),
+                "max": max(ours.rates) / min(other.rates),
+            }
+            for name, other in self.results[workload].items()
+            if name != "ours"
+        }
+
+    def record(self, model: ModelConfig) -> dict[str, Any]:
+        """Everything, for a file; ``ratios`` are those of the first workload."""
+        first = next(iter(self.results))
+        return {
+            "ratios": {name: ratio["median"] for name, ratio in self.ratios(first).items()},
+            "workloads": {
+                name: {
+                    "ratios": self.ratios(name),
+                    "absolute": {variant: dataclasses.asdict(m) for variant, m in variants.items()},
+                    "stages": self.stages[name],
+                }
+                for name, variants in self.results.items()
+            },
+            "absolute": {variant: m.rate for variant, m in self.results[first].items()},
+            "machine": machine(),
+            "model": model.model_dump(mode="json"),
+        }
+
+    def table(self, workload: str) -> Table:
+        """One workload's variants."""
+        table = Table(title=f"{workload} ({self.results[workload]['ours'].rows} queries)")
+        for heading in ("variant", "queries/s", "ours / variant", "min … max", "same decision", "same answer"):
+            table.add_column(heading, justify="left" if heading == "variant" else "right")
+        ratios = self.ratios(workload)
+        for name, measured in self.results[workload].items():
+            ratio = ratios.get(name)
+            shares = [f"{100 * s:.0f} %" for s in measured.agreement.values()] or ["", ""]
+            spread = [f"{ratio['median']:.2f}", f"{ratio['min']:.2f} … {ratio['max']:.2f}"] if ratio else ["", ""]
+            table.add_row(name, f"{measured.rate:.3f}", *spread, *shares)
+        return table
+
+
+def machine() -> dict[str, Any]:
+    """What the figures belong to."""
+    from vllm.platforms import current_platform
+
+    device = "CPU" if current_platform.is_cpu() else str(current_platform.get_device_name())
+    return {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "device": device}
+
+
+def plot(report: Report, file: Path) -> None:
+    """Rates of all variants by workload."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 1.2 + 0.9 * len(report.results)), layout="constrained")
+    axes = figure.subplots()
+    names = ["ceiling", "direct", "ours", "flashrag", "naive", "released"]
+    for place, name in enumerate(names):
+        there = [(n, m[name].rate) for n, m in enumerate(report.results.values()) if name in m]
+        axes.barh([n + 0.13 * (place - 2.5) for n, _ in there], [rate for _, rate in there], height=0.12, label=name)
+    axes.set(yticks=range(len(report.results)), yticklabels=list(report.results), xlabel="queries/s", xscale="log")
+    axes.invert_yaxis()
+    axes.legend()
+    figure.savefig(file, dpi=120)
+
+
+async def _shapes(plan: Plan) -> tuple[dict[str, list[Row]], Results]:
+    bench = Bench.open(plan.model)
+    rows, results = {}, {}
+    try:
+        for workload in plan.workloads:
+            rows[workload.name], results[workload.name] = await measure_shapes(bench, workload, plan)
+            Console(stderr=True).print(f"{workload.name}: shapes and ceiling measured")
+    finally:
+        bench.close()
+    return rows, results
+
+
+def execute(plan: Plan) -> Report:
+    """Measure everything."""
+    rows, results = asyncio.run(_shapes(plan))
+    stages = {}
+    for workload in plan.workloads:
+        ours, stages[workload.name] = measure_job(workload, rows[workload.name], plan)
+        results[workload.name] = {"ours": ours, **results[workload.name]}
+        Console(stderr=True).print(f"{workload.name}: jobs.annotate measured")
+    return Report(results, stages)
+
+
+def benchmark(
+    quick: Annotated[bool, typer.Option("--quick", help="One workload, few rows, one repeat.")] = False,
+    rows: Annotated[int | None, typer.Option(min=4, help="Queries of a workload.")] = None,
+    repeats: Annotated[int | None, typer.Option(min=1)] = None,
+    only: Annotated[list[str] | None, typer.Option(help="Workloads whose name begins so; all by default.")] = None,
+    model: Annotated[str, typer.Option(help="Model: hub name, folder, or 'demo'.")] = "demo",
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="An engine argument of all variants, such as dtype=bfloat16.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Write a plot here.")] = None,
+) -> None:
+    """Compare ours with the shapes of other implementations and with the bare engine, side by side."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    chosen = [w for w in WORKLOADS if not only or any(w.name.startswith(name) for name in only)]
+    count = rows or (24 if quick else 64)
+    engine = dict(setting.split("=", 1) for setting in settings or [])
+    with tempfile.TemporaryDirectory() as folder:
+        plan = Plan(
+            workloads=chosen[:1] if quick else chosen,
+            rows=count,
+            serial_rows=min(count, 4 if quick else 8),
+            repeats=repeats or (1 if quick else 3),
+            model=ModelConfig(name=model, engine={name: yaml.safe_load(value) for name, value in engine.items()}),
+            folder=Path(folder),
+        )
+        report = execute(plan)
+    console = Console(width=None if os.isatty(1) else 140)
+    for workload in report.results:
+        console.print(report.table(workload))
+    if json_file:
+        json_file.write_text(json.dumps(report.record(plan.model), indent=2))
+    if plot_file:
+        plot(report, plot_file)
+
+
+if __name__ == "__main__":
+    typer.run(benchmark)

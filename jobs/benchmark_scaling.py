@@ -1,0 +1,198 @@
+"""How a run grows with its rows and its actors, with an engine that does nothing but wait.
+
+``python -m jobs.benchmark_scaling [--rows 1000 --rows 10000 …] [--actors 1 --actors 8 …] [--json FILE]``
+
+Everything but the engine is real: Ray Data, actors, tokenizer, decoding, Parquet. What a row takes without waiting is
+what our own code costs; what it takes with a fixed wait on more and more actors shows whether anything stands between
+them.
+"""
+
+import asyncio
+import dataclasses
+import json
+import logging
+import os
+import resource
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jobs.annotate import allot, execute
+from pipeline.actor import SelfRagActor
+from pipeline.config import DecodingConfig, ExecutionConfig, ModelConfig, RunConfig
+from pipeline.engine import load_tokenizer
+from pipeline.plan import check
+from pipeline.profiles import Tasks
+from pipeline.prompts import PromptTokenizer
+from pipeline.reader import ReflectionCritic
+from pipeline.reflection import REFLECTION_TOKENS, IsRel, IsSup, Retrieve
+from pipeline.self_rag import SelfRag
+from pipeline.types import Generation
+
+# Seconds that the waiting engine takes for an answer, from the environment of the actors.
+LATENCY = "SELFRAG_BENCHMARK_LATENCY"
+PASSAGES = [{"id": f"p{n}", "title": "A title", "text": f"A passage of some words, number {n}."} for n in range(3)]
+# Rows for each actor where actors are compared, and how many of them are under way at once.
+ROWS_PER_ACTOR, UNIT_ROWS = 240, 8
+
+
+@dataclass(frozen=True)
+class WaitingEngine:
+    """Retrieves for every query, and writes three tokens for each passage, after a fixed time."""
+
+    tokenizer: PromptTokenizer
+    seconds: float
+    max_model_len: int = 2048
+
+    async def generate(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        stops: Sequence[int],  # noqa: ARG002  it never writes on
+    ) -> Generation:
+        """See :meth:`pipeline.engine.Generator.generate`."""
+        await asyncio.sleep(self.seconds)
+        written = [Retrieve.YES] if max_tokens == 1 else [IsRel.RELEVANT, IsSup.FULLY]
+        ids = self.tokenizer.control(*written) + ([self.tokenizer.eos] if max_tokens > 1 else [])
+        table = np.full((len(ids), len(REFLECTION_TOKENS)), -5.0)
+        for place, token in enumerate(written):
+            table[place, REFLECTION_TOKENS.index(token)] = -0.1
+        return Generation(tuple(ids), np.full(len(ids), -0.1), table, len(prompt))
+
+    def shutdown(self) -> None:
+        """Nothing to end."""
+
+
+class WaitingActor(SelfRagActor):
+    """An actor with such an engine."""
+
+    def _open(self, servers: Sequence[Any], index_digest: str | None) -> None:  # noqa: ARG002  there is no index
+        config = self.config
+        tokenizer = PromptTokenizer.of(load_tokenizer(config.model), config.model.name)
+        self.retriever = None
+        engine = WaitingEngine(tokenizer, float(os.environ.get(LATENCY, "0")))
+        self.generator: Any = engine
+        self.system = SelfRag(engine, ReflectionCritic(tokenizer), Tasks(config.decoding), None)
+
+
+@dataclass(frozen=True)
+class Run:
+    """One run.
+
+    Attributes:
+        seconds: from the first unit's begin to the last one's end.
+        call_seconds: of the whole call.
+        driver_mb: most memory that this process has had so far.
+        steady: rows/s while all actors are at work: from when each has its first units to the last unit's begin.
+    """
+
+    rows: int
+    actors: int
+    seconds: float
+    call_seconds: float
+    driver_mb: float
+    steady: float
+
+    @property
+    def rate(self) -> float:
+        """Rows/s."""
+        return self.rows / self.seconds
+
+
+def write_queries(file: Path, rows: int) -> None:
+    """Questions with three passages each."""
+    given = pa.list_(pa.struct([("id", pa.string()), ("title", pa.string()), ("text", pa.string())]))
+    names = [f"q{n}" for n in range(rows)]
+    texts = [f"What is the answer to question number {n}?" for n in range(rows)]
+    table = pa.table({"id": names, "query": texts, "passages": pa.array([PASSAGES] * rows, given)})
+    pq.write_table(table, file, row_group_size=10_000)
+
+
+def steady_rate(begins: Sequence[float], slots: int) -> float:
+    """Units/s at which free slots take up work, once all have some.
+
+    Args:
+        begins: of all units, in seconds.
+        slots: units that are under way at once.
+    """
+    ordered = sorted(begins)
+    first, last = ordered[min(slots, len(ordered) - 1) - 1], ordered[-1]
+    return sum(first < begin <= last for begin in ordered) / (last - first)
+
+
+def run(rows: int, execution: ExecutionConfig, folder: Path) -> Run:
+    """Annotate so many rows."""
+    write_queries(folder / "queries.parquet", rows)
+    config = RunConfig(
+        queries=str(folder / "queries.parquet"),
+        output=str(folder / "out"),
+        model=ModelConfig(name="demo"),
+        decoding=DecodingConfig(passages=len(PASSAGES)),
+        execution=execution,
+    )
+    plan = check(config, overwrite=True)
+    summary = execute(plan, allot(plan), WaitingActor)
+    units = json.loads((folder / "out" / "_manifest.json").read_text())["units"].values()
+    seconds = max(unit["ended"] for unit in units) - min(unit["began"] for unit in units)
+    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
+    steady = steady_rate([unit["began"] for unit in units], execution.actors * execution.units_in_flight)
+    return Run(rows, execution.actors, seconds, summary.seconds, memory, steady * execution.unit_rows)
+
+
+def report(sizes: Sequence[Run], pools: Sequence[Run], latency: float) -> list[Table]:
+    """What grew, and how."""
+    by_rows = Table(title="One actor, an engine that answers at once")
+    for heading in ("rows", "ms/row", "rows/s", "whole call, s", "driver, MB"):
+        by_rows.add_column(heading, justify="right")
+    for one in sizes:
+        cells = [f"{1000 / one.rate:.2f}", f"{one.rate:.0f}", f"{one.call_seconds:.1f}", f"{one.driver_mb:.0f}"]
+        by_rows.add_row(f"{one.rows:,}", *cells)
+    by_actors = Table(title=f"An engine that takes {latency:g} s for an answer, {ROWS_PER_ACTOR} rows for each actor")
+    for heading in ("actors", "rows/s", "efficiency"):
+        by_actors.add_column(heading, justify="right")
+    for one in pools:
+        share = one.steady / one.actors / (pools[0].steady / pools[0].actors)
+        by_actors.add_row(str(one.actors), f"{one.steady:.2f}", f"{share:.3f}")
+    return [by_rows, by_actors]
+
+
+def benchmark_scaling(
+    rows: Annotated[list[int] | None, typer.Option(help="Sizes of a run of one actor.")] = None,
+    actors: Annotated[list[int] | None, typer.Option(help="Sizes of the pool.")] = None,
+    latency: Annotated[float, typer.Option(help="Seconds for an answer, where pools are compared.")] = 2.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+) -> None:
+    """See how a run grows with its rows and its actors."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    import ray
+
+    pools_wanted = actors or [1, 2, 4, 8]
+    pools = []
+    with tempfile.TemporaryDirectory() as name:
+        sizes = [run(size, ExecutionConfig(), Path(name)) for size in rows or [1_000, 10_000, 100_000]]
+        ray.shutdown()
+        os.environ[LATENCY] = str(latency)
+        for pool in pools_wanted:
+            share = (os.cpu_count() or 1) / max(pools_wanted)
+            execution = ExecutionConfig(
+                actors=pool, cpus_per_actor=share, gpus_per_actor=0, unit_rows=UNIT_ROWS, units_in_flight=2
+            )
+            pools.append(run(ROWS_PER_ACTOR * pool, execution, Path(name)))
+    for table in report(sizes, pools, latency):
+        Console().print(table)
+    if json_file:
+        json_file.write_text(json.dumps([dataclasses.asdict(one) for one in [*sizes, *pools]], indent=2))
+
+
+if __name__ == "__main__":
+    typer.run(benchmark_scaling)

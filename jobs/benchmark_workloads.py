@@ -1,0 +1,86 @@
+"""What the benchmark runs: query sets of the demo's questions and instructions, in several forms.
+
+Questions make the embedded model retrieve and instructions do not (infra/demo/adapter/README.md), so their mix is the
+retrieval rate.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from jobs.demo import DEMO
+from pipeline.types import Passage, RetrievedPassage
+
+Row = dict[str, Any]
+# Words of a short passage; a long one is as many whole passages as this.
+SHORT_WORDS, LONG_PASSAGES = 40, 3
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A query set and how it is decoded.
+
+    Attributes:
+        questions: share of the rows that are questions; the others are instructions.
+        decoding: settings beside the benchmark's own.
+        choices: whether questions bring a closed set of four answers.
+        body: makes given passages of retrieved ones; None where the run searches its index itself.
+    """
+
+    name: str
+    questions: float = 1.0
+    decoding: dict[str, Any] = field(default_factory=dict)
+    choices: bool = False
+    body: Callable[[Sequence[Passage]], list[Passage]] | None = None
+
+    @property
+    def short_form(self) -> bool:
+        """Whether the released short-form steps apply."""
+        return int(self.decoding.get("segments", 1)) == 1
+
+    def rows(self, count: int) -> list[Row]:
+        """So many rows, questions and instructions spread evenly."""
+        source = pq.read_table(DEMO / "queries_full.parquet", columns=["id", "query", "task", "answers"]).to_pylist()
+        asked = [row for row in source if row["task"] == "qa"]
+        told = [row for row in source if row["task"] == "instruction"]
+        wanted = [round((n + 1) * self.questions) > round(n * self.questions) for n in range(count)]
+        made = [asked.pop(0) if question else told.pop(0) for question in wanted]
+        return [self._row(row, asked) for row in made]
+
+    def _row(self, row: Row, others: Sequence[Row]) -> Row:
+        made = {"id": row["id"], "query": row["query"]}
+        if self.choices:
+            made["choices"] = [row["answers"][0], *(other["answers"][0] for other in others[:3])]
+        return made
+
+
+def shortened(passages: Sequence[Passage]) -> list[Passage]:
+    """Their first words."""
+    return [Passage(p.id, p.title, " ".join(p.text.split()[:SHORT_WORDS])) for p in passages]
+
+
+def lengthened(passages: Sequence[Passage]) -> list[Passage]:
+    """Each followed by the next ones."""
+    texts = [p.text for p in passages]
+    several = [" ".join((texts[n:] + texts[:n])[:LONG_PASSAGES]) for n in range(len(texts))]
+    return [Passage(p.id, p.title, text) for p, text in zip(passages, several, strict=True)]
+
+
+def with_passages(row: Row, found: Sequence[RetrievedPassage], workload: Workload) -> Row:
+    """The row with given passages, where the workload wants them."""
+    if workload.body is None:
+        return row
+    return {**row, "passages": [vars(passage) for passage in workload.body([one.passage for one in found])]}
+
+
+WORKLOADS = (
+    Workload("short form, 50 % retrieve", questions=0.5),
+    Workload("short form, 100 % retrieve"),
+    Workload("short form, 0 % retrieve", questions=0.0),
+    Workload("short passages", body=shortened),
+    Workload("long passages", body=lengthened),
+    Workload("closed set", choices=True),
+    Workload("long form, beam of 2", decoding={"segments": 3, "beam_width": 2, "mode": "always"}),
+)

@@ -1,0 +1,122 @@
+import json
+import math
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import pytest
+
+from jobs.benchmark import Measured, Report, agreement, plot
+from jobs.benchmark_shapes import ABSENT, Outcome, Released, read_wide
+from jobs.benchmark_workloads import LONG_PASSAGES, SHORT_WORDS, WORKLOADS, Workload, lengthened, shortened
+from pipeline.config import DecodingConfig
+from pipeline.reflection import REFLECTION_TOKENS
+from pipeline.types import Passage, Query, RetrievedPassage
+from tests.fakes import EOS, word_tokenizer
+
+
+@pytest.mark.parametrize(("questions", "expected"), [(0.0, 0), (0.5, 10), (1.0, 20), (0.25, 5)])
+def test_the_mix_is_the_retrieval_rate_and_is_spread_evenly(questions, expected):
+    rows = Workload("w", questions=questions).rows(20)
+    asked = [row["id"].startswith("xquad") for row in rows]
+    assert len({row["id"] for row in rows}) == 20
+    assert sum(asked) == expected
+    assert abs(sum(asked[:10]) - expected / 2) < 1
+
+
+def test_a_closed_set_has_the_right_answer_among_four():
+    (workload,) = (w for w in WORKLOADS if w.choices)
+    for row in workload.rows(5):
+        assert len(row["choices"]) == 4
+        assert row["choices"][0] not in row["choices"][1:]
+
+
+def test_bodies_of_passages():
+    passages = [Passage(str(n), "t", f"{n} " * 100) for n in range(5)]
+    assert [len(p.text.split()) for p in shortened(passages)] == [SHORT_WORDS] * 5
+    long = lengthened(passages)
+    assert [len(p.text.split()) for p in long] == [100 * LONG_PASSAGES] * 5
+    assert long[4].text.split()[::100] == ["4", "0", "1"]
+
+
+class WordEngine:
+    """Answers prompts of words by rules, as vLLM's output with dictionaries; counts what is under way at once."""
+
+    def __init__(self, tokenizer) -> None:
+        self.tokenizer = tokenizer
+        self.asked: list[tuple[str, dict]] = []
+
+    async def ask(self, prompt, **sampling):
+        text = self.tokenizer.decode(list(prompt))
+        self.asked.append((text, sampling))
+        ids, reflection = self.tokenizer.tokenizer, self.tokenizer.reflection.ids
+        if "paragraph" in text:
+            good = "gold" in text
+            words = ["[Relevant]" if good else "[Irrelevant]", "yes" if good else "no", "[Retrieval]", "more"]
+        elif "[No Retrieval]" in text:
+            words = ["plain"]
+        else:
+            words = ["[Retrieval]" if "question" in text else "[No Retrieval]", "on", "and", "on"]
+        tokens = [reflection.get(word) or ids.word(word) for word in words] + [EOS]
+        positions = [{token: SimpleNamespace(logprob=math.log(0.9))} for token in tokens]
+        return SimpleNamespace(
+            outputs=[SimpleNamespace(token_ids=tokens, logprobs=positions)], prompt_token_ids=list(prompt)
+        )
+
+
+FOUND = [RetrievedPassage(Passage(name, "", name), None, n) for n, name in enumerate(["other", "gold"], 1)]
+
+
+@pytest.mark.parametrize("shape", ["serially", "in_waves"])
+async def test_released_steps_decide_read_and_choose(shape):
+    tokenizer = word_tokenizer()
+    engine = WordEngine(tokenizer)
+    released = Released(engine, tokenizer, DecodingConfig(max_tokens=9))
+    queries = [Query("a", "question one"), Query("b", "task two")]
+    outcomes = await getattr(released, shape)(queries, [FOUND, FOUND])
+    assert outcomes == [Outcome(True, "yes"), Outcome(False, "plain")]
+    decisions = [number for number, (text, _) in enumerate(engine.asked) if text.endswith("Response:")]
+    assert decisions == ([0, 3] if shape == "serially" else [0, 1])
+    assert [sampling["logprobs"] for _, sampling in engine.asked].count(32_016) == 2
+    assert {sampling["max_tokens"] for _, sampling in engine.asked} == {9}  # the decision writes a whole answer
+
+
+def test_tokens_that_are_not_among_the_best_count_as_the_scripts_count_them():
+    position = {7: SimpleNamespace(logprob=-0.5), 3: SimpleNamespace(logprob=-2.0)}
+    output = SimpleNamespace(outputs=[SimpleNamespace(token_ids=[7], logprobs=[position])], prompt_token_ids=[1, 2])
+    read = read_wide(output, range(3, 3 + len(REFLECTION_TOKENS)))
+    assert read.logprobs.tolist() == [-0.5]
+    assert read.reflection_logprobs[0, :5].tolist() == [-2.0, ABSENT, ABSENT, ABSENT, -0.5]
+
+
+def test_agreement_counts_decisions_and_answers():
+    ours = [Outcome(True, "a"), Outcome(True, "b"), Outcome(False, "c"), Outcome(False, "d")]
+    theirs = [Outcome(True, "a"), Outcome(True, "x"), Outcome(True, "c")]
+    assert agreement(ours, theirs) == {"decision": pytest.approx(2 / 3), "answer": pytest.approx(1 / 3)}
+
+
+@pytest.fixture
+def report() -> Report:
+    ours, bare = Measured(8, [2.0, 4.0, 3.0]), Measured(8, [4.0, 5.0, 6.0])
+    return Report({"w": {"ours": ours, "ceiling": bare}}, {"w": {"seconds": 1.0}})
+
+
+def test_ratios_are_of_medians_and_of_all_pairs(report):
+    assert report.ratios("w") == {"ceiling": {"median": 0.6, "min": 2 / 6, "max": 1.0}}
+
+
+def test_the_plot_is_drawn(report, tmp_path):
+    plot(report, tmp_path / "b.png")
+    assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_everything_is_measured_in_one_run(tmp_path):
+    command = [sys.executable, "-m", "jobs.benchmark", "--quick", "--rows", "4", "--json", str(tmp_path / "b.json")]
+    subprocess.run(command, check=True, timeout=580)
+    found = json.loads((tmp_path / "b.json").read_text())
+    assert set(found["ratios"]) == {"released", "naive", "flashrag", "direct", "ceiling"}
+    assert all(ratio > 0 for ratio in found["ratios"].values())
+    (workload,) = found["workloads"].values()
+    assert workload["absolute"]["released"]["agreement"]["decision"] == 1.0
+    assert workload["stages"]["seconds"] > workload["stages"]["decide_seconds"] > 0

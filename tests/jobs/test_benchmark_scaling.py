@@ -1,0 +1,35 @@
+import pytest
+
+from jobs.benchmark_scaling import Run, WaitingEngine, report, steady_rate
+from pipeline.config import DecodingConfig
+from pipeline.profiles import Tasks
+from pipeline.reader import ReflectionCritic
+from pipeline.self_rag import SelfRag
+from pipeline.types import Passage, Query
+from tests.fakes import word_tokenizer
+
+
+def test_the_waiting_engine_makes_every_query_read_all_of_its_passages():
+    import asyncio
+
+    tokenizer = word_tokenizer()
+    config = DecodingConfig(passages=3, keep_candidates=True)
+    system = SelfRag(WaitingEngine(tokenizer, 0.0), ReflectionCritic(tokenizer), Tasks(config))
+    passages = tuple(Passage(str(n), "", "text") for n in range(3))
+    answer = asyncio.run(system.answer(Query("a", "what", passages=passages)))
+    assert answer.retrieved
+    assert (answer.usage.engine_requests, len(answer.candidates)) == (4, 3)
+
+
+def test_the_steady_rate_leaves_out_late_starts_and_the_end():
+    # Two slots; the second comes up ten seconds late; each takes two seconds for a unit.
+    begins = [*range(0, 30, 2), *range(10, 30, 2)]
+    assert steady_rate(begins, 2) == pytest.approx(1.0, rel=0.15)
+    aligned = [second for second in range(0, 40, 4) for _ in range(3)]
+    assert steady_rate(aligned, 3) == pytest.approx(3 / 4)
+
+
+def test_efficiency_is_the_rate_of_an_actor_among_others():
+    runs = [Run(10, actors, 1.0, 2.0, 3.0, steady) for actors, steady in ((1, 4.0), (8, 24.0))]
+    table = report(runs[:1], runs, 2.0)[1]
+    assert list(table.columns[2].cells) == ["1.000", "0.750"]
