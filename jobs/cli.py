@@ -10,6 +10,8 @@ import typer
 JOBS = {
     "annotate": "Queries to answers with evidence and critique.",
     "build_index": "Passages to a FAISS index.",
+    "benchmark": "A row's cost beside other implementations' shapes and the bare engine.",
+    "benchmark_scaling": "How a run grows with its rows and its actors.",
     "benchmark_index": "The index beside the bare encoder and bare FAISS.",
     "evaluate": "Compare annotated answers with gold answers.",
     "teach": "Teach a language model the reflection tokens.",
