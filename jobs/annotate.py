@@ -5,13 +5,14 @@
 Work units flow through Ray Data: read the unit → SelfRagActor → write the unit → one summary row.
 """
 
+import contextlib
 import dataclasses
 import json
 import logging
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Generator
 from datetime import UTC, datetime
 from typing import Annotated, Any, NoReturn
 
@@ -27,7 +28,7 @@ from pipeline.attempts import PATIENCE, Attempts
 from pipeline.claim import Claim, OutputTakenError
 from pipeline.config import RunConfig, load_config, load_sections, load_storage
 from pipeline.output import OutputFolder, UnitSummary
-from pipeline.plan import Plan, check
+from pipeline.plan import Plan, check, with_output
 from pipeline.provenance import versions
 from pipeline.query_set import Unit, read_unit
 from pipeline.schema import UNIT_COLUMN
@@ -79,7 +80,7 @@ def run(config: RunConfig, overwrite: bool = False) -> Summary:
         RuntimeError: rows are missing at the end; running again continues.
     """
     plan = check(config, overwrite)
-    return execute(plan, allot(plan))
+    return execute(plan, None if plan.finished else allot(plan))
 
 
 def allot(plan: Plan) -> Resources:
@@ -92,33 +93,27 @@ def allot(plan: Plan) -> Resources:
     return actor_resources(plan.config, plan.index["shards"] if plan.index else 0)
 
 
-def execute(plan: Plan, resources: Resources, actor: type[SelfRagActor] = SelfRagActor) -> Summary:
+def execute(plan: Plan, resources: Resources | None, actor: type[SelfRagActor] = SelfRagActor) -> Summary:
     """Carry a plan out.
 
     Args:
+        resources: None where nothing is left to do.
         actor: what annotates the units; another one where the engine is a scripted one.
     """
     started, begun = time.monotonic(), datetime.now(UTC)
     record = {"configuration": plan.config.recorded(), **plan.identity(), "tasks": plan.tasks()}
     record |= {"versions": versions(), "started": begun.isoformat()}
-    annotated = 0
-    if not plan.finished:
-        with Claim(plan.output.location):
-            annotated = annotate_todo(plan, resources, record, actor)
-    units = plan.output.summaries(unit.id for unit in plan.queries.units)
-    summary = summarise(plan, units, annotated, time.monotonic() - started)
-    if not plan.finished:
-        files = {
-            unit.unit: {
-                "rows": unit.rows,
-                "errors": sum(unit.errors.values()),
-                "began": unit.began,
-                "ended": unit.ended,
-            }
-            for unit in units
-        }
-        times = {"finished": datetime.now(UTC).isoformat()}
-        plan.output.finish({**record, **times, "counts": dataclasses.asdict(summary), "units": files})
+    if resources is None:
+        return summarise(plan, finished_units(plan), 0, time.monotonic() - started)
+    with Claim(plan.output.location):
+        plan = with_output(plan)  # another run may have been at work until now
+        annotated = 0 if plan.finished else annotate_todo(plan, resources, record, actor)
+        units = finished_units(plan)
+        summary = summarise(plan, units, annotated, time.monotonic() - started)
+        if not plan.finished:
+            files = {unit.unit: unit.record() for unit in units}
+            times = {"finished": datetime.now(UTC).isoformat()}
+            plan.output.finish({**record, **times, "counts": dataclasses.asdict(summary), "units": files})
     return summary
 
 
@@ -134,18 +129,23 @@ def annotate_todo(
         plan.output.clear()
     plan.output.begin(record)
     allowed = max(plan.config.execution.max_error_rate * plan.queries.rows, FEWEST_ERRORS)
-    with Progress(sum(unit.rows for unit in plan.todo)) as progress:
-        for unit in annotate_units(plan, resources, actor):
+    failed, done = plan.output.error_rows(plan.done), sum(plan.rows[unit] for unit in plan.done)
+    with (
+        Progress(sum(unit.rows for unit in plan.todo)) as progress,
+        contextlib.closing(annotate_units(plan, resources, actor)) as units,
+    ):
+        for unit in units:
             progress.add(unit)
-            if progress.errors > allowed:
+            if failed + progress.errors > allowed:
                 raise RuntimeError(
-                    f"{progress.errors} of {progress.done} rows failed ({', '.join(unit.errors)}), more than "
-                    "execution.max_error_rate allows of all; look into errors/, mend the cause, and say --overwrite"
+                    f"{failed + progress.errors} of {done + progress.done} rows failed ({', '.join(unit.errors)}), "
+                    "more than execution.max_error_rate allows of all; look into errors/, mend the cause, and say "
+                    "--overwrite"
                 )
     return progress.done
 
 
-def annotate_units(plan: Plan, resources: Resources, actor: type[SelfRagActor]) -> Iterator[UnitSummary]:
+def annotate_units(plan: Plan, resources: Resources, actor: type[SelfRagActor]) -> Generator[UnitSummary]:
     """The job's graph; yields a summary as each unit's files appear."""
     if not plan.todo:
         return
@@ -212,22 +212,31 @@ def _write(batch: pa.Table, output: OutputFolder, inputs: pa.Schema, keep_candid
     return pa.table({"summary": [json.dumps(dataclasses.asdict(summary))]})
 
 
-def summarise(plan: Plan, units: list[UnitSummary], annotated: int, seconds: float) -> Summary:
-    """Add up what the files hold.
+def finished_units(plan: Plan) -> list[UnitSummary]:
+    """What the files of all units hold.
 
     Raises:
-        RuntimeError: they do not hold every row of the query set.
+        RuntimeError: they do not hold every row of the query set; units with wrong counts are withdrawn.
     """
-    written, expected = sum(unit.rows for unit in units), plan.queries.rows
-    if written != expected:
+    units, rows = plan.output.summaries(unit.id for unit in plan.queries.units), plan.rows
+    whole = [unit for unit in units if unit.rows == rows[unit.unit]]
+    for unit in units:
+        if unit not in whole:
+            plan.output.withdraw(unit.unit)
+    if len(whole) != len(rows):
         raise RuntimeError(
-            f"{plan.config.output}: {written} of {expected} rows are there, in {len(units)} of "
-            f"{len(plan.queries.units)} units; run the same command again to continue"
+            f"{plan.config.output}: {sum(unit.rows for unit in whole)} of {plan.queries.rows} rows are there, in "
+            f"{len(whole)} of {len(rows)} units; run the same command again to continue"
         )
+    return units
+
+
+def summarise(plan: Plan, units: list[UnitSummary], annotated: int, seconds: float) -> Summary:
+    """Add up what the files hold."""
     error_types: Counter[str] = sum((Counter(unit.errors) for unit in units), Counter())
     return Summary(
         output=plan.config.output,
-        rows=expected,
+        rows=plan.queries.rows,
         errors=error_types.total(),
         error_types=dict(error_types),
         retrieved=sum(unit.retrieved for unit in units),
@@ -270,11 +279,11 @@ def annotate(
     flags = {"queries": queries, "index": index, "output": output, "model.name": model}
     try:
         plan = check(load_config(config, settings or [], flags), overwrite)
-        resources = allot(plan)
+        resources = None if plan.finished else allot(plan)
     except (ValueError, OSError, RuntimeError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    for line in [*plan.lines(), *resources.lines()]:
+    for line in [*plan.lines(), *(resources.lines() if resources else [])]:
         typer.echo(line, err=True)
     if dry_run:
         typer.echo("nothing was written and no engine started (--dry-run)", err=True)

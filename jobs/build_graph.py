@@ -264,6 +264,7 @@ def execute(plan: BuildPlan) -> Built:
         StorageError: the output cannot be written.
     """
     with Claim(plan.output):
+        BuildFolder(plan.output).check(plan.request.overwrite)  # another build may have ended only now
         return _execute(plan)
 
 

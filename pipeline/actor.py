@@ -8,11 +8,12 @@ from collections.abc import Sequence
 from typing import Any
 
 import pyarrow as pa
+import ray
 
 from pipeline.attempts import BESIDE_OTHERS, ROW_DEATHS, OutOfMemoryError, ProcessDiedError, Turnstile
 from pipeline.config import RunConfig
 from pipeline.critics import critic_of
-from pipeline.engine import EngineDeadError, VllmGenerator, gpu_share
+from pipeline.engine import EngineDeadError, VllmGenerator, gpu_share, prepare_environment
 from pipeline.postmortem import Death
 from pipeline.profiles import Tasks
 from pipeline.retrieve import IndexRetriever
@@ -30,6 +31,9 @@ from pipeline.servers import IndexLostError
 from pipeline.storage import locate
 
 log = logging.getLogger(__name__)
+
+# What an actor's start is counted as.
+START = "an actor's start"
 
 
 def annotated_schema(inputs: pa.Schema, keep_candidates: bool) -> pa.Schema:
@@ -67,14 +71,15 @@ async def annotate_row(system: SelfRag, row: Row, config: RunConfig) -> dict[str
     if isinstance(row, UnicodeDecodeError):
         return failed(ValueError(f"its text is not UTF-8: {row}"))
     limit = config.execution.row_timeout_s
+    clock = asyncio.timeout(limit)
     try:
-        async with asyncio.timeout(limit):
+        async with clock:
             return answer_row(await system.answer(query_of(row, config.columns)))
-    except TimeoutError:
-        return failed(TimeoutError(f"no answer within execution.row_timeout_s = {limit:g} s"))
     except (EngineDeadError, IndexLostError):
         raise
     except Exception as error:  # noqa: BLE001  a bad row must not sink its neighbours, whatever is wrong with it
+        if clock.expired():
+            return failed(TimeoutError(f"no answer within execution.row_timeout_s = {limit:g} s"))
         log.warning("row %r failed: %s: %s", row.get(config.columns.id), type(error).__name__, error)
         return failed(error)
 
@@ -114,29 +119,34 @@ async def annotate_table(system: SelfRag, table: pa.Table, config: RunConfig, at
 
 async def _alone(system: SelfRag, row: Row, config: RunConfig, attempts: Any, name: str) -> dict[str, Any]:
     """Annotate one row with nothing beside it, unless processes have died of it before."""
-    deaths = await attempts.begin.remote(name)
+    deaths = await attempts.deaths.remote(name)
     if deaths >= ROW_DEATHS:
-        outcome = failed(cause(deaths, await attempts.death.remote(name)), deaths)
-    else:
-        try:
-            outcome = await annotate_row(system, row, config)
-        except EngineDeadError as error:
-            await attempts.died.remote(name, error.death)
-            raise
+        return failed(cause(deaths, await attempts.engines.remote(name)), deaths)
+    await attempts.begin.remote(name)
+    try:
+        outcome = await annotate_row(system, row, config)
+    except EngineDeadError as error:
+        await attempts.died.remote(name, error.death)
+        raise
     await attempts.end.remote(name)
     return outcome
 
 
-def cause(deaths: int, last: Death | None) -> Exception:
-    """Why a row is given up that so many processes have died of."""
-    if last is None:
+def cause(deaths: int, engines: Sequence[Death]) -> Exception:
+    """Why a row is given up that so many processes have died of.
+
+    Args:
+        engines: how those ended of which it is known.
+    """
+    if not engines:
         return ProcessDiedError(f"{deaths} processes died while this row alone was decoded")
-    if last.out_of_memory:
+    last = engines[-1].reason
+    if len(engines) == deaths and all(death.out_of_memory for death in engines):
         return OutOfMemoryError(
-            f"the engine ran out of memory {deaths} times while this row alone was decoded ({last.reason}); "
+            f"the engine ran out of memory {deaths} times while this row alone was decoded ({last}); "
             "lower model.engine.gpu_memory_utilization, decoding.passages or the lengths"
         )
-    return ProcessDiedError(f"the engine died {deaths} times while this row alone was decoded: {last.reason}")
+    return ProcessDiedError(f"{deaths} processes died while this row alone was decoded; the last engine: {last}")
 
 
 class SelfRagActor:
@@ -157,9 +167,13 @@ class SelfRagActor:
         self.config = config
         self.attempts = attempts
         self.turnstile = Turnstile()
+        # Ray restarts a process that is killed while it starts without limit.
+        ray.get(attempts.begin.remote(START))
         self._open(servers, index_digest)
+        ray.get(attempts.end.remote(START))
 
     def _open(self, servers: Sequence[Any], index_digest: str | None) -> None:
+        prepare_environment()
         config = self.config
         critic = critic_of(config)
         self.retriever: IndexRetriever | None = None
@@ -173,11 +187,12 @@ class SelfRagActor:
     async def __call__(self, table: pa.Table) -> pa.Table:
         """Annotate one unit: beside others, or alone where processes have died under it."""
         unit = table[UNIT_COLUMN][0].as_py()
-        deaths = await self.attempts.begin.remote(unit)
+        deaths = await self.attempts.deaths.remote(unit)
         one_by_one = self.attempts if deaths > BESIDE_OTHERS else None
         place = self.turnstile.beside_others() if deaths < BESIDE_OTHERS else self.turnstile.alone()
         try:
             async with place:
+                await self.attempts.begin.remote(unit)
                 began = time.time()
                 annotated = await annotate_table(self.system, table, self.config, one_by_one)
         except EngineDeadError as error:

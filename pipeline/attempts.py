@@ -15,7 +15,7 @@ from pipeline.postmortem import Death
 BESIDE_OTHERS = 2
 # A row whose process died this often while it was alone is not tried again.
 ROW_DEATHS = 2
-# Deaths in a row, with nothing done in between, that one unit in flight may have a part in; a poison row has in five.
+# Attempts in vain, one after another, that each unit in flight may have a part in; those of a poison row are five.
 PATIENCE = 10
 
 
@@ -32,45 +32,53 @@ class HopelessError(RuntimeError):
 
 
 class Attempts:
-    """A Ray actor that outlives those that die, and counts what was begun.
+    """A Ray actor that outlives those that die, and counts what was begun and has not ended.
+
+    Names of a unit's rows begin with the unit's own and a colon: their counts last until the unit ends, since a unit
+    that is begun again begins with its first row.
 
     Args:
-        patience: so many deaths in a row, with nothing finished in between, end the run.
+        patience: so many attempts that ended with their process, with nothing done in between, end the run.
     """
 
     def __init__(self, patience: int) -> None:
         self._patience = patience
         self._begun: Counter[str] = Counter()
-        self._deaths: dict[str, Death] = {}
+        self._engines: dict[str, list[Death]] = {}
         self._last: Death | None = None
         self._in_vain = 0
 
-    def begin(self, what: str) -> int:
-        """Count an attempt; how many before it did not end.
+    def deaths(self, what: str) -> int:
+        """Attempts that were begun and did not end."""
+        return self._begun[what]
+
+    def begin(self, what: str) -> None:
+        """Count an attempt.
 
         Raises:
-            HopelessError: too many, of whatever, one after another.
+            HopelessError: too many, of whatever, died one after another.
         """
-        self._begun[what] += 1
-        if self._begun[what] > 1:
+        if self._begun[what]:
             self._in_vain += 1
+        self._begun[what] += 1
         if self._in_vain > self._patience:
             last = f"; the last engine's end: {self._last.reason}" if self._last else ""
             raise HopelessError(f"{self._in_vain} attempts ended with their process, with nothing done{last}")
-        return self._begun[what] - 1
 
     def died(self, what: str, death: Death) -> None:
         """Record how the engine ended that this was decoded on."""
-        self._deaths[what] = self._last = death
+        self._engines.setdefault(what, []).append(death)
+        self._last = death
 
-    def death(self, what: str) -> Death | None:
-        """What is known about the last engine that ended under it; nothing where its whole process was killed."""
-        return self._deaths.get(what)
+    def engines(self, what: str) -> list[Death]:
+        """How engines ended under it, as far as known: nothing is, where a whole process was killed."""
+        return self._engines.get(what, [])
 
     def end(self, what: str) -> None:
-        """Forget what has ended, however it ended."""
-        del self._begun[what]
-        self._deaths.pop(what, None)
+        """Forget what was done, and with a unit its rows."""
+        for name in [name for name in self._begun if name == what or name.startswith(f"{what}:")]:
+            del self._begun[name]
+            self._engines.pop(name, None)
         self._in_vain = 0
 
 

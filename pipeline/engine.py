@@ -11,6 +11,7 @@ import dataclasses
 import itertools
 import logging
 import os
+import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,7 +20,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config import ModelConfig
-from pipeline.postmortem import Death, ErrorLog, cause_of_death
+from pipeline.guard import guard
+from pipeline.postmortem import Death, ErrorLog, cause_of_death, error_file
 from pipeline.types import Generation
 
 log = logging.getLogger(__name__)
@@ -70,6 +72,13 @@ class Generator(Protocol):
             EngineDeadError: the engine is gone.
         """
         ...
+
+
+def prepare_environment() -> None:
+    """Set what vLLM reads from the environment when it is imported; call this before."""
+    for name, value in ENVIRONMENT.items():
+        os.environ.setdefault(name, value)
+    error_file()
 
 
 def model_path(name: str) -> str:
@@ -176,6 +185,7 @@ class VllmGenerator:
     watched: tuple[int, ...]
     max_model_len: int
     errors: ErrorLog
+    guard: subprocess.Popen[bytes]
     lora: Any = None
     numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
 
@@ -186,8 +196,7 @@ class VllmGenerator:
         Args:
             watched: ids whose log-probabilities every answer brings, in the places of the 13 reflection tokens.
         """
-        for name, value in ENVIRONMENT.items():
-            os.environ.setdefault(name, value)
+        prepare_environment()
         errors = ErrorLog.from_now()
         from vllm import AsyncEngineArgs
         from vllm.lora.request import LoRARequest
@@ -202,7 +211,13 @@ class VllmGenerator:
             return loads[-1]
 
         # With a logger of statistics answers bring their times as well.
-        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**engine_arguments(model)), stat_loggers=[watch])
+        arguments = AsyncEngineArgs(**engine_arguments(model))
+        try:
+            engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[watch])
+        except RuntimeError as error:  # what vLLM says is that the cause stands above, in some log
+            reason = cause_of_death([], errors.text()).reason if errors.text() else str(error)
+            raise RuntimeError(f"the engine of {model.name} does not start: {reason}") from error
+        watcher = guard([process.pid for process in core_processes(engine)])
         sampling = {
             "temperature": 0.0,
             "logprob_token_ids": list(dict.fromkeys(watched)),
@@ -211,7 +226,7 @@ class VllmGenerator:
             "skip_special_tokens": False,
         }
         lora = LoRARequest("adapter", 1, model.lora) if model.lora else None
-        return cls(engine, loads[0], sampling, watched, int(engine.model_config.max_model_len), errors, lora)
+        return cls(engine, loads[0], sampling, watched, int(engine.model_config.max_model_len), errors, watcher, lora)
 
     async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
         """See :meth:`Generator.generate`."""
@@ -236,12 +251,12 @@ class VllmGenerator:
 
     async def _death(self) -> Death:
         """How the engine ended; its process says that it dies before it has."""
-        manager = self.engine.engine_core.resources.engine_manager
+        processes = core_processes(self.engine)
         for _ in range(50):
-            if len(ended := manager.finished_procs()) == len(manager.processes):
+            if all(process.exitcode is not None for process in processes):
                 break
             await asyncio.sleep(0.1)
-        return cause_of_death(ended.values(), self.errors.text())
+        return cause_of_death([p.exitcode for p in processes if p.exitcode is not None], self.errors.text())
 
     def _generation(self, final: Any) -> Generation:
         output = final.outputs[0]
@@ -265,7 +280,13 @@ class VllmGenerator:
             # It would report the engine's end as a failure.
             handler.get_loop().call_soon_threadsafe(handler.cancel)
         self.engine.shutdown()
+        self.guard.communicate()
         self.engine.shutdown = lambda: None  # its destructor would try again when vLLM's modules are gone
+
+
+def core_processes(engine: Any) -> Sequence[Any]:
+    """The processes of an engine's core; none where Ray holds them."""
+    return tuple(getattr(engine.engine_core.resources.engine_manager, "processes", ()))
 
 
 def targeted_logprobs(

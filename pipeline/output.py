@@ -49,6 +49,10 @@ class UnitSummary:
     began: float | None = None
     ended: float | None = None
 
+    def record(self) -> dict[str, Any]:
+        """What the manifest says of it."""
+        return {"rows": self.rows, "errors": sum(self.errors.values()), "began": self.began, "ended": self.ended}
+
 
 @dataclass(frozen=True)
 class OutputFolder:
@@ -98,14 +102,18 @@ class OutputFolder:
         return found[0].uri if found and not self._manifest.exists() else None
 
     def clear(self) -> None:
-        """Delete what a run has written and nothing else; the success marker first."""
-        for marker in (self._success, self._manifest):
-            if marker.exists():
-                marker.delete()
+        """Delete what a run has written and nothing else; the success marker first, the manifest last.
+
+        Until the manifest is gone the folder can be told from somebody else's.
+        """
+        if self._success.exists():
+            self._success.delete()
         for folder in ("data", "errors"):
             for file in (self.location / folder).files(".parquet"):
                 if UNIT_FILE.fullmatch(file.path.removeprefix(f"{self.location.path}/{folder}/")):
                     file.delete()
+        if self._manifest.exists():
+            self._manifest.delete()
 
     def begin(self, manifest: dict[str, Any]) -> None:
         """Record what is about to run; a success marker of before no longer holds."""
@@ -130,23 +138,39 @@ class OutputFolder:
         keep_candidates: bool,
         times: tuple[float, float] | None = None,
     ) -> UnitSummary:
-        """Write a unit's two files.
+        """Write a unit's two files; one that is finished is left as it is, since two files cannot be replaced at once.
 
         Args:
             annotated: input, answer and error columns together; a row is an error where ``error_type`` is set.
             times: when the unit was begun and ended; kept in the data file's metadata, so that they survive a resume.
         """
+        errors_file = self.location / "errors" / f"part-{unit}.parquet"
+        if self._data_file(unit).exists():
+            return self._summary(unit, errors_file.exists())
         failed = pc.is_valid(annotated["error_type"])
         answers = annotated.filter(pc.invert(failed)).select(data_schema(inputs, keep_candidates).names)
         answers = answers.replace_schema_metadata({TIMES: json.dumps(times)} if times else None)
         errors = annotated.filter(failed).select(error_schema(inputs).names)
-        errors_file = self.location / "errors" / f"part-{unit}.parquet"
         if errors.num_rows:
             errors_file.write(parquet_bytes(errors))
         elif errors_file.exists():
             errors_file.delete()  # of an attempt that died before its data file
-        (self.location / "data" / f"part-{unit}.parquet").write(parquet_bytes(answers))
+        self._data_file(unit).write(parquet_bytes(answers))
         return summarise(unit, answers, errors)
+
+    def _data_file(self, unit: str) -> Location:
+        return self.location / "data" / f"part-{unit}.parquet"
+
+    def withdraw(self, unit: str) -> None:
+        """Make a finished unit unfinished, so that it is annotated again."""
+        self._data_file(unit).delete()
+
+    def error_rows(self, units: Iterable[str]) -> int:
+        """Rows of these units that are in ``errors/``."""
+        wanted = frozenset(units)
+        files = [file for file in (self.location / "errors").files(".parquet") if unit_of(file) in wanted]
+        with ThreadPoolExecutor(READERS) as pool:
+            return sum(table.num_rows for table in pool.map(lambda file: _columns(file, ["error_type"]), files))
 
     def summaries(self, units: Iterable[str]) -> list[UnitSummary]:
         """What the files of these units hold; a unit without a data file is left out.
@@ -160,7 +184,7 @@ class OutputFolder:
             return list(pool.map(lambda unit: self._summary(unit, unit in failed), (u for u in units if u in done)))
 
     def _summary(self, unit: str, failed: bool) -> UnitSummary:
-        answers = _columns(self.location / "data" / f"part-{unit}.parquet", ["retrieved", "usage"])
+        answers = _columns(self._data_file(unit), ["retrieved", "usage"])
         errors = self.location / "errors" / f"part-{unit}.parquet"
         return summarise(unit, answers, _columns(errors, ["error_type"]) if failed else NO_ERRORS)
 

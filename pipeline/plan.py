@@ -42,6 +42,11 @@ class Plan:
         return [unit for unit in self.queries.units if unit.id not in self.done]
 
     @property
+    def rows(self) -> dict[str, int]:
+        """Rows of every unit, by its id."""
+        return {unit.id: unit.rows for unit in self.queries.units}
+
+    @property
     def finished(self) -> bool:
         """Whether nothing is left to do."""
         return self.succeeded and not self.todo
@@ -106,10 +111,20 @@ def check(config: RunConfig, overwrite: bool = False) -> Plan:
         config = config.model_copy(update={"model": config.model.model_copy(update={"revision": commit})})
     plan = Plan(config, queries, OutputFolder(output), model, index, overwrite)
     plan.tasks()  # a profile may contradict the run
+    return with_output(plan)
+
+
+def with_output(plan: Plan) -> Plan:
+    """The plan with what its output holds now, which another run may have changed since it was checked.
+
+    Raises:
+        ValueError: somebody else's files are there, or another run's rows.
+        StorageError: storage does not answer.
+    """
     _check_output(plan)
-    if overwrite:
+    if plan.overwrite:
         return plan
-    known = {unit.id for unit in queries.units}
+    known = {unit.id for unit in plan.queries.units}
     return replace(plan, done=plan.output.done_units() & known, succeeded=plan.output.finished())
 
 

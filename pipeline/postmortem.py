@@ -3,17 +3,20 @@
 vLLM tells its front end only *that* the engine is dead; the exception itself is known to the engine's own process.
 """
 
+import atexit
 import functools
 import json
 import os
 import re
+import shutil
 import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-# A traceback's last line, and words in it by which PyTorch and CUDA say that memory is exhausted.
-_RAISED = re.compile(r"^[A-Za-z_][\w.]*(?:Error|Exception)\b.*", re.MULTILINE)
+# A traceback's last line, unless it is vLLM's front end that hears of the death; and words in it by which PyTorch and
+# CUDA say that memory is exhausted.
+_RAISED = re.compile(r"^(?![\w.]*EngineDeadError)[A-Za-z_][\w.]*(?:Error|Exception)\b.*", re.MULTILINE)
 _MEMORY = re.compile(r"out of memory|OutOfMemory|can't allocate memory|MemoryError|bad_alloc", re.IGNORECASE)
 
 
@@ -65,6 +68,7 @@ def error_file() -> Path | None:
     if "VLLM_LOGGING_CONFIG_PATH" in os.environ or os.environ.get("VLLM_CONFIGURE_LOGGING") == "0":
         return None
     folder = Path(tempfile.mkdtemp(prefix="selfrag-engine-"))
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
     level = os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
     handlers = {
         "stderr": {"class": "logging.StreamHandler", "stream": "ext://sys.stderr", "formatter": "plain"},
@@ -90,11 +94,8 @@ def cause_of_death(exit_codes: Iterable[int], log: str) -> Death:
         log: what they logged as errors.
     """
     codes, raised = sorted(exit_codes), _RAISED.findall(log)
-    for line in raised:
-        if _MEMORY.search(line):
-            return Death(line, out_of_memory=True)
-    if -9 in codes:
-        return Death("killed by signal 9, as a machine that runs out of memory does", out_of_memory=True)
     if raised:
-        return Death(raised[-1], out_of_memory=False)
+        return Death(raised[-1], out_of_memory=bool(_MEMORY.search(raised[-1])))
+    if -9 in codes:
+        return Death("killed by signal 9, as by a machine that runs out of memory", out_of_memory=False)
     return Death(f"ended with status {codes[0]}" if codes else "no sign of life", out_of_memory=False)

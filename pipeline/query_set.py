@@ -1,6 +1,7 @@
 """The query set: checked from its footers and its ids, and cut into work units."""
 
 import hashlib
+import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -17,6 +18,8 @@ from pipeline.schema import check_query_schema
 from pipeline.storage import Location, StorageError, locate, one_line
 
 READ_BYTES = 8 * 2**20
+# What Arrow calls an I/O error and is damaged metadata or a damaged page.
+DAMAGED = re.compile("thrift|[Cc]orrupt|decompress")
 
 Result = TypeVar("Result")
 
@@ -123,7 +126,7 @@ def _opened(file: Location, work: Callable[[Any], Result]) -> Result:
     except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
         raise ValueError(f"{file.uri}: not a readable Parquet file: {one_line(error)}") from None
     except StorageError as error:
-        if "thrift" in str(error):  # how Parquet's metadata is written; Arrow calls it an I/O error
+        if DAMAGED.search(str(error)):
             raise ValueError(f"{file.uri}: not a readable Parquet file: {one_line(error.__cause__)}") from None
         raise
 
@@ -175,7 +178,11 @@ def _tasks(files: list[Location], schema: pa.Schema, columns: Columns) -> dict[s
     tasks: Counter[str] = Counter()
     for file in files:
         values = _column(file, columns.task, pa.string())
-        tasks.update({entry["values"]: entry["counts"] for entry in pc.value_counts(values.drop_null()).to_pylist()})
+        try:
+            counts = pc.value_counts(values.drop_null()).to_pylist()
+        except UnicodeDecodeError as error:
+            raise ValueError(f"{file.uri}: column {columns.task!r} is not UTF-8: {error}") from None
+        tasks.update({entry["values"]: entry["counts"] for entry in counts})
     return dict(sorted(tasks.items()))
 
 
@@ -190,8 +197,15 @@ def _content_digest(file: Location) -> str:
     return file.attempt(work)
 
 
+def _decode(stream: Any) -> None:
+    """Read every page: a damaged one shall not end a run in its middle."""
+    for _ in pq.ParquetFile(stream).iter_batches():
+        pass
+
+
 def _units(file: Location, footer: pq.FileMetaData, unit_rows: int) -> Iterator[Unit]:
     identity = _content_digest(file)
+    _opened(file, _decode)
     for group in range(footer.num_row_groups):
         total = footer.row_group(group).num_rows
         for offset in range(0, total, unit_rows):

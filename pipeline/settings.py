@@ -66,11 +66,11 @@ def apply_settings(tree: dict[str, Any], settings: Sequence[str]) -> None:
     for setting in settings:
         key, equals, value = setting.partition("=")
         if not equals:
-            raise ValueError(f"--set {setting}: expected KEY=VALUE, such as decoding.threshold=0.3")
+            raise ValueError(f"--set {key}: expected KEY=VALUE, such as decoding.threshold=0.3")
         try:
             assign(tree, key.strip(), yaml.safe_load(value))
         except yaml.YAMLError:
-            raise ValueError(f"--set {setting}: the value is not YAML") from None
+            raise ValueError(f"--set {key}: the value is not YAML; put it in quotes") from None  # it may be a secret
 
 
 def validated(section: type[Section], tree: dict[str, Any], name: str = "") -> Section:

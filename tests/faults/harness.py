@@ -15,6 +15,7 @@ from typing import IO, Any
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
+from pyarrow import fs
 
 GIVEN = pa.list_(pa.struct([("id", pa.string()), ("title", pa.string()), ("text", pa.string())]))
 PASSAGES = [{"id": f"p{n}", "title": "", "text": f"text{n}"} for n in range(3)]
@@ -75,7 +76,10 @@ class Job:
     def problems(self, queries: Path, status: int, said: str) -> list[str]:
         """What does not hold of a run that ended."""
         failed = [f"status {status}: {said[-2000:]}"] if status != 0 else []
-        found = [*failed, *broken(self.output.removeprefix("s3://"), queries, self.filesystem)]
+        output = self.output.removeprefix("s3://")
+        marker = (self.filesystem or fs.LocalFileSystem()).get_file_info(f"{output}/_SUCCESS")
+        unmarked = ["no _SUCCESS"] if marker.type != fs.FileType.File else []
+        found = [*failed, *unmarked, *broken(output, queries, self.filesystem)]
         return [f"{self.output}: {problem}" for problem in found]
 
 
@@ -106,8 +110,13 @@ class Running:
 
 
 def kill_drivers(job: Job, rng: random.Random, most: int, longest: float) -> int:
-    """Kill the driver at random moments until a run ends by itself or ``most`` were killed; how many were."""
+    """Kill the driver at random moments until a run ends by itself or ``most`` were killed; how many were.
+
+    Raises:
+        AssertionError: a run has written a unit again that was finished before it.
+    """
     for killed in range(most):
+        before = written(job.output)
         running = job.start()
         try:
             running.process.wait(rng.uniform(0.2, longest))
@@ -115,6 +124,8 @@ def kill_drivers(job: Job, rng: random.Random, most: int, longest: float) -> int
             running.kill()
         else:
             return killed
+        finally:
+            assert not redone(before, job.output)
     return most
 
 

@@ -4,7 +4,8 @@ Everything else is real: Ray, its actors, the files, the checks. What a row come
 
 - ``DIES`` kills its process whenever it is decoded;
 - ``RAISES`` raises;
-- ``HANGS`` takes longer than any patience.
+- ``HANGS`` takes longer than any patience;
+- ``ENGINE`` and ``MEMORY`` end the engine, for no known reason and for want of memory.
 """
 
 import asyncio
@@ -19,6 +20,8 @@ from typing import Any
 import jobs.annotate
 import pipeline.plan
 from pipeline.actor import SelfRagActor
+from pipeline.engine import EngineDeadError
+from pipeline.postmortem import Death
 from pipeline.profiles import Tasks
 from pipeline.reader import ReflectionCritic
 from pipeline.self_rag import SelfRag
@@ -33,6 +36,10 @@ class ScriptedGenerator(DrawingGenerator):
         text = self.tokenizer.decode(list(prompt))
         if "DIES" in text:
             os.kill(os.getpid(), signal.SIGKILL)
+        if "ENGINE" in text:
+            raise EngineDeadError(Death("scripted", out_of_memory=False))
+        if "MEMORY" in text:
+            raise EngineDeadError(Death("CUDA out of memory", out_of_memory=True))
         if "RAISES" in text:
             raise KeyError("scripted")
         await asyncio.sleep(3600 if "HANGS" in text else self.rng.uniform(0, 0.02))

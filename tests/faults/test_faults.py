@@ -1,6 +1,8 @@
 """A few of the campaign's runs, and faults that follow from the rows themselves."""
 
 import random
+import re
+import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -53,16 +55,19 @@ def test_nothing_is_lost_or_doubled_when_actors_are_killed(job: Job, running: Ru
 
 
 def test_poison_rows_are_set_aside_and_all_others_are_answered(job: Job, tmp_path: Path) -> None:
-    write_queries(tmp_path / "queries", 60, {5: "RAISES", 17: "DIES", 33: "HANGS"})
+    words = {5: "RAISES", 17: "DIES", 33: "HANGS", 41: "ENGINE", 52: "MEMORY"}
+    write_queries(tmp_path / "queries", 60, words)
     job.settings += ["execution.row_timeout_s=5", "execution.max_error_rate=0.1"]
     status, said = job.finish()
     assert status == 3, said[-3000:]
-    assert broken(job.output, tmp_path / "queries", errors=3) == []
+    assert broken(job.output, tmp_path / "queries", errors=5) == []
     errors = ds.dataset(f"{job.output}/errors").to_table().to_pylist()
     assert {row["id"]: (row["error_type"], row["attempts"]) for row in errors} == {
         "q5": ("KeyError", 1),
         "q17": ("ProcessDiedError", 2),
         "q33": ("TimeoutError", 1),
+        "q41": ("ProcessDiedError", 2),
+        "q52": ("OutOfMemoryError", 2),
     }
 
 
@@ -91,6 +96,26 @@ def test_a_store_in_trouble_is_waited_for(job: Job, s3, tmp_path: Path) -> None:
     hurt, problems = storage_faults(job, tmp_path / "queries", s3, random.Random(4), runs=1)
     assert hurt > 5
     assert problems == []
+
+
+def test_a_store_that_goes_away_ends_the_run_and_the_same_command_goes_on(job: Job, s3, tmp_path: Path) -> None:
+    write_queries(tmp_path / "queries", 200)
+    job.output, job.filesystem = f"s3://{s3.bucket}/gone/out", s3.filesystem()
+    faults = Faults()
+    with FaultProxy(s3.endpoint, faults, seed=6) as proxy:
+        at = {"endpoint_url": proxy.url, "access_key": s3.access_key, "secret_key": s3.secret_key, "patience_s": 3}
+        job.settings += [f"storage.{name}={value}" for name, value in {**at, "region": "us-east-1"}.items()]
+        started = job.start()
+        found = fs.FileSelector(f"{s3.bucket}/gone/out/data", allow_not_found=True)
+        while len(job.filesystem.get_file_info(found)) < 2:
+            assert started.process.poll() is None, started.ended()
+            time.sleep(0.1)
+        faults.refused = 1.0
+        status, said = started.ended()
+        assert status == 1
+        assert re.match(rf"error: .*s3://{s3.bucket}/gone/out", said.strip().splitlines()[-1])
+        faults.refused = 0.0
+        assert job.problems(tmp_path / "queries", *job.finish()) == []
 
 
 def test_a_store_that_stays_away_ends_the_run_with_its_uri(job: Job, s3, tmp_path: Path) -> None:

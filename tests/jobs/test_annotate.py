@@ -1,5 +1,6 @@
 """The command's checks: bad input ends in one clear line and exit status 2 before anything starts."""
 
+import dataclasses
 from pathlib import Path
 
 import pyarrow as pa
@@ -15,7 +16,7 @@ from pipeline.claim import Claim
 from pipeline.config import RunConfig, StorageConfig
 from pipeline.output import OutputFolder, UnitSummary
 from pipeline.plan import Plan
-from pipeline.query_set import QuerySet
+from pipeline.query_set import QuerySet, Unit
 from pipeline.storage import locate
 
 GIVEN = pa.list_(pa.struct([("id", pa.string()), ("title", pa.string()), ("text", pa.string())]))
@@ -125,6 +126,17 @@ def test_a_run_that_fails_at_large_stops_early(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"^270 of 400 rows failed \(KeyError\), more than execution.max_error_rate"):
         annotate_todo(plan, Resources(1, 0), {})
     assert seen == [0, 1, 2, 3]
+
+
+def test_errors_of_earlier_calls_count_too(tmp_path, monkeypatch):
+    plan, seen = failing(tmp_path, 20_000, monkeypatch, 90, 90)
+    monkeypatch.setattr(OutputFolder, "error_rows", lambda _, units: 30 * len(units))
+    units = [Unit(f"{n:020x}", "q", 0, 0, 100) for n in range(4)]
+    queries = dataclasses.replace(plan.queries, units=tuple(units))
+    plan = dataclasses.replace(plan, queries=queries, done=frozenset(unit.id for unit in units))
+    with pytest.raises(RuntimeError, match=r"^210 of 500 rows failed"):
+        annotate_todo(plan, Resources(1, 0), {})
+    assert seen == [0]
 
 
 def test_few_errors_stop_no_run_early(tmp_path, monkeypatch):

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.actor import UNIT_COLUMN, SelfRagActor, annotate_table, annotated_schema
-from pipeline.attempts import PATIENCE, Attempts, Turnstile
+from pipeline.attempts import PATIENCE, Attempts, HopelessError, Turnstile
 from pipeline.config import RunConfig
 from pipeline.engine import EngineDeadError
 from pipeline.postmortem import Death
@@ -176,7 +176,10 @@ async def test_a_row_that_kills_its_process_is_set_aside_and_its_neighbours_fini
         ),
         (
             Death("RuntimeError: device-side assert", out_of_memory=False),
-            ("ProcessDiedError", "the engine died 2 times while this row alone was decoded: RuntimeError: device"),
+            (
+                "ProcessDiedError",
+                "2 processes died while this row alone was decoded; the last engine: RuntimeErr",
+            ),
         ),
     ],
 )
@@ -189,6 +192,38 @@ async def test_an_engine_without_memory_is_told_apart_from_one_that_a_row_kills(
     (row,) = (await annotate_table(dying, unit, CONFIG, attempts)).to_pylist()
     assert (row["error_type"], row["attempts"]) == (expected[0], 2)
     assert row["error_message"].startswith(expected[1])
+
+
+@pytest.mark.parametrize("poisoned", [1, 2, 4, 6])
+async def test_each_row_that_kills_its_process_costs_two_more(poisoned):
+    attempts = LocalHandle(Attempts(PATIENCE))
+    unit = table(*[f"poison {n}" if n % 2 else f"good {n}" for n in range(2 * poisoned)])
+    deaths = 0
+    while (found := await dies_of_poison(actor(attempts, []), unit)) is None:
+        deaths += 1
+    assert deaths == 2 + 1 + 2 * poisoned
+    assert found["error_type"].to_pylist() == [None, "ProcessDiedError"] * poisoned
+
+
+async def test_a_run_whose_every_process_dies_ends():
+    attempts, unit = LocalHandle(Attempts(PATIENCE)), table(*["poison"] * 40)
+
+    async def again_and_again():
+        while await dies_of_poison(actor(attempts, []), unit) is None:
+            pass
+
+    with pytest.raises(HopelessError, match="^11 attempts ended with their process, with nothing done"):
+        await again_and_again()
+
+
+async def test_a_unit_that_waits_is_not_counted():
+    attempts, process = Attempts(PATIENCE), None
+    process = actor(LocalHandle(attempts), [])
+    async with process.turnstile.alone():
+        waiting = asyncio.create_task(process(table("one")))
+        await asyncio.sleep(0.01)
+        assert attempts.deaths("u") == 0
+    await waiting
 
 
 async def test_innocent_units_are_not_blamed_for_a_death_beside_them():

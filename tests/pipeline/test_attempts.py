@@ -9,9 +9,21 @@ from pipeline.postmortem import Death
 
 def test_attempts_count_until_they_end() -> None:
     attempts = Attempts(PATIENCE)
-    assert [attempts.begin("a"), attempts.begin("a"), attempts.begin("b")] == [0, 1, 0]
+    for what in ("a", "a", "b"):
+        attempts.begin(what)
+    assert (attempts.deaths("a"), attempts.deaths("b"), attempts.deaths("c")) == (2, 1, 0)
     attempts.end("a")
-    assert [attempts.begin("a"), attempts.begin("b")] == [0, 1]
+    assert (attempts.deaths("a"), attempts.deaths("b")) == (0, 1)
+
+
+def test_counts_of_rows_last_until_their_unit_ends() -> None:
+    attempts = Attempts(PATIENCE)
+    for what in ("u", "u:1", "u:10", "u1", "u1:1"):
+        attempts.begin(what)
+    attempts.end("u:1")
+    assert [attempts.deaths(what) for what in ("u", "u:1", "u:10")] == [1, 0, 1]
+    attempts.end("u")
+    assert [attempts.deaths(what) for what in ("u", "u:10", "u1", "u1:1")] == [0, 0, 1, 1]
 
 
 def test_deaths_with_nothing_done_in_between_end_the_run() -> None:
@@ -24,16 +36,16 @@ def test_deaths_with_nothing_done_in_between_end_the_run() -> None:
         attempts.begin("a")
     attempts.died("a", Death("CUDA error: device lost", out_of_memory=False))
     with pytest.raises(HopelessError, match=r"^4 attempts .* nothing done; the last .*: CUDA error: device lost$"):
-        attempts.begin("c"), attempts.begin("c")
+        attempts.begin("a")
 
 
-def test_a_death_is_known_until_its_row_ends() -> None:
+def test_how_engines_ended_is_known_until_their_row_ends() -> None:
     attempts, death = Attempts(PATIENCE), Death("killed", out_of_memory=True)
     attempts.begin("a")
     attempts.died("a", death)
-    assert (attempts.death("a"), attempts.death("b")) == (death, None)
+    assert (attempts.engines("a"), attempts.engines("b")) == ([death], [])
     attempts.end("a")
-    assert attempts.death("a") is None
+    assert attempts.engines("a") == []
 
 
 @pytest.mark.parametrize("seed", range(20))

@@ -2,6 +2,9 @@
 
 import os
 import signal
+import subprocess
+import sys
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ import torch
 from pipeline.config import ModelConfig
 from pipeline.engine import EngineDeadError, VllmGenerator, load_tokenizer
 from pipeline.reflection import ReflectionIds
+from tests.pipeline.test_guard import gone
 
 
 def without_memory(worker: Any) -> None:
@@ -34,11 +38,11 @@ async def kill(engine: Any) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("end", "reason"),
-    [(starve, "CUDA out of memory. Tried to allocate"), (kill, "^killed by signal 9")],
+    ("end", "reason", "memory"),
+    [(starve, "CUDA out of memory. Tried to allocate", True), (kill, "^killed by signal 9", False)],
 )
-async def test_an_engine_that_runs_out_of_memory_says_so(
-    demo_model: Path, end: Callable[[Any], Awaitable[None]], reason: str, monkeypatch: pytest.MonkeyPatch
+async def test_an_engine_that_dies_says_why(
+    demo_model: Path, end: Callable[[Any], Awaitable[None]], reason: str, memory: bool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for a function of this file
     model = ModelConfig(name=str(demo_model), engine={"max_model_len": 2048})
@@ -49,6 +53,32 @@ async def test_an_engine_that_runs_out_of_memory_says_so(
         await end(generator.engine)
         with pytest.raises(EngineDeadError, match=reason) as caught:
             await generator.generate([1, 2, 3, 4], 8, [])
-        assert caught.value.death.out_of_memory
+        assert caught.value.death.out_of_memory == memory
     finally:
         generator.shutdown()
+
+
+OWNER = """
+import asyncio, sys, time
+from pipeline.config import ModelConfig
+from pipeline.engine import VllmGenerator, core_processes
+
+if __name__ == "__main__":
+    generator = VllmGenerator.start(ModelConfig(name=sys.argv[1], engine={"max_model_len": 512}), (1, 2))
+    print("core", core_processes(generator.engine)[0].pid, flush=True)
+    time.sleep(600)
+"""
+
+
+@pytest.mark.slow
+def test_an_engine_ends_with_the_process_that_owns_it(demo_model: Path, tmp_path: Path):
+    (tmp_path / "owner.py").write_text(OWNER)
+    command = [sys.executable, str(tmp_path / "owner.py"), str(demo_model)]
+    owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."})
+    pid = next(int(line.split()[1]) for line in owner.stdout if line.startswith("core"))
+    owner.kill()
+    owner.wait()
+    until = time.monotonic() + 20
+    while not gone(pid) and time.monotonic() < until:
+        time.sleep(0.1)
+    assert gone(pid)

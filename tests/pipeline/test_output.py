@@ -7,7 +7,7 @@ import pytest
 from pipeline.actor import annotated_schema
 from pipeline.config import StorageConfig
 from pipeline.output import OutputFolder, UnitSummary
-from pipeline.storage import StorageError, locate
+from pipeline.storage import Location, StorageError, locate
 
 U1 = f"{1:020x}"
 INPUTS = pa.schema([("id", pa.string())])
@@ -56,11 +56,39 @@ def test_unit_of_failures_has_an_empty_data_file(folder, tmp_path):
     assert folder.done_units() == {U1}
 
 
-def test_unit_that_runs_again_replaces_its_files(folder):
+def test_a_finished_unit_that_runs_again_keeps_its_files(folder, tmp_path):
+    first = write(folder, U1, "a", "bad")
+    before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.parquet")}
+    assert write(folder, U1, "a", "b") == first
+    assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.parquet")} == before
+
+
+def test_a_withdrawn_unit_is_written_anew(folder):
     write(folder, U1, "a", "bad")
-    write(folder, U1, "a", "b")
+    folder.withdraw(U1)
+    assert folder.done_units() == frozenset()
+    assert write(folder, U1, "a", "b").errors == {}
     (summary,) = folder.summaries([U1])
     assert (summary.rows, summary.errors) == (2, {})
+
+
+def test_error_rows_are_counted_for_some_units(folder):
+    write(folder, U1, "a", "bad", "bad")
+    assert folder.error_rows([U1]) == 2
+    assert folder.error_rows(["0" * 20]) == 0
+
+
+def test_a_kill_while_a_run_is_cleared_away_leaves_a_folder_that_is_known(folder, monkeypatch):
+    write(folder, U1, "a")
+    folder.finish({"a": 1})
+    with monkeypatch.context() as patched:
+        patched.setattr(Location, "files", lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            folder.clear()
+    assert not folder.finished()
+    assert folder.foreign() is None
+    folder.clear()
+    assert folder.manifest() is None
 
 
 def test_errors_of_a_unit_that_never_finished_do_not_count(folder, tmp_path):

@@ -16,8 +16,9 @@ RuntimeError: device-side assert triggered
         ([1], TRACEBACK, Death("RuntimeError: device-side assert triggered", out_of_memory=False)),
         (
             [1],
-            "torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB\nRuntimeError: worker failed\n",
-            Death("torch.OutOfMemoryError: CUDA out of memory. Tried to allocate 2 GiB", out_of_memory=True),
+            "torch.OutOfMemoryError: CUDA out of memory.\n"
+            "RuntimeError: Worker failed with error 'CUDA out of memory.'\n",
+            Death("RuntimeError: Worker failed with error 'CUDA out of memory.'", out_of_memory=True),
         ),
         (
             [1],
@@ -27,7 +28,12 @@ RuntimeError: device-side assert triggered
                 out_of_memory=True,
             ),
         ),
-        ([-9], "", Death("killed by signal 9, as a machine that runs out of memory does", out_of_memory=True)),
+        ([-9], "", Death("killed by signal 9, as by a machine that runs out of memory", out_of_memory=False)),
+        (
+            [1],
+            f"{TRACEBACK}vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.\n",
+            Death("RuntimeError: device-side assert triggered", out_of_memory=False),
+        ),
         ([-11], "", Death("ended with status -11", out_of_memory=False)),
         ([], "", Death("no sign of life", out_of_memory=False)),
     ],
