@@ -3,8 +3,9 @@
 ``python -m jobs.benchmark [--quick] [--json FILE] [--plot FILE]``
 
 Ours is ``jobs.annotate`` itself, Parquet to Parquet; its rate counts from the first unit that an actor takes up to the
-last that is annotated, since an engine's start is paid once for any number of rows. The shapes and the bare engine are
-in ``jobs.benchmark_shapes``. Ratios of one run belong together; absolute rates belong to the machine.
+finished manifest, since an engine's start is paid once for any number of rows. The shapes and the bare engine are in
+``jobs.benchmark_shapes``; they share an engine that is warm, and get their passages for nothing, while each repeat of
+ours pays for its first steps. Ratios of one run belong together; absolute rates belong to the machine.
 """
 
 import asyncio
@@ -18,8 +19,10 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from datetime import datetime
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -36,12 +39,13 @@ from jobs.benchmark_shapes import BareEngine, Outcome, Recorder, Released, direc
 from jobs.benchmark_workloads import WORKLOADS, Row, Workload, with_passages
 from jobs.demo import demo_index
 from pipeline.config import DecodingConfig, ModelConfig, RetrievalConfig, StorageConfig
-from pipeline.engine import VllmGenerator, gpu_share, load_tokenizer
+from pipeline.engine import VllmGenerator, check_engine_arguments, gpu_share, load_tokenizer
 from pipeline.profiles import Tasks
 from pipeline.prompts import PromptTokenizer
 from pipeline.reader import ReflectionCritic
 from pipeline.retrieve import IndexRetriever
 from pipeline.self_rag import SelfRag
+from pipeline.settings import apply_settings
 from pipeline.storage import locate
 from pipeline.types import Passage, Query
 
@@ -60,11 +64,13 @@ class Measured:
         rates: queries/s of each repeat.
         rows: queries of a repeat.
         agreement: shares of queries with our decision and with our answer, where there is something to compare.
+        half_full: share of the engine's steps with more than half of its slots taken, where it was counted.
     """
 
     rows: int
     rates: list[float] = field(default_factory=list)
     agreement: dict[str, float] = field(default_factory=dict)
+    half_full: float | None = None
 
     @property
     def rate(self) -> float:
@@ -157,16 +163,27 @@ async def measure_shapes(bench: Bench, workload: Workload, plan: Plan) -> tuple[
         }
     measured = {name: Measured(count) for name, (count, _) in shapes.items()}
     measured |= {"direct": Measured(len(rows)), "ceiling": Measured(len(rows))}
+    await SelfRag(bench.generator, critic, Tasks(config), bench.retriever).answer(queries[0])  # warms up
     for _ in range(plan.repeats):
-        recorder = Recorder(bench.generator)
+        recorder, before = Recorder(bench.generator), bench.generator.load.steps.copy()
         system = SelfRag(recorder, critic, Tasks(config), bench.retriever)
         answers = await timed(engine, measured["direct"], direct(system, queries))
+        measured["direct"].half_full = half_full(bench.generator.load.steps - before, bench.generator.load.slots)
         ours = [Outcome(a.retrieved, a.segments[0].text if a.segments else "") for a in answers]
         await timed(engine, measured["ceiling"], engine.replay(recorder.work))
         for name, (_, run) in shapes.items():
             theirs = await timed(engine, measured[name], run())
             measured[name].agreement = agreement(ours, theirs)
     return rows, measured
+
+
+def half_full(steps: Counter[int], slots: int) -> float:
+    """Share of steps in which more than half of the slots were taken.
+
+    Args:
+        steps: number of steps by requests that ran in them.
+    """
+    return sum(count for running, count in steps.items() if 2 * running > slots) / max(1, steps.total())
 
 
 async def timed(engine: BareEngine, measured: Measured, work: Awaitable[Any]) -> Any:
@@ -198,7 +215,7 @@ def measure_job(workload: Workload, rows: Sequence[Row], plan: Plan) -> tuple[Me
         "execution": {"unit_rows": UNIT_ROWS, "units_in_flight": units},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
-    measured, stages = Measured(len(rows)), {}
+    measured, stages = Measured(len(rows)), list[dict[str, float]]()
     for number in range(plan.repeats):
         output = folder / f"out-{number}"
         options = ["--config", folder / "run.yaml", "--queries", folder / "queries.parquet", "--index", demo_index()]
@@ -206,13 +223,13 @@ def measure_job(workload: Workload, rows: Sequence[Row], plan: Plan) -> tuple[Me
         done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  our own command
         if done.returncode != 0:
             raise RuntimeError(f"jobs.annotate ended with status {done.returncode}: {done.stderr[-2000:]}")
-        written = json.loads((output / "_manifest.json").read_text())["units"].values()
-        seconds = max(unit["ended"] for unit in written) - min(unit["began"] for unit in written)
-        measured.rates.append(len(rows) / seconds)
+        manifest = json.loads((output / "_manifest.json").read_text())
+        finished = datetime.fromisoformat(manifest["finished"]).timestamp()
+        measured.rates.append(len(rows) / (finished - min(unit["began"] for unit in manifest["units"].values())))
         usage = ds.dataset(output / "data").to_table(columns=["usage"])["usage"].combine_chunks()
-        stages = {name: float(pc.mean(pc.struct_field(usage, name)).as_py()) for name in STAGES}
-        stages |= {"call_seconds": float(json.loads(done.stdout)["seconds"]), "decoding_seconds": seconds}
-    return measured, stages
+        seconds = {name: float(pc.mean(pc.struct_field(usage, name)).as_py()) for name in STAGES}
+        stages.append({**seconds, "call_seconds": float(json.loads(done.stdout)["seconds"])})
+    return measured, {name: statistics.mean(one[name] for one in stages) for name in stages[0]}
 
 
 @dataclass(frozen=True)
@@ -220,9 +237,8 @@ class Report:
     """All figures.
 
     Attributes:
-        stages: by workload: mean seconds of a row by stage; ``seconds`` is from its first step to its last.
-        slots: how full the engine's steps were in all of the shared engine's variants together: number of steps by
-            requests in them.
+        stages: by workload: mean seconds of a row by stage; ``seconds`` is from its first step to its last, and
+            ``call_seconds`` what the whole call took.
     """
 
     results: Results
@@ -335,15 +351,24 @@ def benchmark(
     """Compare ours with the shapes of other implementations and with the bare engine, side by side."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
     chosen = [w for w in WORKLOADS if not only or any(w.name.startswith(name) for name in only)]
+    if not chosen:
+        raise typer.BadParameter(f"--only: no workload begins so; there are {', '.join(w.name for w in WORKLOADS)}")
     count = rows or (24 if quick else 64)
-    engine = dict(setting.split("=", 1) for setting in settings or [])
+    engine: dict[str, Any] = {}
+    try:
+        apply_settings(engine, settings or [])
+        chosen_model = ModelConfig(name=model, engine=engine)
+        check_engine_arguments(chosen_model)
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
     with tempfile.TemporaryDirectory() as folder:
         plan = Plan(
             workloads=chosen[:1] if quick else chosen,
             rows=count,
             serial_rows=min(count, 4 if quick else 8),
             repeats=repeats or (1 if quick else 3),
-            model=ModelConfig(name=model, engine={name: yaml.safe_load(value) for name, value in engine.items()}),
+            model=chosen_model,
             folder=Path(folder),
         )
         report = execute(plan)

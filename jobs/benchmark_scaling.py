@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import json
 import logging
+import math
 import os
 import resource
 import sys
@@ -123,11 +124,11 @@ def steady_rate(begins: Sequence[float], slots: int) -> float:
 
     Args:
         begins: of all units, in seconds.
-        slots: units that are under way at once.
+        slots: units that are under way at once; with no more units than these there is no steady rate, but NaN.
     """
     ordered = sorted(begins)
-    first, last = ordered[min(slots, len(ordered) - 1) - 1], ordered[-1]
-    return sum(first < begin <= last for begin in ordered) / (last - first)
+    first, last = ordered[min(slots, len(ordered)) - 1], ordered[-1]
+    return sum(first < begin <= last for begin in ordered) / (last - first) if last > first else math.nan
 
 
 def run(rows: int, execution: ExecutionConfig, folder: Path) -> Run:

@@ -1,8 +1,9 @@
 """One run at a time on an output: a claim is a small file that its run rewrites while it is alive.
 
-Correctness does not rest on it, since a unit that two runs annotate is written to one name; it saves the GPU hours of
-the second. Object stores have no locks that hold on all of them, so a claim is believed dead only when its process is
-gone (on the same machine) or when it has not been rewritten while somebody watched.
+Correctness hardly rests on it: a unit that two runs annotate is written to one name by whoever is first, and one whose
+two files do not add up to its rows is annotated again. It saves the GPU hours of the second. Object stores have no
+locks that hold on all of them, so a claim is believed dead only when its process is gone (on the same machine) or when
+it has not been rewritten while somebody watched.
 """
 
 import contextlib

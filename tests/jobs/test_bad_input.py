@@ -114,6 +114,12 @@ def garble(file: Path, part: slice) -> None:
     file.write_bytes(content)
 
 
+def query_page(file: Path) -> slice:
+    """Some bytes of the queries' own page."""
+    column = pq.read_metadata(file).row_group(0).column(1)
+    return slice(column.data_page_offset + 20, column.data_page_offset + column.total_compressed_size - 10)
+
+
 ONE = {"id": ["a"], "query": ["Who?"]}
 NONE = {"id": pa.array([], pa.string()), "query": pa.array([], pa.string())}
 SECOND = {"id": ["b"], "query": ["What?"]}
@@ -161,12 +167,21 @@ PARQUET: dict[str, tuple[Spoil, str]] = {
     ),
     "truncated": (lambda c: (f := c.write(**ONE)).write_bytes(cut(f.read_bytes())), "not a readable Parquet file"),
     "corrupt ids": (lambda c: garble(c.write(**ONE), slice(4, 40)), "queries.parquet: not a readable"),
+    "corrupt queries": (
+        lambda c: garble(f := c.write(id=["a"], query=[" ".join(map(str, range(3000)))]), query_page(f)),
+        "queries.parquet: not a readable Parquet file",
+    ),
+    "task is not UTF-8": (lambda c: c.write(**ONE, task=text([NOT_UTF8])), "queries.parquet: column 'task' is not UTF"),
     "missing file": (lambda c: c.use(queries=c.folder / "no.parquet"), "no.parquet: not found"),
     "no Parquet in it": (lambda c: ((c.folder / "e").mkdir(), c.use(queries=c.folder / "e")), "no .*.parquet files in"),
 }
 CONFIGURATION: dict[str, tuple[Spoil, str]] = {
     "unknown key": (lambda c: c.set("decoding.treshold=0.3"), "unknown configuration key decoding.treshold"),
     "no value": (lambda c: c.set("decoding"), "expected KEY=VALUE"),
+    "value is not YAML": (
+        lambda c: c.set("storage.secret_key=*abc/def"),
+        "--set storage.secret_key: the value",
+    ),
     "wrong type": (lambda c: c.set("decoding.passages=many"), "configuration key decoding.passages: .* valid integer"),
     "threshold above 1": (lambda c: c.set("decoding.threshold=1.5"), "decoding.threshold: .* less than or equal to 1"),
     "negative weight": (lambda c: c.set("decoding.weights.support=-1"), "configuration key decoding.weights.support"),
@@ -264,6 +279,7 @@ def test_bad_input_is_refused_in_one_line_before_anything_starts(
     (line,) = result.stderr.strip().splitlines()
     assert line.startswith("error: ")
     assert re.search(message, line), line
+    assert "abc/def" not in line  # what stands after a key may be a secret
     assert state(case.folder) == before
 
 

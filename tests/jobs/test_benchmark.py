@@ -2,11 +2,14 @@ import json
 import math
 import subprocess
 import sys
+from collections import Counter
 from types import SimpleNamespace
 
 import pytest
+import typer
+from typer.testing import CliRunner
 
-from jobs.benchmark import Measured, Report, agreement, plot
+from jobs.benchmark import Measured, Report, agreement, benchmark, half_full, plot
 from jobs.benchmark_shapes import ABSENT, Outcome, Released, read_wide
 from jobs.benchmark_workloads import LONG_PASSAGES, SHORT_WORDS, WORKLOADS, Workload, lengthened, shortened
 from pipeline.config import DecodingConfig
@@ -103,6 +106,27 @@ def report() -> Report:
 
 def test_ratios_are_of_medians_and_of_all_pairs(report):
     assert report.ratios("w") == {"ceiling": {"median": 0.6, "min": 2 / 6, "max": 1.0}}
+
+
+def test_steps_are_half_full_when_more_than_half_of_the_slots_are_taken():
+    assert half_full(Counter({4: 1, 5: 2, 8: 5}), slots=8) == 7 / 8
+    assert half_full(Counter(), slots=8) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--only", "nothing"], "no workload begins so"),
+        (["--set", "dtype"], "--set dtype: expected KEY=VALUE"),
+        (["--set", "dtipe=x"], "unknown configuration key model.engine.dtipe"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_starts(options, part):
+    app = typer.Typer()
+    app.command()(benchmark)
+    result = CliRunner().invoke(app, options)
+    assert result.exit_code == 2
+    assert part in " ".join(result.stderr.split())
 
 
 def test_the_plot_is_drawn(report, tmp_path):

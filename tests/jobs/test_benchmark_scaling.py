@@ -1,3 +1,5 @@
+import math
+
 import pytest
 
 from jobs.benchmark_scaling import Run, WaitingEngine, report, steady_rate
@@ -27,6 +29,7 @@ def test_the_steady_rate_leaves_out_late_starts_and_the_end():
     assert steady_rate(begins, 2) == pytest.approx(1.0, rel=0.15)
     aligned = [second for second in range(0, 40, 4) for _ in range(3)]
     assert steady_rate(aligned, 3) == pytest.approx(3 / 4)
+    assert math.isnan(steady_rate([1.0], 2))
 
 
 def test_efficiency_is_the_rate_of_an_actor_among_others():

@@ -1,3 +1,6 @@
+import asyncio
+from dataclasses import replace
+
 import pytest
 
 from pipeline.choose import cited_passages
@@ -137,3 +140,29 @@ async def test_task_decides_how_the_model_is_asked_and_not_what_is_searched():
     assert rag.generator.prompts[0] == "### Instruction: Name it: Capital? ### Response:"
     assert rag.retriever.queries == ["Capital?"]
     assert answer.usage.engine_requests == 1 + 2
+
+
+class SlowRetriever(ListRetriever):
+    async def retrieve(self, query, k):
+        await asyncio.sleep(0.05)
+        return await super().retrieve(query, k)
+
+
+async def test_usage_says_where_the_seconds_went():
+    rag = system()
+    rag = replace(rag, retriever=SlowRetriever(PASSAGES))
+    generate = rag.generator.generate
+
+    async def slow(prompt, max_tokens, stops):
+        await asyncio.sleep(0.02)
+        return replace(
+            await generate(prompt, max_tokens, stops), queue_seconds=1.0, prefill_seconds=2.0, decode_seconds=3.0
+        )
+
+    rag.generator.generate = slow
+    usage = (await rag.answer(Query("q", "What is the capital of France?"))).usage
+    requests = 1 + len(PASSAGES)
+    assert (usage.queue_seconds, usage.prefill_seconds, usage.decode_seconds) == (requests, 2 * requests, 3 * requests)
+    assert usage.decide_seconds >= 0.02
+    assert usage.retrieve_seconds >= 0.05
+    assert usage.decide_seconds + usage.retrieve_seconds + 0.02 <= usage.seconds
