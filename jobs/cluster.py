@@ -55,7 +55,9 @@ def reason(error: BaseException) -> str:
     raised = [match for match in found if not match["kind"].startswith("ray.")] or theirs
     if not raised:
         return text.splitlines()[-1].strip()
-    kind, message = raised[0]["kind"], raised[0]["message"].strip()
+    # Our own errors say what to do, and stand behind what they were made of.
+    first = next((match for match in raised if match["kind"].startswith("pipeline.")), raised[0])
+    kind, message = first["kind"], first["message"].strip()
     ours = kind == "ValueError" or kind.startswith("pipeline.")
     return message if ours else f"{kind}: {message}"
 

@@ -106,6 +106,11 @@ To change retry attempts, configure `ray.data.DataContext.get_current()` (any ta
         (RAY_SAYS.replace("KINDError", "pipeline.storage.StorageError"), "shard-00001.faiss: missing"),
         (RAY_SAYS.replace("KINDError", "KeyError"), "KeyError: shard-00001.faiss: missing"),
         ("s3://b/x: access denied", "s3://b/x: access denied"),
+        ("OSError: status 503\n\npipeline.storage.StorageError: s3://b/x: status 503", "s3://b/x: status 503"),
+        (
+            "ray.exceptions.ActorUnavailableError: no route\nray.exceptions.UserCodeException: failed\nTo change",
+            "ray.exceptions.ActorUnavailableError: no route",
+        ),
         ("The actor died.\n\tIts node was removed.", "Its node was removed."),
         ("", "RuntimeError('')"),
     ],
