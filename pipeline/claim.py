@@ -74,10 +74,12 @@ class Claim:
         self._thread = threading.Thread(target=self._beat, name="claim", daemon=True)
 
     def __enter__(self) -> "Claim":
-        while others := self._others():
-            for other in others:
-                self._bury(other)
+        dead: list[Owner] = []
+        while others := [other for other in self._others() if other.id not in {owner.id for owner in dead}]:
+            dead += [self._dead(other) for other in others]
         self._write()
+        for other in dead:
+            self._file(other).delete()  # only now: rclone's store cannot write where a folder's last file was deleted
         time.sleep(SETTLE)
         if rivals := [other for other in self._others() if other.seniority < self._owner.seniority]:
             self._file(self._owner).delete()
@@ -122,8 +124,8 @@ class Claim:
         except MissingFileError:
             return None
 
-    def _bury(self, other: Owner) -> None:
-        """Remove a dead run's claim.
+    def _dead(self, other: Owner) -> Owner:
+        """The owner of a claim, who is dead.
 
         Raises:
             OutputTakenError: it lives.
@@ -137,10 +139,10 @@ class Claim:
             while time.monotonic() < until:
                 time.sleep(min(BEAT, PATIENCE) / 3)
                 if (now := self._read(self._file(other))) is None:
-                    return
+                    break
                 if now.beats != other.beats:
                     raise self._taken(other)
-        self._file(other).delete()
+        return other
 
     def _taken(self, other: Owner) -> OutputTakenError:
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(other.started))

@@ -115,7 +115,9 @@ def test_a_store_that_goes_away_ends_the_run_and_the_same_command_goes_on(job: J
         (line,) = (line for line in said.splitlines() if line.startswith("error: "))  # workers may speak after it
         assert f"s3://{s3.bucket}/gone/out" in line
         faults.refused = 0.0
-        assert job.problems(tmp_path / "queries", *job.finish()) == []
+        status, said = job.finish()
+        assert status == 0, said[-5000:]
+        assert job.problems(tmp_path / "queries", status, said) == []
 
 
 def test_a_store_that_stays_away_ends_the_run_with_its_uri(job: Job, s3, tmp_path: Path) -> None:
