@@ -121,9 +121,10 @@ def storage_faults(job: Job, queries: Path, s3: S3Server, rng: random.Random, ru
     hurt, problems = 0, []
     store = s3.filesystem()
     for file in queries.iterdir():
-        with store.open_output_stream(f"{s3.bucket}/queries/{file.name}") as stream:
+        with store.open_output_stream(f"{s3.bucket}/faults/queries/{file.name}") as stream:
             stream.write(file.read_bytes())
-    job = replace(job, queries=f"s3://{s3.bucket}/queries", output=f"s3://{s3.bucket}/out", filesystem=store)
+    base = f"s3://{s3.bucket}/faults"
+    job = replace(job, queries=f"{base}/queries", output=f"{base}/out", filesystem=store)
     for _, run in zip(range(runs), outputs(job), strict=False):
         shares = {kind: rng.uniform(0, 0.1) for kind in ("refused", "failed", "cut", "lost", "slow")}
         faults = Faults(**shares)

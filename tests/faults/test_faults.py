@@ -42,10 +42,11 @@ def job(running: Running, tmp_path: Path) -> Job:
 
 def test_nothing_is_lost_or_doubled_when_drivers_are_killed(job: Job, tmp_path: Path) -> None:
     write_queries(tmp_path / "queries", 150)
-    killed, problems = driver_kills(job, tmp_path / "queries", random.Random(1), kills=3, longest=7.0)
-    assert (killed, problems) == (3, [])
+    killed, problems = driver_kills(job, tmp_path / "queries", random.Random(1), kills=2, longest=7.0)
+    assert (killed, problems) == (2, [])
 
 
+@pytest.mark.slow
 def test_nothing_is_lost_or_doubled_when_actors_are_killed(job: Job, running: Running, tmp_path: Path) -> None:
     write_queries(tmp_path / "queries", 200)
     killed, problems = actor_kills(job, tmp_path / "queries", running.pids, random.Random(2), kills=3)
@@ -90,6 +91,7 @@ def test_of_two_runs_on_one_output_one_stops_with_a_clear_line(job: Job, tmp_pat
     assert broken(job.output, tmp_path / "queries") == []
 
 
+@pytest.mark.slow
 def test_a_store_in_trouble_is_waited_for(job: Job, s3, tmp_path: Path) -> None:
     write_queries(tmp_path / "queries", 100)
     hurt, problems = storage_faults(job, tmp_path / "queries", s3, random.Random(4), runs=1)
