@@ -221,7 +221,7 @@ def finished_units(plan: Plan) -> list[UnitSummary]:
     units, rows = plan.output.summaries(unit.id for unit in plan.queries.units), plan.rows
     whole = [unit for unit in units if unit.rows == rows[unit.unit]]
     for unit in units:
-        if unit not in whole:
+        if unit.rows != rows[unit.unit]:
             plan.output.withdraw(unit.unit)
     if len(whole) != len(rows):
         raise RuntimeError(

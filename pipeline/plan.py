@@ -41,7 +41,7 @@ class Plan:
         """Units that are left."""
         return [unit for unit in self.queries.units if unit.id not in self.done]
 
-    @property
+    @cached_property
     def rows(self) -> dict[str, int]:
         """Rows of every unit, by its id."""
         return {unit.id: unit.rows for unit in self.queries.units}
