@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from jobs.annotate import Summary, annotate_todo
+from jobs.annotate import Summary, annotate_todo, finished_units
 from jobs.annotate import annotate as command
 from jobs.cluster import Resources
 from pipeline.claim import Claim
@@ -137,6 +137,20 @@ def test_errors_of_earlier_calls_count_too(tmp_path, monkeypatch):
     with pytest.raises(RuntimeError, match=r"^210 of 500 rows failed"):
         annotate_todo(plan, Resources(1, 0), {})
     assert seen == [0]
+
+
+def test_a_unit_without_all_of_its_rows_is_withdrawn_and_the_run_says_so(tmp_path, monkeypatch):
+    plan, _ = failing(tmp_path, 30, monkeypatch)
+    units = tuple(Unit(f"{n:020x}", "q", 0, 0, 10) for n in range(3))
+    plan = dataclasses.replace(plan, queries=dataclasses.replace(plan.queries, units=units))
+    files = [tmp_path / "out" / "data" / f"part-{unit.id}.parquet" for unit in units[:2]]
+    files[0].parent.mkdir(parents=True)
+    for file, rows in zip(files, (10, 9), strict=True):
+        usage = pa.array([{"generated_tokens": 1, "prompt_tokens": 1}] * rows)
+        pq.write_table(pa.table({"retrieved": [True] * rows, "usage": usage}), file)
+    with pytest.raises(RuntimeError, match="10 of 30 rows are there, in 1 of 3 units; run the same command again"):
+        finished_units(plan)
+    assert [file.exists() for file in files] == [True, False]
 
 
 def test_few_errors_stop_no_run_early(tmp_path, monkeypatch):
