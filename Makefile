@@ -4,20 +4,21 @@ EXTRAS ?= cpu
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(EXTRAS)
+LOCK := infra/locks/$(EXTRAS).txt
+UV_VERSION := 0.13.9
 
 # The CPU build of vLLM needs PyTorch's "+cpu" wheel, which PyPI does not carry: it comes from the folder that
 # PIP_FIND_LINKS names, otherwise from PyTorch's own index. The GPU build takes everything from PyPI.
-INSTALL := $(BIN)/uv pip install --python $(BIN)/python
 ifeq ($(EXTRAS),cpu)
 ifdef PIP_FIND_LINKS
-INSTALL := UV_FIND_LINKS="$(PIP_FIND_LINKS)" $(INSTALL)
+export UV_FIND_LINKS := $(PIP_FIND_LINKS)
 else
-INSTALL += --torch-backend cpu
+TORCH := --torch-backend cpu
 endif
 endif
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check bench audit clean
+.PHONY: help setup demo test check bench audit lock clean
 
 help: ## list the targets
 	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "make %-8s %s\n", $$1, $$2}'
@@ -42,14 +43,21 @@ bench: $(READY) ## compare with other implementations' shapes and the bare engin
 audit: $(READY) ## look the dependencies up among known vulnerabilities (needs PyPI)
 	$(BIN)/uv tool run pip-audit --path $(VENV)/lib/python3*/site-packages
 
+lock: $(BIN)/uv ## pin the newest versions that pyproject.toml allows
+	$(BIN)/uv pip compile pyproject.toml --extra $(EXTRAS) --extra dev --universal --upgrade $(TORCH) --quiet \
+		--no-annotate --no-header --no-emit-index-url --no-emit-find-links --output-file $(LOCK)
+
 clean: ## delete the environment, outputs and tool caches
 	rm -rf $(VENV) out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
 
 # An environment of the other extra is made anew: both bring a package that provides the module faiss.
-$(READY): pyproject.toml
+$(READY): pyproject.toml $(LOCK)
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Python >= 3.11 is needed: make PYTHON=python3.12")'
 	$(if $(filter-out $(READY),$(wildcard $(VENV)/.ready-*)),rm -rf $(VENV))
-	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
-	test -x $(BIN)/uv || $(BIN)/python -m pip install --quiet uv
-	$(INSTALL) --compile-bytecode --editable ".[$(EXTRAS),dev]"
+	$(MAKE) $(BIN)/uv
+	$(BIN)/uv pip install --python $(BIN)/python $(TORCH) --constraints $(LOCK) --compile-bytecode --editable ".[$(EXTRAS),dev]"
 	@touch $@
+
+$(BIN)/uv:
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet uv==$(UV_VERSION)
