@@ -13,6 +13,7 @@ from pipeline.profiles import Tasks, built_in_digest
 from pipeline.prompted import prompts_digest
 from pipeline.provenance import model_identity
 from pipeline.query_set import QuerySet, Unit, inspect_queries
+from pipeline.schema import columns_digest
 from pipeline.storage import Location, locate
 
 
@@ -54,7 +55,12 @@ class Plan:
     def identity(self) -> dict[str, Any]:
         """What decides the results: an output holds rows of one identity only."""
         return {
-            "settings": {**self.config.decisive(), "profiles.built_in": built_in_digest(), **self._prompts()},
+            "settings": {
+                **self.config.decisive(),
+                "output.columns": columns_digest(),
+                "profiles.built_in": built_in_digest(),
+                **self._prompts(),
+            },
             "queries": {"files": self.queries.files, "rows": self.queries.rows, "digest": self.queries.digest},
             "model": self.model,
             "index": self.index,

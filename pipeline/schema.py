@@ -1,5 +1,6 @@
 """Arrow at the border: rows in → Query, Answer → rows out. The output's nested types are constants."""
 
+import hashlib
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -88,6 +89,12 @@ ERROR_FIELDS = [
 # in seconds since the epoch, separated by slashes.
 UNIT_COLUMN = "_unit"
 RESERVED = frozenset([UNIT_COLUMN, *(f.name for f in [*ANSWER_FIELDS, *CANDIDATE_FIELDS, *ERROR_FIELDS])])
+
+
+def columns_digest() -> str:
+    """Digest of the columns that a run adds: rows of other columns do not go into one output."""
+    fields = pa.schema([*ANSWER_FIELDS, *CANDIDATE_FIELDS, *ERROR_FIELDS])
+    return hashlib.sha256(str(fields).encode()).hexdigest()[:12]
 
 
 def _is_text(kind: pa.DataType) -> bool:

@@ -71,6 +71,27 @@ def test_poison_rows_are_set_aside_and_all_others_are_answered(job: Job, tmp_pat
     }
 
 
+def test_a_process_that_is_killed_while_its_actor_starts_is_started_again(job: Job, tmp_path: Path) -> None:
+    write_queries(tmp_path / "queries", 30)
+    job.model = model_folder(tmp_path)
+    (job.model / "dies_at_start").write_text("2")
+    status, said = job.finish()
+    assert (job.model / "dies_at_start").read_text() == "0"
+    assert job.problems(tmp_path / "queries", status, said) == []
+
+
+def test_a_run_whose_actors_never_start_ends_and_says_so(job: Job, tmp_path: Path) -> None:
+    write_queries(tmp_path / "queries", 30)
+    job.model = model_folder(tmp_path)
+    (job.model / "dies_at_start").write_text("1000")
+    job.settings += ["execution.units_in_flight=1"]
+    status, said = job.finish()
+    assert status == 1
+    (line,) = (line for line in said.splitlines() if line.startswith("error: "))
+    assert "11 attempts ended with their process, with nothing done" in line
+    assert (job.model / "dies_at_start").read_text() == str(1000 - 11)
+
+
 @pytest.mark.slow
 def test_answers_do_not_depend_on_what_happened(job: Job, tmp_path: Path) -> None:
     write_queries(tmp_path / "queries", 60)

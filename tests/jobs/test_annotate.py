@@ -1,6 +1,7 @@
 """The command's checks: bad input ends in one clear line and exit status 2 before anything starts."""
 
 import dataclasses
+import json
 from pathlib import Path
 
 import pyarrow as pa
@@ -12,12 +13,14 @@ from typer.testing import CliRunner
 from jobs.annotate import Summary, annotate_todo, finished_units
 from jobs.annotate import annotate as command
 from jobs.cluster import Resources
+from pipeline.actor import annotated_schema
 from pipeline.claim import Claim
 from pipeline.config import RunConfig, StorageConfig
 from pipeline.output import OutputFolder, UnitSummary
 from pipeline.plan import Plan
 from pipeline.query_set import QuerySet, Unit
 from pipeline.storage import locate
+from tests.claims import finishing_elsewhere
 
 GIVEN = pa.list_(pa.struct([("id", pa.string()), ("title", pa.string()), ("text", pa.string())]))
 
@@ -104,6 +107,40 @@ def test_a_run_that_another_one_is_at_work_on_stops_before_the_engine(options, m
         result = call(options)
     assert result.exit_code == 2
     assert "another run is at work there (process" in result.stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def finished(options: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The output of a finished run; nothing can annotate any more."""
+
+    def units(plan, *_):
+        rows = [{"id": name, "query": name, "answer": "x", "retrieved": False} for name in ("a", "b")]
+        table = pa.Table.from_pylist(rows, annotated_schema(plan.queries.schema, keep_candidates=False))
+        yield plan.output.write_unit(plan.todo[0].id, table, plan.queries.schema, keep_candidates=False)
+
+    monkeypatch.setattr("jobs.annotate.allot", lambda _plan: Resources(1, 0))
+    monkeypatch.setattr("jobs.annotate.annotate_units", units)
+    assert call(options).exit_code == 0
+    monkeypatch.setattr("jobs.annotate.annotate_units", lambda *_: pytest.fail("work that is done is not done again"))
+    return tmp_path / "out"
+
+
+def test_an_output_of_other_columns_is_not_continued(options, finished):
+    manifest = json.loads((finished / "_manifest.json").read_text())
+    manifest["settings"]["output.columns"] = "of yore"
+    (finished / "_manifest.json").write_text(json.dumps(manifest))
+    assert "holds a run that differs in output.columns; choose another output" in refused(call(options))
+
+
+def test_a_run_that_another_one_finishes_while_it_waits_does_nothing(options, finished, tmp_path, monkeypatch):
+    monkeypatch.setattr("pipeline.claim.PATIENCE", 20.0)
+    monkeypatch.setattr("pipeline.claim.BEAT", 0.3)
+    other = finishing_elsewhere(finished, tmp_path / "aside")
+    result = call(options)
+    other.join()
+    assert result.exit_code == 0, result.output
+    assert "1 units on 1 actor(s)" in result.stderr  # so it looked when it began
+    assert "is finished; nothing was left to do" in result.stderr
 
 
 def failing(tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch, *errors: int) -> tuple[Plan, list[int]]:

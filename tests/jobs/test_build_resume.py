@@ -19,6 +19,7 @@ from pipeline.config import RetrievalConfig
 from pipeline.index import PassageIndex
 from pipeline.manifest import read_manifest
 from pipeline.passages import ShardPlan
+from tests.claims import finishing_elsewhere
 from tests.indexes import place
 from tests.jobs.building import given_vectors, run
 
@@ -135,3 +136,16 @@ def test_of_two_builds_into_one_folder_one_stops(
         result = run(with_vectors[0], tmp_path / "out", "--embeddings", "vector")
     refused_last(result, "another run is at work there (process")
     assert not (tmp_path / "out" / "_build").exists()
+
+
+def test_a_build_that_another_one_finishes_while_it_waits_leaves_the_index_alone(
+    with_vectors: tuple[Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.claim.PATIENCE", 20.0)
+    monkeypatch.setattr("pipeline.claim.BEAT", 0.3)
+    assert run(with_vectors[0], tmp_path / "out", "--embeddings", "vector").exit_code == 0
+    before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
+    other = finishing_elsewhere(tmp_path / "out", tmp_path / "aside")
+    refused_last(run(with_vectors[0], tmp_path / "out", "--embeddings", "vector"), "already holds an index; say --over")
+    other.join()
+    assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()} == before

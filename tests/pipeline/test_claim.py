@@ -10,9 +10,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.claim import Claim, OutputTakenError, Owner, born
+from pipeline.claim import Claim, OutputTakenError, born
 from pipeline.config import StorageConfig
 from pipeline.storage import Location, locate
+from tests.claims import claim_of
 
 
 @pytest.fixture(autouse=True)
@@ -27,14 +28,6 @@ def output(tmp_path: Path) -> Location:
 
 def claims(output: Location) -> list[dict]:
     return [json.loads(file.read_text()) for file in Path(output.path).glob("_running/*.json")]
-
-
-def other(output: Location, **changes: object) -> Path:
-    owner = {**vars(Owner.me()), "id": "0" * 32, "started": 1.0, **changes}
-    file = Path(output.path) / "_running" / f"{owner['id']}.json"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(owner))
-    return file
 
 
 def test_a_claim_lasts_as_long_as_its_run(output: Location) -> None:
@@ -75,7 +68,7 @@ with Claim(locate({output.path!r}, StorageConfig())):
 
 
 def test_a_reused_pid_is_another_process(output: Location) -> None:
-    file = other(output, born="1")
+    file = claim_of(Path(output.path), born="1")
     with Claim(output):
         assert not file.exists()
 
@@ -84,7 +77,7 @@ def test_another_machines_silent_claim_is_dead_after_a_while(
     output: Location, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("pipeline.claim.PATIENCE", 0.3)
-    file = other(output, host="elsewhere")
+    file = claim_of(Path(output.path), host="elsewhere")
     with Claim(output):
         assert not file.exists()
     assert "a run of elsewhere was at work; watching it" in caplog.text
@@ -93,8 +86,8 @@ def test_another_machines_silent_claim_is_dead_after_a_while(
 def test_another_machines_living_claim_is_respected(output: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.claim.PATIENCE", 5.0)
     monkeypatch.setattr("pipeline.claim.BEAT", 0.3)
-    file = other(output, host="elsewhere")
-    beat = threading.Timer(0.2, lambda: other(output, host="elsewhere", beats=1))
+    file = claim_of(Path(output.path), host="elsewhere")
+    beat = threading.Timer(0.2, lambda: claim_of(Path(output.path), host="elsewhere", beats=1))
     beat.start()
     began = time.monotonic()
     with pytest.raises(OutputTakenError, match="on elsewhere"):
