@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import os
 import re
 
 from pipeline.config import ExecutionConfig, RunConfig
@@ -26,11 +27,15 @@ class Resources:
 
 
 def connect(execution: ExecutionConfig) -> None:
-    """Connect to a cluster (``ray_address``, ``RAY_ADDRESS``), or start Ray in this process."""
+    """Connect to a cluster (``ray_address``, ``RAY_ADDRESS``), or start Ray in this process.
+
+    Left alone, ``ray.init`` joins whatever Ray runs on the machine, such as another run's, and ends with it.
+    """
     import ray
 
     if not ray.is_initialized():
-        ray.init(address=execution.ray_address, include_dashboard=False, logging_level="WARNING")
+        address = execution.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+        ray.init(address=address, include_dashboard=False, logging_level="WARNING")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False

@@ -177,7 +177,7 @@ class ExecutionConfig(Frozen):
         row_timeout_s: rows that take longer go to ``errors/``; a row shares the engine with all others in flight.
         max_error_rate: share of rows in ``errors/`` above which a finished run counts as failed, and above which
             (and above 100 rows) one that is at work stops.
-        ray_address: of a running cluster; by default one starts in this process unless Ray is there already.
+        ray_address: of a running cluster; by default ``RAY_ADDRESS``, and without it Ray starts in this process.
     """
 
     actors: Positive = 1

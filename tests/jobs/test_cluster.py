@@ -1,6 +1,6 @@
 import pytest
 
-from jobs.cluster import Resources, beside_servers, reason, server_count, share_of
+from jobs.cluster import Resources, beside_servers, connect, reason, server_count, share_of
 from pipeline.config import RunConfig
 
 LAPTOP = [{"CPU": 2.0}]
@@ -86,6 +86,21 @@ def test_servers_that_do_not_fit_are_refused(needs):
     run = partitioned(3, **needs)
     with pytest.raises(ValueError, match="3 shard servers, each with .* do not fit on the cluster's 3 node"):
         beside_servers(GPU_NODES, run.execution, 3)
+
+
+@pytest.mark.parametrize(
+    ("setting", "variable", "expected"),
+    [(None, None, "local"), (None, "10.0.0.1:6379", "10.0.0.1:6379"), ("auto", "10.0.0.1:6379", "auto")],
+)
+def test_ray_of_another_run_is_not_joined_unasked(setting, variable, expected, monkeypatch):
+    asked = []
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda address, **_: asked.append(address))
+    monkeypatch.delenv("RAY_ADDRESS")
+    if variable:
+        monkeypatch.setenv("RAY_ADDRESS", variable)
+    connect(config(ray_address=setting).execution)
+    assert asked == [expected]
 
 
 RAY_SAYS = """\x1b[36mray::MapBatches(F)()\x1b[39m (pid=1, ip=10.0.0.1)
