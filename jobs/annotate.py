@@ -33,6 +33,7 @@ from pipeline.provenance import versions
 from pipeline.query_set import Unit, read_unit
 from pipeline.schema import UNIT_COLUMN
 from pipeline.servers import ServedIndex, start_servers
+from pipeline.telemetry import RunTelemetry
 
 log = logging.getLogger(__name__)
 
@@ -130,12 +131,15 @@ def annotate_todo(
     plan.output.begin(record)
     allowed = max(plan.config.execution.max_error_rate * plan.queries.rows, FEWEST_ERRORS)
     failed, done = plan.output.error_rows(plan.done), sum(plan.rows[unit] for unit in plan.done)
+    rows = sum(unit.rows for unit in plan.todo)
+    telemetry = RunTelemetry(plan.config.output, rows)
     with (
-        Progress(sum(unit.rows for unit in plan.todo)) as progress,
+        Progress(rows) as progress,
         contextlib.closing(annotate_units(plan, resources, actor)) as units,
     ):
         for unit in units:
             progress.add(unit)
+            telemetry.written(unit.rows)
             if failed + progress.errors > allowed:
                 raise RuntimeError(
                     f"{failed + progress.errors} of {done + progress.done} rows failed ({', '.join(unit.errors)}), "
@@ -162,7 +166,8 @@ def annotate_units(plan: Plan, resources: Resources, actor: type[SelfRagActor]) 
     # Where the driver is, since both end together; soft affinity may place it on a node that dies.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     lasting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
-    attempts = lasting(Attempts).remote(PATIENCE * config.execution.actors * config.execution.units_in_flight)
+    patience = PATIENCE * config.execution.actors * config.execution.units_in_flight
+    attempts = lasting(Attempts).remote(patience, config.output)
     # Reading and writing ask for no CPU, so that they run beside actors that have them all; their number is bounded.
     beside = TaskPoolStrategy(size=2 * config.execution.actors)
     units = [{"unit": dataclasses.asdict(unit)} for unit in plan.todo]

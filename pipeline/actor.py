@@ -10,7 +10,7 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from pipeline.attempts import BESIDE_OTHERS, ROW_DEATHS, OutOfMemoryError, ProcessDiedError, Turnstile
+from pipeline.attempts import BESIDE_OTHERS, ROW_DEATHS, START, OutOfMemoryError, ProcessDiedError, Turnstile
 from pipeline.config import RunConfig
 from pipeline.critics import critic_of
 from pipeline.engine import EngineDeadError, VllmGenerator, gpu_share, prepare_environment
@@ -29,11 +29,9 @@ from pipeline.schema import (
 from pipeline.self_rag import SelfRag
 from pipeline.servers import IndexLostError
 from pipeline.storage import locate
+from pipeline.telemetry import ActorTelemetry
 
 log = logging.getLogger(__name__)
-
-# What an actor's start is counted as.
-START = "an actor's start"
 
 
 def annotated_schema(inputs: pa.Schema, keep_candidates: bool) -> pa.Schema:
@@ -167,6 +165,7 @@ class SelfRagActor:
         self.config = config
         self.attempts = attempts
         self.turnstile = Turnstile()
+        self.telemetry = ActorTelemetry(config.output)
         # Ray restarts a process that is killed while it starts without limit.
         ray.get(attempts.begin.remote(START))
         self._open(servers, index_digest)
@@ -180,7 +179,9 @@ class SelfRagActor:
         if config.index is not None and config.decoding.mode != "never":
             folder, share = locate(config.index, config.storage), gpu_share(config.model)
             self.retriever = IndexRetriever.open(folder, config.retrieval, share, servers, index_digest)
+            self.retriever.watcher = self.telemetry.search
         self.generator = VllmGenerator.start(config.model, critic.watched)
+        self.generator.load.watcher = self.telemetry.step
         tasks = Tasks(config.decoding, config.profiles, config.task)
         self.system = SelfRag(self.generator, critic, tasks, self.retriever)
 
@@ -194,6 +195,7 @@ class SelfRagActor:
             async with place:
                 await self.attempts.begin.remote(unit)
                 began = time.time()
+                self.telemetry.begin(table.num_rows)
                 annotated = await annotate_table(self.system, table, self.config, one_by_one)
         except EngineDeadError as error:
             memory = " (out of memory)" if error.death.out_of_memory else ""
@@ -201,6 +203,7 @@ class SelfRagActor:
             await self.attempts.died.remote(unit, error.death)
             os._exit(1)
         await self.attempts.end.remote(unit)
+        self.telemetry.unit(annotated)
         stamped = pa.array([f"{unit}/{began}/{time.time()}"] * table.num_rows, pa.string())
         return annotated.set_column(annotated.schema.names.index(UNIT_COLUMN), UNIT_COLUMN, stamped)
 

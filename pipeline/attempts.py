@@ -10,6 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from pipeline.postmortem import Death
+from pipeline.telemetry import DeathTelemetry
 
 # Attempts of a unit beside others; the next one is alone in its process, and from then on its rows are one by one.
 BESIDE_OTHERS = 2
@@ -17,6 +18,8 @@ BESIDE_OTHERS = 2
 ROW_DEATHS = 2
 # Attempts in vain, one after another, that each unit in flight may have a part in; those of a poison row are five.
 PATIENCE = 10
+# What an actor's start is counted as.
+START = "an actor's start"
 
 
 class ProcessDiedError(RuntimeError):
@@ -39,10 +42,12 @@ class Attempts:
 
     Args:
         patience: so many attempts that ended with their process, with nothing done in between, end the run.
+        run: the output's URI, for telemetry.
     """
 
-    def __init__(self, patience: int) -> None:
+    def __init__(self, patience: int, run: str) -> None:
         self._patience = patience
+        self._telemetry = DeathTelemetry(run)
         self._begun: Counter[str] = Counter()
         self._engines: dict[str, list[Death]] = {}
         self._last: Death | None = None
@@ -58,6 +63,8 @@ class Attempts:
         Raises:
             HopelessError: too many, of whatever, died one after another.
         """
+        if what == START:
+            self._telemetry.started()
         if self._begun[what]:
             self._in_vain += 1
         self._begun[what] += 1
@@ -69,6 +76,7 @@ class Attempts:
         """Record how the engine ended that this was decoded on."""
         self._engines.setdefault(what, []).append(death)
         self._last = death
+        self._telemetry.died(death.out_of_memory)
 
     def engines(self, what: str) -> list[Death]:
         """How engines ended under it, as far as known: nothing is, where a whole process was killed."""

@@ -1,6 +1,7 @@
 """How full the engine is, step by step. Importing this imports vLLM."""
 
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from vllm.v1.metrics.loggers import StatLoggerBase
@@ -12,19 +13,20 @@ class EngineLoad(StatLoggerBase):  # type: ignore[misc]
     Attributes:
         slots: most requests that the engine runs at once (``max_num_seqs``).
         steps: number of steps by requests that ran in them.
-        waiting: requests that wait for a slot now.
+        watcher: is told of each step: requests in it, and requests that wait for a slot.
     """
 
     def __init__(self, vllm_config: Any, *_: Any) -> None:
         self.slots = int(vllm_config.scheduler_config.max_num_seqs)
         self.steps: Counter[int] = Counter()
-        self.waiting = 0
+        self.watcher: Callable[[int, int], None] | None = None
 
     def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
         """Called by vLLM for each step that has outputs."""
         if scheduler_stats is not None:
             self.steps[scheduler_stats.num_running_reqs] += 1
-            self.waiting = scheduler_stats.num_waiting_reqs
+            if self.watcher is not None:
+                self.watcher(scheduler_stats.num_running_reqs, scheduler_stats.num_waiting_reqs)
 
     def log_engine_initialized(self) -> None:
         """Nothing to say."""

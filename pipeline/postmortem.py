@@ -18,6 +18,9 @@ from pathlib import Path
 # CUDA say that memory is exhausted.
 _RAISED = re.compile(r"^(?![\w.]*EngineDeadError)[A-Za-z_][\w.]*(?:Error|Exception)\b.*", re.MULTILINE)
 _MEMORY = re.compile(r"out of memory|OutOfMemory|can't allocate memory|MemoryError|bad_alloc", re.IGNORECASE)
+# Who says, with a traceback, that an engine is gone: also of one that ends with the run that it belongs to. Where it
+# matters ``EngineDeadError`` says so, with the cause.
+_FRONT_END = ("vllm.v1.engine.async_llm", "vllm.v1.engine.core_client")
 
 
 @dataclass(frozen=True)
@@ -79,7 +82,10 @@ def error_file() -> Path | None:
         "disable_existing_loggers": False,
         "formatters": {"plain": {"format": "%(levelname)s %(asctime)s [%(name)s] %(message)s"}},
         "handlers": handlers,
-        "loggers": {"vllm": {"handlers": list(handlers), "level": level, "propagate": False}},
+        "loggers": {
+            "vllm": {"handlers": list(handlers), "level": level, "propagate": False},
+            **{name: {"handlers": ["errors"], "propagate": False} for name in _FRONT_END},
+        },
     }
     (folder / "logging.json").write_text(json.dumps(settings))
     os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(folder / "logging.json")

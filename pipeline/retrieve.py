@@ -1,7 +1,8 @@
 """Query → passages: from the index, or those that came with the query."""
 
 import asyncio
-from collections.abc import Sequence
+import time
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -56,6 +57,9 @@ class IndexRetriever:
 
     The first request of a batch waits ``retrieval.wait_ms`` for others. While a batch is being searched, requests
     gather for the next.
+
+    Attributes:
+        watcher: is told how many seconds each batch took, in the thread that searches.
     """
 
     def __init__(self, encoder: Encoder, index: SearchableIndex, retrieval: RetrievalConfig) -> None:
@@ -68,6 +72,7 @@ class IndexRetriever:
         self._waiting: list[_Request] = []
         self._timer: asyncio.TimerHandle | None = None
         self._searching = False
+        self.watcher: Callable[[float], None] | None = None
 
     @classmethod
     def open(
@@ -134,8 +139,11 @@ class IndexRetriever:
     def _search(self, batch: list[_Request]) -> list[Outcome]:
         """What is found for each request; a query that cannot be searched for spoils nothing for its neighbours."""
         try:
+            began = time.monotonic()
             vectors = self._encoder.encode_queries([request.query for request in batch])
             found = self._index.retrieve(vectors, max(request.k for request in batch))
+            if self.watcher is not None:
+                self.watcher(time.monotonic() - began)
         except IndexLostError as error:
             return [error] * len(batch)
         except Exception as error:  # noqa: BLE001  whoever asked raises it

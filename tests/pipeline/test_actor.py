@@ -16,6 +16,7 @@ from pipeline.profiles import Tasks
 from pipeline.reader import ReflectionCritic
 from pipeline.self_rag import SelfRag
 from pipeline.servers import IndexLostError
+from pipeline.telemetry import ActorTelemetry
 from tests.fakes import ScriptedGenerator, generation, word_tokenizer
 
 CONFIG = RunConfig.model_validate(
@@ -140,6 +141,7 @@ def actor(attempts: LocalHandle, seen: list[str], deadly: str = "poison") -> Sel
     """A new process: its engine dies of some query, and so does the process."""
     made = SelfRagActor.__new__(SelfRagActor)
     made.config, made.attempts, made.turnstile = CONFIG, attempts, Turnstile()
+    made.telemetry = ActorTelemetry("run")
     made.system = system()
     answer = made.system.answer
 
@@ -154,7 +156,7 @@ def actor(attempts: LocalHandle, seen: list[str], deadly: str = "poison") -> Sel
 
 
 async def test_a_row_that_kills_its_process_is_set_aside_and_its_neighbours_finish():
-    attempts, unit, seen, deaths = LocalHandle(Attempts(PATIENCE)), table("one", "poison", "two"), [], 0
+    attempts, unit, seen, deaths = LocalHandle(Attempts(PATIENCE, "run")), table("one", "poison", "two"), [], 0
     while (found := await dies_of_poison(actor(attempts, seen), unit)) is None:
         deaths += 1
     assert found["answer"].to_pylist() == ["one", None, "two"]
@@ -184,7 +186,7 @@ async def test_a_row_that_kills_its_process_is_set_aside_and_its_neighbours_fini
     ],
 )
 async def test_an_engine_without_memory_is_told_apart_from_one_that_a_row_kills(death, expected):
-    attempts, unit = LocalHandle(Attempts(PATIENCE)), table("poison")
+    attempts, unit = LocalHandle(Attempts(PATIENCE, "run")), table("poison")
     dying = system(lambda _: EngineDeadError(death))
     for _ in range(2):
         with pytest.raises(EngineDeadError):
@@ -196,7 +198,7 @@ async def test_an_engine_without_memory_is_told_apart_from_one_that_a_row_kills(
 
 @pytest.mark.parametrize("poisoned", [1, 2, 4, 6])
 async def test_each_row_that_kills_its_process_costs_two_more(poisoned):
-    attempts = LocalHandle(Attempts(PATIENCE))
+    attempts = LocalHandle(Attempts(PATIENCE, "run"))
     unit = table(*[f"poison {n}" if n % 2 else f"good {n}" for n in range(2 * poisoned)])
     deaths = 0
     while (found := await dies_of_poison(actor(attempts, []), unit)) is None:
@@ -206,7 +208,7 @@ async def test_each_row_that_kills_its_process_costs_two_more(poisoned):
 
 
 async def test_a_run_whose_every_process_dies_ends():
-    attempts, unit = LocalHandle(Attempts(PATIENCE)), table(*["poison"] * 40)
+    attempts, unit = LocalHandle(Attempts(PATIENCE, "run")), table(*["poison"] * 40)
 
     async def again_and_again():
         while await dies_of_poison(actor(attempts, []), unit) is None:
@@ -217,7 +219,7 @@ async def test_a_run_whose_every_process_dies_ends():
 
 
 async def test_a_unit_that_waits_is_not_counted():
-    attempts, process = Attempts(PATIENCE), None
+    attempts, process = Attempts(PATIENCE, "run"), None
     process = actor(LocalHandle(attempts), [])
     async with process.turnstile.alone():
         waiting = asyncio.create_task(process(table("one")))
@@ -227,7 +229,7 @@ async def test_a_unit_that_waits_is_not_counted():
 
 
 async def test_innocent_units_are_not_blamed_for_a_death_beside_them():
-    attempts, seen = LocalHandle(Attempts(PATIENCE)), []
+    attempts, seen = LocalHandle(Attempts(PATIENCE, "run")), []
     units = {"u": table("one", "two"), "p": table("poison", "three")}
     units["p"] = units["p"].set_column(3, UNIT_COLUMN, pa.array(["p", "p"]))
     done: dict[str, pa.Table] = {}

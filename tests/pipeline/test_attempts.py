@@ -8,7 +8,7 @@ from pipeline.postmortem import Death
 
 
 def test_attempts_count_until_they_end() -> None:
-    attempts = Attempts(PATIENCE)
+    attempts = Attempts(PATIENCE, "run")
     for what in ("a", "a", "b"):
         attempts.begin(what)
     assert (attempts.deaths("a"), attempts.deaths("b"), attempts.deaths("c")) == (2, 1, 0)
@@ -17,7 +17,7 @@ def test_attempts_count_until_they_end() -> None:
 
 
 def test_counts_of_rows_last_until_their_unit_ends() -> None:
-    attempts = Attempts(PATIENCE)
+    attempts = Attempts(PATIENCE, "run")
     for what in ("u", "u:1", "u:10", "u1", "u1:1"):
         attempts.begin(what)
     attempts.end("u:1")
@@ -27,7 +27,7 @@ def test_counts_of_rows_last_until_their_unit_ends() -> None:
 
 
 def test_deaths_with_nothing_done_in_between_end_the_run() -> None:
-    attempts = Attempts(patience=3)
+    attempts = Attempts(patience=3, run="run")
     for _ in range(4):
         attempts.begin("a")
     attempts.begin("b")
@@ -40,7 +40,7 @@ def test_deaths_with_nothing_done_in_between_end_the_run() -> None:
 
 
 def test_how_engines_ended_is_known_until_their_row_ends() -> None:
-    attempts, death = Attempts(PATIENCE), Death("killed", out_of_memory=True)
+    attempts, death = Attempts(PATIENCE, "run"), Death("killed", out_of_memory=True)
     attempts.begin("a")
     attempts.died("a", death)
     assert (attempts.engines("a"), attempts.engines("b")) == ([death], [])

@@ -1,7 +1,12 @@
+import os
+import subprocess
+import sys
+
 import pytest
 
 from pipeline.postmortem import Death, ErrorLog, cause_of_death, error_file
 
+SILENT = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
 TRACEBACK = """ERROR 2026-01-01 [vllm.v1.engine.core] EngineCore encountered a fatal error.
 Traceback (most recent call last):
   File "core.py", line 1, in run
@@ -60,3 +65,18 @@ def test_logging_that_somebody_has_configured_is_left_alone(monkeypatch, name, v
     monkeypatch.setenv(name, value)
     assert ErrorLog.from_now() == ErrorLog(None, 0)
     error_file.cache_clear()
+
+
+def test_who_hears_of_a_death_says_so_in_the_file_alone(tmp_path):
+    script = """
+import json, logging, logging.config, os
+from pipeline.postmortem import error_file
+file = error_file()
+logging.config.dictConfig(json.load(open(os.environ["VLLM_LOGGING_CONFIG_PATH"])))
+for name in ("vllm.v1.engine.core", "vllm.v1.engine.async_llm", "vllm.v1.engine.core_client"):
+    logging.getLogger(name).error("%s speaks", name.rsplit(".")[-1])
+print(file.read_text())
+"""
+    said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=SILENT)
+    assert [line.split()[-2] for line in said.stdout.splitlines() if line] == ["core", "async_llm", "core_client"]
+    assert [line.split()[-2] for line in said.stderr.splitlines()] == ["core"]

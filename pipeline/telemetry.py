@@ -1,0 +1,130 @@
+"""What a run counts while it is at work, for Prometheus.
+
+``ray.util.metrics`` puts it on the metrics port of each node, as ``ray_selfrag_…`` with the label ``run``, beside Ray's
+own (https://docs.ray.io/en/latest/ray-observability/user-guides/add-app-metrics.html). Names follow
+https://prometheus.io/docs/practices/naming/. Ray's histograms keep no exact sums, so times that are to be added up are
+counters; and it forgets a gauge that was not set for some seconds, so only what changes with each step is one.
+"""
+
+from collections import Counter as Tally
+
+import pyarrow as pa
+import pyarrow.compute as pc
+from ray.util.metrics import Counter, Gauge, Histogram
+
+# Seconds, from a short answer on a fast card to a long one on a slow machine.
+ROW_SECONDS = [0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0]
+SEARCH_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]
+# Columns of ``usage`` that are counted, by metric.
+COUNTED = {
+    "prompt_tokens": "Tokens of prompts, cached ones included.",
+    "cached_tokens": "Tokens of prompts that were in the engine's prefix cache.",
+    "generated_tokens": "Tokens written.",
+    "engine_requests": "Requests to the engine.",
+    "retrievals": "Searches of the index.",
+}
+STAGES = ("decide", "retrieve", "queue", "prefill", "decode")
+
+
+def _counter(run: str, name: str, text: str, *labels: str) -> Counter:
+    return Counter(f"selfrag_{name}_total", text, ("run", *labels)).set_default_tags({"run": run})
+
+
+def _gauge(run: str, name: str, text: str) -> Gauge:
+    return Gauge(f"selfrag_{name}", text, ("run",)).set_default_tags({"run": run})
+
+
+def _histogram(run: str, name: str, text: str, buckets: list[float]) -> Histogram:
+    return Histogram(f"selfrag_{name}", text, buckets, ("run",)).set_default_tags({"run": run})
+
+
+def _add(counter: Counter, value: float | None, **labels: str) -> None:
+    if value:  # Ray's counters refuse 0
+        counter.inc(value, labels)
+
+
+class ActorTelemetry:
+    """What one actor counts; rows and tokens when their unit ends.
+
+    Args:
+        run: the output's URI.
+    """
+
+    def __init__(self, run: str) -> None:
+        self._begun = _counter(run, "begun_rows", "Rows that an actor has begun; those beyond rows are in flight.")
+        self._rows = _counter(run, "rows", "Rows that were answered or failed.")
+        self._errors = _counter(run, "row_errors", "Rows that failed.", "type")
+        self._retrieved = _counter(run, "retrieved_rows", "Rows answered with a passage.")
+        self._counted = {name: _counter(run, name, text) for name, text in COUNTED.items()}
+        self._stages = _counter(run, "stage_seconds", "Seconds that rows spent in a stage.", "stage")
+        self._seconds = _histogram(run, "row_seconds", "Seconds from a row's first step to its last.", ROW_SECONDS)
+        self._running = _gauge(run, "engine_running_requests", "Requests in the engine's last step.")
+        self._waiting = _gauge(run, "engine_waiting_requests", "Requests that waited for a slot in it.")
+        self._searches = _histogram(
+            run, "search_seconds", "Seconds of a search for a batch of queries.", SEARCH_SECONDS
+        )
+
+    def begin(self, rows: int) -> None:
+        """Count the rows of a unit that begins."""
+        _add(self._begun, rows)
+
+    def unit(self, annotated: pa.Table) -> None:
+        """Count the rows of a unit that ends; see ``actor.annotated_schema`` for the columns."""
+        _add(self._rows, annotated.num_rows)
+        _add(self._retrieved, pc.sum(annotated["retrieved"]).as_py())
+        for kind, count in Tally(annotated["error_type"].drop_null().to_pylist()).items():
+            _add(self._errors, count, type=kind)
+        usage = annotated["usage"].combine_chunks()
+        for name, counter in self._counted.items():
+            _add(counter, pc.sum(pc.struct_field(usage, name)).as_py())
+        for stage in STAGES:
+            _add(self._stages, pc.sum(pc.struct_field(usage, f"{stage}_seconds")).as_py(), stage=stage)
+        for seconds in pc.struct_field(usage, "seconds").drop_null().to_pylist():
+            self._seconds.observe(seconds)
+
+    def step(self, running: int, waiting: int) -> None:
+        """A step of the engine: requests in it, and requests that waited."""
+        self._running.set(running)
+        self._waiting.set(waiting)
+
+    def search(self, seconds: float) -> None:
+        """A search for a batch of queries."""
+        self._searches.observe(seconds)
+
+
+class RunTelemetry:
+    """What the driver knows of a run.
+
+    Args:
+        run: the output's URI.
+        rows: that this call has to do.
+    """
+
+    def __init__(self, run: str, rows: int) -> None:
+        self._planned = _counter(run, "planned_rows", "Rows that this call has to do.")
+        self._written = _counter(run, "written_rows", "Rows of them whose files are written.")
+        _add(self._planned, rows)
+
+    def written(self, rows: int) -> None:
+        """So many more rows are written."""
+        _add(self._written, rows)
+
+
+class DeathTelemetry:
+    """Starts of actors and deaths of engines, counted in a process that outlives them.
+
+    Args:
+        run: the output's URI.
+    """
+
+    def __init__(self, run: str) -> None:
+        self._starts = _counter(run, "actor_starts", "Starts of an actor with its engine.")
+        self._deaths = _counter(run, "engine_deaths", "Engines that died.", "out_of_memory")
+
+    def started(self) -> None:
+        """An actor begins to start."""
+        self._starts.inc()
+
+    def died(self, out_of_memory: bool) -> None:
+        """An engine is dead."""
+        self._deaths.inc(1, {"out_of_memory": str(out_of_memory).lower()})

@@ -1,0 +1,135 @@
+"""Scraped as Prometheus does it: from the metrics port of a Ray node."""
+
+import re
+import time
+import urllib.request
+from collections import Counter
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pyarrow as pa
+import pytest
+import ray
+
+from pipeline.actor import annotated_schema
+from pipeline.telemetry import ActorTelemetry, DeathTelemetry, RunTelemetry
+from tests.faults.campaign import model_folder
+from tests.faults.harness import Job, write_queries
+from tests.faults.series import cluster
+
+Sample = dict[tuple[str, str], float]
+LINE = re.compile(r"^ray_(?P<name>selfrag_\w+)\{(?P<labels>.*)\} (?P<value>\S+)$", re.MULTILINE)
+OWN = ("type", "stage", "out_of_memory", "run")
+
+
+def scrape(port: int) -> Sample:
+    """Values by name and label (``type=…``; the last one of our own), added up over processes."""
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
+        text = answer.read().decode()
+    found: Counter[tuple[str, str]] = Counter()
+    for match in LINE.finditer(text):
+        labels = dict(re.findall(r'(\w+)="([^"]*)"', match["labels"]))
+        if "le" not in labels:
+            label = next((f"{name}={labels[name]}" for name in OWN if name in labels), "")
+            found[match["name"], label] += float(match["value"])
+    return dict(found)
+
+
+def wait_for(port: int, holds: Callable[[Sample], bool], seconds: float = 60) -> Sample:
+    """What is there as soon as something holds; Ray exports every few seconds."""
+    until = time.monotonic() + seconds
+    while not holds(found := scrape(port)) and time.monotonic() < until:
+        time.sleep(0.5)
+    return found
+
+
+@pytest.fixture(scope="module")
+def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
+    """Address and metrics port of a cluster of one node."""
+    with cluster(tmp_path_factory.mktemp("metrics")) as made:
+        yield made.address, made.head_node.metrics_export_port
+
+
+USAGE = {"prompt_tokens": 100, "cached_tokens": 60, "generated_tokens": 7, "engine_requests": 4, "retrievals": 1}
+SECONDS = {"seconds": 3.0, "decide_seconds": 0.5, "retrieve_seconds": 0.25, "decode_seconds": 2.0}
+
+
+class Counting:
+    """Counts two units, one row of three failed."""
+
+    def __init__(self) -> None:
+        self.actor, self.deaths = ActorTelemetry("out/one"), DeathTelemetry("out/one")
+        self.run = RunTelemetry("out/one", 10)
+
+    def count(self) -> None:
+        rows = [
+            {"retrieved": True, "usage": {**USAGE, **SECONDS}},
+            {"retrieved": False, "usage": {**USAGE, **SECONDS, "retrievals": 0}},
+            {"error_type": "ValueError"},
+        ]
+        table = pa.Table.from_pylist(rows, schema=annotated_schema(pa.schema([("id", pa.string())]), False))
+        self.actor.begin(10)
+        self.actor.unit(table)
+        self.actor.unit(table)
+        self.actor.step(running=12, waiting=3)
+        self.actor.search(0.02)
+        self.actor.search(0.03)
+        self.run.written(3)
+        self.run.written(3)
+        self.deaths.started()
+        self.deaths.started()
+        self.deaths.died(out_of_memory=True)
+
+
+EXPECTED = {
+    ("selfrag_rows_total", "run=out/one"): 6,
+    ("selfrag_row_errors_total", "type=ValueError"): 2,
+    ("selfrag_retrieved_rows_total", "run=out/one"): 2,
+    ("selfrag_prompt_tokens_total", "run=out/one"): 400,
+    ("selfrag_cached_tokens_total", "run=out/one"): 240,
+    ("selfrag_generated_tokens_total", "run=out/one"): 28,
+    ("selfrag_engine_requests_total", "run=out/one"): 16,
+    ("selfrag_retrievals_total", "run=out/one"): 2,
+    ("selfrag_stage_seconds_total", "stage=decide"): 2.0,
+    ("selfrag_stage_seconds_total", "stage=retrieve"): 1.0,
+    ("selfrag_stage_seconds_total", "stage=decode"): 8.0,
+    ("selfrag_row_seconds_count", "run=out/one"): 4,
+    ("selfrag_begun_rows_total", "run=out/one"): 10,
+    ("selfrag_engine_running_requests", "run=out/one"): 12,
+    ("selfrag_engine_waiting_requests", "run=out/one"): 3,
+    ("selfrag_search_seconds_count", "run=out/one"): 2,
+    ("selfrag_planned_rows_total", "run=out/one"): 10,
+    ("selfrag_written_rows_total", "run=out/one"): 6,
+    ("selfrag_actor_starts_total", "run=out/one"): 2,
+    ("selfrag_engine_deaths_total", "out_of_memory=true"): 1,
+}
+
+
+def test_what_is_counted_can_be_scraped(port: tuple[str, int]) -> None:
+    ray.init(address=port[0], log_to_driver=False, namespace="metrics")
+    try:
+        counting = ray.remote(num_cpus=0)(Counting).remote()
+        ray.get(counting.count.remote())
+        found = wait_for(port[1], lambda sample: EXPECTED.keys() <= sample.keys())
+    finally:
+        ray.shutdown()
+    assert {key: value for key, value in found.items() if not key[0].endswith("_sum")} == EXPECTED
+
+
+def test_a_run_can_be_watched(port: tuple[str, int], tmp_path: Path) -> None:
+    """60 rows in six units; one raises, and one hangs until its time is over."""
+    write_queries(tmp_path / "queries", 60, {5: "RAISES", 55: "HANGS"})
+    settings = [f"execution.ray_address={port[0]}", "execution.row_timeout_s=30", "execution.max_error_rate=0.5"]
+    job = Job(str(tmp_path / "queries"), str(tmp_path / "out"), model_folder(tmp_path), settings)
+    running = job.start()
+    run = f"run={tmp_path}/out"
+    most = {("selfrag_rows_total", run): 50, ("selfrag_written_rows_total", run): 40}
+    found = wait_for(port[1], lambda sample: all(sample.get(key, 0) >= count for key, count in most.items()))
+    status, said = running.ended()
+    assert status == 3, said[-3000:]
+    assert found["selfrag_planned_rows_total", run] == 60
+    assert found["selfrag_begun_rows_total", run] == 60
+    assert found["selfrag_rows_total", run] == 50
+    assert found["selfrag_row_errors_total", "type=KeyError"] == 1
+    assert found["selfrag_actor_starts_total", run] == 1
+    assert found["selfrag_generated_tokens_total", run] > 0
