@@ -1,0 +1,49 @@
+"""The dashboard asks for what a run counts, and for all of it."""
+
+import json
+import re
+from pathlib import Path
+
+import pipeline.telemetry
+from pipeline.telemetry import ActorTelemetry, DeathTelemetry, RunTelemetry
+
+BOARD = json.loads((Path(__file__).parents[2] / "infra" / "grafana" / "selfrag.json").read_text())
+ASKED = [target["expr"] for panel in BOARD["panels"] for target in panel["targets"]]
+
+
+def counted(monkeypatch) -> dict[str, type]:
+    """Names of all metrics, and their kinds."""
+    made = {}
+    for kind in ("Counter", "Gauge", "Histogram"):
+        original = getattr(pipeline.telemetry, kind)
+
+        def make(name, *arguments, original=original):
+            made[f"ray_{name}"] = original
+            return original(name, *arguments)
+
+        monkeypatch.setattr(pipeline.telemetry, kind, make)
+    ActorTelemetry("run")
+    RunTelemetry("run", 1)
+    DeathTelemetry("run")
+    return {name: kind.__name__ for name, kind in made.items()}
+
+
+def test_every_metric_is_asked_for_and_no_other(monkeypatch):
+    metrics = counted(monkeypatch)
+    asked = {name for expression in ASKED for name in re.findall(r"ray_selfrag_\w+", expression)}
+    assert {re.sub("_(bucket|count)$", "", name) for name in asked} == set(metrics)
+    assert {name for name in asked if name.endswith("_total")} == {n for n, k in metrics.items() if k == "Counter"}
+
+
+def test_counters_are_read_as_rates_or_totals_of_the_chosen_runs():
+    for expression in ASKED:
+        assert expression.count("ray_selfrag_") == expression.count('run=~"$run"'), expression
+        assert expression.count("(") == expression.count(")"), expression
+
+
+def test_panels_have_their_own_places():
+    places = [panel["gridPos"] for panel in BOARD["panels"]]
+    cells = [(x, y) for p in places for x in range(p["x"], p["x"] + p["w"]) for y in range(p["y"], p["y"] + p["h"])]
+    assert len(cells) == len(set(cells))
+    assert max(x for x, _ in cells) < 24
+    assert len({panel["id"] for panel in BOARD["panels"]}) == len(places)
