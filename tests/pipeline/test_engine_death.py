@@ -82,3 +82,10 @@ def test_an_engine_ends_with_the_process_that_owns_it(demo_model: Path, tmp_path
     while not gone(pid) and time.monotonic() < until:
         time.sleep(0.1)
     assert gone(pid)
+
+
+@pytest.mark.slow
+def test_an_engine_that_does_not_start_says_why(demo_model: Path):
+    engine = {"max_model_len": 2048, "num_gpu_blocks_override": 2}  # a cache for 64 tokens
+    with pytest.raises(RuntimeError, match="does not start: ValueError: .*KV cache"):
+        VllmGenerator.start(ModelConfig(name=str(demo_model), engine=engine), (1, 2))
