@@ -208,6 +208,12 @@ def summarise(unit: str, answers: pa.Table, errors: pa.Table) -> UnitSummary:
     )
 
 
+def is_unit_file(file: Location, folder: str) -> bool:
+    """Whether a file is a unit's, in ``data`` or ``errors``."""
+    *_, parent, name = ["", *file.path.split("/")]
+    return parent == folder and UNIT_FILE.fullmatch(name) is not None
+
+
 def unit_of(file: Location) -> str:
     """The unit id in a unit file's name."""
     return file.path.rsplit("/", 1)[-1].removeprefix("part-").removesuffix(".parquet")

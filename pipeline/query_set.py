@@ -131,6 +131,17 @@ def _opened(file: Location, work: Callable[[Any], Result]) -> Result:
         raise
 
 
+def query_ids(queries: QuerySet, column: str, storage: StorageConfig) -> pa.ChunkedArray:
+    """All ids, in the order of the units: large_string.
+
+    Raises:
+        StorageError: the storage cannot be read.
+    """
+    files = [locate(uri, storage) for uri in dict.fromkeys(unit.uri for unit in queries.units)]
+    columns = [_column(file, column, pa.large_string()) for file in files]
+    return pa.chunked_array([chunk for values in columns for chunk in values.chunks], pa.large_string())
+
+
 def _column(file: Location, name: str, kind: pa.DataType) -> pa.ChunkedArray:
     return _opened(file, lambda stream: pq.read_table(stream, columns=[name])[name].cast(kind))
 
