@@ -178,6 +178,25 @@ def error_schema(inputs: pa.Schema) -> pa.Schema:
     return pa.schema([*passed_through(inputs), *ERROR_FIELDS])
 
 
+Row = dict[str, Any] | UnicodeDecodeError
+
+
+def read_rows(table: pa.Table) -> list[Row]:
+    """Rows as Python has them; an error in the place of one whose text is not UTF-8, which Arrow does not check."""
+    try:
+        return list(table.to_pylist())
+    except UnicodeDecodeError:
+        return [_read_row(table.slice(n, 1)) for n in range(table.num_rows)]
+
+
+def _read_row(table: pa.Table) -> Row:
+    try:
+        (row,) = table.to_pylist()
+    except UnicodeDecodeError as error:
+        return error
+    return dict(row)
+
+
 def query_of(row: Mapping[str, Any], columns: Columns) -> Query:
     """One input row as a query; absent columns and nulls mean the same.
 
