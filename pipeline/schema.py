@@ -111,6 +111,20 @@ def _is_texts(kind: pa.DataType) -> bool:
     return _is_list(kind) and _is_text(kind.value_type)
 
 
+# What a query set may hold; other columns pass through.
+QUERY_FIELDS = pa.schema(
+    [
+        pa.field("id", pa.string()),
+        pa.field("query", pa.string()),
+        pa.field("input", pa.string()),
+        pa.field("task", pa.string()),
+        pa.field("choices", pa.list_(pa.string())),
+        pa.field("answers", pa.list_(pa.string())),
+        pa.field("short_answers", pa.list_(pa.list_(pa.string()))),
+        pa.field("gold_passage_id", pa.string()),
+        pa.field("passages", pa.list_(pa.struct([(name, pa.string()) for name in ("id", "title", "text")]))),
+    ]
+)
 TypeCheck = tuple[Callable[[pa.DataType], bool], str]
 # What answers are judged by; the evaluation reads these columns.
 GOLD_TYPES: Mapping[str, TypeCheck] = {
