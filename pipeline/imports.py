@@ -49,7 +49,7 @@ class Recipe:
         columns: for columns of the query set, the source's column or a dotted path into a nested one; others have
             their own names.
         task: of every row; by default what the source says.
-        drop: columns of the source that are left out.
+        drop: columns of the source that are left out, once ``columns`` has had what it wants of them.
 
     Raises:
         ValueError: a column is none of the query set's.
@@ -70,13 +70,12 @@ class Recipe:
         Raises:
             ValueError: a value is not what its column holds; names the column.
         """
-        rest = {name: value for name, value in values.items() if name not in self.drop}
         row: Row = dict.fromkeys(CONVERTERS)
         for column, path in self._paths.items():
-            if (value := value_at(rest, path)) is not None:
+            if (value := value_at(values, path)) is not None:
                 row[column] = self._converted(column, path, value)
         row["task"] = self.task or row["task"]
-        return {**with_letters(row), **{name: value for name, value in rest.items() if name not in self._taken}}
+        return {**with_letters(row), **{name: value for name, value in values.items() if name not in self._taken}}
 
     def _converted(self, column: str, path: str, value: Any) -> Any:
         try:
@@ -87,13 +86,13 @@ class Recipe:
     @cached_property
     def _paths(self) -> dict[str, str]:
         """Where each column is; what another column is made of has no second meaning of its own."""
-        own = {column: column for column in CONVERTERS if column not in self.columns.values()}
-        return {**own, **self.columns}
+        taken = {*self.columns.values(), *self.drop}
+        return {**{column: column for column in CONVERTERS if column not in taken}, **self.columns}
 
     @cached_property
     def _taken(self) -> frozenset[str]:
         """Columns of the source that do not pass through."""
-        return frozenset([*self.columns.values(), *CONVERTERS])
+        return frozenset([*self.columns.values(), *self.drop, *CONVERTERS])
 
 
 def value_at(values: Mapping[str, Any], path: str) -> Any:

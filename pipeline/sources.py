@@ -159,8 +159,8 @@ def _rows(table: pa.Table, place: str, first: int) -> Iterator[SourceRow]:
 
 def _file_source(location: Location) -> Source:
     files = _files(location)
-    tables = {file: read_footer(file) for file in files if _kind(file) == "parquet"}
-    schemas = [footer.schema.to_arrow_schema().remove_metadata() for footer in tables.values()]
+    footers = [read_footer(file) for file in files if _kind(file) == "parquet"]
+    schemas = [footer.schema.to_arrow_schema().remove_metadata() for footer in footers]
     try:
         schema = pa.unify_schemas(schemas, promote_options="permissive") if schemas else ()
     except pa.ArrowException as error:
