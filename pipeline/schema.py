@@ -84,6 +84,30 @@ ERROR_FIELDS = [
     pa.field("error_message", pa.string()),
     pa.field("attempts", pa.int32()),
 ]
+# What the output's columns mean, for people: the dataset card shows it, and a test holds the README to it.
+MEANINGS: Mapping[tuple[str, ...], str] = {
+    ("answer", "raw_output"): "without and with reflection tokens",
+    ("retrieved", "retrieve_probability"): (
+        "whether a passage was used; p(Retrieval) over p(Retrieval) + p(No Retrieval), null where the mode decided"
+    ),
+    ("finish_reason",): "why it ends there: `stop`, `segments`, `length`, `room` or `constraint`",
+    ("segments",): (
+        "`text`, `passage_id`, `citation` (place in `passages`), `is_rel` = p(Relevant), `is_sup` = p(Fully) + 0.5 "
+        "p(Partially), `is_use` in −1 … 1, `sequence_probability`, `score`; a group that the model never wrote is null"
+    ),
+    ("passages",): "those the answer used: `id`, `title`, `text`, `retrieval_score`, `rank`",
+    ("candidates", "evidence"): (
+        "with `decoding.keep_candidates`: every scored segment (`parent` is its place in the tree) and every "
+        "passage read"
+    ),
+    ("usage",): (
+        "`prompt_tokens`, `cached_tokens`, `generated_tokens`, `retrievals` (searches of the index), "
+        "`engine_requests`, `truncated_tokens` (cut from passages that did not fit), `seconds`, of which "
+        "`decide_seconds` and `retrieve_seconds`; `queue_seconds`, `prefill_seconds` and `decode_seconds` summed over "
+        "its requests, which run side by side"
+    ),
+    ("error_type", "error_message", "attempts"): "why a row failed, and how often it was tried",
+}
 # Travels with a unit's rows from reader to writer: its id and number of rows, and when an actor began and ended it,
 # in seconds since the epoch, separated by slashes.
 UNIT_COLUMN = "_unit"
