@@ -103,7 +103,7 @@ def execute(plan: Plan, resources: Resources | None, actor: type[SelfRagActor] =
     """
     started, begun = time.monotonic(), datetime.now(UTC)
     record = {"configuration": plan.config.recorded(), **plan.identity(), "tasks": plan.tasks()}
-    record |= {"versions": versions(), "started": begun.isoformat()}
+    record |= {"encoder": plan.encoder, "versions": versions(), "started": begun.isoformat()}
     if resources is None:
         return summarise(plan, finished_units(plan), 0, time.monotonic() - started)
     with Claim(plan.output.location):

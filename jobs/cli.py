@@ -8,11 +8,13 @@ from importlib import import_module
 import typer
 
 JOBS = {
+    "import_queries": "Datasets and files to a query set.",
     "annotate": "Queries to answers with evidence and critique.",
     "build_index": "Passages to a FAISS index.",
     "benchmark": "A row's cost beside other implementations' shapes and the bare engine.",
     "benchmark_scaling": "How a run grows with its rows and its actors.",
     "benchmark_index": "The index beside the bare encoder and bare FAISS.",
+    "share": "A dataset card for an annotated set, and its way to the Hugging Face hub.",
     "evaluate": "Compare annotated answers with gold answers.",
     "teach": "Teach a language model the reflection tokens.",
     "demo": "The embedded default, start to end.",

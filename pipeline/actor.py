@@ -22,9 +22,11 @@ from pipeline.schema import (
     CANDIDATE_FIELDS,
     ERROR_FIELDS,
     UNIT_COLUMN,
+    Row,
     answer_row,
     passed_through,
     query_of,
+    read_rows,
 )
 from pipeline.self_rag import SelfRag
 from pipeline.servers import IndexLostError
@@ -39,25 +41,6 @@ def annotated_schema(inputs: pa.Schema, keep_candidates: bool) -> pa.Schema:
     extra = CANDIDATE_FIELDS if keep_candidates else []
     unit = pa.field(UNIT_COLUMN, pa.string())
     return pa.schema([*passed_through(inputs), *ANSWER_FIELDS, *extra, *ERROR_FIELDS, unit])
-
-
-Row = dict[str, Any] | UnicodeDecodeError
-
-
-def read_rows(table: pa.Table) -> list[Row]:
-    """Rows as Python has them; an error in the place of one whose text is not UTF-8, which Arrow does not check."""
-    try:
-        return list(table.to_pylist())
-    except UnicodeDecodeError:
-        return [_read_row(table.slice(n, 1)) for n in range(table.num_rows)]
-
-
-def _read_row(table: pa.Table) -> Row:
-    try:
-        (row,) = table.to_pylist()
-    except UnicodeDecodeError as error:
-        return error
-    return dict(row)
 
 
 async def annotate_row(system: SelfRag, row: Row, config: RunConfig) -> dict[str, Any]:

@@ -7,8 +7,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from pyarrow import fs
-
 from pipeline.config import RetrievalConfig
 from pipeline.storage import Location, MissingFileError
 
@@ -125,7 +123,7 @@ def _fetch(source: Location, copy: Path, size: int, sha256: str) -> None:
     """Fetch a file; the caller has its lock, so what lies at the temporary name is of a fetch that was killed."""
     arriving = copy.with_name(f".{copy.name}.arriving")
     try:
-        source.attempt(lambda: fs.copy_files(source.path, str(arriving), source.filesystem, fs.LocalFileSystem()))
+        source.fetch(arriving)
         check_file(arriving, source.uri, size, sha256)
         arriving.rename(copy)
     except MissingFileError:

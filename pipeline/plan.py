@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.config import RunConfig, with_absolute_paths
 from pipeline.critics import critic_of
 from pipeline.engine import check_engine_arguments, model_path
-from pipeline.manifest import check_index
+from pipeline.manifest import IndexManifest, check_index
 from pipeline.output import OutputFolder
 from pipeline.profiles import Tasks, built_in_digest
 from pipeline.prompted import prompts_digest
@@ -24,6 +24,7 @@ class Plan:
     Attributes:
         done: units that an earlier run finished.
         model, index: what they are, for the manifest; index is None where none is used.
+        encoder: what the index was built with.
         succeeded: whether the output has its success marker.
         overwrite: whether what is there shall go.
     """
@@ -33,6 +34,7 @@ class Plan:
     output: OutputFolder
     model: dict[str, Any]
     index: dict[str, Any] | None
+    encoder: dict[str, Any] | None = None
     overwrite: bool = False
     done: frozenset[str] = frozenset()
     succeeded: bool = False
@@ -108,14 +110,18 @@ def check(config: RunConfig, overwrite: bool = False) -> Plan:
     queries_location, output = locate(config.queries, config.storage), locate(config.output, config.storage)
     check_apart(queries_location, output)
     queries = inspect_queries(queries_location, config.columns, config.execution.unit_rows)
-    _check_bucket(output)
-    index = _check_retrieval(config, queries)
+    check_bucket(output)
+    manifest = _check_retrieval(config, queries)
+    index = encoder = None
+    if manifest is not None:
+        index = {"passages": manifest.passages, "shards": len(manifest.shards), "digest": manifest.digest()}
+        encoder = manifest.encoder.model_dump()
     check_engine_arguments(config.model)
     critic_of(config)
     model = model_identity(config.model, model_path(config.model.name))
     if commit := model.get("commit"):  # every actor must load the commit that the manifest records
         config = config.model_copy(update={"model": config.model.model_copy(update={"revision": commit})})
-    plan = Plan(config, queries, OutputFolder(output), model, index, overwrite)
+    plan = Plan(config, queries, OutputFolder(output), model, index, encoder, overwrite)
     plan.tasks()  # a profile may contradict the run
     return with_output(plan)
 
@@ -145,14 +151,18 @@ def check_apart(source: Location, output: Location) -> None:
         raise ValueError(f"--output {output.uri} and {source.uri} lie in one another; choose another output")
 
 
-def _check_bucket(output: Location) -> None:
-    """A missing folder is made when it is written to; a missing bucket is not."""
+def check_bucket(output: Location) -> None:
+    """A missing folder is made when it is written to; a missing bucket is not.
+
+    Raises:
+        ValueError: the output's bucket is missing.
+    """
     bucket = output.path.split("/", 1)[0]
     if not output.local and not Location(output.uri, output.filesystem, bucket).exists():
         raise ValueError(f"--output {output.uri}: no bucket {bucket!r} there")
 
 
-def _check_retrieval(config: RunConfig, queries: QuerySet) -> dict[str, Any] | None:
+def _check_retrieval(config: RunConfig, queries: QuerySet) -> IndexManifest | None:
     if config.decoding.mode == "never":
         return None
     if config.index is None:
@@ -162,8 +172,7 @@ def _check_retrieval(config: RunConfig, queries: QuerySet) -> dict[str, Any] | N
                 f"and decoding.mode is {config.decoding.mode}"
             )
         return None
-    manifest = check_index(locate(config.index, config.storage), config.retrieval)
-    return {"passages": manifest.passages, "shards": len(manifest.shards), "digest": manifest.digest()}
+    return check_index(locate(config.index, config.storage), config.retrieval)
 
 
 def _check_output(plan: Plan) -> None:

@@ -85,6 +85,30 @@ ERROR_FIELDS = [
     pa.field("error_message", pa.string()),
     pa.field("attempts", pa.int32()),
 ]
+# What the output's columns mean, for people: the dataset card shows it, and a test holds the README to it.
+MEANINGS: Mapping[tuple[str, ...], str] = {
+    ("answer", "raw_output"): "without and with reflection tokens",
+    ("retrieved", "retrieve_probability"): (
+        "whether a passage was used; p(Retrieval) over p(Retrieval) + p(No Retrieval), null where the mode decided"
+    ),
+    ("finish_reason",): "why it ends there: `stop`, `segments`, `length`, `room` or `constraint`",
+    ("segments",): (
+        "`text`, `passage_id`, `citation` (place in `passages`), `is_rel` = p(Relevant), `is_sup` = p(Fully) + 0.5 "
+        "p(Partially), `is_use` in −1 … 1, `sequence_probability`, `score`; a group that the model never wrote is null"
+    ),
+    ("passages",): "those the answer used: `id`, `title`, `text`, `retrieval_score`, `rank`",
+    ("candidates", "evidence"): (
+        "with `decoding.keep_candidates`: every scored segment (`parent` is its place in the tree) and every "
+        "passage read"
+    ),
+    ("usage",): (
+        "`prompt_tokens`, `cached_tokens`, `generated_tokens`, `retrievals` (searches of the index), "
+        "`engine_requests`, `truncated_tokens` (cut from passages that did not fit), `seconds`, of which "
+        "`decide_seconds` and `retrieve_seconds`; `queue_seconds`, `prefill_seconds` and `decode_seconds` summed over "
+        "its requests, which run side by side"
+    ),
+    ("error_type", "error_message", "attempts"): "why a row failed, and how often it was tried",
+}
 # Travels with a unit's rows from reader to writer: its id and number of rows, and when an actor began and ended it,
 # in seconds since the epoch, separated by slashes.
 UNIT_COLUMN = "_unit"
@@ -118,6 +142,20 @@ def _is_texts(kind: pa.DataType) -> bool:
     return _is_list(kind) and _is_text(kind.value_type)
 
 
+# What a query set may hold; other columns pass through.
+QUERY_FIELDS = pa.schema(
+    [
+        pa.field("id", pa.string()),
+        pa.field("query", pa.string()),
+        pa.field("input", pa.string()),
+        pa.field("task", pa.string()),
+        pa.field("choices", pa.list_(pa.string())),
+        pa.field("answers", pa.list_(pa.string())),
+        pa.field("short_answers", pa.list_(pa.list_(pa.string()))),
+        pa.field("gold_passage_id", pa.string()),
+        pa.field("passages", pa.list_(pa.struct([(name, pa.string()) for name in ("id", "title", "text")]))),
+    ]
+)
 TypeCheck = tuple[Callable[[pa.DataType], bool], str]
 # What answers are judged by; the evaluation reads these columns.
 GOLD_TYPES: Mapping[str, TypeCheck] = {
@@ -183,6 +221,25 @@ def data_schema(inputs: pa.Schema, keep_candidates: bool) -> pa.Schema:
 def error_schema(inputs: pa.Schema) -> pa.Schema:
     """Schema of ``errors/*.parquet``."""
     return pa.schema([*passed_through(inputs), *ERROR_FIELDS])
+
+
+Row = dict[str, Any] | UnicodeDecodeError
+
+
+def read_rows(table: pa.Table) -> list[Row]:
+    """Rows as Python has them; an error in the place of one whose text is not UTF-8, which Arrow does not check."""
+    try:
+        return list(table.to_pylist())
+    except UnicodeDecodeError:
+        return [_read_row(table.slice(n, 1)) for n in range(table.num_rows)]
+
+
+def _read_row(table: pa.Table) -> Row:
+    try:
+        (row,) = table.to_pylist()
+    except UnicodeDecodeError as error:
+        return error
+    return dict(row)
 
 
 def query_of(row: Mapping[str, Any], columns: Columns) -> Query:

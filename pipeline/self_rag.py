@@ -39,8 +39,7 @@ class SelfRag:
         Raises:
             ValueError: the query is empty, does not fit the model, or needs an index that is not there.
         """
-        if not query.query.strip():
-            raise ValueError("the query is empty")
+        query.check()
         query, config = self.tasks.apply(query)
         reader = self.critic.reader(self.generator, config, query)
         return await Decoding(query, reader, self.retriever, config).run()

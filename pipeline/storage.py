@@ -115,6 +115,10 @@ class Location:
 
         return self.attempt(work)
 
+    def fetch(self, copy: Path) -> None:
+        """Copy the file to this machine."""
+        self.attempt(lambda: fs.copy_files(self.path, str(copy), self.filesystem, fs.LocalFileSystem()))
+
     def write(self, content: bytes) -> None:
         """Write a file at once: under a temporary name, synced and renamed on local disks; one PUT elsewhere."""
 

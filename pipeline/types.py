@@ -52,6 +52,15 @@ class Query:
     passages: tuple[Passage, ...] | None = None
     instruction: str | None = None
 
+    def check(self) -> None:
+        """Refuse what cannot be asked.
+
+        Raises:
+            ValueError: the query is empty.
+        """
+        if not self.query.strip():
+            raise ValueError("the query is empty")
+
 
 @dataclass(frozen=True)
 class Generation:

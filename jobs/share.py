@@ -1,0 +1,123 @@
+"""An annotated set → its dataset card, and if you like its copy on the Hugging Face hub.
+
+``python -m jobs.share --annotations URI [--license ID] [--push-to-hub OWNER/NAME]``
+
+The card is ``README.md`` in the set's folder. One that is there is kept, so that it can be edited before it is pushed.
+"""
+
+import logging
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from pipeline.card import CARD, AnnotatedSet, dataset_card
+from pipeline.config import load_storage
+from pipeline.output import OutputFolder
+from pipeline.storage import Location, locate, one_line
+
+log = logging.getLogger(__name__)
+
+ROWS = ["data/*.parquet", "errors/*.parquet"]
+SHARED = [CARD, "_manifest.json", *ROWS]
+
+
+def write_card(folder: Location, found: AnnotatedSet, title: str, licence: str | None, overwrite: bool) -> None:
+    """Write the card, unless there is one."""
+    card = folder / CARD
+    if card.exists() and not overwrite:
+        log.info("card: %s is there and kept (--overwrite makes it anew)", card.uri)
+        return
+    card.write(dataset_card(found, title, licence).encode())
+    log.info("card: %s", card.uri)
+
+
+def reserve(name: str) -> str:
+    """Make sure that there is a dataset of this name; a new one is private. Returns its page.
+
+    The token comes from ``HF_TOKEN`` or from ``hf auth login``.
+    """
+    from huggingface_hub import HfApi
+
+    return str(HfApi().create_repo(name, repo_type="dataset", private=True, exist_ok=True))
+
+
+def push(folder: Location, name: str) -> None:
+    """Upload rows, card and manifest; files of an earlier push that are no longer here go there too."""
+    # https://huggingface.co/docs/huggingface_hub/guides/upload
+    from huggingface_hub import HfApi
+
+    with _on_this_machine(folder) as path:
+        HfApi().upload_folder(
+            repo_id=name,
+            repo_type="dataset",
+            folder_path=path,
+            allow_patterns=SHARED,
+            delete_patterns=ROWS,
+            commit_message="Annotated set by selfrag-batch",
+        )
+
+
+@contextmanager
+def _on_this_machine(folder: Location) -> Iterator[Path]:
+    """A local folder with what is shared: the set's own, or a temporary copy of one on object storage."""
+    if folder.local:
+        yield Path(folder.path)
+        return
+    with tempfile.TemporaryDirectory(prefix="selfrag-share-") as scratch:
+        parts = {part: (folder / part).files(".parquet") for part in ("data", "errors")}
+        files = {f"{part}/{file.path.rsplit('/', 1)[-1]}": file for part, several in parts.items() for file in several}
+        for name, file in {**files, CARD: folder / CARD, "_manifest.json": folder / "_manifest.json"}.items():
+            copy = Path(scratch) / name
+            copy.parent.mkdir(exist_ok=True)
+            file.fetch(copy)
+        yield Path(scratch)
+
+
+def share(
+    annotations: Annotated[str, typer.Option(help="Folder of a finished annotated set.")],
+    licence: Annotated[
+        str | None, typer.Option("--license", help="Licence of the set, as the hub writes it: cc-by-sa-4.0, mit, …")
+    ] = None,
+    hub_name: Annotated[
+        str | None, typer.Option("--push-to-hub", help="OWNER/NAME of a dataset on the hub; a new one is private.")
+    ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a card that is there.")] = False,
+    config: Annotated[str | None, typer.Option(help="YAML file of a run, for its section 'storage'.")] = None,
+    settings: Annotated[
+        list[str] | None,
+        typer.Option("--set", help="A storage setting, such as storage.endpoint_url=http://host:9000."),
+    ] = None,
+) -> None:
+    """Write the dataset card of an annotated set, and push both to the Hugging Face hub.
+
+    Exit status: 0 done, 1 storage or the hub did not take it, 2 bad usage.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    log.setLevel(logging.INFO)
+    from huggingface_hub.errors import HFValidationError
+
+    try:
+        folder = locate(annotations, load_storage(config, settings or []))
+        found = AnnotatedSet.of(OutputFolder(folder))
+    except (ValueError, OSError) as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    title = hub_name or folder.path.rstrip("/").rsplit("/", 1)[-1]
+    try:
+        page = reserve(hub_name) if hub_name else None
+        write_card(folder, found, title, licence, overwrite)
+        if hub_name:
+            push(folder, hub_name)
+            log.info("pushed: %s", page)
+    except Exception as error:  # noqa: BLE001  whatever the hub's client raises, one line and the status say so
+        typer.echo(f"error: {title}: {one_line(error)}", err=True)
+        raise typer.Exit(2 if isinstance(error, HFValidationError) else 1) from None
+
+
+if __name__ == "__main__":
+    typer.run(share)

@@ -1,0 +1,172 @@
+"""The dataset card of an annotated set: what produced it, what its columns mean, how to open it.
+
+Its front matter is that of https://huggingface.co/docs/hub/datasets-manual-configuration: ``datasets.load_dataset`` on
+the folder, or on its copy on the hub, gives the answers, and the rows that failed as a second configuration.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pyarrow as pa
+
+from pipeline.output import OutputFolder
+from pipeline.passages import read_footer
+from pipeline.schema import MEANINGS
+
+CARD = "README.md"
+# Hexadecimal digits of a digest that are shown.
+SHOWN = 12
+SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
+
+
+@dataclass(frozen=True)
+class AnnotatedSet:
+    """A finished annotated set, as its manifest and files describe it.
+
+    Attributes:
+        schemas: of the configurations ``data`` and, where a row failed, ``errors``.
+    """
+
+    manifest: Mapping[str, Any]
+    schemas: Mapping[str, pa.Schema]
+
+    @classmethod
+    def of(cls, folder: OutputFolder) -> "AnnotatedSet":
+        """Look at a folder.
+
+        Raises:
+            ValueError: no finished set is there.
+            StorageError: storage does not answer.
+        """
+        manifest = folder.manifest()
+        if manifest is None or not folder.finished():
+            raise ValueError(f"{folder.location.uri}: no finished annotated set there; run jobs.annotate to its end")
+        first = {part: (folder.location / part).files(".parquet")[:1] for part in ("data", "errors")}
+        schemas = {part: read_footer(file).schema.to_arrow_schema() for part, files in first.items() for file in files}
+        return cls(manifest, schemas)
+
+    @property
+    def answered(self) -> int:
+        """Rows of ``data``."""
+        return int(self.manifest["counts"]["rows"] - self.manifest["counts"]["errors"])
+
+
+def dataset_card(found: AnnotatedSet, title: str, licence: str | None) -> str:
+    """The card, as Markdown with a YAML front matter.
+
+    Args:
+        title: the set's name, on the hub if it is there.
+        licence: an identifier of https://huggingface.co/docs/hub/repositories-licenses.
+    """
+    parts = [
+        f"---\n{_front_matter(found, title, licence)}\n---",
+        f"# {title}",
+        f"{found.answered:,} queries, answered with evidence and critique by "
+        "[Self-RAG](https://arxiv.org/abs/2310.11511) decoding (selfrag-batch).",
+        _opening(found, title),
+        "## What produced it",
+        _table(_origin(found.manifest)),
+        f"Settings: {_settings(found.manifest)}. Those of single tasks, and the rest, are in `_manifest.json`.",
+        "## Columns",
+        *(f"`{part}`:\n\n{columns_table(schema)}" for part, schema in found.schemas.items()),
+        "## Caveats",
+        _caveats(found, licence),
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _front_matter(found: AnnotatedSet, title: str, licence: str | None) -> str:
+    from datasets import DatasetInfo, Features
+    from datasets.info import DatasetInfosDict
+    from huggingface_hub import DatasetCardData
+
+    configs = [{"config_name": part, "data_files": f"{part}/*.parquet"} for part in found.schemas]
+    data = DatasetCardData(
+        license=licence,
+        pretty_name=title,
+        size_categories=[_size(found.answered)],
+        task_categories=["question-answering"],
+        tags=["self-rag", "retrieval-augmented-generation"],
+        configs=[{**configs[0], "default": True}, *configs[1:]],
+    )
+    features = {
+        part: DatasetInfo(features=Features.from_arrow_schema(schema.remove_metadata()))
+        for part, schema in found.schemas.items()
+    }
+    DatasetInfosDict(features).to_dataset_card_data(data)
+    return str(data.to_yaml())
+
+
+def _size(rows: int) -> str:
+    return SIZES[min(max(len(str(rows)) - 3, 0), len(SIZES) - 1)]
+
+
+def _opening(found: AnnotatedSet, title: str) -> str:
+    lines = [f'answers = datasets.load_dataset("{title}", split="train")']
+    if "errors" in found.schemas:
+        lines.append(f'failed = datasets.load_dataset("{title}", "errors", split="train")')
+    return "\n".join(["```python", "import datasets", "", *lines, "```"])
+
+
+def _origin(manifest: Mapping[str, Any]) -> dict[str, str]:
+    configuration, counts = manifest["configuration"], manifest["counts"]
+    model, index, encoder = (manifest.get(part) or {} for part in ("model", "index", "encoder"))
+    adapter = configuration["model"].get("lora")
+    lines = {
+        "model": _named(configuration["model"]["name"], model.get("commit"), model.get("digest")),
+        "adapter": _named(adapter, None, model.get("lora")) if adapter else None,
+        "index": index and _named(f"{index['passages']:,} passages", None, index["digest"]),
+        "encoder": encoder and _named(encoder["name"], encoder["revision"], encoder["digest"]),
+        "queries": _named(f"{counts['rows']:,} rows", None, (manifest.get("queries") or {}).get("digest")),
+        "tasks": ", ".join(f"{name or '(none)'} {t['rows']:,}" for name, t in manifest.get("tasks", {}).items()),
+        "outcome": f"{counts['rows'] - counts['errors']:,} answered, {counts['errors']:,} failed"
+        + f", {counts['retrieved']:,} with a passage",
+        "versions": ", ".join(f"{name} {number}" for name, number in manifest.get("versions", {}).items()),
+        "finished": manifest.get("finished", "")[:19],
+    }
+    return {name: text for name, text in lines.items() if text}
+
+
+def _named(name: str, revision: str | None, digest: str | None) -> str:
+    identity = [f"revision {revision}"] * bool(revision) + [f"digest {str(digest)[:SHOWN]}"] * bool(digest)
+    return f"{name} ({', '.join(identity)})" if identity else name
+
+
+def _settings(manifest: Mapping[str, Any]) -> str:
+    shown = ("decoding.", "retrieval.", "rescored")
+    settings = {key: value for key, value in manifest["settings"].items() if key.startswith(shown)}
+    return ", ".join(f"`{key}={value}`" for key, value in settings.items() if value not in (None, ""))
+
+
+def columns_table(schema: pa.Schema) -> str:
+    """What the columns mean, those of the query set together."""
+    known = {name for names in MEANINGS for name in names}
+    own = [name for name in schema.names if name not in known]
+    rows = {_listed(own): "as the query set has them"} if own else {}
+    for names, meaning in MEANINGS.items():
+        if present := [name for name in names if name in schema.names]:
+            rows[_listed(present)] = meaning
+    return _table(rows)
+
+
+def _listed(names: list[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _table(rows: Mapping[str, str]) -> str:
+    lines = (f"| {name} | {meaning.replace('|', chr(92) + '|')} |" for name, meaning in rows.items())
+    return "\n".join(["| | |", "| --- | --- |", *lines])
+
+
+def _caveats(found: AnnotatedSet, licence: str | None) -> str:
+    counts = found.manifest["counts"]
+    failed = ", ".join(f"{name} {count:,}" for name, count in counts.get("error_types", {}).items())
+    caveats = [
+        "The answers are a language model's. Their scores are that model's own probabilities; nobody has checked them.",
+        "Passages are quoted from the corpus that was searched, whose licence goes with them; so may those of the "
+        "query set and of the model." + ("" if licence else " No licence is stated here."),
+        f"{counts['errors']:,} rows failed and have no answer{f' ({failed})' if failed else ''}.",
+        "Seconds in `usage` depend on the machines and on what ran beside a row.",
+    ]
+    return "\n".join(f"- {caveat}" for caveat in caveats)

@@ -1,0 +1,298 @@
+"""A source's row → a row of the query set. Datasets whose columns are known are in ``imports.yaml``."""
+
+import hashlib
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cache, cached_property
+from pathlib import Path
+from string import ascii_uppercase
+from typing import Any
+
+import yaml
+from pydantic import Field
+
+from pipeline.config import Columns
+from pipeline.schema import QUERY_FIELDS, query_of
+from pipeline.settings import Frozen
+
+BUILT_IN = Path(__file__).with_suffix(".yaml")
+# A list that is written out, as in PopQA's possible_answers; [1] alone is text.
+WRITTEN_LIST = re.compile(r"""\s*\[\s*(["'\]])""")
+
+Row = dict[str, Any]
+
+
+class KnownDataset(Frozen):
+    """A dataset whose columns are known; attributes as in ``imports.yaml``."""
+
+    source: str
+    name: str | None = None
+    split: str
+    task: str
+    columns: dict[str, str] = Field(default_factory=dict)
+
+
+@cache
+def known_datasets() -> dict[str, KnownDataset]:
+    """The datasets that come with the project, by name."""
+    return {name: KnownDataset.model_validate(d) for name, d in yaml.safe_load(BUILT_IN.read_text("utf-8")).items()}
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """How a row becomes a query.
+
+    Attributes:
+        columns: for columns of the query set, the source's column or a dotted path into a nested one; others have
+            their own names.
+        task: of every row; by default what the source says.
+        drop: columns of the source that are left out, once ``columns`` has had what it wants of them.
+
+    Raises:
+        ValueError: a column is none of the query set's.
+    """
+
+    columns: Mapping[str, str] = field(default_factory=dict)
+    task: str | None = None
+    drop: frozenset[str] = frozenset()
+
+    def __post_init__(self) -> None:
+        for column in self.columns:
+            if column not in CONVERTERS:
+                raise ValueError(f"--column {column}=…: a query set has the columns {', '.join(CONVERTERS)}")
+
+    def apply(self, values: Mapping[str, Any]) -> Row:
+        """The row: the query set's columns, null where the source has nothing, then the others as they are.
+
+        Raises:
+            ValueError: a value is not what its column holds; names the column.
+        """
+        row: Row = dict.fromkeys(CONVERTERS)
+        for column, path in self._paths.items():
+            if (value := value_at(values, path)) is not None:
+                row[column] = self._converted(column, path, value)
+        row["task"] = self.task or row["task"]
+        return {**with_letters(row), **{name: value for name, value in values.items() if name not in self._taken}}
+
+    def _converted(self, column: str, path: str, value: Any) -> Any:
+        try:
+            return CONVERTERS[column](value)
+        except ValueError as error:
+            raise ValueError(f"column {column!r}{f' (from {path})' if path != column else ''}: {error}") from None
+
+    @cached_property
+    def _paths(self) -> dict[str, str]:
+        """Where each column is; what another column is made of has no second meaning of its own."""
+        taken = {*self.columns.values(), *self.drop}
+        return {**{column: column for column in CONVERTERS if column not in taken}, **self.columns}
+
+    @cached_property
+    def _taken(self) -> frozenset[str]:
+        """Columns of the source that do not pass through."""
+        return frozenset([*self.columns.values(), *self.drop, *CONVERTERS])
+
+
+def value_at(values: Mapping[str, Any], path: str) -> Any:
+    """What stands at a dotted path; from a list, what each of its items has there; None where there is nothing."""
+    if path in values:
+        return values[path]
+    found: Any = values
+    for name in path.split("."):
+        found = _member(found, name)
+    return found
+
+
+def _member(value: Any, name: str) -> Any:
+    if isinstance(value, list):
+        return [_member(item, name) for item in value]
+    return value.get(name) if isinstance(value, dict) else None
+
+
+def text(value: Any) -> str | None:
+    """Text; a number or truth value as JSON writes it; None where it is blank.
+
+    Raises:
+        ValueError: it is something else, or not UTF-8.
+    """
+    if value is None:
+        return None
+    if isinstance(value, (bool, int, float)):
+        return json.dumps(value)
+    if not isinstance(value, str):
+        raise ValueError(f"{_kind(value)} where text is needed (map it, such as --column answers=answer.aliases)")
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"not UTF-8: {error}") from None
+    return value if value.strip() else None
+
+
+def texts(value: Any) -> list[str] | None:
+    """All texts of a list, of lists in it, or of one written in JSON; a text alone is a list of one.
+
+    Blank ones and repetitions are left out.
+    """
+    if isinstance(value, str) and WRITTEN_LIST.match(value):
+        value = _written(value)
+    found = (text(item) for item in _flat(value))
+    return list(dict.fromkeys(item for item in found if item is not None)) or None
+
+
+def _flat(value: Any) -> Iterator[Any]:
+    if isinstance(value, list):
+        for item in value:
+            yield from _flat(item)
+    else:
+        yield value
+
+
+def sets_of_texts(value: Any) -> list[list[str]] | None:
+    """Sets of short answers."""
+    return [found for found in map(texts, _items(value)) if found] or None
+
+
+def options(value: Any) -> list[Any] | None:
+    """Choices: texts, or objects with a label and a text, which :func:`with_letters` takes up."""
+    return [item if _is_labelled(item) else text(item) for item in _items(value)] or None
+
+
+def passages(value: Any) -> list[Row] | None:
+    """Given passages; their other fields are left out."""
+    found = _items(value)
+    for item in found:
+        if not isinstance(item, dict):
+            raise ValueError(f"{_kind(item)} where a passage with id, title and text is needed")
+    return [{name: text(item.get(name)) for name in ("id", "title", "text")} for item in found] or None
+
+
+def _items(value: Any) -> list[Any]:
+    """The items of a list, of one written in JSON, or of an object of equally long lists."""
+    if isinstance(value, str) and value.strip():
+        value = _written(value)
+    if isinstance(value, dict) and value and all(isinstance(member, list) for member in value.values()):
+        return [dict(zip(value, members, strict=True)) for members in zip(*value.values(), strict=True)]
+    if value in (None, ""):
+        return []
+    if not isinstance(value, list):
+        raise ValueError(f"{_kind(value)} where a list is needed")
+    return value
+
+
+def _written(value: str) -> Any:
+    try:
+        return json.loads(value)
+    except ValueError:
+        raise ValueError(f"a list is needed, and {value[:60]!r} is not one in JSON") from None
+
+
+def _is_labelled(item: Any) -> bool:
+    return isinstance(item, dict) and item.keys() >= {"label", "text"}
+
+
+def _kind(value: Any) -> str:
+    kinds: dict[type, str] = {dict: "an object", list: "a list", str: "text"}
+    return kinds.get(type(value), type(value).__name__)
+
+
+def with_letters(row: Row) -> Row:
+    """A row whose choices have labels, as in ARC: they become A, B, …, and the query ends in what these stand for.
+
+    The labels, which are A to E or 1 to 4 in ARC, become letters in the answers too. So asks the released script
+    (github.com/AkariAsai/self-rag, ``run_short_form.py``), and so the profile ``arc_challenge`` wants it.
+
+    Raises:
+        ValueError: a choice has no label, or another's.
+    """
+    choices = row["choices"] or []
+    if not row["query"] or not any(map(_is_labelled, choices)):
+        return row
+    if not all(map(_is_labelled, choices)) or len(choices) > len(ascii_uppercase):
+        raise ValueError("column 'choices': every one needs a label and a text, and there are 26 letters")
+    letters = {text(choice["label"]): letter for choice, letter in zip(choices, ascii_uppercase, strict=False)}
+    if len(letters) < len(choices):
+        raise ValueError("column 'choices': two have the same label")
+    lines = [f"{letters[text(choice['label'])]}: {text(choice['text']) or ''}" for choice in choices]
+    answers = row["answers"] and [letters.get(answer, answer) for answer in row["answers"]]
+    query = "\n".join([row["query"], *lines])
+    return {**row, "query": query, "choices": list(letters.values()), "answers": answers}
+
+
+CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
+    "id": text,
+    "query": text,
+    "input": text,
+    "task": text,
+    "choices": options,
+    "answers": texts,
+    "short_answers": sets_of_texts,
+    "gold_passage_id": text,
+    "passages": passages,
+}
+assert list(CONVERTERS) == QUERY_FIELDS.names
+
+
+@dataclass
+class Ids:
+    """Gives every row an id of its own. Its first row says whether a source has ids.
+
+    Where it has none, an id is the digest of what is asked: query, input, choices and given passages. It stays the same
+    when rows are added, left out or sorted, and when gold answers are mended, which a row's number or a digest of the
+    whole row would not. What is asked again has the same digest; from the second time on it ends in -2, -3, …
+
+    Memory: all ids.
+    """
+
+    seen: Counter[str] = field(default_factory=Counter)
+    made: bool | None = None
+
+    def assign(self, row: Row) -> None:
+        """Set the row's id.
+
+        Raises:
+            ValueError: it has none where others have, or the reverse, or another row has the same.
+        """
+        if self.made is None:
+            self.made = row["id"] is None
+        if self.made and row["id"] is not None:
+            raise ValueError(f"it has an id ({row['id']!r}) and the first row has none; --drop id makes them for all")
+        if self.made:
+            row["id"] = content_id(row)
+        elif row["id"] is None:
+            raise ValueError("it has no id and the first row has one; --drop id makes them for all")
+        self.seen[row["id"]] += 1
+        times = self.seen[row["id"]]
+        if times > 1 and not self.made:
+            raise ValueError(f"id {row['id']!r} is not unique: an earlier row has it")
+        if times > 1:
+            row["id"] = f"{row['id']}-{times}"
+
+
+def content_id(row: Mapping[str, Any]) -> str:
+    """20 hexadecimal digits that follow from what is asked."""
+    asked = [row[name] for name in ("query", "input", "choices", "passages")]
+    return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()[:20]
+
+
+def check_row(row: Mapping[str, Any]) -> None:
+    """Refuse what ``jobs.annotate`` would answer with an error row, whatever the model.
+
+    Raises:
+        ValueError: the query is empty, a choice is null, or a given passage has no id or another's.
+    """
+    query_of(row, Columns()).check()
+
+
+def checked_columns(options: Iterable[str]) -> dict[str, str]:
+    """``NAME=PATH`` options by name.
+
+    Raises:
+        ValueError: one has another form.
+    """
+    pairs = {option: option.partition("=") for option in options}
+    for option, (name, _, path) in pairs.items():
+        if not name or not path:
+            raise ValueError(f"--column {option}: expected NAME=COLUMN, such as query=question")
+    return {name: path for name, _, path in pairs.values()}

@@ -1,0 +1,280 @@
+"""Where queries come from: Hugging Face datasets, and files of rows. Read row by row, never whole but for ``.json``."""
+
+import csv
+import io
+import json
+import sys
+import tempfile
+import zlib
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import IO, Any
+
+import pyarrow as pa
+import smart_open
+from pyarrow import fs
+
+from pipeline.config import StorageConfig
+from pipeline.passages import PassageRange, read_columns, read_footer
+from pipeline.schema import read_rows
+from pipeline.storage import Location, locate, one_line
+
+HUB = "hf:"
+# Rows that a dataset gives at once.
+BATCH_ROWS = 1024
+# What ``save_to_disk`` leaves: of a dataset, of several splits.
+SAVED = ("state.json", "dataset_dict.json")
+
+
+@dataclass(frozen=True)
+class SourceRow:
+    """A row as its source has it.
+
+    Attributes:
+        place: its file and number, from 0, for messages.
+        problem: why it cannot be read; then it has no values.
+    """
+
+    place: str
+    values: Mapping[str, Any] = field(default_factory=dict)
+    problem: str | None = None
+
+
+@dataclass(frozen=True)
+class Source:
+    """Rows, and the types of their columns as far as they are declared."""
+
+    rows: Iterator[SourceRow]
+    types: Mapping[str, pa.DataType]
+
+
+@dataclass(frozen=True)
+class SourceRequest:
+    """What shall be read.
+
+    Attributes:
+        uri: ``hf:`` and the name of a dataset on the Hugging Face hub, or a file or folder anywhere.
+        name, split, revision: of a dataset; files have none.
+    """
+
+    uri: str
+    name: str | None = None
+    split: str | None = None
+    revision: str | None = None
+
+
+def open_source(request: SourceRequest, storage: StorageConfig) -> Source:
+    """Find a source; its rows are read as they are asked for.
+
+    A folder that ``save_to_disk`` has left is a dataset; of any other, every file of a known kind is read. After
+    ``hf:`` may also stand a local folder: it is read as the hub would, by its card and by the names of its files.
+
+    Raises:
+        ValueError: there is none, or it has no such configuration or split; one line.
+        StorageError: the storage cannot be read.
+    """
+    if request.uri.startswith(HUB):
+        return _dataset_source(request, _hub_dataset)
+    location = locate(request.uri, storage)
+    if location.local and any((location / name).exists() for name in SAVED):
+        return _dataset_source(request, _saved_dataset)
+    for option in ("name", "split", "revision"):
+        if getattr(request, option) is not None:
+            raise ValueError(f"--{option} is for Hugging Face datasets (hf:…, or saved by save_to_disk)")
+    return _file_source(location)
+
+
+def _hub_dataset(request: SourceRequest) -> Any:
+    # https://huggingface.co/docs/datasets/stream
+    from datasets import load_dataset
+
+    return load_dataset(request.uri.removeprefix(HUB), request.name, revision=request.revision, streaming=True)
+
+
+def _saved_dataset(request: SourceRequest) -> Any:
+    # https://huggingface.co/docs/datasets/process#save
+    from datasets import load_from_disk
+
+    if request.name or request.revision:
+        raise ValueError("what save_to_disk has left has neither --name nor --revision")
+    return load_from_disk(request.uri)
+
+
+def _dataset_source(request: SourceRequest, opened: Callable[[SourceRequest], Any]) -> Source:
+    from datasets import ClassLabel
+
+    with _datasets_errors(request.uri):
+        dataset = _split(opened(request), request.split)
+    if dataset.features is None:  # nothing is known before it is read
+        return Source(_dataset_rows(request.uri, dataset, {}), {})
+    names = {column: kind.names for column, kind in dataset.features.items() if isinstance(kind, ClassLabel)}
+    types = {column.name: column.type for column in dataset.features.arrow_schema}
+    return Source(_dataset_rows(request.uri, dataset, names), types | dict.fromkeys(names, pa.string()))
+
+
+def _split(found: Any, wanted: str | None) -> Any:
+    if not isinstance(found, dict):
+        if wanted not in (None, str(found.split)):
+            raise ValueError(f"no split {wanted!r}; it is one dataset without splits")
+        return found
+    if wanted is None and len(found) == 1:
+        return next(iter(found.values()))
+    if wanted not in found:
+        missing = "several splits" if wanted is None else f"no split {wanted!r}"
+        raise ValueError(f"{missing}; choose one with --split: {', '.join(found)}")
+    return found[wanted]
+
+
+def _dataset_rows(uri: str, dataset: Any, names: Mapping[str, list[str]]) -> Iterator[SourceRow]:
+    """Rows of a dataset; a class by its name, -1 (no class) as null."""
+    first = 0
+    with _datasets_errors(uri):
+        for table in dataset.with_format("arrow").iter(batch_size=BATCH_ROWS):
+            for row in _rows(table, uri, first):
+                classes = {column: row.values.get(column) for column in names}
+                named = {c: None if n is None or n < 0 else names[c][n] for c, n in classes.items()}
+                yield replace(row, values={**row.values, **named})
+            first += table.num_rows
+
+
+@contextmanager
+def _datasets_errors(uri: str) -> Iterator[None]:
+    from datasets.exceptions import DatasetsError
+
+    try:
+        yield
+    except (OSError, ValueError, RuntimeError, DatasetsError) as error:
+        raise ValueError(f"{uri}: {one_line(error)}") from None
+
+
+def _rows(table: pa.Table, place: str, first: int) -> Iterator[SourceRow]:
+    for row, values in enumerate(read_rows(table), first):
+        if isinstance(values, UnicodeDecodeError):
+            yield SourceRow(f"{place} row {row}", problem=f"not UTF-8: {values}")
+        else:
+            yield SourceRow(f"{place} row {row}", values)
+
+
+def _file_source(location: Location) -> Source:
+    files = _files(location)
+    footers = [read_footer(file) for file in files if _kind(file) == "parquet"]
+    schemas = [footer.schema.to_arrow_schema().remove_metadata() for footer in footers]
+    try:
+        schema = pa.unify_schemas(schemas, promote_options="permissive") if schemas else ()
+    except pa.ArrowException as error:
+        raise ValueError(f"{location.uri}: its Parquet files do not fit together: {one_line(error)}") from None
+    rows = (row for file in files for row in _file_rows(file))
+    return Source(rows, {column.name: column.type for column in schema})
+
+
+def _files(location: Location) -> list[Location]:
+    kind = location.kind()
+    if kind == fs.FileType.NotFound:
+        raise ValueError(f"{location.uri}: not found (a dataset on the Hugging Face hub is written hf:OWNER/NAME)")
+    files = [location] if kind == fs.FileType.File else location.files()
+    known = [file for file in files if _kind(file) in (*TEXT_KINDS, "parquet")]
+    if not known:
+        kinds = ", ".join(f".{kind}" for kind in (*TEXT_KINDS, "parquet"))
+        raise ValueError(f"{location.uri}: nothing that can be imported; files end in {kinds}, text also in .gz")
+    return known
+
+
+def _kind(file: Location) -> str:
+    return file.path.lower().removesuffix(".gz").rsplit(".", 1)[-1]
+
+
+def _file_rows(file: Location) -> Iterator[SourceRow]:
+    if _kind(file) == "parquet":
+        footer = read_footer(file)
+        columns = footer.schema.to_arrow_schema().names
+        for row, batch in read_columns(PassageRange(file, 0, footer.num_rows), columns):
+            yield from _rows(pa.Table.from_batches([batch]), file.uri, row)
+        return
+    with _open_text(file) as stream:
+        yield from TEXT_KINDS[_kind(file)](stream, file.uri)
+
+
+@contextmanager
+def _open_text(file: Location) -> Iterator[IO[bytes]]:
+    """A text file, unpacked; a remote one as a temporary copy, so that it can be asked for again when that fails."""
+    with tempfile.TemporaryDirectory(prefix="selfrag-import-") as folder:
+        path = Path(file.path)
+        if not file.local:
+            path = Path(folder) / path.name
+            file.fetch(path)
+        try:
+            with smart_open.open(str(path), "rb") as stream:
+                yield stream
+        except (EOFError, OSError, csv.Error, zlib.error) as error:
+            raise ValueError(f"{file.uri}: cannot be read: {one_line(error)}") from None
+
+
+def _json_lines(stream: IO[bytes], uri: str) -> Iterator[SourceRow]:
+    for row, line in enumerate(stream):
+        if line.strip():
+            try:
+                values = json.loads(line.decode("utf-8-sig"))
+            except (ValueError, RecursionError) as error:
+                yield SourceRow(f"{uri} row {row}", problem=f"not JSON: {one_line(error)}")
+            else:
+                yield _json_row(f"{uri} row {row}", values)
+
+
+def _json(stream: IO[bytes], uri: str) -> Iterator[SourceRow]:
+    """A list of objects; where the file as a whole is not JSON, an object in each line."""
+    content = stream.read()
+    try:
+        values = json.loads(content.decode("utf-8-sig"))
+    except (ValueError, RecursionError):
+        yield from _json_lines(io.BytesIO(content), uri)
+        return
+    for row, value in enumerate(values if isinstance(values, list) else [values]):
+        yield _json_row(f"{uri} row {row}", value)
+
+
+def _json_row(place: str, values: Any) -> SourceRow:
+    if isinstance(values, dict):
+        return SourceRow(place, values)
+    return SourceRow(place, problem=f"{type(values).__name__} where an object with named fields is needed")
+
+
+def _csv(stream: IO[bytes], uri: str, delimiter: str = ",") -> Iterator[SourceRow]:
+    """Rows of text under a header; an empty cell is null."""
+    csv.field_size_limit(sys.maxsize)
+    # What is not UTF-8 becomes surrogates, so that the row can be named.
+    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
+    lines = csv.reader(text, delimiter=delimiter)
+    header = next(lines, [])
+    if len(set(header)) < len(header) or not _is_utf8("".join(header)):
+        raise ValueError(f"{uri}: in its first line, the header, every column needs a name of its own in UTF-8")
+    for row, cells in enumerate(line for line in lines if line):
+        place = f"{uri} row {row}"
+        if len(cells) != len(header):
+            yield SourceRow(place, problem=f"{len(cells)} cells under a header of {len(header)}")
+        elif not _is_utf8("".join(cells)):
+            yield SourceRow(place, problem="not UTF-8")
+        else:
+            yield SourceRow(place, {name: cell or None for name, cell in zip(header, cells, strict=True)})
+
+
+def _is_utf8(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _tsv(stream: IO[bytes], uri: str) -> Iterator[SourceRow]:
+    return _csv(stream, uri, "\t")
+
+
+TEXT_KINDS: Mapping[str, Callable[[IO[bytes], str], Iterator[SourceRow]]] = {
+    "jsonl": _json_lines,
+    "ndjson": _json_lines,
+    "json": _json,
+    "csv": _csv,
+    "tsv": _tsv,
+}

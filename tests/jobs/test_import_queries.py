@@ -1,0 +1,193 @@
+"""From files and datasets to a query set that can be annotated, through the command."""
+
+import json
+import time
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import typer
+from click.testing import Result
+from typer.testing import CliRunner
+
+from jobs.import_queries import import_queries
+from pipeline.config import Columns, StorageConfig
+from pipeline.imports import known_datasets
+from pipeline.query_set import inspect_queries
+from pipeline.storage import locate
+from tests.pipeline.test_sources import lines
+from tests.s3 import S3Server
+
+APP = typer.Typer()
+APP.command()(import_queries)
+
+
+def run(source: object, output: object, *options: str) -> Result:
+    return CliRunner().invoke(APP, ["--source", str(source), "--output", str(output), *options])
+
+
+def read(folder: Path) -> list[dict[str, Any]]:
+    return list(pa.concat_tables(map(pq.read_table, sorted(folder.iterdir()))).to_pylist())
+
+
+MAPPED = ["--column", "query=question", "--column", "answers=answer.aliases"]
+
+
+def test_lines_become_a_query_set_that_annotate_takes(tmp_path: Path) -> None:
+    rows = [{"question": f"q{n}", "answer": {"aliases": ["a", str(n)]}, "year": n} for n in range(3)]
+    file = lines(tmp_path / "in.jsonl", *rows)
+    result = run(file, tmp_path / "set", *MAPPED, "--task", "triviaqa", "--limit", "2", "--drop", "answer")
+    assert result.exit_code == 0, result.output
+    assert f"query set: {tmp_path}/set, 2 rows in 1 files" in result.stderr
+    found = read(tmp_path / "set")
+    ids = [row.pop("id") for row in found]
+    assert found == [{"query": f"q{n}", "task": "triviaqa", "answers": ["a", str(n)], "year": n} for n in range(2)]
+    checked = inspect_queries(locate(str(tmp_path / "set"), StorageConfig()), Columns(), 256)
+    assert (checked.rows, checked.tasks, checked.given) == (2, {"triviaqa": 2}, False)
+    assert run(file, tmp_path / "again", *MAPPED).exit_code == 0
+    assert [row["id"] for row in read(tmp_path / "again")][:2] == ids
+
+
+def test_an_imported_set_opens_in_one_line(tmp_path: Path) -> None:
+    run(lines(tmp_path / "in.jsonl", {"query": "q", "choices": ["a", "b"]}), tmp_path / "set")
+    (row,) = datasets.load_dataset(str(tmp_path / "set"), split="train", cache_dir=str(tmp_path / "cache"))
+    assert (row["query"], row["choices"]) == ("q", ["a", "b"])
+
+
+# As the hub has them: the dataset's name here, its configuration and split, a row, and what the row becomes.
+HUB_ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "popqa": (
+        {"id": 4222362, "question": "What?", "possible_answers": '["politician", "leader"]', "s_pop": 142},
+        {"id": "4222362", "query": "What?", "answers": ["politician", "leader"], "s_pop": 142},
+    ),
+    "triviaqa": (
+        {"question_id": "tc_2", "question": "Who?", "answer": {"aliases": ["A", "B"], "value": "A"}},
+        {"id": "tc_2", "query": "Who?", "answers": ["A", "B"], "answer": {"aliases": ["A", "B"], "value": "A"}},
+    ),
+    "nq": (
+        {"question": "when", "answer": ["1870", "1871"]},
+        {"query": "when", "answers": ["1870", "1871"]},
+    ),
+    "arc_challenge": (
+        {"id": "M_7", "question": "Why?", "choices": {"text": ["x", "y"], "label": ["1", "2"]}, "answerKey": "2"},
+        {"id": "M_7", "query": "Why?\nA: x\nB: y", "choices": ["A", "B"], "answers": ["B"]},
+    ),
+    "fever": (
+        {"id": "9", "input": "A claim.", "output": [{"answer": "REFUTES"}]},
+        {"id": "9", "query": "A claim.", "answers": ["REFUTES"], "output": [{"answer": "REFUTES"}]},
+    ),
+    "asqa": (
+        {
+            "sample_id": -5,
+            "ambiguous_question": "Who won?",
+            "qa_pairs": [{"short_answers": ["a", "b"]}, {"short_answers": ["c"]}],
+            "annotations": [{"long_answer": "A long one."}],
+        },
+        {
+            "id": "-5",
+            "query": "Who won?",
+            "answers": ["A long one."],
+            "short_answers": [["a", "b"], ["c"]],
+            "qa_pairs": [{"short_answers": ["a", "b"]}, {"short_answers": ["c"]}],
+            "annotations": [{"long_answer": "A long one."}],
+        },
+    ),
+    "eli5": (
+        {"id": "x", "input": "why?", "output": [{"answer": "Because."}, {"answer": ""}]},
+        {"id": "x", "query": "why?", "answers": ["Because."], "output": [{"answer": "Because."}, {"answer": ""}]},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", known_datasets())
+def test_a_known_dataset_needs_its_name_only(name: str, tmp_path: Path) -> None:
+    """The hub cannot be asked in a test: a folder of the same form stands in its place."""
+    known, (row, expected) = known_datasets()[name], HUB_ROWS[name]
+    lines(tmp_path / "hub" / "file.jsonl", row)
+    files = {"config_name": known.name or "default", "data_files": [{"split": known.split, "path": "file.jsonl"}]}
+    (tmp_path / "hub" / "README.md").write_text(f"---\nconfigs:\n- {json.dumps(files)}\n---\n")
+    result = run(f"hf:{tmp_path / 'hub'}", tmp_path / "set", "--dataset", name)
+    assert result.exit_code == 0, result.output
+    (found,) = read(tmp_path / "set")
+    assert {"id": found["id"], "task": name, **expected} == found
+
+
+def test_sets_come_from_and_go_to_object_storage(tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    file = lines(tmp_path / "in.jsonl", {"query": "q", "id": 1})
+    with s3.filesystem().open_output_stream(f"{s3.bucket}/import/in.jsonl") as stream:
+        stream.write(file.read_bytes())
+    source, output = f"s3://{s3.bucket}/import/in.jsonl", f"s3://{s3.bucket}/import/set"
+    for _ in range(2):
+        result = run(source, output, "--overwrite")
+        assert result.exit_code == 0, result.output
+        time.sleep(1.5)  # the server's listings are a second old
+    table = pq.read_table(f"{s3.bucket}/import/set/queries-00000.parquet", filesystem=s3.filesystem())
+    assert table.to_pylist() == [{"id": "1", "query": "q"}]
+    missing = run(file, "s3://no-such-bucket/set")
+    assert (missing.exit_code, "no bucket 'no-such-bucket'" in missing.stderr) == (2, True)
+
+
+BAD = [{"id": "1", "query": "q"}, {"id": "2", "query": " "}, {"id": "1", "query": "r"}, {"id": "3", "query": "s"}]
+
+
+def test_the_first_bad_row_ends_an_import_and_nothing_is_written(tmp_path: Path) -> None:
+    file = lines(tmp_path / "in.jsonl", *BAD)
+    result = run(file, tmp_path / "set")
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {file} row 1: the query is empty (it has id, query); ")
+    assert not (tmp_path / "set").exists()
+
+
+def test_bad_rows_are_listed_and_left_out_on_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    file = lines(tmp_path / "in.jsonl", *BAD)
+    file.write_text(f"{file.read_text()}{{broken\n")
+    result = run(file, tmp_path / "set", "--skip-bad")
+    assert result.exit_code == 3, result.output
+    assert [row["id"] for row in read(tmp_path / "set")] == ["1", "3"]
+    assert f"skipped: {file} row 1: the query is empty" in caplog.text
+    assert f"skipped: {file} row 2: id '1' is not unique" in caplog.text
+    assert f"skipped: {file} row 4: not JSON" in caplog.text
+    assert "2 rows in 1 files, 3 bad ones left out" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--source", "nowhere.jsonl"], "nowhere.jsonl: not found"),
+        (["--source", "IN", "--split", "test"], "--split is for Hugging Face datasets"),
+        (["--source", "IN", "--dataset", "popqua"], "--dataset popqua: known are popqa, triviaqa"),
+        ([], "--source or --dataset is missing"),
+        (["--source", "IN", "--column", "query"], "--column query: expected NAME=COLUMN"),
+        (["--source", "IN", "--column", "question=query"], "a query set has the columns id, query"),
+        (["--source", "IN", "--column", "answers=gold"], "--column answers=gold: no row has anything there"),
+        (["--source", "IN", "--column", "query=question"], "row 0: the query is empty (it has query, n)"),
+        (["--source", "EMPTY"], "no rows to import (0 bad ones)"),
+        (["--source", "FOLDER"], "lie in one another"),
+        (["--source", "IN", "--set", "model.name=x"], "here only storage.* can be set"),
+    ],
+)
+def test_bad_usage_is_one_line_and_status_2(options: list[str], problem: str, tmp_path: Path) -> None:
+    places = {"IN": str(lines(tmp_path / "in.jsonl", {"query": "q", "n": 1})), "FOLDER": str(tmp_path)}
+    places["EMPTY"] = str(lines(tmp_path / "empty.jsonl"))
+    words = [places.get(word, word) for word in options]
+    result = CliRunner().invoke(APP, ["--output", str(tmp_path / "set"), *words])
+    assert result.exit_code == 2, result.output
+    (line,) = result.stderr.splitlines()
+    assert problem in line
+    assert not (tmp_path / "set").exists()
+
+
+def test_a_set_that_is_there_is_replaced_on_request_only(tmp_path: Path) -> None:
+    file = lines(tmp_path / "in.jsonl", {"query": "q"})
+    assert run(file, tmp_path / "set").exit_code == 0
+    lines(file, {"query": "new"})
+    refused = run(file, tmp_path / "set")
+    assert (refused.exit_code, "holds a query set" in refused.stderr) == (2, True)
+    assert run(file, tmp_path / "set", "--overwrite").exit_code == 0
+    assert [row["query"] for row in read(tmp_path / "set")] == ["new"]

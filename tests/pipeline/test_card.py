@@ -1,0 +1,119 @@
+import re
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pytest
+import yaml
+
+from pipeline.card import AnnotatedSet, columns_table, dataset_card
+from pipeline.config import StorageConfig
+from pipeline.output import OutputFolder
+from pipeline.schema import ANSWER_FIELDS, CANDIDATE_FIELDS, ERROR_FIELDS, MEANINGS, data_schema, error_schema
+from pipeline.storage import locate
+from tests.jobs.test_rescore import annotated_set
+
+INPUTS = pa.schema([("id", pa.string()), ("query", pa.string()), ("answer", pa.string())])
+MANIFEST: dict[str, Any] = {
+    "configuration": {"model": {"name": "selfrag/selfrag_llama2_7b", "lora": "adapters/mine"}},
+    "settings": {
+        "decoding.mode": "adaptive",
+        "decoding.weights.support": 2.0,
+        "retrieval.search": "",
+        "retrieval.encoder": None,
+        "model.name": "x",
+        "rescored": "s3://b/run",
+    },
+    "queries": {"files": 2, "rows": 1500, "digest": "b" * 64},
+    "model": {"commit": "abc", "lora": "d" * 64},
+    "index": {"passages": 21_000_000, "shards": 8, "digest": "c" * 64},
+    "encoder": {"name": "BAAI/bge-base-en-v1.5", "revision": "r1", "digest": "e" * 64},
+    "tasks": {"popqa": {"rows": 1400}, "": {"rows": 100}},
+    "versions": {"selfrag-batch": "0.1.0", "vllm": "0.32.0"},
+    "finished": "2025-11-23T10:00:00.123456+00:00",
+    "counts": {"rows": 1500, "errors": 3, "error_types": {"TimeoutError": 3}, "retrieved": 900},
+}
+
+
+def card(manifest: dict[str, Any] | None = None, errors: bool = True, licence: str | None = "cc-by-sa-4.0") -> str:
+    schemas = {"data": data_schema(INPUTS, keep_candidates=False), "errors": error_schema(INPUTS)}
+    found = AnnotatedSet({**MANIFEST, **(manifest or {})}, schemas if errors else {"data": schemas["data"]})
+    return dataset_card(found, "me/answers", licence)
+
+
+def front_matter(text: str) -> dict[str, Any]:
+    return dict(yaml.safe_load(text.split("---\n")[1]))
+
+
+def test_the_front_matter_says_how_to_open_the_set() -> None:
+    found = front_matter(card())
+    assert found["configs"] == [
+        {"config_name": "data", "data_files": "data/*.parquet", "default": True},
+        {"config_name": "errors", "data_files": "errors/*.parquet"},
+    ]
+    assert (found["license"], found["size_categories"]) == ("cc-by-sa-4.0", ["1K<n<10K"])
+    features = {info["config_name"]: info["features"] for info in found["dataset_info"]}
+    assert features["data"][:3] == [{"name": name, "dtype": "string"} for name in ("id", "query", "input_answer")]
+    assert features["errors"][-1] == {"name": "attempts", "dtype": "int32"}
+    assert 'load_dataset("me/answers", "errors", split="train")' in card()
+
+
+def test_without_errors_and_licence_there_is_no_word_of_them() -> None:
+    found = front_matter(text := card(errors=False, licence=None))
+    assert [config["config_name"] for config in found["configs"]] == ["data"]
+    assert "license" not in found
+    assert '"errors"' not in text
+    assert "No licence is stated here." in text
+
+
+@pytest.mark.parametrize(
+    ("rows", "size"),
+    [(999, "n<1K"), (1000, "1K<n<10K"), (99_999, "10K<n<100K"), (1_000_000, "1M<n<10M"), (10**12, "1B<n<10B")],
+)
+def test_the_size_is_one_of_the_hubs_categories(rows: int, size: str) -> None:
+    assert front_matter(card({"counts": {**MANIFEST["counts"], "rows": rows + 3}}))["size_categories"] == [size]
+
+
+def test_the_card_says_what_produced_the_set() -> None:
+    text = card()
+    for line in (
+        "| model | selfrag/selfrag_llama2_7b (revision abc) |",
+        "| adapter | adapters/mine (digest dddddddddddd) |",
+        "| index | 21,000,000 passages (digest cccccccccccc) |",
+        "| encoder | BAAI/bge-base-en-v1.5 (revision r1, digest eeeeeeeeeeee) |",
+        "| queries | 1,500 rows (digest bbbbbbbbbbbb) |",
+        "| tasks | popqa 1,400, (none) 100 |",
+        "| outcome | 1,497 answered, 3 failed, 900 with a passage |",
+        "| versions | selfrag-batch 0.1.0, vllm 0.32.0 |",
+        "| finished | 2025-11-23T10:00:00 |",
+        "- 3 rows failed and have no answer (TimeoutError 3).",
+    ):
+        assert f"{line}\n" in text
+    assert "`decoding.mode=adaptive`, `decoding.weights.support=2.0`, `rescored=s3://b/run`. Those" in text
+
+
+def test_a_run_without_index_has_none_in_its_card() -> None:
+    text = card({"index": None, "encoder": None})
+    assert "| index" not in text
+    assert "| encoder" not in text
+
+
+def test_every_column_of_the_output_has_a_meaning() -> None:
+    fields = [*ANSWER_FIELDS, *CANDIDATE_FIELDS, *ERROR_FIELDS]
+    assert {name for names in MEANINGS for name in names} == {field.name for field in fields}
+
+
+def test_the_readme_says_the_same_of_the_columns() -> None:
+    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    plain = re.sub(r" \(\[[^]]*\]\([^)]*\)\)", "", readme)  # links only work there
+    for row in columns_table(data_schema(pa.schema([]), keep_candidates=True)).splitlines()[2:]:
+        assert f"{row}\n" in plain
+
+
+def test_only_a_finished_set_has_a_card(tmp_path: Path) -> None:
+    folder = annotated_set(tmp_path / "run", rows=2)
+    found = AnnotatedSet.of(OutputFolder(locate(str(folder), StorageConfig())))
+    assert (found.answered, list(found.schemas)) == (2, ["data", "errors"])
+    (folder / "_SUCCESS").unlink()
+    with pytest.raises(ValueError, match="run: no finished annotated set there"):
+        AnnotatedSet.of(OutputFolder(locate(str(folder), StorageConfig())))

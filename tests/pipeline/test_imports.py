@@ -1,0 +1,198 @@
+import json
+from typing import Any
+
+import pytest
+
+from pipeline.imports import Ids, Recipe, check_row, known_datasets, text, texts, value_at
+from pipeline.profiles import built_in_profiles
+
+
+def query(values: dict[str, Any], **columns: str) -> dict[str, Any]:
+    """The columns that a row has."""
+    row = Recipe(columns).apply(values)
+    return {name: value for name, value in row.items() if value is not None}
+
+
+def test_columns_are_mapped_renamed_and_passed_through() -> None:
+    row = {"question": "Who?", "qid": 7, "year": 1999, "id": "old"}
+    assert query(row, query="question", id="qid") == {"id": "7", "query": "Who?", "year": 1999}
+
+
+def test_a_dotted_path_goes_through_objects_and_lists() -> None:
+    row = {"a": {"b": [{"c": 1}, {"c": 2}, {}]}, "x.y": "exactly"}
+    assert value_at(row, "a.b.c") == [1, 2, None]
+    assert value_at(row, "x.y") == "exactly"
+    assert value_at(row, "a.z.c") is None
+    assert value_at(row, "nothing") is None
+
+
+def test_what_a_path_leads_through_passes_and_what_is_renamed_does_not() -> None:
+    row = {"input": "Claim.", "output": [{"answer": "SUPPORTS"}, {"answer": ""}, {"answer": None}]}
+    assert query(row, query="input", answers="output.answer") == {
+        "query": "Claim.",
+        "answers": ["SUPPORTS"],
+        "output": row["output"],
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "answers"),
+    [
+        ("Paris", ["Paris"]),
+        (["Paris", "", None, "paris", "Paris"], ["Paris", "paris"]),
+        ('["politician", "leader"]', ["politician", "leader"]),
+        ("[]", None),
+        ("[1]", ["[1]"]),
+        (" ", None),
+        (3, ["3"]),
+        (2.5, ["2.5"]),
+        (True, ["true"]),
+        ([["a"], ["b", "a"]], ["a", "b"]),
+    ],
+)
+def test_answers_become_a_list_of_texts(value: Any, answers: list[str] | None) -> None:
+    assert texts(value) == answers
+
+
+@pytest.mark.parametrize(
+    ("column", "value", "problem"),
+    [
+        ("answers", "['a', 'b']", r"column 'answers': a list is needed, and \"\['a', 'b'\]\" is not one in JSON"),
+        ("answers", {"text": ["a"]}, "column 'answers': an object where text is needed"),
+        ("choices", "A or B", "column 'choices': a list is needed"),
+        ("choices", {"a": 1}, "column 'choices': an object where a list is needed"),
+        ("passages", ["text"], "column 'passages': text where a passage with id, title and text is needed"),
+        ("query", "a \ud800", "column 'query': not UTF-8"),
+        ("query", ["a"], "column 'query': a list where text is needed"),
+    ],
+)
+def test_a_value_that_a_column_cannot_hold_is_named(column: str, value: Any, problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        Recipe().apply({"query": "q", column: value})
+
+
+def test_a_mapped_column_is_named_with_its_source() -> None:
+    with pytest.raises(ValueError, match=r"column 'query' \(from q\.text\): an object"):
+        Recipe({"query": "q.text"}).apply({"q": {"text": {}}})
+
+
+def test_short_answers_are_sets() -> None:
+    pairs = [{"short_answers": ["a", "b"]}, {"short_answers": []}, {"short_answers": "c"}]
+    row = query({"query": "q", "qa_pairs": pairs}, short_answers="qa_pairs.short_answers")
+    assert row["short_answers"] == [["a", "b"], ["c"]]
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"label": ["1", "2", "3"], "text": ["a tree", "a stone", "a cloud"]},
+        [{"label": 1, "text": "a tree"}, {"label": 2, "text": "a stone"}, {"label": 3, "text": "a cloud"}],
+    ],
+)
+def test_labelled_choices_become_letters_that_the_query_explains(choices: Any) -> None:
+    row = query({"query": "What grows?", "choices": choices, "answers": "1"})
+    assert row == {
+        "query": "What grows?\nA: a tree\nB: a stone\nC: a cloud",
+        "choices": ["A", "B", "C"],
+        "answers": ["A"],
+    }
+
+
+def test_labels_that_are_letters_stay() -> None:
+    choices = {"label": ["A", "B"], "text": ["x", "y"]}
+    assert query({"query": "q", "choices": choices, "answers": "B"})["answers"] == ["B"]
+
+
+def test_plain_choices_stay_and_may_be_written_in_json() -> None:
+    assert query({"query": "q", "choices": ["true", False]})["choices"] == ["true", "false"]
+    assert query({"query": "q", "choices": '["yes", "no"]'}) == {"query": "q", "choices": ["yes", "no"]}
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [[{"label": "A", "text": "x"}, "y"], {"label": ["A", "A"], "text": ["x", "y"]}],
+)
+def test_labels_that_do_not_tell_choices_apart_are_refused(choices: Any) -> None:
+    with pytest.raises(ValueError, match="column 'choices'"):
+        Recipe().apply({"query": "q", "choices": choices})
+
+
+def test_given_passages_keep_what_a_passage_has() -> None:
+    found = [{"id": 4, "title": None, "text": "t", "score": 0.5}]
+    assert query({"query": "q", "ctxs": found}, passages="ctxs")["passages"] == [
+        {"id": "4", "title": None, "text": "t"}
+    ]
+
+
+def test_a_constant_task_goes_before_the_rows_own() -> None:
+    assert Recipe(task="nq").apply({"query": "q", "task": "qa"})["task"] == "nq"
+    assert Recipe().apply({"query": "q", "task": "qa"})["task"] == "qa"
+
+
+def test_dropped_columns_are_gone() -> None:
+    dropped = Recipe({"answers": "answer.value"}, drop=frozenset({"answer", "id"}))
+    row = dropped.apply({"query": "q", "id": 1, "answer": {"value": "a"}, "n": 1})
+    assert {name: value for name, value in row.items() if value is not None} == {"query": "q", "answers": ["a"], "n": 1}
+
+
+def test_a_column_that_no_query_set_has_is_refused() -> None:
+    with pytest.raises(ValueError, match="--column question=…: a query set has the columns id, query"):
+        Recipe({"question": "query"})
+
+
+@pytest.mark.parametrize(
+    ("row", "problem"),
+    [
+        ({"query": " "}, "the query is empty"),
+        ({}, "the query is empty"),
+        ({"query": "q", "choices": ["a", None]}, "a choice is null"),
+        ({"query": "q", "passages": [{"text": "t"}]}, "given passage 0 is null or has no id"),
+        ({"query": "q", "passages": [{"id": "1", "text": "a"}, {"id": 1, "text": "b"}]}, "two given passages"),
+    ],
+)
+def test_what_could_only_be_an_error_row_is_refused(row: dict[str, Any], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        check_row(Recipe().apply({"id": "1", **row}))
+
+
+def ids(*rows: dict[str, Any]) -> list[str]:
+    given, found = Ids(), [Recipe().apply(row) for row in rows]
+    for row in found:
+        given.assign(row)
+    return [row["id"] for row in found]
+
+
+def test_made_ids_follow_from_what_is_asked_and_not_from_place_or_gold() -> None:
+    one, two = ids({"query": "a", "answers": "x"}, {"query": "b"})
+    assert ids({"query": "c"}, {"query": "b", "answers": "y"}, {"query": "a", "year": 3})[1:] == [two, one]
+    assert len({one, two, *ids({"query": "a", "input": "i"}), *ids({"query": "a", "choices": ["x"]})}) == 4
+    assert one == "5d449b432f360e0944c6"  # ids of sets that exist must not change
+
+
+def test_what_is_asked_again_gets_a_number() -> None:
+    first, second, third = ids({"query": "a"}, {"query": "a"}, {"query": "a"})
+    assert (second, third) == (f"{first}-2", f"{first}-3")
+
+
+@pytest.mark.parametrize(
+    ("rows", "problem"),
+    [
+        ([{"id": 1}, {"id": "1"}], "id '1' is not unique"),
+        ([{"id": 1}, {}], "it has no id and the first row has one"),
+        ([{}, {"id": 1}], r"it has an id \('1'\) and the first row has none"),
+    ],
+)
+def test_ids_are_all_there_and_unique_or_all_made(rows: list[dict[str, Any]], problem: str) -> None:
+    with pytest.raises(ValueError, match=problem):
+        ids(*rows)
+
+
+def test_numbers_are_written_as_json_writes_them() -> None:
+    assert [text(value) for value in (12, 1.5, False)] == [json.dumps(value) for value in (12, 1.5, False)]
+
+
+def test_known_datasets_have_a_profile_and_columns_of_a_query_set() -> None:
+    for name, known in known_datasets().items():
+        assert known.task == name
+        assert known.task in built_in_profiles()
+        assert Recipe(known.columns).columns["query"]

@@ -1,0 +1,137 @@
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline import query_writer
+from pipeline.config import Columns, StorageConfig
+from pipeline.query_set import QuerySet, inspect_queries
+from pipeline.query_writer import UNFINISHED, Spool, check_free, publish, write_query_set
+from pipeline.schema import QUERY_FIELDS
+from pipeline.storage import Location, StorageError, locate
+
+
+@pytest.fixture(autouse=True)
+def _small_files(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(query_writer, "FILE_ROWS", 3)
+    monkeypatch.setattr(query_writer, "GROUP_ROWS", 2)
+
+
+@pytest.fixture
+def output(tmp_path: Path) -> Location:
+    return locate(str(tmp_path / "out"), StorageConfig())
+
+
+def write(tmp_path: Path, rows: list[dict[str, Any]], output: Location, **types: pa.DataType) -> QuerySet:
+    """A set of rows that have an id and a query beside what is given."""
+    for name in ("spool", "set"):
+        (tmp_path / name).mkdir(exist_ok=True)
+    spool, empty = Spool(tmp_path / "spool", types), dict.fromkeys(QUERY_FIELDS.names)
+    spool.write((f"f row {n}", {**empty, "id": str(n), "query": f"q{n}", **row}) for n, row in enumerate(rows))
+    return write_query_set(spool, tmp_path / "set", output)
+
+
+def written(tmp_path: Path) -> pa.Table:
+    return pa.concat_tables(map(pq.read_table, sorted((tmp_path / "set").iterdir())))
+
+
+def test_files_and_row_groups_are_bounded(tmp_path: Path, output: Location) -> None:
+    found = write(tmp_path, [{}] * 7, output)
+    assert (found.files, found.rows) == (3, 7)
+    files = sorted((tmp_path / "set").iterdir())
+    groups = [pq.read_metadata(file) for file in files]
+    sizes = [[meta.row_group(n).num_rows for n in range(meta.num_row_groups)] for meta in groups]
+    assert sizes == [[2, 1], [2, 1], [1]]
+    assert written(tmp_path)["id"].to_pylist() == [str(n) for n in range(7)]
+
+
+def test_only_columns_that_a_row_fills_are_written(tmp_path: Path, output: Location) -> None:
+    write(tmp_path, [{"answers": ["a"]}, {}, {}, {"choices": ["x", "y"]}], output)
+    assert written(tmp_path).schema.names == ["id", "query", "choices", "answers"]
+    assert written(tmp_path)["answers"].to_pylist() == [["a"], None, None, None]
+
+
+def test_types_grow_over_the_files(tmp_path: Path, output: Location) -> None:
+    """Three rows are a file."""
+    rows: list[dict[str, Any]] = [{"n": None, "o": {"a": 1}, "l": []}] * 3 + [{"n": 1, "o": {"b": "x"}, "l": ["y"]}] * 3
+    write(tmp_path, [*rows, {"n": 1.5, "late": True}], output)
+    table = written(tmp_path)
+    assert table.schema.field("n").type == pa.float64()
+    assert table["n"].to_pylist() == [None] * 3 + [1.0] * 3 + [1.5]
+    assert table["o"].to_pylist() == [{"a": 1, "b": None}] * 3 + [{"a": None, "b": "x"}] * 3 + [None]
+    assert table["l"].to_pylist() == [[]] * 3 + [["y"]] * 3 + [None]
+    assert table["late"].to_pylist() == [None] * 6 + [True]
+
+
+def test_declared_types_stay(tmp_path: Path, output: Location) -> None:
+    write(tmp_path, [{"n": 1}], output, n=pa.int8())
+    assert written(tmp_path).schema.field("n").type == pa.int8()
+
+
+def test_a_value_that_does_not_fit_its_column_is_named(tmp_path: Path, output: Location) -> None:
+    with pytest.raises(ValueError, match="f row 2: column 'n' does not fit the rows before it .* --drop n"):
+        write(tmp_path, [{"n": 1}, {"n": 2}, {"n": "x"}], output)
+
+
+def test_files_whose_types_do_not_go_together_are_refused(tmp_path: Path, output: Location) -> None:
+    with pytest.raises(ValueError, match="column 'n' holds int64 and string; leave it out with --drop n"):
+        write(tmp_path, [{"n": 1}] * 3 + [{"n": "x"}], output)
+
+
+def test_what_parquet_cannot_hold_is_refused(tmp_path: Path, output: Location) -> None:
+    with pytest.raises(ValueError, match="Parquet cannot hold a column .*'meta'.* leave it out with --drop"):
+        write(tmp_path, [{"meta": {}}], output)
+
+
+def test_a_set_is_checked_as_annotate_does(tmp_path: Path, output: Location) -> None:
+    with pytest.raises(ValueError, match="columns 'answer' and 'input_answer' would both be written"):
+        write(tmp_path, [{"answer": "a", "input_answer": "b"}], output)
+
+
+def test_a_published_set_replaces_the_one_before(tmp_path: Path, output: Location) -> None:
+    write(tmp_path, [{}] * 7, output)
+    publish(tmp_path / "set", output)
+    check_free(output, overwrite=True)
+    for file in (tmp_path / "set").iterdir():
+        file.unlink()
+    found = write(tmp_path, [{"id": "new"}], output)
+    publish(tmp_path / "set", output)
+    assert [file.path for file in output.files()] == [f"{output.path}/queries-00000.parquet"]
+    assert inspect_queries(output, Columns(), 256) == found
+
+
+def test_half_of_a_set_cannot_be_read(tmp_path: Path, output: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    write(tmp_path, [{}] * 7, output)
+    put = Location.write
+
+    def failing(file: Location, content: bytes) -> None:
+        if "00001" in file.path:
+            raise StorageError(file.uri)
+        put(file, content)
+
+    monkeypatch.setattr(Location, "write", failing)
+    with pytest.raises(StorageError):
+        publish(tmp_path / "set", output)
+    with pytest.raises(ValueError, match=f"{UNFINISHED}: not a readable Parquet file"):
+        inspect_queries(output, Columns(), 256)
+    with pytest.raises(ValueError, match="replace it with --overwrite"):
+        check_free(output, overwrite=False)
+    monkeypatch.undo()
+    publish(tmp_path / "set", output)
+    assert inspect_queries(output, Columns(), 256).rows == 7
+
+
+@pytest.mark.parametrize("name", ["thesis.txt", "old/queries-00000.parquet", "queries.parquet"])
+def test_files_of_something_else_are_left(tmp_path: Path, output: Location, name: str) -> None:
+    (tmp_path / "out" / name).parent.mkdir(parents=True)
+    (tmp_path / "out" / name).write_text("years of work")
+    with pytest.raises(ValueError, match=f"holds files of something else .{name}.; choose another"):
+        check_free(output, overwrite=True)
+
+
+def test_a_file_is_no_folder(tmp_path: Path, output: Location) -> None:
+    (tmp_path / "out").write_text("mine")
+    with pytest.raises(ValueError, match="out is a file; name a folder"):
+        check_free(output, overwrite=True)

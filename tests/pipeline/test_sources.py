@@ -1,0 +1,209 @@
+import gzip
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.config import StorageConfig
+from pipeline.sources import Source, SourceRequest, SourceRow, open_source
+from tests.s3 import S3Server
+
+
+def source(uri: object, **options: str) -> Source:
+    return open_source(SourceRequest(str(uri), **options), StorageConfig())
+
+
+def rows(uri: object, **options: str) -> list[dict[str, Any]]:
+    found = list(source(uri, **options).rows)
+    assert not any(row.problem for row in found)
+    return [dict(row.values) for row in found]
+
+
+def lines(file: Path, *values: Any) -> Path:
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(f"{json.dumps(value)}\n" for value in values))
+    return file
+
+
+TEXT_FILES: dict[str, Callable[[Path], object]] = {
+    "a.jsonl": lambda f: f.write_text('{"q": "é", "n": "1"}\n\n{"q": "b", "n": "2"}'),
+    "b.json": lambda f: f.write_text('[{"q": "é", "n": "1"},\n {"q": "b", "n": "2"}]'),
+    "c.json": lambda f: f.write_text('{"q": "é", "n": "1"}\n{"q": "b", "n": "2"}\n'),
+    "d.csv": lambda f: f.write_text('q,n\né,1\n"b",2\n', encoding="utf-8-sig"),
+    "e.tsv": lambda f: f.write_text("q\tn\né\t1\nb\t2\n"),
+    "f.jsonl.gz": lambda f: f.write_bytes(gzip.compress('{"q": "é", "n": "1"}\n{"q": "b", "n": "2"}\n'.encode())),
+    "g.parquet": lambda f: pq.write_table(pa.table({"q": ["é", "b"], "n": ["1", "2"]}), f),
+}
+
+
+@pytest.mark.parametrize("name", TEXT_FILES)
+def test_a_file_of_any_kind_is_read(name: str, tmp_path: Path) -> None:
+    TEXT_FILES[name](tmp_path / name)
+    assert rows(tmp_path / name) == [{"q": "é", "n": "1"}, {"q": "b", "n": "2"}]
+
+
+def test_a_folder_is_read_file_by_file_and_files_of_other_kinds_are_not(tmp_path: Path) -> None:
+    lines(tmp_path / "b.jsonl", {"q": "second"})
+    lines(tmp_path / "a" / "one.jsonl", {"q": "first"})
+    (tmp_path / "LICENSE.md").write_text("mine")
+    found = list(source(tmp_path).rows)
+    assert [(row.place, row.values["q"]) for row in found] == [
+        (f"{tmp_path}/a/one.jsonl row 0", "first"),
+        (f"{tmp_path}/b.jsonl row 0", "second"),
+    ]
+
+
+def test_files_come_from_object_storage(tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    for name, write in TEXT_FILES.items():
+        write(tmp_path / name)
+        with s3.filesystem().open_output_stream(f"{s3.bucket}/sources/{name}", compression=None) as stream:
+            stream.write((tmp_path / name).read_bytes())
+    assert rows(f"s3://{s3.bucket}/sources") == rows(tmp_path)
+    assert len(rows(tmp_path)) == 2 * len(TEXT_FILES)
+
+
+def test_parquet_keeps_its_types(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"n": pa.array([1], pa.int32())}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"n": pa.array([2], pa.int16()), "x": ["y"]}), tmp_path / "b.parquet")
+    assert source(tmp_path).types == {"n": pa.int32(), "x": pa.string()}
+    assert rows(tmp_path) == [{"n": 1}, {"n": 2, "x": "y"}]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "row", "problem"),
+    [
+        ("a.jsonl", b'{"q": 1}\n{"q": \n', 1, "not JSON"),
+        ("a.jsonl", b'{"q": 1}\n["q"]\n', 1, "list where an object with named fields is needed"),
+        ("a.jsonl", b'{"q": 1}\n{"q": "\xe9"}\n', 1, "not JSON: 'utf-8' codec"),
+        ("a.json", b'[{"q": 1}, 3]', 1, "int where an object"),
+        ("a.csv", b"q,n\na,1\nb\n", 1, "1 cells under a header of 2"),
+        ("a.csv", b"q,n\na,1\n\xe9,2\n", 1, "not UTF-8"),
+    ],
+)
+def test_a_row_that_cannot_be_read_is_told_and_the_others_are_read(
+    name: str, content: bytes, row: int, problem: str, tmp_path: Path
+) -> None:
+    (tmp_path / name).write_bytes(content)
+    good, bad = source(tmp_path / name).rows
+    assert good.problem is None
+    assert bad == SourceRow(f"{tmp_path}/{name} row {row}", {}, bad.problem)
+    assert problem in str(bad.problem)
+
+
+def test_parquet_text_that_is_not_utf8_is_told(tmp_path: Path) -> None:
+    column = pa.array([b"a", b"caf\xe9"], pa.binary()).view(pa.string())
+    pq.write_table(pa.table({"q": column}), tmp_path / "a.parquet")
+    good, bad = source(tmp_path / "a.parquet").rows
+    assert good.values == {"q": "a"}
+    assert bad.place.endswith("a.parquet row 1")
+    assert "not UTF-8" in str(bad.problem)
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "problem"),
+    [
+        ("a.jsonl.gz", gzip.compress(b'{"q": 1}\n' * 1000)[:-9], "a.jsonl.gz: cannot be read"),
+        ("a.jsonl.gz", b'{"q": 1}', "a.jsonl.gz: cannot be read: Not a gzipped file"),
+        ("a.csv", b"q,q\n1,2\n", "a.csv: in its first line, the header, every column needs a name of its own"),
+        ("a.parquet", b"PAR1", "a.parquet: cannot be read as Parquet"),
+        ("a.txt", b"q", "nothing that can be imported; files end in .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
+    ],
+)
+def test_a_file_that_cannot_be_read_is_named(name: str, content: bytes, problem: str, tmp_path: Path) -> None:
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=problem):
+        rows(tmp_path / name)
+
+
+def test_parquet_files_of_types_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+    pq.write_table(pa.table({"n": [1]}), tmp_path / "a.parquet")
+    pq.write_table(pa.table({"n": ["1"]}), tmp_path / "b.parquet")
+    with pytest.raises(ValueError, match="its Parquet files do not fit together"):
+        source(tmp_path)
+
+
+def test_what_is_not_there_is_told(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=r"not found \(a dataset on the Hugging Face hub is written hf:OWNER/NAME\)"):
+        source(tmp_path / "PopQA")
+
+
+def test_files_have_no_splits(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="--split is for Hugging Face datasets"):
+        source(lines(tmp_path / "a.jsonl", {"q": 1}), split="test")
+
+
+@pytest.fixture
+def hub_folder(tmp_path: Path) -> Path:
+    """A folder as the hub has it."""
+    lines(tmp_path / "hub" / "test.jsonl", *({"q": f"t{n}"} for n in range(2000)))
+    lines(tmp_path / "hub" / "train.jsonl", {"q": "r"})
+    return tmp_path / "hub"
+
+
+def test_a_dataset_is_streamed_from_its_split(hub_folder: Path) -> None:
+    found = list(source(f"hf:{hub_folder}", split="test").rows)
+    assert [row.values["q"] for row in found] == [f"t{n}" for n in range(2000)]
+    assert found[1999].place == f"hf:{hub_folder} row 1999"
+
+
+def test_a_split_must_be_chosen_among_several(hub_folder: Path) -> None:
+    with pytest.raises(ValueError, match="several splits; choose one with --split: train, test"):
+        source(f"hf:{hub_folder}")
+    with pytest.raises(ValueError, match="no split 'dev'; choose one with --split: train, test"):
+        source(f"hf:{hub_folder}", split="dev")
+    (hub_folder / "train.jsonl").unlink()
+    assert len(rows(f"hf:{hub_folder}")) == 2000
+
+
+def test_a_configuration_is_chosen_by_name(tmp_path: Path) -> None:
+    card = "configs:\n- config_name: easy\n  data_files: easy.jsonl\n- config_name: hard\n  data_files: hard.jsonl\n"
+    for name in ("easy", "hard"):
+        lines(tmp_path / f"{name}.jsonl", {"q": name})
+    (tmp_path / "README.md").write_text(f"---\n{card}---\n")
+    assert rows(f"hf:{tmp_path}", name="hard") == [{"q": "hard"}]
+    with pytest.raises(ValueError, match=rf"hf:{tmp_path}: .*easy.*hard"):
+        source(f"hf:{tmp_path}")
+
+
+def test_a_damaged_dataset_is_one_line(tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_text('{"q": "a"}\n{bad\n')
+    with pytest.raises(ValueError, match=f"hf:{tmp_path}: .*JSON") as caught:
+        rows(f"hf:{tmp_path}")
+    assert "\n" not in str(caught.value)
+
+
+def saved(folder: Path) -> datasets.Dataset:
+    features = datasets.Features(
+        {
+            "q": datasets.Value("string"),
+            "label": datasets.ClassLabel(names=["false", "true"]),
+            "n": datasets.Value("int8"),
+        }
+    )
+    columns = {"q": ["a", "b", "c"], "label": [1, 0, -1], "n": [1, 2, None]}
+    dataset = datasets.Dataset.from_dict(columns, features=features)
+    dataset.save_to_disk(folder)
+    return dataset
+
+
+def test_what_save_to_disk_has_left_is_read_with_class_names(tmp_path: Path) -> None:
+    saved(tmp_path / "one")
+    assert source(tmp_path / "one").types == {"q": pa.string(), "label": pa.string(), "n": pa.int8()}
+    assert rows(tmp_path / "one") == [
+        {"q": "a", "label": "true", "n": 1},
+        {"q": "b", "label": "false", "n": 2},
+        {"q": "c", "label": None, "n": None},
+    ]
+    datasets.DatasetDict({"dev": saved(tmp_path / "one")}).save_to_disk(tmp_path / "several")
+    assert rows(tmp_path / "several", split="dev") == rows(tmp_path / "one")
+    with pytest.raises(ValueError, match="neither --name nor --revision"):
+        source(tmp_path / "one", name="easy")
+    with pytest.raises(ValueError, match="no split 'test'"):
+        source(tmp_path / "one", split="test")
