@@ -14,6 +14,7 @@ JOBS = {
     "benchmark_scaling": "How a run grows with its rows and its actors.",
     "benchmark_index": "The index beside the bare encoder and bare FAISS.",
     "evaluate": "Compare annotated answers with gold answers.",
+    "report": "A page about an annotated set: speed, cost, scores, examples.",
     "teach": "Teach a language model the reflection tokens.",
     "demo": "The embedded default, start to end.",
 }
