@@ -21,6 +21,7 @@ import typer
 
 from jobs.cluster import Resources, actor_resources, connect, reason
 from jobs.progress import Progress
+from jobs.report import leave_report
 from jobs.rescore import check as check_rescore
 from jobs.rescore import execute as execute_rescore
 from pipeline.actor import SelfRagActor
@@ -102,7 +103,7 @@ def execute(plan: Plan, resources: Resources | None, actor: type[SelfRagActor] =
     """
     started, begun = time.monotonic(), datetime.now(UTC)
     record = {"configuration": plan.config.recorded(), **plan.identity(), "tasks": plan.tasks()}
-    record |= {"versions": versions(), "started": begun.isoformat()}
+    record |= {"encoder": plan.index and plan.index["encoder"], "versions": versions(), "started": begun.isoformat()}
     if resources is None:
         return summarise(plan, finished_units(plan), 0, time.monotonic() - started)
     with Claim(plan.output.location):
@@ -114,6 +115,7 @@ def execute(plan: Plan, resources: Resources | None, actor: type[SelfRagActor] =
             files = {unit.unit: unit.record() for unit in units}
             times = {"finished": datetime.now(UTC).isoformat()}
             plan.output.finish({**record, **times, "counts": dataclasses.asdict(summary), "units": files})
+            leave_report(plan.output.location)
     return summary
 
 

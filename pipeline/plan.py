@@ -57,7 +57,7 @@ class Plan:
             "settings": {**self.config.decisive(), "profiles.built_in": built_in_digest(), **self._prompts()},
             "queries": {"files": self.queries.files, "rows": self.queries.rows, "digest": self.queries.digest},
             "model": self.model,
-            "index": self.index,
+            "index": self.index and {key: value for key, value in self.index.items() if key != "encoder"},
         }
 
     def lines(self) -> list[str]:
@@ -157,7 +157,12 @@ def _check_retrieval(config: RunConfig, queries: QuerySet) -> dict[str, Any] | N
             )
         return None
     manifest = check_index(locate(config.index, config.storage), config.retrieval)
-    return {"passages": manifest.passages, "shards": len(manifest.shards), "digest": manifest.digest()}
+    return {
+        "passages": manifest.passages,
+        "shards": len(manifest.shards),
+        "digest": manifest.digest(),
+        "encoder": manifest.encoder.name,
+    }
 
 
 def _check_output(plan: Plan) -> None:
