@@ -21,6 +21,7 @@ import typer
 
 from jobs.cluster import Resources, actor_resources, connect, reason
 from jobs.progress import Progress
+from jobs.report import leave_report
 from jobs.rescore import check as check_rescore
 from jobs.rescore import execute as execute_rescore
 from pipeline.actor import SelfRagActor
@@ -115,6 +116,7 @@ def execute(plan: Plan, resources: Resources | None, actor: type[SelfRagActor] =
             files = {unit.unit: unit.record() for unit in units}
             times = {"finished": datetime.now(UTC).isoformat()}
             plan.output.finish({**record, **times, "counts": dataclasses.asdict(summary), "units": files})
+            leave_report(plan.output.location)
     return summary
 
 

@@ -16,6 +16,7 @@ JOBS = {
     "benchmark_index": "The index beside the bare encoder and bare FAISS.",
     "share": "A dataset card for an annotated set, and its way to the Hugging Face hub.",
     "evaluate": "Compare annotated answers with gold answers.",
+    "report": "A page about an annotated set: speed, cost, scores, examples.",
     "teach": "Teach a language model the reflection tokens.",
     "demo": "The embedded default, start to end.",
 }

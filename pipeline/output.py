@@ -21,6 +21,7 @@ from pipeline.schema import data_schema, error_schema
 from pipeline.storage import Location, MissingFileError, StorageError, one_line
 
 FORMAT_VERSION = 1
+REPORT = "report.html"
 UNIT_FILE = re.compile(r"part-[0-9a-f]{20}\.parquet")
 # Where a data file keeps when its unit was begun and ended.
 TIMES = b"selfrag.times"
@@ -112,8 +113,9 @@ class OutputFolder:
             for file in (self.location / folder).files(".parquet"):
                 if UNIT_FILE.fullmatch(file.path.removeprefix(f"{self.location.path}/{folder}/")):
                     file.delete()
-        if self._manifest.exists():
-            self._manifest.delete()
+        for file in (self.location / REPORT, self._manifest):
+            if file.exists():
+                file.delete()
 
     def begin(self, manifest: dict[str, Any]) -> None:
         """Record what is about to run; a success marker of before no longer holds."""
@@ -170,7 +172,7 @@ class OutputFolder:
         wanted = frozenset(units)
         files = [file for file in (self.location / "errors").files(".parquet") if unit_of(file) in wanted]
         with ThreadPoolExecutor(READERS) as pool:
-            return sum(table.num_rows for table in pool.map(lambda file: _columns(file, ["error_type"]), files))
+            return sum(table.num_rows for table in pool.map(lambda file: read_columns(file, ["error_type"]), files))
 
     def summaries(self, units: Iterable[str]) -> list[UnitSummary]:
         """What the files of these units hold; a unit without a data file is left out.
@@ -184,9 +186,9 @@ class OutputFolder:
             return list(pool.map(lambda unit: self._summary(unit, unit in failed), (u for u in units if u in done)))
 
     def _summary(self, unit: str, failed: bool) -> UnitSummary:
-        answers = _columns(self._data_file(unit), ["retrieved", "usage"])
+        answers = read_columns(self._data_file(unit), ["retrieved", "usage"])
         errors = self.location / "errors" / f"part-{unit}.parquet"
-        return summarise(unit, answers, _columns(errors, ["error_type"]) if failed else NO_ERRORS)
+        return summarise(unit, answers, read_columns(errors, ["error_type"]) if failed else NO_ERRORS)
 
 
 NO_ERRORS = pa.table({"error_type": pa.array([], pa.string())})
@@ -226,10 +228,19 @@ def parquet_bytes(table: pa.Table) -> bytes:
     return buffer.getvalue()
 
 
-def _columns(file: Location, names: list[str]) -> pa.Table:
+def read_columns(file: Location, names: list[str]) -> pa.Table:
+    """Columns of a unit's file, with the file's metadata; parts of nested ones by their path in Parquet.
+
+    Args:
+        names: such as ``usage.seconds`` or ``segments.list.element.score``; those that are not there are left out.
+
+    Raises:
+        StorageError: the file cannot be read.
+    """
+
     def work() -> pa.Table:
         with file.filesystem.open_input_file(file.path) as stream:
-            return pq.read_table(stream, columns=names)
+            return pq.ParquetFile(stream, pre_buffer=True).read(columns=names)
 
     try:
         return file.attempt(work)

@@ -193,11 +193,18 @@ def test_manifest_records_what_produced_the_rows(finished):
     assert len(manifest["model"]["digest"]) == 64
     assert manifest["versions"]["ray"].startswith("2.")
     assert manifest["index"]["passages"] > 50
+    assert "MiniLM" in manifest["encoder"]["name"]
     assert sum(unit["rows"] for unit in manifest["units"].values()) == 14
     for unit, counted in manifest["units"].items():
         rows = pq.read_metadata(output / "data" / f"part-{unit}.parquet").num_rows
         assert rows == counted["rows"] - counted["errors"]
     assert (output / "_SUCCESS").exists()
+
+
+def test_the_run_leaves_its_report(finished):
+    page = (finished[0] / "report.html").read_text()
+    assert "Complete" in page
+    assert "the query is empty" in page
 
 
 def test_output_opens_in_one_line(finished):

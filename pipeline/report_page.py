@@ -1,0 +1,314 @@
+"""The figures of an annotated set → its page: one HTML file that asks for nothing and runs nothing."""
+
+import base64
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+
+from pipeline.output import OutputFolder
+from pipeline.report import BINS, SetFigures, Spread
+from pipeline.report_changes import Changes
+from pipeline.report_examples import Example
+from pipeline.report_times import Timeline, timeline
+from pipeline.settings import flatten
+
+HERE = Path(__file__).parent
+NONE = "–"
+
+
+@dataclass(frozen=True)
+class AnnotatedSet:
+    """An annotated set.
+
+    Attributes:
+        finished: whether it has its success marker.
+    """
+
+    output: OutputFolder
+    manifest: Mapping[str, Any]
+    finished: bool
+    figures: SetFigures
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """When its units were annotated."""
+        return timeline(self.figures.units)
+
+    @property
+    def actors(self) -> int:
+        """Of the last call that worked on it."""
+        return int(self.manifest.get("configuration", {}).get("execution", {}).get("actors", 1))
+
+    @property
+    def rows(self) -> int:
+        """Rows that are done, failed ones included."""
+        return sum(unit.rows for unit in self.figures.units)
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What the machines of a run cost.
+
+    Attributes:
+        price: of one actor's machine for an hour.
+        hours: that units were at work, pauses left out.
+        rows: annotated in them.
+    """
+
+    price: float
+    actors: int
+    hours: float
+    rows: int
+
+    @classmethod
+    def of(cls, annotated: AnnotatedSet, price: float | None) -> "Cost | None":
+        """None where the price or the times are unknown."""
+        times = annotated.timeline
+        return cls(price, annotated.actors, times.busy / 3600, times.rows) if price and times.busy else None
+
+    @property
+    def total(self) -> float:
+        """In the currency of the price."""
+        return self.price * self.actors * self.hours
+
+    @property
+    def per_thousand(self) -> float:
+        """Of a thousand rows."""
+        return 1000 * self.total / self.rows
+
+
+@dataclass(frozen=True)
+class Headline:
+    """A figure of a whole set; ``unit`` is ``rows``, ``share``, ``rate``, ``seconds``, ``score`` or ``money``."""
+
+    name: str
+    value: float | None
+    unit: str
+
+
+def headlines(annotated: AnnotatedSet, price: float | None) -> list[Headline]:
+    """The figures that tell a run from another; None where one is unknown."""
+    figures, times, overall = annotated.figures, annotated.timeline, annotated.figures.overall
+    cost = Cost.of(annotated, price)
+    seconds = figures.durations.get("seconds")
+    means = {name: spread.mean for name, spread in overall.spreads.items()}
+    return [
+        Headline("Rows", annotated.rows, "rows"),
+        Headline("Used a passage", overall.retrieval_rate, "share"),
+        Headline("Errors", overall.error_rate, "share"),
+        Headline("Rows per second", times.per_second(times.rows), "rate"),
+        Headline("Tokens written per second", times.per_second(times.generated_tokens), "rate"),
+        Headline("Cost of 1,000 queries", cost.per_thousand if cost else None, "money"),
+        Headline("Seconds of a row, median", seconds.quantile(0.5) if seconds else None, "seconds"),
+        Headline("Seconds of a row, 95 % below", seconds.quantile(0.95) if seconds else None, "seconds"),
+        Headline("Tokens written per row", ratio(figures.counts.get("generated_tokens"), overall.rows), "rate"),
+        Headline("Searches per row", ratio(figures.counts.get("retrievals"), overall.rows), "rate"),
+        *(Headline(f"Mean {TITLES[name]}", means.get(name), "score") for name in TITLES),
+    ]
+
+
+# Of the headlines, those at the head of the page.
+AT_THE_HEAD = 6
+TITLES = {
+    "retrieve_probability": "p(Retrieve)",
+    "is_rel": "IsRel",
+    "is_sup": "IsSup",
+    "is_use": "IsUse",
+    "score": "score",
+}
+
+
+def ratio(part: float | None, whole: float) -> float | None:
+    """A quotient; None where there is none."""
+    return part / whole if part is not None and whole else None
+
+
+def facts(annotated: AnnotatedSet) -> dict[str, dict[str, Any]]:
+    """What ran and on what: names and values, by heading; values that are None are left out."""
+    manifest, times = annotated.manifest, annotated.timeline.stretches
+    config = manifest.get("configuration", {})
+    model, execution, retrieval = (config.get(name, {}) for name in ("model", "execution", "retrieval"))
+    identity, index = manifest.get("model") or {}, manifest.get("index") or {}
+    run = {
+        "Output": annotated.output.location.uri,
+        "Query set": config.get("queries"),
+        "Chosen again from": manifest.get("settings", {}).get("rescored"),
+        "First unit begun": when(times[0].began) if times else manifest.get("started"),
+        "Last unit done": when(times[-1].ended) if times else manifest.get("finished"),
+        "At work": duration(annotated.timeline.busy) if times else None,
+        "Pauses": f"{len(times) - 1}, {duration(sum(annotated.timeline.pauses))} in all" if len(times) > 1 else None,
+        "Actors": execution.get("actors"),
+        "GPUs per actor": execution.get("gpus_per_actor"),
+    }
+    served = {
+        "Name": model.get("name"),
+        "Revision": model.get("revision"),
+        "Digest": brief(identity.get("digest")),
+        "Adapter": model.get("lora"),
+        **flatten(model.get("engine", {})),
+    }
+    searched = {
+        "Folder": config.get("index"),
+        "Encoder": (manifest.get("encoder") or {}).get("name"),
+        "Passages": index.get("passages"),
+        "Shards": index.get("shards"),
+        "Digest": brief(index.get("digest")),
+        "Topology": retrieval.get("topology"),
+        "Search": retrieval.get("search") or None,
+    }
+    decoding = flatten(config.get("decoding", {}))
+    found = {"Run": run, "Model": served, "Index": searched if index else {}, "Decoding": decoding}
+    found["Versions"] = dict(manifest.get("versions", {}))
+    known = {title: {k: v for k, v in entries.items() if v is not None} for title, entries in found.items()}
+    return {title: entries for title, entries in known.items() if entries}
+
+
+def thresholds(annotated: AnnotatedSet) -> dict[str, float]:
+    """δ of each task in which the model decides; ``""`` is for rows without one."""
+    tasks = annotated.manifest.get("tasks", {})
+    decoding = {name: task["decoding"] for name, task in tasks.items()}
+    return {name: d["threshold"] for name, d in decoding.items() if d.get("mode") == "adaptive"}
+
+
+@dataclass(frozen=True)
+class Compared:
+    """An earlier set beside this one; ``figures`` are its headlines, in the order of ours."""
+
+    annotated: AnnotatedSet
+    figures: Sequence[Headline]
+    changes: Changes
+
+
+def page(
+    annotated: AnnotatedSet, examples: Sequence[Example], price: float | None = None, baseline: Compared | None = None
+) -> str:
+    """The page of an annotated set.
+
+    Its policy allows one style sheet, by its hash, and nothing else: no script, no request.
+    https://developer.mozilla.org/docs/Web/HTTP/Reference/Headers/Content-Security-Policy
+    """
+    style = (HERE / "report.css").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(style.encode()).digest()).decode()
+    environment = Environment(
+        loader=FileSystemLoader(HERE), autoescape=True, trim_blocks=True, lstrip_blocks=True, undefined=StrictUndefined
+    )
+    environment.filters.update(
+        {
+            "shown": shown,
+            "number": number,
+            "when": when,
+            "duration": duration,
+            "change": change,
+            "bars": bars,
+            "fact": fact,
+        }
+    )
+    return environment.get_template("report.html.j2").render(
+        run=annotated,
+        overall=annotated.figures.overall,
+        groups=dict(sorted(annotated.figures.groups.items(), key=lambda item: -item[1].rows - item[1].errors)),
+        headlines=headlines(annotated, price),
+        at_the_head=AT_THE_HEAD,
+        facts=facts(annotated),
+        thresholds=thresholds(annotated),
+        titles=TITLES,
+        examples=examples,
+        cost=Cost.of(annotated, price),
+        baseline=baseline,
+        style=Markup(style),  # noqa: S704  our own file
+        digest=digest,
+        now=datetime.now(UTC).timestamp(),
+    )
+
+
+@dataclass(frozen=True)
+class Bar:
+    """A bar of a histogram: from where to where, how many values, and its height in percent of the highest one."""
+
+    low: float
+    high: float
+    count: int
+    height: float
+
+
+def bars(spread: Spread) -> list[Bar]:
+    """The bars of a histogram; a bin of few values is still seen."""
+    width, most = (spread.high - spread.low) / BINS, max(1, int(spread.counts.max()))
+    return [
+        Bar(
+            spread.low + n * width, spread.low + (n + 1) * width, int(count), max(100 * count / most, 1.5 * (count > 0))
+        )
+        for n, count in enumerate(spread.counts)
+    ]
+
+
+def shown(value: float | None, unit: str) -> str:
+    """A headline's value in words."""
+    if value is None:
+        return NONE
+    if unit == "share":
+        return f"{100 * value:.1f} %" if value in (0, 1) or 0.001 <= value <= 0.999 else f"{100 * value:.3f} %"
+    return {
+        "rows": f"{value:,.0f}",
+        "rate": number(value),
+        "seconds": duration(value),
+        "score": f"{value:.3f}",
+        "money": f"{value:,.2f}" if value >= 0.1 else number(value),
+    }[unit]
+
+
+def fact(value: Any) -> str:
+    """A value of what ran in words."""
+    if isinstance(value, bool):
+        return "yes" if value else "no"
+    return number(value) if isinstance(value, int | float) else str(value)
+
+
+def change(now: Headline, before: Headline) -> str:
+    """A difference between two headlines: of shares in points, of scores as it is, of all else in percent."""
+    if now.value is None or before.value is None:
+        return NONE
+    if now.unit == "share":
+        return f"{100 * (now.value - before.value):+.1f} points"
+    if now.unit == "score":
+        return f"{now.value - before.value:+.3f}"
+    return f"{100 * (now.value / before.value - 1):+.1f} %" if before.value else NONE
+
+
+def number(value: float | None, digits: int = 3) -> str:
+    """A number to so many digits, thousands set apart."""
+    if value is None:
+        return NONE
+    if abs(value) >= 10**digits or float(value).is_integer():
+        return f"{value:,.0f}"
+    return f"{value:.{digits}g}"
+
+
+def duration(seconds: float | None, digits: int = 3) -> str:
+    """Seconds in words."""
+    if seconds is None:
+        return NONE
+    if seconds < 60:
+        return f"{seconds:.{digits}g} s"
+    minutes = round(seconds / 60)
+    if minutes < 60:
+        return f"{int(seconds // 60)} min {int(seconds % 60)} s"
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
+
+
+def when(seconds: float) -> str:
+    """A time of day in UTC."""
+    return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
+
+
+def brief(digest: str | None) -> str | None:
+    """Enough of a digest to recognise it."""
+    return digest and digest[:12]

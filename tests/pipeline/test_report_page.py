@@ -1,0 +1,96 @@
+import re
+from pathlib import Path
+
+import pytest
+
+import pipeline.report_page
+from pipeline.report_page import Headline, change, duration, fact, number, shown
+
+STYLE = Path(pipeline.report_page.__file__).with_name("report.css").read_text()
+
+
+def colours(style: str) -> list[dict[str, str]]:
+    """The variables of the light and the dark page."""
+    return [
+        dict(re.findall(r"--(\w+): (#\w{6});", block)) for block in re.findall(r":root \{(.*?)\}", style, re.DOTALL)
+    ]
+
+
+def luminance(colour: str) -> float:
+    """https://www.w3.org/TR/WCAG22/#dfn-relative-luminance"""
+    parts = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+    linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
+    return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
+
+
+def contrast(one: str, other: str) -> float:
+    low, high = sorted(map(luminance, (one, other)))
+    return (high + 0.05) / (low + 0.05)
+
+
+@pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
+def test_texts_and_bars_have_the_contrast_of_wcag_aa(scheme):
+    colour = colours(STYLE)[scheme]
+    for text in ("text", "quiet", "accent", "warn"):
+        assert contrast(colour[text], colour["page"]) >= 4.5
+    assert contrast(colour["text"], colour["mark"]) >= 4.5
+    for line in ("bar", "line"):
+        assert contrast(colour[line], colour["page"]) >= 3
+
+
+@pytest.mark.parametrize(
+    ("value", "unit", "words"),
+    [
+        (None, "rate", "–"),
+        (1234567, "rows", "1,234,567"),
+        (0.0, "share", "0.0 %"),
+        (0.0000456, "share", "0.005 %"),
+        (0.9996, "share", "99.960 %"),
+        (0.756, "share", "75.6 %"),
+        (12.3456, "rate", "12.3"),
+        (0.0123, "rate", "0.0123"),
+        (5432.1, "rate", "5,432"),
+        (0.5, "score", "0.500"),
+        (1234.5, "money", "1,234.50"),
+        (0.00456, "money", "0.00456"),
+        (75.0, "seconds", "1 min 15 s"),
+    ],
+)
+def test_headlines_in_words(value, unit, words):
+    assert shown(value, unit) == words
+
+
+@pytest.mark.parametrize(
+    ("now", "before", "unit", "words"),
+    [
+        (0.5, 0.25, "share", "+25.0 points"),
+        (1.0, 1.5, "score", "-0.500"),
+        (150.0, 100.0, "rate", "+50.0 %"),
+        (1.0, 0.0, "rate", "–"),
+        (None, 1.0, "rate", "–"),
+    ],
+)
+def test_differences_in_words(now, before, unit, words):
+    assert change(Headline("x", now, unit), Headline("x", before, unit)) == words
+
+
+@pytest.mark.parametrize(
+    ("seconds", "words"),
+    [
+        (None, "–"),
+        (0.01234, "0.0123 s"),
+        (61, "1 min 1 s"),
+        (3540, "59 min 0 s"),
+        (3660, "1 h 1 min"),
+        (260_000, "3 d 0 h"),
+    ],
+)
+def test_durations_in_words(seconds, words):
+    assert duration(seconds) == words
+
+
+def test_what_ran_in_words():
+    assert [fact(value) for value in (True, False, 1.0, 21015324, 0.25, "half")] == [
+        *("yes", "no", "1", "21,015,324", "0.25", "half")
+    ]
+    assert (number(-0.123456), number(float("inf"))) == ("-0.123", "inf")
