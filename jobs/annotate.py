@@ -14,26 +14,28 @@ import time
 from collections import Counter
 from collections.abc import Generator
 from datetime import UTC, datetime
-from typing import Annotated, Any, NoReturn
+from typing import Annotated, Any
 
 import pyarrow as pa
 import typer
 
-from jobs.cluster import Resources, actor_resources, connect, reason
+from jobs.cluster import Resources, actor_resources, connect
+from jobs.notify import fail, failures_told
 from jobs.progress import Progress
 from jobs.report import leave_report
-from jobs.rescore import check as check_rescore
-from jobs.rescore import execute as execute_rescore
+from jobs.rescore import rescore
 from pipeline.actor import SelfRagActor
 from pipeline.attempts import PATIENCE, Attempts
 from pipeline.claim import Claim, OutputTakenError
-from pipeline.config import RunConfig, load_config, load_sections, load_storage
+from pipeline.config import RunConfig, load_config
+from pipeline.incremental import NothingNewError
 from pipeline.output import OutputFolder, UnitSummary
 from pipeline.plan import Plan, check, with_output
 from pipeline.provenance import versions
 from pipeline.query_set import Unit, read_unit
 from pipeline.schema import UNIT_COLUMN
 from pipeline.servers import ServedIndex, start_servers
+from pipeline.storage import locate
 from pipeline.telemetry import RunTelemetry
 
 log = logging.getLogger(__name__)
@@ -104,7 +106,7 @@ def execute(plan: Plan, resources: Resources | None, actor: type[SelfRagActor] =
     """
     started, begun = time.monotonic(), datetime.now(UTC)
     record = {"configuration": plan.config.recorded(), **plan.identity(), "tasks": plan.tasks()}
-    record |= {"encoder": plan.encoder, "versions": versions(), "started": begun.isoformat()}
+    record |= {"encoder": plan.encoder, "known": plan.known, "versions": versions(), "started": begun.isoformat()}
     if resources is None:
         return summarise(plan, finished_units(plan), 0, time.monotonic() - started)
     with Claim(plan.output.location):
@@ -269,6 +271,10 @@ def annotate(
         bool, typer.Option("--overwrite/--resume", help="Replace an existing output instead of continuing it.")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a machine-readable summary on stdout.")] = False,
+    day: Annotated[
+        datetime | None,
+        typer.Option("--date", formats=["%Y-%m-%d"], help="What {date} in URIs stands for; today (UTC) by default."),
+    ] = None,
     rescored: Annotated[
         str | None,
         typer.Option("--rescore", help="Choose the answers of this annotated set again (with --output and --set)."),
@@ -285,66 +291,46 @@ def annotate(
         rescore(rescored, output, config, settings or [], dry_run, overwrite, as_json)
     flags = {"queries": queries, "index": index, "output": output, "model.name": model}
     try:
-        plan = check(load_config(config, settings or [], flags), overwrite)
+        run_config = load_config(config, settings or [], flags, day and day.date())
+    except ValueError as error:
+        fail(error, 2)
+    with failures_told(run_config):
+        raise typer.Exit(annotated(run_config, overwrite, dry_run, as_json))
+
+
+def annotated(config: RunConfig, overwrite: bool, dry_run: bool, as_json: bool) -> int:
+    """Do what the command line asks; the exit status."""
+    lock = None if dry_run else config.execution.lock or config.skip_annotated
+    try:
+        with Claim(locate(lock, config.storage)) if lock else contextlib.nullcontext():
+            return _annotated(config, overwrite, dry_run, as_json)
+    except OutputTakenError as error:
+        fail(error, 2)
+
+
+def _annotated(config: RunConfig, overwrite: bool, dry_run: bool, as_json: bool) -> int:
+    try:
+        plan = check(config, overwrite, dry_run)
         resources = None if plan.finished else allot(plan)
+    except NothingNewError as news:
+        typer.echo(str(news), err=True)
+        return 0
     except (ValueError, OSError, RuntimeError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
+        fail(error, 2)
     for line in [*plan.lines(), *(resources.lines() if resources else [])]:
         typer.echo(line, err=True)
     if dry_run:
         typer.echo("nothing was written and no engine started (--dry-run)", err=True)
-        return
+        return 0
     try:
         summary = execute(plan, resources)
-    except OutputTakenError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    except Exception as error:  # noqa: BLE001  whatever it is, one line and the status say so
-        _fail(error, "the run failed; the same command continues it")
+    except OutputTakenError:
+        raise
+    except Exception as error:
+        log.exception("the run failed; the same command continues it")
+        fail(error, 1)
     _report(summary, as_json)
-    raise typer.Exit(summary.exit_status)
-
-
-def rescore(
-    run_uri: str,
-    output: str | None,
-    config: str | None,
-    settings: list[str],
-    dry_run: bool,
-    overwrite: bool,
-    as_json: bool,
-) -> NoReturn:
-    """Write an annotated set anew with changed settings, without an engine."""
-    if output is None:
-        raise typer.BadParameter("--rescore needs --output, the folder for the new annotated set")
-    try:
-        changes = load_sections(None, [s for s in settings if not s.startswith("storage.")], ["decoding"])["decoding"]
-        storage = load_storage(config, [s for s in settings if s.startswith("storage.")])
-        plan = check_rescore(run_uri, output, changes, storage, overwrite)
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    if dry_run:
-        typer.echo(
-            f"to do    {len(plan.manifest['units'])} units of {run_uri}; nothing was written (--dry-run)", err=True
-        )
-        raise typer.Exit(0)
-    try:
-        done = execute_rescore(plan)
-    except Exception as error:  # noqa: BLE001  whatever it is, one line and the status say so
-        _fail(error, "the rescoring failed; say --overwrite to begin it again")
-    typer.echo(f"{done.changed} of {done.rows} answers changed; annotated set: {output}", err=True)
-    if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(done)))
-    raise typer.Exit(3 if done.errors else 0)
-
-
-def _fail(error: Exception, what: str) -> NoReturn:
-    """Log an error, say it in one line, and exit with status 1."""
-    log.error(what, exc_info=error)
-    typer.echo(f"error: {reason(error)}", err=True)
-    raise typer.Exit(1) from None
+    return summary.exit_status
 
 
 def _report(summary: Summary, as_json: bool) -> None:

@@ -4,22 +4,29 @@
 """
 
 import asyncio
+import dataclasses
 import io
+import json
+import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import typer
 
 from jobs.cluster import connect
-from pipeline.config import ExecutionConfig, StorageConfig
+from jobs.notify import fail
+from pipeline.config import ExecutionConfig, StorageConfig, load_sections, load_storage
 from pipeline.output import OutputFolder, parquet_bytes
 from pipeline.plan import check_apart
 from pipeline.rescore import Rescoring
 from pipeline.schema import answer_row
 from pipeline.settings import assign, flatten
 from pipeline.storage import locate
+
+log = logging.getLogger(__name__)
 
 # What choosing again writes anew; usage stays what the run cost.
 REWRITTEN = ("answer", "raw_output", "retrieved", "segments", "passages", "candidates")
@@ -98,6 +105,40 @@ def execute(plan: RescorePlan) -> Rescored:
     counts = {**plan.manifest["counts"], "output": plan.output.location.uri, "retrieved": retrieved}
     plan.output.finish({**plan.manifest, "counts": counts})
     return Rescored(counts["rows"], counts["errors"], changed)
+
+
+def rescore(
+    run_uri: str,
+    output: str | None,
+    config: str | None,
+    settings: list[str],
+    dry_run: bool,
+    overwrite: bool,
+    as_json: bool,
+) -> NoReturn:
+    """Write an annotated set anew with changed settings, without an engine."""
+    if output is None:
+        raise typer.BadParameter("--rescore needs --output, the folder for the new annotated set")
+    try:
+        changes = load_sections(None, [s for s in settings if not s.startswith("storage.")], ["decoding"])["decoding"]
+        storage = load_storage(config, [s for s in settings if s.startswith("storage.")])
+        plan = check(run_uri, output, changes, storage, overwrite)
+    except (ValueError, OSError) as error:
+        fail(error, 2)
+    if dry_run:
+        typer.echo(
+            f"to do    {len(plan.manifest['units'])} units of {run_uri}; nothing was written (--dry-run)", err=True
+        )
+        raise typer.Exit(0)
+    try:
+        done = execute(plan)
+    except Exception as error:
+        log.exception("the rescoring failed; say --overwrite to begin it again")
+        fail(error, 1)
+    typer.echo(f"{done.changed} of {done.rows} answers changed; annotated set: {output}", err=True)
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(done)))
+    raise typer.Exit(3 if done.errors else 0)
 
 
 def _rescore_units(batch: pa.Table, plan: RescorePlan) -> pa.Table:

@@ -147,7 +147,7 @@ class Claim:
     def _taken(self, other: Owner) -> OutputTakenError:
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(other.started))
         return OutputTakenError(
-            f"--output {self._output.uri}: another run is at work there (process {other.pid} on {other.host}, "
+            f"{self._output.uri}: another run is at work there (process {other.pid} on {other.host}, "
             f"since {since}); wait for it, or choose another output"
         )
 

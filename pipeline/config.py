@@ -2,13 +2,16 @@
 
 import os
 from collections.abc import Sequence
+from datetime import UTC, date, datetime
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from pipeline.settings import Frozen, apply_settings, assign, flatten, read_yaml, validated
+from pipeline.settings import Frozen, apply_settings, assign, dated, flatten, read_yaml, validated
 
+# Settings of a run that are URIs, and may hold its day.
+URIS = ("queries", "index", "output", "skip_annotated")
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
@@ -177,6 +180,8 @@ class ExecutionConfig(Frozen):
         row_timeout_s: rows that take longer go to ``errors/``; a row shares the engine with all others in flight.
         max_error_rate: share of rows in ``errors/`` above which a finished run counts as failed, and above which
             (and above 100 rows) one that is at work stops.
+        lock: URI of a folder in which only one run at a time may be at work, whatever their outputs; by default
+            ``skip_annotated``.
         ray_address: of a running cluster; by default ``RAY_ADDRESS``, and without it Ray starts in this process.
     """
 
@@ -190,6 +195,7 @@ class ExecutionConfig(Frozen):
     units_in_flight: Positive = 3
     row_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     max_error_rate: Share = 0.01
+    lock: str | None = None
     ray_address: str | None = None
 
 
@@ -209,13 +215,34 @@ class StorageConfig(Frozen):
     patience_s: Annotated[float, Field(ge=0)] = 120.0
 
 
+class OnFailure(Frozen):
+    """Who is told when a run fails (``jobs.notify``).
+
+    Attributes:
+        command: program and arguments; gets a JSON object on its stdin.
+        webhook: gets the same by POST.
+    """
+
+    command: tuple[str, ...] = ()
+    webhook: SecretStr | None = None
+
+    @field_validator("webhook")
+    @classmethod
+    def _on_the_web(cls, webhook: SecretStr | None) -> SecretStr | None:
+        if webhook is not None and not webhook.get_secret_value().startswith(("http://", "https://")):
+            raise ValueError("expected http://… or https://…")
+        return webhook
+
+
 class RunConfig(Frozen):
-    """One annotation run.
+    """One annotation run. ``{date}`` in a URI is the run's day.
 
     Attributes:
         queries: URI of a Parquet file or of a folder of them.
         output: URI of the folder for the annotated set.
         index: URI of an index folder; not needed where every row has given passages or ``mode`` is ``never``.
+        skip_annotated: URI of a folder with earlier annotated sets somewhere below it; queries whose ids they
+            answer are left out.
         task: of the rows that name none.
         profiles: task profiles by name, beside the built-in ones or in their place.
     """
@@ -223,6 +250,7 @@ class RunConfig(Frozen):
     queries: str
     output: str
     index: str | None = None
+    skip_annotated: str | None = None
     model: ModelConfig
     columns: Columns = Columns()
     decoding: DecodingConfig = DecodingConfig()
@@ -231,12 +259,14 @@ class RunConfig(Frozen):
     retrieval: RetrievalConfig = RetrievalConfig()
     execution: ExecutionConfig = ExecutionConfig()
     storage: StorageConfig = StorageConfig()
+    on_failure: OnFailure = OnFailure()
 
     def recorded(self) -> dict[str, Any]:
         """The configuration for the manifest: plain values, no credentials."""
         exclude: dict[str, Any] = {
             "storage": {"access_key", "secret_key", "session_token"},
             "model": {"engine": {"hf_token"}},
+            "on_failure": True,
         }
         return self.model_dump(mode="json", exclude=exclude)
 
@@ -247,18 +277,19 @@ class RunConfig(Frozen):
         work into output files. Queries, index and model are compared by their digests, wherever they lie.
         """
         flat = flatten(self.recorded())
-        elsewhere = ("queries", "index", "output", "retrieval.", "execution.", "storage.")
+        elsewhere = ("queries", "index", "output", "skip_annotated", "retrieval.", "execution.", "storage.")
         kept = {key: value for key, value in flat.items() if not key.startswith(elsewhere)}
         decisive = ("retrieval.encoder", "retrieval.search", "retrieval.float16", "execution.unit_rows")
         return {**kept, **{key: flat[key] for key in decisive}}
 
 
-def load_config(file: str | None, settings: list[str], flags: dict[str, Any]) -> RunConfig:
+def load_config(file: str | None, settings: list[str], flags: dict[str, Any], day: date | None = None) -> RunConfig:
     """Build the configuration: the file, then ``KEY=VALUE`` settings, then flags that are not None.
 
     Args:
         settings: dotted keys with values in YAML, such as ``decoding.threshold=0.3``.
         flags: dotted keys.
+        day: what ``{date}`` in URIs stands for; today (UTC) by default.
 
     Raises:
         ValueError: unknown key, wrong type or value; one line that names the key and says what is wrong.
@@ -270,7 +301,10 @@ def load_config(file: str | None, settings: list[str], flags: dict[str, Any]) ->
     for key, value in flags.items():
         if value is not None:
             assign(tree, key, value)
-    return validated(RunConfig, tree)
+    config, day = validated(RunConfig, tree), day or datetime.now(UTC).date()
+    return config.model_copy(
+        update={name: dated(uri, day) for name in URIS if (uri := getattr(config, name)) is not None}
+    )
 
 
 def load_sections(file: str | None, settings: Sequence[str], allowed: Sequence[str]) -> dict[str, Any]:
@@ -321,7 +355,7 @@ def parse_search(search: str) -> dict[str, float]:
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
     """The same run with local paths in full: Ray's workers have working folders of their own."""
-    places = {name: _absolute(uri) for name in ("queries", "output", "index") if (uri := getattr(config, name))}
+    places = {name: _absolute(uri) for name in URIS if (uri := getattr(config, name))}
     model = config.model
     folders = {
         name: _absolute(path) for name in ("name", "lora") if (path := getattr(model, name)) and _is_folder(path)

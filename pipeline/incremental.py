@@ -12,8 +12,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.config import Columns, StorageConfig
-from pipeline.output import OutputFolder, is_unit_file, parquet_bytes
+from pipeline.config import StorageConfig
+from pipeline.output import is_unit_file, parquet_bytes
 from pipeline.query_set import QuerySet, query_ids, read_unit
 from pipeline.storage import Location
 
@@ -26,98 +26,101 @@ class NothingNewError(Exception):
 
 
 @dataclass(frozen=True)
-class Selection:
-    """The queries of a run that were not answered before.
+class Earlier:
+    """Annotated sets of before.
 
     Attributes:
-        location: a query set, in a folder that only its own run reads.
-        known: queries that were left out.
+        folder: they lie somewhere below it.
+        apart_from: the set of this run, which does not count.
+        id_column: of the query sets.
     """
 
-    location: Location
-    known: int
+    folder: Location
+    apart_from: Location
+    id_column: str
+
+    def answered(self) -> pa.ChunkedArray:
+        """Ids of all rows that they have answers for, ``errors/`` apart: large_string.
+
+        Raises:
+            ValueError: a set has no such column.
+            StorageError: storage does not answer.
+        """
+        own = f"{self.apart_from.path.rstrip('/')}/"
+        chunks: list[pa.Array] = []
+        for file in self.folder.files(".parquet"):
+            if is_unit_file(file, "data") and not file.path.startswith(own):
+                chunks += _column(file, self.id_column).chunks
+        return pa.chunked_array(chunks, pa.large_string())
 
 
-def select_new(
-    queries: QuerySet, columns: Columns, storage: StorageConfig, earlier: Location, output: OutputFolder, anew: bool
-) -> Selection:
-    """Leave out the queries whose ids are answered in an annotated set below a folder, the output's own set apart.
-
-    Rows that ended in ``errors/`` are tried again. Driver memory: all ids of the earlier sets at once, and a file's
-    rows.
-
-    Args:
-        anew: select again, although it was done before for this output.
-
-    Raises:
-        ValueError: the output has a selection of other queries; or an earlier set has no column of ids.
-        NothingNewError: nothing is left.
-        StorageError: storage does not answer.
-    """
-    folder = output.location / "_queries"
-    record = folder / "selection.json"
-    if record.exists() and not anew:
-        found = json.loads(record.read())
-        if found["queries"] != queries.digest:
-            raise ValueError(
-                f"--output {output.location.uri} holds a run that differs in queries; choose another output, or "
-                "replace it with --overwrite"
-            )
-    else:
-        new = _write(queries, columns, storage, earlier, output, folder)
-        if not new:
-            raise NothingNewError(f"all {queries.rows} queries are answered below {earlier.uri}; nothing is left to do")
-        found = {"queries": queries.digest, "new": new}
-        record.write(json.dumps(found).encode())
-    return Selection(folder, queries.rows - found["new"])
-
-
-def answered_ids(earlier: Location, apart_from: Location, column: str) -> pa.ChunkedArray:
-    """Ids of all rows that annotated sets below a folder have answers for: large_string.
-
-    Raises:
-        ValueError: a set has no such column.
-        StorageError: storage does not answer.
-    """
-    own = f"{apart_from.path.rstrip('/')}/"
-    chunks: list[pa.Array] = []
-    for file in earlier.files(".parquet"):
-        if is_unit_file(file, "data") and not file.path.startswith(own):
-            chunks += _ids(file, column).chunks
-    return pa.chunked_array(chunks, pa.large_string())
-
-
-def _ids(file: Location, column: str) -> pa.ChunkedArray:
+def _column(file: Location, name: str) -> pa.ChunkedArray:
     def work() -> pa.ChunkedArray:
         with file.filesystem.open_input_file(file.path) as stream:
             parquet = pq.ParquetFile(stream)
-            if column not in parquet.schema_arrow.names:
-                raise ValueError(f"{file.uri}: no column {column!r} of ids (columns.id)")
-            return parquet.read(columns=[column])[column].cast(pa.large_string())
+            if name not in parquet.schema_arrow.names:
+                raise ValueError(f"{file.uri}: no column {name!r} of ids (columns.id)")
+            return parquet.read(columns=[name])[name].cast(pa.large_string())
 
     return file.attempt(work)
 
 
-def _write(
-    queries: QuerySet,
-    columns: Columns,
-    storage: StorageConfig,
-    earlier: Location,
-    output: OutputFolder,
-    folder: Location,
-) -> int:
-    for file in folder.files():
-        file.delete()
-    known = answered_ids(earlier, output.location, columns.id)
-    new = 0
-    for number, table in enumerate(_files(_new_rows(queries, columns.id, storage, known))):
-        (folder / f"part-{number:05d}.parquet").write(parquet_bytes(table))
-        new += table.num_rows
-    return new
+@dataclass(frozen=True)
+class Selection:
+    """Where new queries are kept: a folder of Parquet files, and a record that comes last."""
+
+    folder: Location
+
+    @classmethod
+    def of(cls, output: Location) -> "Selection":
+        """That of a run."""
+        return cls(output / "_queries")
+
+    @property
+    def _record(self) -> Location:
+        return self.folder / "selection.json"
+
+    def made(self) -> bool:
+        """Whether it is there."""
+        return self._record.exists()
+
+    def check(self, queries: QuerySet) -> None:
+        """Refuse a selection of other queries.
+
+        Raises:
+            ValueError: it is one.
+        """
+        if json.loads(self._record.read())["queries"] != queries.digest:
+            raise ValueError(
+                f"{self.folder.uri} was chosen from other queries; choose another output, "
+                "or replace it with --overwrite"
+            )
+
+    def make(self, queries: QuerySet, earlier: Earlier, storage: StorageConfig) -> None:
+        """Choose the queries that have no answer yet.
+
+        Driver memory: the ids of all sets at once, and the rows of a file.
+
+        Raises:
+            NothingNewError: there are none.
+            ValueError: an earlier set has no column of ids.
+            StorageError: storage does not answer.
+        """
+        for file in self.folder.files():
+            file.delete()
+        files = 0
+        for files, table in enumerate(_files(_new_rows(queries, earlier, storage)), 1):
+            (self.folder / f"part-{files:05d}.parquet").write(parquet_bytes(table))
+        if not files:
+            raise NothingNewError(
+                f"all {queries.rows} queries are answered below {earlier.folder.uri}; nothing is left to do"
+            )
+        self._record.write(json.dumps({"queries": queries.digest}).encode())
 
 
-def _new_rows(queries: QuerySet, column: str, storage: StorageConfig, known: pa.ChunkedArray) -> Iterator[pa.Table]:
-    new = pc.invert(pc.is_in(query_ids(queries, column, storage), value_set=known))
+def _new_rows(queries: QuerySet, earlier: Earlier, storage: StorageConfig) -> Iterator[pa.Table]:
+    ids = query_ids(queries, earlier.id_column, storage)
+    new = pc.invert(pc.is_in(ids, value_set=earlier.answered()))
     first = 0
     for unit in queries.units:
         mask = new.slice(first, unit.rows)

@@ -1,12 +1,16 @@
 """Everything that can be checked before an engine starts, and the plan that comes out of it."""
 
+import atexit
+import shutil
+import tempfile
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from pipeline.config import RunConfig, with_absolute_paths
+from pipeline.config import RunConfig, StorageConfig, with_absolute_paths
 from pipeline.critics import critic_of
 from pipeline.engine import check_engine_arguments, model_path
+from pipeline.incremental import Earlier, Selection
 from pipeline.manifest import IndexManifest, check_index
 from pipeline.output import OutputFolder
 from pipeline.profiles import Tasks, built_in_digest
@@ -27,6 +31,7 @@ class Plan:
         encoder: what the index was built with.
         succeeded: whether the output has its success marker.
         overwrite: whether what is there shall go.
+        known: queries that earlier sets answer, and that were left out.
     """
 
     config: RunConfig
@@ -38,6 +43,7 @@ class Plan:
     overwrite: bool = False
     done: frozenset[str] = frozenset()
     succeeded: bool = False
+    known: int = 0
 
     @cached_property
     def todo(self) -> list[Unit]:
@@ -73,6 +79,7 @@ class Plan:
         config, rows = self.config, sum(unit.rows for unit in self.todo)
         return [
             f"queries  {config.queries}: {self.queries.rows} rows in {self.queries.files} files",
+            *([f"known    {self.known} rows more are answered below {config.skip_annotated}"] if self.known else []),
             f"index    {config.index or 'none'}" + (f": {self.index['passages']} passages" if self.index else ""),
             f"model    {config.model.name}",
             f"decoding {config.decoding.mode}, δ = {config.decoding.threshold}, k = {config.decoding.passages}",
@@ -98,10 +105,14 @@ class Plan:
         ]
 
 
-def check(config: RunConfig, overwrite: bool = False) -> Plan:
+def check(config: RunConfig, overwrite: bool = False, dry_run: bool = False) -> Plan:
     """Check a run, cheapest things first.
 
+    Args:
+        dry_run: leave no selection of new queries in the output.
+
     Raises:
+        NothingNewError: earlier sets answer all queries.
         ValueError: bad input or configuration; one line that names it.
         StorageError: a URI cannot be read.
         RuntimeError: the embedded default cannot be had.
@@ -123,7 +134,28 @@ def check(config: RunConfig, overwrite: bool = False) -> Plan:
         config = config.model_copy(update={"model": config.model.model_copy(update={"revision": commit})})
     plan = Plan(config, queries, OutputFolder(output), model, index, encoder, overwrite)
     plan.tasks()  # a profile may contradict the run
-    return with_output(plan)
+    return with_output(plan if config.skip_annotated is None else _only_new(plan, config.skip_annotated, dry_run))
+
+
+def _only_new(plan: Plan, earlier: str, dry_run: bool) -> Plan:
+    config = plan.config
+    selection = Selection.of(plan.output.location)
+    if selection.made() and not plan.overwrite:
+        selection.check(plan.queries)
+    else:
+        if dry_run:
+            selection = Selection(_scratch())
+        sets = Earlier(locate(earlier, config.storage), plan.output.location, config.columns.id)
+        selection.make(plan.queries, sets, config.storage)
+    queries = inspect_queries(selection.folder, config.columns, config.execution.unit_rows)
+    return replace(plan, queries=queries, known=plan.queries.rows - queries.rows)
+
+
+def _scratch() -> Location:
+    """A folder that goes with this process."""
+    folder = tempfile.mkdtemp(prefix="selfrag-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    return locate(folder, StorageConfig())
 
 
 def with_output(plan: Plan) -> Plan:

@@ -1,11 +1,15 @@
 """Configuration as plain values: YAML files, dotted keys, settings, and models made of them."""
 
+import re
 from collections.abc import Sequence
+from datetime import date
 from typing import Any, TypeVar
 
 import smart_open
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
+
+_DATE = re.compile(r"\{date(?::([^{}]+))?\}")
 
 
 class Frozen(BaseModel):
@@ -55,6 +59,11 @@ def read_yaml(uri: str) -> dict[str, Any]:
     if not isinstance(tree, dict):
         raise ValueError(f"configuration {uri}: expected keys and values, found {type(tree).__name__}")
     return tree
+
+
+def dated(uri: str, day: date) -> str:
+    """A URI with ``{date}`` replaced by a day, as ``2026-01-31`` or as a format says: ``{date:%Y/%m/%d}``."""
+    return _DATE.sub(lambda found: day.strftime(found[1] or "%Y-%m-%d"), uri)
 
 
 def apply_settings(tree: dict[str, Any], settings: Sequence[str]) -> None:

@@ -69,7 +69,7 @@ class Location:
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(passing),
             stop=tenacity.stop_after_delay(0 if self.local else self.patience_s),
-            wait=tenacity.wait_exponential_jitter(initial=0.5, max=30),
+            wait=tenacity.wait_exponential_jitter(multiplier=0.5, max=30),
             before_sleep=self._say,
             reraise=True,
         )

@@ -8,8 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config import Columns, StorageConfig
-from pipeline.incremental import NothingNewError, Selection, select_new
-from pipeline.output import OutputFolder
+from pipeline.incremental import Earlier, NothingNewError, Selection
 from pipeline.query_set import inspect_queries
 from pipeline.storage import Location, locate
 
@@ -36,16 +35,19 @@ def answered(sets: Path, name: str, *ids: str, folder: str = "data") -> None:
     pq.write_table(pa.table({"id": pa.array(ids, pa.string()), "answer": ["!"] * len(ids)}), file)
 
 
-def select(
-    asked: Path, sets: Path, output: str = "today", anew: bool = False, columns: Columns | None = None
-) -> Selection:
-    columns = columns or Columns()
-    queries = inspect_queries(place(asked), columns, unit_rows=3)
-    return select_new(queries, columns, StorageConfig(), place(sets), OutputFolder(place(sets / output)), anew)
+def select(asked: Path, sets: Path, anew: bool = False, column: str = "id") -> Selection:
+    """What today's run has to do."""
+    queries = inspect_queries(place(asked), Columns(id=column), unit_rows=3)
+    selection = Selection.of(place(sets / "today"))
+    if selection.made() and not anew:
+        selection.check(queries)
+    else:
+        selection.make(queries, Earlier(place(sets), place(sets / "today"), column), StorageConfig())
+    return selection
 
 
 def rows(selection: Selection) -> list[tuple[str, int]]:
-    table = ds.dataset(selection.location.path, format="parquet", exclude_invalid_files=True).to_table()
+    table = ds.dataset(selection.folder.path, format="parquet", exclude_invalid_files=True).to_table()
     return list(zip(table["id"].to_pylist(), table["extra"].to_pylist(), strict=True))
 
 
@@ -55,13 +57,11 @@ def test_answered_ids_are_left_out_and_failed_ones_are_not(asked: Path, tmp_path
     answered(tmp_path / "sets", "week/tuesday", "q3", "q4", "q5")
     found = select(asked, tmp_path / "sets")
     assert rows(found) == [("q1", 1), ("q2", 2), ("q6", 6), ("q8", 8), ("q9", 9)]
-    assert found.known == 5
 
 
 def test_the_first_run_has_all_queries(asked: Path, tmp_path: Path):
     found = select(asked, tmp_path / "sets")
     assert [row for row, _ in rows(found)] == [f"q{n}" for n in range(10)]
-    assert found.known == 0
 
 
 def test_a_selection_stays_what_it_was(asked: Path, tmp_path: Path):
@@ -70,7 +70,7 @@ def test_a_selection_stays_what_it_was(asked: Path, tmp_path: Path):
     answered(tmp_path / "sets", "today", "q1", "q2")  # what the run has done before it was killed
     answered(tmp_path / "sets", "other", "q9")
     again = select(asked, tmp_path / "sets")
-    assert (rows(again), again.known) == (rows(first), 1)
+    assert rows(again) == rows(first)
     anew = select(asked, tmp_path / "sets", anew=True)
     assert [row for row, _ in rows(anew)] == [f"q{n}" for n in range(1, 9)]
 
@@ -86,7 +86,7 @@ def test_a_selection_that_was_not_finished_is_made_again(asked: Path, tmp_path: 
 def test_other_queries_than_those_selected_from_are_refused(asked: Path, tmp_path: Path):
     select(asked, tmp_path / "sets")
     pq.write_table(pa.table({"id": ["new"], "query": ["?"], "extra": [1]}), asked / "c.parquet")
-    with pytest.raises(ValueError, match="today holds a run that differs in queries; choose another output"):
+    with pytest.raises(ValueError, match="today/_queries was chosen from other queries; choose another output"):
         select(asked, tmp_path / "sets")
 
 
@@ -101,7 +101,7 @@ def test_nothing_new_is_said_every_time(asked: Path, tmp_path: Path):
 def test_many_rows_go_into_several_files(asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("pipeline.incremental.FILE_ROWS", 4)
     found = select(asked, tmp_path / "sets")
-    files = sorted(Path(found.location.path).glob("part-*.parquet"))
+    files = sorted(Path(found.folder.path).glob("part-*.parquet"))
     assert [pq.read_metadata(file).num_rows for file in files] == [4, 5, 1]
     assert [row for row, _ in rows(found)] == [f"q{n}" for n in range(10)]
 
@@ -111,4 +111,4 @@ def test_a_set_without_the_column_of_ids_is_named(asked: Path, tmp_path: Path):
     table = pa.table({"key": ["a"], "query": ["?"]})
     pq.write_table(table, tmp_path / "other.parquet")
     with pytest.raises(ValueError, match=r"monday/data/part-0+\.parquet: no column 'key' of ids \(columns.id\)"):
-        select(tmp_path / "other.parquet", tmp_path / "sets", columns=Columns(id="key"))
+        select(tmp_path / "other.parquet", tmp_path / "sets", column="key")

@@ -1,0 +1,84 @@
+"""Tell somebody that a run has failed: a command, a webhook, or both (``on_failure`` in the configuration)."""
+
+import json
+import logging
+import subprocess
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import NoReturn
+
+import typer
+from tenacity import Retrying, stop_after_attempt, wait_exponential
+
+from jobs.cluster import reason
+from pipeline.config import OnFailure, RunConfig
+
+log = logging.getLogger(__name__)
+
+# A run with rows in errors/ (3) has ended as it should.
+FAILURES = (1, 2)
+COMMAND_SECONDS, WEBHOOK_SECONDS = 60, 10
+
+
+class FailedError(typer.Exit):
+    """The command ends with this status, and has said why.
+
+    Attributes:
+        message: one line.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(status)
+        self.message = message
+
+
+def fail(error: BaseException, status: int) -> NoReturn:
+    """Say in one line on stderr what is wrong, and end with a status."""
+    message = reason(error) if status == 1 else str(error)
+    typer.echo(f"error: {message}", err=True)
+    raise FailedError(status, message) from None
+
+
+@contextmanager
+def failures_told(config: RunConfig) -> Iterator[None]:
+    """Tell whom ``on_failure`` names when the body fails."""
+    try:
+        yield
+    except FailedError as end:
+        tell(config, end.exit_code, end.message)
+        raise
+
+
+def tell(config: RunConfig, status: int, message: str) -> None:
+    """Run the command and call the webhook; that they fail is a warning, since the status says it all.
+
+    Both get the same JSON object, the command on its stdin: ``text`` (one line, which Slack and its like show),
+    ``output``, ``status`` and ``error``.
+    """
+    record = {"output": config.output, "status": status, "error": message}
+    record["text"] = f"selfrag-batch: {config.output} failed with status {status}: {message}"
+    content = json.dumps(record).encode()
+    for way in (_run, _post):
+        try:
+            way(config.on_failure, content)
+        except (OSError, subprocess.SubprocessError) as error:
+            # Neither the address nor the command's words: they may hold secrets.
+            log.warning("on_failure: nobody was told: %s", type(error).__name__)
+
+
+def _run(whom: OnFailure, content: bytes) -> None:
+    if whom.command:
+        # What to run is the user's own setting.
+        subprocess.run(whom.command, input=content, timeout=COMMAND_SECONDS, check=True)  # noqa: S603
+
+
+def _post(whom: OnFailure, content: bytes) -> None:
+    if whom.webhook is None:
+        return
+    request = urllib.request.Request(  # noqa: S310  only http and https pass the configuration
+        whom.webhook.get_secret_value(), content, {"Content-Type": "application/json"}
+    )
+    for attempt in Retrying(stop=stop_after_attempt(3), wait=wait_exponential(1), reraise=True):
+        with attempt, urllib.request.urlopen(request, timeout=WEBHOOK_SECONDS):  # noqa: S310
+            pass
