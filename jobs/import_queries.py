@@ -58,7 +58,7 @@ class Import:
                 query = self._query(row)
             except ValueError as error:
                 if not self.skip_bad:
-                    columns = f" (it has {', '.join(row.values)})" if row.values else ""
+                    columns = f" (it has {', '.join(row.values)}; --column maps them)" if row.values else ""
                     raise ValueError(
                         f"{row.place}: {error}{columns}; mend it, or leave it out with --skip-bad"
                     ) from None

@@ -17,9 +17,9 @@ from pipeline.actor import annotated_schema
 from pipeline.claim import Claim
 from pipeline.config import RunConfig, StorageConfig
 from pipeline.output import OutputFolder, UnitSummary
-from pipeline.plan import Plan
+from pipeline.plan import Plan, check
 from pipeline.query_set import QuerySet, Unit
-from pipeline.storage import locate
+from pipeline.storage import Location, locate
 from tests.claims import finishing_elsewhere
 
 GIVEN = pa.list_(pa.struct([("id", pa.string()), ("title", pa.string()), ("text", pa.string())]))
@@ -99,6 +99,16 @@ def test_dry_run_prints_the_plan_and_writes_nothing(options):
     assert "2 rows in 1 files" in result.stderr
     assert "2 rows in 1 units on 1 actor(s)" in result.stderr
     assert not Path(options["--output"]).exists()
+
+
+def test_a_plan_knows_its_index_and_what_that_was_built_with(options, saved: Location):
+    run = {"queries": options["--queries"], "output": options["--output"], "model": {"name": options["--model"]}}
+    plan = check(RunConfig.model_validate({**run, "index": saved.path}))
+    assert plan.index is not None
+    assert (plan.index["passages"], plan.index["shards"]) == (60, 3)
+    assert plan.encoder is not None
+    assert (plan.encoder["name"], plan.encoder["digest"]) == ("tiny", "d" * 64)
+    assert "encoder" not in plan.identity()
 
 
 def test_a_run_that_another_one_is_at_work_on_stops_before_the_engine(options, monkeypatch):

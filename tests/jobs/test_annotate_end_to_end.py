@@ -194,6 +194,7 @@ def test_manifest_records_what_produced_the_rows(finished):
     assert manifest["versions"]["ray"].startswith("2.")
     assert manifest["index"]["passages"] > 50
     assert "MiniLM" in manifest["encoder"]["name"]
+    assert len(manifest["encoder"]["digest"]) == 64
     assert sum(unit["rows"] for unit in manifest["units"].values()) == 14
     for unit, counted in manifest["units"].items():
         rows = pq.read_metadata(output / "data" / f"part-{unit}.parquet").num_rows

@@ -140,7 +140,7 @@ def test_the_first_bad_row_ends_an_import_and_nothing_is_written(tmp_path: Path)
     result = run(file, tmp_path / "set")
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
-    assert line.startswith(f"error: {file} row 1: the query is empty (it has id, query); ")
+    assert line.startswith(f"error: {file} row 1: the query is empty (it has id, query; --column maps them); ")
     assert not (tmp_path / "set").exists()
 
 
@@ -166,7 +166,10 @@ def test_bad_rows_are_listed_and_left_out_on_request(tmp_path: Path, caplog: pyt
         (["--source", "IN", "--column", "query"], "--column query: expected NAME=COLUMN"),
         (["--source", "IN", "--column", "question=query"], "a query set has the columns id, query"),
         (["--source", "IN", "--column", "answers=gold"], "--column answers=gold: no row has anything there"),
-        (["--source", "IN", "--column", "query=question"], "row 0: the query is empty (it has query, n)"),
+        (
+            ["--source", "IN", "--column", "query=question"],
+            "row 0: the query is empty (it has query, n; --column maps them)",
+        ),
         (["--source", "EMPTY"], "no rows to import (0 bad ones)"),
         (["--source", "FOLDER"], "lie in one another"),
         (["--source", "IN", "--set", "model.name=x"], "here only storage.* can be set"),
