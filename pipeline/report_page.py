@@ -21,6 +21,15 @@ from pipeline.settings import flatten
 
 HERE = Path(__file__).parent
 NONE = "–"
+# Of the headlines, those at the head of the page.
+AT_THE_HEAD = 6
+TITLES = {
+    "retrieve_probability": "p(Retrieve)",
+    "is_rel": "IsRel",
+    "is_sup": "IsSup",
+    "is_use": "IsUse",
+    "score": "score",
+}
 
 
 @dataclass(frozen=True)
@@ -112,17 +121,6 @@ def headlines(annotated: AnnotatedSet, price: float | None) -> list[Headline]:
         Headline("Searches per row", ratio(figures.counts.get("retrievals"), overall.rows), "rate"),
         *(Headline(f"Mean {TITLES[name]}", means.get(name), "score") for name in TITLES),
     ]
-
-
-# Of the headlines, those at the head of the page.
-AT_THE_HEAD = 6
-TITLES = {
-    "retrieve_probability": "p(Retrieve)",
-    "is_rel": "IsRel",
-    "is_sup": "IsSup",
-    "is_use": "IsUse",
-    "score": "score",
-}
 
 
 def ratio(part: float | None, whole: float) -> float | None:
