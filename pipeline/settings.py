@@ -104,5 +104,5 @@ def _problem(error: dict[str, Any], section: str) -> str:
     if error["type"] == "missing":
         flag = {"model": "--model", "model.name": "--model"}.get(key, f"--{key}")
         return f"missing configuration key {key} (flag {flag})"
-    found = "" if key.startswith("storage") else f", found {error['input']!r}"  # it may be a secret
-    return f"configuration key {key}: {error['msg'].lower()}{found}"
+    found = "" if key.startswith(("storage", "on_failure")) else f", found {error['input']!r}"  # it may be a secret
+    return f"configuration key {key}: {error['msg'].lower().removeprefix('value error, ')}{found}"

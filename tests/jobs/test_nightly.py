@@ -1,0 +1,241 @@
+"""Runs on a schedule: by date, over new queries only, one at a time, and told of when they fail."""
+
+import json
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+import typer
+from typer.testing import CliRunner, Result
+
+from jobs.annotate import annotate
+from jobs.cluster import Resources
+from pipeline.actor import annotated_schema
+from pipeline.claim import Claim
+from pipeline.config import StorageConfig
+from pipeline.query_set import read_unit
+from pipeline.storage import locate
+
+APP = typer.Typer()
+APP.command()(annotate)
+
+
+def answers(plan, *_):
+    """In the engine's place: an answer for each row, and an error for what cannot be answered."""
+    for unit in plan.todo:
+        rows = [
+            {**row, "error_type": "ValueError", "error_message": "no", "attempts": 1}
+            if row["query"] == "bad"
+            else {**row, "answer": row["query"].upper(), "retrieved": False}
+            for row in read_unit(unit, StorageConfig()).to_pylist()
+        ]
+        table = pa.Table.from_pylist(rows, annotated_schema(plan.queries.schema, keep_candidates=False))
+        yield plan.output.write_unit(unit.id, table, plan.queries.schema, keep_candidates=False)
+
+
+@pytest.fixture(autouse=True)
+def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("jobs.annotate.allot", lambda _plan: Resources(1, 0))
+    monkeypatch.setattr("jobs.annotate.annotate_units", answers)
+    monkeypatch.setattr("pipeline.claim.SETTLE", 0.05)
+
+
+@pytest.fixture
+def queries(tmp_path: Path) -> Path:
+    file = tmp_path / "queries.parquet"
+    ask(file, a="one", b="bad", c="three")
+    return file
+
+
+def ask(file: Path, **texts: str) -> None:
+    pq.write_table(pa.table({"id": list(texts), "query": list(texts.values())}), file)
+
+
+@pytest.fixture
+def nightly(queries: Path, tmp_path: Path, demo_model: Path) -> dict[str, Any]:
+    """A run's file, as a schedule has it."""
+    return {
+        "queries": str(queries),
+        "output": f"{tmp_path}/sets/{{date}}",
+        "skip_annotated": f"{tmp_path}/sets",
+        "model": str(demo_model),
+        "decoding": {"mode": "never"},
+        "execution": {"max_error_rate": 0.5},
+    }
+
+
+def call(tree: dict[str, Any], *options: str, folder: Path | None = None) -> Result:
+    file = Path(tree["queries"]).parent / "run.yaml"
+    file.write_text(json.dumps(tree))
+    return CliRunner().invoke(APP, ["--config", str(file), *options])
+
+
+def rows(folder: Path) -> dict[str, str]:
+    table = ds.dataset(folder / "data", format="parquet").to_table()
+    return dict(zip(table["id"].to_pylist(), table["answer"].to_pylist(), strict=True))
+
+
+def test_a_night_has_what_is_new_and_what_has_failed(nightly, queries, tmp_path):
+    assert call(nightly, "--date", "2026-01-30").exit_code == 3
+    assert rows(tmp_path / "sets/2026-01-30") == {"a": "ONE", "c": "THREE"}
+    ask(queries, a="one", b="bad", c="three", d="four")
+    second = call(nightly, "--date", "2026-01-31")
+    assert second.exit_code == 3, second.output
+    assert "known    2 rows more are answered below" in second.stderr
+    assert rows(tmp_path / "sets/2026-01-31") == {"d": "FOUR"}
+    manifest = json.loads((tmp_path / "sets/2026-01-31/_manifest.json").read_text())
+    assert (manifest["counts"]["rows"], manifest["counts"]["errors"], manifest["known"]) == (2, 1, 2)
+    assert manifest["configuration"]["output"] == f"{tmp_path}/sets/2026-01-31"
+    ask(queries, a="one", c="three", d="four")
+    third = call(nightly, "--date", "2026-02-01")
+    assert third.exit_code == 0, third.output
+    assert third.stderr.splitlines() == [f"all 3 queries are answered below {tmp_path}/sets; nothing is left to do"]
+    assert not (tmp_path / "sets/2026-02-01").exists()
+
+
+def test_a_night_that_was_killed_goes_on_with_its_own_rows(nightly, tmp_path, monkeypatch):
+    nightly["execution"]["unit_rows"] = 1
+
+    def killed(plan, *_):
+        yield next(answers(plan))
+        raise RuntimeError("the machine is gone")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("jobs.annotate.annotate_units", killed)
+        assert call(nightly, "--date", "2026-01-30").exit_code == 1
+    assert rows(tmp_path / "sets/2026-01-30") == {"a": "ONE"}
+    again = call(nightly, "--date", "2026-01-30")
+    assert "1 of 3 units done before" in again.stderr
+    assert rows(tmp_path / "sets/2026-01-30") == {"a": "ONE", "c": "THREE"}
+    finished = call(nightly, "--date", "2026-01-30")
+    assert finished.exit_code == 3
+    assert "is finished; nothing was left to do" in finished.stderr
+
+
+def test_queries_that_changed_under_a_night_are_refused(nightly, queries):
+    assert call(nightly, "--date", "2026-01-30").exit_code == 3
+    ask(queries, a="one", z="new")
+    result = call(nightly, "--date", "2026-01-30")
+    assert result.exit_code == 2
+    assert "2026-01-30/_queries was chosen from other queries; choose another output, or" in result.stderr
+    assert call(nightly, "--date", "2026-01-30", "--overwrite").exit_code == 0
+
+
+def test_a_dry_run_chooses_too_and_leaves_nothing(nightly, queries, tmp_path):
+    assert call(nightly, "--date", "2026-01-30").exit_code == 3
+    ask(queries, a="one", d="four", e="five")
+    before = sorted(tmp_path.rglob("*"))
+    result = call(nightly, "--date", "2026-01-31", "--dry-run")
+    assert result.exit_code == 0, result.output
+    assert "2 rows in 1 units" in result.stderr
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_a_date_can_have_a_format_and_is_todays_by_default(nightly, tmp_path):
+    nightly["output"] = f"{tmp_path}/sets/{{date:%Y/%m}}/day-{{date:%d}}"
+    assert call(nightly, "--date", "2026-01-30").exit_code == 3
+    assert (tmp_path / "sets/2026/01/day-30/_SUCCESS").exists()
+    nightly |= {"output": f"{tmp_path}/{{date}}", "skip_annotated": None}
+    assert call(nightly).exit_code == 3
+    assert len(list(tmp_path.glob("20??-??-??/_SUCCESS"))) == 1
+
+
+def test_what_is_no_date_is_refused(nightly):
+    assert call(nightly, "--date", "yesterday").exit_code == 2
+
+
+@pytest.mark.parametrize("setting", ["skip_annotated", "lock"])
+def test_a_night_waits_for_no_other_one(nightly, tmp_path, setting):
+    if setting == "lock":
+        nightly |= {"skip_annotated": None, "execution": {"lock": f"{tmp_path}/sets"}}
+    with Claim(locate(f"{tmp_path}/sets", StorageConfig())):
+        result = call(nightly, "--date", "2026-01-30")
+        assert call(nightly, "--date", "2026-01-30", "--dry-run").exit_code == 0
+    assert result.exit_code == 2
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"error: {tmp_path}/sets: another run is at work there (process ")
+    assert not (tmp_path / "sets/2026-01-30").exists()
+
+
+class Ear(BaseHTTPRequestHandler):
+    """Hears what is posted; answers with the server's next status."""
+
+    def do_POST(self) -> None:
+        content = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.heard.append((self.path, json.loads(content)))  # type: ignore[attr-defined]
+        self.send_response(self.server.statuses.pop(0))  # type: ignore[attr-defined]
+        self.end_headers()
+
+    def log_message(self, *_: object) -> None:
+        """Nothing."""
+
+
+@pytest.fixture
+def web() -> Iterator[HTTPServer]:
+    server = HTTPServer(("127.0.0.1", 0), Ear)
+    server.heard, server.statuses = [], []  # type: ignore[attr-defined]
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield server
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
+@pytest.fixture
+def told(nightly: dict[str, Any], web: HTTPServer, tmp_path: Path) -> dict[str, Any]:
+    script = "import sys; open(sys.argv[1], 'a').write(sys.stdin.read() + chr(10))"
+    command = [sys.executable, "-c", script, f"{tmp_path}/heard.jsonl"]
+    return nightly | {"on_failure": {"command": command, "webhook": f"http://127.0.0.1:{web.server_port}/key-abc"}}
+
+
+def test_a_failure_is_told_to_the_command_and_the_webhook(told, web, tmp_path, monkeypatch):
+    def broken(*_):
+        raise RuntimeError("the machine is gone")
+
+    monkeypatch.setattr("jobs.annotate.annotate_units", broken)
+    web.statuses = [500, 200]
+    result = call(told, "--date", "2026-01-30")
+    assert result.exit_code == 1
+    output = f"{tmp_path}/sets/2026-01-30"
+    record = {"output": output, "status": 1, "error": "the machine is gone"}
+    record["text"] = f"selfrag-batch: {output} failed with status 1: the machine is gone"
+    assert web.heard == [("/key-abc", record)] * 2  # the first time in vain
+    assert [json.loads(line) for line in (tmp_path / "heard.jsonl").read_text().splitlines()] == [record]
+    assert "key-abc" not in (tmp_path / "sets/2026-01-30/_manifest.json").read_text() + result.output
+
+
+def test_a_refusal_is_told_too(told, web, tmp_path):
+    web.statuses = [200]
+    assert call(told | {"queries": f"{tmp_path}/none"}, "--date", "2026-01-30").exit_code == 2
+    ((_, record),) = web.heard
+    assert (record["status"], record["error"]) == (2, f"{tmp_path}/none: not found")
+
+
+def test_ends_without_failure_are_told_to_nobody(told, web, tmp_path):
+    assert call(told, "--date", "2026-01-30").exit_code == 3
+    assert call(told, "--date", "2026-01-30", "--dry-run").exit_code == 0
+    assert web.heard == []
+    assert not (tmp_path / "heard.jsonl").exists()
+
+
+def test_who_cannot_be_told_changes_nothing(told, tmp_path, caplog):
+    told["on_failure"] = {"command": ["/no/such/key-abc"], "webhook": "http://127.0.0.1:1/key-abc"}
+    assert call(told | {"queries": f"{tmp_path}/none"}).exit_code == 2
+    warnings = [record.message for record in caplog.records if record.name == "jobs.notify"]
+    assert warnings == [f"on_failure: nobody was told: {kind}" for kind in ("FileNotFoundError", "URLError")]
+
+
+def test_a_webhook_is_on_the_web_and_its_address_is_not_repeated(told):
+    told["on_failure"]["webhook"] = "file:///key-abc"
+    result = call(told)
+    assert result.exit_code == 2
+    assert "configuration key on_failure.webhook: expected http://… or https://…" in result.stderr
+    assert "key-abc" not in result.output
