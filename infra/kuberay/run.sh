@@ -3,9 +3,7 @@
 # Status 3 (finished, some rows in errors/, no more than execution.max_error_rate of them) counts as done: the same
 # command would find nothing left to do. Every other failure is KubeRay's to try again.
 set -euo pipefail
-config=$(mktemp --suffix .yaml)
-sed "s/{date}/$(date --utc +%F)/g" "$(dirname "$0")/run.yaml" > "$config"
 status=0
-python -m jobs.annotate --config "$config" --set execution.ray_address=auto || status=$?
+python -m jobs.annotate --config "$(dirname "$0")/run.yaml" --set execution.ray_address=auto || status=$?
 if [[ $status -eq 3 ]]; then exit 0; fi
 exit "$status"

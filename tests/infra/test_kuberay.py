@@ -11,7 +11,7 @@ import re
 import subprocess
 import tomllib
 from collections.abc import Iterator
-from datetime import UTC, datetime
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -212,24 +212,20 @@ def test_no_manifest_holds_a_secret() -> None:
 
 
 @pytest.mark.parametrize(("job", "told"), [(0, 0), (3, 0), (1, 1), (2, 2)])
-def test_the_entry_point_runs_the_job_for_today_and_takes_some_error_rows_for_done(
-    tmp_path: Path, job: int, told: int
-) -> None:
-    for name in ("run.yaml", "run.sh"):
-        (tmp_path / name).write_text((FOLDER / name).read_text())
+def test_the_entry_point_runs_the_job_and_takes_some_error_rows_for_done(tmp_path: Path, job: int, told: int) -> None:
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
-    python.write_text(f'#!/bin/bash\necho "$@"\ncat "$4"\nexit {job}\n')
+    python.write_text(f'#!/bin/bash\necho "$@"\nexit {job}\n')
     python.chmod(0o755)
-    before = datetime.now(UTC).date()
-    environment = {"PATH": f"{python.parent}:{os.environ['PATH']}", "TMPDIR": str(tmp_path)}
-    command = ["bash", str(tmp_path / "run.sh")]
+    command = ["bash", str(FOLDER / "run.sh")]
+    environment = {"PATH": f"{python.parent}:{os.environ['PATH']}"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=60)
     assert done.returncode == told, done.stderr
-    words, _, config = done.stdout.partition("\n")
-    assert re.fullmatch(r"-m jobs\.annotate --config \S+ --set execution\.ray_address=auto", words)
+    assert done.stdout == f"-m jobs.annotate --config {FOLDER}/run.yaml --set execution.ray_address=auto\n"
     assert importlib.util.find_spec("jobs.annotate")
-    read = yaml.safe_load(config)
-    days = {before, datetime.now(UTC).date()}
-    assert read["output"] in {f"s3://my-bucket/annotated/{day}/" for day in days}
-    assert read["queries"] in {f"s3://my-bucket/queries/{day}/" for day in days}
+
+
+def test_each_night_has_folders_of_its_own() -> None:
+    tonight = load_config(str(FOLDER / "run.yaml"), [], {}, date(2026, 1, 31))
+    assert tonight.queries == "s3://my-bucket/queries/2026-01-31/"
+    assert tonight.output == "s3://my-bucket/annotated/2026-01-31/"

@@ -1,0 +1,65 @@
+"""The commands in the documentation: their options exist, and so do the settings that they make."""
+
+import importlib
+import re
+import shlex
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import typer
+from typer.main import get_command
+
+from pipeline.config import load_config
+from pipeline.settings import apply_settings
+
+ROOT = Path(__file__).parents[2]
+DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "infra").rglob("*.md"))]
+# What a run needs that a command in the documentation leaves out.
+NEEDED = {"queries": "q", "output": "o", "model.name": "m"}
+
+
+def commands() -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Document, job and words of each ``python -m jobs.NAME …`` in a block of code."""
+    for file in DOCUMENTS:
+        for block in re.findall(r"^```\w*\n(.*?)^```", file.read_text(), re.MULTILINE | re.DOTALL):
+            for line in block.replace("\\\n", " ").splitlines():
+                if found := re.search(r"python -m jobs\.(\w+)(.*)", line):
+                    words = shlex.split(re.sub(r"[\[\]]", "", found[2]), comments=True)
+                    yield file.name, found[1], tuple(words)
+
+
+COMMANDS = sorted(set(commands()))
+
+
+def test_there_are_commands_of_most_jobs() -> None:
+    assert {"annotate", "build_index", "evaluate", "import_queries", "report", "share"} <= {
+        job for _, job, _ in COMMANDS
+    }
+    assert len(COMMANDS) > 20
+
+
+@pytest.mark.parametrize(("document", "job", "words"), COMMANDS)
+def test_a_command_has_only_options_that_there_are(document: str, job: str, words: tuple[str, ...]) -> None:
+    app = typer.Typer()
+    app.command()(getattr(importlib.import_module(f"jobs.{job}"), job))
+    context = get_command(app).make_context(job, list(words))
+    settings = context.params.get("settings") or []
+    if job == "annotate" and not context.params["rescored"]:
+        load_config(None, settings, NEEDED)
+    else:
+        apply_settings({}, settings)
+
+
+def test_links_lead_somewhere() -> None:
+    for file in DOCUMENTS:
+        for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", file.read_text()):
+            assert (file.parent / target).exists(), f"{file.name}: {target}"
+
+
+def test_links_within_the_readme_lead_to_headings() -> None:
+    text = (ROOT / "README.md").read_text()
+    headings = {
+        re.sub(r"[^\w\- ]", "", line[3:].lower()).replace(" ", "-") for line in text.splitlines() if line[:3] == "## "
+    }
+    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings
