@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -54,6 +54,7 @@ DECODING = {"passages": 3, "max_tokens": 60}
 # Queries of a unit; so many units are in flight that all rows are.
 UNIT_ROWS = 8
 STAGES = ("seconds", "decide_seconds", "retrieve_seconds", "queue_seconds", "prefill_seconds", "decode_seconds")
+CALL = "call_seconds"
 
 
 @dataclass
@@ -141,8 +142,8 @@ def queries_of(rows: Sequence[Row]) -> list[Query]:
     ]
 
 
-async def measure_shapes(bench: Bench, workload: Workload, plan: Plan) -> tuple[list[Row], dict[str, Measured]]:
-    """All variants that run on one engine, in turn, so many times; also the rows."""
+async def measure_shapes(bench: Bench, workload: Workload, plan: Plan, measured: dict[str, Measured]) -> list[Row]:
+    """All variants that run on one engine, one after the other; the rows."""
     rows, found = await prepare(bench, workload, plan)
     queries, config = queries_of(rows), DecodingConfig(**{**DECODING, **workload.decoding})
     if workload.body is not None:
@@ -161,20 +162,20 @@ async def measure_shapes(bench: Bench, workload: Workload, plan: Plan) -> tuple[
             "naive": (len(queries), lambda: naive.in_waves(queries, found)),
             "flashrag": (len(queries), lambda: flashrag.in_waves(queries, found)),
         }
-    measured = {name: Measured(count) for name, (count, _) in shapes.items()}
-    measured |= {"direct": Measured(len(rows)), "ceiling": Measured(len(rows))}
+    counts = {name: count for name, (count, _) in shapes.items()} | {"direct": len(rows), "ceiling": len(rows)}
+    for name, count in counts.items():
+        measured.setdefault(name, Measured(count))
     await SelfRag(bench.generator, critic, Tasks(config), bench.retriever).answer(queries[0])  # warms up
-    for _ in range(plan.repeats):
-        recorder, before = Recorder(bench.generator), bench.generator.load.steps.copy()
-        system = SelfRag(recorder, critic, Tasks(config), bench.retriever)
-        answers = await timed(engine, measured["direct"], direct(system, queries))
-        measured["direct"].half_full = half_full(bench.generator.load.steps - before, bench.generator.load.slots)
-        ours = [Outcome(a.retrieved, a.segments[0].text if a.segments else "") for a in answers]
-        await timed(engine, measured["ceiling"], engine.replay(recorder.work))
-        for name, (_, run) in shapes.items():
-            theirs = await timed(engine, measured[name], run())
-            measured[name].agreement = agreement(ours, theirs)
-    return rows, measured
+    recorder, before = Recorder(bench.generator), bench.generator.load.steps.copy()
+    system = SelfRag(recorder, critic, Tasks(config), bench.retriever)
+    answers = await timed(engine, measured["direct"], direct(system, queries))
+    measured["direct"].half_full = half_full(bench.generator.load.steps - before, bench.generator.load.slots)
+    ours = [Outcome(a.retrieved, a.segments[0].text if a.segments else "") for a in answers]
+    await timed(engine, measured["ceiling"], engine.replay(recorder.work))
+    for name, (_, run) in shapes.items():
+        theirs = await timed(engine, measured[name], run())
+        measured[name].agreement = agreement(ours, theirs)
+    return rows
 
 
 def half_full(steps: Counter[int], slots: int) -> float:
@@ -204,8 +205,8 @@ def agreement(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> dict[str, f
     }
 
 
-def measure_job(workload: Workload, rows: Sequence[Row], plan: Plan) -> tuple[Measured, dict[str, float]]:
-    """``jobs.annotate`` on the rows; also mean seconds of a row by stage, and of the whole call."""
+def measure_job(workload: Workload, rows: Sequence[Row], plan: Plan, measured: Measured) -> dict[str, float]:
+    """``jobs.annotate`` on the rows; mean seconds of a row by stage, and of the whole call."""
     folder = Path(tempfile.mkdtemp(dir=plan.folder))
     pq.write_table(pa.Table.from_pylist(list(rows)), folder / "queries.parquet")
     units = -(-len(rows) // UNIT_ROWS)
@@ -215,21 +216,18 @@ def measure_job(workload: Workload, rows: Sequence[Row], plan: Plan) -> tuple[Me
         "execution": {"unit_rows": UNIT_ROWS, "units_in_flight": units},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
-    measured, stages = Measured(len(rows)), list[dict[str, float]]()
-    for number in range(plan.repeats):
-        output = folder / f"out-{number}"
-        options = ["--config", folder / "run.yaml", "--queries", folder / "queries.parquet", "--index", demo_index()]
-        command = [sys.executable, "-m", "jobs.annotate", *map(str, options), "--output", str(output), "--json"]
-        done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  our own command
-        if done.returncode != 0:
-            raise RuntimeError(f"jobs.annotate ended with status {done.returncode}: {done.stderr[-2000:]}")
-        manifest = json.loads((output / "_manifest.json").read_text())
-        finished = datetime.fromisoformat(manifest["finished"]).timestamp()
-        measured.rates.append(len(rows) / (finished - min(unit["began"] for unit in manifest["units"].values())))
-        usage = ds.dataset(output / "data").to_table(columns=["usage"])["usage"].combine_chunks()
-        seconds = {name: float(pc.mean(pc.struct_field(usage, name)).as_py()) for name in STAGES}
-        stages.append({**seconds, "call_seconds": float(json.loads(done.stdout)["seconds"])})
-    return measured, {name: statistics.mean(one[name] for one in stages) for name in stages[0]}
+    output = folder / "out"
+    options = ["--config", folder / "run.yaml", "--queries", folder / "queries.parquet", "--index", demo_index()]
+    command = [sys.executable, "-m", "jobs.annotate", *map(str, options), "--output", str(output), "--json"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  our own command
+    if done.returncode != 0:
+        raise RuntimeError(f"jobs.annotate ended with status {done.returncode}: {done.stderr[-2000:]}")
+    manifest = json.loads((output / "_manifest.json").read_text())
+    finished = datetime.fromisoformat(manifest["finished"]).timestamp()
+    measured.rates.append(len(rows) / (finished - min(unit["began"] for unit in manifest["units"].values())))
+    usage = ds.dataset(output / "data").to_table(columns=["usage"])["usage"].combine_chunks()
+    seconds = {name: float(pc.mean(pc.struct_field(usage, name)).as_py()) for name in STAGES}
+    return {**seconds, CALL: float(json.loads(done.stdout)["seconds"])}
 
 
 @dataclass(frozen=True)
@@ -313,27 +311,32 @@ def plot(report: Report, file: Path) -> None:
     figure.savefig(file, dpi=120)
 
 
-async def _shapes(plan: Plan) -> tuple[dict[str, list[Row]], Results]:
+async def _shapes(plan: Plan, results: Results) -> dict[str, list[Row]]:
     bench = Bench.open(plan.model)
-    rows, results = {}, {}
     try:
-        for workload in plan.workloads:
-            rows[workload.name], results[workload.name] = await measure_shapes(bench, workload, plan)
-            Console(stderr=True).print(f"{workload.name}: shapes and ceiling measured")
+        return {w.name: await measure_shapes(bench, w, plan, results[w.name]) for w in plan.workloads}
     finally:
         bench.close()
-    return rows, results
 
 
 def execute(plan: Plan) -> Report:
-    """Measure everything."""
-    rows, results = asyncio.run(_shapes(plan))
-    stages = {}
-    for workload in plan.workloads:
-        ours, stages[workload.name] = measure_job(workload, rows[workload.name], plan)
-        results[workload.name] = {"ours": ours, **results[workload.name]}
-        Console(stderr=True).print(f"{workload.name}: jobs.annotate measured")
-    return Report(results, stages)
+    """Measure everything, one repeat after the other, so that what changes meanwhile changes all variants.
+
+    Engines take turns: one card does not hold two.
+    """
+    results: Results = {workload.name: {"ours": Measured(plan.rows)} for workload in plan.workloads}
+    stages: dict[str, list[dict[str, float]]] = defaultdict(list)
+    for number in range(1, plan.repeats + 1):
+        rows = asyncio.run(_shapes(plan, results))
+        for workload in plan.workloads:
+            ours = results[workload.name]["ours"]
+            stages[workload.name].append(measure_job(workload, rows[workload.name], plan, ours))
+        Console(stderr=True).print(f"repeat {number} of {plan.repeats} measured")
+    means = {
+        name: {stage: statistics.mean(one[stage] for one in repeats) for stage in (*STAGES, CALL)}
+        for name, repeats in stages.items()
+    }
+    return Report(results, means)
 
 
 def benchmark(
