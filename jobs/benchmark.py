@@ -35,7 +35,16 @@ import yaml
 from rich.console import Console
 from rich.table import Table
 
-from jobs.benchmark_shapes import BareEngine, Outcome, Recorder, Released, direct
+from jobs.benchmark_shapes import (
+    FLASHRAG_CANDIDATE,
+    FLASHRAG_DECISION,
+    RELEASED_CANDIDATE,
+    BareEngine,
+    Outcome,
+    Recorder,
+    Released,
+    direct,
+)
 from jobs.benchmark_workloads import WORKLOADS, Row, Workload, with_passages
 from jobs.demo import demo_index
 from pipeline.config import DecodingConfig, ModelConfig, RetrievalConfig, StorageConfig
@@ -156,7 +165,8 @@ async def measure_shapes(bench: Bench, workload: Workload, plan: Plan, measured:
     shapes: dict[str, tuple[int, Callable[[], Awaitable[list[Outcome]]]]] = {}
     if workload.short_form:
         released = Released(engine, bench.tokenizer, config)
-        naive, flashrag = (dataclasses.replace(released, decision=n, candidate=n) for n in (5000, 5))
+        naive = dataclasses.replace(released, decision=RELEASED_CANDIDATE)
+        flashrag = Released(engine, bench.tokenizer, config, FLASHRAG_DECISION, FLASHRAG_CANDIDATE, decision_tokens=1)
         shapes = {
             "released": (few, lambda: released.serially(queries[:few], found[:few])),
             "naive": (len(queries), lambda: naive.in_waves(queries, found)),

@@ -6,7 +6,11 @@ order. What they do with the answers is ours, so that their decisions can be com
 - *released*: one query at a time; the decision writes a whole answer with the log-probabilities of 32,016 tokens, each
   passage's answer has those of 5,000 (https://github.com/AkariAsai/self-rag, ``run_short_form.py``).
 - *naive*: the same steps for all queries at once, one step after the other, with 5,000 log-probabilities.
-- *flashrag*: the same with the 5 best log-probabilities (https://github.com/RUC-NLPIR/FlashRAG).
+- *flashrag*: the same, with a decision of one token and its 20 best log-probabilities, and the 5 best of each token of an
+  answer (https://github.com/RUC-NLPIR/FlashRAG, ``flashrag/pipeline/active_pipeline.py``, ``SelfRAGPipeline``, as quoted in
+  its issue 113).
+
+An answer without a passage has no rivals, and none of them asks for log-probabilities there.
 - *direct*: our decoding, called without Ray, files or storage.
 - *ceiling*: the very tokens of *direct*, prompts and lengths, submitted at once to the bare engine.
 """
@@ -31,6 +35,7 @@ from pipeline.types import Answer, Generation, Query, RetrievedPassage
 # What the released scripts count for a token that is not among the log-probabilities.
 ABSENT = -100.0
 RELEASED_DECISION, RELEASED_CANDIDATE = 32_016, 5_000
+FLASHRAG_DECISION, FLASHRAG_CANDIDATE = 20, 5
 
 
 @dataclass(frozen=True)
@@ -104,6 +109,7 @@ class Released:
 
     Attributes:
         decision, candidate: log-probabilities of each token asked for in the two steps.
+        decision_tokens: most tokens that a decision writes; as many as an answer by default.
     """
 
     engine: BareEngine
@@ -111,6 +117,7 @@ class Released:
     config: DecodingConfig
     decision: int = RELEASED_DECISION
     candidate: int = RELEASED_CANDIDATE
+    decision_tokens: int | None = None
 
     async def serially(self, queries: Sequence[Query], found: Sequence[Sequence[RetrievedPassage]]) -> list[Outcome]:
         """One query after the other; the passages of a query together."""
@@ -122,19 +129,27 @@ class Released:
     async def in_waves(self, queries: Sequence[Query], found: Sequence[Sequence[RetrievedPassage]]) -> list[Outcome]:
         """All decisions, then all candidates."""
         prompts = [self.tokenizer.prompt(query.query) for query in queries]
-        decisions = await asyncio.gather(*(self._ask(prompt, self.decision) for prompt in prompts))
+        most = self.decision_tokens or self.config.max_tokens
+        decisions = await asyncio.gather(*(self._ask(prompt, self.decision, most) for prompt in prompts))
         wanted = [retrieve_probability(decision) > self.config.threshold for decision in decisions]
         return list(await asyncio.gather(*(self._answer(*row) for row in zip(prompts, wanted, found, strict=True))))
 
     async def _answer(self, prompt: list[int], wanted: bool, passages: Sequence[RetrievedPassage]) -> Outcome:
-        contexts = [self._context(prompt, one) for one in passages] if wanted else [self._context(prompt, None)]
-        generations = await asyncio.gather(*(self._ask(context, self.candidate) for context in contexts))
+        if not wanted:
+            return Outcome(
+                wanted, self._text(await self._ask(self._context(prompt, None), None, self.config.max_tokens))
+            )
+        asked = (self._ask(self._context(prompt, one), self.candidate, self.config.max_tokens) for one in passages)
+        generations = await asyncio.gather(*asked)
         reflection, eos = self.tokenizer.reflection, self.tokenizer.eos
         segments = [self._first_segment(generation) for generation in generations]
         scores = [critique(segment, reflection, eos, self.config.weights).score for segment in segments]
-        best = segments[int(np.argmax(scores))]
-        words = [token for token in best.token_ids if token not in reflection.control and token != eos]
-        return Outcome(wanted, self.tokenizer.decode(words).strip())
+        return Outcome(wanted, self._text(segments[int(np.argmax(scores))]))
+
+    def _text(self, generation: Generation) -> str:
+        outside = self.tokenizer.reflection.control | {self.tokenizer.eos}
+        words = [token for token in self._first_segment(generation).token_ids if token not in outside]
+        return self.tokenizer.decode(words).strip()
 
     def _context(self, prompt: list[int], passage: RetrievedPassage | None) -> list[int]:
         if passage is None:
@@ -142,10 +157,8 @@ class Released:
         body = self.tokenizer.text(passage_text(passage.passage.title, passage.passage.text))
         return prompt + self.tokenizer.control(Retrieve.YES) + self.tokenizer.paragraph(body)
 
-    async def _ask(self, prompt: list[int], logprobs: int) -> Generation:
-        output = await self.engine.ask(
-            prompt, max_tokens=self.config.max_tokens, logprobs=logprobs, skip_special_tokens=False
-        )
+    async def _ask(self, prompt: list[int], logprobs: int | None, max_tokens: int) -> Generation:
+        output = await self.engine.ask(prompt, max_tokens=max_tokens, logprobs=logprobs, skip_special_tokens=False)
         return read_wide(output, self.tokenizer.reflection.reflection)
 
     def _first_segment(self, generation: Generation) -> Generation:
@@ -166,6 +179,10 @@ class Released:
 def read_wide(output: Any, wanted: Sequence[int]) -> Generation:
     """An answer of vLLM whose log-probabilities are dictionaries of the best tokens; others count ``ABSENT``."""
     completion = output.outputs[0]
+    if completion.logprobs is None:
+        unknown = np.full(len(completion.token_ids), ABSENT)
+        table = np.full((len(completion.token_ids), len(wanted)), ABSENT)
+        return Generation(tuple(completion.token_ids), unknown, table, len(output.prompt_token_ids))
     table = [[position[i].logprob if i in position else ABSENT for i in wanted] for position in completion.logprobs]
     chosen = [position[t].logprob for position, t in zip(completion.logprobs, completion.token_ids, strict=True)]
     return Generation(tuple(completion.token_ids), np.array(chosen), np.array(table), len(output.prompt_token_ids))
