@@ -6,9 +6,8 @@ order. What they do with the answers is ours, so that their decisions can be com
 - *released*: one query at a time; the decision writes a whole answer with the log-probabilities of 32,016 tokens, each
   passage's answer has those of 5,000 (https://github.com/AkariAsai/self-rag, ``run_short_form.py``).
 - *naive*: the same steps for all queries at once, one step after the other, with 5,000 log-probabilities.
-- *flashrag*: the same, with a decision of one token and its 20 best log-probabilities, and the 5 best of each token of an
-  answer (https://github.com/RUC-NLPIR/FlashRAG, ``flashrag/pipeline/active_pipeline.py``, ``SelfRAGPipeline``, as quoted in
-  its issue 113).
+- *flashrag*: the same, with a decision of one token and its 20 best log-probabilities, and the 5 best of each token of
+  an answer (https://github.com/RUC-NLPIR/FlashRAG/issues/113 quotes it).
 
 An answer without a passage has no rivals, and none of them asks for log-probabilities there.
 - *direct*: our decoding, called without Ray, files or storage.
@@ -136,9 +135,8 @@ class Released:
 
     async def _answer(self, prompt: list[int], wanted: bool, passages: Sequence[RetrievedPassage]) -> Outcome:
         if not wanted:
-            return Outcome(
-                wanted, self._text(await self._ask(self._context(prompt, None), None, self.config.max_tokens))
-            )
+            alone = await self._ask(self._context(prompt, None), None, self.config.max_tokens)
+            return Outcome(wanted, self._text(alone))
         asked = (self._ask(self._context(prompt, one), self.candidate, self.config.max_tokens) for one in passages)
         generations = await asyncio.gather(*asked)
         reflection, eos = self.tokenizer.reflection, self.tokenizer.eos
@@ -179,10 +177,8 @@ class Released:
 def read_wide(output: Any, wanted: Sequence[int]) -> Generation:
     """An answer of vLLM whose log-probabilities are dictionaries of the best tokens; others count ``ABSENT``."""
     completion = output.outputs[0]
-    if completion.logprobs is None:
-        unknown = np.full(len(completion.token_ids), ABSENT)
-        table = np.full((len(completion.token_ids), len(wanted)), ABSENT)
-        return Generation(tuple(completion.token_ids), unknown, table, len(output.prompt_token_ids))
-    table = [[position[i].logprob if i in position else ABSENT for i in wanted] for position in completion.logprobs]
-    chosen = [position[t].logprob for position, t in zip(completion.logprobs, completion.token_ids, strict=True)]
+    positions = completion.logprobs or [{}] * len(completion.token_ids)
+    table = [[position[i].logprob if i in position else ABSENT for i in wanted] for position in positions]
+    pairs = zip(positions, completion.token_ids, strict=True)
+    chosen = [position[token].logprob if token in position else ABSENT for position, token in pairs]
     return Generation(tuple(completion.token_ids), np.array(chosen), np.array(table), len(output.prompt_token_ids))

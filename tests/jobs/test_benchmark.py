@@ -84,6 +84,16 @@ async def test_released_steps_decide_read_and_choose(shape):
     assert {sampling["max_tokens"] for _, sampling in engine.asked} == {9}  # the decision writes a whole answer
 
 
+async def test_a_decision_may_be_one_token_and_a_lone_answer_asks_for_no_log_probabilities():
+    tokenizer = word_tokenizer()
+    engine = WordEngine(tokenizer)
+    shape = Released(engine, tokenizer, DecodingConfig(max_tokens=9), decision=20, candidate=5, decision_tokens=1)
+    queries = [Query("a", "question one"), Query("b", "task two")]
+    assert await shape.in_waves(queries, [FOUND, FOUND]) == [Outcome(True, "yes"), Outcome(False, "plain")]
+    asked = [(sampling["max_tokens"], sampling["logprobs"]) for _, sampling in engine.asked]
+    assert sorted(asked, key=str) == [(1, 20), (1, 20), (9, 5), (9, 5), (9, None)]
+
+
 def test_tokens_that_are_not_among_the_best_count_as_the_scripts_count_them():
     position = {7: SimpleNamespace(logprob=-0.5), 3: SimpleNamespace(logprob=-2.0)}
     output = SimpleNamespace(outputs=[SimpleNamespace(token_ids=[7], logprobs=[position])], prompt_token_ids=[1, 2])
