@@ -18,7 +18,16 @@ Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
 class Columns(Frozen):
-    """Which column of the query set holds what."""
+    """Which column of the query set holds what. All but ``id`` and ``query`` may be missing there.
+
+    Attributes:
+        id: unique, not null.
+        query: what is asked.
+        input: text under ``### Input:``.
+        task: which profile the row is asked with.
+        choices: closed set of answers.
+        passages: given passages, read instead of the index.
+    """
 
     id: str = "id"
     query: str = "query"
@@ -29,7 +38,7 @@ class Columns(Frozen):
 
 
 class ModelConfig(Frozen):
-    """The model, and any argument of vLLM's engine.
+    """The model, and any argument of vLLM's engine. A text in the section's place is the name.
 
     Attributes:
         name: Hugging Face name, local folder, or ``demo``.
@@ -46,7 +55,14 @@ class ModelConfig(Frozen):
 
 
 class Weights(Frozen):
-    """Weights of a segment's score (paper, equation 4); the defaults are the paper's."""
+    """Weights of a segment's score (paper, equation 4); the defaults are the paper's.
+
+    Attributes:
+        sequence: weight of the segment's mean token probability.
+        relevance: weight of IsRel.
+        support: weight of IsSup.
+        utility: weight of IsUse.
+    """
 
     sequence: Weight = 1.0
     relevance: Weight = 1.0
@@ -103,7 +119,7 @@ class Profile(Frozen):
     Attributes:
         instruction: what the model is asked; ``{query}`` and ``{choices}`` stand for the row's own.
         choices: closed set of rows that bring none.
-        decoding: keys of :class:`DecodingConfig`; the run's own settings go before them.
+        decoding: keys of the section ``decoding``; the run's own settings go before them.
         metric: the figure that the task is known by.
     """
 
@@ -174,7 +190,7 @@ class ExecutionConfig(Frozen):
         cpus_per_actor: by default all of the machine's for one actor, an even share for several.
         gpus_per_actor: by default the tensor-parallel size where the cluster has GPUs, otherwise 0.
         shard_servers: of the partitioned topology; by default one for each node, at most one for each shard.
-        cpus_per_server, gpus_per_server: resources of each of them.
+        cpus_per_server, gpus_per_server: resources of each shard server.
         unit_rows: rows of a work unit, which is one output file.
         units_in_flight: units that an actor decodes at once, so that its engine stays full between them.
         row_timeout_s: rows that take longer go to ``errors/``; a row shares the engine with all others in flight.
@@ -203,6 +219,10 @@ class StorageConfig(Frozen):
     """Access to object storage. What is not set comes from the standard AWS variables, files and roles.
 
     Attributes:
+        endpoint_url: of a store that is not AWS, such as ``http://127.0.0.1:9000``.
+        region: of the buckets.
+        access_key, secret_key, session_token: credentials; better as variables, roles or a file, since a command line
+            can be read in the process list.
         patience_s: how long faults that pass (no connection, errors 500 and 503, throttling) are waited for, with
             longer and longer pauses, before the job gives up.
     """
@@ -235,7 +255,7 @@ class OnFailure(Frozen):
 
 
 class RunConfig(Frozen):
-    """One annotation run. ``{date}`` in a URI is the run's day.
+    """One annotation run. In its URIs ``{date}`` is the run's day, ``{date:%Y/%m/%d}`` the same in another form.
 
     Attributes:
         queries: URI of a Parquet file or of a folder of them.
@@ -243,7 +263,7 @@ class RunConfig(Frozen):
         index: URI of an index folder; not needed where every row has given passages or ``mode`` is ``never``.
         skip_annotated: URI of a folder with earlier annotated sets somewhere below it; queries whose ids they
             answer are left out.
-        task: of the rows that name none.
+        task: profile of the rows that name none.
         profiles: task profiles by name, beside the built-in ones or in their place.
     """
 

@@ -59,6 +59,12 @@ def test_answered_ids_are_left_out_and_failed_ones_are_not(asked: Path, tmp_path
     assert rows(found) == [("q1", 1), ("q2", 2), ("q6", 6), ("q8", 8), ("q9", 9)]
 
 
+def test_a_set_can_itself_be_the_folder(asked: Path, tmp_path: Path):
+    answered(tmp_path, "set", "q0", "q1", "q2", "q3", "q4", "q5", "q6", "q7")
+    answered(tmp_path, "set", "q8", folder="errors")
+    assert [row for row, _ in rows(select(asked, tmp_path / "set"))] == ["q8", "q9"]
+
+
 def test_the_first_run_has_all_queries(asked: Path, tmp_path: Path):
     found = select(asked, tmp_path / "sets")
     assert [row for row, _ in rows(found)] == [f"q{n}" for n in range(10)]

@@ -1,0 +1,121 @@
+"""The reference of a run's configuration, from the models and their docstrings.
+
+``python -m pipeline.reference > infra/CONFIGURATION.md``
+"""
+
+import inspect
+import json
+import re
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any, get_args
+
+from pipeline.config import ModelConfig, RunConfig
+from pipeline.settings import Frozen
+
+HEAD = """<!-- Made from pipeline/config.py: python -m pipeline.reference > infra/CONFIGURATION.md -->
+# Configuration of a run
+
+Every key can stand in the YAML file of `--config` and after `--set` (`--set decoding.threshold=0.3`). Settings go
+before the file, and flags such as `--output` before both. Unknown keys and wrong values are refused, with status 2.
+
+Keys that are *fixed* decide the results: a run that has begun goes on with the same values only, also of everything in
+`model.engine` and `profiles`. Query set, index and model must hold the same as well; query set and index may have
+moved. All other keys may change from one call to the next.
+"""
+WORDS = {"string": "text", "boolean": "`true` or `false`", "object": "mapping", "array": "list"}
+# An entry of a docstring's section "Attributes": its names, and their meaning on that line and the indented ones below.
+ENTRY = re.compile(r"^    (\w+(?:, \w+)*): (.+(?:\n {5,}.+)*)", re.MULTILINE)
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key of the configuration.
+
+    Attributes:
+        name: dotted; ``NAME`` stands for a name that the user gives.
+        kind: its type in words.
+        default: in JSON, which is YAML too; None where there is none.
+        meaning: in Markdown; empty where the docstring says nothing of it.
+        fixed: whether a resumed run must have the same value.
+    """
+
+    name: str
+    kind: str
+    default: str | None
+    meaning: str
+    fixed: bool
+
+    def row(self) -> str:
+        """Its row in a table."""
+        default = {None: "required", "null": ""}.get(self.default, f"`{self.default}`")
+        cells = (f"`{self.name}`", self.kind, default, "fixed" if self.fixed else "", self.meaning)
+        return f"| {' | '.join(cells)} |"
+
+
+def keys(section: type[Frozen] = RunConfig, prefix: str = "") -> Iterator[Key]:
+    """All keys of a section, those of the sections within it last."""
+    properties, meanings = section.model_json_schema()["properties"], attributes(section)
+    within: dict[str, type[Frozen]] = {}
+    for name, field in section.model_fields.items():
+        if inner := section_of(field.annotation):
+            within[name if field.annotation is inner else f"{name}.NAME"] = inner
+        if field.annotation is not inner:
+            default = None if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
+            yield Key(prefix + name, words(properties[name]), default, meanings.get(name, ""), fixed(prefix + name))
+    for name, inner in within.items():
+        yield from keys(inner, f"{prefix}{name}.")
+
+
+def section_of(annotation: Any) -> type[Frozen] | None:
+    """The section that a field is, or is a mapping of; None for a plain value."""
+    kinds = (kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
+    return next((kind for kind in kinds if issubclass(kind, Frozen)), None)
+
+
+def fixed(name: str) -> bool:
+    """Whether a key, or what it lies in, decides the results."""
+    decisive = RunConfig(queries="", output="", model=ModelConfig(name="")).decisive()
+    return any(f"{name}.".startswith(f"{key}.") for key in decisive)
+
+
+def attributes(section: type[Frozen]) -> dict[str, str]:
+    """What a section's docstring says of its keys, in Markdown."""
+    entries = ENTRY.findall((inspect.getdoc(section) or "").partition("Attributes:\n")[2])
+    return {name: markdown(meaning) for names, meaning in entries for name in names.split(", ")}
+
+
+def markdown(text: str) -> str:
+    """A docstring's text as a line of Markdown."""
+    return " ".join(text.split()).replace("``", "`")
+
+
+def words(schema: dict[str, Any]) -> str:
+    """A type in words, from its JSON schema."""
+    schema = next((one for one in schema.get("anyOf", []) if one["type"] != "null"), schema)
+    if "enum" in schema:
+        return " or ".join(f"`{value}`" for value in schema["enum"])
+    if "items" in schema:
+        return f"list of {words(schema['items'])}s"
+    secret = "secret " if schema.get("format") == "password" else ""
+    bounds = {"≥": schema.get("minimum"), ">": schema.get("exclusiveMinimum"), "≤": schema.get("maximum")}
+    limits = [f"{sign} {bound:g}" for sign, bound in bounds.items() if bound is not None]
+    return f"{secret}{WORDS.get(schema['type'], schema['type'])} {', '.join(limits)}".rstrip()
+
+
+def reference() -> str:
+    """The whole page."""
+    parts = [HEAD]
+    for name, group in groupby(keys(), lambda key: key.name.rpartition(".")[0] and key.name.split(".")[0]):
+        section = section_of(RunConfig.model_fields[name].annotation) if name else RunConfig
+        about = markdown((inspect.getdoc(section) or "").partition("Attributes:\n")[0])
+        table = ["| key | type | default | | meaning |", "| --- | --- | --- | --- | --- |"]
+        rows = [key.row() for key in group]
+        parts.append("\n".join([f"## {name or 'The run'}\n\n{about}\n", *table, *rows, ""]))
+    return "\n".join(parts)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference())

@@ -1,0 +1,38 @@
+from pathlib import Path
+
+from pipeline.reference import keys, reference
+
+FILE = Path(__file__).parents[2] / "infra" / "CONFIGURATION.md"
+KEYS = {key.name: key for key in keys()}
+
+
+def test_the_committed_page_is_that_of_the_models():
+    assert FILE.read_text("utf-8") == reference(), "run: python -m pipeline.reference > infra/CONFIGURATION.md"
+
+
+def test_every_key_has_a_meaning():
+    silent = [name for name, key in KEYS.items() if not key.meaning]
+    assert silent == [], "complete the docstrings in pipeline/config.py: python -m pipeline.reference"
+
+
+def test_types_limits_and_defaults_are_those_of_the_models():
+    assert (KEYS["decoding.threshold"].kind, KEYS["decoding.threshold"].default) == ("number ≥ 0, ≤ 1", "0.2")
+    assert (KEYS["retrieval.cache_gb"].kind, KEYS["retrieval.cache_gb"].default) == ("number > 0", "null")
+    assert (KEYS["model.name"].kind, KEYS["model.name"].default) == ("text", None)
+    assert (KEYS["model.engine"].kind, KEYS["model.engine"].default) == ("mapping", "{}")
+    assert (KEYS["on_failure.command"].kind, KEYS["on_failure.command"].default) == ("list of texts", "[]")
+    assert KEYS["storage.secret_key"].kind == "secret text"
+    assert KEYS["decoding.mode"].kind == "`adaptive` or `always` or `never`"
+
+
+def test_a_meaning_over_two_lines_and_one_of_two_keys_are_whole():
+    assert KEYS["execution.gpus_per_server"].meaning == "resources of each shard server."
+    assert KEYS["decoding.critic"].meaning == (
+        "`reflection` reads the tokens of a model that was taught them; `prompted` asks any instruct model in words."
+    )
+
+
+def test_keys_that_decide_results_are_fixed_and_others_are_not():
+    fixed = {"decoding.weights.support", "execution.unit_rows", "model.engine", "profiles.NAME.metric", "columns.id"}
+    free = {"execution.actors", "retrieval.threads", "storage.region", "on_failure.webhook", "queries", "index"}
+    assert {name: KEYS[name].fixed for name in fixed | free} == dict.fromkeys(fixed, True) | dict.fromkeys(free, False)
