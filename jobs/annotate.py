@@ -30,7 +30,7 @@ from pipeline.claim import Claim, OutputTakenError
 from pipeline.config import RunConfig, load_config
 from pipeline.incremental import NothingNewError
 from pipeline.output import OutputFolder, UnitSummary
-from pipeline.plan import Plan, check, with_output
+from pipeline.plan import Plan, check, settled, with_output
 from pipeline.provenance import versions
 from pipeline.query_set import Unit, read_unit
 from pipeline.schema import UNIT_COLUMN
@@ -110,7 +110,7 @@ def execute(plan: Plan, resources: Resources | None, actor: type[SelfRagActor] =
     if resources is None:
         return summarise(plan, finished_units(plan), 0, time.monotonic() - started)
     with Claim(plan.output.location):
-        plan = with_output(plan)  # another run may have been at work until now
+        plan = with_output(settled(plan))  # another run may have been at work until now
         annotated = 0 if plan.finished else annotate_todo(plan, resources, record, actor)
         units = finished_units(plan)
         summary = summarise(plan, units, annotated, time.monotonic() - started)
@@ -136,8 +136,8 @@ def annotate_todo(
     allowed = max(plan.config.execution.max_error_rate * plan.queries.rows, FEWEST_ERRORS)
     failed, done = plan.output.error_rows(plan.done), sum(plan.rows[unit] for unit in plan.done)
     rows = sum(unit.rows for unit in plan.todo)
-    telemetry = RunTelemetry(plan.config.output, rows)
     with (
+        RunTelemetry(plan.config.output, rows) as telemetry,
         Progress(rows) as progress,
         contextlib.closing(annotate_units(plan, resources, actor)) as units,
     ):
@@ -294,23 +294,29 @@ def annotate(
         run_config = load_config(config, settings or [], flags, day and day.date())
     except ValueError as error:
         fail(error, 2)
-    with failures_told(run_config):
+    with contextlib.nullcontext() if dry_run else failures_told(run_config):
         raise typer.Exit(annotated(run_config, overwrite, dry_run, as_json))
 
 
 def annotated(config: RunConfig, overwrite: bool, dry_run: bool, as_json: bool) -> int:
     """Do what the command line asks; the exit status."""
-    lock = None if dry_run else config.execution.lock or config.skip_annotated
     try:
-        with Claim(locate(lock, config.storage)) if lock else contextlib.nullcontext():
+        with contextlib.nullcontext() if dry_run else locked(config):
             return _annotated(config, overwrite, dry_run, as_json)
-    except OutputTakenError as error:
+    except (ValueError, OSError) as error:
         fail(error, 2)
+
+
+def locked(config: RunConfig) -> contextlib.AbstractContextManager[Any]:
+    """The claim on ``execution.lock``; that on the output comes later, and is enough where both are one folder."""
+    uri = config.execution.lock or config.skip_annotated
+    lock, output = locate(uri or config.output, config.storage), locate(config.output, config.storage)
+    return contextlib.nullcontext() if lock.path.rstrip("/") == output.path.rstrip("/") else Claim(lock)
 
 
 def _annotated(config: RunConfig, overwrite: bool, dry_run: bool, as_json: bool) -> int:
     try:
-        plan = check(config, overwrite, dry_run)
+        plan = check(config, overwrite)
         resources = None if plan.finished else allot(plan)
     except NothingNewError as news:
         typer.echo(str(news), err=True)
@@ -330,6 +336,8 @@ def _annotated(config: RunConfig, overwrite: bool, dry_run: bool, as_json: bool)
         log.exception("the run failed; the same command continues it")
         fail(error, 1)
     _report(summary, as_json)
+    if summary.exit_status == 1:
+        fail(f"{summary.errors} of {summary.rows} rows failed, more than execution.max_error_rate allows", 1)
     return summary.exit_status
 
 

@@ -18,6 +18,7 @@ from typing import Annotated
 
 import typer
 
+from pipeline.claim import Claim
 from pipeline.config import StorageConfig, load_storage
 from pipeline.imports import Ids, KnownDataset, Recipe, Row, check_row, checked_columns, known_datasets
 from pipeline.plan import check_apart, check_bucket
@@ -175,7 +176,9 @@ def import_queries(
     try:
         with tempfile.TemporaryDirectory(prefix="selfrag-import-") as scratch:
             written = job.write(Path(scratch))
-            publish(Path(scratch) / "set", target)
+            with Claim(target):
+                check_free(target, overwrite)  # another import may have ended only now
+                publish(Path(scratch) / "set", target)
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None

@@ -16,8 +16,6 @@ from pipeline.config import OnFailure, RunConfig
 
 log = logging.getLogger(__name__)
 
-# A run with rows in errors/ (3) has ended as it should.
-FAILURES = (1, 2)
 COMMAND_SECONDS, WEBHOOK_SECONDS = 60, 10
 
 
@@ -33,16 +31,16 @@ class FailedError(typer.Exit):
         self.message = message
 
 
-def fail(error: BaseException, status: int) -> NoReturn:
+def fail(error: BaseException | str, status: int) -> NoReturn:
     """Say in one line on stderr what is wrong, and end with a status."""
-    message = reason(error) if status == 1 else str(error)
+    message = reason(error) if isinstance(error, BaseException) and status == 1 else str(error)
     typer.echo(f"error: {message}", err=True)
     raise FailedError(status, message) from None
 
 
 @contextmanager
 def failures_told(config: RunConfig) -> Iterator[None]:
-    """Tell whom ``on_failure`` names when the body fails."""
+    """Tell whom ``on_failure`` names when the body fails; rows in ``errors/`` alone (status 3) are no failure."""
     try:
         yield
     except FailedError as end:
@@ -62,7 +60,7 @@ def tell(config: RunConfig, status: int, message: str) -> None:
     for way in (_run, _post):
         try:
             way(config.on_failure, content)
-        except (OSError, subprocess.SubprocessError) as error:
+        except Exception as error:  # noqa: BLE001  whatever it is, the run's own status counts
             # Neither the address nor the command's words: they may hold secrets.
             log.warning("on_failure: nobody was told: %s", type(error).__name__)
 

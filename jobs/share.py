@@ -15,9 +15,9 @@ from typing import Annotated
 
 import typer
 
-from pipeline.card import CARD, AnnotatedSet, dataset_card
+from pipeline.card import AnnotatedSet, dataset_card, finished
 from pipeline.config import load_storage
-from pipeline.output import OutputFolder
+from pipeline.output import CARD, OutputFolder
 from pipeline.storage import Location, locate, one_line
 
 log = logging.getLogger(__name__)
@@ -27,9 +27,17 @@ SHARED = [CARD, "_manifest.json", *ROWS]
 
 
 def write_card(folder: Location, found: AnnotatedSet, title: str, licence: str | None, overwrite: bool) -> None:
-    """Write the card, unless there is one."""
+    """Write the card, unless there is one of the same run, which may have been edited.
+
+    Raises:
+        ValueError: there is one of another run, or with another licence.
+    """
     card = folder / CARD
     if card.exists() and not overwrite:
+        text = card.read().decode()
+        for wanted, what in ((finished(found.manifest), "run"), (licence or "", "licence")):
+            if wanted not in text:
+                raise ValueError(f"{card.uri} is of another {what} ({wanted} is not in it); --overwrite makes it anew")
         log.info("card: %s is there and kept (--overwrite makes it anew)", card.uri)
         return
     card.write(dataset_card(found, title, licence).encode())
@@ -99,8 +107,6 @@ def share(
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     log.setLevel(logging.INFO)
-    from huggingface_hub.errors import HFValidationError
-
     try:
         folder = locate(annotations, load_storage(config, settings or []))
         found = AnnotatedSet.of(OutputFolder(folder))
@@ -116,7 +122,7 @@ def share(
             log.info("pushed: %s", page)
     except Exception as error:  # noqa: BLE001  whatever the hub's client raises, one line and the status say so
         typer.echo(f"error: {title}: {one_line(error)}", err=True)
-        raise typer.Exit(2 if isinstance(error, HFValidationError) else 1) from None
+        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
 
 
 if __name__ == "__main__":

@@ -178,8 +178,8 @@ class SelfRagActor:
             async with place:
                 await self.attempts.begin.remote(unit)
                 began = time.time()
-                self.telemetry.begin(table.num_rows)
-                annotated = await annotate_table(self.system, table, self.config, one_by_one)
+                with self.telemetry.flying(table.num_rows):
+                    annotated = await annotate_table(self.system, table, self.config, one_by_one)
         except EngineDeadError as error:
             memory = " (out of memory)" if error.death.out_of_memory else ""
             log.critical("the engine is dead%s: %s; this actor ends and is started again", memory, error)

@@ -14,7 +14,6 @@ from pipeline.output import OutputFolder
 from pipeline.passages import read_footer
 from pipeline.schema import MEANINGS
 
-CARD = "README.md"
 # Hexadecimal digits of a digest that are shown.
 SHOWN = 12
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
@@ -119,13 +118,18 @@ def _origin(manifest: Mapping[str, Any]) -> dict[str, str]:
         "index": index and _named(f"{index['passages']:,} passages", None, index["digest"]),
         "encoder": encoder and _named(encoder["name"], encoder["revision"], encoder["digest"]),
         "queries": _named(f"{counts['rows']:,} rows", None, (manifest.get("queries") or {}).get("digest")),
-        "tasks": ", ".join(f"{name or '(none)'} {t['rows']:,}" for name, t in manifest.get("tasks", {}).items()),
+        "tasks": ", ".join(f"{_code(name) if name else 'none'} {t['rows']:,}" for name, t in manifest["tasks"].items()),
         "outcome": f"{counts['rows'] - counts['errors']:,} answered, {counts['errors']:,} failed"
         + f", {counts['retrieved']:,} with a passage",
         "versions": ", ".join(f"{name} {number}" for name, number in manifest.get("versions", {}).items()),
-        "finished": manifest.get("finished", "")[:19],
+        "finished": finished(manifest),
     }
     return {name: text for name, text in lines.items() if text}
+
+
+def finished(manifest: Mapping[str, Any]) -> str:
+    """When the run ended, as the card says it: a card is of the run whose time it holds."""
+    return str(manifest.get("finished", ""))[:19]
 
 
 def _named(name: str, revision: str | None, digest: str | None) -> str:
@@ -151,12 +155,21 @@ def columns_table(schema: pa.Schema) -> str:
 
 
 def _listed(names: list[str]) -> str:
-    return ", ".join(f"`{name}`" for name in names)
+    return ", ".join(_code(name) for name in names)
+
+
+def _code(name: str) -> str:
+    """A name of somebody's data, as code: nothing in it is Markdown."""
+    return f"`{' '.join(name.replace('`', chr(39)).split())}`"
 
 
 def _table(rows: Mapping[str, str]) -> str:
-    lines = (f"| {name} | {meaning.replace('|', chr(92) + '|')} |" for name, meaning in rows.items())
+    lines = (f"| {_cell(name)} | {_cell(meaning)} |" for name, meaning in rows.items())
     return "\n".join(["| | |", "| --- | --- |", *lines])
+
+
+def _cell(text: str) -> str:
+    return text.replace("|", "\\|")
 
 
 def _caveats(found: AnnotatedSet, licence: str | None) -> str:

@@ -22,6 +22,9 @@ from pipeline.storage import Location, MissingFileError, StorageError
 
 log = logging.getLogger(__name__)
 
+# Claims that this process holds: a store may show one that has just been deleted.
+_HELD: set[str] = set()
+
 # Seconds between two signs of life, and without one until a claim of another machine counts as dead.
 BEAT, PATIENCE = 15.0, 50.0
 # Seconds in which a run that saw no claim has written its own: then all that began together see each other.
@@ -85,6 +88,7 @@ class Claim:
             self._file(self._owner).delete()
             raise self._taken(rivals[0])
         self._thread.start()
+        _HELD.add(self._owner.id)
         return self
 
     def __exit__(
@@ -92,6 +96,7 @@ class Claim:
     ) -> None:
         self._over.set()
         self._thread.join()
+        _HELD.discard(self._owner.id)
         try:
             self._file(self._owner).delete()
         except StorageError as problem:  # the run itself is over; the claim will be found dead
@@ -131,7 +136,7 @@ class Claim:
             OutputTakenError: it lives.
         """
         if other.host == _machine():
-            if born(other.pid) == other.born:
+            if born(other.pid) == other.born and (other.pid != os.getpid() or other.id in _HELD):
                 raise self._taken(other)
         else:
             log.warning("%s: a run of %s was at work; watching it for %.0f s", self._output.uri, other.host, PATIENCE)
@@ -148,7 +153,7 @@ class Claim:
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(other.started))
         return OutputTakenError(
             f"{self._output.uri}: another run is at work there (process {other.pid} on {other.host}, "
-            f"since {since}); wait for it, or choose another output"
+            f"since {since}); wait for its end"
         )
 
 

@@ -8,8 +8,25 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from pipeline.settings import Frozen, apply_settings, assign, dated, flatten, read_yaml, validated
+from pipeline.settings import Frozen, apply_settings, assign, dated, flatten, parse_search, read_yaml, validated
 
+# What a model is called, and how its engine uses machines: neither changes an answer beyond rounding.
+OF_THE_MODEL = (
+    "model.name",
+    "model.revision",
+    "model.lora",
+    *(
+        f"model.engine.{argument}"
+        for argument in (
+            "gpu_memory_utilization",
+            "kv_cache_memory_bytes",
+            "max_num_batched_tokens",
+            "max_num_seqs",
+            "pipeline_parallel_size",
+            "tensor_parallel_size",
+        )
+    ),
+)
 # Settings of a run that are URIs, and may hold its day.
 URIS = ("queries", "index", "output", "skip_annotated")
 Positive = Annotated[int, Field(ge=1)]
@@ -293,12 +310,14 @@ class RunConfig(Frozen):
     def decisive(self) -> dict[str, Any]:
         """The keys that decide the results, flat (``decoding.threshold``): a resumed run must have the same.
 
-        Where the job runs and how storage is reached may change; ``unit_rows`` may not, since it cuts the
-        work into output files. Queries, index and model are compared by their digests, wherever they lie.
+        Where the job runs, how storage is reached and how the engine shares its memory may change; ``unit_rows`` may
+        not, since it cuts the work into output files. Queries, index and model are compared by what they are, wherever
+        they lie.
         """
         flat = flatten(self.recorded())
-        elsewhere = ("queries", "index", "output", "skip_annotated", "retrieval.", "execution.", "storage.")
-        kept = {key: value for key, value in flat.items() if not key.startswith(elsewhere)}
+        places = ("queries", "index", "output", "skip_annotated", "retrieval.", "execution.", "storage.")
+        elsewhere = (*places, *OF_THE_MODEL)
+        kept = {key: value for key, value in flat.items() if value != {} and not key.startswith(elsewhere)}
         decisive = ("retrieval.encoder", "retrieval.search", "retrieval.float16", "execution.unit_rows")
         return {**kept, **{key: flat[key] for key in decisive}}
 
@@ -353,24 +372,6 @@ def load_storage(file: str | None, settings: Sequence[str]) -> StorageConfig:
         ValueError: a setting is of another section or wrong; one line that names it.
     """
     return validated(StorageConfig, load_sections(file, settings, ["storage"])["storage"], "storage")
-
-
-def parse_search(search: str) -> dict[str, float]:
-    """FAISS search parameters from a string such as ``nprobe=16,efSearch=64``.
-
-    Raises:
-        ValueError: it does not have this form.
-    """
-    parameters: dict[str, float] = {}
-    for item in filter(None, (part.strip() for part in search.split(","))):
-        name, _, value = item.partition("=")
-        try:
-            parameters[name.strip()] = float(value)
-        except ValueError:
-            raise ValueError("expected NAME=NUMBER,… such as nprobe=16") from None
-        if not 0 < parameters[name.strip()] < float("inf"):
-            raise ValueError(f"{name.strip()} must be above 0")
-    return parameters
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:

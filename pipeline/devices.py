@@ -6,8 +6,9 @@ from typing import Any
 
 import faiss
 
-from pipeline.config import RetrievalConfig, parse_search
+from pipeline.config import RetrievalConfig
 from pipeline.manifest import IndexManifest
+from pipeline.settings import parse_search
 from pipeline.shards import empty_index, faiss_reason
 
 log = logging.getLogger(__name__)

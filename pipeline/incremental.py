@@ -1,28 +1,31 @@
-"""Queries that no earlier run has answered: what a run every night over a growing query set has to do.
+"""Queries that no earlier run has dealt with: what a run every night over a growing query set has to do.
 
-The selection is written beside the output before anything is annotated, and stays: the same command goes on with the
-same rows, whatever else has been answered meanwhile.
+The choice is made once, and kept beside the output before anything is annotated: the same command goes on with the same
+rows, whatever is asked or answered meanwhile.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.config import StorageConfig
-from pipeline.output import is_unit_file, parquet_bytes
+from pipeline.output import READERS, is_unit_file, parquet_bytes, read_columns
 from pipeline.query_set import QuerySet, query_ids, read_unit
+from pipeline.query_writer import FILE_ROWS, GROUP_ROWS
 from pipeline.storage import Location
 
-# Rows of the files that a selection is written to.
-FILE_ROWS = 65_536
+# An error of the row itself: it would fail again.
+OWN_FAULT = "ValueError"
+# A row that failed in so many sets for other reasons is not tried again.
+TRIES = 2
 
 
 class NothingNewError(Exception):
-    """All queries are answered in earlier sets."""
+    """Earlier sets have dealt with all queries."""
 
 
 @dataclass(frozen=True)
@@ -39,88 +42,108 @@ class Earlier:
     apart_from: Location
     id_column: str
 
-    def answered(self) -> pa.ChunkedArray:
-        """Ids of all rows that they have answers for, ``errors/`` apart: large_string.
+    def known(self) -> pa.ChunkedArray:
+        """Ids that are dealt with: answered, failed by their own fault, or failed twice. large_string.
 
         Raises:
             ValueError: a set has no such column.
-            StorageError: storage does not answer.
+            StorageError: a file cannot be read; names it.
         """
         own = f"{self.apart_from.path.rstrip('/')}/"
-        chunks: list[pa.Array] = []
-        for file in self.folder.files(".parquet"):
-            if is_unit_file(file, "data") and not file.path.startswith(own):
-                chunks += _column(file, self.id_column).chunks
-        return pa.chunked_array(chunks, pa.large_string())
+        files = [file for file in self.folder.files(".parquet") if not file.path.startswith(own)]
+        answered = self._read([file for file in files if is_unit_file(file, "data")], [])
+        failed = self._read([file for file in files if is_unit_file(file, "errors")], ["error_type"])
+        hopeless = failed.filter(pc.equal(failed["error_type"], OWN_FAULT))["id"]
+        counts = pc.value_counts(failed["id"])
+        often = counts.filter(pc.greater_equal(counts.field("counts"), TRIES)).field("values")
+        return pa.chunked_array([*answered["id"].chunks, *hopeless.chunks, often], pa.large_string())
 
+    def _read(self, files: list[Location], more: list[str]) -> pa.Table:
+        schema = pa.schema([("id", pa.large_string()), *((name, pa.string()) for name in more)])
+        with ThreadPoolExecutor(READERS) as pool:
+            tables = list(pool.map(lambda file: self._columns(file, [self.id_column, *more]).cast(schema), files))
+        return pa.concat_tables([schema.empty_table(), *tables])
 
-def _column(file: Location, name: str) -> pa.ChunkedArray:
-    def work() -> pa.ChunkedArray:
-        with file.filesystem.open_input_file(file.path) as stream:
-            parquet = pq.ParquetFile(stream)
-            if name not in parquet.schema_arrow.names:
-                raise ValueError(f"{file.uri}: no column {name!r} of ids (columns.id)")
-            return parquet.read(columns=[name])[name].cast(pa.large_string())
-
-    return file.attempt(work)
+    def _columns(self, file: Location, names: list[str]) -> pa.Table:
+        table = read_columns(file, names)
+        if self.id_column not in table.column_names:
+            raise ValueError(f"{file.uri}: no column {self.id_column!r} of ids (columns.id)")
+        return table.select(names).rename_columns(["id", *names[1:]]).replace_schema_metadata(None)
 
 
 @dataclass(frozen=True)
 class Selection:
-    """Where new queries are kept: a folder of Parquet files, and a record that comes last."""
+    """The queries of a run that are new.
+
+    Attributes:
+        folder: a query set.
+        known: queries that were left out.
+    """
 
     folder: Location
+    known: int
 
     @classmethod
-    def of(cls, output: Location) -> "Selection":
-        """That of a run."""
-        return cls(output / "_queries")
+    def kept(cls, output: Location, queries: str) -> "Selection | None":
+        """That of a run that has begun; None where there is none.
 
-    @property
-    def _record(self) -> Location:
-        return self.folder / "selection.json"
-
-    def made(self) -> bool:
-        """Whether it is there."""
-        return self._record.exists()
-
-    def check(self, queries: QuerySet) -> None:
-        """Refuse a selection of other queries.
+        Args:
+            queries: URI of the query set.
 
         Raises:
-            ValueError: it is one.
+            ValueError: it was chosen from another query set.
         """
-        if json.loads(self._record.read())["queries"] != queries.digest:
+        folder = output / "_queries"
+        if not _record(folder).exists():
+            return None
+        record = json.loads(_record(folder).read())
+        if record["queries"] != queries:
             raise ValueError(
-                f"{self.folder.uri} was chosen from other queries; choose another output, "
+                f"{folder.uri} was chosen from {record['queries']}; choose another output, "
                 "or replace it with --overwrite"
             )
+        return cls(folder, record["known"])
 
-    def make(self, queries: QuerySet, earlier: Earlier, storage: StorageConfig) -> None:
-        """Choose the queries that have no answer yet.
+    @classmethod
+    def choose(cls, queries: QuerySet, earlier: Earlier, storage: StorageConfig, scratch: Location) -> "Selection":
+        """Choose the queries that are new.
 
         Driver memory: the ids of all sets at once, and the rows of a file.
+
+        Args:
+            scratch: an empty folder for them.
 
         Raises:
             NothingNewError: there are none.
             ValueError: an earlier set has no column of ids.
             StorageError: storage does not answer.
         """
-        for file in self.folder.files():
-            file.delete()
-        files = 0
-        for files, table in enumerate(_files(_new_rows(queries, earlier, storage)), 1):
-            (self.folder / f"part-{files:05d}.parquet").write(parquet_bytes(table))
-        if not files:
+        new = pc.invert(pc.is_in(query_ids(queries, earlier.id_column, storage), value_set=earlier.known()))
+        if not (count := pc.sum(new).as_py()):
             raise NothingNewError(
-                f"all {queries.rows} queries are answered below {earlier.folder.uri}; nothing is left to do"
+                f"all {queries.rows} queries are dealt with below {earlier.folder.uri}; nothing is left to do"
             )
-        self._record.write(json.dumps({"queries": queries.digest}).encode())
+        for number, table in enumerate(_files(_rows(queries, new, storage))):
+            (scratch / f"part-{number:05d}.parquet").write(parquet_bytes(table, GROUP_ROWS))
+        return cls(scratch, queries.rows - count)
+
+    def keep(self, output: Location, queries: str) -> "Selection":
+        """Put it beside the output, in the place of another one; its record comes last."""
+        folder = output / "_queries"
+        for file in [_record(folder), *folder.files(".parquet")]:
+            if file.exists():
+                file.delete()
+        for file in self.folder.files(".parquet"):
+            (folder / file.path.rsplit("/", 1)[-1]).write(file.read())
+        _record(folder).write(json.dumps({"queries": queries, "known": self.known}).encode())
+        return Selection(folder, self.known)
 
 
-def _new_rows(queries: QuerySet, earlier: Earlier, storage: StorageConfig) -> Iterator[pa.Table]:
-    ids = query_ids(queries, earlier.id_column, storage)
-    new = pc.invert(pc.is_in(ids, value_set=earlier.answered()))
+def _record(folder: Location) -> Location:
+    return folder / "selection.json"
+
+
+def _rows(queries: QuerySet, new: pa.ChunkedArray, storage: StorageConfig) -> Iterator[pa.Table]:
     first = 0
     for unit in queries.units:
         mask = new.slice(first, unit.rows)
@@ -129,13 +152,15 @@ def _new_rows(queries: QuerySet, earlier: Earlier, storage: StorageConfig) -> It
             yield read_unit(unit, storage).filter(mask)
 
 
-def _files(tables: Iterator[pa.Table]) -> Iterator[pa.Table]:
+def _files(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """The rows of many tables in few."""
     waiting: list[pa.Table] = []
+    rows = 0
     for table in tables:
         waiting.append(table)
-        if sum(one.num_rows for one in waiting) >= FILE_ROWS:
+        rows += table.num_rows
+        if rows >= FILE_ROWS:
             yield pa.concat_tables(waiting)
-            waiting = []
+            waiting, rows = [], 0
     if waiting:
         yield pa.concat_tables(waiting)

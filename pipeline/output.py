@@ -22,6 +22,7 @@ from pipeline.storage import Location, MissingFileError, StorageError, one_line
 
 FORMAT_VERSION = 1
 REPORT = "report.html"
+CARD = "README.md"
 UNIT_FILE = re.compile(r"part-[0-9a-f]{20}\.parquet")
 # Where a data file keeps when its unit was begun and ended.
 TIMES = b"selfrag.times"
@@ -98,8 +99,11 @@ class OutputFolder:
         return frozenset(unit_of(file) for file in self.data_files())
 
     def foreign(self) -> str | None:
-        """A file that no run of ours has written, in a folder without manifest; None where there is none."""
-        found = self.location.files()
+        """A file that no run of ours has written, in a folder without manifest; None where there is none.
+
+        A dataset card may be of a set that was cleared away.
+        """
+        found = [file for file in self.location.files() if file.path != (self.location / CARD).path]
         return found[0].uri if found and not self._manifest.exists() else None
 
     def clear(self) -> None:
@@ -221,10 +225,10 @@ def unit_of(file: Location) -> str:
     return file.path.rsplit("/", 1)[-1].removeprefix("part-").removesuffix(".parquet")
 
 
-def parquet_bytes(table: pa.Table) -> bytes:
+def parquet_bytes(table: pa.Table, row_group_size: int | None = None) -> bytes:
     """A table as a Parquet file."""
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, compression="zstd")
+    pq.write_table(table, buffer, row_group_size=row_group_size, compression="zstd")
     return buffer.getvalue()
 
 

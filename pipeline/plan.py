@@ -31,7 +31,8 @@ class Plan:
         encoder: what the index was built with.
         succeeded: whether the output has its success marker.
         overwrite: whether what is there shall go.
-        known: queries that earlier sets answer, and that were left out.
+        known: queries that earlier sets have dealt with, and that were left out.
+        chosen: those that are left, as long as they are on this machine only.
     """
 
     config: RunConfig
@@ -44,6 +45,7 @@ class Plan:
     done: frozenset[str] = frozenset()
     succeeded: bool = False
     known: int = 0
+    chosen: Selection | None = None
 
     @cached_property
     def todo(self) -> list[Unit]:
@@ -79,7 +81,7 @@ class Plan:
         config, rows = self.config, sum(unit.rows for unit in self.todo)
         return [
             f"queries  {config.queries}: {self.queries.rows} rows in {self.queries.files} files",
-            *([f"known    {self.known} rows more are answered below {config.skip_annotated}"] if self.known else []),
+            *([f"known    {self.known} rows more, below {config.skip_annotated}"] if config.skip_annotated else []),
             f"index    {config.index or 'none'}" + (f": {self.index['passages']} passages" if self.index else ""),
             f"model    {config.model.name}",
             f"decoding {config.decoding.mode}, δ = {config.decoding.threshold}, k = {config.decoding.passages}",
@@ -105,14 +107,11 @@ class Plan:
         ]
 
 
-def check(config: RunConfig, overwrite: bool = False, dry_run: bool = False) -> Plan:
-    """Check a run, cheapest things first.
-
-    Args:
-        dry_run: leave no selection of new queries in the output.
+def check(config: RunConfig, overwrite: bool = False) -> Plan:
+    """Check a run, cheapest things first; nothing is written.
 
     Raises:
-        NothingNewError: earlier sets answer all queries.
+        NothingNewError: earlier sets have dealt with all queries.
         ValueError: bad input or configuration; one line that names it.
         StorageError: a URI cannot be read.
         RuntimeError: the embedded default cannot be had.
@@ -120,7 +119,9 @@ def check(config: RunConfig, overwrite: bool = False, dry_run: bool = False) -> 
     config = with_absolute_paths(config)
     queries_location, output = locate(config.queries, config.storage), locate(config.output, config.storage)
     check_apart(queries_location, output)
-    queries = inspect_queries(queries_location, config.columns, config.execution.unit_rows)
+    selection = Selection.kept(output, config.queries) if config.skip_annotated and not overwrite else None
+    asked = selection.folder if selection else queries_location
+    queries = inspect_queries(asked, config.columns, config.execution.unit_rows)
     check_bucket(output)
     manifest = _check_retrieval(config, queries)
     index = encoder = None
@@ -132,23 +133,20 @@ def check(config: RunConfig, overwrite: bool = False, dry_run: bool = False) -> 
     model = model_identity(config.model, model_path(config.model.name))
     if commit := model.get("commit"):  # every actor must load the commit that the manifest records
         config = config.model_copy(update={"model": config.model.model_copy(update={"revision": commit})})
-    plan = Plan(config, queries, OutputFolder(output), model, index, encoder, overwrite)
+    known = selection.known if selection else 0
+    plan = Plan(config, queries, OutputFolder(output), model, index, encoder, overwrite, known=known)
     plan.tasks()  # a profile may contradict the run
-    return with_output(plan if config.skip_annotated is None else _only_new(plan, config.skip_annotated, dry_run))
+    plan = with_output(plan)
+    begun = plan.output.manifest() is not None and not overwrite
+    return plan if config.skip_annotated is None or selection or begun else _only_new(plan, config.skip_annotated)
 
 
-def _only_new(plan: Plan, earlier: str, dry_run: bool) -> Plan:
+def _only_new(plan: Plan, folder: str) -> Plan:
     config = plan.config
-    selection = Selection.of(plan.output.location)
-    if selection.made() and not plan.overwrite:
-        selection.check(plan.queries)
-    else:
-        if dry_run:
-            selection = Selection(_scratch())
-        sets = Earlier(locate(earlier, config.storage), plan.output.location, config.columns.id)
-        selection.make(plan.queries, sets, config.storage)
-    queries = inspect_queries(selection.folder, config.columns, config.execution.unit_rows)
-    return replace(plan, queries=queries, known=plan.queries.rows - queries.rows)
+    earlier = Earlier(locate(folder, config.storage), plan.output.location, config.columns.id)
+    chosen = Selection.choose(plan.queries, earlier, config.storage, _scratch())
+    queries = inspect_queries(chosen.folder, config.columns, config.execution.unit_rows)
+    return replace(plan, queries=queries, known=chosen.known, chosen=chosen)
 
 
 def _scratch() -> Location:
@@ -156,6 +154,24 @@ def _scratch() -> Location:
     folder = tempfile.mkdtemp(prefix="selfrag-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return locate(folder, StorageConfig())
+
+
+def settled(plan: Plan) -> Plan:
+    """The plan with its choice of queries beside the output, where all machines can read it.
+
+    One that another run has left there meanwhile stays, and :func:`with_output` compares.
+
+    Raises:
+        ValueError: that one was chosen from another query set.
+        StorageError: storage does not answer.
+    """
+    if plan.chosen is None:
+        return plan
+    config, output = plan.config, plan.output.location
+    there = None if plan.overwrite else Selection.kept(output, config.queries)
+    selection = there or plan.chosen.keep(output, config.queries)
+    queries = inspect_queries(selection.folder, config.columns, config.execution.unit_rows)
+    return replace(plan, queries=queries, known=selection.known, chosen=None)
 
 
 def with_output(plan: Plan) -> Plan:

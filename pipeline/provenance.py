@@ -25,7 +25,7 @@ def versions() -> dict[str, str]:
 
 
 def model_identity(model: ModelConfig, path: str) -> dict[str, Any]:
-    """What a model is: the digest of a local folder or the commit of a hub repository, and its adapter's digest.
+    """What a model is: the digest of a local folder, or name and commit of a hub repository; and its adapter's digest.
 
     Args:
         path: where the model was found: a local folder, or the hub's name.
@@ -36,7 +36,7 @@ def model_identity(model: ModelConfig, path: str) -> dict[str, Any]:
     from transformers import AutoConfig
 
     commit = getattr(AutoConfig.from_pretrained(path, revision=model.revision), "_commit_hash", None)
-    return {"commit": commit, "lora": lora}
+    return {"name": path, "commit": commit, "lora": lora}
 
 
 def folder_digest(folder: Path) -> str:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, get_args
 
-from pipeline.config import ModelConfig, RunConfig
+from pipeline.config import ModelConfig, Profile, RunConfig
 from pipeline.settings import Frozen
 
 HEAD = """<!-- Made from pipeline/config.py: python -m pipeline.reference > infra/CONFIGURATION.md -->
@@ -21,9 +21,10 @@ HEAD = """<!-- Made from pipeline/config.py: python -m pipeline.reference > infr
 Every key can stand in the YAML file of `--config` and after `--set` (`--set decoding.threshold=0.3`). Settings go
 before the file, and flags such as `--output` before both. Unknown keys and wrong values are refused, with status 2.
 
-Keys that are *fixed* decide the results: a run that has begun goes on with the same values only, also of everything in
-`model.engine` and `profiles`. Query set, index and model must hold the same as well; query set and index may have
-moved. All other keys may change from one call to the next.
+Keys that are *fixed* decide the results: a run that has begun goes on with the same values only, also of `profiles` and
+of what is in `model.engine` but for the engine's share of machines (`gpu_memory_utilization`, `kv_cache_memory_bytes`,
+`max_num_batched_tokens`, `max_num_seqs`, `pipeline_parallel_size`, `tensor_parallel_size`). Query set, index and model
+must hold the same as well, wherever they lie. All other keys may change from one call to the next.
 """
 WORDS = {"string": "text", "boolean": "`true` or `false`", "object": "mapping", "array": "list"}
 # An entry of a docstring's section "Attributes": its names, and their meaning on that line and the indented ones below.
@@ -77,8 +78,9 @@ def section_of(annotation: Any) -> type[Frozen] | None:
 
 def fixed(name: str) -> bool:
     """Whether a key, or what it lies in, decides the results."""
-    decisive = RunConfig(queries="", output="", model=ModelConfig(name="")).decisive()
-    return any(f"{name}.".startswith(f"{key}.") for key in decisive)
+    model, profiles = ModelConfig(name="", engine={"dtype": "half"}), {"NAME": Profile(decoding={"segments": 2})}
+    decisive = RunConfig(queries="", output="", model=model, profiles=profiles).decisive()
+    return any(f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.") for key in decisive)
 
 
 def attributes(section: type[Frozen]) -> dict[str, str]:

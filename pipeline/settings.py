@@ -82,6 +82,24 @@ def apply_settings(tree: dict[str, Any], settings: Sequence[str]) -> None:
             raise ValueError(f"--set {key}: the value is not YAML; put it in quotes") from None  # it may be a secret
 
 
+def parse_search(search: str) -> dict[str, float]:
+    """FAISS search parameters from a string such as ``nprobe=16,efSearch=64``.
+
+    Raises:
+        ValueError: it does not have this form.
+    """
+    parameters: dict[str, float] = {}
+    for item in filter(None, (part.strip() for part in search.split(","))):
+        name, _, value = item.partition("=")
+        try:
+            parameters[name.strip()] = float(value)
+        except ValueError:
+            raise ValueError("expected NAME=NUMBER,… such as nprobe=16") from None
+        if not 0 < parameters[name.strip()] < float("inf"):
+            raise ValueError(f"{name.strip()} must be above 0")
+    return parameters
+
+
 def validated(section: type[Section], tree: dict[str, Any], name: str = "") -> Section:
     """A section of the configuration from plain values.
 

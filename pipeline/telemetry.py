@@ -3,10 +3,14 @@
 ``ray.util.metrics`` puts it on the metrics port of each node, as ``ray_selfrag_…`` with the label ``run``, beside Ray's
 own (https://docs.ray.io/en/latest/ray-observability/user-guides/add-app-metrics.html). Names follow
 https://prometheus.io/docs/practices/naming/. Ray's histograms keep no exact sums, so times that are to be added up are
-counters; and it forgets a gauge that was not set for some seconds, so only what changes with each step is one.
+counters; and it forgets a gauge that was not set for some seconds, but keeps the counters of processes that have ended.
 """
 
+import threading
 from collections import Counter as Tally
+from collections.abc import Iterator
+from contextlib import contextmanager
+from types import TracebackType
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -23,6 +27,8 @@ COUNTED = {
     "engine_requests": "Requests to the engine.",
     "retrievals": "Searches of the index.",
 }
+# Ray forgets a gauge sooner than a unit is done.
+REPEAT_SECONDS = 5.0
 STAGES = ("decide", "retrieve", "queue", "prefill", "decode")
 
 
@@ -51,22 +57,28 @@ class ActorTelemetry:
     """
 
     def __init__(self, run: str) -> None:
-        self._begun = _counter(run, "begun_rows", "Rows that an actor has begun; those beyond rows are in flight.")
         self._rows = _counter(run, "rows", "Rows that were answered or failed.")
         self._errors = _counter(run, "row_errors", "Rows that failed.", "type")
         self._retrieved = _counter(run, "retrieved_rows", "Rows answered with a passage.")
         self._counted = {name: _counter(run, name, text) for name, text in COUNTED.items()}
         self._stages = _counter(run, "stage_seconds", "Seconds that rows spent in a stage.", "stage")
         self._seconds = _histogram(run, "row_seconds", "Seconds from a row's first step to its last.", ROW_SECONDS)
+        self._in_flight = _gauge(run, "rows_in_flight", "Rows of the units that an actor is decoding.")
         self._running = _gauge(run, "engine_running_requests", "Requests in the engine's last step.")
         self._waiting = _gauge(run, "engine_waiting_requests", "Requests that waited for a slot in it.")
         self._searches = _histogram(
             run, "search_seconds", "Seconds of a search for a batch of queries.", SEARCH_SECONDS
         )
+        self._flying = 0
 
-    def begin(self, rows: int) -> None:
-        """Count the rows of a unit that begins."""
-        _add(self._begun, rows)
+    @contextmanager
+    def flying(self, rows: int) -> Iterator[None]:
+        """The rows of a unit are being decoded."""
+        self._flying += rows
+        try:
+            yield
+        finally:
+            self._flying -= rows
 
     def unit(self, annotated: pa.Table) -> None:
         """Count the rows of a unit that ends; see ``actor.annotated_schema`` for the columns."""
@@ -84,6 +96,7 @@ class ActorTelemetry:
 
     def step(self, running: int, waiting: int) -> None:
         """A step of the engine: requests in it, and requests that waited."""
+        self._in_flight.set(self._flying)
         self._running.set(running)
         self._waiting.set(waiting)
 
@@ -93,7 +106,7 @@ class ActorTelemetry:
 
 
 class RunTelemetry:
-    """What the driver knows of a run.
+    """What the driver knows of a run, while the context is held.
 
     Args:
         run: the output's URI.
@@ -101,13 +114,34 @@ class RunTelemetry:
     """
 
     def __init__(self, run: str, rows: int) -> None:
-        self._planned = _counter(run, "planned_rows", "Rows that this call has to do.")
-        self._written = _counter(run, "written_rows", "Rows of them whose files are written.")
-        _add(self._planned, rows)
+        self._rows = rows
+        self._written = 0
+        self._planned_gauge = _gauge(run, "run_rows", "Rows that this call has to do.")
+        self._written_gauge = _gauge(run, "run_rows_written", "Rows of them whose files are written.")
+        self._over = threading.Event()
+        self._thread = threading.Thread(target=self._repeat, name="telemetry", daemon=True)
+
+    def __enter__(self) -> "RunTelemetry":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._over.set()
+        self._thread.join()
 
     def written(self, rows: int) -> None:
         """So many more rows are written."""
-        _add(self._written, rows)
+        self._written += rows
+
+    def _repeat(self) -> None:
+        over = False
+        while not over:
+            over = self._over.is_set()
+            self._planned_gauge.set(self._rows)
+            self._written_gauge.set(self._written)
+            self._over.wait(REPEAT_SECONDS)
 
 
 class DeathTelemetry:

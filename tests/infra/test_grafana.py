@@ -23,7 +23,7 @@ def counted(monkeypatch) -> dict[str, type]:
 
         monkeypatch.setattr(pipeline.telemetry, kind, make)
     ActorTelemetry("run")
-    RunTelemetry("run", 1)
+    RunTelemetry("run", rows=1)
     DeathTelemetry("run")
     return {name: kind.__name__ for name, kind in made.items()}
 
@@ -35,7 +35,7 @@ def test_every_metric_is_asked_for_and_no_other(monkeypatch):
     assert {name for name in asked if name.endswith("_total")} == {n for n, k in metrics.items() if k == "Counter"}
 
 
-def test_counters_are_read_as_rates_or_totals_of_the_chosen_runs():
+def test_every_series_is_of_the_chosen_runs():
     for expression in ASKED:
         assert expression.count("ray_selfrag_") == expression.count('run=~"$run"'), expression
         assert expression.count("(") == expression.count(")"), expression

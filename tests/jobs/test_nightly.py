@@ -87,16 +87,16 @@ def test_a_night_has_what_is_new_and_what_has_failed(nightly, queries, tmp_path)
     assert rows(tmp_path / "sets/2026-01-30") == {"a": "ONE", "c": "THREE"}
     ask(queries, a="one", b="bad", c="three", d="four")
     second = call(nightly, "--date", "2026-01-31")
-    assert second.exit_code == 3, second.output
-    assert "known    2 rows more are answered below" in second.stderr
+    assert second.exit_code == 0, second.output
+    assert f"known    3 rows more, below {tmp_path}/sets" in second.stderr
     assert rows(tmp_path / "sets/2026-01-31") == {"d": "FOUR"}
     manifest = json.loads((tmp_path / "sets/2026-01-31/_manifest.json").read_text())
-    assert (manifest["counts"]["rows"], manifest["counts"]["errors"], manifest["known"]) == (2, 1, 2)
+    assert (manifest["counts"]["rows"], manifest["counts"]["errors"], manifest["known"]) == (1, 0, 3)
     assert manifest["configuration"]["output"] == f"{tmp_path}/sets/2026-01-31"
     ask(queries, a="one", c="three", d="four")
     third = call(nightly, "--date", "2026-02-01")
     assert third.exit_code == 0, third.output
-    assert third.stderr.splitlines() == [f"all 3 queries are answered below {tmp_path}/sets; nothing is left to do"]
+    assert third.stderr.splitlines() == [f"all 3 queries are dealt with below {tmp_path}/sets; nothing is left to do"]
     assert not (tmp_path / "sets/2026-02-01").exists()
 
 
@@ -119,23 +119,63 @@ def test_a_night_that_was_killed_goes_on_with_its_own_rows(nightly, tmp_path, mo
     assert "is finished; nothing was left to do" in finished.stderr
 
 
-def test_queries_that_changed_under_a_night_are_refused(nightly, queries):
+def test_queries_that_come_in_meanwhile_are_the_next_nights(nightly, queries, tmp_path):
     assert call(nightly, "--date", "2026-01-30").exit_code == 3
     ask(queries, a="one", z="new")
+    again = call(nightly, "--date", "2026-01-30")
+    assert again.exit_code == 3
+    assert "is finished; nothing was left to do" in again.stderr
+    assert call(nightly, "--date", "2026-01-31").exit_code == 0
+    assert rows(tmp_path / "sets/2026-01-31") == {"z": "NEW"}
+
+
+def test_another_query_set_is_not_mixed_into_a_night(nightly, tmp_path):
+    assert call(nightly, "--date", "2026-01-30").exit_code == 3
+    ask(tmp_path / "other.parquet", a="one")
+    result = call(nightly | {"queries": f"{tmp_path}/other.parquet"}, "--date", "2026-01-30")
+    assert result.exit_code == 2
+    assert f"2026-01-30/_queries was chosen from {tmp_path}/queries.parquet; choose another" in result.stderr
+
+
+def test_beginning_anew_chooses_anew_once_it_can_begin(nightly, queries, tmp_path, monkeypatch):
+    assert call(nightly, "--date", "2026-01-30").exit_code == 3
+    before = {file: file.read_bytes() for file in (tmp_path / "sets").rglob("*") if file.is_file()}
+    ask(queries, z="new")
+
+    def away(_plan):
+        raise ValueError("no Ray")
+
+    with monkeypatch.context() as patched:
+        patched.setattr("jobs.annotate.allot", away)
+        assert call(nightly, "--date", "2026-01-30", "--overwrite").exit_code == 2
+    assert {file: file.read_bytes() for file in (tmp_path / "sets").rglob("*") if file.is_file()} == before
+    assert call(nightly, "--date", "2026-01-30", "--overwrite").exit_code == 0
+    assert rows(tmp_path / "sets/2026-01-30") == {"z": "NEW"}
+
+
+def test_somebody_elses_folder_is_left_as_it_is(nightly, tmp_path):
+    (tmp_path / "sets/2026-01-30").mkdir(parents=True)
+    (tmp_path / "sets/2026-01-30/theirs.txt").write_text("x")
     result = call(nightly, "--date", "2026-01-30")
     assert result.exit_code == 2
-    assert "2026-01-30/_queries was chosen from other queries; choose another output, or" in result.stderr
-    assert call(nightly, "--date", "2026-01-30", "--overwrite").exit_code == 0
+    assert "holds files of something else" in result.stderr
+    assert [file.name for file in (tmp_path / "sets/2026-01-30").iterdir()] == ["theirs.txt"]
+
+
+def test_the_output_can_be_the_lock(nightly, tmp_path):
+    nightly |= {"skip_annotated": None, "output": f"{tmp_path}/out", "execution": {"lock": f"{tmp_path}/out/"}}
+    assert call(nightly | {"queries": nightly["queries"]}).exit_code == 1  # more errors than the default allows
+    assert (tmp_path / "out/_SUCCESS").exists()
 
 
 def test_a_dry_run_chooses_too_and_leaves_nothing(nightly, queries, tmp_path):
     assert call(nightly, "--date", "2026-01-30").exit_code == 3
     ask(queries, a="one", d="four", e="five")
-    before = sorted(tmp_path.rglob("*"))
+    before = sorted((tmp_path / "sets").rglob("*"))
     result = call(nightly, "--date", "2026-01-31", "--dry-run")
     assert result.exit_code == 0, result.output
     assert "2 rows in 1 units" in result.stderr
-    assert sorted(tmp_path.rglob("*")) == before
+    assert sorted((tmp_path / "sets").rglob("*")) == before
 
 
 def test_a_date_can_have_a_format_and_is_todays_by_default(nightly, tmp_path):
@@ -222,15 +262,21 @@ def test_a_refusal_is_told_too(told, web, tmp_path):
 def test_ends_without_failure_are_told_to_nobody(told, web, tmp_path):
     assert call(told, "--date", "2026-01-30").exit_code == 3
     assert call(told, "--date", "2026-01-30", "--dry-run").exit_code == 0
+    assert call(told | {"queries": f"{tmp_path}/none"}, "--date", "2026-02-01", "--dry-run").exit_code == 2
     assert web.heard == []
     assert not (tmp_path / "heard.jsonl").exists()
 
 
-def test_who_cannot_be_told_changes_nothing(told, tmp_path, caplog):
-    told["on_failure"] = {"command": ["/no/such/key-abc"], "webhook": "http://127.0.0.1:1/key-abc"}
-    assert call(told | {"queries": f"{tmp_path}/none"}).exit_code == 2
+@pytest.mark.parametrize(
+    ("path", "kind"), [("key-abc", "URLError"), ("key-abc…", "UnicodeEncodeError"), ("key-abc x", "InvalidURL")]
+)
+def test_who_cannot_be_told_changes_nothing(told, tmp_path, caplog, path, kind):
+    told["on_failure"] = {"command": ["/no/such/key-abc"], "webhook": f"http://127.0.0.1:1/{path}"}
+    result = call(told | {"queries": f"{tmp_path}/none"})
+    assert result.exit_code == 2
     warnings = [record.message for record in caplog.records if record.name == "jobs.notify"]
-    assert warnings == [f"on_failure: nobody was told: {kind}" for kind in ("FileNotFoundError", "URLError")]
+    assert warnings == [f"on_failure: nobody was told: {name}" for name in ("FileNotFoundError", kind)]
+    assert "key-abc" not in result.output
 
 
 def test_a_webhook_is_on_the_web_and_its_address_is_not_repeated(told):
@@ -239,3 +285,23 @@ def test_a_webhook_is_on_the_web_and_its_address_is_not_repeated(told):
     assert result.exit_code == 2
     assert "configuration key on_failure.webhook: expected http://… or https://…" in result.stderr
     assert "key-abc" not in result.output
+
+
+def test_too_many_failed_rows_are_told(told, web):
+    told["execution"]["max_error_rate"] = 0.1
+    web.statuses = [200]
+    result = call(told, "--date", "2026-01-30")
+    assert result.exit_code == 1
+    message = "1 of 3 rows failed, more than execution.max_error_rate allows"
+    assert result.stderr.splitlines()[-1] == f"error: {message}"
+    ((_, record),) = web.heard
+    assert (record["status"], record["error"]) == (1, message)
+
+
+def test_a_lock_that_cannot_be_reached_is_named_in_one_line(nightly):
+    nightly["execution"]["lock"] = "s3://bucket/lock"
+    nightly["storage"] = {"endpoint_url": "http://127.0.0.1:1", "region": "us-east-1", "patience_s": 0}
+    nightly["storage"] |= {"access_key": "a", "secret_key": "b"}
+    result = call(nightly, "--date", "2026-01-30")
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1].startswith("error: s3://bucket/lock")

@@ -1,16 +1,19 @@
 """The card of an annotated set, and its way to the hub, which was never asked: a recorder stands in its place."""
 
+import json
 from pathlib import Path
 from typing import Any
 
 import datasets
 import huggingface_hub
+import pyarrow as pa
 import pytest
 import typer
 from click.testing import Result
 from typer.testing import CliRunner
 
 from jobs.share import share
+from pipeline.card import columns_table
 from tests.jobs.test_rescore import annotated_set
 from tests.s3 import S3Server
 
@@ -70,11 +73,32 @@ def test_a_set_with_its_card_opens_in_one_line(annotated: Path, tmp_path: Path) 
 
 def test_an_edited_card_is_kept(annotated: Path) -> None:
     run(annotated)
-    (annotated / "README.md").write_text("mine")
+    card = annotated / "README.md"
+    edited = card.read_text().replace("## Caveats", "## Mine")
+    card.write_text(edited)
     assert run(annotated).exit_code == 0
-    assert (annotated / "README.md").read_text() == "mine"
+    assert card.read_text() == edited
     assert run(annotated, "--overwrite").exit_code == 0
-    assert "license" not in (annotated / "README.md").read_text()
+    assert "## Caveats" in card.read_text()
+
+
+@pytest.mark.parametrize(("options", "what"), [([], "run"), (["--license", "mit"], "licence")])
+def test_a_card_of_something_else_is_not_shared(annotated: Path, hub: Hub, options: list[str], what: str) -> None:
+    run(annotated)
+    if what == "run":
+        manifest = json.loads((annotated / "_manifest.json").read_text())
+        (annotated / "_manifest.json").write_text(json.dumps(manifest | {"finished": "2031-01-01T00:00:00"}))
+    result = run(annotated, "--push-to-hub", "me/answers", *options)
+    assert result.exit_code == 2
+    assert f"README.md is of another {what} (" in result.stderr
+    assert "--overwrite makes it anew" in result.stderr
+    assert hub.files == set()
+    assert run(annotated, "--push-to-hub", "me/answers", *options, "--overwrite").exit_code == 0
+
+
+def test_names_of_somebodys_data_are_no_markdown() -> None:
+    table = columns_table(pa.schema([("a|`b`\n![x](https://e.org/i)", pa.string()), ("answer", pa.string())]))
+    assert table.splitlines()[2] == r"| `a\|'b' ![x](https://e.org/i)` | as the query set has them |"
 
 
 def test_a_set_is_pushed_with_card_and_manifest_and_nothing_else(annotated: Path, hub: Hub) -> None:

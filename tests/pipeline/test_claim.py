@@ -46,6 +46,16 @@ def test_a_second_run_on_the_same_machine_stops_with_a_clear_line(output: Locati
         assert len(claims(output)) == 1
 
 
+def test_a_claim_that_this_process_has_given_back_is_dead_though_the_store_still_shows_it(output: Location) -> None:
+    with Claim(output):
+        (shown,) = Path(output.path).glob("_running/*.json")
+        content = shown.read_bytes()
+    shown.parent.mkdir(parents=True)
+    shown.write_bytes(content)
+    with Claim(output):
+        assert not shown.exists()
+
+
 def test_a_killed_runs_claim_does_not_stand_in_the_way(output: Location) -> None:
     script = f"""
 import time

@@ -117,3 +117,22 @@ def test_storage_comes_from_a_runs_file_and_settings(tmp_path):
 def test_wrong_storage_settings_are_named(setting, problem):
     with pytest.raises(ValueError, match=problem):
         load_storage(None, [setting])
+
+
+@pytest.mark.parametrize(
+    ("changes", "same"),
+    [
+        ({"model.name": "/elsewhere/model"}, True),
+        ({"model.engine.gpu_memory_utilization": 0.7, "model.engine.max_num_seqs": 8}, True),
+        ({"model.engine.tensor_parallel_size": 2, "execution.actors": 4, "storage.region": "eu-1"}, True),
+        ({"queries": "r", "output": "s", "index": "t", "skip_annotated": "u", "execution.lock": "v"}, True),
+        ({"model.engine.dtype": "half"}, False),
+        ({"model.engine.max_model_len": 512}, False),
+        ({"execution.unit_rows": 7}, False),
+        ({"decoding.weights.support": 2}, False),
+        ({"retrieval.search": "nprobe=4"}, False),
+    ],
+)
+def test_what_a_resumed_run_may_change(changes, same):
+    changed = load_config(None, [], NEEDED | changes)
+    assert (changed.decisive() == load_config(None, [], NEEDED).decisive()) == same

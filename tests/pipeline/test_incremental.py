@@ -10,7 +10,7 @@ import pytest
 from pipeline.config import Columns, StorageConfig
 from pipeline.incremental import Earlier, NothingNewError, Selection
 from pipeline.query_set import inspect_queries
-from pipeline.storage import Location, locate
+from pipeline.storage import Location, StorageError, locate
 
 
 def place(path: Path) -> Location:
@@ -28,22 +28,23 @@ def asked(tmp_path: Path) -> Path:
     return folder
 
 
-def answered(sets: Path, name: str, *ids: str, folder: str = "data") -> None:
-    """An earlier set with some answers, or errors."""
-    file = sets / name / folder / f"part-{len(list(sets.rglob('part-*'))):020x}.parquet"
-    file.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(pa.table({"id": pa.array(ids, pa.string()), "answer": ["!"] * len(ids)}), file)
+def earlier(sets: Path, name: str, *ids: str, error: str | None = None) -> None:
+    """An earlier set with some answers, or with rows that failed."""
+    folder = sets / name / ("errors" if error else "data")
+    folder.mkdir(parents=True, exist_ok=True)
+    columns = {"id": pa.array(ids, pa.string()), "error_type" if error else "answer": [error or "!"] * len(ids)}
+    pq.write_table(pa.table(columns), folder / f"part-{len(list(sets.rglob('part-*'))):020x}.parquet")
 
 
 def select(asked: Path, sets: Path, anew: bool = False, column: str = "id") -> Selection:
     """What today's run has to do."""
+    output = place(sets / "today")
+    if not anew and (kept := Selection.kept(output, str(asked))) is not None:
+        return kept
     queries = inspect_queries(place(asked), Columns(id=column), unit_rows=3)
-    selection = Selection.of(place(sets / "today"))
-    if selection.made() and not anew:
-        selection.check(queries)
-    else:
-        selection.make(queries, Earlier(place(sets), place(sets / "today"), column), StorageConfig())
-    return selection
+    scratch = sets.parent / f"scratch-{len(list(sets.parent.iterdir()))}"
+    sources = Earlier(place(sets), output, column)
+    return Selection.choose(queries, sources, StorageConfig(), place(scratch)).keep(output, str(asked))
 
 
 def rows(selection: Selection) -> list[tuple[str, int]]:
@@ -52,16 +53,25 @@ def rows(selection: Selection) -> list[tuple[str, int]]:
 
 
 def test_answered_ids_are_left_out_and_failed_ones_are_not(asked: Path, tmp_path: Path):
-    answered(tmp_path / "sets", "monday", "q0", "q7", "other")
-    answered(tmp_path / "sets", "monday", "q1", folder="errors")
-    answered(tmp_path / "sets", "week/tuesday", "q3", "q4", "q5")
+    earlier(tmp_path / "sets", "monday", "q0", "q7", "other")
+    earlier(tmp_path / "sets", "monday", "q1", error="TimeoutError")
+    earlier(tmp_path / "sets", "week/tuesday", "q3", "q4", "q5")
     found = select(asked, tmp_path / "sets")
     assert rows(found) == [("q1", 1), ("q2", 2), ("q6", 6), ("q8", 8), ("q9", 9)]
 
 
+def test_rows_that_failed_by_their_own_fault_or_twice_are_left_out_too(asked: Path, tmp_path: Path):
+    earlier(tmp_path / "sets", "monday", "q0", "q1", error="ValueError")
+    earlier(tmp_path / "sets", "monday", "q2", "q3", error="ProcessDiedError")
+    earlier(tmp_path / "sets", "tuesday", "q3", error="TimeoutError")
+    found = select(asked, tmp_path / "sets")
+    assert [row for row, _ in rows(found)] == ["q2", *(f"q{n}" for n in range(4, 10))]
+    assert found.known == 3
+
+
 def test_a_set_can_itself_be_the_folder(asked: Path, tmp_path: Path):
-    answered(tmp_path, "set", "q0", "q1", "q2", "q3", "q4", "q5", "q6", "q7")
-    answered(tmp_path, "set", "q8", folder="errors")
+    earlier(tmp_path, "set", "q0", "q1", "q2", "q3", "q4", "q5", "q6", "q7")
+    earlier(tmp_path, "set", "q8", error="TimeoutError")
     assert [row for row, _ in rows(select(asked, tmp_path / "set"))] == ["q8", "q9"]
 
 
@@ -71,14 +81,15 @@ def test_the_first_run_has_all_queries(asked: Path, tmp_path: Path):
 
 
 def test_a_selection_stays_what_it_was(asked: Path, tmp_path: Path):
-    answered(tmp_path / "sets", "monday", "q0")
+    earlier(tmp_path / "sets", "monday", "q0")
     first = select(asked, tmp_path / "sets")
-    answered(tmp_path / "sets", "today", "q1", "q2")  # what the run has done before it was killed
-    answered(tmp_path / "sets", "other", "q9")
+    earlier(tmp_path / "sets", "today", "q1", "q2")  # what the run has done before it was killed
+    earlier(tmp_path / "sets", "other", "q9")
+    pq.write_table(pa.table({"id": ["new"], "query": ["?"], "extra": [10]}), asked / "c.parquet")
     again = select(asked, tmp_path / "sets")
-    assert rows(again) == rows(first)
+    assert (rows(again), again.known) == (rows(first), 1)
     anew = select(asked, tmp_path / "sets", anew=True)
-    assert [row for row, _ in rows(anew)] == [f"q{n}" for n in range(1, 9)]
+    assert [row for row, _ in rows(anew)] == [*(f"q{n}" for n in range(1, 9)), "new"]
 
 
 def test_a_selection_that_was_not_finished_is_made_again(asked: Path, tmp_path: Path):
@@ -89,31 +100,40 @@ def test_a_selection_that_was_not_finished_is_made_again(asked: Path, tmp_path: 
     assert not (left / "part-00007.parquet").exists()
 
 
-def test_other_queries_than_those_selected_from_are_refused(asked: Path, tmp_path: Path):
+def test_another_query_set_than_the_one_chosen_from_is_refused(asked: Path, tmp_path: Path):
     select(asked, tmp_path / "sets")
-    pq.write_table(pa.table({"id": ["new"], "query": ["?"], "extra": [1]}), asked / "c.parquet")
-    with pytest.raises(ValueError, match="today/_queries was chosen from other queries; choose another output"):
+    with pytest.raises(ValueError, match="today/_queries was chosen from .*queries; choose another output"):
+        select(tmp_path / "elsewhere", tmp_path / "sets")
+
+
+def test_a_damaged_file_of_an_earlier_set_is_named(asked: Path, tmp_path: Path):
+    earlier(tmp_path / "sets", "monday", "q0")
+    (file,) = (tmp_path / "sets").rglob("part-*")
+    file.write_bytes(b"half")
+    with pytest.raises(StorageError, match=str(file)):
         select(asked, tmp_path / "sets")
 
 
 def test_nothing_new_is_said_every_time(asked: Path, tmp_path: Path):
-    answered(tmp_path / "sets", "monday", *(f"q{n}" for n in range(10)))
+    earlier(tmp_path / "sets", "monday", *(f"q{n}" for n in range(10)))
     for _ in range(2):
-        with pytest.raises(NothingNewError, match="all 10 queries are answered below .*sets; nothing is left to do"):
+        with pytest.raises(NothingNewError, match="all 10 queries are dealt with below .*sets; nothing is left to do"):
             select(asked, tmp_path / "sets")
     assert not (tmp_path / "sets" / "today").exists()
 
 
 def test_many_rows_go_into_several_files(asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("pipeline.incremental.FILE_ROWS", 4)
+    monkeypatch.setattr("pipeline.incremental.GROUP_ROWS", 3)
     found = select(asked, tmp_path / "sets")
     files = sorted(Path(found.folder.path).glob("part-*.parquet"))
     assert [pq.read_metadata(file).num_rows for file in files] == [4, 5, 1]
+    assert max(pq.read_metadata(file).num_row_groups for file in files) == 2
     assert [row for row, _ in rows(found)] == [f"q{n}" for n in range(10)]
 
 
 def test_a_set_without_the_column_of_ids_is_named(asked: Path, tmp_path: Path):
-    answered(tmp_path / "sets", "monday", "q0")
+    earlier(tmp_path / "sets", "monday", "q0")
     table = pa.table({"key": ["a"], "query": ["?"]})
     pq.write_table(table, tmp_path / "other.parquet")
     with pytest.raises(ValueError, match=r"monday/data/part-0+\.parquet: no column 'key' of ids \(columns.id\)"):

@@ -68,14 +68,15 @@ class Counting:
             {"error_type": "ValueError"},
         ]
         table = pa.Table.from_pylist(rows, schema=annotated_schema(pa.schema([("id", pa.string())]), False))
-        self.actor.begin(10)
         self.actor.unit(table)
         self.actor.unit(table)
-        self.actor.step(running=12, waiting=3)
+        with self.actor.flying(4):
+            self.actor.step(running=12, waiting=3)
         self.actor.search(0.02)
         self.actor.search(0.03)
-        self.run.written(3)
-        self.run.written(3)
+        with self.run:
+            self.run.written(3)
+            self.run.written(3)
         self.deaths.started()
         self.deaths.started()
         self.deaths.died(out_of_memory=True)
@@ -94,18 +95,19 @@ EXPECTED = {
     ("selfrag_stage_seconds_total", "stage=retrieve"): 1.0,
     ("selfrag_stage_seconds_total", "stage=decode"): 8.0,
     ("selfrag_row_seconds_count", "run=out/one"): 4,
-    ("selfrag_begun_rows_total", "run=out/one"): 10,
+    ("selfrag_rows_in_flight", "run=out/one"): 4,
     ("selfrag_engine_running_requests", "run=out/one"): 12,
     ("selfrag_engine_waiting_requests", "run=out/one"): 3,
     ("selfrag_search_seconds_count", "run=out/one"): 2,
-    ("selfrag_planned_rows_total", "run=out/one"): 10,
-    ("selfrag_written_rows_total", "run=out/one"): 6,
+    ("selfrag_run_rows", "run=out/one"): 10,
+    ("selfrag_run_rows_written", "run=out/one"): 6,
     ("selfrag_actor_starts_total", "run=out/one"): 2,
     ("selfrag_engine_deaths_total", "out_of_memory=true"): 1,
 }
 
 
 def test_what_is_counted_can_be_scraped(port: tuple[str, int]) -> None:
+    ray.shutdown()  # other tests leave theirs up
     ray.init(address=port[0], log_to_driver=False, namespace="metrics")
     try:
         counting = ray.remote(num_cpus=0)(Counting).remote()
@@ -123,12 +125,11 @@ def test_a_run_can_be_watched(port: tuple[str, int], tmp_path: Path) -> None:
     job = Job(str(tmp_path / "queries"), str(tmp_path / "out"), model_folder(tmp_path), settings)
     running = job.start()
     run = f"run={tmp_path}/out"
-    most = {("selfrag_rows_total", run): 50, ("selfrag_written_rows_total", run): 40}
+    most = {("selfrag_rows_total", run): 50, ("selfrag_run_rows_written", run): 40}
     found = wait_for(port[1], lambda sample: all(sample.get(key, 0) >= count for key, count in most.items()))
     status, said = running.ended()
     assert status == 3, said[-3000:]
-    assert found["selfrag_planned_rows_total", run] == 60
-    assert found["selfrag_begun_rows_total", run] == 60
+    assert found["selfrag_run_rows", run] == 60
     assert found["selfrag_rows_total", run] == 50
     assert found["selfrag_row_errors_total", "type=KeyError"] == 1
     assert found["selfrag_actor_starts_total", run] == 1
