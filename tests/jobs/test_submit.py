@@ -15,7 +15,6 @@ from tests.faults.campaign import model_folder
 from tests.faults.harness import broken, redone, write_queries, written
 
 ROOT = Path(__file__).parents[2]
-ENVIRONMENT = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
 
 
 def free_port() -> int:
@@ -33,7 +32,8 @@ class Server:
     def ask(self, *words: str) -> tuple[int, str]:
         """Status and words of a ``ray job`` command."""
         command = [str(Path(sys.executable).with_name("ray")), "job", words[0], "--address", self.address, *words[1:]]
-        done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=ENVIRONMENT)
+        environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
+        done = subprocess.run(command, capture_output=True, text=True, timeout=240, cwd=ROOT, env=environment)
         return done.returncode, done.stdout + done.stderr
 
     def submit(self, folder: Path, *options: str, queries: str = "queries") -> tuple[int, str]:

@@ -82,7 +82,7 @@ def test_the_card_says_what_produced_the_set() -> None:
         "| index | 21,000,000 passages (digest cccccccccccc) |",
         "| encoder | BAAI/bge-base-en-v1.5 (revision r1, digest eeeeeeeeeeee) |",
         "| queries | 1,500 rows (digest bbbbbbbbbbbb) |",
-        "| tasks | popqa 1,400, (none) 100 |",
+        "| tasks | `popqa` 1,400, none 100 |",
         "| outcome | 1,497 answered, 3 failed, 900 with a passage |",
         "| versions | selfrag-batch 0.1.0, vllm 0.32.0 |",
         "| finished | 2025-11-23T10:00:00 |",

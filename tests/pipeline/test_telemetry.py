@@ -121,7 +121,7 @@ def test_what_is_counted_can_be_scraped(port: tuple[str, int]) -> None:
 def test_a_run_can_be_watched(port: tuple[str, int], tmp_path: Path) -> None:
     """60 rows in six units; one raises, and one hangs until its time is over."""
     write_queries(tmp_path / "queries", 60, {5: "RAISES", 55: "HANGS"})
-    settings = [f"execution.ray_address={port[0]}", "execution.row_timeout_s=30", "execution.max_error_rate=0.5"]
+    settings = [f"execution.ray_address={port[0]}", "execution.row_timeout_s=20", "execution.max_error_rate=0.5"]
     job = Job(str(tmp_path / "queries"), str(tmp_path / "out"), model_folder(tmp_path), settings)
     running = job.start()
     run = f"run={tmp_path}/out"
