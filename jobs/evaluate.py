@@ -19,6 +19,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from jobs.options import RunFile, StorageSettings
 from jobs.sweep import save, sweep_set, tables
 from pipeline.config import load_storage
 from pipeline.evaluation import Evaluation, Figures, Row, columns_of, evaluate_set, rows_of
@@ -128,11 +129,8 @@ def evaluate(
     factscore_file: Annotated[
         str | None, typer.Option("--factscore", help="Write the rows for FActScore's judge here.")
     ] = None,
-    config: Annotated[str | None, typer.Option(help="YAML file of a run, for its section 'storage'.")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A storage setting, such as storage.endpoint_url=http://host:9000."),
-    ] = None,
+    config: RunFile = None,
+    settings: StorageSettings = None,
 ) -> None:
     """Compare an annotated set with gold answers, and with other annotated sets of the same queries."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -18,6 +18,7 @@ from typing import Annotated
 
 import typer
 
+from jobs.options import RunFile, StorageSettings
 from pipeline.claim import Claim
 from pipeline.config import StorageConfig, load_storage
 from pipeline.imports import Ids, KnownDataset, Recipe, Row, check_row, checked_columns, known_datasets
@@ -151,11 +152,8 @@ def import_queries(
         bool, typer.Option("--skip-bad", help="List bad rows and leave them out; by default the first ends the import.")
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a query set that is there.")] = False,
-    config: Annotated[str | None, typer.Option(help="YAML file of a run, for its section 'storage'.")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A storage setting, such as storage.endpoint_url=http://host:9000."),
-    ] = None,
+    config: RunFile = None,
+    settings: StorageSettings = None,
 ) -> None:
     """Make a query set of a dataset or of files.
 

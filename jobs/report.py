@@ -10,6 +10,7 @@ from typing import Annotated, Any
 
 import typer
 
+from jobs.options import RunFile, StorageSettings
 from pipeline.config import load_storage
 from pipeline.evaluation import columns_of
 from pipeline.output import REPORT, OutputFolder
@@ -83,11 +84,8 @@ def report(
     price_per_hour: Annotated[
         float | None, typer.Option(min=0.0, help="Of one actor's machine, in any currency: shows what queries cost.")
     ] = None,
-    config: Annotated[str | None, typer.Option(help="YAML file of a run, for its section 'storage'.")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A storage setting, such as storage.endpoint_url=http://host:9000."),
-    ] = None,
+    config: RunFile = None,
+    settings: StorageSettings = None,
 ) -> None:
     """Write a page about an annotated set: what ran, how fast, at what cost, and how good its answers look."""
     logging.basicConfig(level=logging.INFO, format="%(message)s")

@@ -15,6 +15,7 @@ from typing import Annotated
 
 import typer
 
+from jobs.options import RunFile, StorageSettings
 from pipeline.card import AnnotatedSet, dataset_card, finished
 from pipeline.config import load_storage
 from pipeline.output import CARD, OutputFolder
@@ -95,11 +96,8 @@ def share(
         str | None, typer.Option("--push-to-hub", help="OWNER/NAME of a dataset on the hub; a new one is private.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a card that is there.")] = False,
-    config: Annotated[str | None, typer.Option(help="YAML file of a run, for its section 'storage'.")] = None,
-    settings: Annotated[
-        list[str] | None,
-        typer.Option("--set", help="A storage setting, such as storage.endpoint_url=http://host:9000."),
-    ] = None,
+    config: RunFile = None,
+    settings: StorageSettings = None,
 ) -> None:
     """Write the dataset card of an annotated set, and push both to the Hugging Face hub.
 
