@@ -80,6 +80,7 @@ def test_a_process_that_is_killed_while_its_actor_starts_is_started_again(job: J
     assert job.problems(tmp_path / "queries", status, said) == []
 
 
+@pytest.mark.slow
 def test_a_run_whose_actors_never_start_ends_and_says_so(job: Job, tmp_path: Path) -> None:
     write_queries(tmp_path / "queries", 30)
     job.model = model_folder(tmp_path)

@@ -213,6 +213,7 @@ def test_output_opens_in_one_line(finished):
     assert opened.num_rows == 13
 
 
+@pytest.mark.slow
 def test_interrupted_run_is_continued(finished, queries, small_index, tmp_path):
     """As if killed between a unit's two files, before the end: that unit alone is run again."""
     output = tmp_path / "out"
@@ -291,6 +292,7 @@ def test_from_and_to_s3_by_way_of_shard_servers(s3, queries, small_index, answer
     assert s3.access_key not in manifest + result.stderr + result.stdout
 
 
+@pytest.mark.slow
 def test_a_model_that_was_never_taught_reads_and_judges_when_asked_in_words(demo_rows, tmp_path):
     """SmolLM2-135M-Instruct as it comes: the same columns, its critique by questions."""
     given = [
