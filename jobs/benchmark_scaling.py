@@ -73,6 +73,9 @@ class WaitingEngine:
     def shutdown(self) -> None:
         """Nothing to end."""
 
+    def abandon(self) -> None:
+        """Nothing to leave."""
+
 
 class WaitingActor(SelfRagActor):
     """An actor with such an engine."""

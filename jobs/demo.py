@@ -38,6 +38,7 @@ from pipeline.config import (
 from pipeline.embedded import built, demo_encoder, demo_model
 from pipeline.evaluation import Evaluation, View, evaluate_set, first_passage, without_retrieval
 from pipeline.metrics import best, contains
+from pipeline.output import REPORT
 from pipeline.settings import validated
 from pipeline.storage import locate
 
@@ -175,7 +176,7 @@ def conclusion(annotated: DemoSet, evaluated: Mapping[str, Evaluation]) -> list[
         f"{counts['retrieved']} of {counts['rows']} rows used a passage. {counts['annotated']} rows in "
         f"{counts['seconds']:.0f} s, {counts['annotated'] / counts['seconds']:.2f} rows/s, the engine's start included."
     )
-    return [*lines, f"annotated set: {annotated.folder}"]
+    return [*lines, f"annotated set: {annotated.folder}", f"report: {annotated.folder}/{REPORT}"]
 
 
 def demo(

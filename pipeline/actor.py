@@ -3,8 +3,9 @@
 import asyncio
 import logging
 import os
+import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import pyarrow as pa
@@ -190,10 +191,13 @@ class SelfRagActor:
         stamped = pa.array([f"{unit}/{began}/{time.time()}"] * table.num_rows, pa.string())
         return annotated.set_column(annotated.schema.names.index(UNIT_COLUMN), UNIT_COLUMN, stamped)
 
-    def __del__(self) -> None:
+    def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         """End engine and index; Ray Data deletes the object when the pool shuts down, and calls nothing else."""
         # The engine first: its processes end with this one, and what they say then is noise.
         if (generator := getattr(self, "generator", None)) is not None:
+            if finalizing():  # vLLM's modules are gone
+                generator.abandon()
+                return
             generator.shutdown()
         if (retriever := getattr(self, "retriever", None)) is not None:
             retriever.close()

@@ -281,7 +281,14 @@ class VllmGenerator:
             handler.get_loop().call_soon_threadsafe(handler.cancel)
         self.engine.shutdown()
         self.guard.communicate()
-        self.engine.shutdown = lambda: None  # its destructor would try again when vLLM's modules are gone
+        self.abandon()
+
+    def abandon(self) -> None:
+        """Leave the engine core to its guard, which ends it with this process.
+
+        The engine's destructor would shut it down when vLLM's modules are gone.
+        """
+        self.engine.shutdown = lambda: None
 
 
 def core_processes(engine: Any) -> Sequence[Any]:

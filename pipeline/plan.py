@@ -81,7 +81,11 @@ class Plan:
         config, rows = self.config, sum(unit.rows for unit in self.todo)
         return [
             f"queries  {config.queries}: {self.queries.rows} rows in {self.queries.files} files",
-            *([f"known    {self.known} rows more, below {config.skip_annotated}"] if config.skip_annotated else []),
+            *(
+                [f"skipped  {self.known} rows that were dealt with below {config.skip_annotated}"]
+                if config.skip_annotated
+                else []
+            ),
             f"index    {config.index or 'none'}" + (f": {self.index['passages']} passages" if self.index else ""),
             f"model    {config.model.name}",
             f"decoding {config.decoding.mode}, δ = {config.decoding.threshold}, k = {config.decoding.passages}",

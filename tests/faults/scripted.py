@@ -50,6 +50,9 @@ class ScriptedGenerator(DrawingGenerator):
     def shutdown(self) -> None:
         """Nothing to end."""
 
+    def abandon(self) -> None:
+        """Nothing to leave."""
+
 
 class ScriptedActor(SelfRagActor):
     """Writes its process id into the folder ``FAULTS_PIDS``, so that it can be killed."""

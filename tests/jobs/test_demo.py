@@ -56,10 +56,11 @@ def test_the_conclusion_compares_with_the_baselines(tmp_path: Path) -> None:
     grades = {"adaptive": (True, True, True, False), "first passage": (True, True, False, False), "never": (False,) * 4}
     evaluated = {name: evaluation(*right) for name, right in grades.items()}
     counts = {"rows": 4, "annotated": 4, "retrieved": 3, "seconds": 8.0}
-    first, second, folder = conclusion(DemoSet(tmp_path, 0, counts), evaluated)
+    first, second, folder, page = conclusion(DemoSet(tmp_path, 0, counts), evaluated)
     assert first == "Gold answer in the answer: 75.0 % adaptive; 50.0 % first passage, 0.0 % never."
     assert second.startswith("3 of 4 rows used a passage. 4 rows in 8 s, 0.50 rows/s")
     assert folder == f"annotated set: {tmp_path}"
+    assert page == f"report: {tmp_path}/report.html"
 
 
 def test_the_table_shows_answers_with_evidence_and_without(tmp_path: Path) -> None:

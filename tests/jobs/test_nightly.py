@@ -88,7 +88,7 @@ def test_a_night_has_what_is_new_and_what_has_failed(nightly, queries, tmp_path)
     ask(queries, a="one", b="bad", c="three", d="four")
     second = call(nightly, "--date", "2026-01-31")
     assert second.exit_code == 0, second.output
-    assert f"known    3 rows more, below {tmp_path}/sets" in second.stderr
+    assert f"skipped  3 rows that were dealt with below {tmp_path}/sets" in second.stderr
     assert rows(tmp_path / "sets/2026-01-31") == {"d": "FOUR"}
     manifest = json.loads((tmp_path / "sets/2026-01-31/_manifest.json").read_text())
     assert (manifest["counts"]["rows"], manifest["counts"]["errors"], manifest["known"]) == (1, 0, 3)
