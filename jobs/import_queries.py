@@ -130,6 +130,21 @@ def prepare(request: SourceRequest, output: Location, storage: StorageConfig, ov
     return open_source(request, storage)
 
 
+def carry_out(job: Import, target: Location, overwrite: bool) -> QuerySet:
+    """Write the set here, and put it in its place once it is whole.
+
+    Raises:
+        ValueError: a row is bad, or the output has been taken meanwhile.
+        StorageError: storage does not answer.
+    """
+    with tempfile.TemporaryDirectory(prefix="selfrag-import-") as scratch:
+        written = job.write(Path(scratch))
+        with Claim(target):
+            check_free(target, overwrite)  # another import may have ended only now
+            publish(Path(scratch) / "set", target)
+        return written
+
+
 def import_queries(
     output: Annotated[str, typer.Option(help="Folder for the query set.")],
     source: Annotated[
@@ -172,11 +187,7 @@ def import_queries(
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
     try:
-        with tempfile.TemporaryDirectory(prefix="selfrag-import-") as scratch:
-            written = job.write(Path(scratch))
-            with Claim(target):
-                check_free(target, overwrite)  # another import may have ended only now
-                publish(Path(scratch) / "set", target)
+        written = carry_out(job, target, overwrite)
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
