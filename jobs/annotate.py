@@ -162,6 +162,7 @@ def annotate_units(plan: Plan, resources: Resources, actor: type[SelfRagActor]) 
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     config = plan.config
+    # Ray Data restarts an actor that dies, and repeats its units, without limit; Attempts ends it.
     pool = ActorPoolStrategy(
         size=config.execution.actors,
         max_concurrent_calls_per_actor=config.execution.units_in_flight,
@@ -187,8 +188,6 @@ def annotate_units(plan: Plan, resources: Resources, actor: type[SelfRagActor]) 
             compute=pool,
             num_cpus=resources.cpus,
             num_gpus=resources.gpus,
-            max_restarts=-1,
-            max_task_retries=-1,  # Attempts ends it
         )
         .map_batches(_write, fn_args=written, batch_size=None, batch_format="pyarrow", compute=beside, num_cpus=0)
     )
@@ -210,6 +209,7 @@ def shard_servers(plan: Plan, resources: Resources) -> list[Any]:
 def _read(batch: pa.Table, config: RunConfig) -> pa.Table:
     (unit,) = batch["unit"].to_pylist()
     rows = read_unit(Unit(**unit), config.storage)
+    assert rows.num_rows == unit["rows"], f"unit {unit['id']} has {unit['rows']} rows and {rows.num_rows} were read"
     return rows.append_column(UNIT_COLUMN, pa.array([f"{unit['id']}/{unit['rows']}"] * rows.num_rows, pa.string()))
 
 

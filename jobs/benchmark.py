@@ -13,16 +13,16 @@ import dataclasses
 import json
 import logging
 import os
-import platform
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
-from collections import Counter, defaultdict
+from collections import defaultdict
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -33,8 +33,9 @@ import pyarrow.parquet as pq
 import typer
 import yaml
 from rich.console import Console
-from rich.table import Table
 
+from jobs.benchmark_report import CALL, STAGES, Measured, Report, Results, load_of, plot
+from jobs.benchmark_script import SCRIPT, SHAPES, Script, ScriptedGenerator, write_shape
 from jobs.benchmark_shapes import (
     FLASHRAG_CANDIDATE,
     FLASHRAG_DECISION,
@@ -58,37 +59,11 @@ from pipeline.settings import apply_settings
 from pipeline.storage import locate
 from pipeline.types import Passage, Query
 
-# Passages for each query, and most tokens of a segment: those of the demo.
-DECODING = {"passages": 3, "max_tokens": 60}
+# Most tokens of a segment.
+MAX_TOKENS = 60
 # Queries of a unit; so many units are in flight that all rows are.
 UNIT_ROWS = 8
-STAGES = ("seconds", "decide_seconds", "retrieve_seconds", "queue_seconds", "prefill_seconds", "decode_seconds")
-CALL = "call_seconds"
-
-
-@dataclass
-class Measured:
-    """One variant on one workload.
-
-    Attributes:
-        rates: queries/s of each repeat.
-        rows: queries of a repeat.
-        agreement: shares of queries with our decision and with our answer, where there is something to compare.
-        half_full: share of the engine's steps with more than half of its slots taken, where it was counted.
-    """
-
-    rows: int
-    rates: list[float] = field(default_factory=list)
-    agreement: dict[str, float] = field(default_factory=dict)
-    half_full: float | None = None
-
-    @property
-    def rate(self) -> float:
-        """The median."""
-        return statistics.median(self.rates)
-
-
-Results = dict[str, dict[str, Measured]]
+Shape = StrEnum("Shape", {name: name for name in SHAPES})  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
@@ -98,6 +73,8 @@ class Plan:
     Attributes:
         rows, serial_rows: queries for each variant, and for the one that answers one at a time.
         model: of all variants.
+        passages: for each query.
+        scripted_tokens: of a segment, where a script says what is written.
     """
 
     workloads: Sequence[Workload]
@@ -106,24 +83,53 @@ class Plan:
     repeats: int
     model: ModelConfig
     folder: Path
+    passages: int = 3
+    scripted_tokens: int | None = None
+
+    def decoding_of(self, workload: Workload) -> DecodingConfig:
+        """The workload's settings."""
+        return DecodingConfig(**{"passages": self.passages, "max_tokens": MAX_TOKENS, **workload.decoding})
+
+    def script_of(self, workload: Workload) -> Script | None:
+        """What the model writes in this workload, where it is scripted."""
+        if self.scripted_tokens is None:
+            return None
+        return Script(workload.questions, self.scripted_tokens, self.decoding_of(workload).segments)
+
+
+@dataclass(frozen=True)
+class Shaped:
+    """A workload's rows, and the mean tokens of a query that our decoding read and wrote."""
+
+    rows: list[Row]
+    tokens: dict[str, float]
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The engine that shapes and ceiling share, with everything around it."""
+    """The engine that shapes and ceiling share, with everything around it.
+
+    Attributes:
+        memory: MB of the card by what took it; empty without one.
+    """
 
     generator: VllmGenerator
     tokenizer: PromptTokenizer
     retriever: IndexRetriever
+    memory: dict[str, float]
 
     @classmethod
     def open(cls, model: ModelConfig) -> "Bench":
         """Start the engine and open the demo's index."""
         tokenizer = PromptTokenizer.of(load_tokenizer(model), model.name)
+        free = [free_memory()]
         retriever = IndexRetriever.open(locate(str(demo_index()), StorageConfig()), RetrievalConfig(), gpu_share(model))
+        free.append(free_memory())
         wide = model.model_copy(update={"engine": {**model.engine, "max_logprobs": -1}})
         generator = VllmGenerator.start(wide, ReflectionCritic(tokenizer).watched)
-        return cls(generator, tokenizer, retriever)
+        free.append(free_memory())
+        taken = {name: a - b for name, a, b in zip(("index and encoder", "engine"), free, free[1:], strict=False) if a}
+        return cls(generator, tokenizer, retriever, taken)
 
     def close(self) -> None:
         """End the engine."""
@@ -134,8 +140,15 @@ class Bench:
 async def prepare(bench: Bench, workload: Workload, plan: Plan) -> tuple[list[Row], list[list[Any]]]:
     """The workload's rows, and the passages found for each."""
     rows = workload.rows(plan.rows)
-    found = await asyncio.gather(*(bench.retriever.retrieve(row["query"], DECODING["passages"]) for row in rows))
+    found = await asyncio.gather(*(bench.retriever.retrieve(row["query"], plan.passages) for row in rows))
     return [with_passages(row, passages, workload) for row, passages in zip(rows, found, strict=True)], list(found)
+
+
+def free_memory() -> float:
+    """MB that the card has left; 0 without a card."""
+    import torch
+
+    return torch.cuda.mem_get_info()[0] / 1e6 if torch.cuda.is_available() else 0.0
 
 
 def queries_of(rows: Sequence[Row]) -> list[Query]:
@@ -151,22 +164,25 @@ def queries_of(rows: Sequence[Row]) -> list[Query]:
     ]
 
 
-async def measure_shapes(bench: Bench, workload: Workload, plan: Plan, measured: dict[str, Measured]) -> list[Row]:
-    """All variants that run on one engine, one after the other; the rows."""
+async def measure_shapes(bench: Bench, workload: Workload, plan: Plan, measured: dict[str, Measured]) -> Shaped:
+    """All variants that run on one engine, one after the other."""
     rows, found = await prepare(bench, workload, plan)
-    queries, config = queries_of(rows), DecodingConfig(**{**DECODING, **workload.decoding})
+    queries, config = queries_of(rows), plan.decoding_of(workload)
     if workload.body is not None:
         found = [
             [dataclasses.replace(f, passage=p) for f, p in zip(fs, q.passages or (), strict=True)]
             for fs, q in zip(found, queries, strict=True)
         ]
-    engine, critic = BareEngine(bench.generator), ReflectionCritic(bench.tokenizer)
+    engine, script = BareEngine(bench.generator), plan.script_of(workload)
+    generator = bench.generator if script is None else ScriptedGenerator(bench.generator, bench.tokenizer, script)
     few = plan.serial_rows
     shapes: dict[str, tuple[int, Callable[[], Awaitable[list[Outcome]]]]] = {}
     if workload.short_form:
-        released = Released(engine, bench.tokenizer, config)
+        released = Released(engine, bench.tokenizer, config, script=script)
         naive = dataclasses.replace(released, decision=RELEASED_CANDIDATE)
-        flashrag = Released(engine, bench.tokenizer, config, FLASHRAG_DECISION, FLASHRAG_CANDIDATE, decision_tokens=1)
+        flashrag = dataclasses.replace(
+            released, decision=FLASHRAG_DECISION, candidate=FLASHRAG_CANDIDATE, decision_tokens=1
+        )
         shapes = {
             "released": (few, lambda: released.serially(queries[:few], found[:few])),
             "naive": (len(queries), lambda: naive.in_waves(queries, found)),
@@ -175,26 +191,21 @@ async def measure_shapes(bench: Bench, workload: Workload, plan: Plan, measured:
     counts = {name: count for name, (count, _) in shapes.items()} | {"direct": len(rows), "ceiling": len(rows)}
     for name, count in counts.items():
         measured.setdefault(name, Measured(count))
-    await SelfRag(bench.generator, critic, Tasks(config), bench.retriever).answer(queries[0])  # warms up
-    recorder, before = Recorder(bench.generator), bench.generator.load.steps.copy()
+    recorder, critic = Recorder(generator), ReflectionCritic(bench.tokenizer)
     system = SelfRag(recorder, critic, Tasks(config), bench.retriever)
+    await system.answer(queries[0])  # warms up
+    recorder.work.clear()
+    load = bench.generator.load
+    before = load.steps.copy()
     answers = await timed(engine, measured["direct"], direct(system, queries))
-    measured["direct"].half_full = half_full(bench.generator.load.steps - before, bench.generator.load.slots)
+    measured["direct"].load = load_of(load.steps - before, load.slots)
     ours = [Outcome(a.retrieved, a.segments[0].text if a.segments else "") for a in answers]
     await timed(engine, measured["ceiling"], engine.replay(recorder.work))
     for name, (_, run) in shapes.items():
         theirs = await timed(engine, measured[name], run())
         measured[name].agreement = agreement(ours, theirs)
-    return rows
-
-
-def half_full(steps: Counter[int], slots: int) -> float:
-    """Share of steps in which more than half of the slots were taken.
-
-    Args:
-        steps: number of steps by requests that ran in them.
-    """
-    return sum(count for running, count in steps.items() if 2 * running > slots) / max(1, steps.total())
+    read, wrote = sum(len(prompt) for prompt, _ in recorder.work), sum(written for _, written in recorder.work)
+    return Shaped(rows, {"prompt": read / len(rows), "written": wrote / len(rows)})
 
 
 async def timed(engine: BareEngine, measured: Measured, work: Awaitable[Any]) -> Any:
@@ -219,19 +230,21 @@ def measure_job(workload: Workload, rows: Sequence[Row], plan: Plan, measured: M
     """``jobs.annotate`` on the rows; mean seconds of a row by stage, and of the whole call."""
     folder = Path(tempfile.mkdtemp(dir=plan.folder))
     pq.write_table(pa.Table.from_pylist(list(rows)), folder / "queries.parquet")
-    units = -(-len(rows) // UNIT_ROWS)
+    units, script = -(-len(rows) // UNIT_ROWS), plan.script_of(workload)
     settings = {
         "model": plan.model.model_dump(exclude_none=True),
-        "decoding": {**DECODING, **workload.decoding},
+        "decoding": plan.decoding_of(workload).model_dump(mode="json"),
         "execution": {"unit_rows": UNIT_ROWS, "units_in_flight": units},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     output = folder / "out"
     options = ["--config", folder / "run.yaml", "--queries", folder / "queries.parquet", "--index", demo_index()]
-    command = [sys.executable, "-m", "jobs.annotate", *map(str, options), "--output", str(output), "--json"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603  our own command
+    module = "jobs.annotate" if script is None else "jobs.benchmark_script"
+    command = [sys.executable, "-m", module, *map(str, options), "--output", str(output), "--json"]
+    environment = os.environ | ({} if script is None else {SCRIPT: json.dumps(dataclasses.asdict(script))})
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)  # noqa: S603  our own
     if done.returncode != 0:
-        raise RuntimeError(f"jobs.annotate ended with status {done.returncode}: {done.stderr[-2000:]}")
+        raise RuntimeError(f"{module} ended with status {done.returncode}: {done.stderr[-2000:]}")
     manifest = json.loads((output / "_manifest.json").read_text())
     finished = datetime.fromisoformat(manifest["finished"]).timestamp()
     measured.rates.append(len(rows) / (finished - min(unit["began"] for unit in manifest["units"].values())))
@@ -240,93 +253,13 @@ def measure_job(workload: Workload, rows: Sequence[Row], plan: Plan, measured: M
     return {**seconds, CALL: float(json.loads(done.stdout)["seconds"])}
 
 
-@dataclass(frozen=True)
-class Report:
-    """All figures.
-
-    Attributes:
-        stages: by workload: mean seconds of a row by stage; ``seconds`` is from its first step to its last, and
-            ``call_seconds`` what the whole call took.
-    """
-
-    results: Results
-    stages: dict[str, dict[str, float]]
-
-    def ratios(self, workload: str) -> dict[str, dict[str, float]]:
-        """Ours against each variant: median of the rates, and the least and greatest of all pairs."""
-        ours = self.results[workload]["ours"]
-        return {
-            name: {
-                "median": ours.rate / other.rate,
-                "min": min(ours.rates) / max(other.rates),
-                "max": max(ours.rates) / min(other.rates),
-            }
-            for name, other in self.results[workload].items()
-            if name != "ours"
-        }
-
-    def record(self, model: ModelConfig) -> dict[str, Any]:
-        """Everything, for a file; ``ratios`` are those of the first workload."""
-        first = next(iter(self.results))
-        return {
-            "ratios": {name: ratio["median"] for name, ratio in self.ratios(first).items()},
-            "workloads": {
-                name: {
-                    "ratios": self.ratios(name),
-                    "absolute": {variant: dataclasses.asdict(m) for variant, m in variants.items()},
-                    "stages": self.stages[name],
-                }
-                for name, variants in self.results.items()
-            },
-            "absolute": {variant: m.rate for variant, m in self.results[first].items()},
-            "machine": machine(),
-            "model": model.model_dump(mode="json"),
-        }
-
-    def table(self, workload: str) -> Table:
-        """One workload's variants."""
-        table = Table(title=f"{workload} ({self.results[workload]['ours'].rows} queries)")
-        for heading in ("variant", "queries/s", "ours / variant", "min … max", "same decision", "same answer"):
-            table.add_column(heading, justify="left" if heading == "variant" else "right")
-        ratios = self.ratios(workload)
-        for name, measured in self.results[workload].items():
-            ratio = ratios.get(name)
-            shares = [f"{100 * s:.0f} %" for s in measured.agreement.values()] or ["", ""]
-            spread = [f"{ratio['median']:.2f}", f"{ratio['min']:.2f} … {ratio['max']:.2f}"] if ratio else ["", ""]
-            table.add_row(name, f"{measured.rate:.3f}", *spread, *shares)
-        return table
-
-
-def machine() -> dict[str, Any]:
-    """What the figures belong to."""
-    from vllm.platforms import current_platform
-
-    device = "CPU" if current_platform.is_cpu() else str(current_platform.get_device_name())
-    return {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "device": device}
-
-
-def plot(report: Report, file: Path) -> None:
-    """Rates of all variants by workload."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(10, 1.2 + 0.9 * len(report.results)), layout="constrained")
-    axes = figure.subplots()
-    names = ["ceiling", "direct", "ours", "flashrag", "naive", "released"]
-    for place, name in enumerate(names):
-        there = [(n, m[name].rate) for n, m in enumerate(report.results.values()) if name in m]
-        axes.barh([n + 0.13 * (place - 2.5) for n, _ in there], [rate for _, rate in there], height=0.12, label=name)
-    axes.set(yticks=range(len(report.results)), yticklabels=list(report.results), xlabel="queries/s", xscale="log")
-    axes.invert_yaxis()
-    axes.legend()
-    figure.savefig(file, dpi=120)
-
-
-async def _shapes(plan: Plan, results: Results) -> dict[str, list[Row]]:
+async def _shapes(plan: Plan, results: Results) -> tuple[dict[str, Shaped], dict[str, float]]:
     bench = Bench.open(plan.model)
     try:
-        return {w.name: await measure_shapes(bench, w, plan, results[w.name]) for w in plan.workloads}
+        shaped = {w.name: await measure_shapes(bench, w, plan, results[w.name]) for w in plan.workloads}
     finally:
         bench.close()
+    return shaped, bench.memory
 
 
 def execute(plan: Plan) -> Report:
@@ -337,16 +270,16 @@ def execute(plan: Plan) -> Report:
     results: Results = {workload.name: {"ours": Measured(plan.rows)} for workload in plan.workloads}
     stages: dict[str, list[dict[str, float]]] = defaultdict(list)
     for number in range(1, plan.repeats + 1):
-        rows = asyncio.run(_shapes(plan, results))
+        shaped, memory = asyncio.run(_shapes(plan, results))
         for workload in plan.workloads:
             ours = results[workload.name]["ours"]
-            stages[workload.name].append(measure_job(workload, rows[workload.name], plan, ours))
+            stages[workload.name].append(measure_job(workload, shaped[workload.name].rows, plan, ours))
         Console(stderr=True).print(f"repeat {number} of {plan.repeats} measured")
     means = {
         name: {stage: statistics.mean(one[stage] for one in repeats) for stage in (*STAGES, CALL)}
         for name, repeats in stages.items()
     }
-    return Report(results, means)
+    return Report(results, means, {name: one.tokens for name, one in shaped.items()}, memory)
 
 
 def benchmark(
@@ -355,6 +288,12 @@ def benchmark(
     repeats: Annotated[int | None, typer.Option(min=1)] = None,
     only: Annotated[list[str] | None, typer.Option(help="Workloads whose name begins so; all by default.")] = None,
     model: Annotated[str, typer.Option(help="Model: hub name, folder, or 'demo'.")] = "demo",
+    shape: Annotated[
+        Shape | None,
+        typer.Option(help="In place of a model: its size with dummy weights; a script says what it writes."),
+    ] = None,
+    tokens: Annotated[int, typer.Option(min=5, help="With --shape: tokens of a segment and its critique.")] = 40,
+    passages: Annotated[int, typer.Option(min=1, help="Passages for each query.")] = 3,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="An engine argument of all variants, such as dtype=bfloat16.")
     ] = None,
@@ -367,15 +306,16 @@ def benchmark(
     if not chosen:
         raise typer.BadParameter(f"--only: no workload begins so; there are {', '.join(w.name for w in WORKLOADS)}")
     count = rows or (24 if quick else 64)
-    engine: dict[str, Any] = {}
-    try:
-        apply_settings(engine, settings or [])
-        chosen_model = ModelConfig(name=model, engine=engine)
-        check_engine_arguments(chosen_model)
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
     with tempfile.TemporaryDirectory() as folder:
+        engine: dict[str, Any] = {"load_format": "dummy"} if shape else {}
+        try:
+            apply_settings(engine, settings or [])
+            name = str(write_shape(shape.value, Path(folder) / shape.value)) if shape else model
+            chosen_model = ModelConfig(name=name, engine=engine)
+            check_engine_arguments(chosen_model)
+        except ValueError as error:
+            typer.echo(f"error: {error}", err=True)
+            raise typer.Exit(2) from None
         plan = Plan(
             workloads=chosen[:1] if quick else chosen,
             rows=count,
@@ -383,11 +323,14 @@ def benchmark(
             repeats=repeats or (1 if quick else 3),
             model=chosen_model,
             folder=Path(folder),
+            passages=passages,
+            scripted_tokens=tokens if shape else None,
         )
         report = execute(plan)
     console = Console(width=None if os.isatty(1) else 140)
     for workload in report.results:
         console.print(report.table(workload))
+    console.print(report.times())
     if json_file:
         json_file.write_text(json.dumps(report.record(plan.model), indent=2))
     if plot_file:

@@ -29,6 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.annotate import allot, execute
+from jobs.benchmark_script import WRITTEN, Script
 from pipeline.actor import SelfRagActor
 from pipeline.config import DecodingConfig, ExecutionConfig, ModelConfig, RunConfig
 from pipeline.engine import load_tokenizer
@@ -36,7 +37,6 @@ from pipeline.plan import check
 from pipeline.profiles import Tasks
 from pipeline.prompts import PromptTokenizer
 from pipeline.reader import ReflectionCritic
-from pipeline.reflection import REFLECTION_TOKENS, IsRel, IsSup, Retrieve
 from pipeline.self_rag import SelfRag
 from pipeline.types import Generation
 
@@ -45,14 +45,16 @@ LATENCY = "SELFRAG_BENCHMARK_LATENCY"
 PASSAGES = [{"id": f"p{n}", "title": "A title", "text": f"A passage of some words, number {n}."} for n in range(3)]
 # Rows for each actor where actors are compared, and how many of them are under way at once.
 ROWS_PER_ACTOR, UNIT_ROWS = 240, 8
+FIVE_TOKENS = Script(tokens=5)
 
 
 @dataclass(frozen=True)
 class WaitingEngine:
-    """Retrieves for every query, and writes three tokens for each passage, after a fixed time."""
+    """Retrieves for every query, and writes five tokens for each passage, after a fixed time."""
 
     tokenizer: PromptTokenizer
     seconds: float
+    script: Script = FIVE_TOKENS
     max_model_len: int = 2048
 
     async def generate(
@@ -63,12 +65,9 @@ class WaitingEngine:
     ) -> Generation:
         """See :meth:`pipeline.engine.Generator.generate`."""
         await asyncio.sleep(self.seconds)
-        written = [Retrieve.YES] if max_tokens == 1 else [IsRel.RELEVANT, IsSup.FULLY]
-        ids = self.tokenizer.control(*written) + ([self.tokenizer.eos] if max_tokens > 1 else [])
-        table = np.full((len(ids), len(REFLECTION_TOKENS)), -5.0)
-        for place, token in enumerate(written):
-            table[place, REFLECTION_TOKENS.index(token)] = -0.1
-        return Generation(tuple(ids), np.full(len(ids), -0.1), table, len(prompt))
+        length = self.script.length(max_tokens)
+        blank = Generation((self.tokenizer.eos,) * length, np.full(length, WRITTEN), np.empty(0), len(prompt))
+        return self.script.acted(blank, prompt, self.tokenizer)
 
     def shutdown(self) -> None:
         """Nothing to end."""

@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 
+from jobs.benchmark_script import Script
 from pipeline.config import DecodingConfig
 from pipeline.critique import critique, retrieve_probability
 from pipeline.engine import Generator, VllmGenerator
@@ -109,6 +110,7 @@ class Released:
     Attributes:
         decision, candidate: log-probabilities of each token asked for in the two steps.
         decision_tokens: most tokens that a decision writes; as many as an answer by default.
+        script: what is written, where the model's weights are dummies.
     """
 
     engine: BareEngine
@@ -117,6 +119,7 @@ class Released:
     decision: int = RELEASED_DECISION
     candidate: int = RELEASED_CANDIDATE
     decision_tokens: int | None = None
+    script: Script | None = None
 
     async def serially(self, queries: Sequence[Query], found: Sequence[Sequence[RetrievedPassage]]) -> list[Outcome]:
         """One query after the other; the passages of a query together."""
@@ -156,8 +159,12 @@ class Released:
         return prompt + self.tokenizer.control(Retrieve.YES) + self.tokenizer.paragraph(body)
 
     async def _ask(self, prompt: list[int], logprobs: int | None, max_tokens: int) -> Generation:
-        output = await self.engine.ask(prompt, max_tokens=max_tokens, logprobs=logprobs, skip_special_tokens=False)
-        return read_wide(output, self.tokenizer.reflection.reflection)
+        sampling: dict[str, Any] = {"max_tokens": max_tokens, "logprobs": logprobs, "skip_special_tokens": False}
+        if self.script is not None:
+            sampling |= {"max_tokens": self.script.length(max_tokens), "ignore_eos": True}
+        output = await self.engine.ask(prompt, **sampling)
+        generation = read_wide(output, self.tokenizer.reflection.reflection)
+        return generation if self.script is None else self.script.acted(generation, prompt, self.tokenizer)
 
     def _first_segment(self, generation: Generation) -> Generation:
         """Up to the next Retrieve token, where ours ends; the scripts write on."""

@@ -4,7 +4,8 @@ Questions make the embedded model retrieve and instructions do not (infra/demo/a
 retrieval rate.
 """
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -46,14 +47,18 @@ class Workload:
         asked = [row for row in source if row["task"] == "qa"]
         told = [row for row in source if row["task"] == "instruction"]
         wanted = [round((n + 1) * self.questions) > round(n * self.questions) for n in range(count)]
-        made = [asked.pop(0) if question else told.pop(0) for question in wanted]
-        return [self._row(row, asked) for row in made]
+        rows = {True: self._rounds(asked), False: self._rounds(told)}
+        return [next(rows[question]) for question in wanted]
 
-    def _row(self, row: Row, others: Sequence[Row]) -> Row:
-        made = {"id": row["id"], "query": row["query"]}
-        if self.choices:
-            made["choices"] = [row["answers"][0], *(other["answers"][0] for other in others[:3])]
-        return made
+    def _rounds(self, source: Sequence[Row]) -> Iterator[Row]:
+        """All rows, and then again and again with the number of the round before the query."""
+        for place in itertools.count():
+            round_, n = divmod(place, len(source))
+            mark = f"{round_ + 1}: " if round_ else ""
+            row: Row = {"id": f"{mark}{source[n]['id']}", "query": f"{mark}{source[n]['query']}"}
+            if self.choices:
+                row["choices"] = [source[(n + other) % len(source)]["answers"][0] for other in range(4)]
+            yield row
 
 
 def shortened(passages: Sequence[Passage]) -> list[Passage]:

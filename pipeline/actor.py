@@ -15,6 +15,7 @@ from pipeline.attempts import BESIDE_OTHERS, ROW_DEATHS, START, OutOfMemoryError
 from pipeline.config import RunConfig
 from pipeline.critics import critic_of
 from pipeline.engine import EngineDeadError, VllmGenerator, gpu_share, prepare_environment
+from pipeline.once import AnsweredOnce, Answering
 from pipeline.postmortem import Death
 from pipeline.profiles import Tasks
 from pipeline.retrieve import IndexRetriever
@@ -44,7 +45,7 @@ def annotated_schema(inputs: pa.Schema, keep_candidates: bool) -> pa.Schema:
     return pa.schema([*passed_through(inputs), *ANSWER_FIELDS, *extra, *ERROR_FIELDS, unit])
 
 
-async def annotate_row(system: SelfRag, row: Row, config: RunConfig) -> dict[str, Any]:
+async def annotate_row(system: Answering, row: Row, config: RunConfig) -> dict[str, Any]:
     """Answer one row; whatever goes wrong with it alone becomes its error columns.
 
     Raises:
@@ -71,7 +72,9 @@ def failed(error: Exception, attempts: int = 1) -> dict[str, Any]:
     return {"error_type": type(error).__name__, "error_message": str(error), "attempts": attempts}
 
 
-async def annotate_table(system: SelfRag, table: pa.Table, config: RunConfig, attempts: Any | None = None) -> pa.Table:
+async def annotate_table(
+    system: Answering, table: pa.Table, config: RunConfig, attempts: Any | None = None
+) -> pa.Table:
     """Annotate a unit's rows; rows stay in order, one out for each one in.
 
     Args:
@@ -99,7 +102,7 @@ async def annotate_table(system: SelfRag, table: pa.Table, config: RunConfig, at
     return pa.table(columns, schema=schema)
 
 
-async def _alone(system: SelfRag, row: Row, config: RunConfig, attempts: Any, name: str) -> dict[str, Any]:
+async def _alone(system: Answering, row: Row, config: RunConfig, attempts: Any, name: str) -> dict[str, Any]:
     """Annotate one row with nothing beside it, unless processes have died of it before."""
     deaths = await attempts.deaths.remote(name)
     if deaths >= ROW_DEATHS:
@@ -167,7 +170,7 @@ class SelfRagActor:
         self.generator = VllmGenerator.start(config.model, critic.watched)
         self.generator.load.watcher = self.telemetry.step
         tasks = Tasks(config.decoding, config.profiles, config.task)
-        self.system = SelfRag(self.generator, critic, tasks, self.retriever)
+        self.system: Answering = AnsweredOnce(SelfRag(self.generator, critic, tasks, self.retriever))
 
     async def __call__(self, table: pa.Table) -> pa.Table:
         """Annotate one unit: beside others, or alone where processes have died under it."""

@@ -12,21 +12,22 @@ class EngineLoad(StatLoggerBase):  # type: ignore[misc]
 
     Attributes:
         slots: most requests that the engine runs at once (``max_num_seqs``).
-        steps: number of steps by requests that ran in them.
+        steps: number of steps by requests that ran in them, and whether others waited.
         watcher: is told of each step: requests in it, and requests that wait for a slot.
     """
 
     def __init__(self, vllm_config: Any, *_: Any) -> None:
         self.slots = int(vllm_config.scheduler_config.max_num_seqs)
-        self.steps: Counter[int] = Counter()
+        self.steps: Counter[tuple[int, bool]] = Counter()
         self.watcher: Callable[[int, int], None] | None = None
 
     def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
         """Called by vLLM for each step that has outputs."""
         if scheduler_stats is not None:
-            self.steps[scheduler_stats.num_running_reqs] += 1
+            running, waiting = scheduler_stats.num_running_reqs, scheduler_stats.num_waiting_reqs
+            self.steps[running, waiting > 0] += 1
             if self.watcher is not None:
-                self.watcher(scheduler_stats.num_running_reqs, scheduler_stats.num_waiting_reqs)
+                self.watcher(running, waiting)
 
     def log_engine_initialized(self) -> None:
         """Nothing to say."""

@@ -32,6 +32,7 @@ class Unit:
         id: hexadecimal digest of the file's content and the range; the same in every run on the same files.
         uri: of the Parquet file.
         offset: first row within the row group.
+        size, digest: the file's bytes, and the hexadecimal digest of its content.
     """
 
     id: str
@@ -39,6 +40,8 @@ class Unit:
     row_group: int
     offset: int
     rows: int
+    size: int
+    digest: str
 
 
 @dataclass(frozen=True)
@@ -197,13 +200,14 @@ def _tasks(files: list[Location], schema: pa.Schema, columns: Columns) -> dict[s
     return dict(sorted(tasks.items()))
 
 
-def _content_digest(file: Location) -> str:
-    def work() -> str:
-        digest = hashlib.sha256()
+def _content_digest(file: Location) -> tuple[int, str]:
+    def work() -> tuple[int, str]:
+        digest, size = hashlib.sha256(), 0
         with file.filesystem.open_input_stream(file.path) as stream:
             while block := stream.read(READ_BYTES):
                 digest.update(block)
-        return digest.hexdigest()
+                size += len(block)
+        return size, digest.hexdigest()
 
     return file.attempt(work)
 
@@ -215,22 +219,37 @@ def _decode(stream: Any) -> None:
 
 
 def _units(file: Location, footer: pq.FileMetaData, unit_rows: int) -> Iterator[Unit]:
-    identity = _content_digest(file)
+    size, digest = _content_digest(file)
     _opened(file, _decode)
     for group in range(footer.num_row_groups):
         total = footer.row_group(group).num_rows
         for offset in range(0, total, unit_rows):
             rows = min(unit_rows, total - offset)
-            key = hashlib.sha256(f"{identity}:{group}:{offset}:{rows}".encode()).hexdigest()[:20]
-            yield Unit(key, file.uri, group, offset, rows)
+            key = hashlib.sha256(f"{digest}:{group}:{offset}:{rows}".encode()).hexdigest()[:20]
+            yield Unit(key, file.uri, group, offset, rows, size, digest)
 
 
 @lru_cache(maxsize=1)
-def _row_group(uri: str, group: int, storage: StorageConfig) -> pa.Table:
-    file = locate(uri, storage)
-    return _opened(file, lambda stream: pq.ParquetFile(stream).read_row_group(group).replace_schema_metadata(None))
+def _row_group(
+    uri: str,
+    size: int,
+    digest: str,  # noqa: ARG001  a process may outlive a run, and the file be another one in the next
+    group: int,
+    storage: StorageConfig,
+) -> pa.Table:
+    def work(stream: Any) -> pa.Table:
+        if stream.size() != size:
+            raise ValueError(f"{uri}: has changed since the run began, from {size} to {stream.size()} bytes; run again")
+        return pq.ParquetFile(stream).read_row_group(group).replace_schema_metadata(None)
+
+    return _opened(locate(uri, storage), work)
 
 
 def read_unit(unit: Unit, storage: StorageConfig) -> pa.Table:
-    """The rows of a unit. The last row group stays in memory, since its other units tend to follow."""
-    return _row_group(unit.uri, unit.row_group, storage).slice(unit.offset, unit.rows)
+    """The rows of a unit. The last row group stays in memory, since its other units tend to follow.
+
+    Raises:
+        ValueError: the file has another size than when the run was planned.
+        StorageError: the storage cannot be read.
+    """
+    return _row_group(unit.uri, unit.size, unit.digest, unit.row_group, storage).slice(unit.offset, unit.rows)

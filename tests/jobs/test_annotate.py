@@ -178,7 +178,7 @@ def test_a_run_that_fails_at_large_stops_early(tmp_path, monkeypatch):
 def test_errors_of_earlier_calls_count_too(tmp_path, monkeypatch):
     plan, seen = failing(tmp_path, 20_000, monkeypatch, 90, 90)
     monkeypatch.setattr(OutputFolder, "error_rows", lambda _, units: 30 * len(units))
-    units = [Unit(f"{n:020x}", "q", 0, 0, 100) for n in range(4)]
+    units = [Unit(f"{n:020x}", "q", 0, 0, 100, 1, "d") for n in range(4)]
     queries = dataclasses.replace(plan.queries, units=tuple(units))
     plan = dataclasses.replace(plan, queries=queries, done=frozenset(unit.id for unit in units))
     with pytest.raises(RuntimeError, match=r"^210 of 500 rows failed"):
@@ -188,7 +188,7 @@ def test_errors_of_earlier_calls_count_too(tmp_path, monkeypatch):
 
 def test_a_unit_without_all_of_its_rows_is_withdrawn_and_the_run_says_so(tmp_path, monkeypatch):
     plan, _ = failing(tmp_path, 30, monkeypatch)
-    units = tuple(Unit(f"{n:020x}", "q", 0, 0, 10) for n in range(3))
+    units = tuple(Unit(f"{n:020x}", "q", 0, 0, 10, 1, "d") for n in range(3))
     plan = dataclasses.replace(plan, queries=dataclasses.replace(plan.queries, units=units))
     files = [tmp_path / "out" / "data" / f"part-{unit.id}.parquet" for unit in units[:2]]
     files[0].parent.mkdir(parents=True)

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import math
 import subprocess
@@ -9,7 +10,8 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from jobs.benchmark import Measured, Report, agreement, benchmark, half_full, plot
+from jobs.benchmark import agreement, benchmark
+from jobs.benchmark_report import CALL, STAGES, Measured, Report, load_of, plot
 from jobs.benchmark_shapes import ABSENT, Outcome, Released, read_wide
 from jobs.benchmark_workloads import LONG_PASSAGES, SHORT_WORDS, WORKLOADS, Workload, lengthened, shortened
 from pipeline.config import DecodingConfig
@@ -25,6 +27,12 @@ def test_the_mix_is_the_retrieval_rate_and_is_spread_evenly(questions, expected)
     assert len({row["id"] for row in rows}) == 20
     assert sum(asked) == expected
     assert abs(sum(asked[:10]) - expected / 2) < 1
+
+
+def test_more_rows_than_there_are_come_again_as_other_queries():
+    rows = Workload("w", questions=0.0).rows(300)
+    assert len({row["id"] for row in rows}) == len({row["query"] for row in rows}) == 300
+    assert rows[236]["query"] == f"2: {rows[0]['query']}"
 
 
 def test_a_closed_set_has_the_right_answer_among_four():
@@ -118,9 +126,21 @@ def test_ratios_are_of_medians_and_of_all_pairs(report):
     assert report.ratios("w") == {"ceiling": {"median": 0.6, "min": 2 / 6, "max": 1.0}}
 
 
-def test_steps_are_half_full_when_more_than_half_of_the_slots_are_taken():
-    assert half_full(Counter({4: 1, 5: 2, 8: 5}), slots=8) == 7 / 8
-    assert half_full(Counter(), slots=8) == 0.0
+def test_load_is_of_steps_and_tells_free_slots_from_a_full_step():
+    steps = Counter({(4, False): 1, (3, True): 2, (5, False): 2, (8, True): 5})
+    assert load_of(steps, slots=8) == {"slots": 8, "half_full": 0.7, "fed": 0.9, "running": 6.0}
+    assert load_of(Counter(), slots=8)["half_full"] == 0.0
+
+
+def test_tables_say_what_a_query_is_made_of_and_where_its_time_went(report):
+    whole = {"seconds": 2.0, "decide_seconds": 0.5, "retrieve_seconds": 0.1}
+    stages = {**dict.fromkeys(STAGES, 0.0), **whole, CALL: 9.0}
+    report = dataclasses.replace(report, stages={"w": stages}, tokens={"w": {"prompt": 200.0, "written": 20.0}})
+    report.results["w"]["direct"] = Measured(8, [3.0], load={"slots": 8, "half_full": 0.7, "fed": 0.9})
+    assert "200 tokens read and 20 written for a query: ours does 600 and 60 a second" in report.caption("w")
+    assert "70 % with more than half of 8 slots taken, 90 % with that" in report.caption("w")
+    assert [list(column.cells) for column in report.times().columns][1:4] == [["2.00"], ["0.50"], ["0.10"]]
+    assert list(report.times().columns[-1].cells) == ["5.0 %"]
 
 
 @pytest.mark.parametrize(
@@ -142,6 +162,22 @@ def test_bad_options_are_refused_before_anything_starts(options, part):
 def test_the_plot_is_drawn(report, tmp_path):
     plot(report, tmp_path / "b.png")
     assert (tmp_path / "b.png").read_bytes().startswith(b"\x89PNG")
+
+
+@pytest.mark.slow
+def test_a_shape_without_weights_is_measured_by_the_same_command(tmp_path):
+    options = ["--shape", "tiny", "--rows", "8", "--repeats", "1", "--tokens", "12", "--set", "dtype=float32"]
+    chosen = ["--only", "short form, 50", "--only", "long form", "--json", str(tmp_path / "b.json")]
+    subprocess.run([sys.executable, "-m", "jobs.benchmark", *options, *chosen], check=True, timeout=580)
+    found = json.loads((tmp_path / "b.json").read_text())
+    short, long = found["workloads"].values()
+    assert short["absolute"]["released"]["agreement"]["decision"] == 1.0
+    # Per query a decision of one token; then a lone answer, or three with a passage, of twelve tokens each.
+    retrieved = (short["tokens"]["written"] - 1 - 12) / 24
+    assert retrieved * 8 == pytest.approx(round(retrieved * 8))
+    assert 0 < retrieved < 1
+    # Three passages at first, then three for each of two paths, twice.
+    assert long["tokens"]["written"] == 12 * (3 + 6 + 6)
 
 
 @pytest.mark.slow

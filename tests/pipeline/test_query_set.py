@@ -2,6 +2,7 @@ import shutil
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -50,6 +51,21 @@ def test_other_rows_of_the_same_size_are_another_set(tmp_path):
         table = pa.table({"id": ["1", "2", "3"], "query": ["aaa", middle, "ccc"]})  # footers are the same
         pq.write_table(table, tmp_path / name / "a.parquet", compression="none", use_dictionary=False)
     assert inspect(tmp_path / "one").digest != inspect(tmp_path / "two").digest
+
+
+def test_a_process_that_read_a_file_before_reads_the_one_that_took_its_place(tmp_path):
+    file = tmp_path / "a.parquet"
+    for ids in (list("abcd"), list("wxyz"), list("abcdefgh")):
+        write(file, ids)
+        assert [i for unit in inspect(file, 2).units for i in read_unit(unit, HERE)["id"].to_pylist()] == ids
+
+
+def test_a_file_that_changes_while_its_run_is_at_work_is_named(tmp_path):
+    write(tmp_path / "a.parquet", list("abcd"))
+    first, *_ = inspect(tmp_path / "a.parquet", 2).units
+    write(tmp_path / "a.parquet", list("abcdefgh"))
+    with pytest.raises(ValueError, match=r"a.parquet: has changed since the run began, from \d+ to \d+ bytes"):
+        read_unit(first, HERE)
 
 
 def test_single_file_is_a_set(tmp_path):

@@ -1,0 +1,178 @@
+"""What the benchmark measured: rates, ratios, where a row's time went, as tables, a plot and a record."""
+
+import dataclasses
+import os
+import platform
+import statistics
+from collections import Counter
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from pipeline.config import ModelConfig
+
+# Columns of a row's usage, and what the whole call took.
+STAGES = ("seconds", "decide_seconds", "retrieve_seconds", "queue_seconds", "prefill_seconds", "decode_seconds")
+CALL = "call_seconds"
+
+
+@dataclass
+class Measured:
+    """One variant on one workload.
+
+    Attributes:
+        rates: queries/s of each repeat.
+        rows: queries of a repeat.
+        agreement: shares of queries with our decision and with our answer, where there is something to compare.
+        load: how full the engine's steps were, where it was counted.
+    """
+
+    rows: int
+    rates: list[float] = field(default_factory=list)
+    agreement: dict[str, float] = field(default_factory=dict)
+    load: dict[str, float] = field(default_factory=dict)
+
+    @property
+    def rate(self) -> float:
+        """The median."""
+        return statistics.median(self.rates)
+
+
+Results = dict[str, dict[str, Measured]]
+
+
+def load_of(steps: Counter[tuple[int, bool]], slots: int) -> dict[str, float]:
+    """How full the engine's steps were.
+
+    Args:
+        steps: number of steps by requests that ran in them, and whether others waited.
+        slots: most requests that run at once.
+
+    Returns:
+        Shares of the steps: ``half_full`` had more than half of the slots taken; ``fed`` had that or left requests
+        waiting, so that the engine's own limit of tokens for a step was what kept slots free. ``running`` is the
+        mean number of requests.
+    """
+    total = max(1, steps.total())
+    half = sum(count for (running, _), count in steps.items() if 2 * running > slots)
+    fed = sum(count for (running, waiting), count in steps.items() if 2 * running > slots or waiting)
+    running = sum(count * running for (running, _), count in steps.items())
+    return {"slots": slots, "half_full": half / total, "fed": fed / total, "running": running / total}
+
+
+@dataclass(frozen=True)
+class Report:
+    """All figures.
+
+    Attributes:
+        stages: by workload: mean seconds of a row by stage; ``seconds`` is from its first step to its last, and
+            ``call_seconds`` what the whole call took.
+        tokens: by workload: tokens of all prompts of a query, and tokens written for it.
+        memory: of the card in MB, by what took it; empty without one.
+    """
+
+    results: Results
+    stages: dict[str, dict[str, float]]
+    tokens: dict[str, dict[str, float]] = field(default_factory=dict)
+    memory: dict[str, float] = field(default_factory=dict)
+
+    def ratios(self, workload: str) -> dict[str, dict[str, float]]:
+        """Ours against each variant: median of the rates, and the least and greatest of all pairs."""
+        ours = self.results[workload]["ours"]
+        return {
+            name: {
+                "median": ours.rate / other.rate,
+                "min": min(ours.rates) / max(other.rates),
+                "max": max(ours.rates) / min(other.rates),
+            }
+            for name, other in self.results[workload].items()
+            if name != "ours"
+        }
+
+    def record(self, model: ModelConfig) -> dict[str, Any]:
+        """Everything, for a file; ``ratios`` are those of the first workload."""
+        first = next(iter(self.results))
+        return {
+            "ratios": {name: ratio["median"] for name, ratio in self.ratios(first).items()},
+            "workloads": {
+                name: {
+                    "ratios": self.ratios(name),
+                    "absolute": {variant: dataclasses.asdict(m) for variant, m in variants.items()},
+                    "stages": self.stages[name],
+                    "tokens": self.tokens.get(name, {}),
+                }
+                for name, variants in self.results.items()
+            },
+            "absolute": {variant: m.rate for variant, m in self.results[first].items()},
+            "machine": machine(),
+            "memory": self.memory,
+            "model": model.model_dump(mode="json"),
+        }
+
+    def table(self, workload: str) -> Table:
+        """One workload's variants."""
+        table = Table(
+            title=f"{workload} ({self.results[workload]['ours'].rows} queries)", caption=self.caption(workload)
+        )
+        for heading in ("variant", "queries/s", "ours / variant", "min … max", "same decision", "same answer"):
+            table.add_column(heading, justify="left" if heading == "variant" else "right")
+        ratios = self.ratios(workload)
+        for name, measured in self.results[workload].items():
+            ratio = ratios.get(name)
+            shares = [f"{100 * s:.0f} %" for s in measured.agreement.values()] or ["", ""]
+            spread = [f"{ratio['median']:.2f}", f"{ratio['min']:.2f} … {ratio['max']:.2f}"] if ratio else ["", ""]
+            table.add_row(name, f"{measured.rate:.3f}", *spread, *shares)
+        return table
+
+    def caption(self, workload: str) -> str:
+        """What a query is made of, and how full the engine was in our decoding."""
+        parts = []
+        if tokens := self.tokens.get(workload):
+            rate = self.results[workload]["ours"].rate
+            parts.append(
+                f"{tokens['prompt']:.0f} tokens read and {tokens['written']:.0f} written for a query: ours does "
+                f"{rate * tokens['prompt']:,.0f} and {rate * tokens['written']:,.0f} a second"
+            )
+        if load := self.results[workload].get("direct", Measured(0)).load:
+            parts.append(
+                f"engine steps of our decoding: {100 * load['half_full']:.0f} % with more than half of "
+                f"{load['slots']:.0f} slots taken, {100 * load['fed']:.0f} % with that or more requests waiting"
+            )
+        return "; ".join(parts)
+
+    def times(self) -> Table:
+        """Where a row's time goes, by workload."""
+        table = Table(title="Seconds of a row (means; requests of a row run side by side, and beside other rows')")
+        table.add_column("workload")
+        for name in ("whole", "decide", "retrieve", "requests: queue", "prefill", "decode", "retrieve, share"):
+            table.add_column(name, justify="right")
+        for workload, stages in self.stages.items():
+            share = stages["retrieve_seconds"] / stages["seconds"]
+            table.add_row(workload, *(f"{stages[stage]:.2f}" for stage in STAGES), f"{100 * share:.1f} %")
+        return table
+
+
+def machine() -> dict[str, Any]:
+    """What the figures belong to."""
+    from vllm.platforms import current_platform
+
+    device = "CPU" if current_platform.is_cpu() else str(current_platform.get_device_name())
+    return {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "device": device}
+
+
+def plot(report: Report, file: Path) -> None:
+    """Rates of all variants by workload."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(10, 1.2 + 0.9 * len(report.results)), layout="constrained")
+    axes = figure.subplots()
+    names = ["ceiling", "direct", "ours", "flashrag", "naive", "released"]
+    for place, name in enumerate(names):
+        there = [(n, m[name].rate) for n, m in enumerate(report.results.values()) if name in m]
+        axes.barh([n + 0.13 * (place - 2.5) for n, _ in there], [rate for _, rate in there], height=0.12, label=name)
+    axes.set(yticks=range(len(report.results)), yticklabels=list(report.results), xlabel="queries/s", xscale="log")
+    axes.invert_yaxis()
+    axes.legend()
+    figure.savefig(file, dpi=120)

@@ -1,0 +1,175 @@
+"""A model of any shape without its weights: the engine does the work, and a script says what it wrote.
+
+With dummy weights a model writes what means nothing. The script puts decisions, critiques and ends where a model
+taught for Self-RAG has them, so that requests have realistic lengths and the algorithm goes its usual ways.
+
+``python -m jobs.benchmark_script --config FILE --queries FILE --index FOLDER --output FOLDER`` annotates so; the
+benchmark calls it in the place of ``jobs.annotate``.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+import sys
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import typer
+
+from jobs.annotate import allot, execute
+from pipeline.actor import SelfRagActor
+from pipeline.config import load_config
+from pipeline.embedded import demo_model
+from pipeline.engine import VllmGenerator, load_tokenizer
+from pipeline.plan import check
+from pipeline.profiles import Tasks
+from pipeline.prompts import PromptTokenizer
+from pipeline.reader import ReflectionCritic
+from pipeline.reflection import REFLECTION_TOKENS, IsRel, IsSup, IsUse, Paragraph, Retrieve
+from pipeline.self_rag import SelfRag
+from pipeline.types import Generation
+
+# Arguments of a LlamaConfig. The first is selfrag/selfrag_llama2_7b's but for its vocabulary, which is the demo
+# tokenizer's (49,167 instead of 32,016 tokens): https://huggingface.co/selfrag/selfrag_llama2_7b
+SHAPES: dict[str, dict[str, int]] = {
+    "7b": {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32},
+    "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
+}
+CONTEXT_TOKENS = 4096
+# The script of an actor, from its environment, as JSON.
+SCRIPT = "SELFRAG_BENCHMARK_SCRIPT"
+# Natural-log probabilities of the reflection token that stands somewhere, and of all others.
+WRITTEN, OTHERS = -0.1, -5.0
+
+
+def write_shape(name: str, folder: Path) -> Path:
+    """A model folder with a configuration and a tokenizer, and no weights."""
+    from transformers import AutoTokenizer, LlamaConfig
+
+    tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    tokenizer.save_pretrained(folder)
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        max_position_embeddings=CONTEXT_TOKENS,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        architectures=["LlamaForCausalLM"],
+        dtype="bfloat16",
+        **SHAPES[name],
+    )
+    config.save_pretrained(folder)
+    return folder
+
+
+def digest(prompt: Sequence[int]) -> int:
+    """A number below 2^32 that a prompt always has."""
+    return zlib.crc32(np.array(prompt, np.int32).tobytes())
+
+
+@dataclass(frozen=True)
+class Script:
+    """What is taken to have been written.
+
+    Attributes:
+        retrieve: share of the queries that retrieve; which ones, their prompts' digests say.
+        tokens: of a segment, its critique and its end included.
+        segments: of an answer.
+    """
+
+    retrieve: float = 1.0
+    tokens: int = 40
+    segments: int = 1
+
+    def length(self, max_tokens: int) -> int:
+        """Tokens that a request writes."""
+        return min(self.tokens, max_tokens)
+
+    def decision(self, prompt: Sequence[int]) -> Retrieve:
+        """Whether the query retrieves."""
+        return Retrieve.YES if digest(prompt) < self.retrieve * 2**32 else Retrieve.NO
+
+    def frame(self, prompt: Sequence[int], tokenizer: PromptTokenizer) -> tuple[list[int], list[int]]:
+        """First and last ids of what follows a prompt; one that decided nothing yet asks for the decision."""
+        ids = tokenizer.reflection
+        if not set(prompt) & set(ids.group(Retrieve)):
+            return [ids[self.decision(prompt)]], [tokenizer.eos]
+        if not (read := list(prompt).count(ids[Paragraph.END])):
+            return [], [ids[IsUse.FIVE], tokenizer.eos]
+        end = ids[Retrieve.YES] if read < self.segments else tokenizer.eos
+        return [ids[IsRel.RELEVANT]], [ids[IsSup.FULLY], ids[IsUse.FIVE], end]
+
+    def acted(self, generation: Generation, prompt: Sequence[int], tokenizer: PromptTokenizer) -> Generation:
+        """A generation with the script's reflection tokens and end; its other tokens become text.
+
+        A number goes before the text, for equal texts would be merged in the beam.
+        """
+        first, last = self.frame(prompt, tokenizer)
+        length = len(generation.token_ids)
+        outside, (word, *_) = tokenizer.reflection.control | {tokenizer.eos}, tokenizer.text("text")
+        text = tokenizer.text(str(digest(prompt))) + [
+            word if token in outside else token for token in generation.token_ids
+        ]
+        ids = [*first, *text[: max(0, length - len(first) - len(last))], *last][:length]
+        table = np.full((len(ids), len(REFLECTION_TOKENS)), OTHERS)
+        places = {token: n for n, token in enumerate(tokenizer.reflection.reflection)}
+        for position, token in enumerate(ids):
+            if token in places:
+                table[position, places[token]] = WRITTEN
+        return dataclasses.replace(generation, token_ids=tuple(ids), reflection_logprobs=table)
+
+
+@dataclass(frozen=True)
+class ScriptedGenerator:
+    """A vLLM replica whose answers have the script's lengths and reflection tokens."""
+
+    replica: VllmGenerator
+    tokenizer: PromptTokenizer
+    script: Script
+
+    @property
+    def max_model_len(self) -> int:
+        """See :attr:`pipeline.engine.Generator.max_model_len`."""
+        return self.replica.max_model_len
+
+    async def generate(
+        self,
+        prompt: Sequence[int],
+        max_tokens: int,
+        stops: Sequence[int],  # noqa: ARG002  the script says where it ends
+    ) -> Generation:
+        """See :meth:`pipeline.engine.Generator.generate`."""
+        unstopped = dataclasses.replace(self.replica, sampling={**self.replica.sampling, "ignore_eos": True})
+        generation = await unstopped.generate(prompt, self.script.length(max_tokens), ())
+        return self.script.acted(generation, prompt, self.tokenizer)
+
+
+class ScriptedActor(SelfRagActor):
+    """An actor with such a replica."""
+
+    def _open(self, servers: Sequence[Any], index_digest: str | None) -> None:
+        super()._open(servers, index_digest)
+        tokenizer = PromptTokenizer.of(load_tokenizer(self.config.model), self.config.model.name)
+        engine = ScriptedGenerator(self.generator, tokenizer, Script(**json.loads(os.environ[SCRIPT])))
+        self.system = SelfRag(engine, ReflectionCritic(tokenizer), Tasks(self.config.decoding), self.retriever)
+
+
+def annotate_scripted(
+    config: Path = typer.Option(...),
+    queries: str = typer.Option(...),
+    index: str = typer.Option(...),
+    output: str = typer.Option(...),
+    as_json: bool = typer.Option(True, "--json"),  # noqa: ARG001  as jobs.annotate has it
+) -> None:
+    """Annotate with a scripted model; prints a summary as JSON."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    plan = check(load_config(str(config), [], {"queries": queries, "index": index, "output": output}))
+    typer.echo(json.dumps(dataclasses.asdict(execute(plan, allot(plan), ScriptedActor))))
+
+
+if __name__ == "__main__":
+    typer.run(annotate_scripted)

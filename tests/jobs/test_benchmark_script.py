@@ -1,0 +1,95 @@
+import numpy as np
+import pytest
+
+from jobs.benchmark_script import OTHERS, WRITTEN, Script, write_shape
+from pipeline.config import DecodingConfig
+from pipeline.profiles import Tasks
+from pipeline.reader import ReflectionCritic
+from pipeline.reflection import REFLECTION_TOKENS, IsSup, Retrieve
+from pipeline.self_rag import SelfRag
+from pipeline.types import Finish, Generation, Passage, Query
+from tests.fakes import EOS, word_tokenizer
+
+
+class Scribbler:
+    """Writes as many tokens as it is asked for, control tokens and ends among them."""
+
+    max_model_len = 512
+
+    def __init__(self, tokenizer, script):
+        self.tokenizer, self.script = tokenizer, script
+
+    async def generate(self, prompt, max_tokens, stops):
+        length = self.script.length(max_tokens)
+        ids = tuple((EOS, self.tokenizer.reflection[IsSup.NONE])[n % 2] for n in range(length))
+        table = np.zeros((length, len(REFLECTION_TOKENS)))
+        return self.script.acted(Generation(ids, np.full(length, -1.0), table, len(prompt)), prompt, self.tokenizer)
+
+
+def system(script, **decoding):
+    tokenizer = word_tokenizer()
+    config = DecodingConfig(passages=2, max_tokens=60, keep_candidates=True, **decoding)
+    return SelfRag(Scribbler(tokenizer, script), ReflectionCritic(tokenizer), Tasks(config))
+
+
+GIVEN = (Passage("a", "", "one"), Passage("b", "", "two"))
+
+
+async def test_a_scripted_segment_has_its_length_its_critique_and_its_end():
+    answer = await system(Script(tokens=8)).answer(Query("q", "what", passages=GIVEN))
+    assert (answer.retrieved, answer.finish) == (True, Finish.STOP)
+    assert answer.usage.generated_tokens == 1 + 2 * 8
+    (segment,) = answer.segments
+    number, *words = segment.text.split()
+    assert (number.isdigit(), words) == (True, ["text"] * 3)  # eight tokens, of which critique and end are four
+    assert segment.raw == f"[Retrieval][Relevant] {number} text text text [Fully supported] [Utility:5]"
+    assert segment.critique.is_rel == pytest.approx(1 / (1 + np.exp(OTHERS - WRITTEN)))
+
+
+async def test_an_answer_goes_on_to_the_script_s_segments():
+    answer = await system(Script(tokens=6, segments=3), segments=3, beam_width=1).answer(
+        Query("q", "x", passages=GIVEN)
+    )
+    assert len(answer.segments) == 3
+    assert answer.finish is Finish.STOP
+
+
+async def test_no_two_paths_of_a_beam_have_equal_texts():
+    script = Script(tokens=6, segments=3)
+    answer = await system(script, segments=3, beam_width=2, mode="always").answer(Query("q", "x", passages=GIVEN))
+    assert answer.usage.generated_tokens == 6 * (2 + 4 + 4)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
+async def test_so_many_queries_retrieve(share):
+    script = Script(share, tokens=6)
+    answers = [await system(script).answer(Query(str(n), "w " * n, passages=GIVEN)) for n in range(1, 101)]
+    assert sum(answer.retrieved for answer in answers) == pytest.approx(100 * share, abs=12)
+    assert all(answer.usage.generated_tokens == (1 + 12 if answer.retrieved else 1 + 6) for answer in answers)
+
+
+def test_a_whole_answer_written_for_a_decision_begins_with_the_same_decision():
+    tokenizer, script = word_tokenizer(), Script(0.5, tokens=9)
+    for n in range(1, 20):
+        prompt = tokenizer.prompt("w " * n)
+        first = {
+            script.acted(Generation((7,) * length, np.zeros(length), np.empty(0), 1), prompt, tokenizer).token_ids[0]
+            for length in (1, 9)
+        }
+        assert first == {tokenizer.reflection[script.decision(prompt)]}
+    assert {script.decision([n]) for n in range(20)} == {Retrieve.YES, Retrieve.NO}
+
+
+def test_a_shape_is_a_folder_without_weights(tmp_path, monkeypatch):
+    from transformers import AutoConfig
+
+    from pipeline.config import ModelConfig
+    from pipeline.engine import load_tokenizer
+    from pipeline.prompts import PromptTokenizer
+
+    folder = write_shape("7b", tmp_path / "7b")
+    config = AutoConfig.from_pretrained(folder)
+    assert (config.num_hidden_layers, config.hidden_size) == (32, 4096)
+    tokenizer = PromptTokenizer.of(load_tokenizer(ModelConfig(name=str(folder))), "7b")
+    assert max(tokenizer.reflection.control) < config.vocab_size
+    assert not list(folder.glob("*.safetensors"))

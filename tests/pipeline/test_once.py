@@ -1,0 +1,80 @@
+import asyncio
+import dataclasses
+
+import pytest
+
+from pipeline.once import AnsweredOnce
+from pipeline.types import Answer, Finish, Passage, Query, Usage
+
+
+class Asked:
+    """Answers with the query's text, after others had their turn; remembers who asked."""
+
+    def __init__(self, failing=()):
+        self.queries, self.failing = [], list(failing)
+
+    async def answer(self, query):
+        self.queries.append(query)
+        await asyncio.sleep(0.01)
+        if query.id in self.failing:
+            raise ValueError("no")
+        return Answer(query.query, "", False, None, Finish.STOP, (), Usage(generated_tokens=7), ())
+
+
+async def test_equal_queries_are_answered_once_and_cost_once():
+    asked = Asked()
+    once = AnsweredOnce(asked)
+    answers = await asyncio.gather(*(once.answer(Query(str(n), "same")) for n in range(4)))
+    answers.append(await once.answer(Query("later", "same")))
+    assert [answer.answer for answer in answers] == ["same"] * 5
+    assert [answer.usage.generated_tokens for answer in answers] == [7, 0, 0, 0, 0]
+    assert len(asked.queries) == 1
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"query": "other"},
+        {"input": "x"},
+        {"task": "t"},
+        {"choices": ("a",)},
+        {"passages": ()},
+        {"passages": (Passage("1", "", "x"),)},
+        {"instruction": "do"},
+    ],
+)
+async def test_queries_that_differ_in_anything_but_their_ids_are_asked_each(change):
+    asked = Asked()
+    once = AnsweredOnce(asked)
+    query = Query("a", "same")
+    await asyncio.gather(once.answer(query), once.answer(dataclasses.replace(query, id="b", **change)))
+    assert len(asked.queries) == 2
+
+
+async def test_where_the_first_fails_the_next_is_asked_for_itself():
+    asked = Asked(failing=["a"])
+    once = AnsweredOnce(asked)
+    first, second, third = await asyncio.gather(
+        *(once.answer(Query(name, "same")) for name in "abc"), return_exceptions=True
+    )
+    assert isinstance(first, ValueError)
+    assert (second.answer, third.answer) == ("same", "same")
+    assert [query.id for query in asked.queries] == ["a", "b"]
+
+
+async def test_one_that_is_cancelled_leaves_the_others_their_answer():
+    asked = Asked()
+    once = AnsweredOnce(asked)
+    first, second = (asyncio.ensure_future(once.answer(Query(name, "same"))) for name in "ab")
+    await asyncio.sleep(0)
+    first.cancel()
+    assert (await second).usage.generated_tokens == 7
+
+
+async def test_the_longest_unused_answers_go_first():
+    asked = Asked()
+    once = AnsweredOnce(asked, most=2)
+    for text in ("one", "two", "one", "three", "one", "two"):
+        await once.answer(Query(text, text))
+    assert [query.query for query in asked.queries] == ["one", "two", "three", "two"]
+    assert len(once.known) == 2
