@@ -313,16 +313,16 @@ def targeted_logprobs(
         ArithmeticError: some of them are missing or not finite, as where the model's numbers overflow; this answer
             cannot be judged.
     """
-    columns = {token: [n for n, other in enumerate(wanted) if other == token] for token in wanted}
+    ids, logprobs = np.array(flat.token_ids, np.int64), np.array(flat.logprobs, np.float64)
+    positions = np.repeat(np.arange(len(token_ids)), np.subtract(flat.end_indices, flat.start_indices))
     chosen = np.full(len(token_ids), -np.inf)
-    table = np.full((len(token_ids), len(wanted)), -np.inf)
-    for position, sampled in enumerate(token_ids):
-        for place in range(flat.start_indices[position], flat.end_indices[position]):
-            token, logprob = flat.token_ids[place], flat.logprobs[place]
-            if token == sampled:
-                chosen[position] = logprob
-            if token in columns:
-                table[position, columns[token]] = logprob
+    sampled = ids == np.array(token_ids, np.int64)[positions]
+    chosen[positions[sampled]] = logprobs[sampled]
+    known, columns = np.unique(wanted, return_inverse=True)
+    places = np.minimum(np.searchsorted(known, ids), len(known) - 1)
+    hits = known[places] == ids
+    table = np.full((len(token_ids), len(known)), -np.inf)
+    table[positions[hits], places[hits]] = logprobs[hits]
     if not (np.isfinite(chosen).all() and np.isfinite(table).all()):
         raise ArithmeticError("the engine answered without finite log-probabilities of the reflection tokens")
-    return chosen, table
+    return chosen, table[:, columns]

@@ -6,6 +6,7 @@ written inside one of them stays plain characters. Control tokens enter prompts 
 
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Any
 
 from pipeline.reflection import Paragraph, ReflectionIds
@@ -43,7 +44,7 @@ class PromptTokenizer:
         """
         return cls(tokenizer, ReflectionIds.of(tokenizer, model))
 
-    @property
+    @cached_property
     def eos(self) -> int:
         """Id of the end-of-sequence token."""
         return int(self.tokenizer.eos_token_id)

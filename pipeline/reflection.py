@@ -8,6 +8,7 @@ import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
+from functools import cached_property
 from typing import Protocol
 
 
@@ -90,14 +91,19 @@ class ReflectionIds:
 
     def group(self, group: type[StrEnum]) -> tuple[int, ...]:
         """Ids of a group's tokens in the order of their definition."""
-        return tuple(self[token] for token in group)
+        return self._groups[group]
 
-    @property
+    @cached_property
+    def _groups(self) -> dict[type[StrEnum], tuple[int, ...]]:
+        groups: tuple[type[StrEnum], ...] = (*GROUPS, Paragraph)
+        return {group: tuple(self[token] for token in group) for group in groups}
+
+    @cached_property
     def reflection(self) -> tuple[int, ...]:
         """Ids of the 13 tokens that carry a judgement: the only log-probabilities ever asked for."""
         return tuple(self.ids[token] for token in REFLECTION_TOKENS)
 
-    @property
+    @cached_property
     def control(self) -> frozenset[int]:
         """Ids of all 15 control tokens: what an answer's text never contains."""
         return frozenset(self.ids.values())

@@ -1,0 +1,335 @@
+"""What each way of saving work saves: the same queries with it and without it, in turns.
+
+``python -m jobs.benchmark_savings [--rows N] [--repeats N] [--engine KEY=VALUE …] [--json FILE]``
+
+Savings that are part of the system are taken out here, by what stands between the decoding and its engine; those that
+are not are put in. Engine arguments are compared with the defaults, each on an engine of its own.
+"""
+
+import asyncio
+import dataclasses
+import json
+import logging
+import statistics
+import sys
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jobs.benchmark import MAX_TOKENS, Bench, queries_of
+from jobs.benchmark_report import machine
+from jobs.benchmark_shapes import BareEngine, Recorder
+from jobs.benchmark_workloads import Workload
+from pipeline.config import DecodingConfig, ModelConfig, Weights
+from pipeline.critique import segment_score
+from pipeline.engine import Generator, check_engine_arguments
+from pipeline.once import AnsweredOnce, Answering
+from pipeline.profiles import Tasks
+from pipeline.reader import Reader, ReflectionCritic, ReflectionReader
+from pipeline.retrieve import Retriever
+from pipeline.self_rag import SelfRag
+from pipeline.settings import apply_settings
+from pipeline.types import Candidate, Generation, Passage, Query, RetrievedPassage
+
+SHORT = Workload("short form, 50 % retrieve", questions=0.5)
+LONG = Workload("long form, beam of 2", decoding={"segments": 3, "beam_width": 2})
+ENGINE = ("enable_prefix_caching=false", "max_num_batched_tokens=512", "dtype=bfloat16")
+DEFAULTS = "the defaults"
+
+
+@dataclass(frozen=True)
+class Filter:
+    """A generator that asks another one."""
+
+    generator: Generator
+
+    @property
+    def max_model_len(self) -> int:
+        """See :attr:`pipeline.engine.Generator.max_model_len`."""
+        return self.generator.max_model_len
+
+
+class WholeDecisions(Filter):
+    """Writes a whole answer where one token is asked for, as the released scripts do, and gives its first."""
+
+    async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
+        """See :meth:`pipeline.engine.Generator.generate`."""
+        if max_tokens > 1:
+            return await self.generator.generate(prompt, max_tokens, stops)
+        whole = await self.generator.generate(prompt, MAX_TOKENS, stops[-1:])
+        return dataclasses.replace(
+            whole,
+            token_ids=whole.token_ids[:1],
+            logprobs=whole.logprobs[:1],
+            reflection_logprobs=whole.reflection_logprobs[:1],
+        )
+
+
+class AskedDecisions(Filter):
+    """Asks for the decision after a segment in a request of its own, though the segment's last token tells it."""
+
+    async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
+        """See :meth:`pipeline.engine.Generator.generate`."""
+        written = await self.generator.generate(prompt, max_tokens, stops)
+        if max_tokens > 1 and written.token_ids[-1] in stops[:-1]:
+            await self.generator.generate([*prompt, *written.token_ids[:-1]], 1, stops)
+        return written
+
+
+@dataclass
+class Prefetching:
+    """Begins all searches at once, while the decisions are under way."""
+
+    retriever: Retriever
+    begun: dict[str, asyncio.Task[list[RetrievedPassage]]] = field(default_factory=dict)
+
+    def begin(self, queries: Sequence[Query], k: int) -> None:
+        """Search for all of them."""
+        self.begun = {q.query: asyncio.ensure_future(self.retriever.retrieve(q.query, k)) for q in queries}
+
+    async def retrieve(self, query: str, k: int) -> list[RetrievedPassage]:
+        """See :meth:`pipeline.retrieve.Retriever.retrieve`."""
+        return await self.begun[query] if query in self.begun else await self.retriever.retrieve(query, k)
+
+
+class _Forgetful(dict[Passage, list[int]]):
+    def __contains__(self, key: object) -> bool:
+        return False
+
+
+class ForgetfulCritic(ReflectionCritic):
+    """Tokenises a passage each time that it stands in a prompt."""
+
+    def reader(self, generator: Generator, config: DecodingConfig, query: Query) -> Reader:
+        """See :meth:`pipeline.reader.Critic.reader`."""
+        reader = super().reader(generator, config, query)
+        assert isinstance(reader, ReflectionReader)
+        reader.bodies = _Forgetful()
+        return reader
+
+
+@dataclass(frozen=True)
+class Setting:
+    """A workload on an engine."""
+
+    bench: Bench
+    queries: list[Query]
+    config: DecodingConfig
+
+    def system(self, generator: Generator | None = None, critic: type[ReflectionCritic] = ReflectionCritic) -> SelfRag:
+        """Our decoding, or one with something else in it."""
+        tasks, engine = Tasks(self.config), generator or self.bench.generator
+        return SelfRag(engine, critic(self.bench.tokenizer), tasks, self.bench.retriever)
+
+    async def answer(self, system: Answering, queries: Sequence[Query] | None = None) -> None:
+        """Answer all queries at once."""
+        await asyncio.gather(*(system.answer(query) for query in queries or self.queries))
+
+    async def prefetched(self) -> None:
+        """The same with all searches begun before."""
+        retriever = Prefetching(self.bench.retriever)
+        retriever.begin(self.queries, self.config.passages)
+        await self.answer(dataclasses.replace(self.system(), retriever=retriever))
+
+    def longest_first(self) -> list[Query]:
+        """The queries by the length of what they ask."""
+        return sorted(self.queries, key=lambda query: -len(query.query))
+
+    def doubled(self) -> list[Query]:
+        """Every query twice."""
+        return [dataclasses.replace(query, id=f"{n}-{query.id}") for query in self.queries for n in range(2)]
+
+
+Run = Callable[[Setting], Awaitable[None]]
+
+
+@dataclass(frozen=True)
+class Saving:
+    """Something that may save work.
+
+    Attributes:
+        built: whether it is part of the system.
+    """
+
+    name: str
+    workload: Workload
+    with_it: Run
+    without: Run
+    built: bool = True
+
+
+def ours(setting: Setting) -> Awaitable[None]:
+    """Our decoding as it is."""
+    return setting.answer(setting.system())
+
+
+SAVINGS = (
+    Saving(
+        "a decision of one token, not a whole answer",
+        SHORT,
+        ours,
+        lambda s: s.answer(s.system(WholeDecisions(s.bench.generator))),
+    ),
+    Saving(
+        "later decisions read where segments end, not asked for",
+        LONG,
+        ours,
+        lambda s: s.answer(s.system(AskedDecisions(s.bench.generator))),
+    ),
+    Saving("passages tokenised once for a row", LONG, ours, lambda s: s.answer(s.system(critic=ForgetfulCritic))),
+    Saving(
+        "equal queries answered once (each comes twice)",
+        SHORT,
+        lambda s: s.answer(AnsweredOnce(s.system()), s.doubled()),
+        lambda s: s.answer(s.system(), s.doubled()),
+    ),
+    Saving("searches begun while the decision runs", SHORT, lambda s: s.prefetched(), ours, built=False),
+    Saving("long queries first", SHORT, lambda s: s.answer(s.system(), s.longest_first()), ours, built=False),
+)
+
+
+def prunable(siblings: Sequence[Candidate], weights: Weights) -> int:
+    """Tokens that need not be written, were hopeless candidates aborted.
+
+    Siblings are taken to be written in step. One is hopeless once another has ended with a score that it cannot reach
+    with its IsRel, which is known from its first token, and the best of everything else.
+    """
+    ends = [(len(one.segment.token_ids), one.segment.critique.score) for one in siblings]
+    saved = 0
+    for one, (length, _) in zip(siblings, ends, strict=True):
+        best = segment_score(1.0, one.segment.critique.is_rel, 1.0, 1.0, weights)
+        hopeless = [end for end, score in ends if score > best and end < length]
+        saved += length - max(1, min(hopeless)) if hopeless else 0
+    return saved
+
+
+async def pruning(setting: Setting) -> dict[str, float]:
+    """Upper bound of what lossless pruning saves in the short form: tokens written, read, and hopeless."""
+    recorder = Recorder(setting.bench.generator)
+    config = setting.config.model_copy(update={"keep_candidates": True})
+    system = dataclasses.replace(setting.system(recorder), tasks=Tasks(config))
+    answers = await asyncio.gather(*(system.answer(query) for query in setting.queries))
+    return {
+        "read": sum(len(prompt) for prompt, _ in recorder.work),
+        "written": sum(written for _, written in recorder.work),
+        "hopeless": sum(prunable(answer.candidates, config.weights) for answer in answers),
+    }
+
+
+Rates = dict[str, list[float]]
+
+
+async def rate(setting: Setting, run: Run, queries: int) -> float:
+    """Queries/s, from an empty prefix cache."""
+    await BareEngine(setting.bench.generator).forget()
+    began = time.perf_counter()
+    await run(setting)
+    return queries / (time.perf_counter() - began)
+
+
+def setting_of(bench: Bench, workload: Workload, rows: int) -> Setting:
+    """A workload's queries; a third of them for an answer of several segments."""
+    config = DecodingConfig(**{"passages": 3, "max_tokens": MAX_TOKENS, **workload.decoding})
+    count = rows if workload.short_form else max(4, rows // 3)
+    return Setting(bench, queries_of(workload.rows(count)), config)
+
+
+async def on_one_engine(
+    model: ModelConfig, savings: Sequence[Saving], rows: int, measured: dict[str, tuple[Rates, dict[str, float]]]
+) -> float:
+    """Measure all savings; the rate of our decoding as it is."""
+    bench = Bench.open(model)
+    try:
+        setting = setting_of(bench, SHORT, rows)
+        await ours(setting)  # warms up
+        for saving in savings:
+            setting = setting_of(bench, saving.workload, rows)
+            rates, _ = measured.setdefault(saving.name, ({"with": [], "without": []}, {}))
+            for name, run in (("with", saving.with_it), ("without", saving.without)):
+                rates[name].append(await rate(setting, run, len(setting.queries)))
+        setting = setting_of(bench, SHORT, rows)
+        if savings:
+            measured["pruning"] = ({}, await pruning(setting))
+        return await rate(setting, ours, len(setting.queries))
+    finally:
+        bench.close()
+
+
+def execute(rows: int, repeats: int, engine: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[float]]]:
+    """Everything, one repeat after the other: the savings, and the rates by engine argument."""
+    measured: dict[str, tuple[Rates, dict[str, float]]] = {}
+    engines: dict[str, list[float]] = {name: [] for name in (DEFAULTS, *engine)}
+    for number in range(1, repeats + 1):
+        for name in engines:
+            arguments: dict[str, Any] = {}
+            apply_settings(arguments, [] if name == DEFAULTS else [name])
+            model = ModelConfig(name="demo", engine=arguments)
+            engines[name].append(asyncio.run(on_one_engine(model, SAVINGS if not arguments else (), rows, measured)))
+        Console(stderr=True).print(f"repeat {number} of {repeats} measured")
+    return measured, engines
+
+
+def ratio(one: Sequence[float], other: Sequence[float]) -> list[str]:
+    """Median over median, and the least and greatest of all pairs."""
+    middle = statistics.median(one) / statistics.median(other)
+    return [f"{middle:.2f}", f"{min(one) / max(other):.2f} … {max(one) / min(other):.2f}"]
+
+
+def tables(measured: dict[str, Any], engines: dict[str, list[float]]) -> list[Table]:
+    """What each saves."""
+    savings = Table(title="Savings")
+    for heading in ("saving", "built", "workload", "with, queries/s", "without", "with / without", "min … max"):
+        savings.add_column(heading, justify="left" if heading in ("saving", "built", "workload") else "right")
+    for saving in SAVINGS:
+        rates, _ = measured[saving.name]
+        cells = [f"{statistics.median(rates[name]):.2f}" for name in ("with", "without")]
+        place = [saving.name, "yes" if saving.built else "no", saving.workload.name]
+        savings.add_row(*place, *cells, *ratio(rates["with"], rates["without"]))
+    bound = measured["pruning"][1]
+    share = bound["hopeless"] / bound["written"]
+    savings.caption = (
+        f"Pruning could save at most {bound['hopeless']:.0f} of {bound['written']:.0f} written tokens "
+        f"({100 * share:.1f} %), beside {bound['read']:.0f} read ones."
+    )
+    arguments = Table(title=f"Engine arguments ({SHORT.name})")
+    for heading in ("argument", "queries/s", f"it / {DEFAULTS}", "min … max"):
+        arguments.add_column(heading, justify="left" if heading == "argument" else "right")
+    for name, rates in engines.items():
+        arguments.add_row(name, f"{statistics.median(rates):.2f}", *ratio(rates, engines[DEFAULTS]))
+    return [savings, arguments]
+
+
+def benchmark_savings(
+    rows: Annotated[int, typer.Option(min=4, help="Queries; a third of them in the long form.")] = 48,
+    repeats: Annotated[int, typer.Option(min=1)] = 3,
+    engine: Annotated[
+        list[str] | None, typer.Option(help=f"Engine arguments to compare, by default {', '.join(ENGINE)}.")
+    ] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+) -> None:
+    """Measure what each way of saving work saves, with it and without it."""
+    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    chosen = engine or list(ENGINE)
+    try:
+        for setting in chosen:
+            arguments: dict[str, Any] = {}
+            apply_settings(arguments, [setting])
+            check_engine_arguments(ModelConfig(name="demo", engine=arguments))
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    measured, engines = execute(rows, repeats, chosen)
+    for table in tables(measured, engines):
+        Console(width=150).print(table)
+    if json_file:
+        json_file.write_text(json.dumps({"savings": measured, "engines": engines, "machine": machine()}, indent=2))
+
+
+if __name__ == "__main__":
+    typer.run(benchmark_savings)
