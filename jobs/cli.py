@@ -3,9 +3,15 @@
 A job's module is imported when it is called, so that the list of commands costs nothing.
 """
 
+import platform
 from importlib import import_module
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
+from typer.main import get_command
+
+from pipeline.provenance import versions
 
 JOBS = {
     "import_queries": "Datasets and files to a query set.",
@@ -14,42 +20,56 @@ JOBS = {
     "benchmark": "A row's cost beside other implementations' shapes and the bare engine.",
     "benchmark_scaling": "How a run grows with its rows and its actors.",
     "benchmark_index": "The index beside the bare encoder and bare FAISS.",
+    "benchmark_savings": "What each way of saving work saves.",
     "share": "A dataset card for an annotated set, and its way to the Hugging Face hub.",
     "evaluate": "Compare annotated answers with gold answers.",
     "report": "A page about an annotated set: speed, cost, scores, examples.",
     "teach": "Teach a language model the reflection tokens.",
     "demo": "The embedded default, start to end.",
 }
-# Options, --help included, are the job's own.
-PASS_ALL = {"ignore_unknown_options": True, "allow_extra_args": True, "help_option_names": []}
-
-app = typer.Typer(
-    help="Offline Self-RAG at scale. Each command is also a module: python -m jobs.NAME.",
-    no_args_is_help=True,
-    add_completion=False,
-)
 
 
-def call(job: str, arguments: list[str]) -> None:
-    """Run the function of the same name in ``jobs.JOB`` as a command of its own."""
+class Jobs(TyperGroup):
+    """The jobs as commands; one that is called, or completed in a shell, becomes its module's own."""
+
+    def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
+        """The command that the arguments name, and the rest of them."""
+        name, command, rest = super().resolve_command(ctx, args)
+        return name, command and own(name or ""), rest
+
+
+def own(name: str) -> Any:
+    """The command of the function of the same name in ``jobs.NAME``."""
+    job = name.replace("-", "_")
     command = typer.Typer(add_completion=False)
-    command.command()(getattr(import_module(f"jobs.{job}"), job))
-    command(args=arguments, prog_name=f"selfrag {job.replace('_', '-')}")
+    command.command(name)(getattr(import_module(f"jobs.{job}"), job))
+    return get_command(command)
 
 
-def mount(job: str, summary: str) -> None:
-    """Make a job a command of the app, under its name with hyphens and under the module's own."""
+def show_versions(wanted: bool) -> None:
+    """Print the versions of what decides results, and end."""
+    if wanted:
+        for package, version in {**versions(), "python": platform.python_version()}.items():
+            typer.echo(f"{package} {version}")
+        raise typer.Exit
 
-    def command(context: typer.Context) -> None:
-        call(job, context.args)
 
-    shown = job.replace("_", "-")
-    for name in sorted({shown, job}):
-        app.command(name, help=summary, hidden=name != shown, context_settings=PASS_ALL)(command)
+app = typer.Typer(cls=Jobs, no_args_is_help=True)
+
+
+@app.callback()
+def selfrag(
+    version: Annotated[
+        bool, typer.Option("--version", callback=show_versions, is_eager=True, help="Versions of what decides results.")
+    ] = False,
+) -> None:
+    """Offline Self-RAG at scale. Each command is also a module: python -m jobs.NAME."""
 
 
 for _job, _summary in JOBS.items():
-    mount(_job, _summary)
+    _shown = _job.replace("_", "-")
+    for _name in sorted({_shown, _job}):
+        app.command(_name, help=_summary, hidden=_name != _shown)(lambda: None)
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Configuration as plain values: YAML files, dotted keys, settings, and models made of them."""
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from datetime import date
+from difflib import get_close_matches
 from typing import Any, TypeVar
 
 import smart_open
@@ -53,7 +54,8 @@ def read_yaml(uri: str) -> dict[str, Any]:
         with smart_open.open(uri, encoding="utf-8") as file:
             tree = yaml.safe_load(file)
     except (OSError, yaml.YAMLError) as error:
-        raise ValueError(f"configuration {uri}: {' '.join(str(error).split())}") from None
+        reason = (isinstance(error, OSError) and error.strerror) or str(error)
+        raise ValueError(f"configuration {uri}: {' '.join(reason.split())}") from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):
@@ -112,13 +114,23 @@ def validated(section: type[Section], tree: dict[str, Any], name: str = "") -> S
     try:
         return section.model_validate(tree)
     except ValidationError as error:
-        raise ValueError("; ".join(_problem(dict(e), name) for e in error.errors())) from None
+        known = list(keys_of(section, f"{name}." if name else ""))
+        raise ValueError("; ".join(_problem(dict(e), name, known) for e in error.errors())) from None
 
 
-def _problem(error: dict[str, Any], section: str) -> str:
+def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+    """Dotted keys of a section and of the sections in it."""
+    for name, entry in section.model_fields.items():
+        yield prefix + name
+        if isinstance(entry.annotation, type) and issubclass(entry.annotation, BaseModel):
+            yield from keys_of(entry.annotation, f"{prefix}{name}.")
+
+
+def _problem(error: dict[str, Any], section: str, known: Sequence[str]) -> str:
     key = ".".join([section] * bool(section) + [str(part) for part in error["loc"]])
     if error["type"] == "extra_forbidden":
-        return f"unknown configuration key {key}"
+        alike = get_close_matches(key, known, n=1)
+        return f"unknown configuration key {key}" + (f"; did you mean {alike[0]}?" if alike else "")
     if error["type"] == "missing":
         flag = {"model": "--model", "model.name": "--model"}.get(key, f"--{key}")
         return f"missing configuration key {key} (flag {flag})"

@@ -176,7 +176,10 @@ PARQUET: dict[str, tuple[Spoil, str]] = {
     "no Parquet in it": (lambda c: ((c.folder / "e").mkdir(), c.use(queries=c.folder / "e")), "no .*.parquet files in"),
 }
 CONFIGURATION: dict[str, tuple[Spoil, str]] = {
-    "unknown key": (lambda c: c.set("decoding.treshold=0.3"), "unknown configuration key decoding.treshold"),
+    "unknown key": (
+        lambda c: c.set("decoding.treshold=0.3"),
+        "unknown configuration key decoding.treshold; did you mean decoding.threshold?",
+    ),
     "no value": (lambda c: c.set("decoding"), "expected KEY=VALUE"),
     "value is not YAML": (
         lambda c: c.set("storage.secret_key=*abc/def"),

