@@ -34,7 +34,7 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # What vLLM takes from the environment only; a value that is set already stays.
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "ERROR",  # its warnings at each start ask for nothing that a user could do
+    "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for results
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
     # By default vLLM leaves one core idle and binds all its engines to the same others; unbound, an engine

@@ -161,7 +161,8 @@ def _instead(row: Row, wanted: Callable[[Row], bool], retrieved: bool) -> Row | 
     text = next((c["text"] for c in candidates if wanted(c)), None)
     if text is None:
         return row
-    return {**row, "answer": closed_answer(text, row.get("choices") or ()) or text, "retrieved": retrieved}
+    read = {} if retrieved else {"candidates": []}
+    return {**row, "answer": closed_answer(text, row.get("choices") or ()) or text, "retrieved": retrieved, **read}
 
 
 def evaluate_set(folder: Location, by: str | None = None, task: str | None = None, view: View = as_it_is) -> Evaluation:

@@ -21,6 +21,14 @@ _MEMORY = re.compile(r"out of memory|OutOfMemory|can't allocate memory|MemoryErr
 # Who says, with a traceback, that an engine is gone: also of one that ends with the run that it belongs to. Where it
 # matters ``EngineDeadError`` says so, with the cause.
 _FRONT_END = ("vllm.v1.engine.async_llm", "vllm.v1.engine.core_client")
+# Who warns at each start of what no user can change: Triton on CPUs, preloaded libraries, settings that follow from ours.
+_START_UP = (
+    "vllm.config.vllm",
+    "vllm.platforms.cpu",
+    "vllm.v1.engine.input_processor",
+    "vllm.v1.utils",
+    "vllm.v1.worker.cpu_worker",
+)
 
 
 @dataclass(frozen=True)
@@ -85,6 +93,7 @@ def error_file() -> Path | None:
         "loggers": {
             "vllm": {"handlers": list(handlers), "level": level, "propagate": False},
             **{name: {"handlers": ["errors"], "propagate": False} for name in _FRONT_END},
+            **{name: {"level": "ERROR"} for name in _START_UP},
         },
     }
     (folder / "logging.json").write_text(json.dumps(settings))

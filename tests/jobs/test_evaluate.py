@@ -240,7 +240,7 @@ def test_views_answer_from_another_candidate() -> None:
     alone = {"rank": None, "text": "Hello", "parent": None, "opening": "[No Retrieval]"}
     row = {"answer": "Paris", "candidates": [read, first, alone]}
     assert first_passage(row) == {**row, "answer": "Rome", "retrieved": True}
-    assert without_retrieval(row) == {**row, "answer": "Hello", "retrieved": False}
+    assert without_retrieval(row) == {**row, "answer": "Hello", "retrieved": False, "candidates": []}
     assert as_it_is(row) == row
 
 

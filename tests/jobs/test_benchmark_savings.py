@@ -1,0 +1,160 @@
+import json
+import subprocess
+import sys
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import typer
+from typer.testing import CliRunner
+
+from jobs.benchmark import MAX_TOKENS
+from jobs.benchmark_savings import (
+    DEFAULTS,
+    SAVINGS,
+    AskedDecisions,
+    ForgetfulCritic,
+    Prefetching,
+    Setting,
+    WholeDecisions,
+    benchmark_savings,
+    prunable,
+    tables,
+)
+from jobs.benchmark_script import Script
+from pipeline.config import DecodingConfig, Weights
+from pipeline.prompts import PromptTokenizer
+from pipeline.reflection import REFLECTION_TOKENS, Retrieve
+from pipeline.types import Candidate, Critique, Generation, Passage, Query, RetrievedPassage, Segment
+from tests.fakes import word_tokenizer
+
+GIVEN = (Passage("a", "", "one"), Passage("b", "", "two"))
+
+
+def candidate(length: int, score: float, is_rel: float | None) -> Candidate:
+    critique = Critique(0.5, is_rel, 0.5, 0.5, score, None, None, None)
+    return Candidate(Segment("", "", None, critique, Retrieve.YES, (7,) * length), None, None)
+
+
+def test_a_candidate_is_hopeless_once_another_has_a_score_that_it_cannot_reach():
+    # 1 + IsRel + 1 + 0.5 is the most that can come: 2.6, 3.4 and 2.5 beside a score of 3.2 after three tokens.
+    siblings = [candidate(3, 3.2, 0.9), candidate(10, 1.0, 0.1), candidate(10, 1.0, 0.9), candidate(2, 1.0, 0.0)]
+    assert prunable(siblings, Weights()) == 7
+    assert prunable(siblings[1:], Weights()) == 0
+    assert prunable([candidate(3, 3.2, 0.9), candidate(9, 1.0, None)], Weights()) == 6
+
+
+class Engine:
+    """Writes by a script; remembers what it was asked."""
+
+    max_model_len = 512
+
+    def __init__(self, tokenizer: PromptTokenizer, script: Script) -> None:
+        self.tokenizer, self.script = tokenizer, script
+        self.asked: list[tuple[tuple[int, ...], int, tuple[int, ...]]] = []
+
+    async def generate(self, prompt, max_tokens, stops):
+        self.asked.append((tuple(prompt), max_tokens, tuple(stops)))
+        length = self.script.length(max_tokens)
+        table = np.zeros((length, len(REFLECTION_TOKENS)))
+        blank = Generation((7,) * length, np.full(length, -1.0), table, len(prompt))
+        return self.script.acted(blank, prompt, self.tokenizer)
+
+
+def setting(script: Script, **decoding) -> tuple[Setting, Engine]:
+    tokenizer = word_tokenizer()
+    bench = SimpleNamespace(generator=Engine(tokenizer, script), tokenizer=tokenizer, retriever=None)
+    queries = [Query("q", "what", passages=GIVEN), Query("r", "what else then", passages=GIVEN)]
+    return Setting(bench, queries, DecodingConfig(passages=2, max_tokens=MAX_TOKENS, **decoding)), bench.generator
+
+
+@pytest.mark.parametrize("name", ["WholeDecisions", "AskedDecisions", "ForgetfulCritic"])
+async def test_answers_are_the_same_without_a_saving(name):
+    found, engine = setting(Script(tokens=6, segments=2), segments=2, beam_width=1)
+    without = {
+        "WholeDecisions": lambda: found.system(WholeDecisions(engine)),
+        "AskedDecisions": lambda: found.system(AskedDecisions(engine)),
+        "ForgetfulCritic": lambda: found.system(critic=ForgetfulCritic),
+    }[name]()
+    assert (await without.answer(found.queries[0])).raw_output == (
+        await found.system().answer(found.queries[0])
+    ).raw_output
+
+
+async def test_a_whole_decision_writes_an_answer_and_stops_at_its_end_only():
+    found, engine = setting(Script(tokens=6))
+    await found.system(WholeDecisions(engine)).answer(found.queries[0])
+    eos = found.bench.tokenizer.eos
+    _, most, stops = engine.asked[0]
+    assert (most, stops) == (MAX_TOKENS, (eos,))
+    assert len(engine.asked) == 3
+
+
+async def test_an_asked_decision_is_one_more_request_for_each_segment_that_something_follows():
+    found, engine = setting(Script(tokens=6, segments=2), segments=2, beam_width=1)
+    await found.system(AskedDecisions(engine)).answer(found.queries[0])
+    lengths = [most for _, most, _ in engine.asked]
+    assert (lengths.count(1), lengths.count(MAX_TOKENS)) == (1 + 2, 4)
+
+
+async def test_passages_are_tokenised_again_by_a_forgetful_critic(monkeypatch):
+    found, _ = setting(Script(tokens=6, segments=2), segments=2, beam_width=1)
+    counts = []
+    for critic in (ForgetfulCritic, ForgetfulCritic.__mro__[1]):
+        bodies: list[str] = []
+        monkeypatch.setattr(PromptTokenizer, "text", lambda _self, text, seen=bodies: seen.append(text) or [9])
+        await found.system(critic=critic).answer(found.queries[0])
+        counts.append(sum(text in ("one", "two") for text in bodies))
+        monkeypatch.undo()
+    assert counts[0] > counts[1] == 2
+
+
+class Index:
+    def __init__(self) -> None:
+        self.asked: list[str] = []
+
+    async def retrieve(self, query, k):
+        self.asked.append(query)
+        return [RetrievedPassage(passage, 1.0, rank) for rank, passage in enumerate(GIVEN[:k], 1)]
+
+
+async def test_searches_that_were_begun_are_not_made_again():
+    index = Index()
+    retriever = Prefetching(index)
+    retriever.begin([Query("a", "x"), Query("b", "y")], 1)
+    assert [found.passage.id for found in await retriever.retrieve("x", 1)] == ["a"]
+    await retriever.retrieve("z", 1)
+    assert index.asked == ["x", "y", "z"]
+
+
+def test_queries_come_twice_and_long_ones_first():
+    found, _ = setting(Script())
+    assert [(query.id, query.query) for query in found.doubled()[:2]] == [("0-q", "what"), ("1-q", "what")]
+    assert [query.id for query in found.longest_first()] == ["r", "q"]
+
+
+def test_the_tables_compare_medians():
+    rates = {saving.name: ({"with": [2.0, 4.0, 3.0], "without": [1.0, 2.0, 1.5]}, {}) for saving in SAVINGS}
+    measured = {**rates, "pruning": ({}, {"read": 1000, "written": 200, "hopeless": 10})}
+    savings, arguments = tables(measured, {DEFAULTS: [2.0, 2.0], "dtype=bfloat16": [1.0, 0.5]})
+    assert list(savings.columns[5].cells) == ["2.00"] * len(SAVINGS)
+    assert list(savings.columns[6].cells) == ["1.00 … 4.00"] * len(SAVINGS)
+    assert "10 of 200 written tokens (5.0 %)" in str(savings.caption)
+    assert list(arguments.columns[2].cells) == ["1.00", "0.38"]
+
+
+def test_a_bad_engine_argument_is_refused_before_anything_starts():
+    app = typer.Typer()
+    app.command()(benchmark_savings)
+    result = CliRunner().invoke(app, ["--engine", "dtipe=x"])
+    assert result.exit_code == 2
+    assert "unknown configuration key model.engine.dtipe" in result.stderr
+
+
+@pytest.mark.slow
+def test_all_savings_are_measured(tmp_path):
+    options = ["--rows", "4", "--repeats", "1", "--engine", "max_num_seqs=8", "--json", str(tmp_path / "s.json")]
+    subprocess.run([sys.executable, "-m", "jobs.benchmark_savings", *options], check=True, timeout=580)
+    found = json.loads((tmp_path / "s.json").read_text())
+    assert all(found["savings"][saving.name][0]["with"][0] > 0 for saving in SAVINGS)
+    assert set(found["engines"]) == {DEFAULTS, "max_num_seqs=8"}
