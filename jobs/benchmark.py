@@ -61,6 +61,8 @@ from pipeline.types import Passage, Query
 
 # Most tokens of a segment.
 MAX_TOKENS = 60
+# Variants with the very tokens of our decoding.
+OWN = ("direct", "ceiling", "scored")
 # Queries of a unit; so many units are in flight that all rows are.
 UNIT_ROWS = 8
 Shape = StrEnum("Shape", {name: name for name in SHAPES})  # type: ignore[misc]
@@ -188,7 +190,7 @@ async def measure_shapes(bench: Bench, workload: Workload, plan: Plan, measured:
             "naive": (len(queries), lambda: naive.in_waves(queries, found)),
             "flashrag": (len(queries), lambda: flashrag.in_waves(queries, found)),
         }
-    counts = {name: count for name, (count, _) in shapes.items()} | {"direct": len(rows), "ceiling": len(rows)}
+    counts = {name: count for name, (count, _) in shapes.items()} | dict.fromkeys(OWN, len(rows))
     for name, count in counts.items():
         measured.setdefault(name, Measured(count))
     recorder, critic = Recorder(generator), ReflectionCritic(bench.tokenizer)
@@ -201,6 +203,7 @@ async def measure_shapes(bench: Bench, workload: Workload, plan: Plan, measured:
     measured["direct"].load = load_of(load.steps - before, load.slots)
     ours = [Outcome(a.retrieved, a.segments[0].text if a.segments else "") for a in answers]
     await timed(engine, measured["ceiling"], engine.replay(recorder.work))
+    await timed(engine, measured["scored"], engine.replay(recorder.work, critic.watched))
     for name, (_, run) in shapes.items():
         theirs = await timed(engine, measured[name], run())
         measured[name].agreement = agreement(ours, theirs)

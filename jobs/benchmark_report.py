@@ -168,10 +168,10 @@ def plot(report: Report, file: Path) -> None:
 
     figure = Figure(figsize=(10, 1.2 + 0.9 * len(report.results)), layout="constrained")
     axes = figure.subplots()
-    names = ["ceiling", "direct", "ours", "flashrag", "naive", "released"]
+    names = ["ceiling", "scored", "direct", "ours", "flashrag", "naive", "released"]
     for place, name in enumerate(names):
         there = [(n, m[name].rate) for n, m in enumerate(report.results.values()) if name in m]
-        axes.barh([n + 0.13 * (place - 2.5) for n, _ in there], [rate for _, rate in there], height=0.12, label=name)
+        axes.barh([n + 0.12 * (place - 3) for n, _ in there], [rate for _, rate in there], height=0.11, label=name)
     axes.set(yticks=range(len(report.results)), yticklabels=list(report.results), xlabel="queries/s", xscale="log")
     axes.invert_yaxis()
     axes.legend()

@@ -12,6 +12,7 @@ order. What they do with the answers is ours, so that their decisions can be com
 An answer without a passage has no rivals, and none of them asks for log-probabilities there.
 - *direct*: our decoding, called without Ray, files or storage.
 - *ceiling*: the very tokens of *direct*, prompts and lengths, submitted at once to the bare engine.
+- *scored*: the same, with the log-probabilities of the 13 reflection tokens, which critique cannot do without.
 """
 
 import asyncio
@@ -98,9 +99,15 @@ class BareEngine:
         """Empty the prefix cache, so that no variant lives off another's prompts."""
         await self.generator.engine.reset_prefix_cache()
 
-    async def replay(self, work: Sequence[tuple[tuple[int, ...], int]]) -> None:
-        """*ceiling*: prompts, each with exactly so many tokens, all at once."""
-        await asyncio.gather(*(self.ask(prompt, max_tokens=n, ignore_eos=True, detokenize=False) for prompt, n in work))
+    async def replay(self, work: Sequence[tuple[tuple[int, ...], int]], watched: Sequence[int] = ()) -> None:
+        """*ceiling*: prompts, each with exactly so many tokens, all at once.
+
+        Args:
+            watched: *scored*: ids whose log-probabilities are asked for.
+        """
+        scored = {"logprob_token_ids": list(watched), "flat_logprobs": True} if watched else {}
+        sampling = {"ignore_eos": True, "detokenize": False, **scored}
+        await asyncio.gather(*(self.ask(prompt, max_tokens=n, **sampling) for prompt, n in work))
 
 
 @dataclass(frozen=True)

@@ -185,7 +185,7 @@ def test_everything_is_measured_in_one_run(tmp_path):
     command = [sys.executable, "-m", "jobs.benchmark", "--quick", "--rows", "4", "--json", str(tmp_path / "b.json")]
     subprocess.run(command, check=True, timeout=580)
     found = json.loads((tmp_path / "b.json").read_text())
-    assert set(found["ratios"]) == {"released", "naive", "flashrag", "direct", "ceiling"}
+    assert set(found["ratios"]) == {"released", "naive", "flashrag", "direct", "ceiling", "scored"}
     assert all(ratio > 0 for ratio in found["ratios"].values())
     (workload,) = found["workloads"].values()
     assert workload["absolute"]["released"]["agreement"]["decision"] == 1.0
