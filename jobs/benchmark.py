@@ -35,7 +35,7 @@ import yaml
 from rich.console import Console
 
 from jobs.benchmark_report import CALL, STAGES, Measured, Report, Results, load_of, plot
-from jobs.benchmark_script import SCRIPT, SHAPES, Script, ScriptedGenerator, write_shape
+from jobs.benchmark_script import SCRIPT, SHAPES, Prompter, Script, ScriptedGenerator, endless, write_shape
 from jobs.benchmark_shapes import (
     FLASHRAG_CANDIDATE,
     FLASHRAG_DECISION,
@@ -57,12 +57,14 @@ from pipeline.retrieve import IndexRetriever
 from pipeline.self_rag import SelfRag
 from pipeline.settings import apply_settings
 from pipeline.storage import locate
-from pipeline.types import Passage, Query
+from pipeline.types import Passage, Query, RetrievedPassage
 
 # Most tokens of a segment.
 MAX_TOKENS = 60
 # Variants with the very tokens of our decoding.
 OWN = ("direct", "ceiling", "scored")
+# Most queries for the shape that asks for thousands of log-probabilities: their decoding takes a core for minutes.
+NAIVE_ROWS = 64
 # Queries of a unit; so many units are in flight that all rows are.
 UNIT_ROWS = 8
 Shape = StrEnum("Shape", {name: name for name in SHAPES})  # type: ignore[misc]
@@ -90,7 +92,8 @@ class Plan:
 
     def decoding_of(self, workload: Workload) -> DecodingConfig:
         """The workload's settings."""
-        return DecodingConfig(**{"passages": self.passages, "max_tokens": MAX_TOKENS, **workload.decoding})
+        longest = max(MAX_TOKENS, self.scripted_tokens or 0)
+        return DecodingConfig(**{"passages": self.passages, "max_tokens": longest, **workload.decoding})
 
     def script_of(self, workload: Workload) -> Script | None:
         """What the model writes in this workload, where it is scripted."""
@@ -169,46 +172,49 @@ def queries_of(rows: Sequence[Row]) -> list[Query]:
 async def measure_shapes(bench: Bench, workload: Workload, plan: Plan, measured: dict[str, Measured]) -> Shaped:
     """All variants that run on one engine, one after the other."""
     rows, found = await prepare(bench, workload, plan)
-    queries, config = queries_of(rows), plan.decoding_of(workload)
+    queries, config, script = queries_of(rows), plan.decoding_of(workload), plan.script_of(workload)
     if workload.body is not None:
         found = [
             [dataclasses.replace(f, passage=p) for f, p in zip(fs, q.passages or (), strict=True)]
             for fs, q in zip(found, queries, strict=True)
         ]
-    engine, script = BareEngine(bench.generator), plan.script_of(workload)
-    generator = bench.generator if script is None else ScriptedGenerator(bench.generator, bench.tokenizer, script)
-    few = plan.serial_rows
-    shapes: dict[str, tuple[int, Callable[[], Awaitable[list[Outcome]]]]] = {}
-    if workload.short_form:
-        released = Released(engine, bench.tokenizer, config, script=script)
-        naive = dataclasses.replace(released, decision=RELEASED_CANDIDATE)
-        flashrag = dataclasses.replace(
-            released, decision=FLASHRAG_DECISION, candidate=FLASHRAG_CANDIDATE, decision_tokens=1
-        )
-        shapes = {
-            "released": (few, lambda: released.serially(queries[:few], found[:few])),
-            "naive": (len(queries), lambda: naive.in_waves(queries, found)),
-            "flashrag": (len(queries), lambda: flashrag.in_waves(queries, found)),
-        }
-    counts = {name: count for name, (count, _) in shapes.items()} | dict.fromkeys(OWN, len(rows))
-    for name, count in counts.items():
-        measured.setdefault(name, Measured(count))
-    recorder, critic = Recorder(generator), ReflectionCritic(bench.tokenizer)
+    engine, critic = BareEngine(bench.generator), ReflectionCritic(bench.tokenizer)
+    prompter = Prompter(bench.tokenizer, script) if script else None
+    recorder = Recorder(ScriptedGenerator(endless(bench.generator), prompter) if prompter else bench.generator)
     system = SelfRag(recorder, critic, Tasks(config), bench.retriever)
+    shapes = shapes_of(Released(engine, bench.tokenizer, config, prompter=prompter), queries, found, plan)
+    for name in (*OWN, *(shapes if workload.short_form else ())):
+        measured.setdefault(name, Measured(shapes[name][0] if name in shapes else len(rows)))
     await system.answer(queries[0])  # warms up
     recorder.work.clear()
     load = bench.generator.load
     before = load.steps.copy()
     answers = await timed(engine, measured["direct"], direct(system, queries))
     measured["direct"].load = load_of(load.steps - before, load.slots)
-    ours = [Outcome(a.retrieved, a.segments[0].text if a.segments else "") for a in answers]
     await timed(engine, measured["ceiling"], engine.replay(recorder.work))
     await timed(engine, measured["scored"], engine.replay(recorder.work, critic.watched))
-    for name, (_, run) in shapes.items():
+    ours = [Outcome(a.retrieved, a.segments[0].text if a.segments else "") for a in answers]
+    for name, (_, run) in shapes.items() if workload.short_form else ():
         theirs = await timed(engine, measured[name], run())
         measured[name].agreement = agreement(ours, theirs)
     read, wrote = sum(len(prompt) for prompt, _ in recorder.work), sum(written for _, written in recorder.work)
     return Shaped(rows, {"prompt": read / len(rows), "written": wrote / len(rows)})
+
+
+def shapes_of(
+    released: Released, queries: Sequence[Query], found: Sequence[Sequence[RetrievedPassage]], plan: Plan
+) -> dict[str, tuple[int, Callable[[], Awaitable[list[Outcome]]]]]:
+    """The shapes of other implementations: queries of each, and its run."""
+    naive = dataclasses.replace(released, decision=RELEASED_CANDIDATE)
+    flashrag = dataclasses.replace(
+        released, decision=FLASHRAG_DECISION, candidate=FLASHRAG_CANDIDATE, decision_tokens=1
+    )
+    few, some = plan.serial_rows, min(plan.rows, NAIVE_ROWS)
+    return {
+        "released": (few, lambda: released.serially(queries[:few], found[:few])),
+        "naive": (some, lambda: naive.in_waves(queries[:some], found[:some])),
+        "flashrag": (len(queries), lambda: flashrag.in_waves(queries, found)),
+    }
 
 
 async def timed(engine: BareEngine, measured: Measured, work: Awaitable[Any]) -> Any:
@@ -290,7 +296,7 @@ def benchmark(
     rows: Annotated[int | None, typer.Option(min=4, help="Queries of a workload.")] = None,
     repeats: Annotated[int | None, typer.Option(min=1)] = None,
     only: Annotated[list[str] | None, typer.Option(help="Workloads whose name begins so; all by default.")] = None,
-    model: Annotated[str, typer.Option(help="Model: hub name, folder, or 'demo'.")] = "demo",
+    model: Annotated[str | None, typer.Option(help="Model: hub name, folder, or 'demo', which is the default.")] = None,
     shape: Annotated[
         Shape | None,
         typer.Option(help="In place of a model: its size with dummy weights; a script says what it writes."),
@@ -308,12 +314,14 @@ def benchmark(
     chosen = [w for w in WORKLOADS if not only or any(w.name.startswith(name) for name in only)]
     if not chosen:
         raise typer.BadParameter(f"--only: no workload begins so; there are {', '.join(w.name for w in WORKLOADS)}")
+    if shape and model:
+        raise typer.BadParameter("--shape stands in the place of a model: --model does not go with it")
     count = rows or (24 if quick else 64)
     with tempfile.TemporaryDirectory() as folder:
         engine: dict[str, Any] = {"load_format": "dummy"} if shape else {}
         try:
             apply_settings(engine, settings or [])
-            name = str(write_shape(shape.value, Path(folder) / shape.value)) if shape else model
+            name = str(write_shape(shape.value, Path(folder) / shape.value)) if shape else model or "demo"
             chosen_model = ModelConfig(name=name, engine=engine)
             check_engine_arguments(chosen_model)
         except ValueError as error:

@@ -52,8 +52,8 @@ def load_of(steps: Counter[tuple[int, bool]], slots: int) -> dict[str, float]:
 
     Returns:
         Shares of the steps: ``half_full`` had more than half of the slots taken; ``fed`` had that or left requests
-        waiting, so that the engine's own limit of tokens for a step was what kept slots free. ``running`` is the
-        mean number of requests.
+        waiting, so that not we but the engine kept slots free (a step's tokens or its memory were used up). ``running``
+        is the mean number of requests.
     """
     total = max(1, steps.total())
     half = sum(count for (running, _), count in steps.items() if 2 * running > slots)

@@ -10,12 +10,12 @@ import asyncio
 import dataclasses
 import json
 import logging
+import pathlib
 import statistics
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Annotated, Any
 
 import typer
@@ -31,21 +31,24 @@ from pipeline.critique import segment_score
 from pipeline.engine import Generator, check_engine_arguments
 from pipeline.once import AnsweredOnce, Answering
 from pipeline.profiles import Tasks
-from pipeline.reader import Reader, ReflectionCritic, ReflectionReader
+from pipeline.reader import Reader, ReflectionCritic, ReflectionReader, Requests
+from pipeline.reflection import Retrieve
 from pipeline.retrieve import Retriever
 from pipeline.self_rag import SelfRag
 from pipeline.settings import apply_settings
-from pipeline.types import Candidate, Generation, Passage, Query, RetrievedPassage
+from pipeline.types import Candidate, Generation, Passage, Path, Query, RetrievedPassage
 
 SHORT = Workload("short form, 50 % retrieve", questions=0.5)
 LONG = Workload("long form, beam of 2", decoding={"segments": 3, "beam_width": 2})
 ENGINE = ("enable_prefix_caching=false", "max_num_batched_tokens=512", "dtype=bfloat16")
 DEFAULTS = "the defaults"
+# Fewer than the requests of all queries, as in a long run.
+SLOTS = 32
 
 
 @dataclass(frozen=True)
-class Filter:
-    """A generator that asks another one."""
+class WholeDecisions:
+    """Writes a whole answer where one token is asked for, as the released scripts do, and gives its first."""
 
     generator: Generator
 
@@ -53,10 +56,6 @@ class Filter:
     def max_model_len(self) -> int:
         """See :attr:`pipeline.engine.Generator.max_model_len`."""
         return self.generator.max_model_len
-
-
-class WholeDecisions(Filter):
-    """Writes a whole answer where one token is asked for, as the released scripts do, and gives its first."""
 
     async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
         """See :meth:`pipeline.engine.Generator.generate`."""
@@ -71,15 +70,34 @@ class WholeDecisions(Filter):
         )
 
 
-class AskedDecisions(Filter):
-    """Asks for the decision after a segment in a request of its own, though the segment's last token tells it."""
+@dataclass
+class AskingReader(ReflectionReader):
+    """Asks for the decision before a path goes on, though the last token of its segment told it.
 
-    async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
-        """See :meth:`pipeline.engine.Generator.generate`."""
-        written = await self.generator.generate(prompt, max_tokens, stops)
-        if max_tokens > 1 and written.token_ids[-1] in stops[:-1]:
-            await self.generator.generate([*prompt, *written.token_ids[:-1]], 1, stops)
-        return written
+    Attributes:
+        asked: by path; its continuations wait for it together.
+    """
+
+    asked: dict[Path, asyncio.Task[Generation]] = field(default_factory=dict)
+
+    async def write(self, path: Path, opening: Retrieve, evidence: RetrievedPassage | None) -> Path:
+        """See :meth:`pipeline.reader.Reader.write`."""
+        if path.segments:
+            if path not in self.asked:
+                *before, last = path.segments
+                context = self._context(Path(tuple(before)), last.opening, last.evidence)
+                question = self.requests.ask([*context, *last.token_ids], 1, self.stops)
+                self.asked[path] = asyncio.ensure_future(question)
+            await self.asked[path]
+        return await super().write(path, opening, evidence)
+
+
+class AskingCritic(ReflectionCritic):
+    """Reads so."""
+
+    def reader(self, generator: Generator, config: DecodingConfig, query: Query) -> Reader:
+        """See :meth:`pipeline.reader.Critic.reader`."""
+        return AskingReader(Requests(generator), self.tokenizer, config, query)
 
 
 @dataclass
@@ -98,8 +116,11 @@ class Prefetching:
         return await self.begun[query] if query in self.begun else await self.retriever.retrieve(query, k)
 
 
-class _Forgetful(dict[Passage, list[int]]):
+class Forgetful(dict[Passage, list[int]]):
+    """Has nothing that it was given, but for once."""
+
     def __contains__(self, key: object) -> bool:
+        """Never."""
         return False
 
 
@@ -108,10 +129,7 @@ class ForgetfulCritic(ReflectionCritic):
 
     def reader(self, generator: Generator, config: DecodingConfig, query: Query) -> Reader:
         """See :meth:`pipeline.reader.Critic.reader`."""
-        reader = super().reader(generator, config, query)
-        assert isinstance(reader, ReflectionReader)
-        reader.bodies = _Forgetful()
-        return reader
+        return ReflectionReader(Requests(generator), self.tokenizer, config, query, bodies=Forgetful())
 
 
 @dataclass(frozen=True)
@@ -127,15 +145,16 @@ class Setting:
         tasks, engine = Tasks(self.config), generator or self.bench.generator
         return SelfRag(engine, critic(self.bench.tokenizer), tasks, self.bench.retriever)
 
-    async def answer(self, system: Answering, queries: Sequence[Query] | None = None) -> None:
-        """Answer all queries at once."""
-        await asyncio.gather(*(system.answer(query) for query in queries or self.queries))
+    async def answer(self, system: Answering, queries: Sequence[Query] | None = None) -> int:
+        """Answer all queries at once; how many there were."""
+        answers = await asyncio.gather(*(system.answer(query) for query in queries or self.queries))
+        return len(answers)
 
-    async def prefetched(self) -> None:
+    async def prefetched(self) -> int:
         """The same with all searches begun before."""
         retriever = Prefetching(self.bench.retriever)
         retriever.begin(self.queries, self.config.passages)
-        await self.answer(dataclasses.replace(self.system(), retriever=retriever))
+        return await self.answer(dataclasses.replace(self.system(), retriever=retriever))
 
     def longest_first(self) -> list[Query]:
         """The queries by the length of what they ask."""
@@ -146,7 +165,7 @@ class Setting:
         return [dataclasses.replace(query, id=f"{n}-{query.id}") for query in self.queries for n in range(2)]
 
 
-Run = Callable[[Setting], Awaitable[None]]
+Run = Callable[[Setting], Awaitable[int]]
 
 
 @dataclass(frozen=True)
@@ -164,7 +183,7 @@ class Saving:
     built: bool = True
 
 
-def ours(setting: Setting) -> Awaitable[None]:
+def ours(setting: Setting) -> Awaitable[int]:
     """Our decoding as it is."""
     return setting.answer(setting.system())
 
@@ -180,7 +199,7 @@ SAVINGS = (
         "later decisions read where segments end, not asked for",
         LONG,
         ours,
-        lambda s: s.answer(s.system(AskedDecisions(s.bench.generator))),
+        lambda s: s.answer(s.system(critic=AskingCritic)),
     ),
     Saving("passages tokenised once for a row", LONG, ours, lambda s: s.answer(s.system(critic=ForgetfulCritic))),
     Saving(
@@ -192,6 +211,15 @@ SAVINGS = (
     Saving("searches begun while the decision runs", SHORT, lambda s: s.prefetched(), ours, built=False),
     Saving("long queries first", SHORT, lambda s: s.answer(s.system(), s.longest_first()), ours, built=False),
 )
+
+
+@dataclass(frozen=True)
+class Pruning:
+    """Tokens read, written, and of these written by candidates that were hopeless."""
+
+    read: int
+    written: int
+    hopeless: int
 
 
 def prunable(siblings: Sequence[Candidate], weights: Weights) -> int:
@@ -209,28 +237,44 @@ def prunable(siblings: Sequence[Candidate], weights: Weights) -> int:
     return saved
 
 
-async def pruning(setting: Setting) -> dict[str, float]:
-    """Upper bound of what lossless pruning saves in the short form: tokens written, read, and hopeless."""
+async def pruning(setting: Setting) -> Pruning:
+    """What pruning would save in the short form."""
     recorder = Recorder(setting.bench.generator)
     config = setting.config.model_copy(update={"keep_candidates": True})
     system = dataclasses.replace(setting.system(recorder), tasks=Tasks(config))
     answers = await asyncio.gather(*(system.answer(query) for query in setting.queries))
-    return {
-        "read": sum(len(prompt) for prompt, _ in recorder.work),
-        "written": sum(written for _, written in recorder.work),
-        "hopeless": sum(prunable(answer.candidates, config.weights) for answer in answers),
-    }
+    return Pruning(
+        read=sum(len(prompt) for prompt, _ in recorder.work),
+        written=sum(written for _, written in recorder.work),
+        hopeless=sum(prunable(answer.candidates, config.weights) for answer in answers),
+    )
 
 
-Rates = dict[str, list[float]]
+@dataclass
+class Figures:
+    """What was measured.
+
+    Attributes:
+        rates: queries/s with each saving and without it, of each repeat.
+        engines: queries/s by engine argument, of each repeat.
+    """
+
+    rates: dict[str, dict[str, list[float]]]
+    engines: dict[str, list[float]]
+    pruning: Pruning | None = None
+
+    @classmethod
+    def empty(cls, engine: Sequence[str]) -> "Figures":
+        """Nothing yet."""
+        rates: dict[str, dict[str, list[float]]] = {saving.name: {"with": [], "without": []} for saving in SAVINGS}
+        return cls(rates, {name: [] for name in (DEFAULTS, *engine)})
 
 
-async def rate(setting: Setting, run: Run, queries: int) -> float:
+async def rate(setting: Setting, run: Run) -> float:
     """Queries/s, from an empty prefix cache."""
     await BareEngine(setting.bench.generator).forget()
     began = time.perf_counter()
-    await run(setting)
-    return queries / (time.perf_counter() - began)
+    return await run(setting) / (time.perf_counter() - began)
 
 
 def setting_of(bench: Bench, workload: Workload, rows: int) -> Setting:
@@ -240,39 +284,44 @@ def setting_of(bench: Bench, workload: Workload, rows: int) -> Setting:
     return Setting(bench, queries_of(workload.rows(count)), config)
 
 
-async def on_one_engine(
-    model: ModelConfig, savings: Sequence[Saving], rows: int, measured: dict[str, tuple[Rates, dict[str, float]]]
-) -> float:
-    """Measure all savings; the rate of our decoding as it is."""
-    bench = Bench.open(model)
+async def measure_savings(rows: int, number: int, figures: Figures) -> None:
+    """All savings on one engine that is full; which side goes first changes with the repeat's number."""
+    bench = Bench.open(ModelConfig(name="demo", engine={"max_num_seqs": SLOTS}))
     try:
-        setting = setting_of(bench, SHORT, rows)
-        await ours(setting)  # warms up
-        for saving in savings:
-            setting = setting_of(bench, saving.workload, rows)
-            rates, _ = measured.setdefault(saving.name, ({"with": [], "without": []}, {}))
-            for name, run in (("with", saving.with_it), ("without", saving.without)):
-                rates[name].append(await rate(setting, run, len(setting.queries)))
-        setting = setting_of(bench, SHORT, rows)
-        if savings:
-            measured["pruning"] = ({}, await pruning(setting))
-        return await rate(setting, ours, len(setting.queries))
+        settings = {workload.name: setting_of(bench, workload, rows) for workload in (SHORT, LONG)}
+        for setting in settings.values():
+            await ours(setting)  # warms up
+        for saving in SAVINGS:
+            setting, sides = settings[saving.workload.name], [("with", saving.with_it), ("without", saving.without)]
+            for name, run in sides if number % 2 else reversed(sides):
+                figures.rates[saving.name][name].append(await rate(setting, run))
+        figures.pruning = await pruning(settings[SHORT.name])
     finally:
         bench.close()
 
 
-def execute(rows: int, repeats: int, engine: Sequence[str]) -> tuple[dict[str, Any], dict[str, list[float]]]:
-    """Everything, one repeat after the other: the savings, and the rates by engine argument."""
-    measured: dict[str, tuple[Rates, dict[str, float]]] = {}
-    engines: dict[str, list[float]] = {name: [] for name in (DEFAULTS, *engine)}
+async def measure_engine(rows: int, argument: str, figures: Figures) -> None:
+    """Our decoding on an engine of its own."""
+    arguments: dict[str, Any] = {}
+    apply_settings(arguments, [] if argument == DEFAULTS else [argument])
+    bench = Bench.open(ModelConfig(name="demo", engine=arguments))
+    try:
+        setting = setting_of(bench, SHORT, rows)
+        await ours(setting)  # warms up
+        figures.engines[argument].append(await rate(setting, ours))
+    finally:
+        bench.close()
+
+
+def execute(rows: int, repeats: int, engine: Sequence[str]) -> Figures:
+    """Everything, one repeat after the other."""
+    figures = Figures.empty(engine)
     for number in range(1, repeats + 1):
-        for name in engines:
-            arguments: dict[str, Any] = {}
-            apply_settings(arguments, [] if name == DEFAULTS else [name])
-            model = ModelConfig(name="demo", engine=arguments)
-            engines[name].append(asyncio.run(on_one_engine(model, SAVINGS if not arguments else (), rows, measured)))
+        asyncio.run(measure_savings(rows, number, figures))
+        for argument in figures.engines:
+            asyncio.run(measure_engine(rows, argument, figures))
         Console(stderr=True).print(f"repeat {number} of {repeats} measured")
-    return measured, engines
+    return figures
 
 
 def ratio(one: Sequence[float], other: Sequence[float]) -> list[str]:
@@ -281,27 +330,26 @@ def ratio(one: Sequence[float], other: Sequence[float]) -> list[str]:
     return [f"{middle:.2f}", f"{min(one) / max(other):.2f} … {max(one) / min(other):.2f}"]
 
 
-def tables(measured: dict[str, Any], engines: dict[str, list[float]]) -> list[Table]:
+def tables(figures: Figures) -> list[Table]:
     """What each saves."""
-    savings = Table(title="Savings")
+    savings = Table(title=f"Savings (at most {SLOTS} requests at once)")
     for heading in ("saving", "built", "workload", "with, queries/s", "without", "with / without", "min … max"):
         savings.add_column(heading, justify="left" if heading in ("saving", "built", "workload") else "right")
     for saving in SAVINGS:
-        rates, _ = measured[saving.name]
+        rates = figures.rates[saving.name]
         cells = [f"{statistics.median(rates[name]):.2f}" for name in ("with", "without")]
         place = [saving.name, "yes" if saving.built else "no", saving.workload.name]
         savings.add_row(*place, *cells, *ratio(rates["with"], rates["without"]))
-    bound = measured["pruning"][1]
-    share = bound["hopeless"] / bound["written"]
-    savings.caption = (
-        f"Pruning could save at most {bound['hopeless']:.0f} of {bound['written']:.0f} written tokens "
-        f"({100 * share:.1f} %), beside {bound['read']:.0f} read ones."
-    )
+    if (bound := figures.pruning) is not None:
+        savings.caption = (
+            f"Pruning by IsRel would save {bound.hopeless} of {bound.written} written tokens "
+            f"({100 * bound.hopeless / bound.written:.1f} %), beside {bound.read} read ones."
+        )
     arguments = Table(title=f"Engine arguments ({SHORT.name})")
     for heading in ("argument", "queries/s", f"it / {DEFAULTS}", "min … max"):
         arguments.add_column(heading, justify="left" if heading == "argument" else "right")
-    for name, rates in engines.items():
-        arguments.add_row(name, f"{statistics.median(rates):.2f}", *ratio(rates, engines[DEFAULTS]))
+    for name, rates_ in figures.engines.items():
+        arguments.add_row(name, f"{statistics.median(rates_):.2f}", *ratio(rates_, figures.engines[DEFAULTS]))
     return [savings, arguments]
 
 
@@ -311,7 +359,7 @@ def benchmark_savings(
     engine: Annotated[
         list[str] | None, typer.Option(help=f"Engine arguments to compare, by default {', '.join(ENGINE)}.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+    json_file: Annotated[pathlib.Path | None, typer.Option("--json", help="Write all figures here.")] = None,
 ) -> None:
     """Measure what each way of saving work saves, with it and without it."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
@@ -324,11 +372,11 @@ def benchmark_savings(
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    measured, engines = execute(rows, repeats, chosen)
-    for table in tables(measured, engines):
+    figures = execute(rows, repeats, chosen)
+    for table in tables(figures):
         Console(width=150).print(table)
     if json_file:
-        json_file.write_text(json.dumps({"savings": measured, "engines": engines, "machine": machine()}, indent=2))
+        json_file.write_text(json.dumps({**dataclasses.asdict(figures), "machine": machine()}, indent=2))
 
 
 if __name__ == "__main__":

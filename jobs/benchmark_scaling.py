@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.annotate import allot, execute
-from jobs.benchmark_script import WRITTEN, Script
+from jobs.benchmark_script import WRITTEN, Prompter, Script
 from pipeline.actor import SelfRagActor
 from pipeline.config import DecodingConfig, ExecutionConfig, ModelConfig, RunConfig
 from pipeline.engine import load_tokenizer
@@ -52,9 +52,8 @@ FIVE_TOKENS = Script(tokens=5)
 class WaitingEngine:
     """Retrieves for every query, and writes five tokens for each passage, after a fixed time."""
 
-    tokenizer: PromptTokenizer
+    prompter: Prompter
     seconds: float
-    script: Script = FIVE_TOKENS
     max_model_len: int = 2048
 
     async def generate(
@@ -65,9 +64,9 @@ class WaitingEngine:
     ) -> Generation:
         """See :meth:`pipeline.engine.Generator.generate`."""
         await asyncio.sleep(self.seconds)
-        length = self.script.length(max_tokens)
-        blank = Generation((self.tokenizer.eos,) * length, np.full(length, WRITTEN), np.empty(0), len(prompt))
-        return self.script.acted(blank, prompt, self.tokenizer)
+        length = self.prompter.script.length(max_tokens)
+        blank = Generation((self.prompter.digits[0],) * length, np.full(length, WRITTEN), np.empty(0), len(prompt))
+        return self.prompter.acted(blank, prompt)
 
     def shutdown(self) -> None:
         """Nothing to end."""
@@ -83,7 +82,7 @@ class WaitingActor(SelfRagActor):
         config = self.config
         tokenizer = PromptTokenizer.of(load_tokenizer(config.model), config.model.name)
         self.retriever = None
-        engine = WaitingEngine(tokenizer, float(os.environ.get(LATENCY, "0")))
+        engine = WaitingEngine(Prompter(tokenizer, FIVE_TOKENS), float(os.environ.get(LATENCY, "0")))
         self.generator: Any = engine
         self.system = SelfRag(engine, ReflectionCritic(tokenizer), Tasks(config.decoding), None)
 

@@ -15,6 +15,7 @@ import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,8 @@ CONTEXT_TOKENS = 4096
 SCRIPT = "SELFRAG_BENCHMARK_SCRIPT"
 # Natural-log probabilities of the reflection token that stands somewhere, and of all others.
 WRITTEN, OTHERS = -0.1, -5.0
+# Digits of the number at the beginning of a segment.
+DIGITS = 5
 
 
 def write_shape(name: str, folder: Path) -> Path:
@@ -66,11 +69,6 @@ def write_shape(name: str, folder: Path) -> Path:
     return folder
 
 
-def digest(prompt: Sequence[int]) -> int:
-    """A number below 2^32 that a prompt always has."""
-    return zlib.crc32(np.array(prompt, np.int32).tobytes())
-
-
 @dataclass(frozen=True)
 class Script:
     """What is taken to have been written.
@@ -89,47 +87,80 @@ class Script:
         """Tokens that a request writes."""
         return min(self.tokens, max_tokens)
 
+
+@dataclass(frozen=True)
+class Prompter:
+    """Puts a script's tokens into what an engine wrote; cheap, since it runs beside what is measured."""
+
+    tokenizer: PromptTokenizer
+    script: Script
+
+    @cached_property
+    def decided(self) -> frozenset[int]:
+        """Tokens of which every prompt has one, but those that ask for the first decision."""
+        return frozenset(self.tokenizer.reflection.group(Retrieve))
+
+    @cached_property
+    def outside(self) -> frozenset[int]:
+        """Tokens that are no text."""
+        return self.tokenizer.reflection.control | {self.tokenizer.eos}
+
+    @cached_property
+    def places(self) -> dict[int, int]:
+        """Columns of the reflection tokens."""
+        return {token: n for n, token in enumerate(self.tokenizer.reflection.reflection)}
+
+    @cached_property
+    def digits(self) -> list[int]:
+        """Tokens of the ten digits."""
+        return [self.tokenizer.text(digit)[-1] for digit in "0123456789"]
+
     def decision(self, prompt: Sequence[int]) -> Retrieve:
         """Whether the query retrieves."""
-        return Retrieve.YES if digest(prompt) < self.retrieve * 2**32 else Retrieve.NO
+        return Retrieve.YES if digest(prompt) < self.script.retrieve * 2**32 else Retrieve.NO
 
-    def frame(self, prompt: Sequence[int], tokenizer: PromptTokenizer) -> tuple[list[int], list[int]]:
-        """First and last ids of what follows a prompt; one that decided nothing yet asks for the decision."""
-        ids = tokenizer.reflection
-        if not set(prompt) & set(ids.group(Retrieve)):
-            return [ids[self.decision(prompt)]], [tokenizer.eos]
+    def frame(self, prompt: Sequence[int]) -> tuple[list[int], list[int]]:
+        """First and last ids of what follows a prompt."""
+        ids = self.tokenizer.reflection
+        if self.decided.isdisjoint(prompt):
+            return [ids[self.decision(prompt)]], [self.tokenizer.eos]
         if not (read := list(prompt).count(ids[Paragraph.END])):
-            return [], [ids[IsUse.FIVE], tokenizer.eos]
-        end = ids[Retrieve.YES] if read < self.segments else tokenizer.eos
+            return [], [ids[IsUse.FIVE], self.tokenizer.eos]
+        end = ids[Retrieve.YES] if read < self.script.segments else self.tokenizer.eos
         return [ids[IsRel.RELEVANT]], [ids[IsSup.FULLY], ids[IsUse.FIVE], end]
 
-    def acted(self, generation: Generation, prompt: Sequence[int], tokenizer: PromptTokenizer) -> Generation:
+    def acted(self, generation: Generation, prompt: Sequence[int]) -> Generation:
         """A generation with the script's reflection tokens and end; its other tokens become text.
 
-        A number goes before the text, for equal texts would be merged in the beam.
+        Digits go before the text, for equal texts would be merged in the beam.
         """
-        first, last = self.frame(prompt, tokenizer)
+        first, last = self.frame(prompt)
         length = len(generation.token_ids)
-        outside, (word, *_) = tokenizer.reflection.control | {tokenizer.eos}, tokenizer.text("text")
-        text = tokenizer.text(str(digest(prompt))) + [
-            word if token in outside else token for token in generation.token_ids
-        ]
+        number = [self.digits[int(digit)] for digit in str(digest(prompt))[-DIGITS:]]
+        text = [*number, *(number[0] if i in self.outside else i for i in generation.token_ids)]
         ids = [*first, *text[: max(0, length - len(first) - len(last))], *last][:length]
-        table = np.full((len(ids), len(REFLECTION_TOKENS)), OTHERS)
-        places = {token: n for n, token in enumerate(tokenizer.reflection.reflection)}
+        table = np.full((length, len(REFLECTION_TOKENS)), OTHERS)
         for position, token in enumerate(ids):
-            if token in places:
-                table[position, places[token]] = WRITTEN
+            if token in self.places:
+                table[position, self.places[token]] = WRITTEN
         return dataclasses.replace(generation, token_ids=tuple(ids), reflection_logprobs=table)
+
+
+def digest(prompt: Sequence[int]) -> int:
+    """A number below 2^32 that a prompt always has."""
+    return zlib.crc32(np.array(prompt, np.int32).tobytes())
 
 
 @dataclass(frozen=True)
 class ScriptedGenerator:
-    """A vLLM replica whose answers have the script's lengths and reflection tokens."""
+    """A vLLM replica whose answers have the script's lengths and reflection tokens.
+
+    Args:
+        replica: one that :func:`endless` made.
+    """
 
     replica: VllmGenerator
-    tokenizer: PromptTokenizer
-    script: Script
+    prompter: Prompter
 
     @property
     def max_model_len(self) -> int:
@@ -143,9 +174,13 @@ class ScriptedGenerator:
         stops: Sequence[int],  # noqa: ARG002  the script says where it ends
     ) -> Generation:
         """See :meth:`pipeline.engine.Generator.generate`."""
-        unstopped = dataclasses.replace(self.replica, sampling={**self.replica.sampling, "ignore_eos": True})
-        generation = await unstopped.generate(prompt, self.script.length(max_tokens), ())
-        return self.script.acted(generation, prompt, self.tokenizer)
+        generation = await self.replica.generate(prompt, self.prompter.script.length(max_tokens), ())
+        return self.prompter.acted(generation, prompt)
+
+
+def endless(replica: VllmGenerator) -> VllmGenerator:
+    """The same replica, whose requests end at their lengths alone."""
+    return dataclasses.replace(replica, sampling={**replica.sampling, "ignore_eos": True})
 
 
 class ScriptedActor(SelfRagActor):
@@ -154,7 +189,8 @@ class ScriptedActor(SelfRagActor):
     def _open(self, servers: Sequence[Any], index_digest: str | None) -> None:
         super()._open(servers, index_digest)
         tokenizer = PromptTokenizer.of(load_tokenizer(self.config.model), self.config.model.name)
-        engine = ScriptedGenerator(self.generator, tokenizer, Script(**json.loads(os.environ[SCRIPT])))
+        prompter = Prompter(tokenizer, Script(**json.loads(os.environ[SCRIPT])))
+        engine = ScriptedGenerator(endless(self.generator), prompter)
         self.system = SelfRag(engine, ReflectionCritic(tokenizer), Tasks(self.config.decoding), self.retriever)
 
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import numpy as np
 
-from jobs.benchmark_script import Script
+from jobs.benchmark_script import Prompter
 from pipeline.config import DecodingConfig
 from pipeline.critique import critique, retrieve_probability
 from pipeline.engine import Generator, VllmGenerator
@@ -117,7 +117,7 @@ class Released:
     Attributes:
         decision, candidate: log-probabilities of each token asked for in the two steps.
         decision_tokens: most tokens that a decision writes; as many as an answer by default.
-        script: what is written, where the model's weights are dummies.
+        prompter: says what is written, where the model's weights are dummies.
     """
 
     engine: BareEngine
@@ -126,7 +126,7 @@ class Released:
     decision: int = RELEASED_DECISION
     candidate: int = RELEASED_CANDIDATE
     decision_tokens: int | None = None
-    script: Script | None = None
+    prompter: Prompter | None = None
 
     async def serially(self, queries: Sequence[Query], found: Sequence[Sequence[RetrievedPassage]]) -> list[Outcome]:
         """One query after the other; the passages of a query together."""
@@ -167,11 +167,11 @@ class Released:
 
     async def _ask(self, prompt: list[int], logprobs: int | None, max_tokens: int) -> Generation:
         sampling: dict[str, Any] = {"max_tokens": max_tokens, "logprobs": logprobs, "skip_special_tokens": False}
-        if self.script is not None:
-            sampling |= {"max_tokens": self.script.length(max_tokens), "ignore_eos": True}
+        if self.prompter is not None:
+            sampling |= {"max_tokens": self.prompter.script.length(max_tokens), "ignore_eos": True}
         output = await self.engine.ask(prompt, **sampling)
         generation = read_wide(output, self.tokenizer.reflection.reflection)
-        return generation if self.script is None else self.script.acted(generation, prompt, self.tokenizer)
+        return generation if self.prompter is None else self.prompter.acted(generation, prompt)
 
     def _first_segment(self, generation: Generation) -> Generation:
         """Up to the next Retrieve token, where ours ends; the scripts write on."""

@@ -34,7 +34,6 @@ LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 # What vLLM takes from the environment only; a value that is set already stays.
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
-    "VLLM_LOGGING_LEVEL": "WARNING",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for results
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
     # By default vLLM leaves one core idle and binds all its engines to the same others; unbound, an engine
@@ -200,6 +199,7 @@ class VllmGenerator:
         errors = ErrorLog.from_now()
         from vllm import AsyncEngineArgs
         from vllm.lora.request import LoRARequest
+        from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
         from pipeline.engine_load import EngineLoad
@@ -210,10 +210,11 @@ class VllmGenerator:
             loads.append(EngineLoad(config, number))
             return loads[-1]
 
-        # With a logger of statistics answers bring their times as well.
+        # With a logger of statistics answers bring their times as well. vLLM has larger steps for its own offline class
+        # than for servers, and the smallest ones for who does not say what he is.
         arguments = AsyncEngineArgs(**engine_arguments(model))
         try:
-            engine = AsyncLLM.from_engine_args(arguments, stat_loggers=[watch])
+            engine = AsyncLLM.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS, stat_loggers=[watch])
         except RuntimeError as error:  # what vLLM says is that the cause stands above, in some log
             reason = cause_of_death([], errors.text()).reason if errors.text() else str(error)
             raise RuntimeError(f"the engine of {model.name} does not start: {reason}") from error

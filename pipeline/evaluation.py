@@ -161,7 +161,7 @@ def _instead(row: Row, wanted: Callable[[Row], bool], retrieved: bool) -> Row | 
     text = next((c["text"] for c in candidates if wanted(c)), None)
     if text is None:
         return row
-    read = {} if retrieved else {"candidates": []}
+    read: Row = {} if retrieved else {"candidates": []}
     return {**row, "answer": closed_answer(text, row.get("choices") or ()) or text, "retrieved": retrieved, **read}
 
 

@@ -21,12 +21,12 @@ _MEMORY = re.compile(r"out of memory|OutOfMemory|can't allocate memory|MemoryErr
 # Who says, with a traceback, that an engine is gone: also of one that ends with the run that it belongs to. Where it
 # matters ``EngineDeadError`` says so, with the cause.
 _FRONT_END = ("vllm.v1.engine.async_llm", "vllm.v1.engine.core_client")
-# Who warns at each start of what no user can change: Triton on CPUs, preloaded libraries, settings that follow from ours.
+# Who warns at every start on a CPU: of Triton, of libraries to preload, of settings that follow from ours. Not heard
+# unless VLLM_LOGGING_LEVEL is set.
 _START_UP = (
     "vllm.config.vllm",
     "vllm.platforms.cpu",
     "vllm.v1.engine.input_processor",
-    "vllm.v1.utils",
     "vllm.v1.worker.cpu_worker",
 )
 
@@ -80,7 +80,7 @@ def error_file() -> Path | None:
         return None
     folder = Path(tempfile.mkdtemp(prefix="selfrag-engine-"))
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
-    level = os.environ.get("VLLM_LOGGING_LEVEL", "WARNING")
+    level = os.environ.get("VLLM_LOGGING_LEVEL")
     handlers = {
         "stderr": {"class": "logging.StreamHandler", "stream": "ext://sys.stderr", "formatter": "plain"},
         "errors": {"class": "logging.FileHandler", "filename": str(folder / "errors"), "level": "ERROR", "delay": True},
@@ -91,9 +91,9 @@ def error_file() -> Path | None:
         "formatters": {"plain": {"format": "%(levelname)s %(asctime)s [%(name)s] %(message)s"}},
         "handlers": handlers,
         "loggers": {
-            "vllm": {"handlers": list(handlers), "level": level, "propagate": False},
+            "vllm": {"handlers": list(handlers), "level": level or "WARNING", "propagate": False},
             **{name: {"handlers": ["errors"], "propagate": False} for name in _FRONT_END},
-            **{name: {"level": "ERROR"} for name in _START_UP},
+            **{name: {"level": "ERROR"} for name in _START_UP if level is None},
         },
     }
     (folder / "logging.json").write_text(json.dumps(settings))

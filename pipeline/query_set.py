@@ -239,7 +239,10 @@ def _row_group(
 ) -> pa.Table:
     def work(stream: Any) -> pa.Table:
         if stream.size() != size:
-            raise ValueError(f"{uri}: has changed since the run began, from {size} to {stream.size()} bytes; run again")
+            raise ValueError(
+                f"{uri}: has changed since the run began, from {size} to {stream.size()} bytes; its new rows need "
+                "another output, or --overwrite"
+            )
         return pq.ParquetFile(stream).read_row_group(group).replace_schema_metadata(None)
 
     return _opened(locate(uri, storage), work)
@@ -249,7 +252,8 @@ def read_unit(unit: Unit, storage: StorageConfig) -> pa.Table:
     """The rows of a unit. The last row group stays in memory, since its other units tend to follow.
 
     Raises:
-        ValueError: the file has another size than when the run was planned.
+        ValueError: the file has another size than when the run was planned. One that was replaced by another of the
+            same size is not noticed: that would take a digest of all of it, in every process.
         StorageError: the storage cannot be read.
     """
     return _row_group(unit.uri, unit.size, unit.digest, unit.row_group, storage).slice(unit.offset, unit.rows)

@@ -105,7 +105,7 @@ MEANINGS: Mapping[tuple[str, ...], str] = {
         "`prompt_tokens`, `cached_tokens`, `generated_tokens`, `retrievals` (searches of the index), "
         "`engine_requests`, `truncated_tokens` (cut from passages that did not fit), `seconds`, of which "
         "`decide_seconds` and `retrieve_seconds`; `queue_seconds`, `prefill_seconds` and `decode_seconds` summed over "
-        "its requests, which run side by side; all 0 where an equal query had been answered before"
+        "its requests, which run side by side; all but `seconds` 0 where an equal query had been answered before"
     ),
     ("error_type", "error_message", "attempts"): "why a row failed, and how often it was tried",
 }

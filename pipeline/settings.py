@@ -126,11 +126,19 @@ def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
             yield from keys_of(entry.annotation, f"{prefix}{name}.")
 
 
+def alike(key: str, known: Sequence[str]) -> str | None:
+    """The key that a misspelt one may stand for: of its own section, or of the same name in another."""
+    section, _, name = key.rpartition(".")
+    siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
+    close = get_close_matches(name, siblings, n=1, cutoff=0.75)
+    return siblings[close[0]] if close else next((k for k in known if k.endswith(f".{name}")), None)
+
+
 def _problem(error: dict[str, Any], section: str, known: Sequence[str]) -> str:
     key = ".".join([section] * bool(section) + [str(part) for part in error["loc"]])
     if error["type"] == "extra_forbidden":
-        alike = get_close_matches(key, known, n=1)
-        return f"unknown configuration key {key}" + (f"; did you mean {alike[0]}?" if alike else "")
+        meant = alike(key, known)
+        return f"unknown configuration key {key}" + (f"; did you mean {meant}?" if meant else "")
     if error["type"] == "missing":
         flag = {"model": "--model", "model.name": "--model"}.get(key, f"--{key}")
         return f"missing configuration key {key} (flag {flag})"

@@ -25,8 +25,12 @@ def commands() -> Iterator[tuple[str, str, tuple[str, ...]]]:
         for block in re.findall(r"^```\w*\n(.*?)^```", file.read_text(), re.MULTILINE | re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
                 if found := re.search(r"python -m jobs\.(\w+)(.*)", line):
-                    words = shlex.split(re.sub(r"[\[\]]", "", found[2]), comments=True)
-                    yield file.name, found[1], tuple(words)
+                    yield file.name, found[1], words_of(re.sub(r"[\[\]]", "", found[2]))
+
+
+def words_of(line: str) -> tuple[str, ...]:
+    """A command's words: comments and what a shell does with its output left out."""
+    return tuple(shlex.split(re.split(r"\s(?:>|\||&|2>)", line)[0], comments=True))
 
 
 COMMANDS = sorted(set(commands()))

@@ -1,4 +1,7 @@
-"""The README's commands, run as they stand there and in that order, on a few of the demo's rows."""
+"""The README's commands, run in their order on a few of the demo's rows.
+
+Runs after the first one are dry ones, since the engine would take a minute each time.
+"""
 
 import contextlib
 import importlib
@@ -18,7 +21,7 @@ import typer
 from typer.testing import CliRunner
 
 from jobs.demo import DEMO
-from tests.infra.test_docs import ROOT
+from tests.infra.test_docs import ROOT, words_of
 from tests.s3 import serving_s3
 
 README = (ROOT / "README.md").read_text()
@@ -37,7 +40,7 @@ def commands() -> list[tuple[str, list[str]]]:
     """Job and words of each command, optional ones left out."""
     lines = [line for block in blocks() for line in re.sub(r"\\\n|\[.*?\]", "", block).splitlines()]
     found = [re.search(r"python -m jobs\.(\w+)(.*)", line) for line in lines if "ray job" not in line]
-    return [(match[1], shlex.split(match[2], comments=True)) for match in found if match]
+    return [(match[1], list(words_of(match[2]))) for match in found if match]
 
 
 def runs(words: list[str]) -> bool:

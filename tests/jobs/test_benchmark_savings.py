@@ -12,16 +12,18 @@ from jobs.benchmark import MAX_TOKENS
 from jobs.benchmark_savings import (
     DEFAULTS,
     SAVINGS,
-    AskedDecisions,
+    AskingCritic,
+    Figures,
     ForgetfulCritic,
     Prefetching,
+    Pruning,
     Setting,
     WholeDecisions,
     benchmark_savings,
     prunable,
     tables,
 )
-from jobs.benchmark_script import Script
+from jobs.benchmark_script import Prompter, Script
 from pipeline.config import DecodingConfig, Weights
 from pipeline.prompts import PromptTokenizer
 from pipeline.reflection import REFLECTION_TOKENS, Retrieve
@@ -50,15 +52,15 @@ class Engine:
     max_model_len = 512
 
     def __init__(self, tokenizer: PromptTokenizer, script: Script) -> None:
-        self.tokenizer, self.script = tokenizer, script
+        self.prompter = Prompter(tokenizer, script)
         self.asked: list[tuple[tuple[int, ...], int, tuple[int, ...]]] = []
 
     async def generate(self, prompt, max_tokens, stops):
         self.asked.append((tuple(prompt), max_tokens, tuple(stops)))
-        length = self.script.length(max_tokens)
+        length = self.prompter.script.length(max_tokens)
         table = np.zeros((length, len(REFLECTION_TOKENS)))
         blank = Generation((7,) * length, np.full(length, -1.0), table, len(prompt))
-        return self.script.acted(blank, prompt, self.tokenizer)
+        return self.prompter.acted(blank, prompt)
 
 
 def setting(script: Script, **decoding) -> tuple[Setting, Engine]:
@@ -68,12 +70,12 @@ def setting(script: Script, **decoding) -> tuple[Setting, Engine]:
     return Setting(bench, queries, DecodingConfig(passages=2, max_tokens=MAX_TOKENS, **decoding)), bench.generator
 
 
-@pytest.mark.parametrize("name", ["WholeDecisions", "AskedDecisions", "ForgetfulCritic"])
+@pytest.mark.parametrize("name", ["WholeDecisions", "AskingCritic", "ForgetfulCritic"])
 async def test_answers_are_the_same_without_a_saving(name):
     found, engine = setting(Script(tokens=6, segments=2), segments=2, beam_width=1)
     without = {
         "WholeDecisions": lambda: found.system(WholeDecisions(engine)),
-        "AskedDecisions": lambda: found.system(AskedDecisions(engine)),
+        "AskingCritic": lambda: found.system(critic=AskingCritic),
         "ForgetfulCritic": lambda: found.system(critic=ForgetfulCritic),
     }[name]()
     assert (await without.answer(found.queries[0])).raw_output == (
@@ -90,11 +92,19 @@ async def test_a_whole_decision_writes_an_answer_and_stops_at_its_end_only():
     assert len(engine.asked) == 3
 
 
-async def test_an_asked_decision_is_one_more_request_for_each_segment_that_something_follows():
-    found, engine = setting(Script(tokens=6, segments=2), segments=2, beam_width=1)
-    await found.system(AskedDecisions(engine)).answer(found.queries[0])
-    lengths = [most for _, most, _ in engine.asked]
-    assert (lengths.count(1), lengths.count(MAX_TOKENS)) == (1 + 2, 4)
+async def test_an_asked_decision_is_one_more_request_for_each_path_that_goes_on():
+    found, engine = setting(Script(tokens=7, segments=3), segments=3, beam_width=2)
+    await found.system().answer(found.queries[0])
+    plain = [most for _, most, _ in engine.asked]
+    assert (plain.count(1), plain.count(MAX_TOKENS)) == (1, 2 + 4 + 4)
+    engine.asked.clear()
+    await found.system(critic=AskingCritic).answer(found.queries[0])
+    asked = [most for _, most, _ in engine.asked]
+    assert (asked.count(1), asked.count(MAX_TOKENS)) == (1 + 2 + 2, 2 + 4 + 4)
+    # A question is what the path's last segment was written after, and that segment.
+    questions = [prompt for prompt, most, _ in engine.asked if most == 1][1:]
+    written = [prompt for prompt, most, _ in engine.asked if most > 1]
+    assert all(any(question[: len(prompt)] == prompt for prompt in written) for question in questions)
 
 
 async def test_passages_are_tokenised_again_by_a_forgetful_critic(monkeypatch):
@@ -134,9 +144,12 @@ def test_queries_come_twice_and_long_ones_first():
 
 
 def test_the_tables_compare_medians():
-    rates = {saving.name: ({"with": [2.0, 4.0, 3.0], "without": [1.0, 2.0, 1.5]}, {}) for saving in SAVINGS}
-    measured = {**rates, "pruning": ({}, {"read": 1000, "written": 200, "hopeless": 10})}
-    savings, arguments = tables(measured, {DEFAULTS: [2.0, 2.0], "dtype=bfloat16": [1.0, 0.5]})
+    figures = Figures.empty(["dtype=bfloat16"])
+    for rates in figures.rates.values():
+        rates |= {"with": [2.0, 4.0, 3.0], "without": [1.0, 2.0, 1.5]}
+    figures.engines |= {DEFAULTS: [2.0, 2.0], "dtype=bfloat16": [1.0, 0.5]}
+    figures.pruning = Pruning(read=1000, written=200, hopeless=10)
+    savings, arguments = tables(figures)
     assert list(savings.columns[5].cells) == ["2.00"] * len(SAVINGS)
     assert list(savings.columns[6].cells) == ["1.00 … 4.00"] * len(SAVINGS)
     assert "10 of 200 written tokens (5.0 %)" in str(savings.caption)
@@ -156,5 +169,5 @@ def test_all_savings_are_measured(tmp_path):
     options = ["--rows", "4", "--repeats", "1", "--engine", "max_num_seqs=8", "--json", str(tmp_path / "s.json")]
     subprocess.run([sys.executable, "-m", "jobs.benchmark_savings", *options], check=True, timeout=580)
     found = json.loads((tmp_path / "s.json").read_text())
-    assert all(found["savings"][saving.name][0]["with"][0] > 0 for saving in SAVINGS)
+    assert all(found["rates"][saving.name]["with"][0] > 0 for saving in SAVINGS)
     assert set(found["engines"]) == {DEFAULTS, "max_num_seqs=8"}

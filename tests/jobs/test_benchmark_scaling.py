@@ -2,7 +2,8 @@ import math
 
 import pytest
 
-from jobs.benchmark_scaling import Run, WaitingEngine, report, steady_rate
+from jobs.benchmark_scaling import FIVE_TOKENS, Run, WaitingEngine, report, steady_rate
+from jobs.benchmark_script import Prompter
 from pipeline.config import DecodingConfig
 from pipeline.profiles import Tasks
 from pipeline.reader import ReflectionCritic
@@ -16,7 +17,7 @@ def test_the_waiting_engine_makes_every_query_read_all_of_its_passages():
 
     tokenizer = word_tokenizer()
     config = DecodingConfig(passages=3, keep_candidates=True)
-    system = SelfRag(WaitingEngine(tokenizer, 0.0), ReflectionCritic(tokenizer), Tasks(config))
+    system = SelfRag(WaitingEngine(Prompter(tokenizer, FIVE_TOKENS), 0.0), ReflectionCritic(tokenizer), Tasks(config))
     passages = tuple(Passage(str(n), "", "text") for n in range(3))
     answer = asyncio.run(system.answer(Query("a", "what", passages=passages)))
     assert answer.retrieved

@@ -110,13 +110,31 @@ def test_storage_comes_from_a_runs_file_and_settings(tmp_path):
     ("setting", "problem"),
     [
         ("decoding.threshold=1", r"here only storage.\* can be set"),
-        ("storage.regoin=x", "unknown configuration key storage.regoin"),
+        ("storage.regoin=x", "unknown configuration key storage.regoin; did you mean storage.region?"),
         ("storage.region", "expected KEY=VALUE"),
     ],
 )
 def test_wrong_storage_settings_are_named(setting, problem):
     with pytest.raises(ValueError, match=problem):
         load_storage(None, [setting])
+
+
+@pytest.mark.parametrize(
+    ("setting", "problem"),
+    [
+        ("decoding.treshold=0.3", "decoding.treshold; did you mean decoding.threshold?"),
+        ("threshold=0.3", "threshold; did you mean decoding.threshold?"),
+        ("execution.actor=3", "execution.actor; did you mean execution.actors?"),
+        ("decoding.temperature=0", "decoding.temperature"),
+        ("storage.bucket=b", "storage.bucket"),
+        ("retrieval.top_k=3", "retrieval.top_k"),
+        ("execution.gpus=1", "execution.gpus"),
+    ],
+)
+def test_a_misspelt_key_is_told_what_it_may_mean_and_another_is_not(setting, problem):
+    with pytest.raises(ValueError, match="unknown configuration key") as caught:
+        load_config(None, [setting], NEEDED)
+    assert str(caught.value) == f"unknown configuration key {problem}"
 
 
 @pytest.mark.parametrize(

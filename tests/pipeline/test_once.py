@@ -11,11 +11,14 @@ class Asked:
     """Answers with the query's text, after others had their turn; remembers who asked."""
 
     def __init__(self, failing=()):
-        self.queries, self.failing = [], list(failing)
+        self.queries, self.failing, self.now, self.most = [], list(failing), 0, 0
 
     async def answer(self, query):
         self.queries.append(query)
+        self.now += 1
+        self.most = max(self.most, self.now)
         await asyncio.sleep(0.01)
+        self.now -= 1
         if query.id in self.failing:
             raise ValueError("no")
         return Answer(query.query, "", False, None, Finish.STOP, (), Usage(generated_tokens=7), ())
@@ -28,6 +31,7 @@ async def test_equal_queries_are_answered_once_and_cost_once():
     answers.append(await once.answer(Query("later", "same")))
     assert [answer.answer for answer in answers] == ["same"] * 5
     assert [answer.usage.generated_tokens for answer in answers] == [7, 0, 0, 0, 0]
+    assert answers[1].usage.seconds >= 0.01 > answers[4].usage.seconds
     assert len(asked.queries) == 1
 
 
@@ -51,7 +55,7 @@ async def test_queries_that_differ_in_anything_but_their_ids_are_asked_each(chan
     assert len(asked.queries) == 2
 
 
-async def test_where_the_first_fails_the_next_is_asked_for_itself():
+async def test_where_the_first_fails_the_others_are_asked_for_themselves_at_once():
     asked = Asked(failing=["a"])
     once = AnsweredOnce(asked)
     first, second, third = await asyncio.gather(
@@ -59,16 +63,25 @@ async def test_where_the_first_fails_the_next_is_asked_for_itself():
     )
     assert isinstance(first, ValueError)
     assert (second.answer, third.answer) == ("same", "same")
-    assert [query.id for query in asked.queries] == ["a", "b"]
+    assert [query.id for query in asked.queries] == ["a", "b", "c"]
+    assert asked.most == 2  # of those under way at once
+    assert not once.known
+    await once.answer(Query("d", "same"))
+    assert len(once.known) == 1
 
 
 async def test_one_that_is_cancelled_leaves_the_others_their_answer():
     asked = Asked()
     once = AnsweredOnce(asked)
-    first, second = (asyncio.ensure_future(once.answer(Query(name, "same"))) for name in "ab")
+    first, second, third = (asyncio.ensure_future(once.answer(Query(name, "same"))) for name in "abc")
     await asyncio.sleep(0)
     first.cancel()
     assert (await second).usage.generated_tokens == 7
+    fourth, fifth = (asyncio.ensure_future(once.answer(Query(name, "more"))) for name in "de")
+    await asyncio.sleep(0)
+    fifth.cancel()
+    assert (await fourth).usage.generated_tokens == (await third).usage.generated_tokens == 7
+    assert (await once.answer(Query("f", "more"))).answer == "more"
 
 
 async def test_the_longest_unused_answers_go_first():

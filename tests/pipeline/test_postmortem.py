@@ -80,3 +80,21 @@ print(file.read_text())
     said = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, check=True, env=SILENT)
     assert [line.split()[-2] for line in said.stdout.splitlines() if line] == ["core", "async_llm", "core_client"]
     assert [line.split()[-2] for line in said.stderr.splitlines()] == ["core"]
+
+
+@pytest.mark.parametrize(
+    ("level", "heard"), [({}, ["scheduler"]), ({"VLLM_LOGGING_LEVEL": "WARNING"}, ["vllm", "scheduler"])]
+)
+def test_warnings_of_a_start_are_heard_where_a_level_is_set(level, heard):
+    script = """
+import json, logging, logging.config, os
+from pipeline.postmortem import error_file
+error_file()
+logging.config.dictConfig(json.load(open(os.environ["VLLM_LOGGING_CONFIG_PATH"])))
+for name in ("vllm.config.vllm", "vllm.v1.core.scheduler"):
+    logging.getLogger(name).warning("%s speaks", name.rsplit(".")[-1])
+"""
+    said = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True, env=SILENT | level
+    )
+    assert [line.split()[-2] for line in said.stderr.splitlines()] == heard
