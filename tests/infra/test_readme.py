@@ -50,7 +50,7 @@ def runs(words: list[str]) -> bool:
 def prepare(folder: Path) -> None:
     """The files that the README speaks of."""
     pq.write_table(pq.read_table(DEMO / "passages.parquet").slice(0, 60), folder / "passages.parquet")
-    questions = pq.read_table(DEMO / "queries.parquet").slice(0, 6)
+    questions = pq.read_table(DEMO / "queries.parquet").slice(0, 12)
     pq.write_table(questions, folder / "queries.parquet")
     lines = [{"id": n, "question": "Who?", "gold": {"aliases": ["x"]}} for n in range(3)]
     (folder / "questions.jsonl").write_text("".join(f"{json.dumps(line)}\n" for line in lines))
@@ -81,21 +81,24 @@ def test_most_commands_can_be_run_here() -> None:
 
 def test_the_readme_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(tmp_path)
-    store = tmp_path / "store"
-    store.mkdir()
-    with contextlib.chdir(tmp_path), serving_s3(store) as server:
-        (store / "bucket" / "queries").mkdir()
-        shutil.copy("queries.parquet", store / "bucket" / "queries")
+    bucket = tmp_path / "store" / "bucket"
+    bucket.parent.mkdir()
+    with contextlib.chdir(tmp_path), serving_s3(bucket.parent) as server:
+        (bucket / "queries").mkdir()
+        shutil.copy("queries.parquet", bucket / "queries")
         for name, value in server.environment.items():
             monkeypatch.setenv(name, value)
         for job, words in filter(lambda command: runs(command[1]), commands()):
             more: list[str] = []
             if job == "annotate" and "--rescore" not in words:
                 more = DRY if Path("annotated").exists() else KEPT
+            if "s3://bucket/index/" in words and job == "build_index":
+                shutil.rmtree(bucket / "index")
             status, output = call(job, [*words, *more])
             assert status == 0, f"jobs.{job} {shlex.join(words)}: {output[-2000:]}"
             if more == KEPT:  # what later commands speak of
                 shutil.copytree("annotated", "last_week")
+                shutil.copytree("index", bucket / "index")
         rows = pa.concat_tables(pq.read_table(file) for file in Path("annotated/data").glob("*.parquet"))
         assert sorted(rows["id"].to_pylist()) == sorted(pq.read_table("queries.parquet")["id"].to_pylist())
         assert Path("rescored/_SUCCESS").exists()
