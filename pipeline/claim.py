@@ -31,6 +31,11 @@ BEAT, PATIENCE = 15.0, 50.0
 SETTLE = 1.0
 
 
+# Stays in the folder of claims: Arrow puts a marker where a folder's last file was deleted, and rclone's store makes a
+# file of it, under which nothing can be written any more.
+ANCHOR = "README"
+
+
 class OutputTakenError(ValueError):
     """Another run is at work on the output."""
 
@@ -80,9 +85,11 @@ class Claim:
         dead: list[Owner] = []
         while others := [other for other in self._others() if other.id not in {owner.id for owner in dead}]:
             dead += [self._dead(other) for other in others]
+        if not self._folder.local:
+            (self._folder / ANCHOR).write(b"Runs that are at work here leave their claims beside this file.\n")
         self._write()
         for other in dead:
-            self._file(other).delete()  # only now: rclone's store cannot write where a folder's last file was deleted
+            self._file(other).delete()
         time.sleep(SETTLE)
         if rivals := [other for other in self._others() if other.seniority < self._owner.seniority]:
             self._file(self._owner).delete()

@@ -14,6 +14,7 @@ from pipeline.claim import Claim, OutputTakenError, born
 from pipeline.config import StorageConfig
 from pipeline.storage import Location, locate
 from tests.claims import claim_of
+from tests.s3 import S3Server
 
 
 @pytest.fixture(autouse=True)
@@ -35,6 +36,16 @@ def test_a_claim_lasts_as_long_as_its_run(output: Location) -> None:
         (claim,) = claims(output)
         assert claim["pid"] == os.getpid()
     assert list(Path(output.path).iterdir()) == []
+
+
+def test_runs_follow_one_another_in_object_storage(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    output = locate("s3://bucket/claimed/", StorageConfig(patience_s=2))
+    for _ in range(3):
+        with Claim(output), pytest.raises(OutputTakenError):
+            Claim(output).__enter__()
+    assert [file.path.rpartition("/")[2] for file in (output / "_running").files()] == ["README"]
 
 
 def test_a_second_run_on_the_same_machine_stops_with_a_clear_line(output: Location) -> None:
