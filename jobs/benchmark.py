@@ -338,14 +338,19 @@ def benchmark(
             scripted_tokens=tokens if shape else None,
         )
         report = execute(plan)
-    console = Console(width=None if os.isatty(1) else 140)
-    for workload in report.results:
-        console.print(report.table(workload))
-    console.print(report.times())
+    show(report)
     if json_file:
         json_file.write_text(json.dumps(report.record(plan.model), indent=2))
     if plot_file:
         plot(report, plot_file)
+
+
+def show(report: Report) -> None:
+    """Print all tables."""
+    console = Console(width=None if os.isatty(1) else 140)
+    for workload in report.results:
+        console.print(report.table(workload))
+    console.print(report.times())
 
 
 if __name__ == "__main__":
