@@ -208,4 +208,7 @@ def annotate_scripted(
 
 
 if __name__ == "__main__":
-    typer.run(annotate_scripted)
+    # Ray copies the classes of __main__ instead of importing them, and locks in them cannot be copied.
+    from jobs import benchmark_script
+
+    typer.run(benchmark_script.annotate_scripted)
