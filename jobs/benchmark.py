@@ -318,12 +318,8 @@ def benchmark(
         raise typer.BadParameter("--shape stands in the place of a model: --model does not go with it")
     count = rows or (24 if quick else 64)
     with tempfile.TemporaryDirectory() as folder:
-        engine: dict[str, Any] = {"load_format": "dummy"} if shape else {}
         try:
-            apply_settings(engine, settings or [])
-            name = str(write_shape(shape.value, Path(folder) / shape.value)) if shape else model or "demo"
-            chosen_model = ModelConfig(name=name, engine=engine)
-            check_engine_arguments(chosen_model)
+            chosen_model = model_of(shape, model or "demo", settings or [], Path(folder))
         except ValueError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
@@ -343,6 +339,19 @@ def benchmark(
         json_file.write_text(json.dumps(report.record(plan.model), indent=2))
     if plot_file:
         plot(report, plot_file)
+
+
+def model_of(shape: Shape | None, name: str, settings: Sequence[str], folder: Path) -> ModelConfig:
+    """The model of all variants: a size without weights, or one by its name.
+
+    Raises:
+        ValueError: a setting is no engine argument.
+    """
+    engine: dict[str, Any] = {"load_format": "dummy"} if shape else {}
+    apply_settings(engine, settings)
+    model = ModelConfig(name=str(write_shape(shape.value, folder / shape.value)) if shape else name, engine=engine)
+    check_engine_arguments(model)
+    return model
 
 
 def show(report: Report) -> None:
