@@ -61,8 +61,14 @@ def tell(config: RunConfig, status: int, message: str) -> None:
         try:
             way(config.on_failure, content)
         except Exception as error:  # noqa: BLE001  whatever it is, the run's own status counts
-            # Neither the address nor the command's words: they may hold secrets.
-            log.warning("on_failure: nobody was told: %s", type(error).__name__)
+            # Neither the address nor the command's arguments: they may hold secrets.
+            log.warning("on_failure: nobody was told: %s", _why(error))
+
+
+def _why(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError | PermissionError):
+        return f"{type(error).__name__}: {error.filename}"
+    return type(error).__name__
 
 
 def _run(whom: OnFailure, content: bytes) -> None:

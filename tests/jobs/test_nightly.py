@@ -271,11 +271,12 @@ def test_ends_without_failure_are_told_to_nobody(told, web, tmp_path):
     ("path", "kind"), [("key-abc", "URLError"), ("key-abc…", "UnicodeEncodeError"), ("key-abc x", "InvalidURL")]
 )
 def test_who_cannot_be_told_changes_nothing(told, tmp_path, caplog, path, kind):
-    told["on_failure"] = {"command": ["/no/such/key-abc"], "webhook": f"http://127.0.0.1:1/{path}"}
+    told["on_failure"] = {"command": ["/no/such/program", "key-abc"], "webhook": f"http://127.0.0.1:1/{path}"}
     result = call(told | {"queries": f"{tmp_path}/none"})
     assert result.exit_code == 2
     warnings = [record.message for record in caplog.records if record.name == "jobs.notify"]
-    assert warnings == [f"on_failure: nobody was told: {name}" for name in ("FileNotFoundError", kind)]
+    whys = ("FileNotFoundError: /no/such/program", kind)
+    assert warnings == [f"on_failure: nobody was told: {why}" for why in whys]
     assert "key-abc" not in result.output
 
 
