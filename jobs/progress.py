@@ -51,7 +51,8 @@ class Progress:
         now = time.monotonic()
         if self.bar.disable and (now - self.said > LINE_INTERVAL or self.done == self.rows):
             self.said = now
-            sys.stderr.write(f"{self.done}/{self.rows} rows, {self.figures()}, {self._left():.0f} s left\n")
+            clock = time.strftime("%H:%M:%S")
+            sys.stderr.write(f"{clock} {self.done}/{self.rows} rows, {self.figures()}, {self._left():.0f} s left\n")
 
     def figures(self) -> str:
         """Rate and shares so far."""

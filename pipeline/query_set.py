@@ -4,7 +4,7 @@ import hashlib
 import re
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import Any, TypeVar
 
@@ -106,10 +106,16 @@ def parquet_files(location: Location) -> list[Location]:
         return [location]
     files = location.files(".parquet")
     if not files:
-        raise ValueError(
-            f"{location.uri}: " + ("no *.parquet files in it" if kind != fs.FileType.NotFound else "not found")
-        )
+        raise ValueError(f"{location.uri}: {_absence(location, kind)}")
     return files
+
+
+def _absence(location: Location, kind: fs.FileType) -> str:
+    if kind != fs.FileType.NotFound:
+        return "no *.parquet files in it"
+    bucket = location.path.partition("/")[0]
+    lost = not location.local and not replace(location, path=bucket).exists()
+    return f"not found; its store has no bucket {bucket}" if lost else "not found"
 
 
 def _opened(file: Location, work: Callable[[Any], Result]) -> Result:
