@@ -2,7 +2,7 @@
 
 ``python -m jobs.annotate --queries URI --index URI --output URI --model NAME``
 
-Work units flow through Ray Data: read the unit → SelfRagActor → write the unit → one summary row.
+Work units flow through Ray Data to the actors, which take each from its file to its files: a unit in, a summary out.
 """
 
 import contextlib
@@ -16,7 +16,6 @@ from collections.abc import Generator
 from datetime import UTC, datetime
 from typing import Annotated, Any
 
-import pyarrow as pa
 import typer
 
 from jobs.cluster import Resources, actor_resources, connect
@@ -29,11 +28,9 @@ from pipeline.attempts import PATIENCE, Attempts
 from pipeline.claim import Claim, OutputTakenError
 from pipeline.config import RunConfig, load_config
 from pipeline.incremental import NothingNewError
-from pipeline.output import OutputFolder, UnitSummary
+from pipeline.output import UnitSummary
 from pipeline.plan import Plan, check, settled, with_output
 from pipeline.provenance import versions
-from pipeline.query_set import Unit, read_unit
-from pipeline.schema import UNIT_COLUMN
 from pipeline.servers import ServedIndex, start_servers
 from pipeline.storage import locate
 from pipeline.telemetry import RunTelemetry
@@ -158,7 +155,7 @@ def annotate_units(plan: Plan, resources: Resources, actor: type[SelfRagActor]) 
     if not plan.todo:
         return
     import ray
-    from ray.data import ActorPoolStrategy, TaskPoolStrategy
+    from ray.data import ActorPoolStrategy
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     config = plan.config
@@ -173,23 +170,15 @@ def annotate_units(plan: Plan, resources: Resources, actor: type[SelfRagActor]) 
     lasting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
     patience = PATIENCE * config.execution.actors * config.execution.units_in_flight
     attempts = lasting(Attempts).remote(patience, config.output)
-    # Reading and writing ask for no CPU, so that they run beside actors that have them all; their number is bounded.
-    beside = TaskPoolStrategy(size=2 * config.execution.actors)
-    units = [{"unit": dataclasses.asdict(unit)} for unit in plan.todo]
-    written = [plan.output, plan.queries.schema, config.decoding.keep_candidates]
-    summaries = (
-        ray.data.from_items(units, override_num_blocks=len(units))
-        .map_batches(_read, fn_args=[config], batch_size=None, batch_format="pyarrow", compute=beside, num_cpus=0)
-        .map_batches(
-            actor,
-            fn_constructor_args=[config, attempts, shard_servers(plan, resources), plan.index and plan.index["digest"]],
-            batch_size=None,
-            batch_format="pyarrow",
-            compute=pool,
-            num_cpus=resources.cpus,
-            num_gpus=resources.gpus,
-        )
-        .map_batches(_write, fn_args=written, batch_size=None, batch_format="pyarrow", compute=beside, num_cpus=0)
+    units = [dataclasses.asdict(unit) for unit in plan.todo]
+    summaries = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
+        actor,
+        fn_constructor_args=[config, attempts, shard_servers(plan, resources), plan.index and plan.index["digest"]],
+        batch_size=None,
+        batch_format="pyarrow",
+        compute=pool,
+        num_cpus=resources.cpus,
+        num_gpus=resources.gpus,
     )
     for batch in summaries.iter_batches(batch_size=None, batch_format="pyarrow"):
         for row in batch["summary"].to_pylist():
@@ -204,21 +193,6 @@ def shard_servers(plan: Plan, resources: Resources) -> list[Any]:
     digest, shards = plan.index["digest"], plan.index["shards"]
     index = ServedIndex(config.index, digest, shards, config.retrieval, config.storage)
     return start_servers(index, resources.servers, config.execution)
-
-
-def _read(batch: pa.Table, config: RunConfig) -> pa.Table:
-    (unit,) = batch["unit"].to_pylist()
-    rows = read_unit(Unit(**unit), config.storage)
-    assert rows.num_rows == unit["rows"], f"unit {unit['id']} has {unit['rows']} rows and {rows.num_rows} were read"
-    return rows.append_column(UNIT_COLUMN, pa.array([f"{unit['id']}/{unit['rows']}"] * rows.num_rows, pa.string()))
-
-
-def _write(batch: pa.Table, output: OutputFolder, inputs: pa.Schema, keep_candidates: bool) -> pa.Table:
-    (name,) = set(batch[UNIT_COLUMN].to_pylist())
-    unit, rows, began, ended = name.split("/")
-    assert batch.num_rows == int(rows), f"unit {unit} has {rows} rows and {batch.num_rows} arrived"
-    summary = output.write_unit(unit, batch, inputs, keep_candidates, (float(began), float(ended)))
-    return pa.table({"summary": [json.dumps(dataclasses.asdict(summary))]})
 
 
 def finished_units(plan: Plan) -> list[UnitSummary]:

@@ -2,10 +2,11 @@
 
 ``python -m jobs.benchmark [--quick] [--json FILE] [--plot FILE]``
 
-Ours is ``jobs.annotate`` itself, Parquet to Parquet; its rate counts from the first unit that an actor takes up to the
-finished manifest, since an engine's start is paid once for any number of rows. The shapes and the bare engine are in
-``jobs.benchmark_shapes``; they share an engine that is warm, and get their passages for nothing, while each repeat of
-ours pays for its first steps. Ratios of one run belong together; absolute rates belong to the machine.
+Ours is ``jobs.annotate`` itself, Parquet to Parquet, with the units it always has; its rate counts from the first unit
+that an actor takes up to the finished manifest, since an engine's start is paid once for any number of rows. The shapes
+and the bare engine are in ``jobs.benchmark_shapes``; they share an engine that is warm, and get their passages for
+nothing, while each repeat of ours pays for its first steps. Ratios of one run belong together; absolute rates belong to
+the machine.
 """
 
 import asyncio
@@ -65,8 +66,6 @@ MAX_TOKENS = 60
 OWN = ("direct", "ceiling", "scored")
 # Most queries for the shape that asks for thousands of log-probabilities: their decoding takes a core for minutes.
 NAIVE_ROWS = 64
-# Queries of a unit; so many units are in flight that all rows are.
-UNIT_ROWS = 8
 Shape = StrEnum("Shape", {name: name for name in SHAPES})  # type: ignore[misc]
 
 
@@ -188,9 +187,9 @@ async def measure_shapes(bench: Bench, workload: Workload, plan: Plan, measured:
     await system.answer(queries[0])  # warms up
     recorder.work.clear()
     load = bench.generator.load
-    before = load.steps.copy()
+    load.seconds.clear()
     answers = await timed(engine, measured["direct"], direct(system, queries))
-    measured["direct"].load = load_of(load.steps - before, load.slots)
+    measured["direct"].load = load_of(load.seconds, load.slots)
     await timed(engine, measured["ceiling"], engine.replay(recorder.work))
     await timed(engine, measured["scored"], engine.replay(recorder.work, critic.watched))
     ours = [Outcome(a.retrieved, a.segments[0].text if a.segments else "") for a in answers]
@@ -239,11 +238,10 @@ def measure_job(workload: Workload, rows: Sequence[Row], plan: Plan, measured: M
     """``jobs.annotate`` on the rows; mean seconds of a row by stage, and of the whole call."""
     folder = Path(tempfile.mkdtemp(dir=plan.folder))
     pq.write_table(pa.Table.from_pylist(list(rows)), folder / "queries.parquet")
-    units, script = -(-len(rows) // UNIT_ROWS), plan.script_of(workload)
+    script = plan.script_of(workload)
     settings = {
         "model": plan.model.model_dump(exclude_none=True),
         "decoding": plan.decoding_of(workload).model_dump(mode="json"),
-        "execution": {"unit_rows": UNIT_ROWS, "units_in_flight": units},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     output = folder / "out"

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import platform
 import statistics
-from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,22 +43,22 @@ class Measured:
 Results = dict[str, dict[str, Measured]]
 
 
-def load_of(steps: Counter[tuple[int, bool]], slots: int) -> dict[str, float]:
-    """How full the engine's steps were.
+def load_of(seconds: Mapping[tuple[int, bool], float], slots: int) -> dict[str, float]:
+    """How full the engine was.
 
     Args:
-        steps: number of steps by requests that ran in them, and whether others waited.
+        seconds: spent in steps, by requests that ran in them, and whether others waited.
         slots: most requests that run at once.
 
     Returns:
-        Shares of the steps: ``half_full`` had more than half of the slots taken; ``fed`` had that or left requests
+        Shares of the time: ``half_full`` had more than half of the slots taken; ``fed`` had that or left requests
         waiting, so that not we but the engine kept slots free (a step's tokens or its memory were used up). ``running``
         is the mean number of requests.
     """
-    total = max(1, steps.total())
-    half = sum(count for (running, _), count in steps.items() if 2 * running > slots)
-    fed = sum(count for (running, waiting), count in steps.items() if 2 * running > slots or waiting)
-    running = sum(count * running for (running, _), count in steps.items())
+    total = sum(seconds.values()) or 1.0
+    half = sum(spent for (running, _), spent in seconds.items() if 2 * running > slots)
+    fed = sum(spent for (running, waiting), spent in seconds.items() if 2 * running > slots or waiting)
+    running = sum(spent * running for (running, _), spent in seconds.items())
     return {"slots": slots, "half_full": half / total, "fed": fed / total, "running": running / total}
 
 
@@ -137,8 +137,8 @@ class Report:
             )
         if load := self.results[workload].get("direct", Measured(0)).load:
             parts.append(
-                f"engine steps of our decoding: {100 * load['half_full']:.0f} % with more than half of "
-                f"{load['slots']:.0f} slots taken, {100 * load['fed']:.0f} % with that or more requests waiting"
+                f"the engine in our decoding: {100 * load['half_full']:.0f} % of the time with more "
+                f"than half of {load['slots']:.0f} slots taken, {100 * load['fed']:.0f} % with that or requests waiting"
             )
         return "; ".join(parts)
 

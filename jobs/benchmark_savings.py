@@ -2,8 +2,9 @@
 
 ``python -m jobs.benchmark_savings [--rows N] [--repeats N] [--engine KEY=VALUE …] [--json FILE]``
 
-Savings that are part of the system are taken out here, by what stands between the decoding and its engine; those that
-are not are put in. Engine arguments are compared with the defaults, each on an engine of its own.
+Savings that are part of the system are taken out, by what stands between the decoding and its engine; those that are
+not are put in (``jobs.benchmark_variants``). Engine arguments are compared with the defaults, each on an engine of its
+own.
 """
 
 import asyncio
@@ -15,7 +16,7 @@ import statistics
 import sys
 import time
 from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Annotated, Any
 
 import typer
@@ -25,111 +26,32 @@ from rich.table import Table
 from jobs.benchmark import MAX_TOKENS, Bench, queries_of
 from jobs.benchmark_report import machine
 from jobs.benchmark_shapes import BareEngine, Recorder
+from jobs.benchmark_variants import (
+    AskingCritic,
+    DictLogprobs,
+    ForgetfulCritic,
+    Gathered,
+    Prefetching,
+    WholeDecisions,
+)
 from jobs.benchmark_workloads import Workload
 from pipeline.config import DecodingConfig, ModelConfig, Weights
 from pipeline.critique import segment_score
 from pipeline.engine import Generator, check_engine_arguments
 from pipeline.once import AnsweredOnce, Answering
 from pipeline.profiles import Tasks
-from pipeline.reader import Reader, ReflectionCritic, ReflectionReader, Requests
-from pipeline.reflection import Retrieve
-from pipeline.retrieve import Retriever
+from pipeline.reader import ReflectionCritic
 from pipeline.self_rag import SelfRag
 from pipeline.settings import apply_settings
-from pipeline.types import Candidate, Generation, Passage, Path, Query, RetrievedPassage
+from pipeline.types import Candidate, Query
 
 SHORT = Workload("short form, 50 % retrieve", questions=0.5)
+READING = Workload("short form, all retrieve", decoding={"mode": "always"})
 LONG = Workload("long form, beam of 2", decoding={"segments": 3, "beam_width": 2})
 ENGINE = ("enable_prefix_caching=false", "max_num_batched_tokens=512", "dtype=bfloat16")
 DEFAULTS = "the defaults"
 # Fewer than the requests of all queries, as in a long run.
 SLOTS = 32
-
-
-@dataclass(frozen=True)
-class WholeDecisions:
-    """Writes a whole answer where one token is asked for, as the released scripts do, and gives its first."""
-
-    generator: Generator
-
-    @property
-    def max_model_len(self) -> int:
-        """See :attr:`pipeline.engine.Generator.max_model_len`."""
-        return self.generator.max_model_len
-
-    async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
-        """See :meth:`pipeline.engine.Generator.generate`."""
-        if max_tokens > 1:
-            return await self.generator.generate(prompt, max_tokens, stops)
-        whole = await self.generator.generate(prompt, MAX_TOKENS, stops[-1:])
-        return dataclasses.replace(
-            whole,
-            token_ids=whole.token_ids[:1],
-            logprobs=whole.logprobs[:1],
-            reflection_logprobs=whole.reflection_logprobs[:1],
-        )
-
-
-@dataclass
-class AskingReader(ReflectionReader):
-    """Asks for the decision before a path goes on, though the last token of its segment told it.
-
-    Attributes:
-        asked: by path; its continuations wait for it together.
-    """
-
-    asked: dict[Path, asyncio.Task[Generation]] = field(default_factory=dict)
-
-    async def write(self, path: Path, opening: Retrieve, evidence: RetrievedPassage | None) -> Path:
-        """See :meth:`pipeline.reader.Reader.write`."""
-        if path.segments:
-            if path not in self.asked:
-                *before, last = path.segments
-                context = self._context(Path(tuple(before)), last.opening, last.evidence)
-                question = self.requests.ask([*context, *last.token_ids], 1, self.stops)
-                self.asked[path] = asyncio.ensure_future(question)
-            await self.asked[path]
-        return await super().write(path, opening, evidence)
-
-
-class AskingCritic(ReflectionCritic):
-    """Reads so."""
-
-    def reader(self, generator: Generator, config: DecodingConfig, query: Query) -> Reader:
-        """See :meth:`pipeline.reader.Critic.reader`."""
-        return AskingReader(Requests(generator), self.tokenizer, config, query)
-
-
-@dataclass
-class Prefetching:
-    """Begins all searches at once, while the decisions are under way."""
-
-    retriever: Retriever
-    begun: dict[str, asyncio.Task[list[RetrievedPassage]]] = field(default_factory=dict)
-
-    def begin(self, queries: Sequence[Query], k: int) -> None:
-        """Search for all of them."""
-        self.begun = {q.query: asyncio.ensure_future(self.retriever.retrieve(q.query, k)) for q in queries}
-
-    async def retrieve(self, query: str, k: int) -> list[RetrievedPassage]:
-        """See :meth:`pipeline.retrieve.Retriever.retrieve`."""
-        return await self.begun[query] if query in self.begun else await self.retriever.retrieve(query, k)
-
-
-class Forgetful(dict[Passage, list[int]]):
-    """Has nothing that it was given, but for once."""
-
-    def __contains__(self, key: object) -> bool:
-        """Never."""
-        return False
-
-
-class ForgetfulCritic(ReflectionCritic):
-    """Tokenises a passage each time that it stands in a prompt."""
-
-    def reader(self, generator: Generator, config: DecodingConfig, query: Query) -> Reader:
-        """See :meth:`pipeline.reader.Critic.reader`."""
-        return ReflectionReader(Requests(generator), self.tokenizer, config, query, bodies=Forgetful())
 
 
 @dataclass(frozen=True)
@@ -155,6 +77,11 @@ class Setting:
         retriever = Prefetching(self.bench.retriever)
         retriever.begin(self.queries, self.config.passages)
         return await self.answer(dataclasses.replace(self.system(), retriever=retriever))
+
+    def gathered(self, apart: bool) -> SelfRag:
+        """Our decoding that submits the passages of all rows together, each row's beside one another or not."""
+        siblings = self.config.passages
+        return self.system(Gathered(self.bench.generator, siblings, siblings * len(self.queries), apart))
 
     def longest_first(self) -> list[Query]:
         """The queries by the length of what they ask."""
@@ -207,6 +134,18 @@ SAVINGS = (
         SHORT,
         lambda s: s.answer(AnsweredOnce(s.system()), s.doubled()),
         lambda s: s.answer(s.system(), s.doubled()),
+    ),
+    Saving(
+        "flat log-probabilities, not dictionaries",
+        SHORT,
+        ours,
+        lambda s: s.answer(s.system(DictLogprobs(s.bench.generator))),
+    ),
+    Saving(
+        "a row's passages beside one another in the queue",
+        READING,
+        lambda s: s.answer(s.gathered(apart=False)),
+        lambda s: s.answer(s.gathered(apart=True)),
     ),
     Saving("searches begun while the decision runs", SHORT, lambda s: s.prefetched(), ours, built=False),
     Saving("long queries first", SHORT, lambda s: s.answer(s.system(), s.longest_first()), ours, built=False),
@@ -288,7 +227,7 @@ async def measure_savings(rows: int, number: int, figures: Figures) -> None:
     """All savings on one engine that is full; which side goes first changes with the repeat's number."""
     bench = Bench.open(ModelConfig(name="demo", engine={"max_num_seqs": SLOTS}))
     try:
-        settings = {workload.name: setting_of(bench, workload, rows) for workload in (SHORT, LONG)}
+        settings = {workload.name: setting_of(bench, workload, rows) for workload in (SHORT, READING, LONG)}
         for setting in settings.values():
             await ours(setting)  # warms up
         for saving in SAVINGS:

@@ -39,7 +39,6 @@ def connect(execution: ExecutionConfig) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
-    context.target_max_block_size = None  # Ray Data would cut a large unit in two, and a unit is one file
 
 
 # A line of a traceback that says what was raised.

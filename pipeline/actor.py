@@ -1,11 +1,14 @@
-"""The Ray Data actor: engine and index once, then batch in, batch out, one coroutine for each row."""
+"""The Ray Data actor: engine and index once, then units from file to file, one coroutine for each row."""
 
 import asyncio
+import dataclasses
+import json
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from typing import Any
 
 import pyarrow as pa
@@ -16,14 +19,15 @@ from pipeline.config import RunConfig
 from pipeline.critics import critic_of
 from pipeline.engine import EngineDeadError, VllmGenerator, gpu_share, prepare_environment
 from pipeline.once import AnsweredOnce, Answering
+from pipeline.output import OutputFolder
 from pipeline.postmortem import Death
 from pipeline.profiles import Tasks
+from pipeline.query_set import Unit, read_unit
 from pipeline.retrieve import IndexRetriever
 from pipeline.schema import (
     ANSWER_FIELDS,
     CANDIDATE_FIELDS,
     ERROR_FIELDS,
-    UNIT_COLUMN,
     Row,
     answer_row,
     passed_through,
@@ -39,10 +43,9 @@ log = logging.getLogger(__name__)
 
 
 def annotated_schema(inputs: pa.Schema, keep_candidates: bool) -> pa.Schema:
-    """Between actor and writer: input, answer and error columns, and the unit."""
+    """What an annotated unit has before its rows part: input, answer and error columns."""
     extra = CANDIDATE_FIELDS if keep_candidates else []
-    unit = pa.field(UNIT_COLUMN, pa.string())
-    return pa.schema([*passed_through(inputs), *ANSWER_FIELDS, *extra, *ERROR_FIELDS, unit])
+    return pa.schema([*passed_through(inputs), *ANSWER_FIELDS, *extra, *ERROR_FIELDS])
 
 
 async def annotate_row(system: Answering, row: Row, config: RunConfig) -> dict[str, Any]:
@@ -73,29 +76,26 @@ def failed(error: Exception, attempts: int = 1) -> dict[str, Any]:
 
 
 async def annotate_table(
-    system: Answering, table: pa.Table, config: RunConfig, attempts: Any | None = None
+    system: Answering, inputs: pa.Table, config: RunConfig, attempts: Any | None = None, unit: str = ""
 ) -> pa.Table:
     """Annotate a unit's rows; rows stay in order, one out for each one in.
 
     Args:
         attempts: Ray handle of ``Attempts``, where the unit is alone and its rows shall be one by one; all of them
             are concurrent otherwise.
+        unit: its id, under which attempts at its rows are counted.
     """
-    inputs = table.drop_columns([UNIT_COLUMN])
     read = [name for name in vars(config.columns).values() if name in inputs.schema.names]
     rows = read_rows(inputs.select(read))
     if attempts is None:
         outcomes = await asyncio.gather(*(annotate_row(system, row, config) for row in rows))
     else:
-        unit = table[UNIT_COLUMN][0].as_py()
         outcomes = [await _alone(system, row, config, attempts, f"{unit}:{n}") for n, row in enumerate(rows)]
     schema = annotated_schema(inputs.schema, config.decoding.keep_candidates)
     passed = inputs.rename_columns(passed_through(inputs.schema).names)
     columns = [
         passed[field.name]
         if field.name in passed.schema.names
-        else table[UNIT_COLUMN]
-        if field.name == UNIT_COLUMN
         else pa.array([outcome.get(field.name) for outcome in outcomes], field.type)
         for field in schema
     ]
@@ -150,6 +150,7 @@ class SelfRagActor:
         self, config: RunConfig, attempts: Any, servers: Sequence[Any] = (), index_digest: str | None = None
     ) -> None:
         self.config = config
+        self.output = OutputFolder(locate(config.output, config.storage))
         self.attempts = attempts
         self.turnstile = Turnstile()
         self.telemetry = ActorTelemetry(config.output)
@@ -172,27 +173,47 @@ class SelfRagActor:
         tasks = Tasks(config.decoding, config.profiles, config.task)
         self.system: Answering = AnsweredOnce(SelfRag(self.generator, critic, tasks, self.retriever))
 
-    async def __call__(self, table: pa.Table) -> pa.Table:
-        """Annotate one unit: beside others, or alone where processes have died under it."""
-        unit = table[UNIT_COLUMN][0].as_py()
+    async def __call__(self, batch: pa.Table) -> pa.Table:
+        """Take one unit from its file to its files; reading and writing happen beside the decoding of others.
+
+        Args:
+            batch: the fields of a ``Unit``, in its only row.
+
+        Returns:
+            Its ``UnitSummary`` as JSON, in the column ``summary``.
+        """
+        (planned,) = batch.to_pylist()
+        unit, began = Unit(**planned), time.time()
+        rows = await asyncio.to_thread(read_unit, unit, self.config.storage)
+        async with self._attempt(unit.id) as one_by_one:
+            with self.telemetry.flying(unit.rows):
+                annotated = await annotate_table(self.system, rows, self.config, one_by_one, unit.id)
+            times, keep_candidates = (began, time.time()), self.config.decoding.keep_candidates
+            summary = await asyncio.to_thread(
+                self.output.write_unit, unit.id, annotated, rows.schema, keep_candidates, times
+            )
+        self.telemetry.unit(annotated)
+        return pa.table({"summary": [json.dumps(dataclasses.asdict(summary))]})
+
+    @asynccontextmanager
+    async def _attempt(self, unit: str) -> AsyncIterator[Any | None]:
+        """An attempt at a unit: beside others, or alone where processes have died under it.
+
+        Yields:
+            ``attempts``, where its rows shall be one by one.
+        """
         deaths = await self.attempts.deaths.remote(unit)
-        one_by_one = self.attempts if deaths > BESIDE_OTHERS else None
         place = self.turnstile.beside_others() if deaths < BESIDE_OTHERS else self.turnstile.alone()
         try:
             async with place:
                 await self.attempts.begin.remote(unit)
-                began = time.time()
-                with self.telemetry.flying(table.num_rows):
-                    annotated = await annotate_table(self.system, table, self.config, one_by_one)
+                yield self.attempts if deaths > BESIDE_OTHERS else None
         except EngineDeadError as error:
             memory = " (out of memory)" if error.death.out_of_memory else ""
             log.critical("the engine is dead%s: %s; this actor ends and is started again", memory, error)
             await self.attempts.died.remote(unit, error.death)
             os._exit(1)
         await self.attempts.end.remote(unit)
-        self.telemetry.unit(annotated)
-        stamped = pa.array([f"{unit}/{began}/{time.time()}"] * table.num_rows, pa.string())
-        return annotated.set_column(annotated.schema.names.index(UNIT_COLUMN), UNIT_COLUMN, stamped)
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         """End engine and index; Ray Data deletes the object when the pool shuts down, and calls nothing else."""

@@ -1,6 +1,7 @@
 """How full the engine is, step by step. Importing this imports vLLM."""
 
-from collections import Counter
+import time
+from collections import defaultdict
 from collections.abc import Callable
 from typing import Any
 
@@ -12,20 +13,24 @@ class EngineLoad(StatLoggerBase):  # type: ignore[misc]
 
     Attributes:
         slots: most requests that the engine runs at once (``max_num_seqs``).
-        steps: number of steps by requests that ran in them, and whether others waited.
+        seconds: spent in steps, by requests that ran when they ended, and whether others waited.
         watcher: is told of each step: requests in it, and requests that wait for a slot.
     """
 
     def __init__(self, vllm_config: Any, *_: Any) -> None:
         self.slots = int(vllm_config.scheduler_config.max_num_seqs)
-        self.steps: Counter[tuple[int, bool]] = Counter()
+        self.seconds: dict[tuple[int, bool], float] = defaultdict(float)
+        self._busy_since: float | None = None
         self.watcher: Callable[[int, int], None] | None = None
 
     def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
         """Called by vLLM for each step that has outputs."""
         if scheduler_stats is not None:
             running, waiting = scheduler_stats.num_running_reqs, scheduler_stats.num_waiting_reqs
-            self.steps[running, waiting > 0] += 1
+            now = time.monotonic()
+            if self._busy_since is not None:  # the step has begun where the one before it ended
+                self.seconds[running, waiting > 0] += now - self._busy_since
+            self._busy_since = now if running or waiting else None
             if self.watcher is not None:
                 self.watcher(running, waiting)
 

@@ -262,4 +262,7 @@ def read_unit(unit: Unit, storage: StorageConfig) -> pa.Table:
             same size is not noticed: that would take a digest of all of it, in every process.
         StorageError: the storage cannot be read.
     """
-    return _row_group(unit.uri, unit.size, unit.digest, unit.row_group, storage).slice(unit.offset, unit.rows)
+    group = _row_group(unit.uri, unit.size, unit.digest, unit.row_group, storage)
+    rows = group.slice(unit.offset, unit.rows)
+    assert rows.num_rows == unit.rows, f"unit {unit.id} has {unit.rows} rows and {rows.num_rows} were read"
+    return rows

@@ -109,10 +109,7 @@ MEANINGS: Mapping[tuple[str, ...], str] = {
     ),
     ("error_type", "error_message", "attempts"): "why a row failed, and how often it was tried",
 }
-# Travels with a unit's rows from reader to writer: its id and number of rows, and when an actor began and ended it,
-# in seconds since the epoch, separated by slashes.
-UNIT_COLUMN = "_unit"
-RESERVED = frozenset([UNIT_COLUMN, *(f.name for f in [*ANSWER_FIELDS, *CANDIDATE_FIELDS, *ERROR_FIELDS])])
+RESERVED = frozenset(f.name for f in [*ANSWER_FIELDS, *CANDIDATE_FIELDS, *ERROR_FIELDS])
 
 
 def columns_digest() -> str:

@@ -3,7 +3,6 @@ import json
 import math
 import subprocess
 import sys
-from collections import Counter
 from types import SimpleNamespace
 
 import pytest
@@ -126,10 +125,10 @@ def test_ratios_are_of_medians_and_of_all_pairs(report):
     assert report.ratios("w") == {"ceiling": {"median": 0.6, "min": 2 / 6, "max": 1.0}}
 
 
-def test_load_is_of_steps_and_tells_free_slots_from_a_full_step():
-    steps = Counter({(4, False): 1, (3, True): 2, (5, False): 2, (8, True): 5})
-    assert load_of(steps, slots=8) == {"slots": 8, "half_full": 0.7, "fed": 0.9, "running": 6.0}
-    assert load_of(Counter(), slots=8)["half_full"] == 0.0
+def test_load_is_a_share_of_time_and_tells_free_slots_from_a_full_step():
+    seconds = {(4, False): 0.5, (3, True): 1.0, (5, False): 1.0, (8, True): 2.5}
+    assert load_of(seconds, slots=8) == {"slots": 8, "half_full": 0.7, "fed": 0.9, "running": 6.0}
+    assert load_of({}, slots=8)["half_full"] == 0.0
 
 
 def test_tables_say_what_a_query_is_made_of_and_where_its_time_went(report):
@@ -138,7 +137,7 @@ def test_tables_say_what_a_query_is_made_of_and_where_its_time_went(report):
     report = dataclasses.replace(report, stages={"w": stages}, tokens={"w": {"prompt": 200.0, "written": 20.0}})
     report.results["w"]["direct"] = Measured(8, [3.0], load={"slots": 8, "half_full": 0.7, "fed": 0.9})
     assert "200 tokens read and 20 written for a query: ours does 600 and 60 a second" in report.caption("w")
-    assert "70 % with more than half of 8 slots taken, 90 % with that" in report.caption("w")
+    assert "70 % of the time with more than half of 8 slots taken, 90 % with that" in report.caption("w")
     assert [list(column.cells) for column in report.times().columns][1:4] == [["2.00"], ["0.50"], ["0.10"]]
     assert list(report.times().columns[-1].cells) == ["5.0 %"]
 

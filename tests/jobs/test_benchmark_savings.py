@@ -1,3 +1,4 @@
+import asyncio
 import json
 import subprocess
 import sys
@@ -9,21 +10,9 @@ import typer
 from typer.testing import CliRunner
 
 from jobs.benchmark import MAX_TOKENS
-from jobs.benchmark_savings import (
-    DEFAULTS,
-    SAVINGS,
-    AskingCritic,
-    Figures,
-    ForgetfulCritic,
-    Prefetching,
-    Pruning,
-    Setting,
-    WholeDecisions,
-    benchmark_savings,
-    prunable,
-    tables,
-)
+from jobs.benchmark_savings import DEFAULTS, SAVINGS, Figures, Pruning, Setting, benchmark_savings, prunable, tables
 from jobs.benchmark_script import Prompter, Script
+from jobs.benchmark_variants import AskingCritic, ForgetfulCritic, Gathered, Prefetching, WholeDecisions
 from pipeline.config import DecodingConfig, Weights
 from pipeline.prompts import PromptTokenizer
 from pipeline.reflection import REFLECTION_TOKENS, Retrieve
@@ -117,6 +106,15 @@ async def test_passages_are_tokenised_again_by_a_forgetful_critic(monkeypatch):
         counts.append(sum(text in ("one", "two") for text in bodies))
         monkeypatch.undo()
     assert counts[0] > counts[1] == 2
+
+
+@pytest.mark.parametrize(("apart", "expected"), [(False, "a0 a1 b0 b1 c0 c1"), (True, "a0 b0 c0 a1 b1 c1")])
+async def test_passages_are_submitted_in_the_order_that_is_asked_for(apart, expected):
+    _, engine = setting(Script(tokens=6))
+    gathered = Gathered(engine, siblings=2, total=6, apart=apart)
+    prompts = [(row, sibling) for row in range(3) for sibling in range(2)]
+    await asyncio.gather(*(gathered.generate(prompt, 6, ()) for prompt in prompts))
+    assert " ".join(f"{'abc'[row]}{sibling}" for (row, sibling), _, _ in engine.asked) == expected
 
 
 class Index:

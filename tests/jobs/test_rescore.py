@@ -19,7 +19,6 @@ from pipeline.config import Profile, RunConfig, StorageConfig
 from pipeline.output import OutputFolder
 from pipeline.profiles import Tasks
 from pipeline.reader import ReflectionCritic
-from pipeline.schema import UNIT_COLUMN
 from pipeline.self_rag import SelfRag
 from pipeline.storage import locate
 from tests.fakes import DrawingGenerator, DrawingRetriever, word_tokenizer
@@ -52,11 +51,10 @@ def annotated_set(folder: Path, rows: int = 20, **decoding: Any) -> Path:
                 "query": queries,
                 "task": ["label", None] * (rows // 2),
                 "answers": [["yes"], ["w1"]] * (rows // 2),
-                UNIT_COLUMN: [unit] * rows,
             }
         )
         found = asyncio.run(annotate_table(rag, table, config))
-        output.write_unit(unit, found, table.drop_columns([UNIT_COLUMN]).schema, config.decoding.keep_candidates)
+        output.write_unit(unit, found, table.schema, config.decoding.keep_candidates)
     output.finish(
         {
             "configuration": config.recorded(),

@@ -1,21 +1,29 @@
 import asyncio
+import dataclasses
+import json
 import re
 import time
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from pipeline.actor import UNIT_COLUMN, SelfRagActor, annotate_table, annotated_schema
+from pipeline.actor import SelfRagActor, annotate_table, annotated_schema
 from pipeline.attempts import PATIENCE, Attempts, HopelessError, Turnstile
-from pipeline.config import RunConfig
+from pipeline.config import ExecutionConfig, RunConfig, StorageConfig
 from pipeline.engine import EngineDeadError
+from pipeline.output import OutputFolder, UnitSummary
 from pipeline.postmortem import Death
 from pipeline.profiles import Tasks
+from pipeline.query_set import inspect_queries
 from pipeline.reader import ReflectionCritic
 from pipeline.self_rag import SelfRag
 from pipeline.servers import IndexLostError
+from pipeline.storage import locate
 from pipeline.telemetry import ActorTelemetry
 from tests.fakes import ScriptedGenerator, generation, word_tokenizer
 
@@ -39,8 +47,7 @@ def system(failure: Callable[[str], Exception] = KeyError) -> SelfRag:
 
 def table(*queries: str | None) -> pa.Table:
     ids = [str(n) for n in range(len(queries))]
-    columns = {"id": ids, "query": pa.array(queries, pa.string()), "answer": ids, UNIT_COLUMN: ["u"] * len(ids)}
-    return pa.table(columns)
+    return pa.table({"id": ids, "query": pa.array(queries, pa.string()), "answer": ids})
 
 
 async def test_one_row_out_for_each_row_in_and_in_order():
@@ -48,7 +55,6 @@ async def test_one_row_out_for_each_row_in_and_in_order():
     assert found["answer"].to_pylist() == ["one", "two", "three"]
     assert found["input_answer"].to_pylist() == ["0", "1", "2"]
     assert found["error_type"].null_count == 3
-    assert found[UNIT_COLUMN].to_pylist() == ["u"] * 3
 
 
 async def test_bad_rows_do_not_sink_their_neighbours():
@@ -85,7 +91,6 @@ async def test_a_bad_row_is_an_error_with_its_reason_and_its_neighbours_are_answ
         "query": pa.array(queries, pa.binary()).view(pa.string()),
         "choices": pa.array([row["choices"] for row in made], pa.list_(pa.string())),
         "passages": pa.array([row["passages"] for row in made], given),
-        UNIT_COLUMN: ["u"] * 3,
     }
     found = await annotate_table(system(), pa.table(columns), CONFIG)
     assert found["answer"].to_pylist() == ["one", None, "two"]
@@ -125,12 +130,41 @@ class LocalHandle:
         return SimpleNamespace(remote=call)
 
 
-async def dies_of_poison(actor: SelfRagActor, unit: pa.Table) -> pa.Table | None:
-    """What a unit comes to; None where the actor's process died of it."""
-    try:
-        return await actor(unit)
-    except Died:
-        return None
+HERE = StorageConfig()
+
+
+class Folder:
+    """A query set of one unit, and the output of its run."""
+
+    def __init__(self, folder: Path, queries: pa.Table) -> None:
+        folder.mkdir(exist_ok=True)
+        file = folder / "queries.parquet"
+        pq.write_table(queries, file)
+        self.output = OutputFolder(locate(str(folder / "out"), HERE))
+        (self.unit,) = inspect_queries(locate(str(file), HERE), CONFIG.columns, ExecutionConfig().unit_rows).units
+
+    async def annotate(self, actor: SelfRagActor) -> UnitSummary | None:
+        """What the unit comes to; None where the actor's process died of it."""
+        actor.output = self.output
+        try:
+            found = await actor(pa.Table.from_pylist([dataclasses.asdict(self.unit)]))
+        except Died:
+            return None
+        (summary,) = found["summary"].to_pylist()
+        return UnitSummary(**json.loads(summary))
+
+    async def annotate_at_last(self, *arguments: Any) -> tuple[UnitSummary, int]:
+        """What the unit comes to in the last of several processes, and how many died of it before."""
+        deaths = 0
+        while (found := await self.annotate(actor(*arguments))) is None:
+            deaths += 1
+        return found, deaths
+
+    def answers(self) -> list[str]:
+        return pq.read_table(Path(self.output.location.path) / "data")["answer"].to_pylist()
+
+    def errors(self) -> list[dict[str, Any]]:
+        return pq.read_table(Path(self.output.location.path) / "errors").to_pylist()
 
 
 class Died(BaseException):
@@ -155,18 +189,39 @@ def actor(attempts: LocalHandle, seen: list[str], deadly: str = "poison") -> Sel
     return made
 
 
-async def test_a_row_that_kills_its_process_is_set_aside_and_its_neighbours_finish():
-    attempts, unit, seen, deaths = LocalHandle(Attempts(PATIENCE, "run")), table("one", "poison", "two"), [], 0
-    while (found := await dies_of_poison(actor(attempts, seen), unit)) is None:
-        deaths += 1
-    assert found["answer"].to_pylist() == ["one", None, "two"]
-    assert found["error_type"].to_pylist() == [None, "ProcessDiedError", None]
-    assert found["error_message"].to_pylist()[1] == "2 processes died while this row alone was decoded"
+async def test_a_unit_goes_from_its_file_to_its_files(tmp_path):
+    folder = Folder(tmp_path, table("one", None, "two"))
+    summary = await folder.annotate(actor(LocalHandle(Attempts(PATIENCE, "run")), []))
+    assert summary == folder.output.summaries([folder.unit.id])[0]
+    assert (summary.unit, summary.rows, summary.errors) == (folder.unit.id, 3, {"ValueError": 1})
+    assert time.time() - 60 < summary.began <= summary.ended <= time.time()
+    assert folder.answers() == ["one", "two"]
+    assert [row["error_message"] for row in folder.errors()] == ["the query is empty"]
+
+
+async def test_a_row_that_kills_its_process_is_set_aside_and_its_neighbours_finish(tmp_path):
+    attempts, folder = LocalHandle(Attempts(PATIENCE, "run")), Folder(tmp_path, table("one", "poison", "two"))
+    summary, deaths = await folder.annotate_at_last(attempts, [])
+    assert summary.errors == {"ProcessDiedError": 1}
+    assert folder.answers() == ["one", "two"]
+    (row,) = folder.errors()
+    assert (row["query"], row["error_type"]) == ("poison", "ProcessDiedError")
+    assert row["error_message"] == "2 processes died while this row alone was decoded"
     assert deaths == 2 + 1 + 2  # beside others, alone, and its own
-    unit, began, ended = found[UNIT_COLUMN][0].as_py().split("/")
-    assert unit == "u"
-    assert time.time() - 60 < float(began) <= float(ended) <= time.time()
     assert attempts.inner._begun == {}
+
+
+async def test_a_process_that_dies_while_it_writes_is_counted(tmp_path, monkeypatch):
+    attempts, folder = Attempts(PATIENCE, "run"), Folder(tmp_path, table("one"))
+
+    def dies(*_):
+        raise Died
+
+    with monkeypatch.context() as patched:
+        patched.setattr(OutputFolder, "write_unit", dies)
+        assert await folder.annotate(actor(LocalHandle(attempts), [])) is None
+    assert attempts.deaths(folder.unit.id) == 1
+    assert (await folder.annotate(actor(LocalHandle(attempts), []))).rows == 1
 
 
 @pytest.mark.parametrize(
@@ -190,59 +245,53 @@ async def test_an_engine_without_memory_is_told_apart_from_one_that_a_row_kills(
     dying = system(lambda _: EngineDeadError(death))
     for _ in range(2):
         with pytest.raises(EngineDeadError):
-            await annotate_table(dying, unit, CONFIG, attempts)
-    (row,) = (await annotate_table(dying, unit, CONFIG, attempts)).to_pylist()
+            await annotate_table(dying, unit, CONFIG, attempts, "u")
+    (row,) = (await annotate_table(dying, unit, CONFIG, attempts, "u")).to_pylist()
     assert (row["error_type"], row["attempts"]) == (expected[0], 2)
     assert row["error_message"].startswith(expected[1])
 
 
 @pytest.mark.parametrize("poisoned", [1, 2, 4, 6])
-async def test_each_row_that_kills_its_process_costs_two_more(poisoned):
+async def test_each_row_that_kills_its_process_costs_two_more(poisoned, tmp_path):
     attempts = LocalHandle(Attempts(PATIENCE, "run"))
-    unit = table(*[f"poison {n}" if n % 2 else f"good {n}" for n in range(2 * poisoned)])
-    deaths = 0
-    while (found := await dies_of_poison(actor(attempts, []), unit)) is None:
-        deaths += 1
+    folder = Folder(tmp_path, table(*[f"poison {n}" if n % 2 else f"good {n}" for n in range(2 * poisoned)]))
+    summary, deaths = await folder.annotate_at_last(attempts, [])
     assert deaths == 2 + 1 + 2 * poisoned
-    assert found["error_type"].to_pylist() == [None, "ProcessDiedError"] * poisoned
+    assert summary.errors == {"ProcessDiedError": poisoned}
+    assert [row["query"] for row in folder.errors()] == [f"poison {n}" for n in range(1, 2 * poisoned, 2)]
 
 
-async def test_a_run_whose_every_process_dies_ends():
-    attempts, unit = LocalHandle(Attempts(PATIENCE, "run")), table(*["poison"] * 40)
-
-    async def again_and_again():
-        while await dies_of_poison(actor(attempts, []), unit) is None:
-            pass
-
+async def test_a_run_whose_every_process_dies_ends(tmp_path):
+    attempts, folder = LocalHandle(Attempts(PATIENCE, "run")), Folder(tmp_path, table(*["poison"] * 40))
     with pytest.raises(HopelessError, match="^11 attempts ended with their process, with nothing done"):
-        await again_and_again()
+        await folder.annotate_at_last(attempts, [])
 
 
-async def test_a_unit_that_waits_is_not_counted():
-    attempts, process = Attempts(PATIENCE, "run"), None
+async def test_a_unit_that_waits_is_not_counted(tmp_path):
+    attempts, folder = Attempts(PATIENCE, "run"), Folder(tmp_path, table("one"))
     process = actor(LocalHandle(attempts), [])
     async with process.turnstile.alone():
-        waiting = asyncio.create_task(process(table("one")))
-        await asyncio.sleep(0.01)
-        assert attempts.deaths("u") == 0
+        waiting = asyncio.create_task(folder.annotate(process))
+        await asyncio.sleep(0.05)
+        assert attempts.deaths(folder.unit.id) == 0
     await waiting
 
 
-async def test_innocent_units_are_not_blamed_for_a_death_beside_them():
+async def test_innocent_units_are_not_blamed_for_a_death_beside_them(tmp_path):
     attempts, seen = LocalHandle(Attempts(PATIENCE, "run")), []
-    units = {"u": table("one", "two"), "p": table("poison", "three")}
-    units["p"] = units["p"].set_column(3, UNIT_COLUMN, pa.array(["p", "p"]))
-    done: dict[str, pa.Table] = {}
+    whole, ill = Folder(tmp_path / "u", table("one", "two")), Folder(tmp_path / "p", table("poison", "three"))
+    done: dict[str, UnitSummary] = {}
     for _ in range(12):
         process = actor(attempts, seen)
-        todo = [name for name in units if name not in done]
-        ended = await asyncio.gather(*(dies_of_poison(process, units[name]) for name in todo))
+        todo = [folder for folder in (whole, ill) if folder.unit.id not in done]
+        ended = await asyncio.gather(*(folder.annotate(process) for folder in todo))
         if None not in ended or len(todo) == 1:
-            done |= {name: found for name, found in zip(todo, ended, strict=True) if found is not None}
-        if len(done) == len(units):
+            done |= {found.unit: found for found in ended if found is not None}
+        if len(done) == 2:
             break
-    assert done["u"]["error_type"].to_pylist() == [None, None]
-    assert done["p"]["error_type"].to_pylist() == ["ProcessDiedError", None]
+    assert done[whole.unit.id].errors == {}
+    assert done[ill.unit.id].errors == {"ProcessDiedError": 1}
+    assert [row["query"] for row in ill.errors()] == ["poison"]
 
 
 async def test_a_lost_index_is_no_rows_fault():
@@ -258,5 +307,4 @@ async def test_dead_engine_is_no_rows_fault():
 async def test_schema_does_not_depend_on_the_batch():
     good = await annotate_table(system(), table("one"), CONFIG)
     bad = await annotate_table(system(), table("poison"), CONFIG)
-    inputs = table("x").drop_columns([UNIT_COLUMN]).schema
-    assert good.schema == bad.schema == annotated_schema(inputs, keep_candidates=False)
+    assert good.schema == bad.schema == annotated_schema(table("x").schema, keep_candidates=False)
