@@ -180,9 +180,13 @@ def annotate_units(plan: Plan, resources: Resources, actor: type[SelfRagActor]) 
         num_cpus=resources.cpus,
         num_gpus=resources.gpus,
     )
-    for batch in summaries.iter_batches(batch_size=None, batch_format="pyarrow"):
-        for row in batch["summary"].to_pylist():
-            yield UnitSummary(**json.loads(row))
+    try:
+        for batch in summaries.iter_batches(batch_size=None, batch_format="pyarrow"):
+            for row in batch["summary"].to_pylist():
+                yield UnitSummary(**json.loads(row))
+    finally:
+        # Units in flight of a run that ends early go on; without it they write nothing.
+        ray.kill(attempts)
 
 
 def shard_servers(plan: Plan, resources: Resources) -> list[Any]:

@@ -137,8 +137,8 @@ class Report:
             )
         if load := self.results[workload].get("direct", Measured(0)).load:
             parts.append(
-                f"the engine in our decoding: {100 * load['half_full']:.0f} % of the time with more "
-                f"than half of {load['slots']:.0f} slots taken, {100 * load['fed']:.0f} % with that or requests waiting"
+                f"the engine in our decoding: {100 * load['half_full']:.0f} % of its busy time with more than half of "
+                f"{load['slots']:.0f} slots taken, {100 * load['fed']:.0f} % with that or requests waiting"
             )
         return "; ".join(parts)
 

@@ -139,7 +139,7 @@ SAVINGS = (
         "flat log-probabilities, not dictionaries",
         SHORT,
         ours,
-        lambda s: s.answer(s.system(DictLogprobs(s.bench.generator))),
+        lambda s: s.answer(s.system(DictLogprobs(BareEngine(s.bench.generator)))),
     ),
     Saving(
         "a row's passages beside one another in the queue",

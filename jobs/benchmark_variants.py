@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from jobs.benchmark import MAX_TOKENS
 from jobs.benchmark_shapes import BareEngine, read_wide
 from pipeline.config import DecodingConfig
-from pipeline.engine import Generator, VllmGenerator
+from pipeline.engine import Generator
 from pipeline.reader import Reader, ReflectionCritic, ReflectionReader, Requests
 from pipeline.reflection import Retrieve
 from pipeline.retrieve import Retriever
@@ -43,18 +43,19 @@ class WholeDecisions:
 class DictLogprobs:
     """Takes log-probabilities as vLLM gives them by default: at each position a dictionary of objects."""
 
-    generator: VllmGenerator
+    engine: BareEngine
 
     @property
     def max_model_len(self) -> int:
         """See :attr:`pipeline.engine.Generator.max_model_len`."""
-        return self.generator.max_model_len
+        return self.engine.generator.max_model_len
 
     async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
         """See :meth:`pipeline.engine.Generator.generate`."""
-        sampling = {**self.generator.sampling, "flat_logprobs": False, "max_tokens": max_tokens}
-        output = await BareEngine(self.generator).ask(prompt, stop_token_ids=list(stops), **sampling)
-        return read_wide(output, self.generator.watched)
+        own = ("temperature", "flat_logprobs")
+        sampling = {name: value for name, value in self.engine.generator.sampling.items() if name not in own}
+        output = await self.engine.ask(prompt, max_tokens=max_tokens, stop_token_ids=list(stops), **sampling)
+        return read_wide(output, self.engine.generator.watched)
 
 
 @dataclass

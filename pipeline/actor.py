@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
@@ -75,22 +76,48 @@ def failed(error: Exception, attempts: int = 1) -> dict[str, Any]:
     return {"error_type": type(error).__name__, "error_message": str(error), "attempts": attempts}
 
 
+@dataclass(frozen=True)
+class OneByOne:
+    """Annotates a unit's rows with nothing beside them, so that one that kills its process is found.
+
+    Args:
+        attempts: Ray handle of ``Attempts``.
+        unit: its id, under which attempts at its rows are counted.
+    """
+
+    attempts: Any
+    unit: str
+
+    async def annotate(self, system: Answering, row: Row, config: RunConfig, number: int) -> dict[str, Any]:
+        """Annotate one row, unless processes have died of it before."""
+        name, attempts = f"{self.unit}:{number}", self.attempts
+        deaths = await attempts.deaths.remote(name)
+        if deaths >= ROW_DEATHS:
+            return failed(cause(deaths, await attempts.engines.remote(name)), deaths)
+        await attempts.begin.remote(name)
+        try:
+            outcome = await annotate_row(system, row, config)
+        except EngineDeadError as error:
+            await attempts.died.remote(name, error.death)
+            raise
+        await attempts.end.remote(name)
+        return outcome
+
+
 async def annotate_table(
-    system: Answering, inputs: pa.Table, config: RunConfig, attempts: Any | None = None, unit: str = ""
+    system: Answering, inputs: pa.Table, config: RunConfig, one_by_one: OneByOne | None = None
 ) -> pa.Table:
     """Annotate a unit's rows; rows stay in order, one out for each one in.
 
     Args:
-        attempts: Ray handle of ``Attempts``, where the unit is alone and its rows shall be one by one; all of them
-            are concurrent otherwise.
-        unit: its id, under which attempts at its rows are counted.
+        one_by_one: where they shall not be concurrent.
     """
     read = [name for name in vars(config.columns).values() if name in inputs.schema.names]
     rows = read_rows(inputs.select(read))
-    if attempts is None:
+    if one_by_one is None:
         outcomes = await asyncio.gather(*(annotate_row(system, row, config) for row in rows))
     else:
-        outcomes = [await _alone(system, row, config, attempts, f"{unit}:{n}") for n, row in enumerate(rows)]
+        outcomes = [await one_by_one.annotate(system, row, config, n) for n, row in enumerate(rows)]
     schema = annotated_schema(inputs.schema, config.decoding.keep_candidates)
     passed = inputs.rename_columns(passed_through(inputs.schema).names)
     columns = [
@@ -100,21 +127,6 @@ async def annotate_table(
         for field in schema
     ]
     return pa.table(columns, schema=schema)
-
-
-async def _alone(system: Answering, row: Row, config: RunConfig, attempts: Any, name: str) -> dict[str, Any]:
-    """Annotate one row with nothing beside it, unless processes have died of it before."""
-    deaths = await attempts.deaths.remote(name)
-    if deaths >= ROW_DEATHS:
-        return failed(cause(deaths, await attempts.engines.remote(name)), deaths)
-    await attempts.begin.remote(name)
-    try:
-        outcome = await annotate_row(system, row, config)
-    except EngineDeadError as error:
-        await attempts.died.remote(name, error.death)
-        raise
-    await attempts.end.remote(name)
-    return outcome
 
 
 def cause(deaths: int, engines: Sequence[Death]) -> Exception:
@@ -183,12 +195,14 @@ class SelfRagActor:
             Its ``UnitSummary`` as JSON, in the column ``summary``.
         """
         (planned,) = batch.to_pylist()
-        unit, began = Unit(**planned), time.time()
-        rows = await asyncio.to_thread(read_unit, unit, self.config.storage)
+        unit, config = Unit(**planned), self.config
         async with self._attempt(unit.id) as one_by_one:
+            began = time.time()
+            rows = await asyncio.to_thread(read_unit, unit, config.storage)
             with self.telemetry.flying(unit.rows):
-                annotated = await annotate_table(self.system, rows, self.config, one_by_one, unit.id)
-            times, keep_candidates = (began, time.time()), self.config.decoding.keep_candidates
+                annotated = await annotate_table(self.system, rows, config, one_by_one)
+            times, keep_candidates = (began, time.time()), config.decoding.keep_candidates
+            await self.attempts.writing.remote(unit.id)
             summary = await asyncio.to_thread(
                 self.output.write_unit, unit.id, annotated, rows.schema, keep_candidates, times
             )
@@ -196,18 +210,18 @@ class SelfRagActor:
         return pa.table({"summary": [json.dumps(dataclasses.asdict(summary))]})
 
     @asynccontextmanager
-    async def _attempt(self, unit: str) -> AsyncIterator[Any | None]:
+    async def _attempt(self, unit: str) -> AsyncIterator[OneByOne | None]:
         """An attempt at a unit: beside others, or alone where processes have died under it.
 
         Yields:
-            ``attempts``, where its rows shall be one by one.
+            How its rows are to be annotated, where they must not be concurrent.
         """
         deaths = await self.attempts.deaths.remote(unit)
         place = self.turnstile.beside_others() if deaths < BESIDE_OTHERS else self.turnstile.alone()
         try:
             async with place:
                 await self.attempts.begin.remote(unit)
-                yield self.attempts if deaths > BESIDE_OTHERS else None
+                yield OneByOne(self.attempts, unit) if deaths > BESIDE_OTHERS else None
         except EngineDeadError as error:
             memory = " (out of memory)" if error.death.out_of_memory else ""
             log.critical("the engine is dead%s: %s; this actor ends and is started again", memory, error)

@@ -18,6 +18,8 @@ BESIDE_OTHERS = 2
 ROW_DEATHS = 2
 # Attempts in vain, one after another, that each unit in flight may have a part in; those of a poison row are five.
 PATIENCE = 10
+# A unit whose process died this often while its files were written ends the run: no row of it is to blame.
+WRITING_DEATHS = 3
 # What an actor's start is counted as.
 START = "an actor's start"
 
@@ -72,6 +74,17 @@ class Attempts:
             last = f"; the last engine's end: {self._last.reason}" if self._last else ""
             raise HopelessError(f"{self._in_vain} attempts ended with their process, with nothing done{last}")
 
+    def writing(self, unit: str) -> None:
+        """Count an attempt to write a unit's files; what outlives its run does not write, since this actor is gone.
+
+        Raises:
+            HopelessError: too many processes died of it.
+        """
+        name = f"{unit}:files"
+        if self._begun[name] >= WRITING_DEATHS:
+            raise HopelessError(f"{WRITING_DEATHS} processes died while they wrote the files of unit {unit}")
+        self._begun[name] += 1
+
     def died(self, what: str, death: Death) -> None:
         """Record how the engine ended that this was decoded on."""
         self._engines.setdefault(what, []).append(death)
@@ -83,11 +96,12 @@ class Attempts:
         return self._engines.get(what, [])
 
     def end(self, what: str) -> None:
-        """Forget what was done, and with a unit its rows."""
+        """Forget what was done, and with a unit its rows and files; a start alone gets nothing done."""
         for name in [name for name in self._begun if name == what or name.startswith(f"{what}:")]:
             del self._begun[name]
             self._engines.pop(name, None)
-        self._in_vain = 0
+        if what != START:
+            self._in_vain = 0
 
 
 class Turnstile:

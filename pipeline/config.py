@@ -209,7 +209,7 @@ class ExecutionConfig(Frozen):
         shard_servers: of the partitioned topology; by default one for each node, at most one for each shard.
         cpus_per_server, gpus_per_server: resources of each shard server.
         unit_rows: rows of a work unit, which is one output file.
-        units_in_flight: units that an actor decodes at once, so that its engine stays full between them.
+        units_in_flight: units that an actor has in hand at once, from reading to writing; they keep its engine full.
         row_timeout_s: rows that take longer go to ``errors/``; a row shares the engine with all others in flight.
         max_error_rate: share of rows in ``errors/`` above which a finished run counts as failed, and above which
             (and above 100 rows) one that is at work stops.

@@ -13,7 +13,8 @@ class EngineLoad(StatLoggerBase):  # type: ignore[misc]
 
     Attributes:
         slots: most requests that the engine runs at once (``max_num_seqs``).
-        seconds: spent in steps, by requests that ran when they ended, and whether others waited.
+        seconds: spent in steps, by requests that ran when they ended, and whether others waited. Not counted are idle
+            ones, and the first step after them.
         watcher: is told of each step: requests in it, and requests that wait for a slot.
     """
 

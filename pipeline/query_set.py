@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import threading
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
@@ -18,6 +19,8 @@ from pipeline.schema import check_query_schema
 from pipeline.storage import Location, StorageError, locate, one_line
 
 READ_BYTES = 8 * 2**20
+# An actor's units begin together, and a row group may be large: the first one reads it, the others wait for it.
+READING = threading.Lock()
 # What Arrow calls an I/O error and is damaged metadata or a damaged page.
 DAMAGED = re.compile("thrift|[Cc]orrupt|decompress")
 
@@ -255,14 +258,15 @@ def _row_group(
 
 
 def read_unit(unit: Unit, storage: StorageConfig) -> pa.Table:
-    """The rows of a unit. The last row group stays in memory, since its other units tend to follow.
+    """The rows of a unit. The last row group stays in memory, since its other units tend to follow. Safe from threads.
 
     Raises:
         ValueError: the file has another size than when the run was planned. One that was replaced by another of the
             same size is not noticed: that would take a digest of all of it, in every process.
         StorageError: the storage cannot be read.
     """
-    group = _row_group(unit.uri, unit.size, unit.digest, unit.row_group, storage)
+    with READING:
+        group = _row_group(unit.uri, unit.size, unit.digest, unit.row_group, storage)
     rows = group.slice(unit.offset, unit.rows)
     assert rows.num_rows == unit.rows, f"unit {unit.id} has {unit.rows} rows and {rows.num_rows} were read"
     return rows

@@ -137,7 +137,7 @@ def test_tables_say_what_a_query_is_made_of_and_where_its_time_went(report):
     report = dataclasses.replace(report, stages={"w": stages}, tokens={"w": {"prompt": 200.0, "written": 20.0}})
     report.results["w"]["direct"] = Measured(8, [3.0], load={"slots": 8, "half_full": 0.7, "fed": 0.9})
     assert "200 tokens read and 20 written for a query: ours does 600 and 60 a second" in report.caption("w")
-    assert "70 % of the time with more than half of 8 slots taken, 90 % with that" in report.caption("w")
+    assert "70 % of its busy time with more than half of 8 slots taken, 90 % with that" in report.caption("w")
     assert [list(column.cells) for column in report.times().columns][1:4] == [["2.00"], ["0.50"], ["0.10"]]
     assert list(report.times().columns[-1].cells) == ["5.0 %"]
 

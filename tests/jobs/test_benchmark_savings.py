@@ -12,7 +12,15 @@ from typer.testing import CliRunner
 from jobs.benchmark import MAX_TOKENS
 from jobs.benchmark_savings import DEFAULTS, SAVINGS, Figures, Pruning, Setting, benchmark_savings, prunable, tables
 from jobs.benchmark_script import Prompter, Script
-from jobs.benchmark_variants import AskingCritic, ForgetfulCritic, Gathered, Prefetching, WholeDecisions
+from jobs.benchmark_shapes import BareEngine
+from jobs.benchmark_variants import (
+    AskingCritic,
+    DictLogprobs,
+    ForgetfulCritic,
+    Gathered,
+    Prefetching,
+    WholeDecisions,
+)
 from pipeline.config import DecodingConfig, Weights
 from pipeline.prompts import PromptTokenizer
 from pipeline.reflection import REFLECTION_TOKENS, Retrieve
@@ -115,6 +123,26 @@ async def test_passages_are_submitted_in_the_order_that_is_asked_for(apart, expe
     prompts = [(row, sibling) for row in range(3) for sibling in range(2)]
     await asyncio.gather(*(gathered.generate(prompt, 6, ()) for prompt in prompts))
     assert " ".join(f"{'abc'[row]}{sibling}" for (row, sibling), _, _ in engine.asked) == expected
+
+
+async def test_dictionaries_hold_the_same_log_probabilities():
+    tokenizer, asked = word_tokenizer(), []
+    watched = tokenizer.reflection.reflection
+    position = {token: SimpleNamespace(logprob=-float(n)) for n, token in enumerate((999, *watched))}
+
+    async def generate(_prompt, params, _name):
+        asked.append(params)
+        yield SimpleNamespace(
+            outputs=[SimpleNamespace(token_ids=[999], logprobs=[position])], prompt_token_ids=[1], num_cached_tokens=0
+        )
+
+    sampling = {"temperature": 0.0, "logprob_token_ids": list(watched), "flat_logprobs": True, "detokenize": False}
+    replica = SimpleNamespace(engine=SimpleNamespace(generate=generate), sampling=sampling, watched=watched)
+    found = await DictLogprobs(BareEngine(replica)).generate([1], 5, [2])
+    assert (found.token_ids, found.logprobs.tolist()) == ((999,), [0.0])
+    assert found.reflection_logprobs.tolist() == [[-float(n) for n in range(1, 14)]]
+    assert (asked[0].flat_logprobs, asked[0].max_tokens, asked[0].stop_token_ids) == (False, 5, [2])
+    assert asked[0].logprob_token_ids == list(watched)
 
 
 class Index:

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.actor import SelfRagActor, annotate_table, annotated_schema
+from pipeline.actor import OneByOne, SelfRagActor, annotate_table, annotated_schema
 from pipeline.attempts import PATIENCE, Attempts, HopelessError, Turnstile
 from pipeline.config import ExecutionConfig, RunConfig, StorageConfig
 from pipeline.engine import EngineDeadError
@@ -134,11 +134,14 @@ HERE = StorageConfig()
 
 
 class Folder:
-    """A query set of one unit, and the output of its run."""
+    """A query set of one unit, and the output of its run.
 
-    def __init__(self, folder: Path, queries: pa.Table) -> None:
-        folder.mkdir(exist_ok=True)
-        file = folder / "queries.parquet"
+    Args:
+        name: of the query set's file; sets of one folder have one output.
+    """
+
+    def __init__(self, folder: Path, queries: pa.Table, name: str = "queries") -> None:
+        file = folder / f"{name}.parquet"
         pq.write_table(queries, file)
         self.output = OutputFolder(locate(str(folder / "out"), HERE))
         (self.unit,) = inspect_queries(locate(str(file), HERE), CONFIG.columns, ExecutionConfig().unit_rows).units
@@ -211,17 +214,46 @@ async def test_a_row_that_kills_its_process_is_set_aside_and_its_neighbours_fini
     assert attempts.inner._begun == {}
 
 
-async def test_a_process_that_dies_while_it_writes_is_counted(tmp_path, monkeypatch):
+def dies(*_: Any) -> None:
+    raise Died
+
+
+@pytest.mark.parametrize(
+    ("place", "reason"),
+    [
+        ("pipeline.actor.read_unit", "^11 attempts ended with their process, with nothing done"),
+        ("pipeline.output.OutputFolder.write_unit", "^3 processes died while they wrote the files of unit [0-9a-f]+$"),
+    ],
+)
+async def test_a_unit_whose_processes_always_die_while_it_is_read_or_written_ends_the_run(
+    place, reason, tmp_path, monkeypatch
+):
     attempts, folder = Attempts(PATIENCE, "run"), Folder(tmp_path, table("one"))
+    monkeypatch.setattr(place, dies)
+    with pytest.raises(HopelessError, match=reason):
+        await folder.annotate_at_last(LocalHandle(attempts), [])
 
-    def dies(*_):
-        raise Died
 
+async def test_a_process_that_dies_once_while_it_writes_costs_an_attempt(tmp_path, monkeypatch):
+    attempts, folder = Attempts(PATIENCE, "run"), Folder(tmp_path, table("one"))
     with monkeypatch.context() as patched:
         patched.setattr(OutputFolder, "write_unit", dies)
         assert await folder.annotate(actor(LocalHandle(attempts), [])) is None
     assert attempts.deaths(folder.unit.id) == 1
     assert (await folder.annotate(actor(LocalHandle(attempts), []))).rows == 1
+    assert attempts._begun == {}
+
+
+async def test_an_actor_that_outlives_its_run_writes_nothing(tmp_path, monkeypatch):
+    attempts, folder = Attempts(PATIENCE, "run"), Folder(tmp_path, table("one", "two"))
+
+    def gone(_unit):
+        raise ConnectionError("the run is over")
+
+    monkeypatch.setattr(attempts, "writing", gone)
+    with pytest.raises(ConnectionError):
+        await folder.annotate(actor(LocalHandle(attempts), []))
+    assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize(
@@ -245,8 +277,8 @@ async def test_an_engine_without_memory_is_told_apart_from_one_that_a_row_kills(
     dying = system(lambda _: EngineDeadError(death))
     for _ in range(2):
         with pytest.raises(EngineDeadError):
-            await annotate_table(dying, unit, CONFIG, attempts, "u")
-    (row,) = (await annotate_table(dying, unit, CONFIG, attempts, "u")).to_pylist()
+            await annotate_table(dying, unit, CONFIG, OneByOne(attempts, "u"))
+    (row,) = (await annotate_table(dying, unit, CONFIG, OneByOne(attempts, "u"))).to_pylist()
     assert (row["error_type"], row["attempts"]) == (expected[0], 2)
     assert row["error_message"].startswith(expected[1])
 
@@ -257,7 +289,8 @@ async def test_each_row_that_kills_its_process_costs_two_more(poisoned, tmp_path
     folder = Folder(tmp_path, table(*[f"poison {n}" if n % 2 else f"good {n}" for n in range(2 * poisoned)]))
     summary, deaths = await folder.annotate_at_last(attempts, [])
     assert deaths == 2 + 1 + 2 * poisoned
-    assert summary.errors == {"ProcessDiedError": poisoned}
+    assert (summary.rows, summary.errors) == (2 * poisoned, {"ProcessDiedError": poisoned})
+    assert folder.answers() == ["good"] * poisoned
     assert [row["query"] for row in folder.errors()] == [f"poison {n}" for n in range(1, 2 * poisoned, 2)]
 
 
@@ -272,14 +305,15 @@ async def test_a_unit_that_waits_is_not_counted(tmp_path):
     process = actor(LocalHandle(attempts), [])
     async with process.turnstile.alone():
         waiting = asyncio.create_task(folder.annotate(process))
-        await asyncio.sleep(0.05)
+        await asyncio.sleep(0.01)
         assert attempts.deaths(folder.unit.id) == 0
-    await waiting
+    assert (await waiting).rows == 1
 
 
 async def test_innocent_units_are_not_blamed_for_a_death_beside_them(tmp_path):
     attempts, seen = LocalHandle(Attempts(PATIENCE, "run")), []
-    whole, ill = Folder(tmp_path / "u", table("one", "two")), Folder(tmp_path / "p", table("poison", "three"))
+    whole = Folder(tmp_path, table("one", "two"), "whole")
+    ill = Folder(tmp_path, table("poison", "three"), "ill")
     done: dict[str, UnitSummary] = {}
     for _ in range(12):
         process = actor(attempts, seen)
@@ -291,6 +325,7 @@ async def test_innocent_units_are_not_blamed_for_a_death_beside_them(tmp_path):
             break
     assert done[whole.unit.id].errors == {}
     assert done[ill.unit.id].errors == {"ProcessDiedError": 1}
+    assert sorted(whole.answers()) == ["one", "three", "two"]
     assert [row["query"] for row in ill.errors()] == ["poison"]
 
 

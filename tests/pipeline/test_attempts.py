@@ -3,7 +3,7 @@ import random
 
 import pytest
 
-from pipeline.attempts import PATIENCE, Attempts, HopelessError, Turnstile
+from pipeline.attempts import PATIENCE, START, Attempts, HopelessError, Turnstile
 from pipeline.postmortem import Death
 
 
@@ -37,6 +37,30 @@ def test_deaths_with_nothing_done_in_between_end_the_run() -> None:
     attempts.died("a", Death("CUDA error: device lost", out_of_memory=False))
     with pytest.raises(HopelessError, match=r"^4 attempts .* nothing done; the last .*: CUDA error: device lost$"):
         attempts.begin("a")
+
+
+def test_a_start_alone_gets_nothing_done() -> None:
+    attempts = Attempts(patience=3, run="run")
+    attempts.begin("a")
+    for _ in range(3):
+        attempts.begin(START)
+        attempts.end(START)
+        attempts.begin("a")
+    with pytest.raises(HopelessError, match=r"^4 attempts"):
+        attempts.begin("a")
+
+
+def test_deaths_over_a_units_files_are_counted_until_it_ends() -> None:
+    attempts = Attempts(PATIENCE, "run")
+    for _ in range(2):
+        for _ in range(3):
+            attempts.writing("u")
+        attempts.end("u")
+    for _ in range(3):
+        attempts.writing("u")
+        attempts.end("u:1")
+    with pytest.raises(HopelessError, match=r"^3 processes died while they wrote the files of unit u$"):
+        attempts.writing("u")
 
 
 def test_how_engines_ended_is_known_until_their_row_ends() -> None:

@@ -1,4 +1,6 @@
 import shutil
+import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -6,6 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline import query_set
 from pipeline.config import Columns, StorageConfig
 from pipeline.query_set import inspect_queries, parquet_files, read_unit
 from pipeline.storage import locate
@@ -66,6 +69,24 @@ def test_a_file_that_changes_while_its_run_is_at_work_is_named(tmp_path):
     write(tmp_path / "a.parquet", list("abcdefgh"))
     with pytest.raises(ValueError, match=r"a.parquet: has changed since the run began, from \d+ to \d+ bytes"):
         read_unit(first, HERE)
+
+
+def test_units_that_begin_together_read_their_row_group_once(tmp_path, monkeypatch):
+    write(tmp_path / "a.parquet", list("abcdefgh"))
+    units = inspect(tmp_path / "a.parquet", 2).units
+    reads = []
+
+    def slowly(file, work):
+        reads.append(file.uri)
+        time.sleep(0.05)
+        return opened(file, work)
+
+    opened = query_set._opened
+    monkeypatch.setattr(query_set, "_opened", slowly)
+    with ThreadPoolExecutor(4) as pool:
+        tables = list(pool.map(lambda unit: read_unit(unit, HERE), units))
+    assert [table["id"].to_pylist() for table in tables] == [["a", "b"], ["c", "d"], ["e", "f"], ["g", "h"]]
+    assert len(reads) == 1
 
 
 def test_single_file_is_a_set(tmp_path):
