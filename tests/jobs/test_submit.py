@@ -63,7 +63,7 @@ def server() -> Iterator[Server]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    write_queries(tmp_path / "queries", 300)
+    write_queries(tmp_path / "queries", 3000)
     model_folder(tmp_path)
     return tmp_path
 
@@ -75,11 +75,11 @@ def test_a_run_that_was_stopped_goes_on_when_it_is_submitted_again(server: Serve
         time.sleep(0.05)
     assert server.ask("stop", "night")[0] == 0
     before = written(f"{folder}/out")
-    assert 2 <= len(before) < 30
+    assert 2 <= len(before) < 300
     status, said = server.submit(folder)
     assert status == 0, said[-3000:]
-    assert f"{len(before)} of 30 units done before" in said
-    assert "300 of 300 rows answered, 0 in errors/" in said
+    assert f"{len(before)} of 300 units done before" in said
+    assert "3000 of 3000 rows answered, 0 in errors/" in said
     assert redone(before, f"{folder}/out") == []
     assert broken(f"{folder}/out", folder / "queries") == []
 
