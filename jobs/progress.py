@@ -35,6 +35,7 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         self.bar.start()
+        self._say("engines start; a line follows when units end")
         return self
 
     def __exit__(
@@ -49,10 +50,14 @@ class Progress:
         self.errors += sum(unit.errors.values())
         self.bar.update(self.task, completed=self.done, figures=self.figures())
         now = time.monotonic()
-        if self.bar.disable and (now - self.said > LINE_INTERVAL or self.done == self.rows):
+        if now - self.said > LINE_INTERVAL or self.done == self.rows:
             self.said = now
-            clock = time.strftime("%H:%M:%S")
-            sys.stderr.write(f"{clock} {self.done}/{self.rows} rows, {self.figures()}, {self._left():.0f} s left\n")
+            self._say(f"{self.done}/{self.rows} rows, {self.figures()}, {self._left():.0f} s left")
+
+    def _say(self, line: str) -> None:
+        """A line, where there is no bar; logs of several nights stand in one file, so it has its date."""
+        if self.bar.disable:
+            sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def figures(self) -> str:
         """Rate and shares so far."""
