@@ -32,13 +32,9 @@ def connect(execution: ExecutionConfig) -> None:
     Left alone, ``ray.init`` joins whatever Ray runs on the machine, such as another run's, and ends with it.
     """
     import ray
-    from ray._private.authentication import authentication_token_setup as tokens
 
     if not ray.is_initialized():
         address = execution.ray_address or os.environ.get("RAY_ADDRESS") or "local"
-        if address not in ("local", "auto"):
-            # Ray (2.60) shows its token unasked to clusters that it starts or finds, but not to one that is named.
-            tokens.maybe_enable_token_auth_if_token_available(warn_if_disabled=False)
         ray.init(address=address, include_dashboard=False, logging_level="WARNING")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False

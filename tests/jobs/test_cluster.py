@@ -96,14 +96,11 @@ def test_ray_of_another_run_is_not_joined_unasked(setting, variable, expected, m
     asked = []
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", lambda address, **_: asked.append(address))
-    token = "ray._private.authentication.authentication_token_setup.maybe_enable_token_auth_if_token_available"
-    monkeypatch.setattr(token, lambda **_: asked.append("token"))
     monkeypatch.delenv("RAY_ADDRESS")
     if variable:
         monkeypatch.setenv("RAY_ADDRESS", variable)
     connect(config(ray_address=setting).execution)
-    named = expected not in ("local", "auto")
-    assert asked == ["token"] * named + [expected]
+    assert asked == [expected]
 
 
 RAY_SAYS = """\x1b[36mray::MapBatches(F)()\x1b[39m (pid=1, ip=10.0.0.1)
