@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import defaultdict
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from enum import StrEnum
@@ -269,10 +269,13 @@ async def _shapes(plan: Plan, results: Results) -> tuple[dict[str, Shaped], dict
     return shaped, bench.memory
 
 
-def execute(plan: Plan) -> Report:
+def execute(plan: Plan) -> Iterator[Report]:
     """Measure everything, one repeat after the other, so that what changes meanwhile changes all variants.
 
     Engines take turns: one card does not hold two.
+
+    Yields:
+        What all repeats so far measured.
     """
     results: Results = {workload.name: {"ours": Measured(plan.rows)} for workload in plan.workloads}
     stages: dict[str, list[dict[str, float]]] = defaultdict(list)
@@ -281,12 +284,13 @@ def execute(plan: Plan) -> Report:
         for workload in plan.workloads:
             ours = results[workload.name]["ours"]
             stages[workload.name].append(measure_job(workload, shaped[workload.name].rows, plan, ours))
-        Console(stderr=True).print(f"repeat {number} of {plan.repeats} measured")
-    means = {
-        name: {stage: statistics.mean(one[stage] for one in repeats) for stage in (*STAGES, CALL)}
-        for name, repeats in stages.items()
-    }
-    return Report(results, means, {name: one.tokens for name, one in shaped.items()}, memory)
+            rates = ", ".join(f"{name} {measured.rates[-1]:.3f}" for name, measured in results[workload.name].items())
+            Console(stderr=True).print(f"repeat {number} of {plan.repeats}: {workload.name}: {rates} queries/s")
+        means = {
+            name: {stage: statistics.mean(one[stage] for one in repeats) for stage in (*STAGES, CALL)}
+            for name, repeats in stages.items()
+        }
+        yield Report(results, means, {name: one.tokens for name, one in shaped.items()}, memory)
 
 
 def benchmark(
@@ -304,7 +308,7 @@ def benchmark(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="An engine argument of all variants, such as dtype=bfloat16.")
     ] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here, after each repeat.")] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Write a plot here.")] = None,
 ) -> None:
     """Compare ours with the shapes of other implementations and with the bare engine, side by side."""
@@ -331,10 +335,10 @@ def benchmark(
             passages=passages,
             scripted_tokens=tokens if shape else None,
         )
-        report = execute(plan)
+        for report in execute(plan):
+            if json_file:
+                json_file.write_text(json.dumps(report.record(plan.model), indent=2))
     show(report)
-    if json_file:
-        json_file.write_text(json.dumps(report.record(plan.model), indent=2))
     if plot_file:
         plot(report, plot_file)
 

@@ -15,7 +15,7 @@ import pathlib
 import statistics
 import sys
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any
 
@@ -234,12 +234,13 @@ async def measure_savings(rows: int, number: int, figures: Figures) -> None:
             setting, sides = settings[saving.workload.name], [("with", saving.with_it), ("without", saving.without)]
             for name, run in sides if number % 2 else reversed(sides):
                 figures.rates[saving.name][name].append(await rate(setting, run))
+                tell(number, f"{saving.name}, {name}", figures.rates[saving.name][name])
         figures.pruning = await pruning(settings[SHORT.name])
     finally:
         bench.close()
 
 
-async def measure_engine(rows: int, argument: str, figures: Figures) -> None:
+async def measure_engine(rows: int, number: int, argument: str, figures: Figures) -> None:
     """Our decoding on an engine of its own."""
     arguments: dict[str, Any] = {}
     apply_settings(arguments, [] if argument == DEFAULTS else [argument])
@@ -248,19 +249,24 @@ async def measure_engine(rows: int, argument: str, figures: Figures) -> None:
         setting = setting_of(bench, SHORT, rows)
         await ours(setting)  # warms up
         figures.engines[argument].append(await rate(setting, ours))
+        tell(number, argument, figures.engines[argument])
     finally:
         bench.close()
 
 
-def execute(rows: int, repeats: int, engine: Sequence[str]) -> Figures:
-    """Everything, one repeat after the other."""
+def tell(number: int, what: str, rates: Sequence[float]) -> None:
+    """What was measured last."""
+    Console(stderr=True).print(f"repeat {number}: {what}: {rates[-1]:.3f} queries/s")
+
+
+def execute(rows: int, repeats: int, engine: Sequence[str]) -> Iterator[Figures]:
+    """Everything, one repeat after the other; yields what all repeats so far measured."""
     figures = Figures.empty(engine)
     for number in range(1, repeats + 1):
         asyncio.run(measure_savings(rows, number, figures))
         for argument in figures.engines:
-            asyncio.run(measure_engine(rows, argument, figures))
-        Console(stderr=True).print(f"repeat {number} of {repeats} measured")
-    return figures
+            asyncio.run(measure_engine(rows, number, argument, figures))
+        yield figures
 
 
 def ratio(one: Sequence[float], other: Sequence[float]) -> list[str]:
@@ -298,7 +304,9 @@ def benchmark_savings(
     engine: Annotated[
         list[str] | None, typer.Option(help=f"Engine arguments to compare, by default {', '.join(ENGINE)}.")
     ] = None,
-    json_file: Annotated[pathlib.Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+    json_file: Annotated[
+        pathlib.Path | None, typer.Option("--json", help="Write all figures here, after each repeat.")
+    ] = None,
 ) -> None:
     """Measure what each way of saving work saves, with it and without it."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
@@ -311,11 +319,11 @@ def benchmark_savings(
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    figures = execute(rows, repeats, chosen)
+    for figures in execute(rows, repeats, chosen):
+        if json_file:
+            json_file.write_text(json.dumps({**dataclasses.asdict(figures), "machine": machine()}, indent=2))
     for table in tables(figures):
         Console(width=150).print(table)
-    if json_file:
-        json_file.write_text(json.dumps({**dataclasses.asdict(figures), "machine": machine()}, indent=2))
 
 
 if __name__ == "__main__":
