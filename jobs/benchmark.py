@@ -35,7 +35,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from jobs.benchmark_report import CALL, STAGES, Measured, Report, Results, load_of, plot
+from jobs.benchmark_report import CALL, STAGES, WRITE, Measured, Report, Results, load_of, plot
 from jobs.benchmark_script import SCRIPT, SHAPES, Prompter, Script, ScriptedGenerator, endless, write_shape
 from jobs.benchmark_shapes import (
     FLASHRAG_CANDIDATE,
@@ -254,10 +254,12 @@ def measure_job(workload: Workload, rows: Sequence[Row], plan: Plan, measured: M
         raise RuntimeError(f"{module} ended with status {done.returncode}: {done.stderr[-2000:]}")
     manifest = json.loads((output / "_manifest.json").read_text())
     finished = datetime.fromisoformat(manifest["finished"]).timestamp()
-    measured.rates.append(len(rows) / (finished - min(unit["began"] for unit in manifest["units"].values())))
+    units = manifest["units"].values()
+    measured.rates.append(len(rows) / (finished - min(unit["began"] for unit in units)))
+    writing = sum(unit["written"] - unit["ended"] for unit in units) / len(rows)
     usage = ds.dataset(output / "data").to_table(columns=["usage"])["usage"].combine_chunks()
     seconds = {name: float(pc.mean(pc.struct_field(usage, name)).as_py()) for name in STAGES}
-    return {**seconds, CALL: float(json.loads(done.stdout)["seconds"])}
+    return {**seconds, WRITE: writing, CALL: float(json.loads(done.stdout)["seconds"])}
 
 
 async def _shapes(plan: Plan, results: Results) -> tuple[dict[str, Shaped], dict[str, float]]:
@@ -285,9 +287,11 @@ def execute(plan: Plan) -> Iterator[Report]:
             ours = results[workload.name]["ours"]
             stages[workload.name].append(measure_job(workload, shaped[workload.name].rows, plan, ours))
             rates = ", ".join(f"{name} {measured.rates[-1]:.3f}" for name, measured in results[workload.name].items())
-            Console(stderr=True).print(f"repeat {number} of {plan.repeats}: {workload.name}: {rates} queries/s")
+            Console(stderr=True, soft_wrap=True).print(
+                f"repeat {number} of {plan.repeats}: {workload.name}: {rates} queries/s"
+            )
         means = {
-            name: {stage: statistics.mean(one[stage] for one in repeats) for stage in (*STAGES, CALL)}
+            name: {stage: statistics.mean(one[stage] for one in repeats) for stage in (*STAGES, WRITE, CALL)}
             for name, repeats in stages.items()
         }
         yield Report(results, means, {name: one.tokens for name, one in shaped.items()}, memory)

@@ -14,7 +14,17 @@ from rich.table import Table
 from pipeline.config import ModelConfig
 
 # Columns of a row's usage, and what the whole call took.
-STAGES = ("seconds", "decide_seconds", "retrieve_seconds", "queue_seconds", "prefill_seconds", "decode_seconds")
+STAGES = (
+    "seconds",
+    "decide_seconds",
+    "retrieve_seconds",
+    "critique_seconds",
+    "queue_seconds",
+    "prefill_seconds",
+    "decode_seconds",
+)
+# A row's share of writing its unit's files, and what the whole call took.
+WRITE = "write_seconds"
 CALL = "call_seconds"
 
 
@@ -68,7 +78,7 @@ class Report:
 
     Attributes:
         stages: by workload: mean seconds of a row by stage; ``seconds`` is from its first step to its last, and
-            ``call_seconds`` what the whole call took.
+            ``write_seconds`` its share of writing files, ``call_seconds`` what the whole call took.
         tokens: by workload: tokens of all prompts of a query, and tokens written for it.
         memory: of the card in MB, by what took it; empty without one.
     """
@@ -146,11 +156,16 @@ class Report:
         """Where a row's time goes, by workload."""
         table = Table(title="Seconds of a row (means; requests of a row run side by side, and beside other rows')")
         table.add_column("workload")
-        for name in ("whole", "decide", "retrieve", "requests: queue", "prefill", "decode", "retrieve, share"):
+        for name in (
+            *("whole", "decide", "retrieve", "critique", "requests: queue", "prefill", "decode"),
+            *("files written", "retrieve, share"),
+        ):
             table.add_column(name, justify="right")
         for workload, stages in self.stages.items():
             share = stages["retrieve_seconds"] / stages["seconds"]
-            table.add_row(workload, *(f"{stages[stage]:.2f}" for stage in STAGES), f"{100 * share:.1f} %")
+            table.add_row(
+                workload, *(f"{stages[stage]:.2f}" for stage in STAGES), f"{stages[WRITE]:.4f}", f"{100 * share:.1f} %"
+            )
         return table
 
 

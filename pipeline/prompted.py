@@ -212,8 +212,13 @@ class PromptedReader:
         """Is the passage relevant, does it support the text, is the text useful?"""
         groups = [IsRel, IsSup, IsUse] if evidence else [IsUse]
         answers = await together(*(self._ask(QUESTIONS[group], evidence, text) for group in groups))
-        found = {group: probabilities_at(answer, 0, group) for group, answer in zip(groups, answers, strict=True)}
-        scores = {group: expected_value(found[group], VALUES[group]) for group in groups}
+        with self.requests.critiquing():
+            return self._critique(generation, dict(zip(groups, answers, strict=True)))
+
+    def _critique(self, generation: Generation, answers: Mapping[type[StrEnum], Generation]) -> Critique:
+        """Scores of a line, from what was said of it."""
+        found = {group: probabilities_at(answer, 0, group) for group, answer in answers.items()}
+        scores = {group: expected_value(found[group], VALUES[group]) for group in answers}
         is_rel, is_sup, is_use = (scores.get(group) for group in (IsRel, IsSup, IsUse))
         sequence = sequence_probability(generation, self.critic.newlines | set(self.critic.ends))
         return Critique(

@@ -4,7 +4,9 @@ A model taught for Self-RAG writes a segment, its critique and the next decision
 ends at the next Retrieve token, whose own distribution is the decision.
 """
 
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -83,6 +85,14 @@ class Requests:
         )
         return generation
 
+    @contextmanager
+    def critiquing(self) -> Iterator[None]:
+        """What the engine gave is being read; takes the time."""
+        began = time.perf_counter()
+        yield
+        spent = time.perf_counter() - began
+        self.usage = replace(self.usage, critique_seconds=self.usage.critique_seconds + spent)
+
 
 @dataclass(frozen=True)
 class ReflectionCritic:
@@ -151,11 +161,12 @@ class ReflectionReader:
     async def write(self, path: Path, opening: Retrieve, evidence: RetrievedPassage | None) -> Path:
         """See :meth:`Reader.write`."""
         generation = await self.requests.ask(self._context(path, opening, evidence), self.config.max_tokens, self.stops)
-        ids, boundary, finish = self._split(generation)
-        judged = critique(generation, self.tokenizer.reflection, self.tokenizer.eos, self.config.weights)
-        words = [token for token in ids if token not in self.tokenizer.reflection.control]
-        raw = f"{put(opening, evidence)}{self.tokenizer.decode(ids)}"
-        text = self.tokenizer.decode(words).strip()
+        with self.requests.critiquing():
+            ids, boundary, finish = self._split(generation)
+            judged = critique(generation, self.tokenizer.reflection, self.tokenizer.eos, self.config.weights)
+            words = [token for token in ids if token not in self.tokenizer.reflection.control]
+            raw = f"{put(opening, evidence)}{self.tokenizer.decode(ids)}"
+            text = self.tokenizer.decode(words).strip()
         return Path((*path.segments, Segment(text, raw, evidence, judged, opening, tuple(ids))), boundary, finish)
 
     def _split(self, generation: Generation) -> tuple[list[int], Boundary | None, Finish | None]:

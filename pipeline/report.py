@@ -24,7 +24,7 @@ from pipeline.storage import Location
 
 SEGMENT_SCORES = ("is_rel", "is_sup", "is_use", "score")
 SCORES = ("retrieve_probability", *SEGMENT_SCORES)
-ROW_TIMES = ("seconds", "decide_seconds", "retrieve_seconds")
+ROW_TIMES = ("seconds", "decide_seconds", "retrieve_seconds", "critique_seconds")
 REQUEST_TIMES = ("queue_seconds", "prefill_seconds", "decode_seconds")
 # What a row's seconds hold beside deciding and waiting for passages.
 WRITING = "write_seconds"

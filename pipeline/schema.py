@@ -63,6 +63,7 @@ USAGE = pa.struct(
         pa.field("seconds", pa.float64()),
         pa.field("decide_seconds", pa.float64()),
         pa.field("retrieve_seconds", pa.float64()),
+        pa.field("critique_seconds", pa.float64()),
         pa.field("queue_seconds", pa.float64()),
         pa.field("prefill_seconds", pa.float64()),
         pa.field("decode_seconds", pa.float64()),
@@ -104,8 +105,9 @@ MEANINGS: Mapping[tuple[str, ...], str] = {
     ("usage",): (
         "`prompt_tokens`, `cached_tokens`, `generated_tokens`, `retrievals` (searches of the index), "
         "`engine_requests`, `truncated_tokens` (cut from passages that did not fit), `seconds`, of which "
-        "`decide_seconds` and `retrieve_seconds`; `queue_seconds`, `prefill_seconds` and `decode_seconds` summed over "
-        "its requests, which run side by side; all but `seconds` 0 where an equal query had been answered before"
+        "`decide_seconds`, `retrieve_seconds` and `critique_seconds`; `queue_seconds`, `prefill_seconds` and "
+        "`decode_seconds` summed over its requests, which run side by side; all but `seconds` 0 where an equal query "
+        "had been answered before"
     ),
     ("error_type", "error_message", "attempts"): "why a row failed, and how often it was tried",
 }

@@ -29,7 +29,7 @@ COUNTED = {
 }
 # Ray forgets a gauge sooner than a unit is done.
 REPEAT_SECONDS = 5.0
-STAGES = ("decide", "retrieve", "queue", "prefill", "decode")
+STAGES = ("decide", "retrieve", "critique", "queue", "prefill", "decode")
 
 
 def _counter(run: str, name: str, text: str, *labels: str) -> Counter:

@@ -214,6 +214,7 @@ class Usage:
         truncated_tokens: passage tokens cut because a prompt did not fit the model.
         seconds: from the first step of the row to its last, queueing included.
         decide_seconds, retrieve_seconds: of them, until the first decision, and waiting for passages.
+        critique_seconds: of them, reading scores and text in what the engine gave.
         queue_seconds, prefill_seconds, decode_seconds: as in :class:`Generation`, summed over its requests, which run
             side by side.
     """
@@ -227,6 +228,7 @@ class Usage:
     seconds: float = 0.0
     decide_seconds: float = 0.0
     retrieve_seconds: float = 0.0
+    critique_seconds: float = 0.0
     queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0

@@ -24,6 +24,7 @@ USAGE = {
     "seconds": 4.0,
     "decide_seconds": 0.5,
     "retrieve_seconds": 0.5,
+    "critique_seconds": 0.25,
     "queue_seconds": 1.0,
     "prefill_seconds": 2.0,
     "decode_seconds": 5.0,

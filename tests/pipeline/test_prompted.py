@@ -93,6 +93,7 @@ def test_scores_follow_the_same_equations(critic: PromptedCritic) -> None:
     assert (found.relevance, found.support, found.utility) == (IsRel.RELEVANT, IsSup.FULLY, IsUse.FIVE)
     assert segment.raw == "[Retrieval][Relevant]Paris[Fully supported][Utility:5]"
     assert answer.usage.engine_requests == 1 + 2 * 4
+    assert 0 < answer.usage.critique_seconds < answer.usage.seconds
 
 
 def test_every_prompt_is_a_turn_of_the_models_own_template(critic: PromptedCritic) -> None:

@@ -1,5 +1,7 @@
 import asyncio
 from dataclasses import replace
+from itertools import count
+from types import SimpleNamespace
 
 import pytest
 
@@ -148,7 +150,8 @@ class SlowRetriever(ListRetriever):
         return await super().retrieve(query, k)
 
 
-async def test_usage_says_where_the_seconds_went():
+async def test_usage_says_where_the_seconds_went(monkeypatch):
+    monkeypatch.setattr("pipeline.reader.time", SimpleNamespace(perf_counter=count().__next__))
     rag = system()
     rag = replace(rag, retriever=SlowRetriever(PASSAGES))
     generate = rag.generator.generate
@@ -163,6 +166,7 @@ async def test_usage_says_where_the_seconds_went():
     usage = (await rag.answer(Query("q", "What is the capital of France?"))).usage
     requests = 1 + len(PASSAGES)
     assert (usage.queue_seconds, usage.prefill_seconds, usage.decode_seconds) == (requests, 2 * requests, 3 * requests)
+    assert usage.critique_seconds == len(PASSAGES)
     assert usage.decide_seconds >= 0.02
     assert usage.retrieve_seconds >= 0.05
     assert usage.decide_seconds + usage.retrieve_seconds + 0.02 <= usage.seconds
