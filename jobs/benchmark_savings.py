@@ -1,6 +1,6 @@
 """What each way of saving work saves: the same queries with it and without it, in turns.
 
-``python -m jobs.benchmark_savings [--rows N] [--repeats N] [--engine KEY=VALUE …] [--json FILE]``
+``python -m jobs.benchmark_savings [--rows N] [--repeats N] [--only NAME …] [--engine KEY=VALUE …] [--json FILE]``
 
 Savings that are part of the system are taken out, by what stands between the decoding and its engine; those that are
 not are put in (``jobs.benchmark_variants``). Engine arguments are compared with the defaults, each on an engine of its
@@ -48,7 +48,7 @@ from pipeline.types import Candidate, Query
 SHORT = Workload("short form, 50 % retrieve", questions=0.5)
 READING = Workload("short form, all retrieve", decoding={"mode": "always"})
 LONG = Workload("long form, beam of 2", decoding={"segments": 3, "beam_width": 2})
-ENGINE = ("enable_prefix_caching=false", "max_num_batched_tokens=512", "dtype=bfloat16")
+ENGINE = ("enable_prefix_caching=false", "max_num_batched_tokens=512", "dtype=bfloat16", "dtype=float16")
 DEFAULTS = "the defaults"
 # Fewer than the requests of all queries, as in a long run.
 SLOTS = 32
@@ -203,10 +203,15 @@ class Figures:
     pruning: Pruning | None = None
 
     @classmethod
-    def empty(cls, engine: Sequence[str]) -> "Figures":
+    def empty(cls, savings: Sequence[Saving], engine: Sequence[str]) -> "Figures":
         """Nothing yet."""
-        rates: dict[str, dict[str, list[float]]] = {saving.name: {"with": [], "without": []} for saving in SAVINGS}
-        return cls(rates, {name: [] for name in (DEFAULTS, *engine)})
+        rates: dict[str, dict[str, list[float]]] = {saving.name: {"with": [], "without": []} for saving in savings}
+        return cls(rates, {name: [] for name in (DEFAULTS, *engine)} if engine else {})
+
+    @property
+    def savings(self) -> list[Saving]:
+        """Those that are measured."""
+        return [saving for saving in SAVINGS if saving.name in self.rates]
 
 
 async def rate(setting: Setting, run: Run) -> float:
@@ -224,13 +229,13 @@ def setting_of(bench: Bench, workload: Workload, rows: int) -> Setting:
 
 
 async def measure_savings(rows: int, number: int, figures: Figures) -> None:
-    """All savings on one engine that is full; which side goes first changes with the repeat's number."""
+    """Savings on one engine that is full; which side goes first changes with the repeat's number."""
     bench = Bench.open(ModelConfig(name="demo", engine={"max_num_seqs": SLOTS}))
     try:
         settings = {workload.name: setting_of(bench, workload, rows) for workload in (SHORT, READING, LONG)}
         for setting in settings.values():
             await ours(setting)  # warms up
-        for saving in SAVINGS:
+        for saving in figures.savings:
             setting, sides = settings[saving.workload.name], [("with", saving.with_it), ("without", saving.without)]
             for name, run in sides if number % 2 else reversed(sides):
                 figures.rates[saving.name][name].append(await rate(setting, run))
@@ -256,14 +261,14 @@ async def measure_engine(rows: int, number: int, argument: str, figures: Figures
 
 def tell(number: int, what: str, rates: Sequence[float]) -> None:
     """What was measured last."""
-    Console(stderr=True).print(f"repeat {number}: {what}: {rates[-1]:.3f} queries/s")
+    Console(stderr=True, soft_wrap=True).print(f"repeat {number}: {what}: {rates[-1]:.3f} queries/s")
 
 
-def execute(rows: int, repeats: int, engine: Sequence[str]) -> Iterator[Figures]:
+def execute(rows: int, repeats: int, figures: Figures) -> Iterator[Figures]:
     """Everything, one repeat after the other; yields what all repeats so far measured."""
-    figures = Figures.empty(engine)
     for number in range(1, repeats + 1):
-        asyncio.run(measure_savings(rows, number, figures))
+        if figures.savings:
+            asyncio.run(measure_savings(rows, number, figures))
         for argument in figures.engines:
             asyncio.run(measure_engine(rows, number, argument, figures))
         yield figures
@@ -280,7 +285,7 @@ def tables(figures: Figures) -> list[Table]:
     savings = Table(title=f"Savings (at most {SLOTS} requests at once)")
     for heading in ("saving", "built", "workload", "with, queries/s", "without", "with / without", "min … max"):
         savings.add_column(heading, justify="left" if heading in ("saving", "built", "workload") else "right")
-    for saving in SAVINGS:
+    for saving in figures.savings:
         rates = figures.rates[saving.name]
         cells = [f"{statistics.median(rates[name]):.2f}" for name in ("with", "without")]
         place = [saving.name, "yes" if saving.built else "no", saving.workload.name]
@@ -295,12 +300,15 @@ def tables(figures: Figures) -> list[Table]:
         arguments.add_column(heading, justify="left" if heading == "argument" else "right")
     for name, rates_ in figures.engines.items():
         arguments.add_row(name, f"{statistics.median(rates_):.2f}", *ratio(rates_, figures.engines[DEFAULTS]))
-    return [savings, arguments]
+    return [table for table in (savings, arguments) if table.row_count]
 
 
 def benchmark_savings(
     rows: Annotated[int, typer.Option(min=4, help="Queries; a third of them in the long form.")] = 48,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Savings and engine arguments that begin so; all by default.")
+    ] = None,
     engine: Annotated[
         list[str] | None, typer.Option(help=f"Engine arguments to compare, by default {', '.join(ENGINE)}.")
     ] = None,
@@ -310,7 +318,12 @@ def benchmark_savings(
 ) -> None:
     """Measure what each way of saving work saves, with it and without it."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    chosen = engine or list(ENGINE)
+    begins = tuple(only or [""])
+    chosen = [setting for setting in engine or ENGINE if setting.startswith(begins)]
+    figures = Figures.empty([saving for saving in SAVINGS if saving.name.startswith(begins)], chosen)
+    if not figures.rates and not chosen:
+        names = [*(saving.name for saving in SAVINGS), *(engine or ENGINE)]
+        raise typer.BadParameter(f"--only: nothing begins so; there are {'; '.join(names)}")
     try:
         for setting in chosen:
             arguments: dict[str, Any] = {}
@@ -319,9 +332,9 @@ def benchmark_savings(
     except ValueError as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    for figures in execute(rows, repeats, chosen):
+    for measured in execute(rows, repeats, figures):
         if json_file:
-            json_file.write_text(json.dumps({**dataclasses.asdict(figures), "machine": machine()}, indent=2))
+            json_file.write_text(json.dumps({**dataclasses.asdict(measured), "machine": machine()}, indent=2))
     for table in tables(figures):
         Console(width=150).print(table)
 

@@ -170,7 +170,7 @@ def test_queries_come_twice_and_long_ones_first():
 
 
 def test_the_tables_compare_medians():
-    figures = Figures.empty(["dtype=bfloat16"])
+    figures = Figures.empty(SAVINGS, ["dtype=bfloat16"])
     for rates in figures.rates.values():
         rates |= {"with": [2.0, 4.0, 3.0], "without": [1.0, 2.0, 1.5]}
     figures.engines |= {DEFAULTS: [2.0, 2.0], "dtype=bfloat16": [1.0, 0.5]}
@@ -182,12 +182,26 @@ def test_the_tables_compare_medians():
     assert list(arguments.columns[2].cells) == ["1.00", "0.38"]
 
 
-def test_a_bad_engine_argument_is_refused_before_anything_starts():
+def test_only_what_is_chosen_is_measured_and_shown():
+    figures = Figures.empty(SAVINGS[1:2], [])
+    figures.rates[SAVINGS[1].name] |= {"with": [2.0], "without": [1.0]}
+    (table,) = tables(figures)
+    assert list(table.columns[0].cells) == [SAVINGS[1].name]
+
+
+@pytest.mark.parametrize(
+    ("options", "part"),
+    [
+        (["--engine", "dtipe=x"], "unknown configuration key model.engine.dtipe"),
+        (["--only", "no such"], "nothing begins so"),
+    ],
+)
+def test_bad_options_are_refused_before_anything_starts(options, part):
     app = typer.Typer()
     app.command()(benchmark_savings)
-    result = CliRunner().invoke(app, ["--engine", "dtipe=x"])
+    result = CliRunner().invoke(app, options)
     assert result.exit_code == 2
-    assert "unknown configuration key model.engine.dtipe" in result.stderr
+    assert part in " ".join(result.stderr.split())
 
 
 @pytest.mark.slow
