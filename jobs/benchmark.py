@@ -254,9 +254,10 @@ def measure_job(workload: Workload, rows: Sequence[Row], plan: Plan, measured: M
         raise RuntimeError(f"{module} ended with status {done.returncode}: {done.stderr[-2000:]}")
     manifest = json.loads((output / "_manifest.json").read_text())
     finished = datetime.fromisoformat(manifest["finished"]).timestamp()
-    units = manifest["units"].values()
-    measured.rates.append(len(rows) / (finished - min(unit["began"] for unit in units)))
-    writing = sum(unit["written"] - unit["ended"] for unit in units) / len(rows)
+    units = manifest["units"]
+    measured.rates.append(len(rows) / (finished - min(unit["began"] for unit in units.values())))
+    files = {name: (output / "data" / f"part-{name}.parquet").stat() for name in units}
+    writing = sum(files[name].st_mtime - unit["ended"] for name, unit in units.items()) / len(rows)
     usage = ds.dataset(output / "data").to_table(columns=["usage"])["usage"].combine_chunks()
     seconds = {name: float(pc.mean(pc.struct_field(usage, name)).as_py()) for name in STAGES}
     return {**seconds, WRITE: writing, CALL: float(json.loads(done.stdout)["seconds"])}

@@ -207,7 +207,6 @@ class SelfRagActor:
                 self.output.write_unit, unit.id, annotated, rows.schema, keep_candidates, times
             )
         self.telemetry.unit(annotated)
-        summary = dataclasses.replace(summary, written=time.time())
         return pa.table({"summary": [json.dumps(dataclasses.asdict(summary))]})
 
     @asynccontextmanager

@@ -39,8 +39,7 @@ class UnitSummary:
         errors: failed rows by error type.
         retrieved: answered rows that used a passage.
         generated_tokens, prompt_tokens: of its answered rows.
-        began, ended, written: when an actor took it up, had annotated it and had written its files, in seconds since
-            the epoch; None where unknown, as the last is of units that an earlier call finished.
+        began, ended: when an actor took it up and had annotated it, in seconds since the epoch; None where unknown.
     """
 
     unit: str
@@ -51,12 +50,10 @@ class UnitSummary:
     prompt_tokens: int = 0
     began: float | None = None
     ended: float | None = None
-    written: float | None = None
 
     def record(self) -> dict[str, Any]:
         """What the manifest says of it."""
-        times = {"began": self.began, "ended": self.ended, "written": self.written}
-        return {"rows": self.rows, "errors": sum(self.errors.values()), **times}
+        return {"rows": self.rows, "errors": sum(self.errors.values()), "began": self.began, "ended": self.ended}
 
 
 @dataclass(frozen=True)
