@@ -196,8 +196,15 @@ async def measure_shapes(bench: Bench, workload: Workload, plan: Plan, measured:
     for name, (_, run) in shapes.items() if workload.short_form else ():
         theirs = await timed(engine, measured[name], run())
         measured[name].agreement = agreement(ours, theirs)
+    tell(workload.name, measured, [name for name in measured if name != "ours"])
     read, wrote = sum(len(prompt) for prompt, _ in recorder.work), sum(written for _, written in recorder.work)
     return Shaped(rows, {"prompt": read / len(rows), "written": wrote / len(rows)})
+
+
+def tell(workload: str, measured: dict[str, Measured], names: Sequence[str]) -> None:
+    """What was measured last."""
+    rates = ", ".join(f"{name} {measured[name].rates[-1]:.3f}" for name in names)
+    Console(stderr=True, soft_wrap=True).print(f"{workload}: {rates} queries/s")
 
 
 def shapes_of(
@@ -287,10 +294,8 @@ def execute(plan: Plan) -> Iterator[Report]:
         for workload in plan.workloads:
             ours = results[workload.name]["ours"]
             stages[workload.name].append(measure_job(workload, shaped[workload.name].rows, plan, ours))
-            rates = ", ".join(f"{name} {measured.rates[-1]:.3f}" for name, measured in results[workload.name].items())
-            Console(stderr=True, soft_wrap=True).print(
-                f"repeat {number} of {plan.repeats}: {workload.name}: {rates} queries/s"
-            )
+            tell(workload.name, results[workload.name], ["ours"])
+        Console(stderr=True).print(f"repeat {number} of {plan.repeats} measured")
         means = {
             name: {stage: statistics.mean(one[stage] for one in repeats) for stage in (*STAGES, WRITE, CALL)}
             for name, repeats in stages.items()
