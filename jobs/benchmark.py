@@ -62,6 +62,8 @@ from pipeline.types import Passage, Query, RetrievedPassage
 
 # Most tokens of a segment.
 MAX_TOKENS = 60
+# Tokens of a segment and its critique, where a script says what is written.
+SEGMENT_TOKENS = 40
 # Variants with the very tokens of our decoding.
 OWN = ("direct", "ceiling", "scored")
 # Most queries for the shape that asks for thousands of log-probabilities: their decoding takes a core for minutes.
@@ -77,7 +79,8 @@ class Plan:
         rows, serial_rows: queries for each variant, and for the one that answers one at a time.
         model: of all variants.
         passages: for each query.
-        scripted_tokens: of a segment, where a script says what is written.
+        shaped: whether the model has no weights.
+        tokens: of a segment, where a script says what is written.
     """
 
     workloads: Sequence[Workload]
@@ -87,18 +90,22 @@ class Plan:
     model: ModelConfig
     folder: Path
     passages: int = 3
-    scripted_tokens: int | None = None
+    shaped: bool = False
+    tokens: int = SEGMENT_TOKENS
 
     def decoding_of(self, workload: Workload) -> DecodingConfig:
         """The workload's settings."""
-        longest = max(MAX_TOKENS, self.scripted_tokens or 0)
+        longest = max(MAX_TOKENS, self.tokens)
         return DecodingConfig(**{"passages": self.passages, "max_tokens": longest, **workload.decoding})
 
     def script_of(self, workload: Workload) -> Script | None:
-        """What the model writes in this workload, where it is scripted."""
-        if self.scripted_tokens is None:
+        """What the model writes in this workload; None where that is its own matter.
+
+        The embedded model's answers end after one segment, so that it would have no beam.
+        """
+        if not self.shaped and (workload.short_form or self.model.name != "demo"):
             return None
-        return Script(workload.questions, self.scripted_tokens, self.decoding_of(workload).segments)
+        return Script(workload.questions, self.tokens, self.decoding_of(workload).segments)
 
 
 @dataclass(frozen=True)
@@ -300,7 +307,8 @@ def execute(plan: Plan) -> Iterator[Report]:
             name: {stage: statistics.mean(one[stage] for one in repeats) for stage in (*STAGES, WRITE, CALL)}
             for name, repeats in stages.items()
         }
-        yield Report(results, means, {name: one.tokens for name, one in shaped.items()}, memory)
+        scripted = [w.name for w in plan.workloads if plan.script_of(w)]
+        yield Report(results, means, {name: one.tokens for name, one in shaped.items()}, memory, scripted)
 
 
 def benchmark(
@@ -313,7 +321,9 @@ def benchmark(
         Shape | None,
         typer.Option(help="In place of a model: its size with dummy weights; a script says what it writes."),
     ] = None,
-    tokens: Annotated[int, typer.Option(min=5, help="With --shape: tokens of a segment and its critique.")] = 40,
+    tokens: Annotated[
+        int, typer.Option(min=5, help="Tokens of a segment and its critique, where a script says them.")
+    ] = SEGMENT_TOKENS,
     passages: Annotated[int, typer.Option(min=1, help="Passages for each query.")] = 3,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="An engine argument of all variants, such as dtype=bfloat16.")
@@ -343,7 +353,8 @@ def benchmark(
             model=chosen_model,
             folder=Path(folder),
             passages=passages,
-            scripted_tokens=tokens if shape else None,
+            shaped=shape is not None,
+            tokens=tokens,
         )
         for report in execute(plan):
             if json_file:

@@ -4,7 +4,7 @@ import dataclasses
 import os
 import platform
 import statistics
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -81,12 +81,14 @@ class Report:
             ``write_seconds`` its share of writing files, ``call_seconds`` what the whole call took.
         tokens: by workload: tokens of all prompts of a query, and tokens written for it.
         memory: of the card in MB, by what took it; empty without one.
+        scripted: workloads of which a script says what is written.
     """
 
     results: Results
     stages: dict[str, dict[str, float]]
     tokens: dict[str, dict[str, float]] = field(default_factory=dict)
     memory: dict[str, float] = field(default_factory=dict)
+    scripted: Sequence[str] = ()
 
     def ratios(self, workload: str) -> dict[str, dict[str, float]]:
         """Ours against each variant: median of the rates, and the least and greatest of all pairs."""
@@ -112,6 +114,7 @@ class Report:
                     "absolute": {variant: dataclasses.asdict(m) for variant, m in variants.items()},
                     "stages": self.stages[name],
                     "tokens": self.tokens.get(name, {}),
+                    "scripted": name in self.scripted,
                 }
                 for name, variants in self.results.items()
             },
@@ -123,9 +126,9 @@ class Report:
 
     def table(self, workload: str) -> Table:
         """One workload's variants."""
-        table = Table(
-            title=f"{workload} ({self.results[workload]['ours'].rows} queries)", caption=self.caption(workload)
-        )
+        script = "; a script says what is written" if workload in self.scripted else ""
+        title = f"{workload} ({self.results[workload]['ours'].rows} queries{script})"
+        table = Table(title=title, caption=self.caption(workload))
         for heading in ("variant", "queries/s", "ours / variant", "min … max", "same decision", "same answer"):
             table.add_column(heading, justify="left" if heading == "variant" else "right")
         ratios = self.ratios(workload)

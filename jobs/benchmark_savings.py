@@ -23,8 +23,9 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jobs.benchmark import MAX_TOKENS, Bench, queries_of
+from jobs.benchmark import MAX_TOKENS, SEGMENT_TOKENS, Bench, queries_of
 from jobs.benchmark_report import machine
+from jobs.benchmark_script import Prompter, Script, ScriptedGenerator, endless
 from jobs.benchmark_shapes import BareEngine, Recorder
 from jobs.benchmark_variants import (
     AskingCritic,
@@ -56,15 +57,20 @@ SLOTS = 32
 
 @dataclass(frozen=True)
 class Setting:
-    """A workload on an engine."""
+    """A workload on an engine.
+
+    Attributes:
+        generator: the bench's, or what a script makes of it.
+    """
 
     bench: Bench
     queries: list[Query]
     config: DecodingConfig
+    generator: Generator
 
     def system(self, generator: Generator | None = None, critic: type[ReflectionCritic] = ReflectionCritic) -> SelfRag:
         """Our decoding, or one with something else in it."""
-        tasks, engine = Tasks(self.config), generator or self.bench.generator
+        tasks, engine = Tasks(self.config), generator or self.generator
         return SelfRag(engine, critic(self.bench.tokenizer), tasks, self.bench.retriever)
 
     async def answer(self, system: Answering, queries: Sequence[Query] | None = None) -> int:
@@ -222,17 +228,24 @@ async def rate(setting: Setting, run: Run) -> float:
 
 
 def setting_of(bench: Bench, workload: Workload, rows: int) -> Setting:
-    """A workload's queries; a third of them for an answer of several segments."""
+    """A workload's queries; a third of them for an answer of several segments, which a script says.
+
+    The embedded model's own answers end after one.
+    """
     config = DecodingConfig(**{"passages": 3, "max_tokens": MAX_TOKENS, **workload.decoding})
-    count = rows if workload.short_form else max(4, rows // 3)
-    return Setting(bench, queries_of(workload.rows(count)), config)
+    if workload.short_form:
+        return Setting(bench, queries_of(workload.rows(rows)), config, bench.generator)
+    prompter = Prompter(bench.tokenizer, Script(tokens=SEGMENT_TOKENS, segments=config.segments))
+    scripted = ScriptedGenerator(endless(bench.generator), prompter)
+    return Setting(bench, queries_of(workload.rows(max(4, rows // 3))), config, scripted)
 
 
 async def measure_savings(rows: int, number: int, figures: Figures) -> None:
     """Savings on one engine that is full; which side goes first changes with the repeat's number."""
     bench = Bench.open(ModelConfig(name="demo", engine={"max_num_seqs": SLOTS}))
     try:
-        settings = {workload.name: setting_of(bench, workload, rows) for workload in (SHORT, READING, LONG)}
+        used = {saving.workload.name: saving.workload for saving in figures.savings}
+        settings = {name: setting_of(bench, workload, rows) for name, workload in used.items()}
         for setting in settings.values():
             await ours(setting)  # warms up
         for saving in figures.savings:
@@ -240,7 +253,8 @@ async def measure_savings(rows: int, number: int, figures: Figures) -> None:
             for name, run in sides if number % 2 else reversed(sides):
                 figures.rates[saving.name][name].append(await rate(setting, run))
                 tell(number, f"{saving.name}, {name}", figures.rates[saving.name][name])
-        figures.pruning = await pruning(settings[SHORT.name])
+        if SHORT.name in settings:
+            figures.pruning = await pruning(settings[SHORT.name])
     finally:
         bench.close()
 

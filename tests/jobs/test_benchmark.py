@@ -9,11 +9,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from jobs.benchmark import agreement, benchmark
+from jobs.benchmark import Plan, agreement, benchmark
 from jobs.benchmark_report import CALL, STAGES, WRITE, Measured, Report, load_of, plot
 from jobs.benchmark_shapes import ABSENT, Outcome, Released, read_wide
 from jobs.benchmark_workloads import LONG_PASSAGES, SHORT_WORDS, WORKLOADS, Workload, lengthened, shortened
-from pipeline.config import DecodingConfig
+from pipeline.config import DecodingConfig, ModelConfig
 from pipeline.reflection import REFLECTION_TOKENS
 from pipeline.types import Passage, Query, RetrievedPassage
 from tests.fakes import EOS, word_tokenizer
@@ -157,6 +157,30 @@ def test_bad_options_are_refused_before_anything_starts(options, part):
     result = CliRunner().invoke(app, options)
     assert result.exit_code == 2
     assert part in " ".join(result.stderr.split())
+
+
+SHORT_FORM, LONG_FORM = WORKLOADS[0], next(w for w in WORKLOADS if not w.short_form)
+
+
+@pytest.mark.parametrize(
+    ("model", "shaped", "expected"),
+    [
+        ("demo", False, {LONG_FORM.name: (7, 3)}),
+        ("own", False, {}),
+        ("shape", True, {SHORT_FORM.name: (7, 1), LONG_FORM.name: (7, 3)}),
+    ],
+)
+def test_a_script_writes_for_models_without_weights_and_for_the_embedded_ones_beam(tmp_path, model, shaped, expected):
+    plan = Plan([], 8, 4, 1, ModelConfig(name=model), tmp_path, shaped=shaped, tokens=7)
+    scripts = {w.name: plan.script_of(w) for w in (SHORT_FORM, LONG_FORM)}
+    assert {name: (s.tokens, s.segments) for name, s in scripts.items() if s} == expected
+
+
+def test_tables_say_where_a_script_says_what_is_written(report):
+    assert report.table("w").title == "w (8 queries)"
+    assert dataclasses.replace(report, scripted=["w"]).table("w").title == (
+        "w (8 queries; a script says what is written)"
+    )
 
 
 def test_the_plot_is_drawn(report, tmp_path):

@@ -64,7 +64,8 @@ def setting(script: Script, **decoding) -> tuple[Setting, Engine]:
     tokenizer = word_tokenizer()
     bench = SimpleNamespace(generator=Engine(tokenizer, script), tokenizer=tokenizer, retriever=None)
     queries = [Query("q", "what", passages=GIVEN), Query("r", "what else then", passages=GIVEN)]
-    return Setting(bench, queries, DecodingConfig(passages=2, max_tokens=MAX_TOKENS, **decoding)), bench.generator
+    config = DecodingConfig(passages=2, max_tokens=MAX_TOKENS, **decoding)
+    return Setting(bench, queries, config, bench.generator), bench.generator
 
 
 @pytest.mark.parametrize("name", ["WholeDecisions", "AskingCritic", "ForgetfulCritic"])
