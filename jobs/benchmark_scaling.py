@@ -68,6 +68,9 @@ class WaitingEngine:
         blank = Generation((self.prompter.digits[0],) * length, np.full(length, WRITTEN), np.empty(0), len(prompt))
         return self.prompter.acted(blank, prompt)
 
+    async def warm(self) -> None:
+        """Nothing to compile."""
+
     def shutdown(self) -> None:
         """Nothing to end."""
 

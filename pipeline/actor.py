@@ -8,8 +8,9 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
@@ -197,6 +198,7 @@ class SelfRagActor:
         (planned,) = batch.to_pylist()
         unit, config = Unit(**planned), self.config
         async with self._attempt(unit.id) as one_by_one:
+            await self._warm
             began = time.time()
             rows = await asyncio.to_thread(read_unit, unit, config.storage)
             with self.telemetry.flying(unit.rows):
@@ -208,6 +210,16 @@ class SelfRagActor:
             )
         self.telemetry.unit(annotated)
         return pa.table({"summary": [json.dumps(dataclasses.asdict(summary))]})
+
+    @cached_property
+    def _warm(self) -> asyncio.Task[None]:
+        """The engine's first requests, which all units wait for; no longer than a row may take."""
+
+        async def warm() -> None:
+            with suppress(TimeoutError):  # the rows will say so
+                await asyncio.wait_for(self.generator.warm(), self.config.execution.row_timeout_s)
+
+        return asyncio.create_task(warm())
 
     @asynccontextmanager
     async def _attempt(self, unit: str) -> AsyncIterator[OneByOne | None]:

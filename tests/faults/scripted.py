@@ -47,6 +47,9 @@ class ScriptedGenerator(DrawingGenerator):
         await asyncio.sleep(3600 if "HANGS" in text else self.rng.uniform(0, 0.02))
         return await super().generate(prompt, max_tokens, stops)
 
+    async def warm(self) -> None:
+        """Nothing to compile."""
+
     def shutdown(self) -> None:
         """Nothing to end."""
 

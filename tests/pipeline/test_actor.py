@@ -4,6 +4,7 @@ import json
 import re
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -174,15 +175,32 @@ class Died(BaseException):
     """The process is gone, with everything in it."""
 
 
+@dataclass
+class Engine:
+    """Counts how often it was warmed; ``hangs`` while that is under way."""
+
+    warmed: int = 0
+    hangs: bool = False
+
+    async def warm(self) -> None:
+        self.warmed += 1
+        await asyncio.sleep(60 if self.hangs else 0)
+
+    def shutdown(self) -> None: ...
+
+    def abandon(self) -> None: ...
+
+
 def actor(attempts: LocalHandle, seen: list[str], deadly: str = "poison") -> SelfRagActor:
     """A new process: its engine dies of some query, and so does the process."""
     made = SelfRagActor.__new__(SelfRagActor)
     made.config, made.attempts, made.turnstile = CONFIG, attempts, Turnstile()
     made.telemetry = ActorTelemetry("run")
-    made.system = system()
+    made.system, made.generator = system(), Engine()
     answer = made.system.answer
 
     async def mortal(query):
+        assert made.generator.warmed == 1
         seen.append(query.query)
         if deadly in query.query:
             raise Died
@@ -190,6 +208,17 @@ def actor(attempts: LocalHandle, seen: list[str], deadly: str = "poison") -> Sel
 
     object.__setattr__(made.system, "answer", mortal)
     return made
+
+
+async def test_an_engine_is_warmed_once_and_no_longer_than_a_row_may_take(tmp_path):
+    made = actor(LocalHandle(Attempts(PATIENCE, "run")), [])
+    made.generator.hangs = True
+    execution = CONFIG.execution.model_copy(update={"row_timeout_s": 0.05})
+    made.config = CONFIG.model_copy(update={"execution": execution})
+    for name in ("one", "two"):
+        summary = await asyncio.wait_for(Folder(tmp_path, table(name), name).annotate(made), 5)
+        assert (summary.rows, summary.errors) == (1, {})
+    assert made.generator.warmed == 1
 
 
 async def test_a_unit_goes_from_its_file_to_its_files(tmp_path):

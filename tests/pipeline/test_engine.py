@@ -1,12 +1,15 @@
+import asyncio
 import math
 from dataclasses import dataclass, field
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 from peft import LoraConfig
 
 from pipeline.config import ModelConfig
-from pipeline.engine import check_engine_arguments, load_tokenizer, lora_rank, targeted_logprobs
+from pipeline.engine import VllmGenerator, check_engine_arguments, load_tokenizer, lora_rank, targeted_logprobs
 from pipeline.prompts import PromptTokenizer
 from pipeline.reflection import REFLECTION_TOKENS, Paragraph, Retrieve
 
@@ -44,6 +47,27 @@ def test_a_token_that_is_wanted_twice_stands_in_both_places():
 def test_answer_without_what_was_asked_for_is_an_error_of_its_row(position):
     with pytest.raises(ArithmeticError, match="without finite log-probabilities"):
         targeted_logprobs(Flat().add(position), [50], (7, 8))
+
+
+async def test_an_engine_is_warmed_with_one_request_and_with_several():
+    asked, running = [], 0
+
+    async def generate(prompt, sampling, _number, lora_request):
+        nonlocal running
+        running += 1
+        await asyncio.sleep(0.01)
+        asked.append(
+            (prompt["prompt_token_ids"], sampling.ignore_eos, sampling.logprob_token_ids, running, lora_request)
+        )
+        await asyncio.sleep(0.01)
+        running -= 1
+        yield None
+
+    sampling = {"temperature": 0.0, "logprob_token_ids": [5, 6]}
+    engine: Any = SimpleNamespace(generate=generate)
+    replica = VllmGenerator(engine, None, sampling, (5, 6), 512, errors=None, guard=None, lora="adapter")
+    await replica.warm()
+    assert asked == [([5], True, [5, 6], beside, "adapter") for beside in (1, 3, 3, 3)]
 
 
 def test_unknown_engine_argument_is_named():
