@@ -3,10 +3,10 @@
 ``python -m jobs.benchmark [--quick] [--json FILE] [--plot FILE]``
 
 Ours is ``jobs.annotate`` itself, Parquet to Parquet, with the units it always has; its rate counts from the first unit
-that an actor takes up to the finished manifest, since an engine's start is paid once for any number of rows. The shapes
-and the bare engine are in ``jobs.benchmark_shapes``; they share an engine that is warm, and get their passages for
-nothing, while each repeat of ours pays for its first steps. Ratios of one run belong together; absolute rates belong to
-the machine.
+that a warm engine takes up to the finished manifest, since an engine's start is paid once for any number of rows. The
+shapes and the bare engine are in ``jobs.benchmark_shapes``; they share an engine, warm as well, and get their passages
+for nothing. Where a script says what is written, ours is ``jobs.benchmark_script``. Ratios of one run belong together;
+absolute rates belong to the machine.
 """
 
 import asyncio
@@ -35,7 +35,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from jobs.benchmark_report import CALL, STAGES, WRITE, Measured, Report, Results, load_of, plot
+from jobs.benchmark_report import CALL, FILES, STAGES, Measured, Report, Results, load_of, plot
 from jobs.benchmark_script import SCRIPT, SHAPES, Prompter, Script, ScriptedGenerator, endless, write_shape
 from jobs.benchmark_shapes import (
     FLASHRAG_CANDIDATE,
@@ -47,7 +47,7 @@ from jobs.benchmark_shapes import (
     Released,
     direct,
 )
-from jobs.benchmark_workloads import WORKLOADS, Row, Workload, with_passages
+from jobs.benchmark_workloads import WORKLOADS, Row, Workload, chosen, with_passages
 from jobs.demo import demo_index
 from pipeline.config import DecodingConfig, ModelConfig, RetrievalConfig, StorageConfig
 from pipeline.engine import VllmGenerator, check_engine_arguments, gpu_share, load_tokenizer
@@ -95,15 +95,16 @@ class Plan:
 
     def decoding_of(self, workload: Workload) -> DecodingConfig:
         """The workload's settings."""
-        longest = max(MAX_TOKENS, self.tokens)
+        longest = max(MAX_TOKENS, self.tokens if self.scripted(workload) else 0)
         return DecodingConfig(**{"passages": self.passages, "max_tokens": longest, **workload.decoding})
 
-    def script_of(self, workload: Workload) -> Script | None:
-        """What the model writes in this workload; None where that is its own matter.
+    def scripted(self, workload: Workload) -> bool:
+        """Whether a script says what is written: the embedded model's answers end after one segment, without a beam."""
+        return self.shaped or (self.model.name == "demo" and not workload.short_form)
 
-        The embedded model's answers end after one segment, so that it would have no beam.
-        """
-        if not self.shaped and (workload.short_form or self.model.name != "demo"):
+    def script_of(self, workload: Workload) -> Script | None:
+        """What is written in this workload; None where that is the model's own matter."""
+        if not self.scripted(workload):
             return None
         return Script(workload.questions, self.tokens, self.decoding_of(workload).segments)
 
@@ -191,7 +192,8 @@ async def measure_shapes(bench: Bench, workload: Workload, plan: Plan, measured:
     shapes = shapes_of(Released(engine, bench.tokenizer, config, prompter=prompter), queries, found, plan)
     for name in (*OWN, *(shapes if workload.short_form else ())):
         measured.setdefault(name, Measured(shapes[name][0] if name in shapes else len(rows)))
-    await system.answer(queries[0])  # warms up
+    await bench.generator.warm()
+    await system.answer(queries[0])
     recorder.work.clear()
     load = bench.generator.load
     load.seconds.clear()
@@ -274,7 +276,7 @@ def measure_job(workload: Workload, rows: Sequence[Row], plan: Plan, measured: M
     writing = sum(files[name].st_mtime - unit["ended"] for name, unit in units.items()) / len(rows)
     usage = ds.dataset(output / "data").to_table(columns=["usage"])["usage"].combine_chunks()
     seconds = {name: float(pc.mean(pc.struct_field(usage, name)).as_py()) for name in STAGES}
-    return {**seconds, WRITE: writing, CALL: float(json.loads(done.stdout)["seconds"])}
+    return {**seconds, FILES: writing, CALL: float(json.loads(done.stdout)["seconds"])}
 
 
 async def _shapes(plan: Plan, results: Results) -> tuple[dict[str, Shaped], dict[str, float]]:
@@ -304,10 +306,10 @@ def execute(plan: Plan) -> Iterator[Report]:
             tell(workload.name, results[workload.name], ["ours"])
         Console(stderr=True).print(f"repeat {number} of {plan.repeats} measured")
         means = {
-            name: {stage: statistics.mean(one[stage] for one in repeats) for stage in (*STAGES, WRITE, CALL)}
+            name: {stage: statistics.mean(one[stage] for one in repeats) for stage in (*STAGES, FILES, CALL)}
             for name, repeats in stages.items()
         }
-        scripted = [w.name for w in plan.workloads if plan.script_of(w)]
+        scripted = [workload.name for workload in plan.workloads if plan.scripted(workload)]
         yield Report(results, means, {name: one.tokens for name, one in shaped.items()}, memory, scripted)
 
 
@@ -333,20 +335,18 @@ def benchmark(
 ) -> None:
     """Compare ours with the shapes of other implementations and with the bare engine, side by side."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    chosen = [w for w in WORKLOADS if not only or any(w.name.startswith(name) for name in only)]
-    if not chosen:
-        raise typer.BadParameter(f"--only: no workload begins so; there are {', '.join(w.name for w in WORKLOADS)}")
     if shape and model:
         raise typer.BadParameter("--shape stands in the place of a model: --model does not go with it")
     count = rows or (24 if quick else 64)
     with tempfile.TemporaryDirectory() as folder:
         try:
+            names = chosen(only, [workload.name for workload in WORKLOADS])
             chosen_model = model_of(shape, model or "demo", settings or [], Path(folder))
         except ValueError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
         plan = Plan(
-            workloads=chosen[:1] if quick else chosen,
+            workloads=[w for w in WORKLOADS if w.name in names[: 1 if quick else None]],
             rows=count,
             serial_rows=min(count, 4 if quick else 8),
             repeats=repeats or (1 if quick else 3),

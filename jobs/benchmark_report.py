@@ -23,8 +23,8 @@ STAGES = (
     "prefill_seconds",
     "decode_seconds",
 )
-# A row's share of writing its unit's files, and what the whole call took.
-WRITE = "write_seconds"
+# A row's share of what its unit took from annotated to its data file's last byte, and what the whole call took.
+FILES = "files_seconds"
 CALL = "call_seconds"
 
 
@@ -78,7 +78,7 @@ class Report:
 
     Attributes:
         stages: by workload: mean seconds of a row by stage; ``seconds`` is from its first step to its last, and
-            ``write_seconds`` its share of writing files, ``call_seconds`` what the whole call took.
+            ``files_seconds`` its share of writing files, ``call_seconds`` what the whole call took.
         tokens: by workload: tokens of all prompts of a query, and tokens written for it.
         memory: of the card in MB, by what took it; empty without one.
         scripted: workloads of which a script says what is written.
@@ -166,9 +166,7 @@ class Report:
             table.add_column(name, justify="right")
         for workload, stages in self.stages.items():
             share = stages["retrieve_seconds"] / stages["seconds"]
-            table.add_row(
-                workload, *(f"{stages[stage]:.2f}" for stage in STAGES), f"{stages[WRITE]:.4f}", f"{100 * share:.1f} %"
-            )
+            table.add_row(workload, *(f"{stages[stage]:.3g}" for stage in (*STAGES, FILES)), f"{100 * share:.1f} %")
         return table
 
 

@@ -35,7 +35,7 @@ from jobs.benchmark_variants import (
     Prefetching,
     WholeDecisions,
 )
-from jobs.benchmark_workloads import Workload
+from jobs.benchmark_workloads import Workload, chosen
 from pipeline.config import DecodingConfig, ModelConfig, Weights
 from pipeline.critique import segment_score
 from pipeline.engine import Generator, check_engine_arguments
@@ -87,7 +87,7 @@ class Setting:
     def gathered(self, apart: bool) -> SelfRag:
         """Our decoding that submits the passages of all rows together, each row's beside one another or not."""
         siblings = self.config.passages
-        return self.system(Gathered(self.bench.generator, siblings, siblings * len(self.queries), apart))
+        return self.system(Gathered(self.generator, siblings, siblings * len(self.queries), apart))
 
     def longest_first(self) -> list[Query]:
         """The queries by the length of what they ask."""
@@ -126,7 +126,7 @@ SAVINGS = (
         "a decision of one token, not a whole answer",
         SHORT,
         ours,
-        lambda s: s.answer(s.system(WholeDecisions(s.bench.generator))),
+        lambda s: s.answer(s.system(WholeDecisions(s.generator))),
     ),
     Saving(
         "later decisions read where segments end, not asked for",
@@ -184,7 +184,7 @@ def prunable(siblings: Sequence[Candidate], weights: Weights) -> int:
 
 async def pruning(setting: Setting) -> Pruning:
     """What pruning would save in the short form."""
-    recorder = Recorder(setting.bench.generator)
+    recorder = Recorder(setting.generator)
     config = setting.config.model_copy(update={"keep_candidates": True})
     system = dataclasses.replace(setting.system(recorder), tasks=Tasks(config))
     answers = await asyncio.gather(*(system.answer(query) for query in setting.queries))
@@ -332,14 +332,11 @@ def benchmark_savings(
 ) -> None:
     """Measure what each way of saving work saves, with it and without it."""
     logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    begins = tuple(only or [""])
-    chosen = [setting for setting in engine or ENGINE if setting.startswith(begins)]
-    figures = Figures.empty([saving for saving in SAVINGS if saving.name.startswith(begins)], chosen)
-    if not figures.rates and not chosen:
-        names = [*(saving.name for saving in SAVINGS), *(engine or ENGINE)]
-        raise typer.BadParameter(f"--only: nothing begins so; there are {'; '.join(names)}")
     try:
-        for setting in chosen:
+        names = chosen(only, [*(saving.name for saving in SAVINGS), *(engine or ENGINE)])
+        settings = [setting for setting in engine or ENGINE if setting in names]
+        figures = Figures.empty([saving for saving in SAVINGS if saving.name in names], settings)
+        for setting in settings:
             arguments: dict[str, Any] = {}
             apply_settings(arguments, [setting])
             check_engine_arguments(ModelConfig(name="demo", engine=arguments))

@@ -1,6 +1,7 @@
-"""A model of any shape without its weights: the engine does the work, and a script says what it wrote.
+"""A model whose engine does the work while a script says what it wrote.
 
-With dummy weights a model writes what means nothing. The script puts decisions, critiques and ends where a model
+With dummy weights a model writes what means nothing, and the embedded model ends after one segment. The script puts
+decisions, critiques and ends where a model
 taught for Self-RAG has them, so that requests have realistic lengths and the algorithm goes its usual ways.
 
 ``python -m jobs.benchmark_script --config FILE --queries FILE --index FOLDER --output FOLDER`` annotates so; the

@@ -61,6 +61,18 @@ class Workload:
             yield row
 
 
+def chosen(parts: Sequence[str] | None, names: Sequence[str]) -> list[str]:
+    """Names that begin with one of the parts; all where no part is given.
+
+    Raises:
+        ValueError: no name begins with one of them.
+    """
+    for part in parts or ():
+        if not any(name.startswith(part) for name in names):
+            raise ValueError(f"--only {part!r}: nothing begins so; there are {'; '.join(names)}")
+    return [name for name in names if name.startswith(tuple(parts or [""]))]
+
+
 def shortened(passages: Sequence[Passage]) -> list[Passage]:
     """Their first words."""
     return [Passage(p.id, p.title, " ".join(p.text.split()[:SHORT_WORDS])) for p in passages]

@@ -8,7 +8,7 @@ import os
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -198,7 +198,7 @@ class SelfRagActor:
         (planned,) = batch.to_pylist()
         unit, config = Unit(**planned), self.config
         async with self._attempt(unit.id) as one_by_one:
-            await self._warm
+            await asyncio.shield(self._warm)
             began = time.time()
             rows = await asyncio.to_thread(read_unit, unit, config.storage)
             with self.telemetry.flying(unit.rows):
@@ -213,11 +213,15 @@ class SelfRagActor:
 
     @cached_property
     def _warm(self) -> asyncio.Task[None]:
-        """The engine's first requests, which all units wait for; no longer than a row may take."""
+        """The engine's first request, which all units wait for, no longer than a row may take."""
 
         async def warm() -> None:
-            with suppress(TimeoutError):  # the rows will say so
+            try:
                 await asyncio.wait_for(self.generator.warm(), self.config.execution.row_timeout_s)
+            except EngineDeadError:
+                raise
+            except Exception as error:  # noqa: BLE001  rows that meet it say so themselves
+                log.warning("the engine's first request failed: %s: %s", type(error).__name__, error)
 
         return asyncio.create_task(warm())
 

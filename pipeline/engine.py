@@ -231,30 +231,31 @@ class VllmGenerator:
 
     async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
         """See :meth:`Generator.generate`."""
-        return self._generation(await self._ask(prompt, max_tokens, stop_token_ids=list(stops)))
+        return self._generation(await self._ask(prompt, max_tokens, stops))
 
     async def warm(self) -> None:
-        """Answer something alone, then three times at once: vLLM compiles what log-probabilities need when first asked.
+        """Make a first request: only then does vLLM compile what log-probabilities need, whatever the batch.
 
-        It does so for one request and for several (``vllm/v1/sample/ops/logprobs.py``), and rows shall not wait for it.
+        It takes some two seconds (``batched_count_greater_than`` in ``vllm/v1/sample/sampler.py``).
 
         Raises:
             EngineDeadError: the engine is gone.
         """
-        for requests in (1, 3):
-            await asyncio.gather(*(self._ask(self.watched[:1], 8, ignore_eos=True) for _ in range(requests)))
+        await self._ask(self.watched[:1], 1, ())
 
-    async def _ask(self, prompt: Sequence[int], max_tokens: int, **sampling: Any) -> Any:
+    async def _ask(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Any:
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
         from vllm.v1.engine.exceptions import EngineDeadError as VllmEngineDeadError
 
-        final, settings = RequestOutputKind.FINAL_ONLY, {**self.sampling, **sampling}
+        sampling = SamplingParams(
+            max_tokens=max_tokens,
+            stop_token_ids=list(stops),
+            output_kind=RequestOutputKind.FINAL_ONLY,
+            **self.sampling,
+        )
         stream = self.engine.generate(
-            TokensPrompt(prompt_token_ids=list(prompt)),
-            SamplingParams(max_tokens=max_tokens, output_kind=final, **settings),
-            str(next(self.numbers)),
-            lora_request=self.lora,
+            TokensPrompt(prompt_token_ids=list(prompt)), sampling, str(next(self.numbers)), lora_request=self.lora
         )
         try:
             outputs = [output async for output in stream]

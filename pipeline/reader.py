@@ -87,7 +87,7 @@ class Requests:
 
     @contextmanager
     def critiquing(self) -> Iterator[None]:
-        """What the engine gave is being read; takes the time."""
+        """A segment is being scored and turned into text; takes the time."""
         began = time.perf_counter()
         yield
         spent = time.perf_counter() - began

@@ -214,7 +214,7 @@ class Usage:
         truncated_tokens: passage tokens cut because a prompt did not fit the model.
         seconds: from the first step of the row to its last, queueing included.
         decide_seconds, retrieve_seconds: of them, until the first decision, and waiting for passages.
-        critique_seconds: of them, reading scores and text in what the engine gave.
+        critique_seconds: of them, scoring segments and turning them into text, once log-probabilities are read.
         queue_seconds, prefill_seconds, decode_seconds: as in :class:`Generation`, summed over its requests, which run
             side by side.
     """

@@ -183,18 +183,32 @@ def test_the_tables_compare_medians():
     assert list(arguments.columns[2].cells) == ["1.00", "0.38"]
 
 
-def test_only_what_is_chosen_is_measured_and_shown():
-    figures = Figures.empty(SAVINGS[1:2], [])
-    figures.rates[SAVINGS[1].name] |= {"with": [2.0], "without": [1.0]}
-    (table,) = tables(figures)
-    assert list(table.columns[0].cells) == [SAVINGS[1].name]
+@pytest.mark.parametrize(
+    ("only", "savings", "engines"),
+    [("dtype", [], [DEFAULTS, "dtype=bfloat16", "dtype=float16"]), ("later", [SAVINGS[1].name], [])],
+)
+def test_only_what_is_chosen_is_measured_and_shown(monkeypatch, only, savings, engines):
+    asked = []
+
+    def execute(_rows, _repeats, figures):
+        asked.append(figures)
+        for rates in figures.rates.values():
+            rates |= {"with": [2.0], "without": [1.0]}
+        figures.engines |= {name: [1.0] for name in figures.engines}
+        yield figures
+
+    monkeypatch.setattr("jobs.benchmark_savings.execute", execute)
+    benchmark_savings(rows=4, repeats=1, only=[only])
+    assert (list(asked[0].rates), list(asked[0].engines)) == (savings, engines)
+    (table,) = tables(asked[0])
+    assert list(table.columns[0].cells) == (savings or engines)
 
 
 @pytest.mark.parametrize(
     ("options", "part"),
     [
         (["--engine", "dtipe=x"], "unknown configuration key model.engine.dtipe"),
-        (["--only", "no such"], "nothing begins so"),
+        (["--only", "later", "--only", "no such"], "--only 'no such': nothing begins so"),
     ],
 )
 def test_bad_options_are_refused_before_anything_starts(options, part):

@@ -177,14 +177,19 @@ class Died(BaseException):
 
 @dataclass
 class Engine:
-    """Counts how often it was warmed; ``hangs`` while that is under way."""
+    """Counts how often it was warmed, which takes some seconds and may fail."""
 
+    seconds: float = 0.02
+    error: Exception | None = None
+    begun: int = 0
     warmed: int = 0
-    hangs: bool = False
 
     async def warm(self) -> None:
+        self.begun += 1
+        await asyncio.sleep(self.seconds)
+        if self.error is not None:
+            raise self.error
         self.warmed += 1
-        await asyncio.sleep(60 if self.hangs else 0)
 
     def shutdown(self) -> None: ...
 
@@ -200,7 +205,7 @@ def actor(attempts: LocalHandle, seen: list[str], deadly: str = "poison") -> Sel
     answer = made.system.answer
 
     async def mortal(query):
-        assert made.generator.warmed == 1
+        assert made.generator.warmed or made.generator.error or made.generator.seconds > 1
         seen.append(query.query)
         if deadly in query.query:
             raise Died
@@ -210,15 +215,29 @@ def actor(attempts: LocalHandle, seen: list[str], deadly: str = "poison") -> Sel
     return made
 
 
-async def test_an_engine_is_warmed_once_and_no_longer_than_a_row_may_take(tmp_path):
+@pytest.mark.parametrize("engine", [Engine(), Engine(seconds=60), Engine(error=ValueError("no"))])
+async def test_rows_wait_for_a_warm_engine_or_meet_what_is_wrong_with_it(tmp_path, engine):
     made = actor(LocalHandle(Attempts(PATIENCE, "run")), [])
-    made.generator.hangs = True
-    execution = CONFIG.execution.model_copy(update={"row_timeout_s": 0.05})
+    made.generator = engine
+    execution = CONFIG.execution.model_copy(update={"row_timeout_s": 0.5})
     made.config = CONFIG.model_copy(update={"execution": execution})
-    for name in ("one", "two"):
-        summary = await asyncio.wait_for(Folder(tmp_path, table(name), name).annotate(made), 5)
-        assert (summary.rows, summary.errors) == (1, {})
-    assert made.generator.warmed == 1
+    units = [Folder(tmp_path, table(name), name).annotate(made) for name in ("one", "two")]
+    summaries = await asyncio.wait_for(asyncio.gather(*units), 5)
+    assert [(summary.rows, summary.errors) for summary in summaries] == [(1, {}), (1, {})]
+    assert engine.begun == 1
+
+
+async def test_an_engine_that_dies_while_it_is_warmed_ends_the_process(tmp_path, monkeypatch):
+    def gone(status):
+        raise Died(status)
+
+    monkeypatch.setattr("pipeline.actor.os._exit", gone)
+    attempts = Attempts(PATIENCE, "run")
+    made = actor(LocalHandle(attempts), [])
+    made.generator.error = EngineDeadError(DEATH)
+    folder = Folder(tmp_path, table("one"))
+    assert await folder.annotate(made) is None
+    assert attempts.deaths(folder.unit.id) == 1
 
 
 async def test_a_unit_goes_from_its_file_to_its_files(tmp_path):

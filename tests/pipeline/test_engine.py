@@ -1,4 +1,3 @@
-import asyncio
 import math
 from dataclasses import dataclass, field
 from types import SimpleNamespace
@@ -49,25 +48,17 @@ def test_answer_without_what_was_asked_for_is_an_error_of_its_row(position):
         targeted_logprobs(Flat().add(position), [50], (7, 8))
 
 
-async def test_an_engine_is_warmed_with_one_request_and_with_several():
-    asked, running = [], 0
+async def test_an_engine_is_warmed_by_a_request_for_log_probabilities():
+    asked = []
 
     async def generate(prompt, sampling, _number, lora_request):
-        nonlocal running
-        running += 1
-        await asyncio.sleep(0.01)
-        asked.append(
-            (prompt["prompt_token_ids"], sampling.ignore_eos, sampling.logprob_token_ids, running, lora_request)
-        )
-        await asyncio.sleep(0.01)
-        running -= 1
+        asked.append((prompt["prompt_token_ids"], sampling.max_tokens, sampling.logprob_token_ids, lora_request))
         yield None
 
     sampling = {"temperature": 0.0, "logprob_token_ids": [5, 6]}
     engine: Any = SimpleNamespace(generate=generate)
-    replica = VllmGenerator(engine, None, sampling, (5, 6), 512, errors=None, guard=None, lora="adapter")
-    await replica.warm()
-    assert asked == [([5], True, [5, 6], beside, "adapter") for beside in (1, 3, 3, 3)]
+    await VllmGenerator(engine, None, sampling, (5, 6), 512, errors=None, guard=None, lora="adapter").warm()
+    assert asked == [([5], 1, [5, 6], "adapter")]
 
 
 def test_unknown_engine_argument_is_named():

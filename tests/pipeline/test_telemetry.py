@@ -51,7 +51,13 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
 
 
 USAGE = {"prompt_tokens": 100, "cached_tokens": 60, "generated_tokens": 7, "engine_requests": 4, "retrievals": 1}
-SECONDS = {"seconds": 3.0, "decide_seconds": 0.5, "retrieve_seconds": 0.25, "decode_seconds": 2.0}
+SECONDS = {
+    "seconds": 3.0,
+    "decide_seconds": 0.5,
+    "retrieve_seconds": 0.25,
+    "critique_seconds": 0.125,
+    "decode_seconds": 2.0,
+}
 
 
 class Counting:
@@ -93,6 +99,7 @@ EXPECTED = {
     ("selfrag_retrievals_total", "run=out/one"): 2,
     ("selfrag_stage_seconds_total", "stage=decide"): 2.0,
     ("selfrag_stage_seconds_total", "stage=retrieve"): 1.0,
+    ("selfrag_stage_seconds_total", "stage=critique"): 0.5,
     ("selfrag_stage_seconds_total", "stage=decode"): 8.0,
     ("selfrag_row_seconds_count", "run=out/one"): 4,
     ("selfrag_rows_in_flight", "run=out/one"): 4,
