@@ -35,7 +35,7 @@ import typer
 import yaml
 from rich.console import Console
 
-from jobs.benchmark_report import CALL, FILES, STAGES, Measured, Report, Results, load_of, plot
+from jobs.benchmark_report import CALL, FILES, STAGES, Measured, Report, Results, Step, load_of, plot
 from jobs.benchmark_script import SCRIPT, SHAPES, Prompter, Script, ScriptedGenerator, endless, write_shape
 from jobs.benchmark_shapes import (
     FLASHRAG_CANDIDATE,
@@ -195,10 +195,11 @@ async def measure_shapes(bench: Bench, workload: Workload, plan: Plan, measured:
     await bench.generator.warm()
     await system.answer(queries[0])
     recorder.work.clear()
-    load = bench.generator.load
-    load.seconds.clear()
+    load, steps = bench.generator.load, list[Step]()
+    load.watcher = lambda running, waiting: steps.append(Step(time.perf_counter(), running, waiting))
     answers = await timed(engine, measured["direct"], direct(system, queries))
-    measured["direct"].load = load_of(load.seconds, load.slots)
+    load.watcher = None
+    measured["direct"].load = load_of(steps, load.slots)
     await timed(engine, measured["ceiling"], engine.replay(recorder.work))
     await timed(engine, measured["scored"], engine.replay(recorder.work, critic.watched))
     ours = [Outcome(a.retrieved, a.segments[0].text if a.segments else "") for a in answers]

@@ -4,8 +4,9 @@ import dataclasses
 import os
 import platform
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -53,23 +54,49 @@ class Measured:
 Results = dict[str, dict[str, Measured]]
 
 
-def load_of(seconds: Mapping[tuple[int, bool], float], slots: int) -> dict[str, float]:
+@dataclass(frozen=True)
+class Step:
+    """A step of the engine.
+
+    Attributes:
+        ended: seconds, by any clock.
+        running, waiting: requests in it, and requests that waited for a slot, when it ended.
+    """
+
+    ended: float
+    running: int
+    waiting: int
+
+
+def load_of(steps: Sequence[Step], slots: int) -> dict[str, float]:
     """How full the engine was.
 
+    A step begins where the one before it ended; one after an idle engine is not counted.
+
     Args:
-        seconds: spent in steps, by requests that ran in them, and whether others waited.
         slots: most requests that run at once.
 
     Returns:
-        Shares of the time: ``half_full`` had more than half of the slots taken; ``fed`` had that or left requests
-        waiting, so that not we but the engine kept slots free (a step's tokens or its memory were used up). ``running``
-        is the mean number of requests.
+        Shares of the time: ``half_full`` had more than half of the slots taken; ``steady`` is the same up to the last
+        step that left requests waiting, before the batch runs down (0 where none ever waited); ``fed`` had that or left
+        requests waiting, so that not we but the engine kept slots free (a step's tokens or its memory were used up).
+        ``running`` is the mean number of requests.
     """
-    total = sum(seconds.values()) or 1.0
-    half = sum(spent for (running, _), spent in seconds.items() if 2 * running > slots)
-    fed = sum(spent for (running, waiting), spent in seconds.items() if 2 * running > slots or waiting)
-    running = sum(spent * running for (running, _), spent in seconds.items())
-    return {"slots": slots, "half_full": half / total, "fed": fed / total, "running": running / total}
+    spans = [(b.ended - a.ended, b) for a, b in pairwise(steps) if a.running or a.waiting]
+    rundown = next((n for n, (_, step) in enumerate(reversed(spans)) if step.waiting), len(spans))
+    steady = spans[: len(spans) - rundown]
+
+    def mean(some: Sequence[tuple[float, Step]], value: Callable[[Step], float]) -> float:
+        total = sum(seconds for seconds, _ in some)
+        return sum(seconds * value(step) for seconds, step in some) / total if total else 0.0
+
+    return {
+        "slots": slots,
+        "half_full": mean(spans, lambda step: 2 * step.running > slots),
+        "steady": mean(steady, lambda step: 2 * step.running > slots),
+        "fed": mean(spans, lambda step: 2 * step.running > slots or step.waiting > 0),
+        "running": mean(spans, lambda step: step.running),
+    }
 
 
 @dataclass(frozen=True)
@@ -151,7 +178,8 @@ class Report:
         if load := self.results[workload].get("direct", Measured(0)).load:
             parts.append(
                 f"the engine in our decoding: {100 * load['half_full']:.0f} % of its busy time with more than half of "
-                f"{load['slots']:.0f} slots taken, {100 * load['fed']:.0f} % with that or requests waiting"
+                f"{load['slots']:.0f} slots taken ({100 * load['steady']:.0f} % before the batch ran down), "
+                f"{100 * load['fed']:.0f} % with that or requests waiting"
             )
         return "; ".join(parts)
 

@@ -10,7 +10,7 @@ import typer
 from typer.testing import CliRunner
 
 from jobs.benchmark import Plan, agreement, benchmark
-from jobs.benchmark_report import CALL, FILES, STAGES, Measured, Report, load_of, plot
+from jobs.benchmark_report import CALL, FILES, STAGES, Measured, Report, Step, load_of, plot
 from jobs.benchmark_shapes import ABSENT, Outcome, Released, read_wide
 from jobs.benchmark_workloads import LONG_PASSAGES, SHORT_WORDS, WORKLOADS, Workload, lengthened, shortened
 from pipeline.config import DecodingConfig, ModelConfig
@@ -126,18 +126,27 @@ def test_ratios_are_of_medians_and_of_all_pairs(report):
 
 
 def test_load_is_a_share_of_time_and_tells_free_slots_from_a_full_step():
-    seconds = {(4, False): 0.5, (3, True): 1.0, (5, False): 1.0, (8, True): 2.5}
-    assert load_of(seconds, slots=8) == {"slots": 8, "half_full": 0.7, "fed": 0.9, "running": 6.0}
-    assert load_of({}, slots=8)["half_full"] == 0.0
+    steps = [(10.0, 5, 0), (11.0, 5, 0), (12.0, 3, 2), (14.5, 8, 1), (15.0, 4, 0), (15.0, 0, 0), (99.0, 1, 0)]
+    assert load_of([Step(*step) for step in steps], slots=8) == {
+        "slots": 8,
+        "half_full": (1.0 + 2.5) / 5,
+        "steady": (1.0 + 2.5) / 4.5,
+        "fed": (1.0 + 1.0 + 2.5) / 5,
+        "running": (5 + 3 + 2.5 * 8 + 0.5 * 4) / 5,
+    }
+    assert load_of([Step(1.0, 8, 0), Step(2.0, 8, 0)], slots=8)["steady"] == 0.0
+    assert load_of([], slots=8)["half_full"] == 0.0
 
 
 def test_tables_say_what_a_query_is_made_of_and_where_its_time_went(report):
     whole = {"seconds": 2.0, "decide_seconds": 0.5, "retrieve_seconds": 0.1, "critique_seconds": 0.00025}
     stages = {**dict.fromkeys(STAGES, 0.0), **whole, FILES: 0.001, CALL: 9.0}
     report = dataclasses.replace(report, stages={"w": stages}, tokens={"w": {"prompt": 200.0, "written": 20.0}})
-    report.results["w"]["direct"] = Measured(8, [3.0], load={"slots": 8, "half_full": 0.7, "fed": 0.9})
+    report.results["w"]["direct"] = Measured(8, [3.0], load={"slots": 8, "half_full": 0.7, "steady": 0.8, "fed": 0.9})
     assert "200 tokens read and 20 written for a query: ours does 600 and 60 a second" in report.caption("w")
-    assert "70 % of its busy time with more than half of 8 slots taken, 90 % with that" in report.caption("w")
+    caption = report.caption("w")
+    assert "70 % of its busy time with more than half of 8 slots taken (80 % before the batch ran down)" in caption
+    assert "90 % with that or requests waiting" in caption
     cells = [cell for column in report.times().columns for cell in column.cells]
     assert cells == ["w", "2", "0.5", "0.1", "0.00025", "0", "0", "0", "0.001", "5.0 %"]
 
