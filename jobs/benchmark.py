@@ -192,8 +192,7 @@ async def measure_shapes(bench: Bench, workload: Workload, plan: Plan, measured:
     shapes = shapes_of(Released(engine, bench.tokenizer, config, prompter=prompter), queries, found, plan)
     for name in (*OWN, *(shapes if workload.short_form else ())):
         measured.setdefault(name, Measured(shapes[name][0] if name in shapes else len(rows)))
-    await bench.generator.warm()
-    await system.answer(queries[0])
+    await system.answer(queries[0])  # warms up
     recorder.work.clear()
     load, steps = bench.generator.load, list[Step]()
     load.watcher = lambda running, waiting: steps.append(Step(time.perf_counter(), running, waiting))
