@@ -2,11 +2,11 @@
 
 ``python -m jobs.benchmark [--quick] [--json FILE] [--plot FILE]``
 
-Ours is ``jobs.annotate`` itself, Parquet to Parquet, with the units it always has; its rate counts from the first unit
-that a warm engine takes up to the finished manifest, since an engine's start is paid once for any number of rows. The
-shapes and the bare engine are in ``jobs.benchmark_shapes``; they share an engine, warm as well, and get their passages
-for nothing. Where a script says what is written, ours is ``jobs.benchmark_script``. Ratios of one run belong together;
-absolute rates belong to the machine.
+Ours is ``jobs.annotate`` itself, Parquet to Parquet, on two units one after the other. The first only warms its engine,
+whose start and slow first rows are paid once for any number of rows; the rate counts from the beginning of the second
+up to the finished manifest. The shapes and the bare engine are in ``jobs.benchmark_shapes``; they share an engine that
+has answered the first unit's rows as well, and the shapes get their passages for nothing. Where a script says what is
+written, ours is ``jobs.benchmark_script``. Ratios of one run belong together; absolute rates belong to the machine.
 """
 
 import asyncio
@@ -29,7 +29,6 @@ from typing import Annotated, Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import typer
 import yaml
@@ -66,6 +65,8 @@ MAX_TOKENS = 60
 SEGMENT_TOKENS = 40
 # Variants with the very tokens of our decoding.
 OWN = ("direct", "ceiling", "scored")
+# Queries that an engine answers before anything is measured.
+WARM_ROWS = 64
 # Most queries for the shape that asks for thousands of log-probabilities: their decoding takes a core for minutes.
 NAIVE_ROWS = 64
 Shape = StrEnum("Shape", {name: name for name in SHAPES})  # type: ignore[misc]
@@ -111,9 +112,10 @@ class Plan:
 
 @dataclass(frozen=True)
 class Shaped:
-    """A workload's rows, and the mean tokens of a query that our decoding read and wrote."""
+    """A workload's rows, those that warm an engine, and the mean tokens of a query that our decoding read and wrote."""
 
     rows: list[Row]
+    warming: list[Row]
     tokens: dict[str, float]
 
 
@@ -149,11 +151,12 @@ class Bench:
         self.retriever.close()
 
 
-async def prepare(bench: Bench, workload: Workload, plan: Plan) -> tuple[list[Row], list[list[Any]]]:
-    """The workload's rows, and the passages found for each."""
-    rows = workload.rows(plan.rows)
+async def prepare(bench: Bench, workload: Workload, plan: Plan) -> tuple[list[Row], list[Row], list[list[Any]]]:
+    """Rows that warm the engine, the rows that are measured, and the passages found for each of these."""
+    rows = workload.rows(min(plan.rows, WARM_ROWS) + plan.rows)
     found = await asyncio.gather(*(bench.retriever.retrieve(row["query"], plan.passages) for row in rows))
-    return [with_passages(row, passages, workload) for row, passages in zip(rows, found, strict=True)], list(found)
+    rows = [with_passages(row, passages, workload) for row, passages in zip(rows, found, strict=True)]
+    return rows[: -plan.rows], rows[-plan.rows :], found[-plan.rows :]
 
 
 def free_memory() -> float:
@@ -178,7 +181,7 @@ def queries_of(rows: Sequence[Row]) -> list[Query]:
 
 async def measure_shapes(bench: Bench, workload: Workload, plan: Plan, measured: dict[str, Measured]) -> Shaped:
     """All variants that run on one engine, one after the other."""
-    rows, found = await prepare(bench, workload, plan)
+    warming, rows, found = await prepare(bench, workload, plan)
     queries, config, script = queries_of(rows), plan.decoding_of(workload), plan.script_of(workload)
     if workload.body is not None:
         found = [
@@ -192,7 +195,7 @@ async def measure_shapes(bench: Bench, workload: Workload, plan: Plan, measured:
     shapes = shapes_of(Released(engine, bench.tokenizer, config, prompter=prompter), queries, found, plan)
     for name in (*OWN, *(shapes if workload.short_form else ())):
         measured.setdefault(name, Measured(shapes[name][0] if name in shapes else len(rows)))
-    await system.answer(queries[0])  # warms up
+    await direct(system, queries_of(warming))
     recorder.work.clear()
     load, steps = bench.generator.load, list[Step]()
     load.watcher = lambda running, waiting: steps.append(Step(time.perf_counter(), running, waiting))
@@ -207,7 +210,7 @@ async def measure_shapes(bench: Bench, workload: Workload, plan: Plan, measured:
         measured[name].agreement = agreement(ours, theirs)
     tell(workload.name, measured, [name for name in measured if name != "ours"])
     read, wrote = sum(len(prompt) for prompt, _ in recorder.work), sum(written for _, written in recorder.work)
-    return Shaped(rows, {"prompt": read / len(rows), "written": wrote / len(rows)})
+    return Shaped(rows, warming, {"prompt": read / len(rows), "written": wrote / len(rows)})
 
 
 def tell(workload: str, measured: dict[str, Measured], names: Sequence[str]) -> None:
@@ -250,18 +253,26 @@ def agreement(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> dict[str, f
     }
 
 
-def measure_job(workload: Workload, rows: Sequence[Row], plan: Plan, measured: Measured) -> dict[str, float]:
-    """``jobs.annotate`` on the rows; mean seconds of a row by stage, and of the whole call."""
-    folder = Path(tempfile.mkdtemp(dir=plan.folder))
-    pq.write_table(pa.Table.from_pylist(list(rows)), folder / "queries.parquet")
+def measure_job(workload: Workload, shaped: Shaped, plan: Plan, measured: Measured) -> dict[str, float]:
+    """``jobs.annotate`` on a unit that warms its engine and then on the rows.
+
+    Returns:
+        Mean seconds of a row by stage, its share of its unit's files, and seconds of the whole call.
+    """
+    rows, folder = shaped.rows, Path(tempfile.mkdtemp(dir=plan.folder))
+    queries = folder / "queries"
+    queries.mkdir()
+    for number, part in enumerate((shaped.warming, rows)):
+        pq.write_table(pa.Table.from_pylist(part), queries / f"{number}.parquet")
     script = plan.script_of(workload)
     settings = {
         "model": plan.model.model_dump(exclude_none=True),
         "decoding": plan.decoding_of(workload).model_dump(mode="json"),
+        "execution": {"unit_rows": len(rows), "units_in_flight": 1},
     }
     (folder / "run.yaml").write_text(yaml.safe_dump(settings))
     output = folder / "out"
-    options = ["--config", folder / "run.yaml", "--queries", folder / "queries.parquet", "--index", demo_index()]
+    options = ["--config", folder / "run.yaml", "--queries", queries, "--index", demo_index()]
     module = "jobs.annotate" if script is None else "jobs.benchmark_script"
     command = [sys.executable, "-m", module, *map(str, options), "--output", str(output), "--json"]
     environment = os.environ | ({} if script is None else {SCRIPT: json.dumps(dataclasses.asdict(script))})
@@ -270,11 +281,11 @@ def measure_job(workload: Workload, rows: Sequence[Row], plan: Plan, measured: M
         raise RuntimeError(f"{module} ended with status {done.returncode}: {done.stderr[-2000:]}")
     manifest = json.loads((output / "_manifest.json").read_text())
     finished = datetime.fromisoformat(manifest["finished"]).timestamp()
-    units = manifest["units"]
-    measured.rates.append(len(rows) / (finished - min(unit["began"] for unit in units.values())))
-    files = {name: (output / "data" / f"part-{name}.parquet").stat() for name in units}
-    writing = sum(files[name].st_mtime - unit["ended"] for name, unit in units.items()) / len(rows)
-    usage = ds.dataset(output / "data").to_table(columns=["usage"])["usage"].combine_chunks()
+    name, unit = max(manifest["units"].items(), key=lambda item: float(item[1]["began"]))
+    measured.rates.append(len(rows) / (finished - unit["began"]))
+    data = output / "data" / f"part-{name}.parquet"
+    writing = (data.stat().st_mtime - unit["ended"]) / len(rows)
+    usage = pq.read_table(data, columns=["usage"])["usage"].combine_chunks()
     seconds = {name: float(pc.mean(pc.struct_field(usage, name)).as_py()) for name in STAGES}
     return {**seconds, FILES: writing, CALL: float(json.loads(done.stdout)["seconds"])}
 
@@ -302,7 +313,7 @@ def execute(plan: Plan) -> Iterator[Report]:
         shaped, memory = asyncio.run(_shapes(plan, results))
         for workload in plan.workloads:
             ours = results[workload.name]["ours"]
-            stages[workload.name].append(measure_job(workload, shaped[workload.name].rows, plan, ours))
+            stages[workload.name].append(measure_job(workload, shaped[workload.name], plan, ours))
             tell(workload.name, results[workload.name], ["ours"])
         Console(stderr=True).print(f"repeat {number} of {plan.repeats} measured")
         means = {
