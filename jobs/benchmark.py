@@ -2,11 +2,11 @@
 
 ``python -m jobs.benchmark [--quick] [--json FILE] [--plot FILE]``
 
-Ours is ``jobs.annotate`` itself, Parquet to Parquet, on two units one after the other. The first only warms its engine,
-whose start and slow first rows are paid once for any number of rows; the rate counts from the beginning of the second
-up to the finished manifest. The shapes and the bare engine are in ``jobs.benchmark_shapes``; they share an engine that
-has answered the first unit's rows as well, and the shapes get their passages for nothing. Where a script says what is
-written, ours is ``jobs.benchmark_script``. Ratios of one run belong together; absolute rates belong to the machine.
+Ours is ``jobs.annotate`` itself, Parquet to Parquet (``jobs.benchmark_job``), on an engine of its own that has answered
+other queries before, since its start and its slow first rows are paid once for any number of rows. The shapes and the
+bare engine are in ``jobs.benchmark_shapes``; they share an engine that has answered the same queries before, and the
+shapes get their passages for nothing. Where a script says what is written, ours is ``jobs.benchmark_script``. Ratios of
+one run belong together; absolute rates belong to the machine.
 """
 
 import asyncio
@@ -15,27 +15,22 @@ import json
 import logging
 import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import time
 from collections import defaultdict
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
-from datetime import datetime
 from enum import StrEnum
 from pathlib import Path
 from typing import Annotated, Any
 
-import pyarrow as pa
-import pyarrow.compute as pc
-import pyarrow.parquet as pq
 import typer
-import yaml
 from rich.console import Console
 
+from jobs.benchmark_job import Job
 from jobs.benchmark_report import CALL, FILES, STAGES, Measured, Report, Results, Step, load_of, plot
-from jobs.benchmark_script import SCRIPT, SHAPES, Prompter, Script, ScriptedGenerator, endless, write_shape
+from jobs.benchmark_script import SHAPES, Prompter, Script, ScriptedGenerator, endless, write_shape
 from jobs.benchmark_shapes import (
     FLASHRAG_CANDIDATE,
     FLASHRAG_DECISION,
@@ -57,7 +52,7 @@ from pipeline.retrieve import IndexRetriever
 from pipeline.self_rag import SelfRag
 from pipeline.settings import apply_settings
 from pipeline.storage import locate
-from pipeline.types import Passage, Query, RetrievedPassage
+from pipeline.types import Answer, Passage, Query, RetrievedPassage
 
 # Most tokens of a segment.
 MAX_TOKENS = 60
@@ -65,8 +60,10 @@ MAX_TOKENS = 60
 SEGMENT_TOKENS = 40
 # Variants with the very tokens of our decoding.
 OWN = ("direct", "ceiling", "scored")
-# Queries that an engine answers before anything is measured.
-WARM_ROWS = 64
+# Most queries that the job's engine answers before it is measured.
+WARM_ROWS = 96
+# Most queries for the shape that answers one at a time.
+SERIAL_ROWS = 24
 # Most queries for the shape that asks for thousands of log-probabilities: their decoding takes a core for minutes.
 NAIVE_ROWS = 64
 Shape = StrEnum("Shape", {name: name for name in SHAPES})  # type: ignore[misc]
@@ -108,6 +105,11 @@ class Plan:
         if not self.scripted(workload):
             return None
         return Script(workload.questions, self.tokens, self.decoding_of(workload).segments)
+
+    def job_of(self, workload: Workload, shaped: "Shaped") -> Job:
+        """``jobs.annotate`` on the workload's rows."""
+        folder, decoding = Path(tempfile.mkdtemp(dir=self.folder)), self.decoding_of(workload)
+        return Job(folder, self.model, decoding, shaped.warming, shaped.rows, self.script_of(workload))
 
 
 @dataclass(frozen=True)
@@ -195,21 +197,30 @@ async def measure_shapes(bench: Bench, workload: Workload, plan: Plan, measured:
     shapes = shapes_of(Released(engine, bench.tokenizer, config, prompter=prompter), queries, found, plan)
     for name in (*OWN, *(shapes if workload.short_form else ())):
         measured.setdefault(name, Measured(shapes[name][0] if name in shapes else len(rows)))
-    await direct(system, queries_of(warming))
-    recorder.work.clear()
+    await direct(system, queries)  # warms the engine and says what our decoding asks of it
+    work, answers = list(recorder.work), list[Answer]()
     load, steps = bench.generator.load, list[Step]()
-    load.watcher = lambda running, waiting: steps.append(Step(time.perf_counter(), running, waiting))
-    answers = await timed(engine, measured["direct"], direct(system, queries))
-    load.watcher = None
+
+    async def decode() -> None:
+        load.watcher = lambda running, waiting: steps.append(Step(time.perf_counter(), running, waiting))
+        answers.extend(await direct(system, queries))
+        load.watcher = None
+
+    own: dict[str, Callable[[], Awaitable[Any]]] = {
+        "direct": decode,
+        "ceiling": lambda: engine.replay(work),
+        "scored": lambda: engine.replay(work, critic.watched),
+    }
+    # In turns, so that what drifts favours none.
+    for name in OWN if len(measured["direct"].rates) % 2 == 0 else reversed(OWN):
+        await timed(engine, measured[name], own[name]())
     measured["direct"].load = load_of(steps, load.slots)
-    await timed(engine, measured["ceiling"], engine.replay(recorder.work))
-    await timed(engine, measured["scored"], engine.replay(recorder.work, critic.watched))
     ours = [Outcome(a.retrieved, a.segments[0].text if a.segments else "") for a in answers]
     for name, (_, run) in shapes.items() if workload.short_form else ():
         theirs = await timed(engine, measured[name], run())
         measured[name].agreement = agreement(ours, theirs)
     tell(workload.name, measured, [name for name in measured if name != "ours"])
-    read, wrote = sum(len(prompt) for prompt, _ in recorder.work), sum(written for _, written in recorder.work)
+    read, wrote = sum(len(prompt) for prompt, _ in work), sum(written for _, written in work)
     return Shaped(rows, warming, {"prompt": read / len(rows), "written": wrote / len(rows)})
 
 
@@ -253,43 +264,6 @@ def agreement(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> dict[str, f
     }
 
 
-def measure_job(workload: Workload, shaped: Shaped, plan: Plan, measured: Measured) -> dict[str, float]:
-    """``jobs.annotate`` on a unit that warms its engine and then on the rows.
-
-    Returns:
-        Mean seconds of a row by stage, its share of its unit's files, and seconds of the whole call.
-    """
-    rows, folder = shaped.rows, Path(tempfile.mkdtemp(dir=plan.folder))
-    queries = folder / "queries"
-    queries.mkdir()
-    for number, part in enumerate((shaped.warming, rows)):
-        pq.write_table(pa.Table.from_pylist(part), queries / f"{number}.parquet")
-    script = plan.script_of(workload)
-    settings = {
-        "model": plan.model.model_dump(exclude_none=True),
-        "decoding": plan.decoding_of(workload).model_dump(mode="json"),
-        "execution": {"unit_rows": len(rows), "units_in_flight": 1},
-    }
-    (folder / "run.yaml").write_text(yaml.safe_dump(settings))
-    output = folder / "out"
-    options = ["--config", folder / "run.yaml", "--queries", queries, "--index", demo_index()]
-    module = "jobs.annotate" if script is None else "jobs.benchmark_script"
-    command = [sys.executable, "-m", module, *map(str, options), "--output", str(output), "--json"]
-    environment = os.environ | ({} if script is None else {SCRIPT: json.dumps(dataclasses.asdict(script))})
-    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)  # noqa: S603  our own
-    if done.returncode != 0:
-        raise RuntimeError(f"{module} ended with status {done.returncode}: {done.stderr[-2000:]}")
-    manifest = json.loads((output / "_manifest.json").read_text())
-    finished = datetime.fromisoformat(manifest["finished"]).timestamp()
-    name, unit = max(manifest["units"].items(), key=lambda item: float(item[1]["began"]))
-    measured.rates.append(len(rows) / (finished - unit["began"]))
-    data = output / "data" / f"part-{name}.parquet"
-    writing = (data.stat().st_mtime - unit["ended"]) / len(rows)
-    usage = pq.read_table(data, columns=["usage"])["usage"].combine_chunks()
-    seconds = {name: float(pc.mean(pc.struct_field(usage, name)).as_py()) for name in STAGES}
-    return {**seconds, FILES: writing, CALL: float(json.loads(done.stdout)["seconds"])}
-
-
 async def _shapes(plan: Plan, results: Results) -> tuple[dict[str, Shaped], dict[str, float]]:
     bench = Bench.open(plan.model)
     try:
@@ -313,7 +287,9 @@ def execute(plan: Plan) -> Iterator[Report]:
         shaped, memory = asyncio.run(_shapes(plan, results))
         for workload in plan.workloads:
             ours = results[workload.name]["ours"]
-            stages[workload.name].append(measure_job(workload, shaped[workload.name], plan, ours))
+            rate, seconds = plan.job_of(workload, shaped[workload.name]).run()
+            ours.rates.append(rate)
+            stages[workload.name].append(seconds)
             tell(workload.name, results[workload.name], ["ours"])
         Console(stderr=True).print(f"repeat {number} of {plan.repeats} measured")
         means = {
@@ -359,7 +335,7 @@ def benchmark(
         plan = Plan(
             workloads=[w for w in WORKLOADS if w.name in names[: 1 if quick else None]],
             rows=count,
-            serial_rows=min(count, 4 if quick else 8),
+            serial_rows=min(count, 4 if quick else SERIAL_ROWS),
             repeats=repeats or (1 if quick else 3),
             model=chosen_model,
             folder=Path(folder),

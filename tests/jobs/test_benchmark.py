@@ -9,7 +9,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from jobs.benchmark import Plan, agreement, benchmark
+from jobs.benchmark import WARM_ROWS, Plan, agreement, benchmark, prepare
 from jobs.benchmark_report import CALL, FILES, STAGES, Measured, Report, Step, load_of, plot
 from jobs.benchmark_shapes import ABSENT, Outcome, Released, read_wide
 from jobs.benchmark_workloads import LONG_PASSAGES, SHORT_WORDS, WORKLOADS, Workload, lengthened, shortened
@@ -182,6 +182,26 @@ def test_a_script_writes_for_models_without_weights_and_for_the_embedded_ones_be
     plan = Plan([], 8, 4, 1, ModelConfig(name=model), tmp_path, shaped=shaped, tokens=7)
     scripts = {w.name: plan.script_of(w) for w in (SHORT_FORM, LONG_FORM)}
     assert {name: (s.tokens, s.segments) for name, s in scripts.items() if s} == expected
+
+
+class OwnPassages:
+    """Finds for each query passages that say whose they are."""
+
+    async def retrieve(self, query, k):
+        return [RetrievedPassage(Passage(str(n), "", f"{query} {n}"), 0.5, n) for n in range(k)]
+
+
+@pytest.mark.parametrize(("rows", "warm"), [(4, 4), (WARM_ROWS, WARM_ROWS), (WARM_ROWS + 30, WARM_ROWS)])
+@pytest.mark.parametrize("workload", [SHORT_FORM, next(w for w in WORKLOADS if w.body is shortened)])
+async def test_engines_are_warmed_by_other_queries_than_are_measured(tmp_path, rows, warm, workload):
+    plan = Plan([], rows, 4, 1, ModelConfig(name="demo"), tmp_path, passages=2)
+    warming, measured, found = await prepare(SimpleNamespace(retriever=OwnPassages()), workload, plan)
+    assert (len(warming), len(measured)) == (warm, rows)
+    assert len({row["query"] for row in [*warming, *measured]}) == warm + rows
+    assert [[one.passage.text for one in of] for of in found] == [
+        [f"{r['query']} {n}" for n in (0, 1)] for r in measured
+    ]
+    assert all(("passages" in row) == (workload.body is not None) for row in [*warming, *measured])
 
 
 def test_tables_say_where_a_script_says_what_is_written(report):
