@@ -39,8 +39,8 @@ class UnitSummary:
         errors: failed rows by error type.
         retrieved: answered rows that used a passage.
         generated_tokens, prompt_tokens: of its answered rows.
-        began, ended: when an actor took it up with its engine warm, and had annotated it, in seconds since the epoch;
-            None where unknown.
+        began, ended: when an actor took it up, after its engine's first request, and had annotated it, in seconds
+            since the epoch; None where unknown.
     """
 
     unit: str
