@@ -202,7 +202,7 @@ async def measure_shapes(bench: Bench, workload: Workload, plan: Plan, measured:
     load, steps = bench.generator.load, list[Step]()
 
     async def decode() -> None:
-        load.watcher = lambda running, waiting: steps.append(Step(time.perf_counter(), running, waiting))
+        load.watcher = lambda *counts: steps.append(Step(time.perf_counter(), *counts))
         answers.extend(await direct(system, queries))
         load.watcher = None
 

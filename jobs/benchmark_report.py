@@ -60,12 +60,19 @@ class Step:
 
     Attributes:
         ended: seconds, by any clock.
-        running, waiting: requests in it, and requests that waited for a slot, when it ended.
+        running, waiting, finished: requests that kept their slots after it, requests that waited for one, and requests
+            that ended with it, as a decision of one token does with its first.
     """
 
     ended: float
     running: int
     waiting: int
+    finished: int
+
+    @property
+    def taken(self) -> int:
+        """Slots that it had taken."""
+        return self.running + self.finished
 
 
 def load_of(steps: Sequence[Step], slots: int) -> dict[str, float]:
@@ -80,7 +87,7 @@ def load_of(steps: Sequence[Step], slots: int) -> dict[str, float]:
         Shares of the time: ``half_full`` had more than half of the slots taken; ``steady`` is the same up to the last
         step that left requests waiting, before the batch runs down (0 where none ever waited); ``fed`` had that or left
         requests waiting, so that not we but the engine kept slots free (a step's tokens or its memory were used up).
-        ``running`` is the mean number of requests.
+        ``taken`` is the mean number of slots.
     """
     spans = [(b.ended - a.ended, b) for a, b in pairwise(steps) if a.running or a.waiting]
     rundown = next((n for n, (_, step) in enumerate(reversed(spans)) if step.waiting), len(spans))
@@ -92,10 +99,10 @@ def load_of(steps: Sequence[Step], slots: int) -> dict[str, float]:
 
     return {
         "slots": slots,
-        "half_full": mean(spans, lambda step: 2 * step.running > slots),
-        "steady": mean(steady, lambda step: 2 * step.running > slots),
-        "fed": mean(spans, lambda step: 2 * step.running > slots or step.waiting > 0),
-        "running": mean(spans, lambda step: step.running),
+        "half_full": mean(spans, lambda step: 2 * step.taken > slots),
+        "steady": mean(steady, lambda step: 2 * step.taken > slots),
+        "fed": mean(spans, lambda step: 2 * step.taken > slots or step.waiting > 0),
+        "taken": mean(spans, lambda step: step.taken),
     }
 
 

@@ -11,17 +11,19 @@ class EngineLoad(StatLoggerBase):  # type: ignore[misc]
 
     Attributes:
         slots: most requests that the engine runs at once (``max_num_seqs``).
-        watcher: is told of each step: requests in it, and requests that wait for a slot.
+        watcher: is told of each step: requests that keep their slots after it, requests that wait for a slot, and
+            requests that ended with it.
     """
 
     def __init__(self, vllm_config: Any, *_: Any) -> None:
         self.slots = int(vllm_config.scheduler_config.max_num_seqs)
-        self.watcher: Callable[[int, int], None] | None = None
+        self.watcher: Callable[[int, int, int], None] | None = None
 
-    def record(self, scheduler_stats: Any, *_: Any, **__: Any) -> None:
+    def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
         """Called by vLLM for each step that has outputs."""
         if scheduler_stats is not None and self.watcher is not None:
-            self.watcher(scheduler_stats.num_running_reqs, scheduler_stats.num_waiting_reqs)
+            ended = len(iteration_stats.finished_requests) if iteration_stats is not None else 0
+            self.watcher(scheduler_stats.num_running_reqs, scheduler_stats.num_waiting_reqs, ended)
 
     def log_engine_initialized(self) -> None:
         """Nothing to say."""

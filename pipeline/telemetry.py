@@ -64,7 +64,7 @@ class ActorTelemetry:
         self._stages = _counter(run, "stage_seconds", "Seconds that rows spent in a stage.", "stage")
         self._seconds = _histogram(run, "row_seconds", "Seconds from a row's first step to its last.", ROW_SECONDS)
         self._in_flight = _gauge(run, "rows_in_flight", "Rows of the units that an actor is decoding.")
-        self._running = _gauge(run, "engine_running_requests", "Requests in the engine's last step.")
+        self._running = _gauge(run, "engine_running_requests", "Requests in the engine after its last step.")
         self._waiting = _gauge(run, "engine_waiting_requests", "Requests that waited for a slot in it.")
         self._searches = _histogram(
             run, "search_seconds", "Seconds of a search for a batch of queries.", SEARCH_SECONDS
@@ -94,8 +94,8 @@ class ActorTelemetry:
         for seconds in pc.struct_field(usage, "seconds").drop_null().to_pylist():
             self._seconds.observe(seconds)
 
-    def step(self, running: int, waiting: int) -> None:
-        """A step of the engine: requests in it, and requests that waited."""
+    def step(self, running: int, waiting: int, _: int) -> None:
+        """A step of the engine: requests that keep their slots, requests that wait, requests that ended."""
         self._in_flight.set(self._flying)
         self._running.set(running)
         self._waiting.set(waiting)

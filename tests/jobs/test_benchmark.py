@@ -126,15 +126,23 @@ def test_ratios_are_of_medians_and_of_all_pairs(report):
 
 
 def test_load_is_a_share_of_time_and_tells_free_slots_from_a_full_step():
-    steps = [(10.0, 5, 0), (11.0, 5, 0), (12.0, 3, 2), (14.5, 8, 1), (15.0, 4, 0), (15.0, 0, 0), (99.0, 1, 0)]
+    steps = [
+        (10.0, 5, 0, 0),
+        (11.0, 3, 0, 2),
+        (12.0, 3, 2, 0),
+        (14.5, 0, 1, 8),
+        (15.0, 2, 0, 2),
+        (15.0, 0, 0, 2),
+        (99.0, 1, 0, 0),
+    ]
     assert load_of([Step(*step) for step in steps], slots=8) == {
         "slots": 8,
         "half_full": (1.0 + 2.5) / 5,
         "steady": (1.0 + 2.5) / 4.5,
         "fed": (1.0 + 1.0 + 2.5) / 5,
-        "running": (5 + 3 + 2.5 * 8 + 0.5 * 4) / 5,
+        "taken": (5 + 3 + 2.5 * 8 + 0.5 * 4) / 5,
     }
-    assert load_of([Step(1.0, 8, 0), Step(2.0, 8, 0)], slots=8)["steady"] == 0.0
+    assert load_of([Step(1.0, 8, 0, 0), Step(2.0, 8, 0, 0)], slots=8)["steady"] == 0.0
     assert load_of([], slots=8)["half_full"] == 0.0
 
 

@@ -7,10 +7,17 @@ CONFIG = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=8))
 
 def test_each_step_is_told_to_who_watches():
     load, told = EngineLoad(CONFIG, 0), []
-    load.record(SimpleNamespace(num_running_reqs=1, num_waiting_reqs=0))
-    load.watcher = lambda running, waiting: told.append((running, waiting))
-    load.record(SimpleNamespace(num_running_reqs=2, num_waiting_reqs=1))
-    load.record(None)
-    load.record(SimpleNamespace(num_running_reqs=0, num_waiting_reqs=0))
+    def step(running: int, waiting: int, ended: int) -> None:
+        load.record(
+            scheduler_stats=SimpleNamespace(num_running_reqs=running, num_waiting_reqs=waiting),
+            iteration_stats=SimpleNamespace(finished_requests=[None] * ended),
+            engine_idx=0,
+        )
+
+    step(1, 0, 0)
+    load.watcher = lambda *counts: told.append(counts)
+    step(2, 1, 3)
+    load.record(scheduler_stats=None, iteration_stats=None)
+    step(0, 0, 2)
     assert load.slots == 8
-    assert told == [(2, 1), (0, 0)]
+    assert told == [(2, 1, 3), (0, 0, 2)]

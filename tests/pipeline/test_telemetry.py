@@ -77,7 +77,7 @@ class Counting:
         self.actor.unit(table)
         self.actor.unit(table)
         with self.actor.flying(4):
-            self.actor.step(running=12, waiting=3)
+            self.actor.step(12, 3, 1)
         self.actor.search(0.02)
         self.actor.search(0.03)
         with self.run:
