@@ -7,6 +7,7 @@ CONFIG = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=8))
 
 def test_each_step_is_told_to_who_watches():
     load, told = EngineLoad(CONFIG, 0), []
+
     def step(running: int, waiting: int, ended: int) -> None:
         load.record(
             scheduler_stats=SimpleNamespace(num_running_reqs=running, num_waiting_reqs=waiting),
