@@ -19,6 +19,7 @@ def test_each_step_is_told_to_who_watches():
     load.watcher = lambda *counts: told.append(counts)
     step(2, 1, 3)
     load.record(scheduler_stats=None, iteration_stats=None)
+    load.record(scheduler_stats=SimpleNamespace(num_running_reqs=4, num_waiting_reqs=0), iteration_stats=None)
     step(0, 0, 2)
     assert load.slots == 8
-    assert told == [(2, 1, 3), (0, 0, 2)]
+    assert told == [(2, 1, 3), (4, 0, 0), (0, 0, 2)]
