@@ -97,7 +97,11 @@ class Location:
     def files(self, suffix: str = "") -> list["Location"]:
         """All files below this folder by name, hidden and underscored ones left out; none where it is missing."""
         selector = fs.FileSelector(self.path, recursive=True, allow_not_found=True)
-        found = self.attempt(lambda: self.filesystem.get_file_info(selector))
+        # Another run may remove a folder between pyarrow's look at it and its listing of it.
+        again = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(FileNotFoundError), stop=tenacity.stop_after_attempt(9), reraise=True
+        )
+        found = self.attempt(lambda: again(self.filesystem.get_file_info, selector))
         base = self.path.rstrip("/")
         names = sorted(info.path[len(base) + 1 :] for info in found if info.type == fs.FileType.File)
         return [

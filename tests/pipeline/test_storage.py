@@ -1,4 +1,6 @@
+import dataclasses
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from pyarrow import fs
@@ -155,3 +157,19 @@ def test_a_missing_file_is_told_apart(tmp_path, waits):
     folder, _ = flaky(tmp_path, [BUSY])
     with pytest.raises(MissingFileError, match="mem://folder/absent"):
         (folder / "absent").read()
+
+
+def test_a_folder_that_goes_away_while_it_is_listed_is_listed_again(tmp_path):
+    answers = [FileNotFoundError(2, "Cannot list directory"), []]
+
+    def listing(_: object) -> list[object]:
+        answer = answers.pop(0)
+        if isinstance(answer, OSError):
+            raise answer
+        return answer
+
+    gone = dataclasses.replace(
+        locate(str(tmp_path), StorageConfig()), filesystem=SimpleNamespace(get_file_info=listing, type_name="local")
+    )
+    assert gone.files() == []
+    assert answers == []
