@@ -174,7 +174,7 @@ def annotate_units(plan: Plan, resources: Resources, actor: type[SelfRagActor]) 
     summaries = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
         actor,
         fn_constructor_args=[config, attempts, shard_servers(plan, resources), plan.index and plan.index["digest"]],
-        batch_size=None,
+        batch_size=1,  # a unit is the one row of its block; with GPUs Ray Data accepts no None
         batch_format="pyarrow",
         compute=pool,
         num_cpus=resources.cpus,

@@ -9,7 +9,7 @@ import math
 import resource
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from jobs.cluster import connect
+from jobs.cluster import Room, connect, most_cpus
 from pipeline.build import BuildFolder, BuildPlan, read_ahead
 from pipeline.claim import Claim
 from pipeline.config import ExecutionConfig
@@ -187,9 +187,9 @@ def worked(plan: BuildPlan, worker: type, argument: Any, numbers: Iterable[int],
     import ray
 
     pieces = list(numbers)
-    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    actors, cpus, gpus = pool(nodes, plan.request.actors, len(pieces))
-    log.info("%d actor(s) at work, each with %d CPUs and %g GPUs", actors, cpus, gpus)
+    rooms = [Room.of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
+    actors, cpus, gpus = pool(rooms, plan.request.actors, len(pieces))
+    log.info("%d actor(s) at work, each with %g CPUs and %g GPUs", actors, cpus, gpus)
     tally = ray.remote(num_cpus=0)(Tally).remote()
     dataset = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
         worker,
@@ -206,26 +206,21 @@ def worked(plan: BuildPlan, worker: type, argument: Any, numbers: Iterable[int],
         yield dataset
 
 
-def pool(nodes: list[dict[str, float]], asked: int | None, pieces: int) -> tuple[int, int, float]:
-    """How many actors, and the CPUs and GPUs of each.
+def pool(rooms: Sequence[Room], asked: int | None, pieces: int) -> tuple[int, float, float]:
+    """Choose how many actors there are, and the CPUs and GPUs of each.
 
     Where there are GPUs, each has an encoder, or a share of them where more are asked for; otherwise each machine has.
 
     Args:
-        nodes: resources of the nodes that are up.
+        rooms: of the nodes that are up.
         asked: actors, if any number was asked for.
         pieces: of work; more actors are not needed.
     """
-    with_gpus = [node for node in nodes if node.get("GPU") and node.get("CPU")]
-    machines = with_gpus or [node for node in nodes if node.get("CPU")]
-    gpus = sum(int(node["GPU"]) for node in with_gpus)
+    machines = [room for room in rooms if room.cpus]
+    gpus = sum(len(room.cards) for room in machines)
     actors = max(1, min(asked or gpus or len(machines), pieces))
-    if not gpus:
-        per_machine = math.ceil(actors / len(machines))
-        return actors, max(1, int(min(node["CPU"] for node in machines)) // per_machine), 0
-    per_gpu = math.ceil(actors / gpus)
-    cpus = min(int(node["CPU"] / node["GPU"]) for node in with_gpus) // per_gpu
-    return actors, max(1, cpus), 1 / per_gpu
+    share = 1 / math.ceil(actors / gpus) if gpus else 0.0
+    return actors, most_cpus(machines, actors, share), share
 
 
 @contextmanager

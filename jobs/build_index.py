@@ -48,7 +48,8 @@ def check(request: BuildRequest) -> BuildPlan:
     folder.check(request.overwrite)
     files = find_passages(locate(request.passages, request.storage), request.embeddings)
     shards = plan_shards(files, request.shards)
-    encoder = Encoder.load(_absolute(request.encoder), style=request.style)
+    # The cards belong to the builders; the driver only needs to know what the encoder is.
+    encoder = Encoder.load(_absolute(request.encoder), "cpu", style=request.style)
     entry = EncoderEntry.of(encoder)
     plan = BuildPlan(request, files, shards, output, entry, encoder.dimension)
     plan.check_factory(empty_index(request.factory, encoder.dimension))

@@ -1,11 +1,17 @@
-"""Ray: connecting, and what an actor may ask for."""
+"""Ray: connecting, and the resources that an actor asks for."""
 
 import dataclasses
 import math
 import os
 import re
+from collections.abc import Mapping, Sequence
+from typing import Self
 
 from pipeline.config import ExecutionConfig, RunConfig
+from pipeline.engine import gpu_share, replica_gpus
+
+# Ray counts resources in ten-thousandths, so three actors of 0.3333 fill a card.
+ROUNDING = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,8 +72,45 @@ def reason(error: BaseException) -> str:
     return message if ours else f"{kind}: {message}"
 
 
+@dataclasses.dataclass(frozen=True)
+class Room:
+    """The resources that a node has left.
+
+    Attributes:
+        cpus: CPUs.
+        cards: free share of each GPU.
+    """
+
+    cpus: float
+    cards: tuple[float, ...] = ()
+
+    @classmethod
+    def of(cls, resources: Mapping[str, float]) -> Self:
+        """Read a node's ``Resources``, as ``ray.nodes`` lists them."""
+        return cls(resources.get("CPU", 0.0), (1.0,) * int(resources.get("GPU", 0)))
+
+    def count(self, cpus: float, gpus: float) -> float:
+        """Count the actors that fit: a share of a GPU must fit on one card, whole GPUs must be untouched."""
+        by_cpus = math.floor(self.cpus / cpus + ROUNDING) if cpus else math.inf
+        if not gpus:
+            return by_cpus
+        if gpus < 1:
+            return min(by_cpus, sum(math.floor(card / gpus + ROUNDING) for card in self.cards))
+        return min(by_cpus, self.cards.count(1.0) // math.ceil(gpus))
+
+    def without(self, cpus: float, gpus: float) -> Self:
+        """Take an actor's resources away, which must fit; a share comes from the fullest card with room, as in Ray."""
+        cards = sorted(self.cards)
+        if 0 < gpus < 1:
+            card = next(n for n, free in enumerate(cards) if free + ROUNDING >= gpus)
+            cards[card] = max(0.0, cards[card] - gpus)
+        elif gpus:
+            cards[-math.ceil(gpus) :] = [0.0] * math.ceil(gpus)
+        return dataclasses.replace(self, cpus=self.cpus - cpus, cards=tuple(cards))
+
+
 def actor_resources(config: RunConfig, shards: int) -> Resources:
-    """CPUs and GPUs of each actor: as configured, otherwise a fair share of the nodes that are up.
+    """Find the CPUs and GPUs of each actor: as configured, otherwise a fair share of the nodes that are up.
 
     Where both are configured nothing is compared with the nodes: an autoscaler may still bring them.
 
@@ -75,77 +118,134 @@ def actor_resources(config: RunConfig, shards: int) -> Resources:
         shards: of the index; 0 where none is searched.
 
     Raises:
-        ValueError: the cluster's nodes do not hold all actors.
+        ValueError: the settings contradict each other, or the cluster's nodes do not hold all actors.
     """
     import ray
 
     execution = config.execution
     alive = [node for node in ray.nodes() if node["Alive"]]
-    nodes = [node["Resources"] for node in alive]
-    servers = server_count(nodes, config, shards)
+    rooms = [Room.of(node["Resources"]) for node in alive]
+    gpus = actor_gpus(rooms, config)
+    servers = server_count(rooms, config, shards)
+    check_device(config, gpus, servers)
+    check_sharing(config, gpus, servers)
     if execution.cpus_per_actor is not None and execution.gpus_per_actor is not None:
-        return Resources(execution.cpus_per_actor, execution.gpus_per_actor, (None,) * servers)
-    left, homes = beside_servers(nodes, execution, servers)
-    return dataclasses.replace(share_of(left, config), servers=tuple(alive[home]["NodeID"] for home in homes))
+        return Resources(execution.cpus_per_actor, gpus, (None,) * servers)
+    left, homes = beside_servers(rooms, execution, servers)
+    return dataclasses.replace(share_of(left, config, gpus), servers=tuple(alive[home]["NodeID"] for home in homes))
 
 
-def server_count(nodes: list[dict[str, float]], config: RunConfig, shards: int) -> int:
-    """Shard servers of a run: as configured, otherwise one for each node that has CPUs; at most one for each shard."""
+def actor_gpus(rooms: Sequence[Room], config: RunConfig) -> float:
+    """Find the GPUs of an actor: those of a replica, all on one node; 0 where the engine runs on CPUs.
+
+    Raises:
+        ValueError: ``execution.gpus_per_actor`` is neither that, nor a share of one card, nor 0.
+    """
+    asked, needed = config.execution.gpus_per_actor, replica_gpus(config.model)
+    if asked is None:
+        return float(needed) if any(room.cards for room in rooms) else 0.0
+    if asked in (0, needed) or (asked < 1 and needed == 1):
+        return asked
+    raise ValueError(
+        f"execution.gpus_per_actor is {asked:g}, but a replica of the model takes {needed} GPU(s) "
+        f"(tensor × pipeline × data parallel); set it to {needed}"
+        + (", or below 1 to share a GPU" if needed == 1 else "")
+    )
+
+
+def check_device(config: RunConfig, gpus: float, servers: int) -> None:
+    """Refuse to require a GPU for a search whose process gets none.
+
+    Args:
+        gpus: of an actor.
+        servers: shard servers of the run.
+
+    Raises:
+        ValueError: says what to set.
+    """
+    if config.retrieval.device != "gpu" or config.index is None:
+        return
+    for key, amount in (("actor", gpus), ("server", config.execution.gpus_per_server if servers else gpus)):
+        if not amount:
+            raise ValueError(
+                f"retrieval.device is gpu, but execution.gpus_per_{key} is 0: set it above 0, "
+                "or retrieval.device to auto"
+            )
+
+
+def check_sharing(config: RunConfig, gpus: float, servers: int) -> None:
+    """Refuse engines that would take more of a shared card's memory than their actors have of the card.
+
+    Args:
+        gpus: of an actor.
+        servers: shard servers of the run.
+
+    Raises:
+        ValueError: names the settings, with the sum that is wrong.
+    """
+    execution = config.execution
+    beside_searches = servers > 0 and 0 < execution.gpus_per_server < 1
+    if not 0 < gpus < 1 or (execution.actors == 1 and not beside_searches):
+        return
+    engine = gpu_share(config.model)
+    if engine > gpus + ROUNDING:
+        engines = min(execution.actors, math.floor(1 / gpus + ROUNDING))
+        raise ValueError(
+            f"execution.gpus_per_actor is {gpus:g}, so {engines} engine(s) share a GPU with each other or with shard "
+            f"servers, but each takes {engine:g} of its memory ({engines} × {engine:g} = {engines * engine:g}); "
+            f"set model.engine.gpu_memory_utilization to {gpus:g} or less"
+        )
+
+
+def server_count(rooms: Sequence[Room], config: RunConfig, shards: int) -> int:
+    """Count a run's shard servers: as configured, otherwise one for each node with CPUs; at most one for each shard."""
     if config.retrieval.topology == "local":
         return 0
-    nodes_with_cpus = sum(1 for node in nodes if node.get("CPU"))
+    nodes_with_cpus = sum(1 for room in rooms if room.cpus)
     return min(config.execution.shard_servers or max(1, nodes_with_cpus), shards)
 
 
-def beside_servers(
-    nodes: list[dict[str, float]], execution: ExecutionConfig, servers: int
-) -> tuple[list[dict[str, float]], list[int]]:
-    """What the nodes have left when the servers are spread over them, and the place of each server's node.
+def beside_servers(rooms: Sequence[Room], execution: ExecutionConfig, servers: int) -> tuple[list[Room], list[int]]:
+    """Spread the servers over the nodes; returns the room that is left, and the place of each server's node.
 
     Raises:
         ValueError: the nodes do not hold them.
     """
-    left = [dict(node) for node in nodes]
-    homes: list[int] = []
-    needs = {"CPU": execution.cpus_per_server, "GPU": execution.gpus_per_server}
+    left, homes = list(rooms), list[int]()
+    cpus, gpus = execution.cpus_per_server, execution.gpus_per_server
     for _ in range(servers):
-        fitting = [n for n, node in enumerate(left) if all(node.get(name, 0.0) >= needs[name] for name in needs)]
+        fitting = [n for n, room in enumerate(left) if room.count(cpus, gpus) >= 1]
         if not fitting:
             raise ValueError(
-                f"{servers} shard servers, each with {execution.cpus_per_server:g} CPUs and "
-                f"{execution.gpus_per_server:g} GPUs, do not fit on the cluster's {len(nodes)} node(s); set "
-                "execution.shard_servers, cpus_per_server or gpus_per_server lower"
+                f"{servers} shard servers, each with {cpus:g} CPUs and {gpus:g} GPUs, do not fit on the cluster's "
+                f"{len(rooms)} node(s); set execution.shard_servers, cpus_per_server or gpus_per_server lower"
             )
-        home = min(fitting, key=lambda n: (homes.count(n), -left[n].get("CPU", 0.0)))
+        home = min(fitting, key=lambda n: (homes.count(n), -left[n].cpus))
         homes.append(home)
-        left[home] |= {name: left[home].get(name, 0.0) - needs[name] for name in needs}
+        left[home] = left[home].without(cpus, gpus)
     return left, homes
 
 
-def share_of(nodes: list[dict[str, float]], config: RunConfig) -> Resources:
-    """CPUs and GPUs of each actor on nodes with these resources left.
+def share_of(rooms: Sequence[Room], config: RunConfig, gpus: float) -> Resources:
+    """Find the CPUs of each actor on nodes with this room, beside its GPUs.
 
     Raises:
-        ValueError: they do not hold all actors.
+        ValueError: the nodes do not hold all actors.
     """
     execution = config.execution
-    gpus = execution.gpus_per_actor
-    if gpus is None:
-        has_gpus = any(node.get("GPU", 0) for node in nodes)
-        gpus = float(config.model.engine.get("tensor_parallel_size", 1)) if has_gpus else 0.0
-    most_cpus = max(node.get("CPU", 0.0) for node in nodes)
-    share = sum(node.get("CPU", 0.0) for node in nodes) / execution.actors
-    cpus = execution.cpus_per_actor or max(1.0, math.floor(min(most_cpus, share)))
-    room = sum(_room(node, cpus, gpus) for node in nodes)
-    if room < execution.actors:
+    cpus = execution.cpus_per_actor or most_cpus(rooms, execution.actors, gpus)
+    count = sum(room.count(cpus, gpus) for room in rooms)
+    if count < execution.actors:
         raise ValueError(
             f"execution.actors is {execution.actors}, each with {cpus:g} CPUs and {gpus:g} GPUs, and the cluster's "
-            f"{len(nodes)} node(s) hold {room}; lower it, or set both execution.cpus_per_actor and "
+            f"{len(rooms)} node(s) hold {count:g}; lower it, or set both execution.cpus_per_actor and "
             "execution.gpus_per_actor if an autoscaler will bring more nodes"
         )
     return Resources(cpus, gpus)
 
 
-def _room(node: dict[str, float], cpus: float, gpus: float) -> int:
-    by_cpus = node.get("CPU", 0.0) // cpus
-    return int(min(by_cpus, node.get("GPU", 0.0) // gpus) if gpus else by_cpus)
+def most_cpus(rooms: Sequence[Room], actors: int, gpus: float) -> float:
+    """Find the most whole CPUs that each of some actors can have; 1 where the nodes do not hold so many actors."""
+    largest = int(max(room.cpus for room in rooms))
+    fitting = (c for c in range(largest, 1, -1) if sum(room.count(c, gpus) for room in rooms) >= actors)
+    return float(next(fitting, 1))

@@ -20,11 +20,13 @@ from pipeline.attempts import BESIDE_OTHERS, ROW_DEATHS, START, OutOfMemoryError
 from pipeline.config import RunConfig
 from pipeline.critics import critic_of
 from pipeline.engine import EngineDeadError, VllmGenerator, gpu_share, prepare_environment
+from pipeline.gpus import exclusive_start
 from pipeline.once import AnsweredOnce, Answering
 from pipeline.output import OutputFolder
 from pipeline.postmortem import Death
 from pipeline.profiles import Tasks
 from pipeline.query_set import Unit, read_unit
+from pipeline.reader import Critic
 from pipeline.retrieve import IndexRetriever
 from pipeline.schema import (
     ANSWER_FIELDS,
@@ -175,16 +177,24 @@ class SelfRagActor:
     def _open(self, servers: Sequence[Any], index_digest: str | None) -> None:
         prepare_environment()
         config = self.config
-        critic = critic_of(config)
+        critic = self._critic()
         self.retriever: IndexRetriever | None = None
-        if config.index is not None and config.decoding.mode != "never":
-            folder, share = locate(config.index, config.storage), gpu_share(config.model)
-            self.retriever = IndexRetriever.open(folder, config.retrieval, share, servers, index_digest)
-            self.retriever.watcher = self.telemetry.search
-        self.generator = VllmGenerator.start(config.model, critic.watched)
-        self.generator.load.watcher = self.telemetry.step
+        with exclusive_start():
+            if config.index is not None and config.decoding.mode != "never":
+                folder, share = locate(config.index, config.storage), gpu_share(config.model)
+                self.retriever = IndexRetriever.open(folder, config.retrieval, share, servers, index_digest)
+                self.retriever.watcher = self.telemetry.search
+            self.generator = self._start_engine(critic)
         tasks = Tasks(config.decoding, config.profiles, config.task)
         self.system: Answering = AnsweredOnce(SelfRag(self.generator, critic, tasks, self.retriever))
+
+    def _critic(self) -> Critic:
+        return critic_of(self.config)
+
+    def _start_engine(self, critic: Critic) -> Any:
+        generator = VllmGenerator.start(self.config.model, critic.watched)
+        generator.load.watcher = self.telemetry.step
+        return generator
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         """Take one unit from its file to its files; reading and writing happen beside the decoding of others.

@@ -15,17 +15,9 @@ OF_THE_MODEL = (
     "model.name",
     "model.revision",
     "model.lora",
-    *(
-        f"model.engine.{argument}"
-        for argument in (
-            "gpu_memory_utilization",
-            "kv_cache_memory_bytes",
-            "max_num_batched_tokens",
-            "max_num_seqs",
-            "pipeline_parallel_size",
-            "tensor_parallel_size",
-        )
-    ),
+    *(f"model.engine.{kind}_parallel_size" for kind in ("data", "pipeline", "prefill_context", "tensor")),
+    *(f"model.engine.{memory}" for memory in ("gpu_memory_utilization", "kv_cache_memory_bytes")),
+    *(f"model.engine.max_num_{limit}" for limit in ("batched_tokens", "seqs")),
 )
 # Settings of a run that are URIs, and may hold its day.
 URIS = ("queries", "index", "output", "skip_annotated")
@@ -169,7 +161,8 @@ class RetrievalConfig(Frozen):
         search: FAISS search parameters such as ``nprobe=16`` or ``efSearch=64``, comma-separated.
         topology: ``local`` gives every actor all shards; ``partitioned`` spreads them over shard servers, for an
             index that is larger than one machine or card.
-        device: where FAISS and the encoder run; ``auto`` takes a GPU where there is one.
+        device: where FAISS and the encoder run; ``auto`` takes the GPU that Ray assigned to the actor or shard server
+            where the index fits on it, otherwise the CPU; ``gpu`` insists.
         float16: keep the vectors of ``Flat`` shards in half precision on the GPU, which halves what they need.
         batch_size: most queries encoded and searched together.
         wait_ms: how long the first of them waits for others.
@@ -205,9 +198,11 @@ class ExecutionConfig(Frozen):
     Attributes:
         actors: actors at work, each with a replica of the model.
         cpus_per_actor: by default all of the machine's for one actor, an even share for several.
-        gpus_per_actor: by default the tensor-parallel size where the cluster has GPUs, otherwise 0.
+        gpus_per_actor: GPUs of a replica of the model (tensor × pipeline × data parallel), or below 1 a share of one;
+            by default the former where the cluster has GPUs, otherwise 0.
         shard_servers: of the partitioned topology; by default one for each node, at most one for each shard.
-        cpus_per_server, gpus_per_server: resources of each shard server.
+        cpus_per_server: CPUs of each shard server.
+        gpus_per_server: 1 or a share of a GPU for each shard server; with 0 the servers search on the CPU.
         unit_rows: rows of a work unit, which is one output file.
         units_in_flight: units that an actor has in hand at once, from reading to writing; they keep its engine full.
         row_timeout_s: rows that take longer go to ``errors/``; a row shares the engine with all others in flight.
@@ -223,7 +218,7 @@ class ExecutionConfig(Frozen):
     gpus_per_actor: Annotated[float, Field(ge=0)] | None = None
     shard_servers: Positive | None = None
     cpus_per_server: Annotated[float, Field(ge=0)] = 1.0
-    gpus_per_server: Annotated[float, Field(ge=0)] = 0.0
+    gpus_per_server: Share = 0.0
     unit_rows: Positive = 256
     units_in_flight: Positive = 3
     row_timeout_s: Annotated[float, Field(gt=0)] = 3600.0

@@ -1,12 +1,14 @@
 """How FAISS searches: on the CPU or on a GPU that it may share with vLLM, and with which parameters."""
 
 import logging
+import time
 from dataclasses import dataclass
 from typing import Any
 
 import faiss
 
 from pipeline.config import RetrievalConfig
+from pipeline.gpus import assigned_gpus, choose_gpu
 from pipeline.manifest import IndexManifest
 from pipeline.settings import parse_search
 from pipeline.shards import empty_index, faiss_reason
@@ -21,6 +23,8 @@ RESERVED_BYTES = 1 << 30
 SHARED_MEMORY = 48 << 10
 # GPU lists hold multiples of this many vectors.
 LIST_PADDING = 32
+# How long the engine of an actor that was killed may take to release its memory.
+RELEASE_SECONDS = 30.0
 GB = 1e9
 
 
@@ -41,6 +45,16 @@ def gpu_form(index: Any, float16: bool) -> bool:
     return isinstance(kind, faiss.IndexFlat)
 
 
+def check_gpu_form(manifest: IndexManifest, float16: bool) -> None:
+    """Refuse an index that FAISS cannot search on GPUs.
+
+    Raises:
+        ValueError: names its factory string.
+    """
+    if not gpu_form(empty_index(manifest.factory, manifest.dimension), float16):
+        raise ValueError(f"retrieval.device gpu: FAISS has no {manifest.factory} on GPUs; set auto or cpu")
+
+
 def gpu_bytes(manifest: IndexManifest, numbers: list[int], float16: bool) -> int:
     """Memory that shards take on a card, with FAISS's working memory.
 
@@ -57,23 +71,72 @@ def gpu_bytes(manifest: IndexManifest, numbers: list[int], float16: bool) -> int
     return sum(stored) + WORKING_BYTES
 
 
-def check_gpu_memory(needed: int, free: int, card: int, engine_share: float) -> None:
-    """Refuse shards that do not fit on a card beside the engine, which starts after them.
+@dataclass(frozen=True)
+class CardMemory:
+    """The memory of a card, and how much of it an index may take beside an engine.
 
-    Args:
-        needed, free, card: bytes of the shards, of what is free on the card now, and of the card.
-        engine_share: vLLM's ``gpu_memory_utilization`` of the same card; 0 where there is none.
+    Attributes:
+        free, total: bytes that are free now, and bytes of the card.
+        share: share of the card that belongs to this process.
+        engine: vLLM's ``gpu_memory_utilization`` of this process's engine, which starts after the index has been
+            placed; 0 where there is none.
+    """
+
+    free: int
+    total: int
+    share: float = 1.0
+    engine: float = 0.0
+
+    @property
+    def budget(self) -> int:
+        """Bytes for the index once everything else on the card has ended or taken its own share."""
+        return int(self.total * (self.share - self.engine)) - RESERVED_BYTES
+
+    @property
+    def left(self) -> int:
+        """Bytes for the index now."""
+        return min(self.budget, self.free - int(self.total * self.engine) - RESERVED_BYTES)
+
+    def check(self, needed: int) -> None:
+        """Refuse an index that does not fit.
+
+        Args:
+            needed: bytes.
+
+        Raises:
+            ValueError: names what is needed and what is left.
+        """
+        if needed > self.left:
+            raise ValueError(
+                f"the index needs {needed / GB:.1f} GB on the GPU, and of its {self.total / GB:.1f} GB, "
+                f"{self.free / GB:.1f} GB free, {self.share:g} for this process, vLLM's share of {self.engine:g} "
+                f"leaves {max(self.left, 0) / GB:.1f} GB: set retrieval.device=cpu, lower "
+                "model.engine.gpu_memory_utilization, choose a smaller factory, or retrieval.topology=partitioned"
+            )
+
+
+def read_memory(engine_share: float) -> CardMemory:
+    """Read the memory of the card that this process searches on."""
+    import torch
+
+    free, total = torch.cuda.mem_get_info()
+    assigned = assigned_gpus()
+    return CardMemory(free, total, assigned.share if assigned else 1.0, engine_share)
+
+
+def await_memory(needed: int, engine_share: float) -> None:
+    """Wait until the card has room for an index; an actor's predecessor that was killed may still hold memory there.
 
     Raises:
-        ValueError: names what is needed and what is left.
+        ValueError: it has no room, or none within ``RELEASE_SECONDS``; names what is needed and what is left.
     """
-    left = free - int(card * engine_share) - RESERVED_BYTES
-    if needed > left:
-        raise ValueError(
-            f"the index needs {needed / GB:.1f} GB on the GPU, and of its {card / GB:.1f} GB, {free / GB:.1f} GB free, "
-            f"vLLM's share of {engine_share:g} leaves {max(left, 0) / GB:.1f} GB: set retrieval.device=cpu, lower "
-            "model.engine.gpu_memory_utilization, choose a smaller factory, or retrieval.topology=partitioned"
-        )
+    give_up = time.monotonic() + RELEASE_SECONDS
+    while True:
+        memory = read_memory(engine_share)
+        if needed <= memory.left or needed > memory.budget or time.monotonic() > give_up:
+            memory.check(needed)
+            return
+        time.sleep(1)
 
 
 @dataclass(frozen=True)
@@ -82,48 +145,52 @@ class Device:
 
     Attributes:
         resources: FAISS's, one for all shards since each has working memory of its own; None on the CPU.
+        required: whether a shard without a place on the GPU is an error; otherwise the CPU searches it.
     """
 
     resources: Any | None
     float16: bool = False
+    required: bool = False
 
     @classmethod
     def choose(
         cls, retrieval: RetrievalConfig, manifest: IndexManifest, numbers: list[int], engine_share: float
     ) -> "Device":
-        """The device that a configuration asks for.
+        """Choose the device that a configuration asks for.
 
         Args:
             numbers: shards that will be placed on it.
-            engine_share: see :func:`check_gpu_memory`.
+            engine_share: see :class:`CardMemory`.
 
         Raises:
-            ValueError: no GPU where one is asked for, no GPU form of such an index, or too little memory.
+            ValueError: ``retrieval.device`` is ``gpu``, and there is none, or FAISS has no such index on GPUs, or too
+                little memory is left.
         """
+        if not choose_gpu(retrieval.device):
+            return cls(None)
+        required = retrieval.device == "gpu"
         # The CPU build of FAISS has none of the GPU names.
-        gpus = faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0
-        if retrieval.device == "gpu" and gpus == 0:
-            raise ValueError("retrieval.device gpu: FAISS sees none; install the gpu extra, or set auto or cpu")
-        if retrieval.device == "cpu" or gpus == 0:
+        if not (hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus()):
+            if required:
+                raise ValueError("retrieval.device gpu: FAISS sees none; install the gpu extra, or set auto or cpu")
             return cls(None)
-        if not gpu_form(empty_index(manifest.factory, manifest.dimension), retrieval.float16):
-            if retrieval.device == "gpu":
-                raise ValueError(f"retrieval.device gpu: FAISS has no {manifest.factory} on GPUs; set auto or cpu")
-            log.warning("FAISS has no %s on GPUs; it is searched on the CPU", manifest.factory)
+        try:
+            check_gpu_form(manifest, retrieval.float16)
+            await_memory(gpu_bytes(manifest, numbers, retrieval.float16), engine_share)
+        except ValueError as error:
+            if required:
+                raise
+            log.warning("the index is searched on the CPU: %s", error)
             return cls(None)
-        import torch
-
-        free, card = torch.cuda.mem_get_info()
-        check_gpu_memory(gpu_bytes(manifest, numbers, retrieval.float16), free, card, engine_share)
         resources = faiss.StandardGpuResources()
         resources.setTempMemory(WORKING_BYTES)
-        return cls(resources, retrieval.float16)
+        return cls(resources, retrieval.float16, required)
 
     def place(self, index: Any) -> tuple[Any, Any]:
-        """An index on this device, with the FAISS parameter space that belongs to it.
+        """Put an index on this device; returns it with the FAISS parameter space that belongs to it.
 
         Raises:
-            ValueError: FAISS cannot place it.
+            ValueError: FAISS cannot place it on a GPU that is required.
         """
         if self.resources is None:
             return index, faiss.ParameterSpace()
@@ -132,7 +199,11 @@ class Device:
         try:
             return faiss.index_cpu_to_gpu(self.resources, 0, index, options), faiss.GpuParameterSpace()
         except RuntimeError as error:
-            raise ValueError(f"retrieval.device: no place on the GPU ({faiss_reason(error)}); set cpu") from None
+            reason = faiss_reason(error)
+        if self.required:
+            raise ValueError(f"retrieval.device gpu: no place on the GPU ({reason}); set auto or cpu")
+        log.warning("a shard is searched on the CPU: no place on the GPU (%s)", reason)
+        return index, faiss.ParameterSpace()
 
 
 def set_search(index: Any, space: Any, search: str) -> None:

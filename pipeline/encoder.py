@@ -11,6 +11,7 @@ import numpy as np
 import numpy.typing as npt
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
+from pipeline.gpus import choose_gpu
 from pipeline.settings import Frozen
 
 Vectors = npt.NDArray[np.float32]
@@ -74,7 +75,8 @@ class Encoder:
         Args:
             name: Hugging Face name, local folder, or ``demo``.
             revision: commit of the Hugging Face repository; the newest by default.
-            device: ``auto`` takes a GPU where there is one; ``cpu`` or ``gpu``.
+            device: ``auto`` takes a GPU where there is one, in a Ray actor one that Ray assigned to it; ``cpu`` or
+                ``gpu``.
             style: how it is used; as a model with unit length and no prefixes by default.
 
         Raises:
@@ -187,9 +189,7 @@ def _own_files(folder: Path) -> list[Path]:
 def _torch_device(device: str) -> str:
     import torch
 
-    if device == "cpu":
-        return "cpu"
-    if torch.cuda.is_available():
+    if choose_gpu(device) and torch.cuda.is_available():
         return "cuda"
     if device == "gpu":
         raise ValueError("device gpu: this machine has none that torch can use; set device auto or cpu")

@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import itertools
 import logging
+import math
 import os
 import subprocess
 from collections.abc import Iterator, Sequence
@@ -20,6 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config import ModelConfig
+from pipeline.gpus import choose_gpu
 from pipeline.guard import guard
 from pipeline.postmortem import Death, ErrorLog, cause_of_death, error_file
 from pipeline.types import Generation
@@ -31,6 +33,15 @@ log = logging.getLogger(__name__)
 CPU_BLOCK_TOKENS = 32
 # The values of ``max_lora_rank`` that vLLM knows (vllm/config/lora.py).
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+# The GPUs of a replica are the product of these arguments (vllm/config/parallel.py).
+PARALLEL_SIZES = (
+    "tensor_parallel_size",
+    "pipeline_parallel_size",
+    "data_parallel_size",
+    "prefill_context_parallel_size",
+)
+# Arguments with which vLLM would spread a replica over machines by itself.
+SEVERAL_NODES = {"distributed_executor_backend": "ray", "data_parallel_backend": "ray"}
 # What vLLM takes from the environment only; a value that is set already stays.
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -109,7 +120,7 @@ def check_engine_arguments(model: ModelConfig) -> None:
     """Check the names of the configured engine arguments, and the LoRA adapter.
 
     Raises:
-        ValueError: vLLM has no argument of that name, or cannot serve the adapter.
+        ValueError: vLLM has no argument of that name, would spread over several nodes, or cannot serve the adapter.
     """
     if model.lora:
         lora_rank(model.lora)
@@ -121,6 +132,26 @@ def check_engine_arguments(model: ModelConfig) -> None:
     for name in model.engine:
         if name not in known:
             raise ValueError(f"unknown configuration key model.engine.{name}: vLLM's engine has no such argument")
+    for name, value in SEVERAL_NODES.items():
+        if model.engine.get(name) == value:
+            raise ValueError(
+                f"model.engine.{name}={value}: an actor's GPUs are on one node, and Ray assigns them to the actor; "
+                "leave the key out"
+            )
+    replica_gpus(model)
+
+
+def replica_gpus(model: ModelConfig) -> int:
+    """Count the GPUs of one replica of the model: tensor × pipeline × data × prefill-context parallel.
+
+    Raises:
+        ValueError: one of the sizes is not a whole number above 0.
+    """
+    sizes = {name: model.engine.get(name, 1) for name in PARALLEL_SIZES}
+    for name, size in sizes.items():
+        if not isinstance(size, int) or size < 1:
+            raise ValueError(f"model.engine.{name}: expected a whole number above 0, found {size!r}")
+    return math.prod(sizes.values())
 
 
 def engine_arguments(model: ModelConfig) -> dict[str, Any]:
@@ -138,6 +169,9 @@ def engine_arguments(model: ModelConfig) -> dict[str, Any]:
     if current_platform.is_cpu():
         # Without bfloat16 instructions bfloat16 is five times slower; float32 also tells close scores apart.
         defaults |= {"enforce_eager": True, "block_size": CPU_BLOCK_TOKENS, "dtype": "float32"}
+    if replica_gpus(model) > 1:
+        # Inside a Ray placement group vLLM would ask Ray for GPUs beside those of its actor.
+        defaults |= {"distributed_executor_backend": "mp"}
     if model.lora:
         defaults |= {"enable_lora": True, "max_lora_rank": lora_rank(model.lora)}
     return defaults | model.engine
@@ -148,6 +182,21 @@ def gpu_share(model: ModelConfig) -> float:
     from vllm import AsyncEngineArgs
 
     return float(model.engine.get("gpu_memory_utilization", AsyncEngineArgs.gpu_memory_utilization))
+
+
+def check_assigned_gpus() -> None:
+    """Refuse to start vLLM's GPU build in an actor that has no GPU: it would take one all the same.
+
+    Raises:
+        ValueError: says what to set.
+    """
+    from vllm.platforms import current_platform
+
+    if current_platform.is_cuda_alike() and not choose_gpu("auto"):
+        raise ValueError(
+            "vLLM's GPU build is installed, but Ray assigned no GPU to this actor: set execution.gpus_per_actor to the "
+            "GPUs of a replica, or install the cpu extra"
+        )
 
 
 def lora_rank(adapter: str) -> int:
@@ -194,8 +243,13 @@ class VllmGenerator:
 
         Args:
             watched: ids whose log-probabilities every answer brings, in the places of the 13 reflection tokens.
+
+        Raises:
+            ValueError: this is a Ray actor without a GPU, and vLLM needs one.
+            RuntimeError: the engine does not start; says why.
         """
         prepare_environment()
+        check_assigned_gpus()
         errors = ErrorLog.from_now()
         from vllm import AsyncEngineArgs
         from vllm.lora.request import LoRARequest

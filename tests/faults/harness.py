@@ -21,8 +21,12 @@ GIVEN = pa.list_(pa.struct([("id", pa.string()), ("title", pa.string()), ("text"
 PASSAGES = [{"id": f"p{n}", "title": "", "text": f"text{n}"} for n in range(3)]
 
 
-def write_queries(folder: Path, rows: int, words: dict[int, str] | None = None) -> None:
-    """A query set in two files; some rows have words that the engine's script knows."""
+def write_queries(folder: Path, rows: int, words: dict[int, str] | None = None, given: bool = True) -> None:
+    """Write a query set in two files; some rows have words that the engine's script knows.
+
+    Args:
+        given: whether rows bring passages; without them an index is searched.
+    """
     folder.mkdir(parents=True)
     table = pa.table(
         {
@@ -31,6 +35,7 @@ def write_queries(folder: Path, rows: int, words: dict[int, str] | None = None) 
             "passages": pa.array([PASSAGES] * rows, GIVEN),
         }
     )
+    table = table if given else table.drop_columns("passages")
     pq.write_table(table.slice(0, rows // 3), folder / "a.parquet", row_group_size=50)
     pq.write_table(table.slice(rows // 3), folder / "b.parquet", row_group_size=50)
 

@@ -12,6 +12,7 @@ A file ``dies_at_start`` in the model's folder holds how many more processes are
 
 import asyncio
 import functools
+import json
 import os
 import random
 import signal
@@ -19,14 +20,15 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import ray
+
 import jobs.annotate
 import pipeline.plan
 from pipeline.actor import SelfRagActor
 from pipeline.engine import EngineDeadError
+from pipeline.gpus import assigned_gpus, choose_gpu
 from pipeline.postmortem import Death
-from pipeline.profiles import Tasks
 from pipeline.reader import ReflectionCritic
-from pipeline.self_rag import SelfRag
 from pipeline.types import Generation
 from tests.fakes import DrawingGenerator, word_tokenizer
 
@@ -58,21 +60,26 @@ class ScriptedGenerator(DrawingGenerator):
 
 
 class ScriptedActor(SelfRagActor):
-    """Writes its process id into the folder ``FAULTS_PIDS``, so that it can be killed."""
+    """Leaves a file named by its process id in ``FAULTS_PIDS``, so that it can be killed, with its GPUs in it."""
 
-    def _open(self, servers: Sequence[Any], index_digest: str | None) -> None:
+    def _critic(self) -> ReflectionCritic:
         deaths = Path(self.config.model.name) / "dies_at_start"
         if deaths.exists() and (left := int(deaths.read_text())) > 0:
             deaths.write_text(str(left - 1))
             os.kill(os.getpid(), signal.SIGKILL)
-        tokenizer = word_tokenizer()
-        self.retriever = None
-        generator = ScriptedGenerator(tokenizer, random.Random(os.getpid()))
-        self.generator: Any = generator
-        tasks = Tasks(self.config.decoding, self.config.profiles, self.config.task)
-        self.system = SelfRag(generator, ReflectionCritic(tokenizer), tasks, None)
+        return ReflectionCritic(word_tokenizer())
+
+    def _start_engine(self, critic: Any) -> ScriptedGenerator:
         if folder := os.environ.get("FAULTS_PIDS"):
-            (Path(folder) / str(os.getpid())).touch()
+            (Path(folder) / str(os.getpid())).write_text(json.dumps(assigned()))
+        return ScriptedGenerator(critic.tokenizer, random.Random(os.getpid()))
+
+
+def assigned() -> dict[str, Any]:
+    """What Ray assigned to this actor, and the device that its searches would run on."""
+    context, gpus = ray.get_runtime_context(), assigned_gpus()
+    assert gpus is not None
+    return {"node": context.get_node_id(), "gpus": gpus.ids, "amount": gpus.amount, "gpu": choose_gpu("auto")}
 
 
 def main() -> None:

@@ -22,8 +22,12 @@ Outcome = tuple[int, list[str]]
 
 
 @contextmanager
-def cluster(folder: Path, cpus: int = 2, nodes: int = 0) -> Iterator[Any]:
-    """A Ray cluster of its own on this machine: a head with so many CPUs, and so many nodes of one CPU beside it."""
+def cluster(folder: Path, cpus: int = 2, nodes: int = 0, gpus: int = 0) -> Iterator[Any]:
+    """Start a Ray cluster of its own on this machine: a head, and nodes of one CPU beside it.
+
+    Args:
+        cpus, gpus: declared for the head, whatever the machine has.
+    """
     from ray.cluster_utils import Cluster
 
     (folder / "pids").mkdir(exist_ok=True)
@@ -31,7 +35,9 @@ def cluster(folder: Path, cpus: int = 2, nodes: int = 0) -> Iterator[Any]:
         # Workers inherit what is set here, not what their driver has.
         patched.setenv("FAULTS_PIDS", str(folder / "pids"))
         patched.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
-        made = Cluster(initialize_head=True, head_node_args={"num_cpus": cpus, "include_dashboard": False})
+        made = Cluster(
+            initialize_head=True, head_node_args={"num_cpus": cpus, "num_gpus": gpus, "include_dashboard": False}
+        )
         try:
             for _ in range(nodes):
                 made.add_node(num_cpus=1)

@@ -1,9 +1,10 @@
 import pytest
 
 from jobs.build_graph import pool
+from jobs.cluster import Room
 
-LAPTOP = [{"CPU": 8.0}]
-GPU_NODES = [{"CPU": 64.0}, {"CPU": 96.0, "GPU": 8.0}, {"CPU": 32.0, "GPU": 2.0}]
+LAPTOP = [Room(8.0)]
+GPU_NODES = [Room(64.0), Room(96.0, (1.0,) * 8), Room(32.0, (1.0,) * 2)]
 
 
 @pytest.mark.parametrize(
@@ -13,9 +14,9 @@ GPU_NODES = [{"CPU": 64.0}, {"CPU": 96.0, "GPU": 8.0}, {"CPU": 32.0, "GPU": 2.0}
         (LAPTOP, 3, 4, (3, 2, 0)),
         (LAPTOP, 16, 16, (16, 1, 0)),
         (LAPTOP * 3, None, 2, (2, 8, 0)),
-        ([{"CPU": 0.0}, *LAPTOP], None, 9, (1, 8, 0)),
-        (GPU_NODES, None, 32, (10, 12, 1)),  # the smaller share of CPUs: 96 / 8
-        (GPU_NODES, None, 4, (4, 12, 1)),
+        ([Room(0.0), *LAPTOP], None, 9, (1, 8, 0)),
+        (GPU_NODES, None, 32, (10, 12, 1)),  # ten of 13 would not fit on 96 and 32
+        (GPU_NODES, None, 4, (4, 32, 1)),
         (GPU_NODES, 20, 32, (20, 6, 0.5)),
     ],
 )

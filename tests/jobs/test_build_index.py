@@ -11,6 +11,8 @@ import pytest
 import ray
 from typer.testing import CliRunner, Result
 
+from jobs.build_index import check
+from pipeline.build import BuildRequest
 from pipeline.config import RetrievalConfig
 from pipeline.encoder import Encoder
 from pipeline.index import PassageIndex
@@ -192,6 +194,22 @@ def test_unknown_encoder_is_refused(source: Path, tmp_path: Path) -> None:
 def test_bad_factory_is_refused(source: Path, tmp_path: Path, factory: str, problem: str) -> None:
     refused(run(source, tmp_path / "out", "--factory", factory), problem)
     assert not (tmp_path / "out").exists()
+
+
+def test_the_driver_leaves_the_gpus_to_the_builders(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices, load = list[str](), Encoder.load
+
+    def recorded(name: str, device: str = "auto", **options: Any) -> Encoder:
+        devices.append(device)
+        return load(name, "cpu", **options)
+
+    monkeypatch.setattr(Encoder, "load", recorded)
+    plan = check(BuildRequest(str(source), str(tmp_path / "out")))
+    assert devices == ["cpu"]
+    plan.vectoriser()
+    assert devices == ["cpu", "auto"]
 
 
 def test_missing_options_are_named() -> None:

@@ -1,10 +1,24 @@
 import pytest
 
-from jobs.cluster import Resources, beside_servers, connect, reason, server_count, share_of
+from jobs.cluster import (
+    Resources,
+    Room,
+    actor_gpus,
+    beside_servers,
+    check_device,
+    check_sharing,
+    connect,
+    reason,
+    server_count,
+    share_of,
+)
 from pipeline.config import RunConfig
 
-LAPTOP = [{"CPU": 2.0}]
-GPU_NODES = [{"CPU": 0.0}, {"CPU": 16.0, "GPU": 2.0}, {"CPU": 16.0, "GPU": 2.0}]
+LAPTOP = [Room(2.0)]
+GPU_NODES = [Room(0.0), Room(16.0, (1.0, 1.0)), Room(16.0, (1.0, 1.0))]
+# A head that searches and writes nothing, as in ray_cluster.yaml, beside two machines of one GPU.
+BIG_HEAD = [Room(64.0), Room(8.0, (1.0,)), Room(8.0, (1.0,))]
+UNEVEN = [Room(16.0, (1.0, 1.0)), Room(4.0, (1.0,))]
 
 
 def config(engine=None, **execution) -> RunConfig:
@@ -12,8 +26,17 @@ def config(engine=None, **execution) -> RunConfig:
     return RunConfig.model_validate({"queries": "q", "output": "o", "model": model, "execution": execution})
 
 
+def resources(rooms: list[Room], run: RunConfig) -> Resources:
+    return share_of(rooms, run, actor_gpus(rooms, run))
+
+
+def test_a_node_is_read_from_what_ray_says():
+    assert Room.of({"CPU": 8.0, "GPU": 2.0, "memory": 1e9}) == Room(8.0, (1.0, 1.0))
+    assert Room.of({"memory": 1e9}) == Room(0.0)
+
+
 @pytest.mark.parametrize(
-    ("nodes", "run", "expected"),
+    ("rooms", "run", "expected"),
     [
         (LAPTOP, config(), (2.0, 0.0)),
         (LAPTOP, config(actors=2), (1.0, 0.0)),
@@ -21,24 +44,117 @@ def config(engine=None, **execution) -> RunConfig:
         (GPU_NODES, config(actors=1), (16.0, 1.0)),
         (GPU_NODES, config({"tensor_parallel_size": 2}, actors=2), (16.0, 2.0)),
         (GPU_NODES, config(actors=8, gpus_per_actor=0.5), (4.0, 0.5)),
+        (BIG_HEAD, config(actors=2), (8.0, 1.0)),
+        (BIG_HEAD, config(actors=2, gpus_per_actor=0), (32.0, 0.0)),
+        (UNEVEN, config(actors=3), (4.0, 1.0)),
+        ([Room(12.0, (1.0, 1.0))], config(actors=6, gpus_per_actor=0.3333), (2.0, 0.3333)),
     ],
 )
-def test_actors_share_the_nodes(nodes, run, expected):
-    assert share_of(nodes, run) == Resources(*expected)
+def test_actors_share_the_nodes_that_can_hold_them(rooms, run, expected):
+    assert resources(rooms, run) == Resources(*expected)
 
 
 @pytest.mark.parametrize(
-    ("nodes", "run"),
+    ("rooms", "run", "held"),
     [
-        (LAPTOP, config(actors=3)),
-        (LAPTOP, config(gpus_per_actor=1)),
-        (GPU_NODES, config({"tensor_parallel_size": 4})),
-        (GPU_NODES, config(actors=5)),
+        (LAPTOP, config(actors=3), "each with 1 CPUs and 0 GPUs, and the cluster's 1 node(s) hold 2"),
+        (LAPTOP, config(gpus_per_actor=1), "hold 0"),
+        (
+            GPU_NODES,
+            config({"tensor_parallel_size": 4}),
+            "each with 1 CPUs and 4 GPUs, and the cluster's 3 node(s) hold 0",
+        ),
+        (GPU_NODES, config(actors=5), "hold 4"),
+        # Two cards have 2.0 GPUs, and hold one share of 0.6 each.
+        ([Room(8.0, (1.0, 1.0))], config(actors=3, gpus_per_actor=0.6), "hold 2"),
+        ([Room(8.0, (0.5, 0.5))], config(), "each with 1 CPUs and 1 GPUs, and the cluster's 1 node(s) hold 0"),
     ],
 )
-def test_actors_that_do_not_fit_are_refused(nodes, run):
-    with pytest.raises(ValueError, match="execution.actors is"):
-        share_of(nodes, run)
+def test_actors_that_do_not_fit_are_refused(rooms, run, held):
+    with pytest.raises(ValueError, match="execution.actors is") as refusal:
+        resources(rooms, run)
+    assert held in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("engine", "asked", "expected"),
+    [
+        ({}, None, 1.0),
+        ({"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "data_parallel_size": 2}, None, 8.0),
+        ({"pipeline_parallel_size": 2}, 2.0, 2.0),
+        ({}, 0.5, 0.5),
+        ({"tensor_parallel_size": 2}, 0.0, 0.0),
+    ],
+)
+def test_an_actor_has_the_gpus_of_a_replica(engine, asked, expected):
+    assert actor_gpus(GPU_NODES, config(engine, gpus_per_actor=asked)) == expected
+
+
+def test_an_actor_has_no_gpu_where_no_node_has_one():
+    assert actor_gpus(LAPTOP, config({"tensor_parallel_size": 2})) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("engine", "asked", "line"),
+    [
+        ({"tensor_parallel_size": 2}, 1.0, "execution.gpus_per_actor is 1, but a replica of the model takes 2 GPU(s)"),
+        (
+            {"pipeline_parallel_size": 2},
+            0.5,
+            "execution.gpus_per_actor is 0.5, but a replica of the model takes 2 GPU(s)",
+        ),
+        ({}, 1.5, "execution.gpus_per_actor is 1.5, but a replica of the model takes 1 GPU(s)"),
+        ({}, 2.0, "set it to 1, or below 1 to share a GPU"),
+    ],
+)
+def test_gpus_that_are_not_those_of_a_replica_are_refused(engine, asked, line):
+    with pytest.raises(ValueError, match="execution.gpus_per_actor is") as refusal:
+        actor_gpus(GPU_NODES, config(engine, gpus_per_actor=asked))
+    assert line in str(refusal.value)
+
+
+@pytest.mark.parametrize(
+    ("run", "gpus", "servers"),
+    [
+        (config(actors=2), 1.0, 0),
+        (config({"gpu_memory_utilization": 0.5}, actors=2), 0.5, 0),
+        (config({"gpu_memory_utilization": 0.3333}, actors=3), 1 / 3, 0),
+        (config(), 0.5, 0),  # one engine alone may take all of its card
+        (config(gpus_per_server=1.0), 0.5, 2),
+        (config({"gpu_memory_utilization": 0.7}, gpus_per_server=0.25), 0.75, 1),
+    ],
+)
+def test_engines_that_fit_into_their_shares_are_accepted(run, gpus, servers):
+    check_sharing(run, gpus, servers)
+
+
+@pytest.mark.parametrize(
+    ("run", "gpus", "servers", "line"),
+    [
+        (config(actors=2), 0.5, 0, "each takes 0.92 of its memory (2 × 0.92 = 1.84); set model.engine.gpu_memory_"),
+        (config({"gpu_memory_utilization": 0.4}, actors=9), 0.25, 0, "(4 × 0.4 = 1.6)"),
+        (config({"gpu_memory_utilization": 0.9}, gpus_per_server=0.25), 0.75, 1, "utilization to 0.75 or less"),
+    ],
+)
+def test_engines_that_would_take_more_than_their_cards_have_are_refused(run, gpus, servers, line):
+    with pytest.raises(ValueError, match="share a GPU") as refusal:
+        check_sharing(run, gpus, servers)
+    assert line in str(refusal.value)
+
+
+def searching(device: str, **execution) -> RunConfig:
+    run = config(**execution)
+    retrieval = run.retrieval.model_copy(update={"device": device})
+    return run.model_copy(update={"index": "i", "retrieval": retrieval})
+
+
+def test_a_search_on_a_gpu_needs_one_from_ray():
+    with pytest.raises(ValueError, match="retrieval.device is gpu, but execution.gpus_per_actor is 0"):
+        check_device(searching("gpu"), 0.0, 0)
+    with pytest.raises(ValueError, match="retrieval.device is gpu, but execution.gpus_per_server is 0"):
+        check_device(searching("gpu"), 1.0, 2)
+    check_device(searching("gpu", gpus_per_server=0.5), 1.0, 2)
+    check_device(searching("auto"), 0.0, 2)
 
 
 def partitioned(shard_servers=None, **execution) -> RunConfig:
@@ -62,30 +178,44 @@ def test_there_is_a_server_for_each_node_with_cpus_unless_told_otherwise(run, sh
 
 
 def test_there_is_a_server_where_all_nodes_are_still_to_come():
-    assert server_count([{"CPU": 0.0}], partitioned(), 8) == 1
+    assert server_count([Room(0.0)], partitioned(), 8) == 1
 
 
 def test_servers_leave_the_rest_to_the_actors():
     run = partitioned(3, cpus_per_server=3, gpus_per_server=1, actors=1)
     left, homes = beside_servers(GPU_NODES, run.execution, 3)
-    assert left == [{"CPU": 0.0}, {"CPU": 10.0, "GPU": 0.0}, {"CPU": 13.0, "GPU": 1.0}]
+    assert left == [Room(0.0), Room(10.0, (0.0, 0.0)), Room(13.0, (1.0, 0.0))]
     assert homes == [1, 2, 1]
-    assert GPU_NODES[1] == {"CPU": 16.0, "GPU": 2.0}
-    assert share_of(left, run) == Resources(13.0, 1.0)
+    assert share_of(left, run, 1.0) == Resources(13.0, 1.0)
+
+
+def test_shares_of_servers_fill_a_card_before_they_break_another():
+    left, homes = beside_servers([Room(4.0, (1.0, 1.0))], partitioned(3, gpus_per_server=0.4).execution, 3)
+    assert [[round(card, 4) for card in room.cards] for room in left] == [[0.2, 0.6]]
+    assert homes == [0, 0, 0]
+    assert left[0].cpus == 1.0
+    assert share_of(left, config(), 0.5).gpus == 0.5
+    with pytest.raises(ValueError, match="hold 0"):
+        share_of(left, config(), 1.0)
 
 
 def test_servers_are_spread_over_the_nodes_that_hold_them():
-    nodes = [{"CPU": 4.0}, {"CPU": 2.5, "GPU": 1.0}, {"CPU": 0.5}]
-    left, homes = beside_servers(nodes, partitioned(3).execution, 3)
+    rooms = [Room(4.0), Room(2.5, (1.0,)), Room(0.5)]
+    left, homes = beside_servers(rooms, partitioned(3).execution, 3)
     assert homes == [0, 1, 0]
-    assert [node["CPU"] for node in left] == [2.0, 1.5, 0.5]
+    assert [room.cpus for room in left] == [2.0, 1.5, 0.5]
 
 
-@pytest.mark.parametrize("needs", [{"cpus_per_server": 9}, {"gpus_per_server": 2, "cpus_per_server": 0}])
+def test_servers_may_need_nothing():
+    left, homes = beside_servers(LAPTOP, partitioned(2, cpus_per_server=0).execution, 2)
+    assert (left, homes) == (LAPTOP, [0, 0])
+
+
+@pytest.mark.parametrize("needs", [{"cpus_per_server": 9}, {"gpus_per_server": 0.6, "cpus_per_server": 0}])
 def test_servers_that_do_not_fit_are_refused(needs):
-    run = partitioned(3, **needs)
-    with pytest.raises(ValueError, match="3 shard servers, each with .* do not fit on the cluster's 3 node"):
-        beside_servers(GPU_NODES, run.execution, 3)
+    run = partitioned(5, **needs)
+    with pytest.raises(ValueError, match=r"5 shard servers, each with .* do not fit on the cluster's 3 node"):
+        beside_servers(GPU_NODES, run.execution, 5)
 
 
 @pytest.mark.parametrize(

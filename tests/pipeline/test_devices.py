@@ -1,4 +1,5 @@
 import logging
+import re
 
 import faiss
 import pytest
@@ -8,16 +9,17 @@ from pipeline.devices import (
     RESERVED_BYTES,
     SHARED_MEMORY,
     WORKING_BYTES,
+    CardMemory,
     Device,
-    check_gpu_memory,
     gpu_bytes,
     gpu_form,
 )
+from pipeline.gpus import AssignedGpus
 from pipeline.index import PassageIndex
 from pipeline.manifest import IndexManifest, read_manifest
 from pipeline.shards import empty_index
 from pipeline.storage import Location
-from tests.indexes import CPU
+from tests.indexes import CPU, unit_vectors
 
 CARD = 80_000_000_000
 
@@ -62,16 +64,25 @@ def test_what_shards_take_by_hand(saved: Location) -> None:
 
 
 def test_an_index_that_just_fits_beside_the_engine_is_taken() -> None:
-    free = 70_000_000_000
-    left = free - CARD // 2 - RESERVED_BYTES
-    check_gpu_memory(left, free, CARD, 0.5)
-    with pytest.raises(ValueError, match=r"needs 28.9 GB .* 80.0 GB, 70.0 GB free, vLLM's share of 0.5 leaves 28.9 GB"):
-        check_gpu_memory(left + 1, free, CARD, 0.5)
+    memory = CardMemory(70_000_000_000, CARD, engine=0.5)
+    left = 70_000_000_000 - CARD // 2 - RESERVED_BYTES
+    assert memory.left == left
+    memory.check(left)
+    with pytest.raises(ValueError, match=r"needs 28.9 GB .* 80.0 GB, 70.0 GB free, 1 for .* of 0.5 leaves 28.9 GB"):
+        memory.check(left + 1)
 
 
 def test_nothing_is_left_where_the_engine_takes_all() -> None:
     with pytest.raises(ValueError, match="leaves 0.0 GB"):
-        check_gpu_memory(1, CARD, CARD, 0.99)
+        CardMemory(CARD, CARD, engine=0.99).check(1)
+
+
+def test_a_share_of_a_card_leaves_the_rest_to_its_neighbours() -> None:
+    """Half of the card is 40 GB, of which the engine takes 24; that all of the card is free still does not count."""
+    memory = CardMemory(CARD, CARD, share=0.5, engine=0.3)
+    assert memory.budget == memory.left == 16_000_000_000 - RESERVED_BYTES
+    with pytest.raises(ValueError, match=r"80.0 GB free, 0.5 for this process, vLLM's share of 0.3 leaves 14.9 GB"):
+        memory.check(15_000_000_000)
 
 
 @pytest.fixture
@@ -84,31 +95,79 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (7_500_000_000, 8_000_000_000))
 
 
+def assign(monkeypatch: pytest.MonkeyPatch, gpus: AssignedGpus | None) -> None:
+    """Let Ray have assigned these GPUs to this process."""
+    monkeypatch.setattr("pipeline.gpus.assigned_gpus", lambda: gpus)
+    monkeypatch.setattr("pipeline.devices.assigned_gpus", lambda: gpus)
+
+
 @pytest.mark.usefixtures("card")
-def test_too_little_memory_is_said_before_anything_is_opened(saved: Location) -> None:
-    with pytest.raises(ValueError, match=r"needs 0.5 GB .* 8.0 GB, 7.5 GB free, vLLM's share of 0.9 leaves 0.0 GB"):
-        PassageIndex.open(saved, RetrievalConfig(), engine_share=0.9)
+def test_an_index_that_does_not_fit_is_searched_on_the_cpu_unless_a_gpu_is_required(
+    saved: Location, caplog: pytest.LogCaptureFixture
+) -> None:
+    numbers = r"needs 0.5 GB .* 8.0 GB, 7.5 GB free, .* share of 0.9 leaves 0.0 GB"
+    with pytest.raises(ValueError, match=numbers):
+        PassageIndex.open(saved, RetrievalConfig(device="gpu"), engine_share=0.9)
+    with caplog.at_level(logging.WARNING):
+        index = PassageIndex.open(saved, RetrievalConfig(), engine_share=0.9)
+    assert re.search(f"the index is searched on the CPU: the index {numbers}", caplog.text)
+    assert index.retrieve(unit_vectors(3), 5) == PassageIndex.open(saved, CPU).retrieve(unit_vectors(3), 5)
     assert Device.choose(RetrievalConfig(), read_manifest(saved), [0], 0.0).resources is not None
     assert Device.choose(CPU, read_manifest(saved), [0], 0.9).resources is None
 
 
 @pytest.mark.usefixtures("card")
-def test_an_index_without_a_gpu_form_is_searched_on_the_cpu_unless_a_gpu_is_asked_for(
+def test_a_process_without_an_assigned_gpu_uses_none_whatever_cuda_shows(
+    saved: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assign(monkeypatch, AssignedGpus((), 0.0))
+    assert Device.choose(RetrievalConfig(), read_manifest(saved), [0], 0.0).resources is None
+    with pytest.raises(ValueError, match=r"Ray assigned no GPU to this process: set execution.gpus_per_actor"):
+        Device.choose(RetrievalConfig(device="gpu"), read_manifest(saved), [0], 0.0)
+
+
+@pytest.mark.usefixtures("card")
+def test_a_quarter_of_a_card_holds_no_index_beside_its_engine(saved: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    assign(monkeypatch, AssignedGpus(("0",), 0.25))
+    manifest = read_manifest(saved)
+    with pytest.raises(ValueError, match=r"0.25 for this process, vLLM's share of 0.2 leaves 0.0 GB"):
+        Device.choose(RetrievalConfig(device="gpu"), manifest, [0], 0.2)
+    assert Device.choose(RetrievalConfig(device="gpu"), manifest, [0], 0.0).resources is not None
+
+
+@pytest.mark.usefixtures("card")
+def test_memory_of_an_engine_that_is_ending_is_waited_for(saved: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    free = iter([1_000_000_000, 1_000_000_000, 7_500_000_000])
+    waits = list[float]()
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (next(free), 8_000_000_000))
+    monkeypatch.setattr("pipeline.devices.time.sleep", waits.append)
+    assert Device.choose(RetrievalConfig(device="gpu"), read_manifest(saved), [0], 0.3).resources is not None
+    assert waits == [1, 1]
+
+
+@pytest.mark.usefixtures("card")
+def test_an_index_without_a_gpu_form_is_searched_on_the_cpu_unless_a_gpu_is_required(
     saved: Location, caplog: pytest.LogCaptureFixture
 ) -> None:
     graph = changed(read_manifest(saved), "HNSW8")
     with caplog.at_level(logging.WARNING):
         assert Device.choose(RetrievalConfig(), graph, [0], 0.0).resources is None
-    assert "FAISS has no HNSW8 on GPUs; it is searched on the CPU" in caplog.text
+    assert "the index is searched on the CPU: retrieval.device gpu: FAISS has no HNSW8 on GPUs" in caplog.text
     with pytest.raises(ValueError, match="retrieval.device gpu: FAISS has no HNSW8 on GPUs; set auto or cpu"):
         Device.choose(RetrievalConfig(device="gpu"), graph, [0], 0.0)
 
 
 @pytest.mark.usefixtures("card")
-def test_a_card_that_is_full_after_all_is_no_reason_to_go_on_slowly(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_card_that_is_full_after_all_leaves_the_shard_to_the_cpu_unless_a_gpu_is_required(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def full(*_: object) -> None:
         raise RuntimeError("Error in x at /y.cu:1: Error: 'err == 0' failed: StandardGpuResources: alloc fail")
 
     monkeypatch.setattr(faiss, "index_cpu_to_gpu", full, raising=False)
-    with pytest.raises(ValueError, match=r"no place on the GPU \(StandardGpuResources: alloc fail\); set cpu"):
-        Device(object()).place(faiss.IndexFlatIP(4))
+    index = faiss.IndexFlatIP(4)
+    with caplog.at_level(logging.WARNING):
+        assert Device(object()).place(index)[0] is index
+    assert "a shard is searched on the CPU: no place on the GPU (StandardGpuResources: alloc fail)" in caplog.text
+    with pytest.raises(ValueError, match=r"no place on the GPU \(StandardGpuResources: alloc fail\); set auto or cpu"):
+        Device(object(), required=True).place(index)

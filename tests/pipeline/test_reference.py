@@ -26,7 +26,7 @@ def test_types_limits_and_defaults_are_those_of_the_models():
 
 
 def test_a_meaning_over_two_lines_and_one_of_two_keys_are_whole():
-    assert KEYS["execution.gpus_per_server"].meaning == "resources of each shard server."
+    assert KEYS["storage.session_token"].meaning.startswith("credentials; better as variables")
     assert KEYS["decoding.critic"].meaning == (
         "`reflection` reads the tokens of a model that was taught them; `prompted` asks any instruct model in words."
     )

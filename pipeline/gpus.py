@@ -1,0 +1,96 @@
+"""The GPUs that this process may use: those that Ray assigned to it.
+
+What CUDA shows does not count. Ray 2.60 hides no card from an actor that asked for none
+(``RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO``), so such an actor would take memory that an engine counts on.
+"""
+
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import filelock
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class AssignedGpus:
+    """The GPUs of a Ray task or actor.
+
+    Attributes:
+        ids: Ray's ids of the cards, sorted.
+        amount: GPUs asked for; below 1 it is a share of one card.
+    """
+
+    ids: tuple[str, ...]
+    amount: float
+
+    @property
+    def share(self) -> float:
+        """Share of each card that belongs to this process."""
+        return min(self.amount, 1.0)
+
+
+def assigned_gpus() -> AssignedGpus | None:
+    """Ask Ray for the GPUs of this task or actor; None outside of both."""
+    ray = sys.modules.get("ray")
+    if ray is None or not ray.is_initialized():
+        return None
+    context = ray.get_runtime_context()
+    if context.get_task_id() is None and context.get_actor_id() is None:
+        return None  # the driver
+    ids = tuple(sorted(context.get_accelerator_ids()["GPU"]))
+    return AssignedGpus(ids, float(context.get_assigned_resources().get("GPU", len(ids))))
+
+
+def choose_gpu(device: str) -> bool:
+    """Decide whether FAISS or an encoder may look for a GPU.
+
+    Args:
+        device: ``retrieval.device``.
+
+    Raises:
+        ValueError: a GPU is required, and Ray assigned none to this process.
+    """
+    if device == "cpu":
+        return False
+    assigned = assigned_gpus()
+    if assigned is None or assigned.ids:
+        return True
+    if device == "gpu":
+        raise ValueError(
+            "retrieval.device is gpu, but Ray assigned no GPU to this process: set execution.gpus_per_actor "
+            "(execution.gpus_per_server for shard servers) above 0, or retrieval.device to auto or cpu"
+        )
+    return False
+
+
+@contextmanager
+def exclusive_start() -> Iterator[None]:
+    """Hold a lock on each assigned GPU while the body takes memory there.
+
+    vLLM measures free memory before and after it profiles a model, and fails or takes too much where another process
+    allocates or frees memory meanwhile (vllm-project/vllm#9198).
+    """
+    assigned = assigned_gpus()
+    with ExitStack() as locks:
+        for number in assigned.ids if assigned else ():
+            locks.enter_context(_held_lock(number))
+        yield
+
+
+def _held_lock(number: str) -> AbstractContextManager[Any]:
+    """Take the lock of a card; the system releases it when this process ends, in whatever way."""
+    name = f"selfrag-{os.getuid()}-gpu-{number.replace('/', '-')}.lock"
+    lock = filelock.FileLock(Path(tempfile.gettempdir()) / name)
+    try:
+        return lock.acquire(timeout=0)
+    except filelock.Timeout:
+        log.info("waiting for GPU %s, where another process is starting", number)
+        return lock.acquire()
