@@ -8,6 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -25,28 +26,30 @@ from pipeline.config import DecodingConfig, ModelConfig
 
 @dataclass(frozen=True)
 class Job:
-    """A run of two units, one after the other: the first warms the engine, the second is measured.
+    """A run of units that come one after the other: the first warms the engine, each of the others is measured.
 
-    The second is all rows, as it is by default up to 256 of them; there is no third to write beside.
+    A measured unit is all rows of a repeat, as it is by default up to 256 of them. Its queries come nowhere else in the
+    run: nobody can empty the caches of a job, where the second time would cost less than the first.
 
     Attributes:
-        folder: empty, for the run's files.
-        script: what is written, where the model does not say it.
+        folder: an empty folder, for the run's files.
+        repeats: the rows of each repeat, as many in one as in another.
+        script: says what is written, where the model does not.
     """
 
     folder: Path
     model: ModelConfig
     decoding: DecodingConfig
     warming: Sequence[Row]
-    rows: Sequence[Row]
+    repeats: Sequence[Sequence[Row]]
     script: Script | None = None
 
-    def run(self) -> tuple[float, dict[str, float]]:
+    def run(self) -> tuple[list[float], dict[str, float]]:
         """Run it.
 
         Returns:
-            Queries/s from the beginning of the second unit to the finished manifest; mean seconds of one of its rows
-            by stage, its share of the unit's files, and seconds of the whole call with start and first unit.
+            Queries/s of each repeat; mean seconds of a measured row by stage, its share of its unit's files, and
+            seconds of the whole call with start and first unit.
 
         Raises:
             RuntimeError: the run failed, a row of it did, or its units did not come one after the other.
@@ -54,14 +57,11 @@ class Job:
         done = self._call()
         output = self.folder / "out"
         manifest = json.loads((output / "_manifest.json").read_text())
-        name, unit = measured_unit(manifest["units"], len(self.rows))
-        data = output / "data" / f"part-{name}.parquet"
-        usage = pq.read_table(data, columns=["usage"])["usage"].combine_chunks()
-        seconds = {stage: float(pc.mean(pc.struct_field(usage, stage)).as_py()) for stage in STAGES}
-        seconds[FILES] = (data.stat().st_mtime - unit["ended"]) / len(self.rows)
-        seconds[CALL] = float(json.loads(done.stdout)["seconds"])
         finished = datetime.fromisoformat(manifest["finished"]).timestamp()
-        return len(self.rows) / (finished - unit["began"]), seconds
+        rates = [len(self.repeats[0]) / seconds for seconds in measured_seconds(manifest["units"], finished)]
+        _, *measured = manifest["units"].items()
+        seconds = stage_seconds(output / "data", dict(measured))
+        return rates, {**seconds, CALL: float(json.loads(done.stdout)["seconds"])}
 
     def _call(self) -> "subprocess.CompletedProcess[str]":
         queries, settings = self._inputs()
@@ -75,36 +75,51 @@ class Job:
         return done
 
     def _inputs(self) -> tuple[Path, Path]:
-        """The query set, a file for each unit, and the settings."""
+        """Write the query set, a file for each unit, and the settings."""
         queries, settings = self.folder / "queries", self.folder / "run.yaml"
         queries.mkdir()
-        table, first = pa.Table.from_pylist([*self.warming, *self.rows]), len(self.warming)
-        pq.write_table(table[:first], queries / "0.parquet")
-        pq.write_table(table[first:], queries / "1.parquet")
+        units = [self.warming, *self.repeats]
+        table, begin = pa.Table.from_pylist([row for rows in units for row in rows]), 0
+        for number, rows in enumerate(units):
+            pq.write_table(table.slice(begin, len(rows)), queries / f"{number:05d}.parquet")
+            begin += len(rows)
         record = {
             "model": self.model.model_dump(exclude_none=True),
             "decoding": self.decoding.model_dump(mode="json"),
-            "execution": {"unit_rows": max(first, len(self.rows)), "units_in_flight": 1},
+            "execution": {"unit_rows": max(map(len, units)), "units_in_flight": 1},
         }
         settings.write_text(yaml.safe_dump(record))
         return queries, settings
 
 
-def measured_unit(units: Mapping[str, Mapping[str, Any]], rows: int) -> tuple[str, Mapping[str, Any]]:
-    """Name and summary of the second of two units.
+def measured_seconds(units: Mapping[str, Mapping[str, Any]], finished: float) -> list[float]:
+    """Return how long each unit but the first took: until the next one began, the last until the run was finished.
 
     Args:
-        units: a manifest's.
-        rows: that it must have.
+        units: a manifest's, in the order of the query set.
+        finished: when the manifest was written, in seconds since the epoch.
 
     Raises:
-        RuntimeError: it is not what shall be measured.
+        RuntimeError: they are not what shall be measured.
     """
-    ordered = sorted(units.items(), key=lambda item: float(item[1]["began"]))
     failed = sum(unit["errors"] for unit in units.values())
     if failed:
         raise RuntimeError(f"{failed} rows of the job failed; its rate would mean nothing")
-    (_, first), (name, second) = ordered
-    if second["rows"] != rows or second["began"] < first["ended"]:
-        raise RuntimeError(f"the job's units did not come one after the other: {dict(ordered)}")
-    return name, second
+    if any(after["began"] < before["ended"] for before, after in pairwise(units.values())):
+        raise RuntimeError(f"the job's units did not come one after the other: {dict(units)}")
+    begins = [*(unit["began"] for unit in units.values()), finished]
+    return [end - begin for begin, end in pairwise(begins[1:])]
+
+
+def stage_seconds(folder: Path, units: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+    """Return the mean seconds of a row by stage, and its share of what writing its unit's files took.
+
+    Args:
+        folder: holds the units' data files.
+        units: by name, with the time at which each was annotated.
+    """
+    files = {name: folder / f"part-{name}.parquet" for name in units}
+    usage = pa.concat_tables([pq.read_table(file, columns=["usage"]) for file in files.values()])["usage"]
+    seconds = {stage: float(pc.mean(pc.struct_field(usage.combine_chunks(), stage)).as_py()) for stage in STAGES}
+    writing = sum(file.stat().st_mtime - units[name]["ended"] for name, file in files.items())
+    return {**seconds, FILES: writing / len(usage)}

@@ -1,6 +1,7 @@
 """What the benchmark measured: rates, ratios, where a row's time went, as tables, a plot and a record."""
 
 import dataclasses
+import json
 import os
 import platform
 import statistics
@@ -13,6 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from pipeline.config import ModelConfig
+from pipeline.provenance import versions
 
 # Columns of a row's usage, and what the whole call took.
 STAGES = (
@@ -34,10 +36,11 @@ class Measured:
     """One variant on one workload.
 
     Attributes:
-        rates: queries/s of each repeat.
+        rates: queries/s of each repeat that is measured.
         rows: queries of a repeat.
-        agreement: shares of queries with our decision and with our answer, where there is something to compare.
-        load: how full the engine's steps were, where it was counted.
+        agreement: shares of the last repeat's queries with our decision and with our answer, where there is something
+            to compare.
+        load: how full the engine's steps were in the last repeat, where it was counted.
     """
 
     rows: int
@@ -108,52 +111,61 @@ def load_of(steps: Sequence[Step], slots: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Report:
-    """All figures.
+    """All figures, also of a benchmark that is not finished.
 
     Attributes:
         stages: by workload: mean seconds of a row by stage; ``seconds`` is from its first step to its last, and
             ``files_seconds`` its share of writing files, ``call_seconds`` what the whole call took.
-        tokens: by workload: tokens of all prompts of a query, and tokens written for it.
+        tokens: by workload: tokens of all prompts of a query, and tokens written for it, in the last repeat.
         memory: of the card in MB, by what took it; empty without one.
         scripted: workloads of which a script says what is written.
+        finished: whether everything is measured.
     """
 
     results: Results
-    stages: dict[str, dict[str, float]]
+    stages: dict[str, dict[str, float]] = field(default_factory=dict)
     tokens: dict[str, dict[str, float]] = field(default_factory=dict)
     memory: dict[str, float] = field(default_factory=dict)
     scripted: Sequence[str] = ()
+    finished: bool = False
+
+    def measured(self, workload: str) -> dict[str, Measured]:
+        """Return the variants that have been measured at least once."""
+        return {name: one for name, one in self.results[workload].items() if one.rates}
 
     def ratios(self, workload: str) -> dict[str, dict[str, float]]:
-        """Ours against each variant: median of the rates, and the least and greatest of all pairs."""
-        ours = self.results[workload]["ours"]
+        """Compare ours with each variant: median of the rates, and the least and greatest of all pairs."""
+        measured = self.measured(workload)
+        if (ours := measured.pop("ours", None)) is None:
+            return {}
         return {
             name: {
                 "median": ours.rate / other.rate,
                 "min": min(ours.rates) / max(other.rates),
                 "max": max(ours.rates) / min(other.rates),
             }
-            for name, other in self.results[workload].items()
-            if name != "ours"
+            for name, other in measured.items()
         }
 
     def record(self, model: ModelConfig) -> dict[str, Any]:
-        """Everything, for a file; ``ratios`` are those of the first workload."""
+        """Return everything that is measured, for a file; ``ratios`` are those of the first workload."""
         first = next(iter(self.results))
         return {
+            "finished": self.finished,
             "ratios": {name: ratio["median"] for name, ratio in self.ratios(first).items()},
             "workloads": {
                 name: {
                     "ratios": self.ratios(name),
-                    "absolute": {variant: dataclasses.asdict(m) for variant, m in variants.items()},
-                    "stages": self.stages[name],
+                    "absolute": {variant: dataclasses.asdict(m) for variant, m in self.measured(name).items()},
+                    "stages": self.stages.get(name, {}),
                     "tokens": self.tokens.get(name, {}),
                     "scripted": name in self.scripted,
                 }
-                for name, variants in self.results.items()
+                for name in self.results
             },
-            "absolute": {variant: m.rate for variant, m in self.results[first].items()},
+            "absolute": {variant: m.rate for variant, m in self.measured(first).items()},
             "machine": machine(),
+            "versions": versions(),
             "memory": self.memory,
             "model": model.model_dump(mode="json"),
         }
@@ -213,8 +225,15 @@ def machine() -> dict[str, Any]:
     return {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "device": device}
 
 
+def write_record(record: dict[str, Any], file: Path) -> None:
+    """Write a record as JSON; whoever reads the file meanwhile finds the old one or the new one, whole."""
+    new = file.with_name(f"{file.name}.new")
+    new.write_text(json.dumps(record, indent=2))
+    new.replace(file)
+
+
 def plot(report: Report, file: Path) -> None:
-    """Rates of all variants by workload."""
+    """Draw the rates of all variants by workload."""
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=(10, 1.2 + 0.9 * len(report.results)), layout="constrained")

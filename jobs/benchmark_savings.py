@@ -23,10 +23,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jobs.benchmark import MAX_TOKENS, SEGMENT_TOKENS, Bench, queries_of
+from jobs.benchmark import MAX_TOKENS, SEGMENT_TOKENS, queries_of
 from jobs.benchmark_report import machine
 from jobs.benchmark_script import Prompter, Script, ScriptedGenerator, endless
-from jobs.benchmark_shapes import BareEngine, Recorder
+from jobs.benchmark_shapes import BareEngine, Bench, Recorder
 from jobs.benchmark_variants import (
     AskingCritic,
     DictLogprobs,

@@ -18,25 +18,77 @@ An answer without a passage has no rivals, and none of them asks for log-probabi
 import asyncio
 import dataclasses
 import itertools
-from collections.abc import Sequence
+import statistics
+import time
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from typing import Any
 
 import numpy as np
 
-from jobs.benchmark_script import Prompter
-from pipeline.config import DecodingConfig
+from jobs.benchmark_report import Step
+from jobs.benchmark_script import Prompter, Script, ScriptedGenerator, endless
+from jobs.demo import demo_index
+from pipeline.config import DecodingConfig, ModelConfig, RetrievalConfig, StorageConfig
 from pipeline.critique import critique, retrieve_probability
-from pipeline.engine import Generator, VllmGenerator
+from pipeline.engine import Generator, VllmGenerator, gpu_share, load_tokenizer
+from pipeline.profiles import Tasks
 from pipeline.prompts import PromptTokenizer, passage_text
+from pipeline.reader import ReflectionCritic
 from pipeline.reflection import Retrieve
+from pipeline.retrieve import IndexRetriever
 from pipeline.self_rag import SelfRag
+from pipeline.storage import locate
 from pipeline.types import Answer, Generation, Query, RetrievedPassage
 
 # What the released scripts count for a token that is not among the log-probabilities.
 ABSENT = -100.0
 RELEASED_DECISION, RELEASED_CANDIDATE = 32_016, 5_000
 FLASHRAG_DECISION, FLASHRAG_CANDIDATE = 20, 5
+# Most queries for the shape that asks for thousands of log-probabilities: their decoding takes a core for minutes.
+NAIVE_ROWS = 64
+# Variants that may be left out: ours is what all are compared with, and "direct" says what is asked of the engine.
+OPTIONAL = ("ceiling", "scored", "released", "naive", "flashrag")
+
+
+@dataclass(frozen=True)
+class Bench:
+    """The engine that shapes and ceiling share, with everything around it.
+
+    Attributes:
+        memory: MB of the card by what took it; empty without one.
+    """
+
+    generator: VllmGenerator
+    tokenizer: PromptTokenizer
+    retriever: IndexRetriever
+    memory: dict[str, float]
+
+    @classmethod
+    def open(cls, model: ModelConfig) -> "Bench":
+        """Start the engine and open the demo's index."""
+        tokenizer = PromptTokenizer.of(load_tokenizer(model), model.name)
+        free = [free_memory()]
+        retriever = IndexRetriever.open(locate(str(demo_index()), StorageConfig()), RetrievalConfig(), gpu_share(model))
+        free.append(free_memory())
+        wide = model.model_copy(update={"engine": {**model.engine, "max_logprobs": -1}})
+        generator = VllmGenerator.start(wide, ReflectionCritic(tokenizer).watched)
+        free.append(free_memory())
+        taken = {name: a - b for name, a, b in zip(("index and encoder", "engine"), free, free[1:], strict=False) if a}
+        return cls(generator, tokenizer, retriever, taken)
+
+    def close(self) -> None:
+        """End the engine."""
+        self.generator.shutdown()
+        self.retriever.close()
+
+
+def free_memory() -> float:
+    """MB that the card has left; 0 without a card."""
+    import torch
+
+    return torch.cuda.mem_get_info()[0] / 1e6 if torch.cuda.is_available() else 0.0
 
 
 @dataclass(frozen=True)
@@ -186,6 +238,107 @@ class Released:
             logprobs=generation.logprobs[:end],
             reflection_logprobs=generation.reflection_logprobs[:end],
         )
+
+
+Run = Callable[[], Awaitable[Any]]
+
+
+@dataclass(frozen=True)
+class Trial:
+    """Queries that our decoding has answered once, and all variants that answer them again.
+
+    Attributes:
+        system: our decoding.
+        ours: what it made of the queries.
+        work: prompts that it asked the engine to go on with, and how many tokens were written.
+    """
+
+    bench: Bench
+    config: DecodingConfig
+    prompter: Prompter | None
+    queries: Sequence[Query]
+    system: SelfRag
+    ours: Sequence[Outcome]
+    work: Sequence[tuple[tuple[int, ...], int]]
+
+    @classmethod
+    async def begin(
+        cls, bench: Bench, config: DecodingConfig, script: Script | None, queries: Sequence[Query]
+    ) -> "Trial":
+        """Answer the queries, which warms the engine and says what our decoding asks of it."""
+        prompter = Prompter(bench.tokenizer, script) if script else None
+        recorder = Recorder(ScriptedGenerator(endless(bench.generator), prompter) if prompter else bench.generator)
+        system = SelfRag(recorder, ReflectionCritic(bench.tokenizer), Tasks(config), bench.retriever)
+        answers = await direct(system, queries)
+        ours = [Outcome(one.retrieved, one.segments[0].text if one.segments else "") for one in answers]
+        return cls(bench, config, prompter, queries, system, ours, tuple(recorder.work))
+
+    @cached_property
+    def engine(self) -> BareEngine:
+        """The engine below our own requests."""
+        return BareEngine(self.bench.generator)
+
+    def tokens(self) -> dict[str, float]:
+        """Return the mean tokens of a query that our decoding read and wrote."""
+        read, wrote = sum(len(prompt) for prompt, _ in self.work), sum(written for _, written in self.work)
+        return {"prompt": read / len(self.queries), "written": wrote / len(self.queries)}
+
+    def own(self, backwards: bool) -> dict[str, tuple[int, Run]]:
+        """Return the variants with the very tokens of our decoding: how many queries each answers, and its run.
+
+        Args:
+            backwards: reverses their order, so that what drifts favours none.
+        """
+        runs: dict[str, Run] = {
+            "direct": lambda: steps_of(self.bench.generator.load, direct(self.system, self.queries)),
+            "ceiling": lambda: self.engine.replay(self.work),
+            "scored": lambda: self.engine.replay(self.work, self.system.critic.watched),
+        }
+        return {name: (len(self.queries), runs[name]) for name in (reversed(runs) if backwards else runs)}
+
+    def shapes(self, found: Sequence[Sequence[RetrievedPassage]], few: int) -> dict[str, tuple[int, Run]]:
+        """Return the shapes of other implementations, likewise.
+
+        Args:
+            found: passages of each query.
+            few: queries for the shape that answers one at a time.
+        """
+        queries, some = self.queries, min(NAIVE_ROWS, len(self.queries))
+        released = Released(self.engine, self.bench.tokenizer, self.config, prompter=self.prompter)
+        naive = dataclasses.replace(released, decision=RELEASED_CANDIDATE)
+        flashrag = dataclasses.replace(
+            released, decision=FLASHRAG_DECISION, candidate=FLASHRAG_CANDIDATE, decision_tokens=1
+        )
+        return {
+            "released": (few, lambda: released.serially(queries[:few], found[:few])),
+            "naive": (some, lambda: naive.in_waves(queries[:some], found[:some])),
+            "flashrag": (len(queries), lambda: flashrag.in_waves(queries, found)),
+        }
+
+    async def timed(self, rows: int, run: Run) -> tuple[float, Any]:
+        """Run a variant with an empty prefix cache; return its queries/s and its outcome."""
+        await self.engine.forget()
+        began = time.perf_counter()
+        outcome = await run()
+        return rows / (time.perf_counter() - began), outcome
+
+
+async def steps_of(load: Any, work: Awaitable[Any]) -> list[Step]:
+    """Do some work and return the steps that the engine takes meanwhile."""
+    steps: list[Step] = []
+    load.watcher = lambda *counts: steps.append(Step(time.perf_counter(), *counts))
+    await work
+    load.watcher = None
+    return steps
+
+
+def agreement(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> dict[str, float]:
+    """Return the shares of queries with the same decision, and with the same answer too."""
+    pairs = list(zip(ours, theirs, strict=False))
+    return {
+        "decision": statistics.mean(a.retrieved == b.retrieved for a, b in pairs),
+        "answer": statistics.mean(a == b for a, b in pairs),
+    }
 
 
 def read_wide(output: Any, wanted: Sequence[int]) -> Generation:

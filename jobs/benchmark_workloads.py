@@ -6,7 +6,7 @@ retrieval rate.
 
 import itertools
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import pyarrow.parquet as pq
@@ -40,6 +40,13 @@ class Workload:
     def short_form(self) -> bool:
         """Whether the released short-form steps apply."""
         return int(self.decoding.get("segments", 1)) == 1
+
+    def bodies(self, found: Sequence[RetrievedPassage]) -> list[RetrievedPassage]:
+        """Return found passages with the bodies that the workload gives them."""
+        if self.body is None:
+            return list(found)
+        passages = self.body([one.passage for one in found])
+        return [replace(one, passage=passage) for one, passage in zip(found, passages, strict=True)]
 
     def rows(self, count: int) -> list[Row]:
         """So many rows, questions and instructions spread evenly."""
@@ -83,13 +90,6 @@ def lengthened(passages: Sequence[Passage]) -> list[Passage]:
     texts = [p.text for p in passages]
     several = [" ".join((texts[n:] + texts[:n])[:LONG_PASSAGES]) for n in range(len(texts))]
     return [Passage(p.id, p.title, text) for p, text in zip(passages, several, strict=True)]
-
-
-def with_passages(row: Row, found: Sequence[RetrievedPassage], workload: Workload) -> Row:
-    """The row with given passages, where the workload wants them."""
-    if workload.body is None:
-        return row
-    return {**row, "passages": [vars(passage) for passage in workload.body([one.passage for one in found])]}
 
 
 WORKLOADS = (

@@ -9,9 +9,9 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from jobs.benchmark import WARM_ROWS, Plan, agreement, benchmark, prepare
+from jobs.benchmark import Plan, benchmark
 from jobs.benchmark_report import CALL, FILES, STAGES, Measured, Report, Step, load_of, plot
-from jobs.benchmark_shapes import ABSENT, Outcome, Released, read_wide
+from jobs.benchmark_shapes import ABSENT, Outcome, Released, agreement, read_wide
 from jobs.benchmark_workloads import LONG_PASSAGES, SHORT_WORDS, WORKLOADS, Workload, lengthened, shortened
 from pipeline.config import DecodingConfig, ModelConfig
 from pipeline.reflection import REFLECTION_TOKENS
@@ -165,6 +165,10 @@ def test_tables_say_what_a_query_is_made_of_and_where_its_time_went(report):
         (["--only", "long form", "--only", "nothing"], "--only 'nothing': nothing begins so"),
         (["--set", "dtype"], "--set dtype: expected KEY=VALUE"),
         (["--set", "dtipe=x"], "unknown configuration key model.engine.dtipe"),
+        (
+            ["--without", "naive", "--without", "direct"],
+            "error: --without 'direct': what may be left out is ceiling, scored, released, naive, flashrag",
+        ),
     ],
 )
 def test_bad_options_are_refused_before_anything_starts(options, part):
@@ -192,26 +196,6 @@ def test_a_script_writes_for_models_without_weights_and_for_the_embedded_ones_be
     assert {name: (s.tokens, s.segments) for name, s in scripts.items() if s} == expected
 
 
-class OwnPassages:
-    """Finds for each query passages that say whose they are."""
-
-    async def retrieve(self, query, k):
-        return [RetrievedPassage(Passage(str(n), "", f"{query} {n}"), 0.5, n) for n in range(k)]
-
-
-@pytest.mark.parametrize(("rows", "warm"), [(4, 4), (WARM_ROWS, WARM_ROWS), (WARM_ROWS + 30, WARM_ROWS)])
-@pytest.mark.parametrize("workload", [SHORT_FORM, next(w for w in WORKLOADS if w.body is shortened)])
-async def test_engines_are_warmed_by_other_queries_than_are_measured(tmp_path, rows, warm, workload):
-    plan = Plan([], rows, 4, 1, ModelConfig(name="demo"), tmp_path, passages=2)
-    warming, measured, found = await prepare(SimpleNamespace(retriever=OwnPassages()), workload, plan)
-    assert (len(warming), len(measured)) == (warm, rows)
-    assert len({row["query"] for row in [*warming, *measured]}) == warm + rows
-    assert [[one.passage.text for one in of] for of in found] == [
-        [f"{r['query']} {n}" for n in (0, 1)] for r in measured
-    ]
-    assert all(("passages" in row) == (workload.body is not None) for row in [*warming, *measured])
-
-
 def test_tables_say_where_a_script_says_what_is_written(report):
     assert report.table("w").title == "w (8 queries)"
     assert dataclasses.replace(report, scripted=["w"]).table("w").title == (
@@ -226,12 +210,18 @@ def test_the_plot_is_drawn(report, tmp_path):
 
 @pytest.mark.slow
 def test_a_shape_without_weights_is_measured_by_the_same_command(tmp_path):
-    options = ["--shape", "tiny", "--rows", "8", "--repeats", "1", "--tokens", "12", "--set", "dtype=float32"]
-    chosen = ["--only", "short form, 50", "--only", "long form", "--json", str(tmp_path / "b.json")]
-    subprocess.run([sys.executable, "-m", "jobs.benchmark", *options, *chosen], check=True, timeout=580)
+    options = ["--shape", "tiny", "--rows", "8", "--repeats", "2", "--tokens", "12", "--json", str(tmp_path / "b.json")]
+    chosen = ["--only", "short form, 50", "--only", "long form", "--without", "naive", "--serial-rows", "1"]
+    engine = ["--set", "max_num_seqs=16", "--set", "compilation_config={cudagraph_capture_sizes: [1, 8]}"]
+    subprocess.run([sys.executable, "-m", "jobs.benchmark", *options, *chosen, *engine], check=True, timeout=580)
     found = json.loads((tmp_path / "b.json").read_text())
     short, long = found["workloads"].values()
-    assert short["absolute"]["released"]["agreement"]["decision"] == 1.0
+    assert set(short["absolute"]) == {"ours", "direct", "ceiling", "scored", "released", "flashrag"}
+    assert set(long["absolute"]) == {"ours", "direct", "ceiling", "scored"}
+    assert all(len(one["rates"]) == 2 for one in (*short["absolute"].values(), *long["absolute"].values()))
+    assert short["absolute"]["released"]["rows"] == 1
+    assert short["absolute"]["flashrag"]["agreement"]["decision"] == 1.0
+    assert short["absolute"]["direct"]["load"]["slots"] == 16
     # Per query a decision of one token; then a lone answer, or three with a passage, of twelve tokens each.
     retrieved = (short["tokens"]["written"] - 1 - 12) / 24
     assert retrieved * 8 == pytest.approx(round(retrieved * 8))
@@ -245,6 +235,7 @@ def test_everything_is_measured_in_one_run(tmp_path):
     command = [sys.executable, "-m", "jobs.benchmark", "--quick", "--rows", "4", "--json", str(tmp_path / "b.json")]
     subprocess.run(command, check=True, timeout=580)
     found = json.loads((tmp_path / "b.json").read_text())
+    assert found["finished"] is True
     assert set(found["ratios"]) == {"released", "naive", "flashrag", "direct", "ceiling", "scored"}
     assert all(ratio > 0 for ratio in found["ratios"].values())
     (workload,) = found["workloads"].values()

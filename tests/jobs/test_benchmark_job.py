@@ -8,12 +8,13 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from jobs.benchmark_job import Job, measured_unit
+from jobs.benchmark_job import Job, measured_seconds
 from jobs.benchmark_report import CALL, FILES, STAGES
-from pipeline.config import DecodingConfig, ModelConfig, RunConfig
+from pipeline.config import DecodingConfig, ModelConfig, load_config
 
 WARMING = [{"id": "w", "query": "warm?"}]
-ROWS = [{"id": f"{n}", "query": f"{n}?"} for n in range(4)]
+REPEATS = [[{"id": f"{n}", "query": f"{n}?"} for n in range(begin, begin + 4)] for begin in (0, 4)]
+ENGINE = {"max_num_seqs": 16, "compilation_config": {"cudagraph_capture_sizes": [1, 8, 64]}}
 
 
 def unit(began: float, ended: float, rows: int = 4, errors: int = 0) -> dict[str, float]:
@@ -22,7 +23,7 @@ def unit(began: float, ended: float, rows: int = 4, errors: int = 0) -> dict[str
 
 @pytest.fixture
 def called(monkeypatch, tmp_path):
-    """The settings of the run, whose second unit took two seconds of each stage and ten in all."""
+    """The run's inputs; its measured units took two and four seconds of each stage, and ten and twenty in all."""
     seen = {}
 
     def run(command, **_):
@@ -30,12 +31,13 @@ def called(monkeypatch, tmp_path):
         seen["settings"] = yaml.safe_load((tmp_path / "run.yaml").read_text())
         seen["files"] = [pq.read_table(file)["id"].to_pylist() for file in sorted((tmp_path / "queries").iterdir())]
         (output / "data").mkdir(parents=True)
-        for name, seconds in (("a", 2.0), ("b", 99.0)):
+        for name, seconds in (("c", 99.0), ("b", 2.0), ("a", 4.0)):
             rows = [{"usage": dict.fromkeys(STAGES, seconds)}] * 4
             pq.write_table(pa.Table.from_pylist(rows), output / "data" / f"part-{name}.parquet")
-        os.utime(output / "data" / "part-a.parquet", (1008.4, 1008.4))
-        units = {"a": unit(1000.0, 1008.0), "b": unit(900.0, 999.0, rows=1)}
-        finished = datetime.fromtimestamp(1010.0, UTC).isoformat()
+        os.utime(output / "data" / "part-b.parquet", (1008.4, 1008.4))
+        os.utime(output / "data" / "part-a.parquet", (1028.8, 1028.8))
+        units = {"c": unit(900.0, 999.0, rows=1), "b": unit(1000.0, 1008.0), "a": unit(1010.0, 1028.0)}
+        finished = datetime.fromtimestamp(1030.0, UTC).isoformat()
         (output / "_manifest.json").write_text(json.dumps({"units": units, "finished": finished}))
         return subprocess.CompletedProcess(command, seen.get("status", 0), json.dumps({"seconds": 150.0}), "why")
 
@@ -44,21 +46,26 @@ def called(monkeypatch, tmp_path):
 
 
 def job(tmp_path) -> Job:
-    return Job(tmp_path, ModelConfig(name="demo"), DecodingConfig(passages=3), WARMING, ROWS)
+    return Job(tmp_path, ModelConfig(name="demo", engine=ENGINE), DecodingConfig(passages=3), WARMING, REPEATS)
 
 
-def test_the_second_unit_is_what_counts(tmp_path, called):
-    rate, seconds = job(tmp_path).run()
-    assert rate == pytest.approx(4 / 10)
-    assert seconds == {**dict.fromkeys(STAGES, 2.0), FILES: pytest.approx(0.1), CALL: 150.0}
+def test_each_unit_but_the_first_is_a_repeat(tmp_path, called):
+    rates, seconds = job(tmp_path).run()
+    assert rates == pytest.approx([4 / 10, 4 / 20])
+    assert seconds == {**dict.fromkeys(STAGES, 3.0), FILES: pytest.approx((0.4 + 0.8) / 8), CALL: 150.0}
 
 
 def test_units_are_files_that_come_one_after_the_other(tmp_path, called):
     job(tmp_path).run()
-    assert called["files"] == [["w"], ["0", "1", "2", "3"]]
+    assert called["files"] == [["w"], ["0", "1", "2", "3"], ["4", "5", "6", "7"]]
     assert called["settings"]["execution"] == {"unit_rows": 4, "units_in_flight": 1}
-    rest = {"queries": "q", "output": "o", "index": "i"}
-    assert RunConfig.model_validate({**called["settings"], **rest}).decoding.passages == 3
+
+
+def test_the_job_gets_the_settings_and_the_engine_arguments(tmp_path, called):
+    job(tmp_path).run()
+    config = load_config(str(tmp_path / "run.yaml"), [], {"queries": "q", "output": "o", "index": "i"})
+    assert config.model.engine == ENGINE
+    assert config.decoding.passages == 3
 
 
 def test_a_run_that_fails_says_why(tmp_path, called):
@@ -67,14 +74,19 @@ def test_a_run_that_fails_says_why(tmp_path, called):
         job(tmp_path).run()
 
 
+def test_a_unit_lasts_until_the_next_one_begins():
+    units = {"c": unit(1, 2), "b": unit(3, 4), "a": unit(6, 9)}
+    assert measured_seconds(units, 10.0) == [3.0, 4.0]
+
+
 @pytest.mark.parametrize(
     ("units", "problem"),
     [
         ({"a": unit(1, 2), "b": unit(3, 4, errors=1)}, "1 rows of the job failed"),
         ({"a": unit(1, 3.5), "b": unit(3, 4)}, "one after the other"),
-        ({"a": unit(1, 2), "b": unit(3, 4, rows=5)}, "one after the other"),
+        ({"a": unit(3, 4), "b": unit(1, 2)}, "one after the other"),
     ],
 )
-def test_a_unit_that_is_not_what_shall_be_measured_is_refused(units, problem):
+def test_units_that_are_not_what_shall_be_measured_are_refused(units, problem):
     with pytest.raises(RuntimeError, match=problem):
-        measured_unit(units, 4)
+        measured_seconds(units, 5.0)
