@@ -14,6 +14,7 @@ from typer.main import get_command
 from pipeline.provenance import versions
 
 JOBS = {
+    "doctor": "Can this machine or cluster run the job, and what to do where not.",
     "import_queries": "Datasets and files to a query set.",
     "annotate": "Queries to answers with evidence and critique.",
     "build_index": "Passages to a FAISS index.",

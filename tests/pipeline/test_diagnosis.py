@@ -1,0 +1,107 @@
+from dataclasses import replace
+
+import pytest
+
+from pipeline.device_probe import Answered, Searched
+from pipeline.diagnosis import (
+    Verdict,
+    judge_answer,
+    judge_gpus,
+    judge_search,
+    judge_shared_memory,
+    judge_versions,
+)
+from pipeline.machine import Card, Machine
+
+GPU = Machine(
+    host="a",
+    versions={"vllm": "0.32.0"},
+    misfits=(),
+    cards=(Card("H100", 79_000_000_000, 80_000_000_000),),
+    driver="580.1",
+    torch_gpus=1,
+    torch_cuda="13.0",
+    faiss_gpus=1,
+    shared_free=8 << 30,
+    shared_total=8 << 30,
+)
+CPU = replace(GPU, cards=(), driver=None, torch_gpus=0, torch_cuda=None, faiss_gpus=0)
+
+
+def test_one_environment_everywhere_is_ok():
+    findings = list(judge_versions([GPU, replace(GPU, host="b")]))
+    assert [(finding.where, finding.verdict) for finding in findings] == [("a", Verdict.OK), ("b", Verdict.OK)]
+
+
+def test_machines_with_other_versions_fail():
+    _, _, differing = judge_versions([GPU, replace(GPU, host="b", versions={"vllm": "0.31.0", "ray": "2.60.0"})])
+    assert (differing.where, differing.verdict, differing.found) == ("b", Verdict.FAILED, "differs from a in vllm, ray")
+
+
+def test_untested_versions_are_a_warning():
+    (finding,) = judge_versions([replace(GPU, misfits=("vllm 0.23.0, not ==0.32.0",))])
+    assert (finding.verdict, finding.found) == (Verdict.WARNING, "vllm 0.23.0, not ==0.32.0")
+    assert "make setup" in finding.advice
+
+
+@pytest.mark.parametrize(
+    ("machine", "declared", "verdict", "advice"),
+    [
+        (GPU, 1.0, Verdict.OK, ""),
+        (CPU, 0.0, Verdict.OK, ""),
+        (replace(GPU, faiss_gpus=0), 1.0, Verdict.WARNING, "FAISS is a CPU build"),
+        (GPU, 0.0, Verdict.FAILED, "Ray has none"),
+        (GPU, 2.0, Verdict.FAILED, "Ray would assign GPUs that are not there"),
+        (replace(GPU, torch_gpus=0, torch_cuda=None), 1.0, Verdict.FAILED, "PyTorch is a CPU build"),
+        (replace(GPU, torch_gpus=0), 1.0, Verdict.FAILED, "built for CUDA 13.0; driver 580.1 may be too old"),
+        (CPU, 1.0, Verdict.FAILED, "PyTorch is a CPU build"),
+    ],
+)
+def test_gpus_that_are_not_seen_by_all_are_told_apart(machine, declared, verdict, advice):
+    finding, *_ = judge_gpus(machine, declared, 0.9)
+    assert finding.verdict is verdict
+    assert advice in finding.advice
+    counts = (len(machine.cards), machine.torch_gpus, machine.faiss_gpus, int(declared))
+    seen = "GPUs seen by the driver {}, PyTorch {}, FAISS {}, Ray {}".format(*counts)
+    assert finding.found == (seen if any(counts) else "none; jobs run on the CPU")
+
+
+def test_memory_that_is_held_by_others_fails_with_both_numbers():
+    _, memory = judge_gpus(GPU, 1.0, 0.92)
+    assert (memory.verdict, memory.found) == (Verdict.OK, "GPU 0 (H100): 79.0 of 80.0 GB free")
+    _, memory = judge_gpus(replace(GPU, cards=(Card("H100", 10_000_000_000, 80_000_000_000),)), 1.0, 0.92)
+    assert memory.verdict is Verdict.FAILED
+    assert memory.found == "GPU 0 (H100): 10.0 of 80.0 GB free, but an engine takes 0.92 of it"
+
+
+def test_a_containers_little_shared_memory_is_a_warning():
+    assert judge_shared_memory(GPU).verdict is Verdict.OK
+    finding = judge_shared_memory(replace(GPU, shared_free=64_000_000, shared_total=64_000_000))
+    assert (finding.verdict, finding.found) == (Verdict.WARNING, "0.1 of 0.1 GB of /dev/shm free")
+    assert "--shm-size" in finding.advice
+
+
+@pytest.mark.parametrize(
+    ("searched", "expected", "verdict"),
+    [
+        (Searched("GPU", True, 0.001), "GPU", Verdict.OK),
+        (Searched("CPU", True, 0.001), "CPU", Verdict.OK),
+        (Searched("CPU", True, 0.001), "GPU", Verdict.WARNING),
+        (Searched("GPU", False, 0.001), "GPU", Verdict.FAILED),
+    ],
+)
+def test_a_search_is_right_and_where_it_should_be(searched, expected, verdict):
+    assert judge_search(searched, expected, "actor").verdict is verdict
+
+
+@pytest.mark.parametrize(
+    ("answered", "gpus", "verdict"),
+    [
+        (Answered("cuda", "Rhine", 75, 0.1), 1.0, Verdict.OK),
+        (Answered("cpu", "Rhine", 30, 1), 0.0, Verdict.OK),
+        (Answered("cpu", "Rhine", 30, 1), 1.0, Verdict.FAILED),
+        (Answered("cuda", " ", 75, 0.1), 1.0, Verdict.FAILED),
+    ],
+)
+def test_an_engine_answers_on_the_device_of_its_actor(answered, gpus, verdict):
+    assert judge_answer(answered, gpus, "actor").verdict is verdict
