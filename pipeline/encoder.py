@@ -99,6 +99,11 @@ class Encoder:
         commit = folder.name if folder.parent.name == "snapshots" else None
         return cls(model, name, commit, _digest(folder), style)
 
+    @property
+    def device(self) -> str:
+        """Device of the weights, as PyTorch calls its kind: ``cpu`` or ``cuda``."""
+        return str(self._model.device.type)
+
     def encode(self, texts: list[str], batch_size: int = 32) -> Vectors:
         """Vectors of passages: float32 [len(texts), dimension]. Safe to call from threads."""
         return self._encode(self._model.encode_document, texts, batch_size, self.style.passage_prefix)

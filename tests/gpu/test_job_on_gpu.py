@@ -1,0 +1,160 @@
+"""The job on the card, Parquet to Parquet: engine, encoder and index."""
+
+import json
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+import pyarrow.parquet as pq
+import pytest
+import ray
+
+from pipeline.config import RetrievalConfig, StorageConfig
+from pipeline.encoder import Encoder
+from pipeline.gpus import choose_gpu
+from pipeline.index import PassageIndex
+from pipeline.storage import locate
+from tests.gpu.conftest import REHEARSAL, Run, Runs, used_memory
+from tests.gpu.cpu_answers import FILE
+
+pytestmark = pytest.mark.gpu
+
+Record = Callable[[str, object], None]
+# Bytes of the card that come and go with its driver.
+NOISE = 200 << 20
+
+
+def test_the_demo_is_answered_on_the_card_as_on_the_cpu(whole: Run, record_property: Record) -> None:
+    """The card computes in bfloat16, the CPU in float32: close scores may turn."""
+    cpu = json.loads(FILE.read_text())["answers"]
+    found = whole.answers()
+    assert len(found) == (16 if REHEARSAL else len(cpu))
+    decisions = np.mean([retrieved == cpu[name][0] for name, (retrieved, _) in found.items()])
+    answers = np.mean([[retrieved, answer] == cpu[name] for name, (retrieved, answer) in found.items()])
+    record_property("rows", len(found))
+    record_property("equal decisions", decisions)
+    record_property("equal answers", answers)
+    assert decisions >= 0.95
+    assert answers >= 0.7
+
+
+def test_a_budget_that_does_not_fit_is_refused_with_both_numbers_before_the_engine_starts(
+    run: Runs, real_card: None
+) -> None:
+    refused = run("model.engine.gpu_memory_utilization=0.99").finish(status=1)
+    (line,) = (line for line in refused.log().splitlines() if line.startswith("error: "))
+    assert "the index needs 0.5 GB on the GPU" in line
+    assert "vLLM's share of 0.99 leaves 0.0 GB" in line
+    assert "Initializing a V1 LLM engine" not in refused.log()
+
+
+def test_shard_servers_share_the_card_with_the_engine(run: Runs, whole: Run) -> None:
+    servers = ["retrieval.topology=partitioned", "execution.shard_servers=2", "execution.cpus_per_server=0.5"]
+    shares = ["execution.gpus_per_server=0.25", "execution.gpus_per_actor=0.5", "execution.cpus_per_actor=1"]
+    found = run(*servers, *shares).finish().answers()
+    same = np.mean([whole.answers()[name] == answer for name, answer in found.items()])
+    assert len(found) == 16
+    assert same >= 0.9  # the engine's batches differ, and with them the last bits of close scores
+
+
+def test_a_killed_actor_leaves_no_memory_and_its_rows_are_answered(run: Runs, record_property: Record) -> None:
+    before = used_memory()
+    job = run("execution.unit_rows=2", "execution.units_in_flight=1", rows=40)
+    with job.start() as process:
+        wait_for(lambda: list(job.output.glob("data/*.parquet")), process)
+        actor, *others = actors_below(process.pid)
+        assert others == []
+        actor.send_signal(signal.SIGKILL)
+        assert process.wait(240) == 0, job.log()
+    assert len(job.answers()) == 40
+    left = lowest_use(before + NOISE) - before
+    record_property("bytes left on the card", left)
+    assert left <= NOISE
+
+
+def wait_for(condition: Callable[[], Any], process: "subprocess.Popen[str]", seconds: float = 200) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert process.poll() is None, "the job ended too soon"
+        assert time.monotonic() < end
+        time.sleep(0.05)
+
+
+def actors_below(pid: int) -> list[psutil.Process]:
+    """Find the job's actors that hold an engine, by the title that Ray gives them."""
+    below = psutil.Process(pid).children(recursive=True)
+    return [one for one in below if any("SelfRagActor" in word for word in one.cmdline())]
+
+
+def lowest_use(enough: int, seconds: float = 20) -> int:
+    """Least memory in use until there is little enough: a process's memory is free a moment after its end."""
+    end = time.monotonic() + seconds
+    lowest = used_memory()
+    while lowest > enough and time.monotonic() < end:
+        time.sleep(0.5)
+        lowest = min(lowest, used_memory())
+    return lowest
+
+
+def test_a_lora_adapter_that_changes_nothing_gives_the_same_answers(
+    run: Runs, whole: Run, demo_model: Path, tmp_path: Path
+) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    # A new adapter's second factor is zero.
+    adapted = get_peft_model(
+        AutoModelForCausalLM.from_pretrained(demo_model), LoraConfig(r=8, target_modules=["q_proj", "v_proj"])
+    )
+    adapted.save_pretrained(tmp_path / "adapter")
+    found = run(f"model.lora={tmp_path / 'adapter'}").finish().answers()
+    assert np.mean([whole.answers()[name] == answer for name, answer in found.items()]) >= 0.9
+
+
+def test_weights_of_eight_bits_start_and_answer(
+    run: Runs, whole: Run, real_card: None, record_property: Record
+) -> None:
+    found = run("model.engine.quantization=fp8").finish().answers()
+    assert len(found) == 16
+    same = np.mean([whole.answers()[name] == answer for name, answer in found.items()])
+    record_property("equal answers in fp8", same)
+
+
+class Loader:
+    """Loads the encoder where Ray put this actor, and says on which device."""
+
+    def device(self) -> tuple[bool, str]:
+        return choose_gpu("auto"), Encoder.load("demo").device
+
+
+def test_an_encoder_is_on_the_card_that_ray_assigned_and_on_no_other() -> None:
+    ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, logging_level="ERROR")
+    try:
+        loaders = [ray.remote(num_cpus=0.5, num_gpus=gpus)(Loader).remote() for gpus in (1, 0)]
+        with_gpu, without = ray.get([loader.device.remote() for loader in loaders])
+    finally:
+        ray.shutdown()
+    assert with_gpu == (True, "cpu" if REHEARSAL else "cuda")
+    assert without == (False, "cpu")
+
+
+def test_an_index_is_built_on_the_card(small_corpus: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "jobs.build_index", "--passages", small_corpus, "--output", tmp_path / "index"]
+    done = subprocess.run(
+        list(map(str, [*command, "--shards", "2"])), capture_output=True, text=True, timeout=200, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert ("and 1 GPUs" in done.stderr) is not REHEARSAL
+    rows = pq.read_table(small_corpus).to_pylist()
+    texts = [f"{row['title']}\n{row['text']}" for row in rows]
+    queries = Encoder.load("demo", "cpu").encode(texts)
+    index = PassageIndex.open(locate(str(tmp_path / "index"), StorageConfig()), RetrievalConfig(device="cpu"))
+    found = index.retrieve(queries, 1)
+    assert [hits[0].passage.id for hits in found] == [row["id"] for row in rows]
+    np.testing.assert_allclose([hits[0].score for hits in found], 1.0, atol=1e-3)

@@ -1,0 +1,78 @@
+"""The GPU suite and its script, where there is no GPU: nothing passes there unseen."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.gpu.conftest import why_not
+from tests.gpu.cpu_answers import FILE, make_record
+
+ROOT = Path(__file__).parents[2]
+
+
+@pytest.mark.skipif(why_not() is None, reason="there is a GPU")
+def test_every_gpu_test_says_why_it_was_skipped() -> None:
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "-p", "no:cacheprovider", "tests/gpu"]
+    environment = {name: value for name, value in os.environ.items() if name != "SELFRAG_GPU_REHEARSAL"}
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, env=environment)
+    counted = re.search(r"\b(\d+) skipped in", done.stdout)
+    assert counted, done.stdout
+    reasons = re.findall(r"^SKIPPED \[(\d+)\] \S+ no GPU: .+$", done.stdout, re.MULTILINE)
+    assert sum(map(int, reasons)) == int(counted[1]) >= 29
+
+
+def test_the_cards_answers_are_compared_with_those_of_this_model() -> None:
+    record = json.loads(FILE.read_text())
+    answers = record.pop("answers")
+    assert record == make_record(), "run: python -m tests.gpu.cpu_answers"
+    assert len(answers) == 122
+    assert sum(retrieved for retrieved, _ in answers.values()) > 90
+
+
+STUB = """#!/bin/bash
+echo "$@" >> {calls}
+[[ "$2" == "{failing}" ]] && exit 3
+exit 0
+"""
+
+
+def check(folder: Path, failing: str = "") -> tuple[int, list[str], str]:
+    """Run the script with an interpreter that only notes what it is called with."""
+    stub, calls = folder / "python", folder / "calls"
+    stub.write_text(STUB.format(calls=calls, failing=failing))
+    stub.chmod(0o755)
+    done = subprocess.run(
+        [ROOT / "infra" / "gpu_check.sh", folder / "results"],
+        env={**os.environ, "PYTHON": str(stub)},
+        capture_output=True,
+        timeout=60,
+        check=False,
+    )
+    return done.returncode, calls.read_text().splitlines(), (folder / "results" / "summary.txt").read_text()
+
+
+def test_one_script_runs_doctor_suite_and_benchmark_into_one_folder(tmp_path: Path) -> None:
+    status, calls, summary = check(tmp_path)
+    assert status == 0
+    assert [call.split()[1] for call in calls] == ["jobs.cli", "jobs.doctor", "pytest", "jobs.benchmark"]
+    assert f"--junitxml {tmp_path}/results/suite.xml" in calls[2]
+    assert "--shape 7b" in calls[3]
+    assert f"--json {tmp_path}/results/benchmark.json" in calls[3]
+    assert re.findall(r"^(\w+): status (\d+)", summary, re.MULTILINE) == [
+        ("doctor", "0"),
+        ("suite", "0"),
+        ("benchmark", "0"),
+    ]
+
+
+def test_a_step_that_fails_lets_the_others_go_on_and_fails_the_script(tmp_path: Path) -> None:
+    status, calls, summary = check(tmp_path, failing="pytest")
+    assert status == 1
+    assert len(calls) == 4
+    assert "suite: status 3" in summary
+    assert "benchmark: status 0" in summary
