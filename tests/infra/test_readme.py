@@ -25,8 +25,8 @@ from tests.infra.test_docs import ROOT, words_of
 from tests.s3 import serving_s3
 
 README = (ROOT / "README.md").read_text()
-# What is not at hand where tests run: models and data sets of the hub, and a cluster (test_submit.py starts one).
-ELSEWHERE = ("--dataset", "hf:", "BAAI/", "selfrag/", "execution.ray_address=auto")
+# What is not at hand where tests run: models and data sets of the hub, a GPU, and a cluster (test_submit.py has one).
+ELSEWHERE = ("--dataset", "--shape", "hf:", "BAAI/", "selfrag/", "execution.ray_address=auto")
 # What a run needs beside its command: candidates for sweeps; a dry run where the engine would be started once more.
 KEPT = ["--set", "decoding.keep_candidates=true", "--set", "decoding.explore=true", "--set", "decoding.max_tokens=20"]
 DRY = ["--model", "demo", "--set", "execution={actors: 1, cpus_per_actor: 1, gpus_per_actor: 0}", "--dry-run"]
@@ -75,7 +75,7 @@ def call(job: str, words: list[str]) -> tuple[int, str]:
 def test_most_commands_can_be_run_here() -> None:
     found = commands()
     assert len(found) > 15
-    elsewhere = ["build_index", "annotate", "import_queries", "import_queries", "annotate"]
+    elsewhere = ["build_index", "annotate", "import_queries", "import_queries", "annotate", "benchmark"]
     assert [job for job, words in found if not runs(words)] == elsewhere
 
 
