@@ -23,7 +23,7 @@ run() {
     local name=$1 limit=$2 begun=$SECONDS status=0
     shift 2
     [[ $limit -gt $((end - SECONDS)) ]] && limit=$((end - SECONDS))
-    timeout --kill-after=5 "$limit" "$@" > "$folder/$name.out" 2> "$folder/$name.log" || status=$?
+    timeout --signal=INT --kill-after=10 "$limit" "$@" > "$folder/$name.out" 2> "$folder/$name.log" || status=$?
     [[ $status -ne 0 ]] && failed=1
     echo "$name: status $status after $((SECONDS - begun)) s$([[ $status -eq 124 ]] && echo ' (out of time)')" |
         tee -a "$folder/summary.txt"
@@ -32,7 +32,7 @@ run() {
 nvidia-smi > "$folder/card.txt" 2>&1 || echo "nvidia-smi shows no card: see $folder/card.txt" | tee -a "$folder/summary.txt"
 "$PYTHON" -m jobs.cli --version > "$folder/versions.txt" 2>&1
 run doctor 150 "$PYTHON" -m jobs.doctor
-run suite 300 "$PYTHON" -m pytest -m gpu tests/gpu -rA --junitxml "$folder/suite.xml"
+run suite 300 "$PYTHON" -m pytest -m gpu tests/gpu -v -rA --junitxml "$folder/suite.xml"
 run benchmark 590 "$PYTHON" -m jobs.benchmark --shape "${SHAPE:-7b}" --only "short form, 50" --rows "${ROWS:-300}" \
     --serial-rows "${SERIAL_ROWS:-2}" --repeats 1 --passages 5 --without naive --json "$folder/benchmark.json"
 exit $failed

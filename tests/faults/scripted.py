@@ -16,6 +16,7 @@ import json
 import os
 import random
 import signal
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -31,6 +32,9 @@ from pipeline.postmortem import Death
 from pipeline.reader import ReflectionCritic
 from pipeline.types import Generation
 from tests.fakes import DrawingGenerator, word_tokenizer
+
+# An engine's start on a shared card takes time, in which another one could begin.
+START_SECONDS = 1.0
 
 
 class ScriptedGenerator(DrawingGenerator):
@@ -71,7 +75,10 @@ class ScriptedActor(SelfRagActor):
 
     def _start_engine(self, critic: Any) -> ScriptedGenerator:
         if folder := os.environ.get("FAULTS_PIDS"):
-            (Path(folder) / str(os.getpid())).write_text(json.dumps(assigned()))
+            began, record = time.time(), assigned()
+            time.sleep(START_SECONDS if 0 < record["amount"] < 1 else 0)
+            record["started"] = (began, time.time())
+            (Path(folder) / str(os.getpid())).write_text(json.dumps(record))
         return ScriptedGenerator(critic.tokenizer, random.Random(os.getpid()))
 
 

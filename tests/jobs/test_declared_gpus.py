@@ -78,14 +78,18 @@ def test_actors_get_cards_of_their_own(
     assert [one["gpu"] for one in there] == [count > 0 for count in cards]
 
 
-def test_two_actors_share_a_card(job: Job, made: Any, pids: Path, tmp_path: Path) -> None:
+def test_two_actors_share_a_card_and_start_one_after_the_other(job: Job, made: Any, pids: Path, tmp_path: Path) -> None:
+    write_queries(tmp_path / "many", 600)
+    job.queries = str(tmp_path / "many")  # so many that the second actor starts before the first has done them all
     job.settings += ["execution.actors=2", "execution.gpus_per_actor=0.5", "model.engine.gpu_memory_utilization=0.45"]
+    job.settings += ["execution.unit_rows=1", "execution.units_in_flight=1"]
     with asked_during(made.address) as asked:
         status, said = job.finish()
-    assert job.problems(tmp_path / "queries", status, said) == []
+    assert job.problems(tmp_path / "many", status, said) == []
     assert workers(asked, "ScriptedActor") == [{"CPU": 2.0, "GPU": 0.5}] * 2
-    first, second = assigned(pids)
+    first, second = sorted(assigned(pids), key=lambda one: one["started"])
     assert (first["gpus"], first["amount"]) == (second["gpus"], 0.5)
+    assert first["started"][1] <= second["started"][0]
 
 
 def test_a_run_that_began_on_cpus_is_resumed_on_a_gpu(job: Job, made: Any, tmp_path: Path) -> None:
