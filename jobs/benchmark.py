@@ -189,7 +189,7 @@ class Measurement:
             self.note(workload, name, rate)
 
     def note(self, workload: Workload, name: str, *rates: float) -> None:
-        """Add a variant's rates to the report, tell them, and write the report."""
+        """Add a variant's rates to the report, print them, and write the report."""
         self.report.results[workload.name][name].rates.extend(rates)
         told = ", ".join(f"{rate:.3f}" for rate in rates)
         Console(stderr=True, soft_wrap=True).print(f"{workload.name}: {name} {told} queries/s")

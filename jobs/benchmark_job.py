@@ -29,7 +29,8 @@ class Job:
     """A run of units that come one after the other: the first warms the engine, each of the others is measured.
 
     A measured unit is all rows of a repeat, as it is by default up to 256 of them. Its queries come nowhere else in the
-    run: nobody can empty the caches of a job, where the second time would cost less than the first.
+    run, since the job's caches cannot be emptied and the second time would cost less than the first. Ray Data keeps no
+    order: the unit that comes first may be a repeat's, and then the warming one is measured in its place.
 
     Attributes:
         folder: an empty folder, for the run's files.
@@ -58,9 +59,10 @@ class Job:
         output = self.folder / "out"
         manifest = json.loads((output / "_manifest.json").read_text())
         finished = datetime.fromisoformat(manifest["finished"]).timestamp()
-        rates = [len(self.repeats[0]) / seconds for seconds in measured_seconds(manifest["units"], finished)]
-        _, *measured = manifest["units"].items()
-        seconds = stage_seconds(output / "data", dict(measured))
+        units = manifest["units"]
+        taken = measured_seconds(units, finished)
+        rates = [units[name]["rows"] / seconds for name, seconds in taken.items()]
+        seconds = stage_seconds(output / "data", {name: units[name] for name in taken})
         return rates, {**seconds, CALL: float(json.loads(done.stdout)["seconds"])}
 
     def _call(self) -> "subprocess.CompletedProcess[str]":
@@ -92,12 +94,15 @@ class Job:
         return queries, settings
 
 
-def measured_seconds(units: Mapping[str, Mapping[str, Any]], finished: float) -> list[float]:
+def measured_seconds(units: Mapping[str, Mapping[str, Any]], finished: float) -> dict[str, float]:
     """Return how long each unit but the first took: until the next one began, the last until the run was finished.
 
     Args:
-        units: a manifest's, in the order of the query set.
+        units: a manifest's.
         finished: when the manifest was written, in seconds since the epoch.
+
+    Returns:
+        Seconds by the unit's name, in the order in which the units came.
 
     Raises:
         RuntimeError: they are not what shall be measured.
@@ -105,10 +110,11 @@ def measured_seconds(units: Mapping[str, Mapping[str, Any]], finished: float) ->
     failed = sum(unit["errors"] for unit in units.values())
     if failed:
         raise RuntimeError(f"{failed} rows of the job failed; its rate would mean nothing")
-    if any(after["began"] < before["ended"] for before, after in pairwise(units.values())):
+    names = sorted(units, key=lambda name: float(units[name]["began"]))
+    if any(units[after]["began"] < units[before]["ended"] for before, after in pairwise(names)):
         raise RuntimeError(f"the job's units did not come one after the other: {dict(units)}")
-    begins = [*(unit["began"] for unit in units.values()), finished]
-    return [end - begin for begin, end in pairwise(begins[1:])]
+    begins = [*(units[name]["began"] for name in names), finished]
+    return {name: end - begin for name, (begin, end) in zip(names[1:], pairwise(begins[1:]), strict=True)}
 
 
 def stage_seconds(folder: Path, units: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:

@@ -226,7 +226,7 @@ def machine() -> dict[str, Any]:
 
 
 def write_record(record: dict[str, Any], file: Path) -> None:
-    """Write a record as JSON; whoever reads the file meanwhile finds the old one or the new one, whole."""
+    """Write a record as JSON; a reader finds the old file or the new one, whole."""
     new = file.with_name(f"{file.name}.new")
     new.write_text(json.dumps(record, indent=2))
     new.replace(file)

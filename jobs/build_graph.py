@@ -219,7 +219,10 @@ def pool(rooms: Sequence[Room], asked: int | None, pieces: int) -> tuple[int, fl
     machines = [room for room in rooms if room.cpus]
     gpus = sum(len(room.cards) for room in machines)
     actors = max(1, min(asked or gpus or len(machines), pieces))
-    share = 1 / math.ceil(actors / gpus) if gpus else 0.0
+    if not gpus:
+        per_machine = math.ceil(actors / len(machines))
+        return actors, max(1.0, min(room.cpus for room in machines) // per_machine), 0.0
+    share = 1 / math.ceil(actors / gpus)
     return actors, most_cpus(machines, actors, share), share
 
 

@@ -10,6 +10,8 @@ from typing import Self
 from pipeline.config import ExecutionConfig, RunConfig
 from pipeline.engine import gpu_share, replica_gpus
 
+# Share of a card that the CUDA contexts of an actor and of its engine take beside vLLM's own share, with room to spare.
+CONTEXTS = 0.05
 # Ray counts resources in ten-thousandths, so three actors of 0.3333 fill a card.
 ROUNDING = 1e-4
 
@@ -127,8 +129,9 @@ def actor_resources(config: RunConfig, shards: int) -> Resources:
     rooms = [Room.of(node["Resources"]) for node in alive]
     gpus = actor_gpus(rooms, config)
     servers = server_count(rooms, config, shards)
-    check_device(config, gpus, servers)
-    check_sharing(config, gpus, servers)
+    if shards:
+        check_device(config, gpus, servers)
+    check_sharing(config, gpus)
     if execution.cpus_per_actor is not None and execution.gpus_per_actor is not None:
         return Resources(execution.cpus_per_actor, gpus, (None,) * servers)
     left, homes = beside_servers(rooms, execution, servers)
@@ -163,7 +166,7 @@ def check_device(config: RunConfig, gpus: float, servers: int) -> None:
     Raises:
         ValueError: says what to set.
     """
-    if config.retrieval.device != "gpu" or config.index is None:
+    if config.retrieval.device != "gpu":
         return
     for key, amount in (("actor", gpus), ("server", config.execution.gpus_per_server if servers else gpus)):
         if not amount:
@@ -173,27 +176,26 @@ def check_device(config: RunConfig, gpus: float, servers: int) -> None:
             )
 
 
-def check_sharing(config: RunConfig, gpus: float, servers: int) -> None:
-    """Refuse engines that would take more of a shared card's memory than their actors have of the card.
+def check_sharing(config: RunConfig, gpus: float) -> None:
+    """Refuse engines that would take more of a card's memory than their actors have of the card.
+
+    vLLM starts only where its whole share is free, beside everything that is on the card already.
 
     Args:
         gpus: of an actor.
-        servers: shard servers of the run.
 
     Raises:
         ValueError: names the settings, with the sum that is wrong.
     """
-    execution = config.execution
-    beside_searches = servers > 0 and 0 < execution.gpus_per_server < 1
-    if not 0 < gpus < 1 or (execution.actors == 1 and not beside_searches):
+    if not 0 < gpus < 1:
         return
-    engine = gpu_share(config.model)
-    if engine > gpus + ROUNDING:
-        engines = min(execution.actors, math.floor(1 / gpus + ROUNDING))
+    engine, most = gpu_share(config.model), gpus - CONTEXTS
+    if engine > most + ROUNDING:
+        engines, each = math.floor(1 / gpus + ROUNDING), engine + CONTEXTS
         raise ValueError(
-            f"execution.gpus_per_actor is {gpus:g}, so {engines} engine(s) share a GPU with each other or with shard "
-            f"servers, but each takes {engine:g} of its memory ({engines} × {engine:g} = {engines * engine:g}); "
-            f"set model.engine.gpu_memory_utilization to {gpus:g} or less"
+            f"execution.gpus_per_actor is {gpus:g}, so {engines} engine(s) fit on a GPU, but each takes {engine:g} of "
+            f"its memory, and its processes {CONTEXTS:g} ({engines} × {each:g} = {engines * each:.2f}); set "
+            f"model.engine.gpu_memory_utilization to {most:.2f} or less"
         )
 
 

@@ -1,9 +1,9 @@
-"""Can this machine, or this cluster, run the job? And what to do where it cannot.
+"""Find out whether this machine or cluster can run the job, and what to do where it cannot.
 
 ``python -m jobs.doctor [--config run.yaml] [--model NAME] [--uri URI]``
 
-Every machine says which software, GPUs and shared memory it has and whether it reaches the storage. An actor with the
-resources of a run's actors searches a small index, starts an engine with the embedded model, and answers a row.
+Every machine is asked for its software, GPUs, shared memory and way to the storage. An actor with the resources of a
+run's actors searches a small index, starts an engine with the embedded model, and answers a row.
 """
 
 import dataclasses
@@ -29,6 +29,7 @@ from pipeline.diagnosis import (
     Finding,
     Verdict,
     judge_answer,
+    judge_gpu_memory,
     judge_gpus,
     judge_search,
     judge_shared_memory,
@@ -126,8 +127,10 @@ def _examine_machine(config: RunConfig, node: Node, call: Any, machines: list[Ma
     machines.append(machine)
     amounts = ", ".join(f"{node.resources.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
     yield Finding("node", machine.host, Verdict.OK, f"{node.address}: {amounts}")
-    share = gpu_share(config.model) if machine.cards else 0.0
-    yield from judge_gpus(machine, node.resources.get("GPU", 0.0), share)
+    wanted = config.execution.gpus_per_actor != 0
+    yield judge_gpus(machine, node.resources.get("GPU", 0.0), wanted)
+    if machine.cards and wanted:
+        yield from judge_gpu_memory(machine, gpu_share(config.model))
     yield judge_shared_memory(machine)
 
 

@@ -179,11 +179,11 @@ class SelfRagActor:
         config = self.config
         critic = self._critic()
         self.retriever: IndexRetriever | None = None
+        if config.index is not None and config.decoding.mode != "never":
+            folder, share = locate(config.index, config.storage), gpu_share(config.model)
+            self.retriever = IndexRetriever.open(folder, config.retrieval, share, servers, index_digest)
+            self.retriever.watcher = self.telemetry.search
         with exclusive_start():
-            if config.index is not None and config.decoding.mode != "never":
-                folder, share = locate(config.index, config.storage), gpu_share(config.model)
-                self.retriever = IndexRetriever.open(folder, config.retrieval, share, servers, index_digest)
-                self.retriever.watcher = self.telemetry.search
             self.generator = self._start_engine(critic)
         tasks = Tasks(config.decoding, config.profiles, config.task)
         self.system: Answering = AnsweredOnce(SelfRag(self.generator, critic, tasks, self.retriever))

@@ -84,7 +84,7 @@ class DeviceProbe:
         device = "cuda" if choose_gpu(self._config.retrieval.device) and torch.cuda.is_available() else "cpu"
         scores = torch.from_numpy(queries).to(device) @ torch.from_numpy(vectors).to(device).T
         exact = scores.topk(NEIGHBOURS).indices.cpu().tolist()
-        with tempfile.TemporaryDirectory() as folder, exclusive_start():
+        with tempfile.TemporaryDirectory() as folder:
             index = self._open(locate(folder, StorageConfig()), vectors)
             index.search(queries, NEIGHBOURS)
             began = time.monotonic()

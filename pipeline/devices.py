@@ -23,8 +23,8 @@ RESERVED_BYTES = 1 << 30
 SHARED_MEMORY = 48 << 10
 # GPU lists hold multiples of this many vectors.
 LIST_PADDING = 32
-# How long the engine of an actor that was killed may take to release its memory.
-RELEASE_SECONDS = 30.0
+# An engine whose actor was killed is gone when free memory has not grown for so long.
+RELEASE_SECONDS = 5.0
 GB = 1e9
 
 
@@ -128,15 +128,24 @@ def await_memory(needed: int, engine_share: float) -> None:
     """Wait until the card has room for an index; an actor's predecessor that was killed may still hold memory there.
 
     Raises:
-        ValueError: it has no room, or none within ``RELEASE_SECONDS``; names what is needed and what is left.
+        ValueError: it has no room, or none becomes free any more; names what is needed and what is left.
     """
+    memory = read_memory(engine_share)
     give_up = time.monotonic() + RELEASE_SECONDS
-    while True:
-        memory = read_memory(engine_share)
-        if needed <= memory.left or needed > memory.budget or time.monotonic() > give_up:
-            memory.check(needed)
-            return
+    while memory.left < needed <= memory.budget and time.monotonic() < give_up:
         time.sleep(1)
+        before, memory = memory, read_memory(engine_share)
+        if memory.free > before.free:
+            give_up = time.monotonic() + RELEASE_SECONDS
+    memory.check(needed)
+
+
+def has_gpu() -> bool:
+    """Ask whether FAISS can use a GPU: PyTorch first, since FAISS aborts the process where the driver is too old."""
+    import torch
+
+    # The CPU build of FAISS has none of the GPU names.
+    return hasattr(faiss, "StandardGpuResources") and torch.cuda.is_available() and faiss.get_num_gpus() > 0
 
 
 @dataclass(frozen=True)
@@ -169,8 +178,7 @@ class Device:
         if not choose_gpu(retrieval.device):
             return cls(None)
         required = retrieval.device == "gpu"
-        # The CPU build of FAISS has none of the GPU names.
-        if not (hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus()):
+        if not has_gpu():
             if required:
                 raise ValueError("retrieval.device gpu: FAISS sees none; install the gpu extra, or set auto or cpu")
             return cls(None)

@@ -56,48 +56,45 @@ def judge_versions(machines: Sequence[Machine]) -> Iterator[Finding]:
             )
 
 
-def judge_gpus(machine: Machine, declared: float, engine_share: float) -> Iterator[Finding]:
-    """Judge whether driver, PyTorch, FAISS and Ray see the same GPUs, and whether an engine finds its memory there.
+def judge_gpus(machine: Machine, declared: float, wanted: bool) -> Finding:
+    """Judge whether driver, PyTorch, FAISS and Ray see the same GPUs.
 
     Args:
         declared: GPUs that Ray has on this machine.
-        engine_share: vLLM's ``gpu_memory_utilization``.
+        wanted: whether the run may use GPUs; otherwise nothing about them fails.
     """
     counts = (len(machine.cards), machine.torch_gpus, machine.faiss_gpus, int(declared))
-    found = "GPUs seen by the driver {}, PyTorch {}, FAISS {}, Ray {}".format(*counts)
     if not any(counts):
-        yield Finding("GPUs", machine.host, Verdict.OK, "none; jobs run on the CPU")
-        return
+        return Finding("GPUs", machine.host, Verdict.OK, "none; jobs run on the CPU")
+    found = "GPUs seen by the driver {}, PyTorch {}, FAISS {}, Ray {}".format(*counts)
     verdict, advice = _compare_counts(machine, declared)
-    yield Finding("GPUs", machine.host, verdict, found, advice)
+    if verdict is Verdict.FAILED and not wanted:
+        verdict = Verdict.WARNING
+    return Finding("GPUs", machine.host, verdict, found, advice)
+
+
+def judge_gpu_memory(machine: Machine, engine_share: float) -> Iterator[Finding]:
+    """Judge whether an engine finds its memory on each card.
+
+    Args:
+        engine_share: vLLM's ``gpu_memory_utilization``.
+    """
     for number, card in enumerate(machine.cards):
         sizes = f"GPU {number} ({card.name}): {card.free / GB:.1f} of {card.total / GB:.1f} GB free"
-        if card.free < engine_share * card.total:
-            yield Finding(
-                "GPU memory",
-                machine.host,
-                Verdict.FAILED,
-                f"{sizes}, but an engine takes {engine_share:g} of it",
-                "end what holds it (nvidia-smi), or set model.engine.gpu_memory_utilization lower",
-            )
-        else:
+        if card.free >= engine_share * card.total:
             yield Finding("GPU memory", machine.host, Verdict.OK, sizes)
+            continue
+        found = f"{sizes}, but an engine takes {engine_share:g} of it"
+        advice = "end what holds it (nvidia-smi), or set model.engine.gpu_memory_utilization lower"
+        yield Finding("GPU memory", machine.host, Verdict.FAILED, found, advice)
 
 
 def _compare_counts(machine: Machine, declared: float) -> tuple[Verdict, str]:
     if not machine.torch_gpus:
-        if machine.torch_cuda is None:
-            return Verdict.FAILED, "PyTorch is a CPU build: make setup EXTRAS=gpu"
-        return (
-            Verdict.FAILED,
-            f"PyTorch is built for CUDA {machine.torch_cuda}; driver {machine.driver or 'missing'} may be too old for "
-            "it (nvidia-smi shows the newest CUDA that it supports), or CUDA_VISIBLE_DEVICES hides the cards",
-        )
+        return Verdict.FAILED, _explain_torch(machine)
     if not declared:
-        return (
-            Verdict.FAILED,
-            "Ray has none, so that jobs would not use them: ray start --num-gpus, or CUDA_VISIBLE_DEVICES",
-        )
+        advice = "Ray has none, so that jobs would not use them: ray start --num-gpus, or CUDA_VISIBLE_DEVICES"
+        return Verdict.FAILED, advice
     if declared > machine.torch_gpus:
         return (
             Verdict.FAILED,
@@ -105,7 +102,23 @@ def _compare_counts(machine: Machine, declared: float) -> tuple[Verdict, str]:
         )
     if not machine.faiss_gpus:
         return Verdict.WARNING, "FAISS is a CPU build and searches on the CPU: make setup EXTRAS=gpu"
+    if not machine.cards:
+        return (
+            Verdict.WARNING,
+            "the driver's GPUs cannot be read, and their memory was not checked: pip install nvidia-ml-py",
+        )
+    if len({len(machine.cards), machine.torch_gpus, machine.faiss_gpus, declared}) > 1:
+        return Verdict.WARNING, "jobs use fewer than there are: CUDA_VISIBLE_DEVICES, or ray start --num-gpus"
     return Verdict.OK, ""
+
+
+def _explain_torch(machine: Machine) -> str:
+    if machine.torch_cuda is None:
+        return "PyTorch is a CPU build: make setup EXTRAS=gpu; to run on the CPU, set execution.gpus_per_actor=0"
+    return (
+        f"PyTorch is built for CUDA {machine.torch_cuda}; driver {machine.driver or 'missing'} may be too old for it "
+        "(nvidia-smi shows the newest CUDA that it supports), or CUDA_VISIBLE_DEVICES hides the cards"
+    )
 
 
 def judge_shared_memory(machine: Machine) -> Finding:

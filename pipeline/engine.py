@@ -40,8 +40,14 @@ PARALLEL_SIZES = (
     "data_parallel_size",
     "prefill_context_parallel_size",
 )
-# Arguments with which vLLM would spread a replica over machines by itself.
-SEVERAL_NODES = {"distributed_executor_backend": "ray", "data_parallel_backend": "ray"}
+# The values of arguments with which a replica stays on one machine, in the processes of its actor.
+ONE_NODE: dict[str, tuple[Any, ...]] = {
+    "distributed_executor_backend": (None, "mp", "uni"),
+    "data_parallel_backend": ("mp",),
+    "data_parallel_external_lb": (False,),
+    "data_parallel_hybrid_lb": (False,),
+    "nnodes": (1,),
+}
 # What vLLM takes from the environment only; a value that is set already stays.
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
@@ -132,11 +138,12 @@ def check_engine_arguments(model: ModelConfig) -> None:
     for name in model.engine:
         if name not in known:
             raise ValueError(f"unknown configuration key model.engine.{name}: vLLM's engine has no such argument")
-    for name, value in SEVERAL_NODES.items():
-        if model.engine.get(name) == value:
+    all_ranks = (None, model.engine.get("data_parallel_size", 1))
+    for name, values in {**ONE_NODE, "data_parallel_size_local": all_ranks}.items():
+        if name in model.engine and model.engine[name] not in values:
             raise ValueError(
-                f"model.engine.{name}={value}: an actor's GPUs are on one node, and Ray assigns them to the actor; "
-                "leave the key out"
+                f"model.engine.{name}={model.engine[name]}: an actor's GPUs are on one node, and Ray assigns them to "
+                "the actor; leave the key out"
             )
     replica_gpus(model)
 

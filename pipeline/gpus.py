@@ -73,7 +73,7 @@ def choose_gpu(device: str) -> bool:
 
 @contextmanager
 def exclusive_start() -> Iterator[None]:
-    """Hold a lock on each assigned GPU while the body takes memory there.
+    """Hold a lock on each assigned GPU while the body takes memory there; one body cannot be inside another.
 
     vLLM measures free memory before and after it profiles a model, and fails or takes too much where another process
     allocates or frees memory meanwhile (vllm-project/vllm#9198).

@@ -13,6 +13,7 @@ from pipeline.cache import DamagedIndexError, obtain, room_for
 from pipeline.config import RetrievalConfig
 from pipeline.devices import Device, set_search
 from pipeline.encoder import Vectors
+from pipeline.gpus import exclusive_start
 from pipeline.manifest import IndexManifest, ShardEntry, read_manifest
 from pipeline.shards import PassageFile, read_faiss
 from pipeline.storage import Location
@@ -42,23 +43,21 @@ Found = tuple[Hit, Passage]
 class Shard:
     """An opened shard.
 
-    Args:
-        space: FAISS's parameter space for the device that the index is on; the CPU's by default.
+    Attributes:
+        index: FAISS's, on the CPU until it is placed elsewhere.
     """
 
-    def __init__(self, index: Any, passages: PassageFile, space: Any | None = None) -> None:
+    def __init__(self, index: Any, passages: PassageFile) -> None:
         self.index = index
         self.passages = passages
-        self._space = space or faiss.ParameterSpace()
+        self._space = faiss.ParameterSpace()
 
     @classmethod
-    def open(
-        cls, folder: Location, entry: ShardEntry, dimension: int, retrieval: RetrievalConfig, device: Device
-    ) -> "Shard":
+    def open(cls, folder: Location, entry: ShardEntry, dimension: int, retrieval: RetrievalConfig) -> "Shard":
         """Fetch the files where they are remote, check them, map them.
 
         Raises:
-            ValueError: a file is missing or is not what the manifest says, or a search parameter does not apply.
+            ValueError: a file is missing or is not what the manifest says.
         """
         index_file, passages_file = (
             obtain(folder / name, size, sha256, retrieval) for name, size, sha256 in entry.files()
@@ -69,10 +68,15 @@ class Shard:
                 f"{(folder / entry.file).uri}: {index.ntotal} vectors of {index.d} dimensions and {len(passages)} "
                 f"passages where index.json says {entry.rows} and {dimension}; build the index anew"
             )
-        index, space = device.place(index)
-        shard = cls(index, passages, space)
-        shard.tune(retrieval.search)
-        return shard
+        return cls(index, passages)
+
+    def place(self, device: Device) -> None:
+        """Put the vectors on a device.
+
+        Raises:
+            ValueError: they have no place there.
+        """
+        self.index, self._space = device.place(self.index)
 
     def tune(self, search: str) -> None:
         """Set search parameters, as ``retrieval.search``.
@@ -136,11 +140,14 @@ class PassageIndex:
         """
         manifest = read_manifest(folder, digest)
         chosen = sorted(range(len(manifest.shards)) if numbers is None else numbers)
-        device = Device.choose(retrieval, manifest, chosen, engine_share)
-        shards = {}
         with _in_cache(folder, manifest, retrieval, chosen):
-            for number in chosen:
-                shards[number] = Shard.open(folder, manifest.shards[number], manifest.dimension, retrieval, device)
+            entries = {number: manifest.shards[number] for number in chosen}
+            shards = {n: Shard.open(folder, entry, manifest.dimension, retrieval) for n, entry in entries.items()}
+        with exclusive_start():
+            device = Device.choose(retrieval, manifest, chosen, engine_share)
+            for shard in shards.values():
+                shard.place(device)
+                shard.tune(retrieval.search)
         return cls(manifest, shards, retrieval.threads)
 
     def search(self, queries: Vectors, k: int) -> list[list[Hit]]:

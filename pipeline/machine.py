@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from packaging.requirements import Requirement
 
+from pipeline.devices import has_gpu
 from pipeline.provenance import versions
 
 PROJECT = "selfrag-batch"
@@ -69,7 +70,7 @@ def inspect_machine() -> Machine:
         driver=driver,
         torch_gpus=torch.cuda.device_count(),
         torch_cuda=torch.version.cuda,
-        faiss_gpus=faiss.get_num_gpus() if hasattr(faiss, "StandardGpuResources") else 0,
+        faiss_gpus=faiss.get_num_gpus() if has_gpu() else 0,
         shared_free=shared.free if shared else 0,
         shared_total=shared.total if shared else 0,
     )

@@ -9,6 +9,7 @@ from typing import Any, Protocol
 
 from pipeline.config import RetrievalConfig
 from pipeline.encoder import Encoder, Vectors
+from pipeline.gpus import exclusive_start
 from pipeline.index import PassageIndex
 from pipeline.manifest import IndexManifest, check_encoder, check_index, wanted_encoder
 from pipeline.servers import IndexLostError, PartitionedIndex
@@ -96,7 +97,8 @@ class IndexRetriever:
         """
         manifest = check_index(folder, retrieval, digest)
         name, revision = wanted_encoder(manifest, retrieval)
-        encoder = Encoder.load(name, retrieval.device, revision, manifest.encoder.style)
+        with exclusive_start():
+            encoder = Encoder.load(name, retrieval.device, revision, manifest.encoder.style)
         check_encoder(encoder, manifest)
         if servers:
             return cls(encoder, PartitionedIndex(manifest, servers), retrieval)

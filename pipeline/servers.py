@@ -14,7 +14,6 @@ from typing import Any
 
 from pipeline.config import ExecutionConfig, RetrievalConfig, StorageConfig
 from pipeline.encoder import Vectors
-from pipeline.gpus import exclusive_start
 from pipeline.index import Found, PassageIndex, ranked
 from pipeline.manifest import IndexManifest
 from pipeline.storage import locate
@@ -55,8 +54,7 @@ class ShardServer:
 
     def __init__(self, index: ServedIndex, numbers: Sequence[int]) -> None:
         folder = locate(index.uri, index.storage)
-        with exclusive_start():
-            self._index = PassageIndex.open(folder, index.retrieval, numbers, digest=index.digest)
+        self._index = PassageIndex.open(folder, index.retrieval, numbers, digest=index.digest)
 
     def vectors(self) -> int:
         """How many it holds; answers once they are loaded."""

@@ -1,4 +1,4 @@
-"""What a Ray cluster was asked for, and GPUs that somebody else holds there."""
+"""What a Ray cluster was asked for, and GPUs that another job holds there."""
 
 import subprocess
 import sys

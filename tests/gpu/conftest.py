@@ -18,6 +18,8 @@ from pipeline.machine import read_cards
 from tests.gpu.cpu_answers import DECODING, QUERIES, SETTINGS, first_queries
 
 REHEARSAL = bool(os.environ.get("SELFRAG_GPU_REHEARSAL"))
+# Set where a card must be there: a suite that skips everything has shown nothing.
+REQUIRED = bool(os.environ.get("SELFRAG_GPU_REQUIRED"))
 # Rows of a rehearsal, and share of the card that the engine takes: the rest is for the index and shard servers.
 FEW_ROWS, ENGINE_SHARE = 16, 0.4
 # Compilation takes a minute and is shown by the first run.
@@ -38,9 +40,9 @@ def why_not() -> str | None:
 
 @pytest.fixture(scope="session", autouse=True)
 def card() -> None:
-    """Skip every test here where there is no card, and say why."""
+    """Skip every test here where there is no card, with the reason; fail them where one is required."""
     if (reason := why_not()) and not REHEARSAL:
-        pytest.skip(reason)
+        (pytest.fail if REQUIRED else pytest.skip)(reason)
 
 
 @pytest.fixture
@@ -57,7 +59,7 @@ def on_gpu() -> RetrievalConfig:
 
 
 def used_memory() -> int:
-    """Bytes of the card that are in use, by whomever."""
+    """Read how many bytes of the card are in use, by all processes."""
     _, cards = read_cards()
     return cards[0].total - cards[0].free if cards else 0
 

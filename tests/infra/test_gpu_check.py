@@ -15,15 +15,31 @@ from tests.gpu.cpu_answers import FILE, make_record
 ROOT = Path(__file__).parents[2]
 
 
+def suite(**environment: str) -> str:
+    """What ``pytest -m gpu`` says."""
+    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "-p", "no:cacheprovider", "tests/gpu"]
+    others = {name: value for name, value in os.environ.items() if not name.startswith("SELFRAG_GPU")}
+    done = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, env=others | environment
+    )
+    return done.stdout
+
+
 @pytest.mark.skipif(why_not() is None, reason="there is a GPU")
 def test_every_gpu_test_says_why_it_was_skipped() -> None:
-    command = [sys.executable, "-m", "pytest", "-m", "gpu", "-rs", "-p", "no:cacheprovider", "tests/gpu"]
-    environment = {name: value for name, value in os.environ.items() if name != "SELFRAG_GPU_REHEARSAL"}
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=120, check=False, env=environment)
-    counted = re.search(r"\b(\d+) skipped in", done.stdout)
-    assert counted, done.stdout
-    reasons = re.findall(r"^SKIPPED \[(\d+)\] \S+ no GPU: .+$", done.stdout, re.MULTILINE)
-    assert sum(map(int, reasons)) == int(counted[1]) >= 29
+    said = suite()
+    counted = re.search(r"\b(\d+) skipped in", said)
+    assert counted, said
+    reasons = re.findall(r"^SKIPPED \[(\d+)\] \S+ no GPU: .+$", said, re.MULTILINE)
+    assert sum(map(int, reasons)) == int(counted[1]) >= 30
+
+
+@pytest.mark.skipif(why_not() is None, reason="there is a GPU")
+def test_where_a_card_must_be_there_a_suite_that_shows_nothing_fails() -> None:
+    said = suite(SELFRAG_GPU_REQUIRED="1")
+    assert re.search(r"\b\d+ errors in", said), said
+    assert " skipped" not in said
+    assert " passed" not in said
 
 
 def test_the_cards_answers_are_compared_with_those_of_this_model() -> None:
@@ -36,6 +52,7 @@ def test_the_cards_answers_are_compared_with_those_of_this_model() -> None:
 
 STUB = """#!/bin/bash
 echo "$@" >> {calls}
+[[ "$2" == pytest && -z "$SELFRAG_GPU_REQUIRED" ]] && exit 4
 [[ "$2" == "{failing}" ]] && exit 3
 exit 0
 """
@@ -48,7 +65,7 @@ def check(folder: Path, failing: str = "") -> tuple[int, list[str], str]:
     stub.chmod(0o755)
     done = subprocess.run(
         [ROOT / "infra" / "gpu_check.sh", folder / "results"],
-        env={**os.environ, "PYTHON": str(stub)},
+        env={**os.environ, "PYTHON": str(stub), "SELFRAG_GPU_REHEARSAL": ""},
         capture_output=True,
         timeout=60,
         check=False,
@@ -59,20 +76,20 @@ def check(folder: Path, failing: str = "") -> tuple[int, list[str], str]:
 def test_one_script_runs_doctor_suite_and_benchmark_into_one_folder(tmp_path: Path) -> None:
     status, calls, summary = check(tmp_path)
     assert status == 0
-    assert [call.split()[1] for call in calls] == ["jobs.cli", "jobs.doctor", "pytest", "jobs.benchmark"]
-    assert f"--junitxml {tmp_path}/results/suite.xml" in calls[2]
-    assert "--shape 7b" in calls[3]
-    assert f"--json {tmp_path}/results/benchmark.json" in calls[3]
+    assert [call.split()[1] for call in calls] == ["jobs.cli", "jobs.doctor", "jobs.benchmark", "pytest"]
+    assert "--shape 7b" in calls[2]
+    assert f"--json {tmp_path}/results/benchmark.json" in calls[2]
+    assert f"--junitxml {tmp_path}/results/suite.xml" in calls[3]
     assert re.findall(r"^(\w+): status (\d+)", summary, re.MULTILINE) == [
         ("doctor", "0"),
-        ("suite", "0"),
         ("benchmark", "0"),
+        ("suite", "0"),
     ]
 
 
 def test_a_step_that_fails_lets_the_others_go_on_and_fails_the_script(tmp_path: Path) -> None:
-    status, calls, summary = check(tmp_path, failing="pytest")
+    status, calls, summary = check(tmp_path, failing="jobs.benchmark")
     assert status == 1
     assert len(calls) == 4
-    assert "suite: status 3" in summary
-    assert "benchmark: status 0" in summary
+    assert "benchmark: status 3" in summary
+    assert "suite: status 0" in summary

@@ -76,7 +76,12 @@ def test_a_run_that_fails_says_why(tmp_path, called):
 
 def test_a_unit_lasts_until_the_next_one_begins():
     units = {"c": unit(1, 2), "b": unit(3, 4), "a": unit(6, 9)}
-    assert measured_seconds(units, 10.0) == [3.0, 4.0]
+    assert measured_seconds(units, 10.0) == {"b": 3.0, "a": 4.0}
+
+
+def test_the_unit_that_comes_first_is_not_measured_whatever_its_place_in_the_query_set():
+    units = {"c": unit(3, 4), "b": unit(6, 9), "a": unit(1, 2)}
+    assert measured_seconds(units, 10.0) == {"c": 3.0, "b": 4.0}
 
 
 @pytest.mark.parametrize(
@@ -84,7 +89,7 @@ def test_a_unit_lasts_until_the_next_one_begins():
     [
         ({"a": unit(1, 2), "b": unit(3, 4, errors=1)}, "1 rows of the job failed"),
         ({"a": unit(1, 3.5), "b": unit(3, 4)}, "one after the other"),
-        ({"a": unit(3, 4), "b": unit(1, 2)}, "one after the other"),
+        ({"a": unit(3, 4), "b": unit(1, 3.5)}, "one after the other"),
     ],
 )
 def test_units_that_are_not_what_shall_be_measured_are_refused(units, problem):

@@ -14,6 +14,7 @@ GPU_NODES = [Room(64.0), Room(96.0, (1.0,) * 8), Room(32.0, (1.0,) * 2)]
         (LAPTOP, 3, 4, (3, 2, 0)),
         (LAPTOP, 16, 16, (16, 1, 0)),
         (LAPTOP * 3, None, 2, (2, 8, 0)),
+        ([Room(16.0), Room(4.0)], None, 10, (2, 4, 0)),  # one for each machine, not both on the larger one
         ([Room(0.0), *LAPTOP], None, 9, (1, 8, 0)),
         (GPU_NODES, None, 32, (10, 12, 1)),  # ten of 13 would not fit on 96 and 32
         (GPU_NODES, None, 4, (4, 32, 1)),

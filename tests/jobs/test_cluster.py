@@ -114,31 +114,33 @@ def test_gpus_that_are_not_those_of_a_replica_are_refused(engine, asked, line):
 
 
 @pytest.mark.parametrize(
-    ("run", "gpus", "servers"),
+    ("run", "gpus"),
     [
-        (config(actors=2), 1.0, 0),
-        (config({"gpu_memory_utilization": 0.5}, actors=2), 0.5, 0),
-        (config({"gpu_memory_utilization": 0.3333}, actors=3), 1 / 3, 0),
-        (config(), 0.5, 0),  # one engine alone may take all of its card
-        (config(gpus_per_server=1.0), 0.5, 2),
-        (config({"gpu_memory_utilization": 0.7}, gpus_per_server=0.25), 0.75, 1),
+        (config(actors=2), 1.0),
+        (config(actors=2), 0.0),
+        (config({"gpu_memory_utilization": 0.45}, actors=2), 0.5),
+        (config({"gpu_memory_utilization": 0.2833}, actors=3), 1 / 3),
+        (config({"gpu_memory_utilization": 0.7}, gpus_per_server=0.25), 0.75),
     ],
 )
-def test_engines_that_fit_into_their_shares_are_accepted(run, gpus, servers):
-    check_sharing(run, gpus, servers)
+def test_engines_that_fit_into_their_shares_are_accepted(run, gpus):
+    check_sharing(run, gpus)
 
 
 @pytest.mark.parametrize(
-    ("run", "gpus", "servers", "line"),
+    ("run", "gpus", "line"),
     [
-        (config(actors=2), 0.5, 0, "each takes 0.92 of its memory (2 × 0.92 = 1.84); set model.engine.gpu_memory_"),
-        (config({"gpu_memory_utilization": 0.4}, actors=9), 0.25, 0, "(4 × 0.4 = 1.6)"),
-        (config({"gpu_memory_utilization": 0.9}, gpus_per_server=0.25), 0.75, 1, "utilization to 0.75 or less"),
+        (config(actors=2), 0.5, "(2 × 0.97 = 1.94); set model.engine.gpu_memory_utilization to 0.45 or less"),
+        # The first engine's contexts leave less than half to the second.
+        (config({"gpu_memory_utilization": 0.5}, actors=2), 0.5, "(2 × 0.55 = 1.10)"),
+        (config({"gpu_memory_utilization": 0.4}, actors=9), 0.25, "(4 × 0.45 = 1.80)"),
+        (config({"gpu_memory_utilization": 0.9}, gpus_per_server=0.25), 0.75, "utilization to 0.70 or less"),
+        (config(), 0.5, "(2 × 0.97 = 1.94)"),  # the other half is somebody else's
     ],
 )
-def test_engines_that_would_take_more_than_their_cards_have_are_refused(run, gpus, servers, line):
-    with pytest.raises(ValueError, match="share a GPU") as refusal:
-        check_sharing(run, gpus, servers)
+def test_engines_that_would_take_more_than_their_cards_have_are_refused(run, gpus, line):
+    with pytest.raises(ValueError, match="fit on a GPU") as refusal:
+        check_sharing(run, gpus)
     assert line in str(refusal.value)
 
 

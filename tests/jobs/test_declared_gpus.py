@@ -128,7 +128,7 @@ def test_shard_servers_take_shares_of_cards_beside_actors(
     job.queries, job.options = str(tmp_path / "asking"), ["--index", str(small_index)]
     job.settings += ["decoding.mode=always", "retrieval.topology=partitioned", "execution.shard_servers=2"]
     job.settings += ["execution.gpus_per_server=0.25", "execution.cpus_per_server=0.5"]
-    job.settings += ["execution.actors=2", "execution.gpus_per_actor=0.5", "model.engine.gpu_memory_utilization=0.5"]
+    job.settings += ["execution.actors=2", "execution.gpus_per_actor=0.5", "model.engine.gpu_memory_utilization=0.4"]
     with asked_during(made.address) as asked:
         status, said = job.finish()
     assert job.problems(tmp_path / "asking", status, said) == []
@@ -180,5 +180,8 @@ def test_machines_may_come_after_the_run_has_begun(
             status, said = running.ended()
         assert job.problems(tmp_path / "queries", status, said) == []
         assert workers(asked, "ScriptedActor") == [{"CPU": 1.0, "GPU": 1.0}]
-        said = build(with_vectors[0], tmp_path / "index", made.address)
+        with asked_during(made.address) as asked:
+            said = build(with_vectors[0], tmp_path / "index", made.address)
+        assert workers(asked, "ShardBuilder") == [{"CPU": 2.0, "GPU": 1.0}]
+        assert json.loads((tmp_path / "index" / "index.json").read_text())["passages"] == 300
         assert re.search(r"1 actor\(s\) at work, each with 2 CPUs and 1 GPUs", said)

@@ -6,6 +6,7 @@ import pytest
 
 from pipeline.config import RetrievalConfig
 from pipeline.devices import (
+    RELEASE_SECONDS,
     RESERVED_BYTES,
     SHARED_MEMORY,
     WORKING_BYTES,
@@ -13,6 +14,7 @@ from pipeline.devices import (
     Device,
     gpu_bytes,
     gpu_form,
+    has_gpu,
 )
 from pipeline.gpus import AssignedGpus
 from pipeline.index import PassageIndex
@@ -92,6 +94,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(faiss, "StandardGpuResources", resources, raising=False)
     monkeypatch.setattr(faiss, "GpuClonerOptions", type("Options", (), {}), raising=False)
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: 1, raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (7_500_000_000, 8_000_000_000))
 
 
@@ -143,6 +146,26 @@ def test_memory_of_an_engine_that_is_ending_is_waited_for(saved: Location, monke
     monkeypatch.setattr("pipeline.devices.time.sleep", waits.append)
     assert Device.choose(RetrievalConfig(device="gpu"), read_manifest(saved), [0], 0.3).resources is not None
     assert waits == [1, 1]
+
+
+@pytest.mark.usefixtures("card")
+def test_memory_that_others_keep_is_not_waited_for_without_end(
+    saved: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (1_000_000_000, 8_000_000_000))
+    monkeypatch.setattr("pipeline.devices.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr("pipeline.devices.time.sleep", lambda seconds: clock.append(clock.pop() + seconds))
+    with pytest.raises(ValueError, match="1.0 GB free"):
+        Device.choose(RetrievalConfig(device="gpu"), read_manifest(saved), [0], 0.3)
+    assert clock == [RELEASE_SECONDS]
+
+
+def test_faiss_is_not_asked_where_pytorch_finds_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
+    monkeypatch.setattr(faiss, "get_num_gpus", lambda: pytest.fail("it may abort the process"), raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    assert not has_gpu()
 
 
 @pytest.mark.usefixtures("card")

@@ -6,6 +6,7 @@ from pipeline.device_probe import Answered, Searched
 from pipeline.diagnosis import (
     Verdict,
     judge_answer,
+    judge_gpu_memory,
     judge_gpus,
     judge_search,
     judge_shared_memory,
@@ -49,6 +50,9 @@ def test_untested_versions_are_a_warning():
     [
         (GPU, 1.0, Verdict.OK, ""),
         (CPU, 0.0, Verdict.OK, ""),
+        (replace(GPU, cards=()), 1.0, Verdict.WARNING, "memory was not checked: pip install nvidia-ml-py"),
+        (replace(GPU, cards=2 * GPU.cards), 1.0, Verdict.WARNING, "jobs use fewer than there are"),
+        (replace(GPU, torch_gpus=2, faiss_gpus=2, cards=2 * GPU.cards), 1.0, Verdict.WARNING, "fewer than there are"),
         (replace(GPU, faiss_gpus=0), 1.0, Verdict.WARNING, "FAISS is a CPU build"),
         (GPU, 0.0, Verdict.FAILED, "Ray has none"),
         (GPU, 2.0, Verdict.FAILED, "Ray would assign GPUs that are not there"),
@@ -58,7 +62,7 @@ def test_untested_versions_are_a_warning():
     ],
 )
 def test_gpus_that_are_not_seen_by_all_are_told_apart(machine, declared, verdict, advice):
-    finding, *_ = judge_gpus(machine, declared, 0.9)
+    finding = judge_gpus(machine, declared, wanted=True)
     assert finding.verdict is verdict
     assert advice in finding.advice
     counts = (len(machine.cards), machine.torch_gpus, machine.faiss_gpus, int(declared))
@@ -66,10 +70,15 @@ def test_gpus_that_are_not_seen_by_all_are_told_apart(machine, declared, verdict
     assert finding.found == (seen if any(counts) else "none; jobs run on the CPU")
 
 
+def test_gpus_that_a_run_does_not_want_are_a_warning_at_most():
+    assert judge_gpus(GPU, 0.0, wanted=False).verdict is Verdict.WARNING
+    assert judge_gpus(replace(GPU, torch_gpus=0, torch_cuda=None), 1.0, wanted=False).verdict is Verdict.WARNING
+
+
 def test_memory_that_is_held_by_others_fails_with_both_numbers():
-    _, memory = judge_gpus(GPU, 1.0, 0.92)
+    (memory,) = judge_gpu_memory(GPU, 0.92)
     assert (memory.verdict, memory.found) == (Verdict.OK, "GPU 0 (H100): 79.0 of 80.0 GB free")
-    _, memory = judge_gpus(replace(GPU, cards=(Card("H100", 10_000_000_000, 80_000_000_000),)), 1.0, 0.92)
+    (memory,) = judge_gpu_memory(replace(GPU, cards=(Card("H100", 10_000_000_000, 80_000_000_000),)), 0.92)
     assert memory.verdict is Verdict.FAILED
     assert memory.found == "GPU 0 (H100): 10.0 of 80.0 GB free, but an engine takes 0.92 of it"
 

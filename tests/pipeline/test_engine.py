@@ -77,11 +77,21 @@ def test_unknown_engine_argument_is_named():
     check_engine_arguments(ModelConfig(name="demo", engine={"gpu_memory_utilization": 0.9, "quantization": "fp8"}))
 
 
-@pytest.mark.parametrize("name", ["distributed_executor_backend", "data_parallel_backend"])
-def test_a_replica_that_would_spread_over_nodes_is_refused(name):
-    with pytest.raises(ValueError, match=f"model.engine.{name}=ray: an actor's GPUs are on one node"):
-        check_engine_arguments(ModelConfig(name="demo", engine={name: "ray"}))
-    check_engine_arguments(ModelConfig(name="demo", engine={name: "mp"}))
+@pytest.mark.parametrize(
+    ("name", "several", "one"),
+    [
+        ("distributed_executor_backend", "ray", "mp"),
+        ("data_parallel_backend", "ray", "mp"),
+        ("data_parallel_size_local", 1, 4),
+        ("data_parallel_hybrid_lb", True, False),
+        ("nnodes", 2, 1),
+    ],
+)
+def test_a_replica_that_would_spread_over_nodes_is_refused(name, several, one):
+    engine = {"data_parallel_size": 4}
+    with pytest.raises(ValueError, match=f"model.engine.{name}={several}: an actor's GPUs are on one node"):
+        check_engine_arguments(ModelConfig(name="demo", engine={**engine, name: several}))
+    check_engine_arguments(ModelConfig(name="demo", engine={**engine, name: one}))
 
 
 @pytest.mark.parametrize("size", [0, "2", 1.5, None])
@@ -100,7 +110,7 @@ def test_the_processes_of_a_replica_are_those_of_its_actor():
 
 def test_vllm_for_gpus_does_not_start_where_ray_assigned_none(monkeypatch):
     monkeypatch.setattr("vllm.platforms.current_platform", SimpleNamespace(is_cuda_alike=lambda: True))
-    check_assigned_gpus()  # outside of Ray nobody has assigned anything
+    check_assigned_gpus()  # outside of Ray nothing is assigned
     monkeypatch.setattr("pipeline.gpus.assigned_gpus", lambda: AssignedGpus((), 0.0))
     with pytest.raises(ValueError, match="Ray assigned no GPU to this actor: set execution.gpus_per_actor to the GPUs"):
         check_assigned_gpus()

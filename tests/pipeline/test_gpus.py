@@ -101,7 +101,7 @@ def test_a_process_that_is_killed_while_it_starts_leaves_the_card_to_the_next(ca
         pass
 
 
-def test_a_process_without_gpus_waits_for_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_process_without_gpus_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     for assigned in (None, AssignedGpus((), 0.0)):
         monkeypatch.setattr("pipeline.gpus.assigned_gpus", lambda assigned=assigned: assigned)
         with exclusive_start():
