@@ -34,7 +34,7 @@ from jobs.benchmark_script import SHAPES, Script, write_shape
 from jobs.benchmark_shapes import OPTIONAL, Bench, Trial, agreement
 from jobs.benchmark_workloads import WORKLOADS, Row, Workload, chosen
 from pipeline.config import DecodingConfig, ModelConfig
-from pipeline.engine import check_engine_arguments
+from pipeline.engine_arguments import check_engine_arguments
 from pipeline.settings import apply_settings
 from pipeline.types import Passage, Query, RetrievedPassage
 

@@ -38,7 +38,8 @@ from jobs.benchmark_variants import (
 from jobs.benchmark_workloads import Workload, chosen
 from pipeline.config import DecodingConfig, ModelConfig, Weights
 from pipeline.critique import segment_score
-from pipeline.engine import Generator, check_engine_arguments
+from pipeline.engine import Generator
+from pipeline.engine_arguments import check_engine_arguments
 from pipeline.once import AnsweredOnce, Answering
 from pipeline.profiles import Tasks
 from pipeline.reader import ReflectionCritic

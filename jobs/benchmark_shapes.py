@@ -32,7 +32,8 @@ from jobs.benchmark_script import Prompter, Script, ScriptedGenerator, endless
 from jobs.demo import demo_index
 from pipeline.config import DecodingConfig, ModelConfig, RetrievalConfig, StorageConfig
 from pipeline.critique import critique, retrieve_probability
-from pipeline.engine import Generator, VllmGenerator, gpu_share, load_tokenizer
+from pipeline.engine import Generator, VllmGenerator, load_tokenizer
+from pipeline.engine_arguments import gpu_share
 from pipeline.profiles import Tasks
 from pipeline.prompts import PromptTokenizer, passage_text
 from pipeline.reader import ReflectionCritic

@@ -35,7 +35,7 @@ from pipeline.diagnosis import (
     judge_shared_memory,
     judge_versions,
 )
-from pipeline.engine import check_engine_arguments, gpu_share
+from pipeline.engine_arguments import check_engine_arguments, gpu_share
 from pipeline.machine import Machine, inspect_machine
 from pipeline.manifest import check_index
 from pipeline.settings import read_yaml

@@ -19,7 +19,8 @@ import ray
 from pipeline.attempts import BESIDE_OTHERS, ROW_DEATHS, START, OutOfMemoryError, ProcessDiedError, Turnstile
 from pipeline.config import RunConfig
 from pipeline.critics import critic_of
-from pipeline.engine import EngineDeadError, VllmGenerator, gpu_share, prepare_environment
+from pipeline.engine import EngineDeadError, VllmGenerator, prepare_environment
+from pipeline.engine_arguments import gpu_share
 from pipeline.gpus import exclusive_start
 from pipeline.once import AnsweredOnce, Answering
 from pipeline.output import OutputFolder

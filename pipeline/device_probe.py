@@ -10,7 +10,8 @@ import numpy as np
 
 from pipeline.config import ModelConfig, RunConfig, StorageConfig
 from pipeline.critics import critic_of
-from pipeline.engine import VllmGenerator, gpu_share, prepare_environment
+from pipeline.engine import VllmGenerator, prepare_environment
+from pipeline.engine_arguments import gpu_share
 from pipeline.gpus import choose_gpu, exclusive_start
 from pipeline.index import PassageIndex
 from pipeline.manifest import EncoderEntry, IndexManifest, write_manifest

@@ -9,7 +9,7 @@ from typing import Any
 
 from pipeline.config import RunConfig, StorageConfig, with_absolute_paths
 from pipeline.critics import critic_of
-from pipeline.engine import check_engine_arguments, model_path
+from pipeline.engine_arguments import check_engine_arguments, model_path
 from pipeline.incremental import Earlier, Selection
 from pipeline.manifest import IndexManifest, check_index
 from pipeline.output import OutputFolder
