@@ -12,10 +12,11 @@ import pytest
 import ray
 import typer
 from pyarrow import fs
+from ray.cluster_utils import Cluster
 from typer.testing import CliRunner, Result
 
-from jobs.doctor import doctor
-from pipeline.config import RunConfig
+from jobs.doctor import doctor, use_storage
+from pipeline.config import RunConfig, StorageConfig
 from pipeline.device_probe import Answered, Searched
 from tests.s3 import S3Server
 
@@ -62,12 +63,15 @@ class QuickProbe:
 
 @pytest.fixture(scope="module")
 def cluster() -> Iterator[None]:
-    """One declared GPU, of which nothing but Ray knows."""
+    """Two nodes, one of them with a declared GPU, of which nothing but Ray knows."""
     if ray.is_initialized():
         ray.shutdown()
-    ray.init(num_cpus=2, num_gpus=1, include_dashboard=False, logging_level="ERROR")
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1, "include_dashboard": False})
+    made.add_node(num_cpus=1)
+    ray.init(address=made.address, logging_level="ERROR")
     yield
     ray.shutdown()
+    made.shutdown()
 
 
 @pytest.fixture
@@ -120,9 +124,24 @@ def test_storage_that_refuses_fails_and_a_folder_is_left_as_it_was(tmp_path: Pat
     assert str(tmp_path / "file") in findings["storage"]["found"]
     result = call("--uri", str(tmp_path), "--uri", str(tmp_path / "new"), "--set", "execution.gpus_per_actor=0")
     assert result.exit_code == 0, result.output
-    assert "GPUs seen by the driver 0, PyTorch 0, FAISS 0, Ray 1" in result.stdout  # a warning, where none is wanted
-    assert "written, listed, read, deleted" in result.stdout
+    assert "GPUs seen by the driver 0, PyTorch 0, FAISS 0, Ray 1" in result.stderr  # a warning, where none is wanted
+    found = result.stderr.count("written, listed, read, deleted")
+    assert found == 2 * 3  # both folders, from the driver and from each node
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+def test_a_machine_with_another_folder_of_the_same_name_is_told_apart(tmp_path: Path) -> None:
+    with pytest.raises(OSError, match="this machine does not see the driver's files; use object storage or a shared"):
+        use_storage(str(tmp_path), StorageConfig(), f"{tmp_path}/selfrag-doctor-of-the-driver")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.usefixtures("quick")
+def test_every_node_is_listed_with_its_resources() -> None:
+    record = json.loads(call("--json").stdout)
+    nodes = [finding["found"].partition(": ")[2] for finding in record["findings"] if finding["check"] == "node"]
+    assert sorted(nodes) == ["1 CPUs, 0 GPUs", "2 CPUs, 1 GPUs"]
+    assert sum(finding["check"] == "versions" for finding in record["findings"]) == 2
 
 
 def test_a_misspelt_key_is_bad_usage() -> None:
