@@ -168,12 +168,15 @@ def check_device(config: RunConfig, gpus: float, servers: int) -> None:
     """
     if config.retrieval.device != "gpu":
         return
-    for key, amount in (("actor", gpus), ("server", config.execution.gpus_per_server if servers else gpus)):
-        if not amount:
-            raise ValueError(
-                f"retrieval.device is gpu, but execution.gpus_per_{key} is 0: set it above 0, "
-                "or retrieval.device to auto"
-            )
+    if not gpus:
+        raise ValueError(
+            "retrieval.device is gpu, but the actors get no GPU: the cluster has none, or execution.gpus_per_actor "
+            "is 0; set retrieval.device to auto, or give them one"
+        )
+    if servers and not config.execution.gpus_per_server:
+        raise ValueError(
+            "retrieval.device is gpu, but execution.gpus_per_server is 0: set it above 0, or retrieval.device to auto"
+        )
 
 
 def check_sharing(config: RunConfig, gpus: float) -> None:
@@ -189,12 +192,15 @@ def check_sharing(config: RunConfig, gpus: float) -> None:
     """
     if not 0 < gpus < 1:
         return
+    if gpus <= CONTEXTS:
+        raise ValueError(
+            f"execution.gpus_per_actor is {gpus:g}, and an actor's processes need {CONTEXTS:g}; set it higher"
+        )
     engine, most = gpu_share(config.model), gpus - CONTEXTS
     if engine > most + ROUNDING:
-        engines, each = math.floor(1 / gpus + ROUNDING), engine + CONTEXTS
         raise ValueError(
-            f"execution.gpus_per_actor is {gpus:g}, so {engines} engine(s) fit on a GPU, but each takes {engine:g} of "
-            f"its memory, and its processes {CONTEXTS:g} ({engines} × {each:g} = {engines * each:.2f}); set "
+            f"execution.gpus_per_actor is {gpus:g}, but the engine takes {engine:g} of the GPU's memory and its "
+            f"processes {CONTEXTS:g} ({engine:g} + {CONTEXTS:g} = {engine + CONTEXTS:g}); set "
             f"model.engine.gpu_memory_utilization to {most:.2f} or less"
         )
 
@@ -240,8 +246,8 @@ def share_of(rooms: Sequence[Room], config: RunConfig, gpus: float) -> Resources
     if count < execution.actors:
         raise ValueError(
             f"execution.actors is {execution.actors}, each with {cpus:g} CPUs and {gpus:g} GPUs, and the cluster's "
-            f"{len(rooms)} node(s) hold {count:g}; lower it, or set both execution.cpus_per_actor and "
-            "execution.gpus_per_actor if an autoscaler will bring more nodes"
+            f"{len(rooms)} node(s) hold {count:g}; lower execution.actors or what each gets, or set both "
+            "execution.cpus_per_actor and execution.gpus_per_actor if an autoscaler will bring more nodes"
         )
     return Resources(cpus, gpus)
 

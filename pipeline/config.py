@@ -163,7 +163,8 @@ class RetrievalConfig(Frozen):
             index that is larger than one machine or card.
         device: where FAISS and the encoder run; ``auto`` takes the GPU that Ray assigned to the actor or shard server
             where the index fits on it, otherwise the CPU; ``gpu`` insists.
-        float16: keep the vectors of ``Flat`` shards in half precision on the GPU, which halves what they need.
+        float16: keep the vectors of ``Flat`` shards, and the tables of product quantisers, in half precision on the
+            GPU: halves what ``Flat`` needs, and GPUs need it for 49 to 96 parts.
         batch_size: most queries encoded and searched together.
         wait_ms: how long the first of them waits for others.
         threads: of FAISS, per actor or shard server.
@@ -198,8 +199,8 @@ class ExecutionConfig(Frozen):
     Attributes:
         actors: actors at work, each with a replica of the model.
         cpus_per_actor: by default all of the machine's for one actor, an even share for several.
-        gpus_per_actor: GPUs of a replica of the model (tensor × pipeline × data parallel), or below 1 a share of one;
-            by default the former where the cluster has GPUs, otherwise 0.
+        gpus_per_actor: GPUs of each actor: those of a replica of the model (tensor × pipeline × data parallel; the
+            default where the cluster has GPUs), a share of one below 1, or 0 (the default elsewhere).
         shard_servers: of the partitioned topology; by default one for each node, at most one for each shard.
         cpus_per_server: CPUs of each shard server.
         gpus_per_server: 1 or a share of a GPU for each shard server; with 0 the servers search on the CPU.

@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from pipeline.device_probe import Answered, Searched
+from pipeline.device_probe import QUESTION, Answered, Searched
 from pipeline.machine import Machine
 
 GB = 1e9
@@ -64,7 +64,7 @@ def judge_gpus(machine: Machine, declared: float, wanted: bool) -> Finding:
         wanted: whether the run may use GPUs; otherwise nothing about them fails.
     """
     counts = (len(machine.cards), machine.torch_gpus, machine.faiss_gpus, int(declared))
-    if not any(counts):
+    if not any(counts) and machine.torch_cuda is None:
         return Finding("GPUs", machine.host, Verdict.OK, "none; jobs run on the CPU")
     found = "GPUs seen by the driver {}, PyTorch {}, FAISS {}, Ray {}".format(*counts)
     verdict, advice = _compare_counts(machine, declared)
@@ -117,7 +117,8 @@ def _explain_torch(machine: Machine) -> str:
         return "PyTorch is a CPU build: make setup EXTRAS=gpu; to run on the CPU, set execution.gpus_per_actor=0"
     return (
         f"PyTorch is built for CUDA {machine.torch_cuda}; driver {machine.driver or 'missing'} may be too old for it "
-        "(nvidia-smi shows the newest CUDA that it supports), or CUDA_VISIBLE_DEVICES hides the cards"
+        "(nvidia-smi shows the newest CUDA that it supports), CUDA_VISIBLE_DEVICES may hide the cards, a container may "
+        "lack docker run --gpus all; for a machine without a GPU: make setup EXTRAS=cpu"
     )
 
 
@@ -155,8 +156,8 @@ def judge_answer(answered: Answered, gpus: float, where: str) -> Finding:
         gpus: GPUs of the actor.
     """
     found = (
-        f"vLLM on {answered.device} started in {answered.start_seconds:.0f} s and answered a row in "
-        f"{answered.seconds:.1f} s: {answered.answer!r}"
+        f"vLLM on {answered.device} started in {answered.start_seconds:.0f} s and answered {QUESTION.query!r} in "
+        f"{answered.seconds:.1f} s with {answered.answer!r}"
     )
     if not answered.answer.strip():
         return Finding("engine", where, Verdict.FAILED, found, "the embedded model answers nothing here: report this")

@@ -23,7 +23,7 @@ before the file, and flags such as `--output` before both. Unknown keys and wron
 
 Keys that are *fixed* decide the results: a run that has begun goes on with the same values only, also of `profiles` and
 of what is in `model.engine` but for the engine's share of machines (`gpu_memory_utilization`, `kv_cache_memory_bytes`,
-`max_num_batched_tokens`, `max_num_seqs`, the parallel sizes). Query set, index and model
+`max_num_batched_tokens`, `max_num_seqs`, and the parallel sizes). Query set, index and model
 must hold the same as well, wherever they lie. All other keys may change from one call to the next.
 """
 WORDS = {"string": "text", "boolean": "`true` or `false`", "object": "mapping", "array": "list"}

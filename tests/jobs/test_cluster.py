@@ -130,16 +130,25 @@ def test_engines_that_fit_into_their_shares_are_accepted(run, gpus):
 @pytest.mark.parametrize(
     ("run", "gpus", "line"),
     [
-        (config(actors=2), 0.5, "(2 × 0.97 = 1.94); set model.engine.gpu_memory_utilization to 0.45 or less"),
+        (config(actors=2), 0.5, "(0.92 + 0.05 = 0.97); set model.engine.gpu_memory_utilization to 0.45 or less"),
         # The first engine's contexts leave less than half to the second.
-        (config({"gpu_memory_utilization": 0.5}, actors=2), 0.5, "(2 × 0.55 = 1.10)"),
-        (config({"gpu_memory_utilization": 0.4}, actors=9), 0.25, "(4 × 0.45 = 1.80)"),
+        (
+            config({"gpu_memory_utilization": 0.5}, actors=2),
+            0.5,
+            "is 0.5, but the engine takes 0.5 of the GPU's memory and its processes 0.05 (0.5 + 0.05 = 0.55)",
+        ),
+        (
+            config({"gpu_memory_utilization": 0.4}, actors=9),
+            0.25,
+            "(0.4 + 0.05 = 0.45); set model.engine.gpu_memory_utilization to 0.20 or less",
+        ),
         (config({"gpu_memory_utilization": 0.9}, gpus_per_server=0.25), 0.75, "utilization to 0.70 or less"),
-        (config(), 0.5, "(2 × 0.97 = 1.94)"),  # the other half is somebody else's
+        (config(), 0.5, "to 0.45 or less"),  # the other half belongs to another process
+        (config(), 0.04, "is 0.04, and an actor's processes need 0.05; set it higher"),
     ],
 )
 def test_engines_that_would_take_more_than_their_cards_have_are_refused(run, gpus, line):
-    with pytest.raises(ValueError, match="fit on a GPU") as refusal:
+    with pytest.raises(ValueError, match="execution.gpus_per_actor is") as refusal:
         check_sharing(run, gpus)
     assert line in str(refusal.value)
 
@@ -151,7 +160,7 @@ def searching(device: str, **execution) -> RunConfig:
 
 
 def test_a_search_on_a_gpu_needs_one_from_ray():
-    with pytest.raises(ValueError, match="retrieval.device is gpu, but execution.gpus_per_actor is 0"):
+    with pytest.raises(ValueError, match="retrieval.device is gpu, but the actors get no GPU"):
         check_device(searching("gpu"), 0.0, 0)
     with pytest.raises(ValueError, match="retrieval.device is gpu, but execution.gpus_per_server is 0"):
         check_device(searching("gpu"), 1.0, 2)

@@ -122,7 +122,9 @@ def test_storage_that_refuses_fails_and_a_folder_is_left_as_it_was(tmp_path: Pat
     (tmp_path / "file").touch()
     findings = failed(call("--json", "--uri", str(tmp_path / "file" / "below"), "--set", "execution.gpus_per_actor=0"))
     assert str(tmp_path / "file") in findings["storage"]["found"]
-    result = call("--uri", str(tmp_path), "--uri", str(tmp_path / "new"), "--set", "execution.gpus_per_actor=0")
+    result = call(
+        "--uri", str(tmp_path), "--uri", str(tmp_path / "new" / "below"), "--set", "execution.gpus_per_actor=0"
+    )
     assert result.exit_code == 0, result.output
     assert "GPUs seen by the driver 0, PyTorch 0, FAISS 0, Ray 1" in result.stderr  # a warning, where none is wanted
     found = result.stderr.count("written, listed, read, deleted")

@@ -53,6 +53,7 @@ def test_untested_versions_are_a_warning():
         (replace(GPU, cards=()), 1.0, Verdict.WARNING, "memory was not checked: pip install nvidia-ml-py"),
         (replace(GPU, cards=2 * GPU.cards), 1.0, Verdict.WARNING, "jobs use fewer than there are"),
         (replace(GPU, torch_gpus=2, faiss_gpus=2, cards=2 * GPU.cards), 1.0, Verdict.WARNING, "fewer than there are"),
+        (replace(CPU, torch_cuda="13.0"), 0.0, Verdict.FAILED, "for a machine without a GPU: make setup EXTRAS=cpu"),
         (replace(GPU, faiss_gpus=0), 1.0, Verdict.WARNING, "FAISS is a CPU build"),
         (GPU, 0.0, Verdict.FAILED, "Ray has none"),
         (GPU, 2.0, Verdict.FAILED, "Ray would assign GPUs that are not there"),
@@ -67,7 +68,7 @@ def test_gpus_that_are_not_seen_by_all_are_told_apart(machine, declared, verdict
     assert advice in finding.advice
     counts = (len(machine.cards), machine.torch_gpus, machine.faiss_gpus, int(declared))
     seen = "GPUs seen by the driver {}, PyTorch {}, FAISS {}, Ray {}".format(*counts)
-    assert finding.found == (seen if any(counts) else "none; jobs run on the CPU")
+    assert finding.found == ("none; jobs run on the CPU" if machine == CPU and not declared else seen)
 
 
 def test_gpus_that_a_run_does_not_want_are_a_warning_at_most():
