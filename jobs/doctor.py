@@ -43,8 +43,10 @@ from pipeline.storage import locate
 
 # Keys that a run must have and that are not needed here.
 DEFAULTS = {"queries": "''", "output": "''", "model": "{name: demo}"}
-# Seconds for what every machine says about itself, and for an engine's start, which compiles the first time.
+# Seconds for the facts about a machine, and for an engine's start, which compiles the first time.
 MACHINE_SECONDS, ENGINE_SECONDS = 120.0, 300.0
+# Seconds for which a store that does not answer is asked again; a run has more patience.
+STORAGE_SECONDS = 5.0
 STORAGE_ADVICE = "the folder's rights, the bucket's name, the credentials, or the endpoint (storage.*)"
 SEARCH_ADVICE = "retrieval.device=cpu searches without the GPU"
 ENGINE_ADVICE = (
@@ -109,8 +111,9 @@ def examine_cluster(config: RunConfig, uris: Sequence[str]) -> Iterator[Finding]
     connect(config.execution)
     nodes = [Node(n["NodeID"], n["NodeName"], n["Resources"]) for n in ray.nodes() if n["Alive"]]
     yield from examine_machines(config, nodes)
+    storage = config.storage.model_copy(update={"patience_s": min(config.storage.patience_s, STORAGE_SECONDS)})
     for uri in uris:
-        yield from attempt("storage", uri, partial(examine_storage, uri, config.storage, nodes), STORAGE_ADVICE)
+        yield from attempt("storage", uri, partial(examine_storage, uri, storage, nodes), STORAGE_ADVICE)
     yield from attempt("actors", "cluster", partial(examine_actor, config))
 
 
@@ -172,9 +175,10 @@ def use_storage(uri: str, storage: StorageConfig, drivers: str) -> None:
     name = f"selfrag-doctor-{uuid.uuid4().hex}"
     ours, content = locate(uri, storage) / name, name.encode()
     ours.write(content)
-    listed = [file.uri for file in locate(uri, storage).files()]
-    read = ours.read()
-    ours.delete()
+    try:
+        listed, read = [file.uri for file in locate(uri, storage).files()], ours.read()
+    finally:
+        ours.delete()
     if drivers not in listed:
         raise OSError(f"{uri}: this machine does not see the driver's files; use object storage or a shared folder")
     if ours.uri not in listed or read != content:
