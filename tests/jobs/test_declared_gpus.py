@@ -79,7 +79,7 @@ def test_actors_get_cards_of_their_own(
 
 
 def test_two_actors_share_a_card_and_start_one_after_the_other(job: Job, made: Any, pids: Path, tmp_path: Path) -> None:
-    write_queries(tmp_path / "many", 600)
+    write_queries(tmp_path / "many", 200)
     job.queries = str(tmp_path / "many")  # so many that the second actor starts before the first has done them all
     job.settings += ["execution.actors=2", "execution.gpus_per_actor=0.5", "model.engine.gpu_memory_utilization=0.45"]
     job.settings += ["execution.unit_rows=1", "execution.units_in_flight=1"]
