@@ -6,8 +6,9 @@
 # PYTHON names the interpreter (.venv/bin/python where it is there). SHAPE, ROWS and SERIAL_ROWS size the benchmark.
 # Without a GPU, SELFRAG_GPU_REHEARSAL=1 SHAPE=tiny ROWS=8 rehearses it.
 set -u
+folder=${1:+$(realpath -m "$1")}
 cd "$(dirname "${BASH_SOURCE[0]}")/.." || exit 1
-folder=${1:-out/gpu_check}
+folder=${folder:-out/gpu_check}
 if [[ -z ${PYTHON:-} ]]; then
     PYTHON=python3
     [[ -x .venv/bin/python ]] && PYTHON=.venv/bin/python

@@ -20,6 +20,7 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from jobs.cluster import Resources, actor_resources, connect, reason
 from pipeline.config import RunConfig, StorageConfig, load_config
@@ -296,17 +297,11 @@ def show(findings: Sequence[Finding]) -> None:
         table.add_column(heading, overflow="fold")
     for finding in findings:
         verdict = f"[{COLOURS[finding.verdict]}]{finding.verdict}[/]"
-        table.add_row(verdict, *map(_plain, (finding.check, finding.where, finding.found, finding.advice)))
+        table.add_row(verdict, *map(Text, (finding.check, finding.where, finding.found, finding.advice)))
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     console.print(table)
     counts = {verdict: sum(finding.verdict is verdict for finding in findings) for verdict in Verdict}
     console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
-
-
-def _plain(text: str) -> Any:
-    from rich.text import Text
-
-    return Text(text)
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ from typing import Any
 
 import faiss
 import numpy as np
+import pyarrow as pa
 
 from pipeline.config import ModelConfig, RunConfig, StorageConfig
 from pipeline.critics import critic_of
@@ -96,8 +97,6 @@ class DeviceProbe:
         return Searched("GPU" if kind.startswith("Gpu") else "CPU", agreed, seconds)
 
     def _open(self, folder: Location, vectors: np.ndarray[Any, np.dtype[np.float32]]) -> PassageIndex:
-        import pyarrow as pa
-
         names = [str(n) for n in range(len(vectors))]
         batch = pa.record_batch([names, names, names], schema=PASSAGE_SCHEMA)
         entry = build_shard(folder, 0, empty_index("Flat", DIMENSION), [(batch, vectors)])

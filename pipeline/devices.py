@@ -52,7 +52,9 @@ def check_gpu_form(manifest: IndexManifest, float16: bool) -> None:
         ValueError: names its factory string.
     """
     if not gpu_form(empty_index(manifest.factory, manifest.dimension), float16):
-        raise ValueError(f"retrieval.device gpu: FAISS has no {manifest.factory} on GPUs; set auto or cpu")
+        raise ValueError(
+            f"FAISS has no {manifest.factory} on GPUs: set retrieval.device=cpu, or build with another factory"
+        )
 
 
 def gpu_bytes(manifest: IndexManifest, numbers: list[int], float16: bool) -> int:
@@ -108,10 +110,10 @@ class CardMemory:
         """
         if needed > self.left:
             raise ValueError(
-                f"the index needs {needed / GB:.1f} GB on the GPU, and of its {self.total / GB:.1f} GB, "
-                f"{self.free / GB:.1f} GB free, {self.share:g} for this process, vLLM's share of {self.engine:g} "
-                f"leaves {max(self.left, 0) / GB:.1f} GB: set retrieval.device=cpu, lower "
-                "model.engine.gpu_memory_utilization, choose a smaller factory, or retrieval.topology=partitioned"
+                f"the index needs {needed / GB:.1f} GB on the GPU, but {max(self.left, 0) / GB:.1f} GB are left: of "
+                f"its {self.total / GB:.1f} GB {self.free / GB:.1f} GB are free, this process may use {self.share:g}, "
+                f"and vLLM takes {self.engine:g}; set retrieval.device=cpu, lower model.engine.gpu_memory_utilization, "
+                "choose a smaller factory, or retrieval.topology=partitioned"
             )
 
 

@@ -97,7 +97,7 @@ def test_an_index_that_does_not_fit_beside_the_engine_is_searched_on_the_cpu(
     on_gpu: RetrievalConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     place = saved(tmp_path, "Flat", 1, corpus())
-    with pytest.raises(ValueError, match=r"the index needs 0.5 GB on the GPU, .* share of 0.999 leaves 0.0 GB"):
+    with pytest.raises(ValueError, match=r"the index needs 0.5 GB on the GPU, but 0.0 GB are left: .* takes 0.999"):
         PassageIndex.open(place, on_gpu, engine_share=0.999)
     index = PassageIndex.open(place, RetrievalConfig(), engine_share=0.999)
     assert type(faiss.downcast_index(index.shards[0].index)) is faiss.IndexFlatIP

@@ -66,8 +66,8 @@ def test_a_budget_that_does_not_fit_is_refused_with_both_numbers_before_the_engi
             time.sleep(0.2)
     assert process.returncode == 1, refused.log()
     (line,) = (line for line in refused.log().splitlines() if line.startswith("error: "))
-    assert "the index needs 0.5 GB on the GPU" in line
-    assert "vLLM's share of 0.999 leaves 0.0 GB" in line
+    assert "the index needs 0.5 GB on the GPU, but 0.0 GB are left" in line
+    assert "vLLM takes 0.999" in line
     assert engines == set()
 
 

@@ -28,16 +28,22 @@ BY_DEFAULT = ["execution.cpus_per_actor=null", "execution.gpus_per_actor=null"]
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+def home(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The cluster's folder."""
+    return tmp_path_factory.mktemp("gpus")
+
+
+@pytest.fixture(scope="module")
+def made(home: Path) -> Iterator[Any]:
     """A machine of four GPUs, as Ray sees it."""
-    with cluster(tmp_path_factory.mktemp("gpus"), cpus=4, gpus=4) as cluster_:
+    with cluster(home, cpus=4, gpus=4) as cluster_:
         yield cluster_
 
 
 @pytest.fixture
-def pids(made: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The folder in which this test's actors say what Ray assigned to them."""
-    folder = next(tmp_path_factory.getbasetemp().glob("gpus*")) / "pids"
+def pids(made: Any, home: Path) -> Path:
+    """The folder in which this test's actors leave what Ray assigned to them."""
+    folder = home / "pids"
     for file in folder.iterdir():
         file.unlink()
     return folder

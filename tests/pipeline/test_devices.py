@@ -70,12 +70,14 @@ def test_an_index_that_just_fits_beside_the_engine_is_taken() -> None:
     left = 70_000_000_000 - CARD // 2 - RESERVED_BYTES
     assert memory.left == left
     memory.check(left)
-    with pytest.raises(ValueError, match=r"needs 28.9 GB .* 80.0 GB, 70.0 GB free, 1 for .* of 0.5 leaves 28.9 GB"):
+    with pytest.raises(
+        ValueError, match=r"needs 28.9 GB on the GPU, but 28.9 GB are left: of its 80.0 GB 70.0 GB are free"
+    ):
         memory.check(left + 1)
 
 
 def test_nothing_is_left_where_the_engine_takes_all() -> None:
-    with pytest.raises(ValueError, match="leaves 0.0 GB"):
+    with pytest.raises(ValueError, match="0.0 GB are left"):
         CardMemory(CARD, CARD, engine=0.99).check(1)
 
 
@@ -83,7 +85,7 @@ def test_a_share_of_a_card_leaves_the_rest_to_its_neighbours() -> None:
     """Half of the card is 40 GB, of which the engine takes 24; that all of the card is free still does not count."""
     memory = CardMemory(CARD, CARD, share=0.5, engine=0.3)
     assert memory.budget == memory.left == 16_000_000_000 - RESERVED_BYTES
-    with pytest.raises(ValueError, match=r"80.0 GB free, 0.5 for this process, vLLM's share of 0.3 leaves 14.9 GB"):
+    with pytest.raises(ValueError, match=r"but 14.9 GB are left: .* may use 0.5, and vLLM takes 0.3"):
         memory.check(15_000_000_000)
 
 
@@ -108,7 +110,7 @@ def assign(monkeypatch: pytest.MonkeyPatch, gpus: AssignedGpus | None) -> None:
 def test_an_index_that_does_not_fit_is_searched_on_the_cpu_unless_a_gpu_is_required(
     saved: Location, caplog: pytest.LogCaptureFixture
 ) -> None:
-    numbers = r"needs 0.5 GB .* 8.0 GB, 7.5 GB free, .* share of 0.9 leaves 0.0 GB"
+    numbers = r"needs 0.5 GB on the GPU, but 0.0 GB are left: of its 8.0 GB 7.5 GB are free, .* takes 0.9"
     with pytest.raises(ValueError, match=numbers):
         PassageIndex.open(saved, RetrievalConfig(device="gpu"), engine_share=0.9)
     with caplog.at_level(logging.WARNING):
@@ -133,7 +135,7 @@ def test_a_process_without_an_assigned_gpu_uses_none_whatever_cuda_shows(
 def test_a_quarter_of_a_card_holds_no_index_beside_its_engine(saved: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     assign(monkeypatch, AssignedGpus(("0",), 0.25))
     manifest = read_manifest(saved)
-    with pytest.raises(ValueError, match=r"0.25 for this process, vLLM's share of 0.2 leaves 0.0 GB"):
+    with pytest.raises(ValueError, match=r"0.0 GB are left: .* this process may use 0.25, and vLLM takes 0.2"):
         Device.choose(RetrievalConfig(device="gpu"), manifest, [0], 0.2)
     assert Device.choose(RetrievalConfig(device="gpu"), manifest, [0], 0.0).resources is not None
 
@@ -156,7 +158,7 @@ def test_memory_that_others_keep_is_not_waited_for_without_end(
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (1_000_000_000, 8_000_000_000))
     monkeypatch.setattr("pipeline.devices.time.monotonic", lambda: clock[0])
     monkeypatch.setattr("pipeline.devices.time.sleep", lambda seconds: clock.append(clock.pop() + seconds))
-    with pytest.raises(ValueError, match="1.0 GB free"):
+    with pytest.raises(ValueError, match="1.0 GB are free"):
         Device.choose(RetrievalConfig(device="gpu"), read_manifest(saved), [0], 0.3)
     assert clock == [RELEASE_SECONDS]
 
@@ -175,8 +177,8 @@ def test_an_index_without_a_gpu_form_is_searched_on_the_cpu_unless_a_gpu_is_requ
     graph = changed(read_manifest(saved), "HNSW8")
     with caplog.at_level(logging.WARNING):
         assert Device.choose(RetrievalConfig(), graph, [0], 0.0).resources is None
-    assert "the index is searched on the CPU: retrieval.device gpu: FAISS has no HNSW8 on GPUs" in caplog.text
-    with pytest.raises(ValueError, match="retrieval.device gpu: FAISS has no HNSW8 on GPUs; set auto or cpu"):
+    assert "the index is searched on the CPU: FAISS has no HNSW8 on GPUs: set retrieval.device=cpu" in caplog.text
+    with pytest.raises(ValueError, match="FAISS has no HNSW8 on GPUs: set retrieval.device=cpu, or build with another"):
         Device.choose(RetrievalConfig(device="gpu"), graph, [0], 0.0)
 
 
