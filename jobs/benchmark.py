@@ -34,9 +34,9 @@ from jobs.benchmark_script import SHAPES, Script, write_shape
 from jobs.benchmark_shapes import OPTIONAL, Bench, Trial, agreement
 from jobs.benchmark_workloads import WORKLOADS, Row, Workload, chosen
 from pipeline.config import DecodingConfig, ModelConfig
+from pipeline.decoding.types import Passage, Query, RetrievedPassage
 from pipeline.engine_arguments import check_engine_arguments
 from pipeline.settings import apply_settings
-from pipeline.types import Passage, Query, RetrievedPassage
 
 # Most tokens of a segment.
 MAX_TOKENS = 60

@@ -33,11 +33,11 @@ from jobs.build_graph import Built, execute
 from jobs.build_index import check
 from pipeline.build import BuildRequest
 from pipeline.config import RetrievalConfig, StorageConfig
+from pipeline.decoding.prompts import passage_text
 from pipeline.devices import set_search
 from pipeline.encoder import Encoder, Vectors
 from pipeline.index import PassageIndex
 from pipeline.passages import find_passages, read_passages
-from pipeline.prompts import passage_text
 from pipeline.storage import locate
 
 FILE_ROWS = 250_000

@@ -37,15 +37,15 @@ from jobs.benchmark_variants import (
 )
 from jobs.benchmark_workloads import Workload, chosen
 from pipeline.config import DecodingConfig, ModelConfig, Weights
-from pipeline.critique import segment_score
-from pipeline.engine import Generator
+from pipeline.decoding.answer_cache import AnsweredOnce, Answering
+from pipeline.decoding.critique import segment_score
+from pipeline.decoding.profiles import Tasks
+from pipeline.decoding.protocols import Generator
+from pipeline.decoding.reflection_reader import ReflectionCritic
+from pipeline.decoding.self_rag import SelfRag
+from pipeline.decoding.types import Candidate, Query
 from pipeline.engine_arguments import check_engine_arguments
-from pipeline.once import AnsweredOnce, Answering
-from pipeline.profiles import Tasks
-from pipeline.reader import ReflectionCritic
-from pipeline.self_rag import SelfRag
 from pipeline.settings import apply_settings
-from pipeline.types import Candidate, Query
 
 SHORT = Workload("short form, 50 % retrieve", questions=0.5)
 QUESTIONS = Workload("short form, 100 % retrieve")

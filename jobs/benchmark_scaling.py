@@ -32,13 +32,13 @@ from jobs.annotate import allot, execute
 from jobs.benchmark_script import WRITTEN, Prompter, Script
 from pipeline.actor import SelfRagActor
 from pipeline.config import DecodingConfig, ExecutionConfig, ModelConfig, RunConfig
+from pipeline.decoding.profiles import Tasks
+from pipeline.decoding.prompts import PromptTokenizer
+from pipeline.decoding.reflection_reader import ReflectionCritic
+from pipeline.decoding.self_rag import SelfRag
+from pipeline.decoding.types import Generation
 from pipeline.engine import load_tokenizer
 from pipeline.plan import check
-from pipeline.profiles import Tasks
-from pipeline.prompts import PromptTokenizer
-from pipeline.reader import ReflectionCritic
-from pipeline.self_rag import SelfRag
-from pipeline.types import Generation
 
 # Seconds that the waiting engine takes for an answer, from the environment of the actors.
 LATENCY = "SELFRAG_BENCHMARK_LATENCY"
@@ -62,7 +62,7 @@ class WaitingEngine:
         max_tokens: int,
         stops: Sequence[int],  # noqa: ARG002  it never writes on
     ) -> Generation:
-        """See :meth:`pipeline.engine.Generator.generate`."""
+        """See :meth:`pipeline.decoding.protocols.Generator.generate`."""
         await asyncio.sleep(self.seconds)
         length = self.prompter.script.length(max_tokens)
         blank = Generation((self.prompter.digits[0],) * length, np.full(length, WRITTEN), np.empty(0), len(prompt))

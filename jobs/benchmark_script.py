@@ -26,15 +26,15 @@ import typer
 from jobs.annotate import allot, execute
 from pipeline.actor import SelfRagActor
 from pipeline.config import load_config
+from pipeline.decoding.profiles import Tasks
+from pipeline.decoding.prompts import PromptTokenizer
+from pipeline.decoding.reflection import REFLECTION_TOKENS, IsRel, IsSup, IsUse, Paragraph, Retrieve
+from pipeline.decoding.reflection_reader import ReflectionCritic
+from pipeline.decoding.self_rag import SelfRag
+from pipeline.decoding.types import Generation
 from pipeline.embedded import demo_model
 from pipeline.engine import VllmGenerator, load_tokenizer
 from pipeline.plan import check
-from pipeline.profiles import Tasks
-from pipeline.prompts import PromptTokenizer
-from pipeline.reader import ReflectionCritic
-from pipeline.reflection import REFLECTION_TOKENS, IsRel, IsSup, IsUse, Paragraph, Retrieve
-from pipeline.self_rag import SelfRag
-from pipeline.types import Generation
 
 # Arguments of a LlamaConfig. The first is selfrag/selfrag_llama2_7b's but for its vocabulary, which is the demo
 # tokenizer's (49,167 instead of 32,016 tokens): https://huggingface.co/selfrag/selfrag_llama2_7b
@@ -165,7 +165,7 @@ class ScriptedGenerator:
 
     @property
     def max_model_len(self) -> int:
-        """See :attr:`pipeline.engine.Generator.max_model_len`."""
+        """See :attr:`pipeline.decoding.protocols.Generator.max_model_len`."""
         return self.replica.max_model_len
 
     async def generate(
@@ -174,7 +174,7 @@ class ScriptedGenerator:
         max_tokens: int,
         stops: Sequence[int],  # noqa: ARG002  the script says where it ends
     ) -> Generation:
-        """See :meth:`pipeline.engine.Generator.generate`."""
+        """See :meth:`pipeline.decoding.protocols.Generator.generate`."""
         generation = await self.replica.generate(prompt, self.prompter.script.length(max_tokens), ())
         return self.prompter.acted(generation, prompt)
 

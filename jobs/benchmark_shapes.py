@@ -31,17 +31,18 @@ from jobs.benchmark_report import Step
 from jobs.benchmark_script import Prompter, Script, ScriptedGenerator, endless
 from jobs.demo import demo_index
 from pipeline.config import DecodingConfig, ModelConfig, RetrievalConfig, StorageConfig
-from pipeline.critique import critique, retrieve_probability
-from pipeline.engine import Generator, VllmGenerator, load_tokenizer
+from pipeline.decoding.critique import critique, retrieve_probability
+from pipeline.decoding.profiles import Tasks
+from pipeline.decoding.prompts import PromptTokenizer, passage_text
+from pipeline.decoding.protocols import Generator
+from pipeline.decoding.reflection import Retrieve
+from pipeline.decoding.reflection_reader import ReflectionCritic
+from pipeline.decoding.self_rag import SelfRag
+from pipeline.decoding.types import Answer, Generation, Query, RetrievedPassage
+from pipeline.engine import VllmGenerator, load_tokenizer
 from pipeline.engine_arguments import gpu_share
-from pipeline.profiles import Tasks
-from pipeline.prompts import PromptTokenizer, passage_text
-from pipeline.reader import ReflectionCritic
-from pipeline.reflection import Retrieve
 from pipeline.retrieve import IndexRetriever
-from pipeline.self_rag import SelfRag
 from pipeline.storage import locate
-from pipeline.types import Answer, Generation, Query, RetrievedPassage
 
 # What the released scripts count for a token that is not among the log-probabilities.
 ABSENT = -100.0

@@ -8,11 +8,10 @@ from dataclasses import dataclass, field
 from jobs.benchmark import MAX_TOKENS
 from jobs.benchmark_shapes import BareEngine, read_wide
 from pipeline.config import DecodingConfig
-from pipeline.engine import Generator
-from pipeline.reader import Reader, ReflectionCritic, ReflectionReader, Requests
-from pipeline.reflection import Retrieve
-from pipeline.retrieve import Retriever
-from pipeline.types import Generation, Passage, Path, Query, RetrievedPassage
+from pipeline.decoding.protocols import Generator, Reader, Retriever
+from pipeline.decoding.reflection import Retrieve
+from pipeline.decoding.reflection_reader import ReflectionCritic, ReflectionReader, Requests
+from pipeline.decoding.types import Generation, Passage, Path, Query, RetrievedPassage
 
 
 @dataclass(frozen=True)
@@ -23,11 +22,11 @@ class WholeDecisions:
 
     @property
     def max_model_len(self) -> int:
-        """See :attr:`pipeline.engine.Generator.max_model_len`."""
+        """See :attr:`pipeline.decoding.protocols.Generator.max_model_len`."""
         return self.generator.max_model_len
 
     async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
-        """See :meth:`pipeline.engine.Generator.generate`."""
+        """See :meth:`pipeline.decoding.protocols.Generator.generate`."""
         if max_tokens > 1:
             return await self.generator.generate(prompt, max_tokens, stops)
         whole = await self.generator.generate(prompt, MAX_TOKENS, stops[-1:])
@@ -47,11 +46,11 @@ class DictLogprobs:
 
     @property
     def max_model_len(self) -> int:
-        """See :attr:`pipeline.engine.Generator.max_model_len`."""
+        """See :attr:`pipeline.decoding.protocols.Generator.max_model_len`."""
         return self.engine.generator.max_model_len
 
     async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
-        """See :meth:`pipeline.engine.Generator.generate`."""
+        """See :meth:`pipeline.decoding.protocols.Generator.generate`."""
         own = ("temperature", "flat_logprobs")
         sampling = {name: value for name, value in self.engine.generator.sampling.items() if name not in own}
         output = await self.engine.ask(prompt, max_tokens=max_tokens, stop_token_ids=list(stops), **sampling)
@@ -76,11 +75,11 @@ class Gathered:
 
     @property
     def max_model_len(self) -> int:
-        """See :attr:`pipeline.engine.Generator.max_model_len`."""
+        """See :attr:`pipeline.decoding.protocols.Generator.max_model_len`."""
         return self.generator.max_model_len
 
     async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
-        """See :meth:`pipeline.engine.Generator.generate`."""
+        """See :meth:`pipeline.decoding.protocols.Generator.generate`."""
         turn = asyncio.Event()
         self.waiting.append(turn)
         if len(self.waiting) == self.total:
@@ -103,7 +102,7 @@ class AskingReader(ReflectionReader):
     asked: dict[Path, asyncio.Task[Generation]] = field(default_factory=dict)
 
     async def write(self, path: Path, opening: Retrieve, evidence: RetrievedPassage | None) -> Path:
-        """See :meth:`pipeline.reader.Reader.write`."""
+        """See :meth:`pipeline.decoding.protocols.Reader.write`."""
         if path.segments:
             if path not in self.asked:
                 *before, last = path.segments
@@ -118,7 +117,7 @@ class AskingCritic(ReflectionCritic):
     """Reads so."""
 
     def reader(self, generator: Generator, config: DecodingConfig, query: Query) -> Reader:
-        """See :meth:`pipeline.reader.Critic.reader`."""
+        """See :meth:`pipeline.decoding.protocols.Critic.reader`."""
         return AskingReader(Requests(generator), self.tokenizer, config, query)
 
 
@@ -134,7 +133,7 @@ class Prefetching:
         self.begun = {q.query: asyncio.ensure_future(self.retriever.retrieve(q.query, k)) for q in queries}
 
     async def retrieve(self, query: str, k: int) -> list[RetrievedPassage]:
-        """See :meth:`pipeline.retrieve.Retriever.retrieve`."""
+        """See :meth:`pipeline.decoding.protocols.Retriever.retrieve`."""
         return await self.begun[query] if query in self.begun else await self.retriever.retrieve(query, k)
 
 
@@ -150,5 +149,5 @@ class ForgetfulCritic(ReflectionCritic):
     """Tokenises a passage each time that it stands in a prompt."""
 
     def reader(self, generator: Generator, config: DecodingConfig, query: Query) -> Reader:
-        """See :meth:`pipeline.reader.Critic.reader`."""
+        """See :meth:`pipeline.decoding.protocols.Critic.reader`."""
         return ReflectionReader(Requests(generator), self.tokenizer, config, query, bodies=Forgetful())

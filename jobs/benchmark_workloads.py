@@ -12,7 +12,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from jobs.demo import DEMO
-from pipeline.types import Passage, RetrievedPassage
+from pipeline.decoding.types import Passage, RetrievedPassage
 
 Row = dict[str, Any]
 # Words of a short passage; a long one is as many whole passages as this.

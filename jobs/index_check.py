@@ -16,14 +16,14 @@ from rich.console import Console
 from rich.table import Table
 
 from pipeline.config import RetrievalConfig, StorageConfig
+from pipeline.decoding.prompts import passage_text
+from pipeline.decoding.types import Passage
 from pipeline.encoder import Encoder, Vectors
 from pipeline.index import Hit, PassageIndex
 from pipeline.manifest import check_encoder, check_files, read_manifest, wanted_encoder
-from pipeline.prompts import passage_text
 from pipeline.query_set import parquet_files
 from pipeline.recall import CANDIDATES, Speed, exhaustive, lossy, measure, parameters, reranked, stored_vectors, without
 from pipeline.storage import locate
-from pipeline.types import Passage
 
 log = logging.getLogger(__name__)
 

@@ -5,9 +5,9 @@ from dataclasses import dataclass
 
 from rich.table import Table
 
+from pipeline.decoding.prompts import passage_text
 from pipeline.encoder import Encoder
 from pipeline.passages import PassageRange, in_threads, read_footer, spread_samples
-from pipeline.prompts import passage_text
 from pipeline.shards import PASSAGE_SCHEMA
 from pipeline.sizing import (
     CARDS,

@@ -15,8 +15,8 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import typer
 
+from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.embedded import BASE_MODEL, demo_base_model, demo_encoder
-from pipeline.prompts import PromptTokenizer
 from pipeline.teaching.data import Encode, TeachingData, nearest, read_data
 from pipeline.teaching.held_out import held_out_queries
 from pipeline.teaching.recipe import Recipe

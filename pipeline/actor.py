@@ -19,15 +19,16 @@ import ray
 from pipeline.attempts import BESIDE_OTHERS, ROW_DEATHS, START, OutOfMemoryError, ProcessDiedError, Turnstile
 from pipeline.config import RunConfig
 from pipeline.critics import critic_of
+from pipeline.decoding.answer_cache import AnsweredOnce, Answering
+from pipeline.decoding.profiles import Tasks
+from pipeline.decoding.protocols import Critic
+from pipeline.decoding.self_rag import SelfRag
 from pipeline.engine import EngineDeadError, VllmGenerator, prepare_environment
 from pipeline.engine_arguments import gpu_share
 from pipeline.gpus import exclusive_start
-from pipeline.once import AnsweredOnce, Answering
 from pipeline.output import OutputFolder
 from pipeline.postmortem import Death
-from pipeline.profiles import Tasks
 from pipeline.query_set import Unit, read_unit
-from pipeline.reader import Critic
 from pipeline.retrieve import IndexRetriever
 from pipeline.schema import (
     ANSWER_FIELDS,
@@ -39,7 +40,6 @@ from pipeline.schema import (
     query_of,
     read_rows,
 )
-from pipeline.self_rag import SelfRag
 from pipeline.servers import IndexLostError
 from pipeline.storage import locate
 from pipeline.telemetry import ActorTelemetry

@@ -14,11 +14,11 @@ from pyarrow import fs
 
 from pipeline.cache import SCRATCH_PREFIX
 from pipeline.config import StorageConfig
+from pipeline.decoding.prompts import passage_text
 from pipeline.embeddings import Place, vectors_of
 from pipeline.encoder import Encoder, EncoderStyle, Vectors
 from pipeline.manifest import MANIFEST, EncoderEntry, ShardEntry
 from pipeline.passages import PassageBatch, PassageRange, ShardPlan
-from pipeline.prompts import passage_text
 from pipeline.shards import SHARD_FILE, centroids
 from pipeline.storage import Location
 

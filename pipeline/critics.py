@@ -1,10 +1,11 @@
 """Which critic a run has."""
 
 from pipeline.config import RunConfig
+from pipeline.decoding.prompted_reader import PromptedCritic
+from pipeline.decoding.prompts import PromptTokenizer
+from pipeline.decoding.protocols import Critic
+from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.engine import load_tokenizer
-from pipeline.prompted import PromptedCritic
-from pipeline.prompts import PromptTokenizer
-from pipeline.reader import Critic, ReflectionCritic
 
 
 def critic_of(config: RunConfig) -> Critic:

@@ -11,16 +11,16 @@ import pyarrow as pa
 
 from pipeline.config import ModelConfig, RunConfig, StorageConfig
 from pipeline.critics import critic_of
+from pipeline.decoding.profiles import Tasks
+from pipeline.decoding.self_rag import SelfRag
+from pipeline.decoding.types import Passage, Query
 from pipeline.engine import VllmGenerator, prepare_environment
 from pipeline.engine_arguments import gpu_share
 from pipeline.gpus import choose_gpu, exclusive_start
 from pipeline.index import PassageIndex
 from pipeline.manifest import EncoderEntry, IndexManifest, write_manifest
-from pipeline.profiles import Tasks
-from pipeline.self_rag import SelfRag
 from pipeline.shards import PASSAGE_SCHEMA, build_shard, empty_index
 from pipeline.storage import Location, locate
-from pipeline.types import Passage, Query
 
 VECTORS, DIMENSION, NEIGHBOURS = 1000, 64, 5
 QUESTION = Query(

@@ -14,16 +14,16 @@ import os
 import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from pipeline.config import ModelConfig
+from pipeline.decoding.types import Generation
 from pipeline.engine_arguments import check_assigned_gpus, engine_arguments, model_path
 from pipeline.guard import guard
 from pipeline.postmortem import Death, ErrorLog, cause_of_death, error_file
-from pipeline.types import Generation
 
 log = logging.getLogger(__name__)
 
@@ -44,29 +44,6 @@ class EngineDeadError(RuntimeError):
     def __init__(self, death: Death) -> None:
         super().__init__(death.reason)
         self.death = death
-
-
-class Generator(Protocol):
-    """Writes what follows a prompt."""
-
-    @property
-    def max_model_len(self) -> int:
-        """Most tokens of a prompt and its continuation together."""
-        ...
-
-    async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
-        """Continue a prompt greedily until one of the stop tokens, or the length limit.
-
-        Args:
-            prompt: token ids.
-            max_tokens: most tokens to write.
-            stops: ids that end the continuation; the one that did is its last.
-
-        Raises:
-            ValueError: the prompt does not fit the model.
-            EngineDeadError: the engine is gone.
-        """
-        ...
 
 
 def prepare_environment() -> None:

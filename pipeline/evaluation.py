@@ -10,12 +10,12 @@ from typing import Any
 
 from pyarrow import dataset
 
-from pipeline.choose import closed_answer
 from pipeline.config import Columns, Profile
+from pipeline.decoding.choose import closed_answer
+from pipeline.decoding.profiles import built_in_profiles
+from pipeline.decoding.reflection import Retrieve
 from pipeline.judging import READ_COLUMNS, Judged, judge
 from pipeline.output import OutputFolder
-from pipeline.profiles import built_in_profiles
-from pipeline.reflection import Retrieve
 from pipeline.schema import GOLD_TYPES, check_types
 from pipeline.statistics import Calibration, Difference, Estimate, calibration, compare, estimate, mean
 from pipeline.storage import Location

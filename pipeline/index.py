@@ -11,13 +11,13 @@ import numpy.typing as npt
 
 from pipeline.cache import DamagedIndexError, obtain, room_for
 from pipeline.config import RetrievalConfig
+from pipeline.decoding.types import Passage, RetrievedPassage
 from pipeline.devices import Device, set_search
 from pipeline.encoder import Vectors
 from pipeline.gpus import exclusive_start
 from pipeline.manifest import IndexManifest, ShardEntry, read_manifest
 from pipeline.shards import PassageFile, read_faiss
 from pipeline.storage import Location
-from pipeline.types import Passage, RetrievedPassage
 
 # Equal scores beyond this many places keep the order FAISS gives them. Its GPU search stops at 2,048.
 _MOST_PLACES = 1024

@@ -7,10 +7,9 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
+from pipeline.decoding.choose import label
+
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
-# Marks around a label, as in (B) or "b."; escaped for use in a character class too.
-OPENING = "\"'`(\\[{*"
-CLOSING = "\"'`)]}*.,:;!?"
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
@@ -47,11 +46,6 @@ def best(metric: Callable[[str, str], float], answer: str, golds: Sequence[str])
 def same_choice(answer: str, gold: str) -> bool:
     """Whether both are the same label: case and outer punctuation do not count, articles do ("A" is a label)."""
     return label(answer).casefold() == label(gold).casefold()
-
-
-def label(text: str) -> str:
-    """A label without what is put around it; signs that may be part of it, as in "-1" and "C++", stay."""
-    return text.strip().lstrip(OPENING).rstrip(CLOSING).strip()
 
 
 def string_em(answer: str, sets: Sequence[Sequence[str]]) -> float:

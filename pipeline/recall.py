@@ -8,10 +8,10 @@ from typing import Any
 import faiss
 import numpy as np
 
+from pipeline.decoding.types import Passage
 from pipeline.encoder import Vectors
 from pipeline.index import Hit, PassageIndex
 from pipeline.shards import faiss_reason
-from pipeline.types import Passage
 
 # Passages looked at for each one wanted when codes stand for vectors: their exact order decides.
 CANDIDATES = 10

@@ -9,14 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.beam import search
 from pipeline.config import Columns, DecodingConfig, Weights
-from pipeline.critique import segment_score
-from pipeline.profiles import for_choices
-from pipeline.reflection import IsSup, Retrieve
-from pipeline.self_rag import conclude
-from pipeline.settings import validated
-from pipeline.types import (
+from pipeline.decoding.beam import search
+from pipeline.decoding.critique import segment_score
+from pipeline.decoding.profiles import for_choices
+from pipeline.decoding.reflection import IsSup, Retrieve
+from pipeline.decoding.self_rag import conclude
+from pipeline.decoding.types import (
     Answer,
     Boundary,
     Candidate,
@@ -28,6 +27,7 @@ from pipeline.types import (
     Segment,
     Usage,
 )
+from pipeline.settings import validated
 
 CHANGEABLE = frozenset({"threshold", "weights", "constraint", "citations"})
 CHANGEABLE_NAMES = ", ".join(f"decoding.{name}" for name in sorted(CHANGEABLE))

@@ -8,21 +8,13 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pipeline.config import RetrievalConfig
+from pipeline.decoding.types import RetrievedPassage
 from pipeline.encoder import Encoder, Vectors
 from pipeline.gpus import exclusive_start
 from pipeline.index import PassageIndex
 from pipeline.manifest import IndexManifest, check_encoder, check_index, wanted_encoder
 from pipeline.servers import IndexLostError, PartitionedIndex
 from pipeline.storage import Location
-from pipeline.types import Query, RetrievedPassage
-
-
-class Retriever(Protocol):
-    """Finds passages for a text."""
-
-    async def retrieve(self, query: str, k: int) -> list[RetrievedPassage]:
-        """The k best passages, best first; fewer where there are no more."""
-        ...
 
 
 class SearchableIndex(Protocol):
@@ -36,11 +28,6 @@ class SearchableIndex(Protocol):
     def retrieve(self, queries: Vectors, k: int) -> list[list[RetrievedPassage]]:
         """The k best passages for each query, best first; may block."""
         ...
-
-
-def given_passages(query: Query, k: int) -> list[RetrievedPassage]:
-    """The first k passages that a query brought along, in their order, without scores."""
-    return [RetrievedPassage(passage, None, rank) for rank, passage in enumerate((query.passages or ())[:k], start=1)]
 
 
 @dataclass(frozen=True)

@@ -7,9 +7,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.choose import citation_numbers, cited_passages
 from pipeline.config import Columns
-from pipeline.types import Answer, Candidate, Passage, Query, RetrievedPassage, Segment
+from pipeline.decoding.choose import citation_numbers, cited_passages
+from pipeline.decoding.types import Answer, Candidate, Passage, Query, RetrievedPassage, Segment
 
 CRITIQUE_FIELDS = [
     pa.field("is_rel", pa.float64()),

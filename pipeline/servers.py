@@ -13,11 +13,11 @@ from itertools import islice
 from typing import Any
 
 from pipeline.config import ExecutionConfig, RetrievalConfig, StorageConfig
+from pipeline.decoding.types import RetrievedPassage
 from pipeline.encoder import Vectors
 from pipeline.index import Found, PassageIndex, ranked
 from pipeline.manifest import IndexManifest
 from pipeline.storage import locate
-from pipeline.types import RetrievedPassage
 
 log = logging.getLogger(__name__)
 

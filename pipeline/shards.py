@@ -15,10 +15,10 @@ import pyarrow as pa
 from pyarrow import fs
 
 from pipeline.cache import REMEDY, SCRATCH_PREFIX, DamagedIndexError, file_digest
+from pipeline.decoding.types import Passage
 from pipeline.encoder import Vectors
 from pipeline.manifest import ShardEntry
 from pipeline.storage import Location
-from pipeline.types import Passage
 
 PASSAGE_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "title", "text")])
 

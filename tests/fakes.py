@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from pipeline.prompts import PromptTokenizer
-from pipeline.reflection import CONTROL_TOKENS, REFLECTION_TOKENS, IsSup, ReflectionIds, Retrieve
-from pipeline.types import Generation, Passage, RetrievedPassage
+from pipeline.decoding.prompts import PromptTokenizer
+from pipeline.decoding.reflection import CONTROL_TOKENS, REFLECTION_TOKENS, IsSup, ReflectionIds, Retrieve
+from pipeline.decoding.types import Generation, Passage, RetrievedPassage
 
 EOS = 1
 FIRST_CONTROL = 2

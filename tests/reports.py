@@ -8,8 +8,8 @@ import pyarrow as pa
 
 from pipeline.actor import annotated_schema
 from pipeline.config import RunConfig, StorageConfig
+from pipeline.decoding.profiles import Tasks
 from pipeline.output import OutputFolder
-from pipeline.profiles import Tasks
 from pipeline.storage import Location, locate
 
 INPUTS = pa.schema([("id", pa.string()), ("query", pa.string()), ("task", pa.string())])

@@ -7,8 +7,8 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from pipeline.prompts import PromptTokenizer
-from pipeline.reflection import IsRel, IsSup, IsUse, Retrieve
+from pipeline.decoding.prompts import PromptTokenizer
+from pipeline.decoding.reflection import IsRel, IsSup, IsUse, Retrieve
 from pipeline.teaching.data import Claim, Instruction, Pair, Reading, TeachingData
 from pipeline.teaching.trees import Branch, given, taught
 

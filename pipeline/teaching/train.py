@@ -13,8 +13,8 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from sklearn.metrics import roc_auc_score
 
-from pipeline.prompts import PromptTokenizer
-from pipeline.reflection import CONTROL_TOKENS, GROUPS, IsRel, IsSup, Retrieve
+from pipeline.decoding.prompts import PromptTokenizer
+from pipeline.decoding.reflection import CONTROL_TOKENS, GROUPS, IsRel, IsSup, Retrieve
 from pipeline.teaching.recipe import Recipe
 from pipeline.teaching.trees import TokenTree
 

@@ -64,7 +64,12 @@ def test_what_is_copied_exists_and_is_not_ignored() -> None:
 
 
 def test_the_build_sees_the_code_and_the_demo_and_nothing_else() -> None:
-    seen = ["README.md", "jobs/annotate.py", "pipeline/profiles.yaml", "infra/demo/adapter/adapter_model.safetensors"]
+    seen = [
+        "README.md",
+        "jobs/annotate.py",
+        "pipeline/decoding/profiles.yaml",
+        "infra/demo/adapter/adapter_model.safetensors",
+    ]
     unseen = [".git/config", ".venv/bin/python", "tests/fakes.py", "out/x", "infra/SIZING.md", "jobs/__pycache__/x.pyc"]
     assert [path for path in [*seen, *unseen] if reaches_the_build(path)] == seen
 

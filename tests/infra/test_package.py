@@ -57,7 +57,9 @@ def test_an_installed_command_needs_no_clone(wheel: Path, tmp_path: Path) -> Non
     done = subprocess.run(called, cwd=tmp_path, env=environment, capture_output=True, text=True, check=False)
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ")
-    script = "import jobs.cli, pipeline.profiles as p; print(jobs.cli.__file__); print(len(p.built_in_digest()))"
+    script = (
+        "import jobs.cli, pipeline.decoding.profiles as p; print(jobs.cli.__file__); print(len(p.built_in_digest()))"
+    )
     shown = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
     )

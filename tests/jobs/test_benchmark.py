@@ -14,8 +14,8 @@ from jobs.benchmark_report import CALL, FILES, STAGES, Measured, Report, Step, l
 from jobs.benchmark_shapes import ABSENT, Outcome, Released, agreement, read_wide
 from jobs.benchmark_workloads import LONG_PASSAGES, SHORT_WORDS, WORKLOADS, Workload, lengthened, shortened
 from pipeline.config import DecodingConfig, ModelConfig
-from pipeline.reflection import REFLECTION_TOKENS
-from pipeline.types import Passage, Query, RetrievedPassage
+from pipeline.decoding.reflection import REFLECTION_TOKENS
+from pipeline.decoding.types import Passage, Query, RetrievedPassage
 from tests.fakes import EOS, word_tokenizer
 
 

@@ -11,8 +11,8 @@ from jobs.benchmark_report import CALL, FILES, STAGES, write_record
 from jobs.benchmark_shapes import BareEngine, Bench, Outcome, Released
 from jobs.benchmark_workloads import WORKLOADS, lengthened
 from pipeline.config import ModelConfig
+from pipeline.decoding.types import Passage, RetrievedPassage
 from pipeline.engine_arguments import engine_arguments
-from pipeline.types import Passage, RetrievedPassage
 from tests.fakes import word_tokenizer
 
 SHORT_FORM = WORKLOADS[0]

@@ -22,9 +22,9 @@ from jobs.benchmark_variants import (
     WholeDecisions,
 )
 from pipeline.config import DecodingConfig, Weights
-from pipeline.prompts import PromptTokenizer
-from pipeline.reflection import REFLECTION_TOKENS, Retrieve
-from pipeline.types import Candidate, Critique, Generation, Passage, Query, RetrievedPassage, Segment
+from pipeline.decoding.prompts import PromptTokenizer
+from pipeline.decoding.reflection import REFLECTION_TOKENS, Retrieve
+from pipeline.decoding.types import Candidate, Critique, Generation, Passage, Query, RetrievedPassage, Segment
 from tests.fakes import word_tokenizer
 
 GIVEN = (Passage("a", "", "one"), Passage("b", "", "two"))

@@ -5,10 +5,10 @@ import pytest
 from jobs.benchmark_scaling import FIVE_TOKENS, Run, WaitingEngine, report, steady_rate
 from jobs.benchmark_script import Prompter
 from pipeline.config import DecodingConfig
-from pipeline.profiles import Tasks
-from pipeline.reader import ReflectionCritic
-from pipeline.self_rag import SelfRag
-from pipeline.types import Passage, Query
+from pipeline.decoding.profiles import Tasks
+from pipeline.decoding.reflection_reader import ReflectionCritic
+from pipeline.decoding.self_rag import SelfRag
+from pipeline.decoding.types import Passage, Query
 from tests.fakes import word_tokenizer
 
 

@@ -3,11 +3,11 @@ import pytest
 
 from jobs.benchmark_script import OTHERS, WRITTEN, Prompter, Script, write_shape
 from pipeline.config import DecodingConfig
-from pipeline.profiles import Tasks
-from pipeline.reader import ReflectionCritic
-from pipeline.reflection import REFLECTION_TOKENS, IsSup, Retrieve
-from pipeline.self_rag import SelfRag
-from pipeline.types import Finish, Generation, Passage, Query
+from pipeline.decoding.profiles import Tasks
+from pipeline.decoding.reflection import REFLECTION_TOKENS, IsSup, Retrieve
+from pipeline.decoding.reflection_reader import ReflectionCritic
+from pipeline.decoding.self_rag import SelfRag
+from pipeline.decoding.types import Finish, Generation, Passage, Query
 from tests.fakes import EOS, word_tokenizer
 
 
@@ -85,8 +85,8 @@ def test_a_shape_is_a_folder_without_weights(tmp_path, monkeypatch):
     from transformers import AutoConfig
 
     from pipeline.config import ModelConfig
+    from pipeline.decoding.prompts import PromptTokenizer
     from pipeline.engine import load_tokenizer
-    from pipeline.prompts import PromptTokenizer
 
     folder = write_shape("7b", tmp_path / "7b")
     config = AutoConfig.from_pretrained(folder)

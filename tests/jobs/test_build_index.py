@@ -14,12 +14,12 @@ from typer.testing import CliRunner, Result
 from jobs.build_index import check
 from pipeline.build import BuildRequest
 from pipeline.config import RetrievalConfig
+from pipeline.decoding.prompts import passage_text
+from pipeline.decoding.types import Passage
 from pipeline.encoder import Encoder
 from pipeline.index import PassageIndex
 from pipeline.manifest import check_encoder, check_index, read_manifest
-from pipeline.prompts import passage_text
 from pipeline.retrieve import IndexRetriever
-from pipeline.types import Passage
 from tests.indexes import numbered, place
 from tests.jobs.building import app, given_vectors, run
 

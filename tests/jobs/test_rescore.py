@@ -16,10 +16,10 @@ from typer.testing import CliRunner
 from jobs.annotate import annotate
 from pipeline.actor import annotate_table
 from pipeline.config import Profile, RunConfig, StorageConfig
+from pipeline.decoding.profiles import Tasks
+from pipeline.decoding.reflection_reader import ReflectionCritic
+from pipeline.decoding.self_rag import SelfRag
 from pipeline.output import OutputFolder
-from pipeline.profiles import Tasks
-from pipeline.reader import ReflectionCritic
-from pipeline.self_rag import SelfRag
 from pipeline.storage import locate
 from tests.fakes import DrawingGenerator, DrawingRetriever, word_tokenizer
 

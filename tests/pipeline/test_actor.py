@@ -16,13 +16,13 @@ import pytest
 from pipeline.actor import OneByOne, SelfRagActor, annotate_table, annotated_schema
 from pipeline.attempts import PATIENCE, Attempts, HopelessError, Turnstile
 from pipeline.config import ExecutionConfig, RunConfig, StorageConfig
+from pipeline.decoding.profiles import Tasks
+from pipeline.decoding.reflection_reader import ReflectionCritic
+from pipeline.decoding.self_rag import SelfRag
 from pipeline.engine import EngineDeadError
 from pipeline.output import OutputFolder, UnitSummary
 from pipeline.postmortem import Death
-from pipeline.profiles import Tasks
 from pipeline.query_set import inspect_queries
-from pipeline.reader import ReflectionCritic
-from pipeline.self_rag import SelfRag
 from pipeline.servers import IndexLostError
 from pipeline.storage import locate
 from pipeline.telemetry import ActorTelemetry

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 
 from pipeline.config import ModelConfig
+from pipeline.decoding.prompts import PromptTokenizer
+from pipeline.decoding.reflection import REFLECTION_TOKENS, Paragraph, Retrieve
 from pipeline.engine import VllmGenerator, load_tokenizer, targeted_logprobs
-from pipeline.prompts import PromptTokenizer
-from pipeline.reflection import REFLECTION_TOKENS, Paragraph, Retrieve
 
 
 @dataclass

@@ -13,8 +13,8 @@ import pytest
 import torch
 
 from pipeline.config import ModelConfig
+from pipeline.decoding.reflection import ReflectionIds
 from pipeline.engine import EngineDeadError, VllmGenerator, load_tokenizer
-from pipeline.reflection import ReflectionIds
 from tests.pipeline.test_guard import gone
 
 

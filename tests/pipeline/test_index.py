@@ -9,11 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config import RetrievalConfig
+from pipeline.decoding.types import Passage
 from pipeline.index import PassageIndex, Shard
 from pipeline.manifest import check_index, read_manifest, write_manifest
 from pipeline.shards import build_shard, empty_index, faiss_reason, train
 from pipeline.storage import Location
-from pipeline.types import Passage
 from tests.indexes import CPU, passages, save, unit_vectors
 
 small = st.integers(-1, 1)

@@ -6,12 +6,12 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import DecodingConfig, Weights
-from pipeline.profiles import Tasks, for_choices
-from pipeline.reader import ReflectionCritic
+from pipeline.decoding.profiles import Tasks, for_choices
+from pipeline.decoding.reflection_reader import ReflectionCritic
+from pipeline.decoding.self_rag import SelfRag
+from pipeline.decoding.types import Query
 from pipeline.rescore import recorded
 from pipeline.schema import answer_row, data_schema
-from pipeline.self_rag import SelfRag
-from pipeline.types import Query
 from tests.fakes import DrawingGenerator, DrawingRetriever, word_tokenizer
 
 SCHEMA = data_schema(pa.schema([]), keep_candidates=True)

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 
 from pipeline.config import RetrievalConfig
+from pipeline.decoding.self_rag import given_passages
+from pipeline.decoding.types import Passage, Query, RetrievedPassage
 from pipeline.encoder import Vectors
-from pipeline.retrieve import IndexRetriever, given_passages
+from pipeline.retrieve import IndexRetriever
 from pipeline.servers import IndexLostError
-from pipeline.types import Passage, Query, RetrievedPassage
 
 DIGEST = "d" * 64
 

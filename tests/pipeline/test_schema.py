@@ -2,16 +2,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config import Columns
-from pipeline.schema import (
-    ANSWER_FIELDS,
-    answer_row,
-    check_query_schema,
-    data_schema,
-    error_schema,
-    passed_through,
-    query_of,
-)
-from pipeline.types import (
+from pipeline.decoding.types import (
     Answer,
     Boundary,
     Candidate,
@@ -22,6 +13,15 @@ from pipeline.types import (
     RetrievedPassage,
     Segment,
     Usage,
+)
+from pipeline.schema import (
+    ANSWER_FIELDS,
+    answer_row,
+    check_query_schema,
+    data_schema,
+    error_schema,
+    passed_through,
+    query_of,
 )
 
 PASSAGE = Passage("p1", "Title", "Text")

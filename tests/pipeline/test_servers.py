@@ -14,12 +14,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import ExecutionConfig, StorageConfig
+from pipeline.decoding.types import Passage
 from pipeline.encoder import Vectors
 from pipeline.index import Found, Hit, PassageIndex
 from pipeline.manifest import read_manifest
 from pipeline.servers import IndexLostError, PartitionedIndex, ServedIndex, ShardServer, best, deal, start_servers
 from pipeline.storage import Location, locate
-from pipeline.types import Passage
 from tests.indexes import CPU, save, unit_vectors
 
 NO_CPUS = ExecutionConfig(cpus_per_server=0)

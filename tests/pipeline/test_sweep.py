@@ -1,10 +1,10 @@
 import pytest
 
 from pipeline.config import DecodingConfig
-from pipeline.reflection import Retrieve
+from pipeline.decoding.reflection import Retrieve
+from pipeline.decoding.types import Boundary, Candidate, Critique, Passage, Path, RetrievedPassage, Segment, Usage
 from pipeline.rescore import Recorded
 from pipeline.sweep import Example, first_half, sweep
-from pipeline.types import Boundary, Candidate, Critique, Passage, Path, RetrievedPassage, Segment, Usage
 
 CONFIG = DecodingConfig(keep_candidates=True, explore=True)
 

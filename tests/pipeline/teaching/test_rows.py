@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.reflection import CONTROL_TOKENS, IsRel, IsSup, IsUse, Paragraph, Retrieve
+from pipeline.decoding.reflection import CONTROL_TOKENS, IsRel, IsSup, IsUse, Paragraph, Retrieve
 from pipeline.teaching.data import Claim, Instruction, Pair, Reading, TeachingData
 from pipeline.teaching.rows import LossWeights, Negatives, TreeBuilder, window, wrong_span
 from pipeline.teaching.trees import Branch

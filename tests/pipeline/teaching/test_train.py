@@ -10,9 +10,9 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
+from pipeline.decoding.prompts import PromptTokenizer
+from pipeline.decoding.reflection import CONTROL_TOKENS, IsRel, IsSup, IsUse, Retrieve
 from pipeline.embedded import demo_base_model
-from pipeline.prompts import PromptTokenizer
-from pipeline.reflection import CONTROL_TOKENS, IsRel, IsSup, IsUse, Retrieve
 from pipeline.teaching.recipe import Recipe
 from pipeline.teaching.train import add_reflection_tokens, attach_adapter, loss, measure, save, train
 from pipeline.teaching.trees import TokenTree, given, lay_out, taught

@@ -9,7 +9,7 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
-from pipeline.reflection import Paragraph, ReflectionIds
+from pipeline.decoding.reflection import Paragraph, ReflectionIds
 
 
 def instruction_prompt(instruction: str, context: str | None = None) -> str:

@@ -2,8 +2,8 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.config import DecodingConfig, Profile, Weights
-from pipeline.profiles import Tasks, built_in_profiles
-from pipeline.types import Query
+from pipeline.decoding.profiles import Tasks, built_in_profiles
+from pipeline.decoding.types import Query
 
 
 def test_built_in_profiles_cover_the_papers_tasks() -> None:

@@ -5,12 +5,12 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.choose import cited_passages
 from pipeline.config import DecodingConfig, Profile
-from pipeline.profiles import Tasks
-from pipeline.reader import ReflectionCritic
-from pipeline.self_rag import SelfRag
-from pipeline.types import Passage, Query
+from pipeline.decoding.choose import cited_passages
+from pipeline.decoding.profiles import Tasks
+from pipeline.decoding.reflection_reader import ReflectionCritic
+from pipeline.decoding.self_rag import SelfRag
+from pipeline.decoding.types import Passage, Query
 from tests.fakes import ListRetriever, ScriptedGenerator, generation, word_tokenizer
 
 PASSAGES = [Passage("p1", "", "wrong passage"), Passage("p2", "", "right passage"), Passage("p3", "", "other passage")]
@@ -151,7 +151,7 @@ class SlowRetriever(ListRetriever):
 
 
 async def test_usage_says_where_the_seconds_went(monkeypatch):
-    monkeypatch.setattr("pipeline.reader.time", SimpleNamespace(perf_counter=count().__next__))
+    monkeypatch.setattr("pipeline.decoding.reflection_reader.time", SimpleNamespace(perf_counter=count().__next__))
     rag = system()
     rag = replace(rag, retriever=SlowRetriever(PASSAGES))
     generate = rag.generator.generate

@@ -10,8 +10,8 @@ from typing import Any
 import yaml
 
 from pipeline.config import DecodingConfig, Profile
+from pipeline.decoding.types import Query
 from pipeline.settings import assign, flatten, validated
-from pipeline.types import Query
 
 BUILT_IN = Path(__file__).with_suffix(".yaml")
 

@@ -6,7 +6,7 @@ from enum import StrEnum
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.reflection import IsRel, IsSup, IsUse, Retrieve
+from pipeline.decoding.reflection import IsRel, IsSup, IsUse, Retrieve
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from collections import OrderedDict
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from pipeline.types import Answer, Query, Usage
+from pipeline.decoding.types import Answer, Query, Usage
 
 # Queries that are remembered. An answer takes some ten kilobytes, with all candidates of a long one half a megabyte.
 MOST = 1024
@@ -16,7 +16,7 @@ class Answering(Protocol):
     """Answers queries."""
 
     async def answer(self, query: Query) -> Answer:
-        """See :meth:`pipeline.self_rag.SelfRag.answer`."""
+        """See :meth:`pipeline.decoding.self_rag.SelfRag.answer`."""
         ...
 
 

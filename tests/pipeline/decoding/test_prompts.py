@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.prompts import instruction_prompt, passage_text
+from pipeline.decoding.prompts import instruction_prompt, passage_text
 from tests.fakes import word_tokenizer
 
 

@@ -13,8 +13,16 @@ from enum import StrEnum
 from typing import TypeVar
 
 from pipeline.config import Weights
-from pipeline.reflection import REFLECTION_TOKENS, IsRel, IsSup, IsUse, ReflectionIds, Retrieve, group_probabilities
-from pipeline.types import Critique, Generation
+from pipeline.decoding.reflection import (
+    REFLECTION_TOKENS,
+    IsRel,
+    IsSup,
+    IsUse,
+    ReflectionIds,
+    Retrieve,
+    group_probabilities,
+)
+from pipeline.decoding.types import Critique, Generation
 
 # What each token of a group is worth, in the order of the group's definition.
 IS_REL_VALUES = (1.0, 0.0)

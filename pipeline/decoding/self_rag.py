@@ -8,15 +8,13 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from pipeline.beam import decision, search, together
-from pipeline.choose import choose, cited_text, plain_text
 from pipeline.config import DecodingConfig
-from pipeline.engine import Generator
-from pipeline.profiles import Tasks
-from pipeline.reader import Critic, Reader
-from pipeline.reflection import Retrieve
-from pipeline.retrieve import Retriever, given_passages
-from pipeline.types import Answer, Candidate, Finish, Path, Query, RetrievedPassage, Usage
+from pipeline.decoding.beam import decision, search, together
+from pipeline.decoding.choose import choose, cited_text, plain_text
+from pipeline.decoding.profiles import Tasks
+from pipeline.decoding.protocols import Critic, Generator, Reader, Retriever
+from pipeline.decoding.reflection import Retrieve
+from pipeline.decoding.types import Answer, Candidate, Finish, Path, Query, RetrievedPassage, Usage
 
 
 @dataclass(frozen=True)
@@ -142,3 +140,8 @@ def tree(root: Path, families: dict[Path, Sequence[Path]]) -> tuple[Candidate, .
             waiting.append((child, len(candidates)))
             candidates.append(Candidate(child.segments[-1], place, child.boundary, child.finish))
     return tuple(candidates)
+
+
+def given_passages(query: Query, k: int) -> list[RetrievedPassage]:
+    """The first k passages that a query brought along, in their order, without scores."""
+    return [RetrievedPassage(passage, None, rank) for rank, passage in enumerate((query.passages or ())[:k], start=1)]

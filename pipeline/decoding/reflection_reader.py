@@ -8,58 +8,13 @@ import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from pipeline.config import DecodingConfig
-from pipeline.critique import critique, retrieve_probability
-from pipeline.engine import Generator
-from pipeline.prompts import PromptTokenizer, passage_text
-from pipeline.reflection import Paragraph, Retrieve
-from pipeline.types import Boundary, Finish, Generation, Passage, Path, Query, RetrievedPassage, Segment, Usage
-
-
-class Reader(Protocol):
-    """Decides and writes for one query."""
-
-    @property
-    def usage(self) -> Usage:
-        """What the row has cost so far; retrievals and seconds are counted elsewhere."""
-        ...
-
-    async def decide(self) -> Boundary:
-        """Where the prompt ends: shall a passage be retrieved?
-
-        Raises:
-            ValueError: the query does not fit the model.
-        """
-        ...
-
-    def has_room(self, path: Path) -> bool:
-        """Whether the path's text leaves room for another segment."""
-        ...
-
-    async def write(self, path: Path, opening: Retrieve, evidence: RetrievedPassage | None) -> Path:
-        """The path with one more segment.
-
-        Args:
-            opening: the decision before it.
-            evidence: the passage to write from: a new one for ``[Retrieval]``, or None where the search found
-                nothing; the path's own for ``[Continue to Use Evidence]``; None for ``[No Retrieval]``.
-        """
-        ...
-
-
-class Critic(Protocol):
-    """Knows one kind of model: how to ask it, and what to read in its answers."""
-
-    @property
-    def watched(self) -> tuple[int, ...]:
-        """Ids that the engine must give log-probabilities of, in the places of the 13 reflection tokens."""
-        ...
-
-    def reader(self, generator: Generator, config: DecodingConfig, query: Query) -> Reader:
-        """A reader for one query."""
-        ...
+from pipeline.decoding.critique import critique, retrieve_probability
+from pipeline.decoding.prompts import PromptTokenizer, passage_text
+from pipeline.decoding.protocols import Generator, Reader
+from pipeline.decoding.reflection import Paragraph, Retrieve
+from pipeline.decoding.types import Boundary, Finish, Generation, Passage, Path, Query, RetrievedPassage, Segment, Usage
 
 
 @dataclass

@@ -4,8 +4,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.choose import choose, citation_numbers, cited_passages, cited_text, closed_answer, plain_text
-from pipeline.types import Critique, Passage, Path, RetrievedPassage, Segment
+from pipeline.decoding.choose import choose, citation_numbers, cited_passages, cited_text, closed_answer, plain_text
+from pipeline.decoding.types import Critique, Passage, Path, RetrievedPassage, Segment
 
 
 def segment(text: str, score: float = 0.0, passage: str | None = None, rank: int = 1) -> Segment:

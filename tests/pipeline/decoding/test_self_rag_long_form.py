@@ -7,12 +7,12 @@ from dataclasses import dataclass, fields, replace
 
 import pytest
 
-from pipeline.choose import cited_passages
 from pipeline.config import DecodingConfig
-from pipeline.profiles import Tasks
-from pipeline.reader import ReflectionCritic
-from pipeline.self_rag import SelfRag
-from pipeline.types import Answer, Generation, Passage, Query, RetrievedPassage
+from pipeline.decoding.choose import cited_passages
+from pipeline.decoding.profiles import Tasks
+from pipeline.decoding.reflection_reader import ReflectionCritic
+from pipeline.decoding.self_rag import SelfRag
+from pipeline.decoding.types import Answer, Generation, Passage, Query, RetrievedPassage
 from tests.fakes import DrawingGenerator, DrawingRetriever, ScriptedGenerator, generation, judged, word_tokenizer
 
 TOKENIZER = word_tokenizer()

@@ -3,8 +3,8 @@ import dataclasses
 
 import pytest
 
-from pipeline.once import AnsweredOnce
-from pipeline.types import Answer, Finish, Passage, Query, Usage
+from pipeline.decoding.answer_cache import AnsweredOnce
+from pipeline.decoding.types import Answer, Finish, Passage, Query, Usage
 
 
 class Asked:

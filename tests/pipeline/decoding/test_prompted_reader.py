@@ -10,13 +10,13 @@ import numpy as np
 import pytest
 
 from pipeline.config import DecodingConfig, ModelConfig
+from pipeline.decoding.profiles import Tasks
+from pipeline.decoding.prompted_reader import PromptedCritic, filled
+from pipeline.decoding.reflection import REFLECTION_TOKENS, IsRel, IsSup, IsUse
+from pipeline.decoding.self_rag import SelfRag
+from pipeline.decoding.types import Answer, Generation, Passage, Query
 from pipeline.embedded import demo_base_model
 from pipeline.engine import load_tokenizer
-from pipeline.profiles import Tasks
-from pipeline.prompted import PromptedCritic, filled
-from pipeline.reflection import REFLECTION_TOKENS, IsRel, IsSup, IsUse
-from pipeline.self_rag import SelfRag
-from pipeline.types import Answer, Generation, Passage, Query
 
 PARIS, ROME = Passage("p1", "Paris", "Paris is the capital of France."), Passage("p2", "Rome", "Rome is old.")
 QUERY = Query("q", "What is the capital of France?", passages=(ROME, PARIS))

@@ -5,9 +5,8 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
-from pipeline.beam import order
-from pipeline.metrics import OPENING, label
-from pipeline.types import Path, RetrievedPassage, Segment
+from pipeline.decoding.beam import order
+from pipeline.decoding.types import Path, RetrievedPassage, Segment
 
 
 def choose(paths: Sequence[Path], choices: Sequence[str] = ()) -> tuple[Path, str | None]:
@@ -68,3 +67,15 @@ def cited_text(segments: Sequence[Segment]) -> str:
     """The segments' texts in one, each followed by the number of its passage, as in ``Paris. [1]``."""
     numbered = zip(segments, citation_numbers(segments), strict=True)
     return " ".join(s.text if n is None else f"{s.text} [{n}]" for s, n in numbered if s.text)
+
+
+# Marks around a label, as in (B) or "b."; escaped for use in a character class too.
+OPENING = "\"'`(\\[{*"
+
+
+CLOSING = "\"'`)]}*.,:;!?"
+
+
+def label(text: str) -> str:
+    """A label without what is put around it; signs that may be part of it, as in "-1" and "C++", stay."""
+    return text.strip().lstrip(OPENING).rstrip(CLOSING).strip()

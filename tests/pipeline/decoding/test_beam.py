@@ -6,11 +6,11 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.beam import continued, decision, merged, permitted, search, together
-from pipeline.choose import choose
 from pipeline.config import DecodingConfig
-from pipeline.reflection import IsSup, Retrieve
-from pipeline.types import Boundary, Critique, Finish, Passage, Path, RetrievedPassage, Segment
+from pipeline.decoding.beam import continued, decision, merged, permitted, search, together
+from pipeline.decoding.choose import choose
+from pipeline.decoding.reflection import IsSup, Retrieve
+from pipeline.decoding.types import Boundary, Critique, Finish, Passage, Path, RetrievedPassage, Segment
 
 ASKS, REFUSES, KEEPS = Boundary(0.9), Boundary(0.1), Boundary(0.1, keep=True)
 

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config import Weights
-from pipeline.critique import critique, retrieve_probability, segment_score
-from pipeline.reflection import IsRel, IsSup, IsUse
+from pipeline.decoding.critique import critique, retrieve_probability, segment_score
+from pipeline.decoding.reflection import IsRel, IsSup, IsUse
 from tests.fakes import EOS, generation, word_tokenizer
 
 TOKENIZER = word_tokenizer()

@@ -9,8 +9,8 @@ from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
 from typing import Any, TypeVar
 
 from pipeline.config import DecodingConfig
-from pipeline.reflection import IsSup, Retrieve
-from pipeline.types import Finish, Path, Segment
+from pipeline.decoding.reflection import IsSup, Retrieve
+from pipeline.decoding.types import Finish, Path, Segment
 
 T = TypeVar("T")
 Expand = Callable[[Path], Awaitable[Sequence[Path]]]

@@ -15,9 +15,9 @@ from typing import Any, TypeVar
 
 import yaml
 
-from pipeline.beam import together
 from pipeline.config import DecodingConfig
-from pipeline.critique import (
+from pipeline.decoding.beam import together
+from pipeline.decoding.critique import (
     IS_REL_VALUES,
     IS_SUP_VALUES,
     IS_USE_VALUES,
@@ -27,11 +27,21 @@ from pipeline.critique import (
     segment_score,
     sequence_probability,
 )
-from pipeline.engine import Generator
-from pipeline.prompts import passage_text
-from pipeline.reader import Reader, Requests, put
-from pipeline.reflection import IsRel, IsSup, IsUse, Retrieve
-from pipeline.types import Boundary, Critique, Finish, Generation, Path, Query, RetrievedPassage, Segment, Usage
+from pipeline.decoding.prompts import passage_text
+from pipeline.decoding.protocols import Generator, Reader
+from pipeline.decoding.reflection import IsRel, IsSup, IsUse, Retrieve
+from pipeline.decoding.reflection_reader import Requests, put
+from pipeline.decoding.types import (
+    Boundary,
+    Critique,
+    Finish,
+    Generation,
+    Path,
+    Query,
+    RetrievedPassage,
+    Segment,
+    Usage,
+)
 
 FILE = File(__file__).with_suffix(".yaml")
 PROMPTS: Mapping[str, Any] = yaml.safe_load(FILE.read_text("utf-8"))
