@@ -26,7 +26,7 @@ from jobs.rescore import rescore
 from pipeline.actor import SelfRagActor
 from pipeline.attempts import PATIENCE, Attempts
 from pipeline.claim import Claim, OutputTakenError
-from pipeline.config import RunConfig, load_config
+from pipeline.config.run import RunConfig, load_config
 from pipeline.incremental import NothingNewError
 from pipeline.output import UnitSummary
 from pipeline.plan import Plan, check, settled, with_output

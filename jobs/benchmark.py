@@ -33,10 +33,10 @@ from jobs.benchmark_report import Measured, Report, Results, load_of, plot, writ
 from jobs.benchmark_script import SHAPES, Script, write_shape
 from jobs.benchmark_shapes import OPTIONAL, Bench, Trial, agreement
 from jobs.benchmark_workloads import WORKLOADS, Row, Workload, chosen
-from pipeline.config import DecodingConfig, ModelConfig
+from pipeline.config.loading import apply_settings
+from pipeline.config.run import DecodingConfig, ModelConfig
 from pipeline.decoding.types import Passage, Query, RetrievedPassage
 from pipeline.engine_arguments import check_engine_arguments
-from pipeline.settings import apply_settings
 
 # Most tokens of a segment.
 MAX_TOKENS = 60

@@ -32,7 +32,7 @@ from rich.table import Table
 from jobs.build_graph import Built, execute
 from jobs.build_index import check
 from pipeline.build import BuildRequest
-from pipeline.config import RetrievalConfig, StorageConfig
+from pipeline.config.run import RetrievalConfig, StorageConfig
 from pipeline.decoding.prompts import passage_text
 from pipeline.devices import set_search
 from pipeline.encoder import Encoder, Vectors

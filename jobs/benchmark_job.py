@@ -21,7 +21,7 @@ from jobs.benchmark_report import CALL, FILES, STAGES
 from jobs.benchmark_script import SCRIPT, Script
 from jobs.benchmark_workloads import Row
 from jobs.demo import demo_index
-from pipeline.config import DecodingConfig, ModelConfig
+from pipeline.config.run import DecodingConfig, ModelConfig
 
 
 @dataclass(frozen=True)

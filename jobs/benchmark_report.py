@@ -13,7 +13,7 @@ from typing import Any
 
 from rich.table import Table
 
-from pipeline.config import ModelConfig
+from pipeline.config.run import ModelConfig
 from pipeline.provenance import versions
 
 # Columns of a row's usage, and what the whole call took.

@@ -36,7 +36,8 @@ from jobs.benchmark_variants import (
     WholeDecisions,
 )
 from jobs.benchmark_workloads import Workload, chosen
-from pipeline.config import DecodingConfig, ModelConfig, Weights
+from pipeline.config.loading import apply_settings
+from pipeline.config.run import DecodingConfig, ModelConfig, Weights
 from pipeline.decoding.answer_cache import AnsweredOnce, Answering
 from pipeline.decoding.critique import segment_score
 from pipeline.decoding.profiles import Tasks
@@ -45,7 +46,6 @@ from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Candidate, Query
 from pipeline.engine_arguments import check_engine_arguments
-from pipeline.settings import apply_settings
 
 SHORT = Workload("short form, 50 % retrieve", questions=0.5)
 QUESTIONS = Workload("short form, 100 % retrieve")

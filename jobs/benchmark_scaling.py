@@ -31,7 +31,7 @@ from rich.table import Table
 from jobs.annotate import allot, execute
 from jobs.benchmark_script import WRITTEN, Prompter, Script
 from pipeline.actor import SelfRagActor
-from pipeline.config import DecodingConfig, ExecutionConfig, ModelConfig, RunConfig
+from pipeline.config.run import DecodingConfig, ExecutionConfig, ModelConfig, RunConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection_reader import ReflectionCritic

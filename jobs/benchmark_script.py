@@ -25,7 +25,7 @@ import typer
 
 from jobs.annotate import allot, execute
 from pipeline.actor import SelfRagActor
-from pipeline.config import load_config
+from pipeline.config.run import load_config
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection import REFLECTION_TOKENS, IsRel, IsSup, IsUse, Paragraph, Retrieve

@@ -30,7 +30,7 @@ import numpy as np
 from jobs.benchmark_report import Step
 from jobs.benchmark_script import Prompter, Script, ScriptedGenerator, endless
 from jobs.demo import demo_index
-from pipeline.config import DecodingConfig, ModelConfig, RetrievalConfig, StorageConfig
+from pipeline.config.run import DecodingConfig, ModelConfig, RetrievalConfig, StorageConfig
 from pipeline.decoding.critique import critique, retrieve_probability
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.prompts import PromptTokenizer, passage_text

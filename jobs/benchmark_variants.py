@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from jobs.benchmark import MAX_TOKENS
 from jobs.benchmark_shapes import BareEngine, read_wide
-from pipeline.config import DecodingConfig
+from pipeline.config.run import DecodingConfig
 from pipeline.decoding.protocols import Generator, Reader, Retriever
 from pipeline.decoding.reflection import Retrieve
 from pipeline.decoding.reflection_reader import ReflectionCritic, ReflectionReader, Requests

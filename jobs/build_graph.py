@@ -22,7 +22,7 @@ import pyarrow as pa
 from jobs.cluster import Room, connect, most_cpus
 from pipeline.build import BuildFolder, BuildPlan, read_ahead
 from pipeline.claim import Claim
-from pipeline.config import ExecutionConfig
+from pipeline.config.run import ExecutionConfig
 from pipeline.encoder import Vectors
 from pipeline.manifest import IndexManifest, ShardEntry, write_manifest
 from pipeline.passages import Sample, ShardPlan, read_passages, spread_samples

@@ -24,12 +24,12 @@ from jobs.index_check import CheckRequest, check_command
 from jobs.index_plan import survey, tables
 from pipeline.build import BuildFolder, BuildPlan, BuildRequest
 from pipeline.cache import DamagedIndexError
-from pipeline.config import RetrievalConfig, StorageConfig, load_sections
+from pipeline.config.loading import validated
+from pipeline.config.run import RetrievalConfig, StorageConfig, load_sections
 from pipeline.encoder import Encoder, EncoderStyle
 from pipeline.manifest import EncoderEntry
 from pipeline.passage_checks import check_passages
 from pipeline.passages import find_passages, plan_shards
-from pipeline.settings import validated
 from pipeline.shards import empty_index
 from pipeline.storage import locate
 

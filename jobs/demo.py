@@ -25,7 +25,8 @@ from rich.table import Table
 from jobs.annotate import run
 from jobs.evaluate import comparison
 from pipeline.build import BuildRequest
-from pipeline.config import (
+from pipeline.config.loading import validated
+from pipeline.config.run import (
     DecodingConfig,
     ExecutionConfig,
     ModelConfig,
@@ -39,7 +40,6 @@ from pipeline.embedded import built, demo_encoder, demo_model
 from pipeline.evaluation import Evaluation, View, evaluate_set, first_passage, without_retrieval
 from pipeline.metrics import best, contains
 from pipeline.output import REPORT
-from pipeline.settings import validated
 from pipeline.storage import locate
 
 DEMO = Path(__file__).parent.parent / "infra" / "demo"

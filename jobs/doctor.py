@@ -23,7 +23,8 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.cluster import Resources, actor_resources, connect, reason
-from pipeline.config import RunConfig, StorageConfig, load_config
+from pipeline.config.loading import read_yaml
+from pipeline.config.run import RunConfig, StorageConfig, load_config
 from pipeline.critics import critic_of
 from pipeline.device_probe import DeviceProbe
 from pipeline.diagnosis import (
@@ -39,7 +40,6 @@ from pipeline.diagnosis import (
 from pipeline.engine_arguments import check_engine_arguments, gpu_share
 from pipeline.machine import Machine, inspect_machine
 from pipeline.manifest import check_index
-from pipeline.settings import read_yaml
 from pipeline.storage import locate
 
 # Keys that a run must have and that are not needed here.

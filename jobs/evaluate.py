@@ -21,7 +21,7 @@ from rich.table import Table
 
 from jobs.options import RunFile, StorageSettings
 from jobs.sweep import save, sweep_set, tables
-from pipeline.config import load_storage
+from pipeline.config.run import load_storage
 from pipeline.evaluation import Evaluation, Figures, Row, columns_of, evaluate_set, rows_of
 from pipeline.exports import EXPORTED, alce, factscore
 from pipeline.output import OutputFolder

@@ -20,7 +20,7 @@ import typer
 
 from jobs.options import RunFile, StorageSettings
 from pipeline.claim import Claim
-from pipeline.config import StorageConfig, load_storage
+from pipeline.config.run import StorageConfig, load_storage
 from pipeline.imports import Ids, KnownDataset, Recipe, Row, check_row, checked_columns, known_datasets
 from pipeline.plan import check_apart, check_bucket
 from pipeline.query_set import QuerySet

@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from pipeline.config import RetrievalConfig, StorageConfig
+from pipeline.config.run import RetrievalConfig, StorageConfig
 from pipeline.decoding.prompts import passage_text
 from pipeline.decoding.types import Passage
 from pipeline.encoder import Encoder, Vectors

@@ -12,7 +12,7 @@ import typer
 from tenacity import Retrying, stop_after_attempt, wait_exponential
 
 from jobs.cluster import reason
-from pipeline.config import OnFailure, RunConfig
+from pipeline.config.run import OnFailure, RunConfig
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from jobs.options import RunFile, StorageSettings
-from pipeline.config import load_storage
+from pipeline.config.run import load_storage
 from pipeline.evaluation import columns_of
 from pipeline.output import REPORT, OutputFolder
 from pipeline.report import Reading, read_set

@@ -18,12 +18,12 @@ import typer
 
 from jobs.cluster import connect
 from jobs.notify import fail
-from pipeline.config import ExecutionConfig, StorageConfig, load_sections, load_storage
+from pipeline.config.loading import assign, flatten
+from pipeline.config.run import ExecutionConfig, StorageConfig, load_sections, load_storage
 from pipeline.output import OutputFolder, parquet_bytes
 from pipeline.plan import check_apart
 from pipeline.rescore import Rescoring
 from pipeline.schema import answer_row
-from pipeline.settings import assign, flatten
 from pipeline.storage import locate
 
 log = logging.getLogger(__name__)

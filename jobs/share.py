@@ -17,7 +17,7 @@ import typer
 
 from jobs.options import RunFile, StorageSettings
 from pipeline.card import AnnotatedSet, dataset_card, finished
-from pipeline.config import load_storage
+from pipeline.config.run import load_storage
 from pipeline.output import CARD, OutputFolder
 from pipeline.storage import Location, locate, one_line
 

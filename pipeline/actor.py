@@ -17,7 +17,7 @@ import pyarrow as pa
 import ray
 
 from pipeline.attempts import BESIDE_OTHERS, ROW_DEATHS, START, OutOfMemoryError, ProcessDiedError, Turnstile
-from pipeline.config import RunConfig
+from pipeline.config.run import RunConfig
 from pipeline.critics import critic_of
 from pipeline.decoding.answer_cache import AnsweredOnce, Answering
 from pipeline.decoding.profiles import Tasks

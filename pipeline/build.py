@@ -13,7 +13,7 @@ import numpy as np
 from pyarrow import fs
 
 from pipeline.cache import SCRATCH_PREFIX
-from pipeline.config import StorageConfig
+from pipeline.config.run import StorageConfig
 from pipeline.decoding.prompts import passage_text
 from pipeline.embeddings import Place, vectors_of
 from pipeline.encoder import Encoder, EncoderStyle, Vectors

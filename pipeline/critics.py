@@ -1,6 +1,6 @@
 """Which critic a run has."""
 
-from pipeline.config import RunConfig
+from pipeline.config.run import RunConfig
 from pipeline.decoding.prompted_reader import PromptedCritic
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.protocols import Critic

@@ -9,7 +9,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import ModelConfig, RunConfig, StorageConfig
+from pipeline.config.run import ModelConfig, RunConfig, StorageConfig
 from pipeline.critics import critic_of
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.self_rag import SelfRag

@@ -7,10 +7,10 @@ from typing import Any
 
 import faiss
 
-from pipeline.config import RetrievalConfig
+from pipeline.config.loading import parse_search
+from pipeline.config.run import RetrievalConfig
 from pipeline.gpus import assigned_gpus, choose_gpu
 from pipeline.manifest import IndexManifest
-from pipeline.settings import parse_search
 from pipeline.shards import empty_index, faiss_reason
 
 log = logging.getLogger(__name__)

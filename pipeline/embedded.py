@@ -17,7 +17,7 @@ from zipfile import ZipFile
 
 from filelock import FileLock
 
-from pipeline.config import cache_folder
+from pipeline.config.run import cache_folder
 
 log = logging.getLogger(__name__)
 

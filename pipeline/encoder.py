@@ -11,8 +11,8 @@ import numpy as np
 import numpy.typing as npt
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
+from pipeline.config.loading import Frozen
 from pipeline.gpus import choose_gpu
-from pipeline.settings import Frozen
 
 Vectors = npt.NDArray[np.float32]
 

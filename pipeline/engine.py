@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config import ModelConfig
+from pipeline.config.run import ModelConfig
 from pipeline.decoding.types import Generation
 from pipeline.engine_arguments import check_assigned_gpus, engine_arguments, model_path
 from pipeline.guard import guard

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from pipeline.config import ModelConfig
+from pipeline.config.run import ModelConfig
 from pipeline.gpus import choose_gpu
 
 # KV blocks are what prefix caching shares. GPUs have 16 tokens by default; the CPU's 128 are longer than

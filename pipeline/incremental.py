@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import StorageConfig
+from pipeline.config.run import StorageConfig
 from pipeline.output import READERS, is_unit_file, parquet_bytes, read_columns
 from pipeline.query_set import QuerySet, query_ids, read_unit
 from pipeline.query_writer import FILE_ROWS, GROUP_ROWS

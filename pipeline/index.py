@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.cache import DamagedIndexError, obtain, room_for
-from pipeline.config import RetrievalConfig
+from pipeline.config.run import RetrievalConfig
 from pipeline.decoding.types import Passage, RetrievedPassage
 from pipeline.devices import Device, set_search
 from pipeline.encoder import Vectors

@@ -7,9 +7,9 @@ from pyarrow import fs
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline.cache import REMEDY, DamagedIndexError, check_size
-from pipeline.config import Positive, RetrievalConfig
+from pipeline.config.loading import Frozen
+from pipeline.config.run import Positive, RetrievalConfig
 from pipeline.encoder import Encoder, EncoderStyle, encoder_digest
-from pipeline.settings import Frozen
 from pipeline.storage import Location
 
 MANIFEST = "index.json"

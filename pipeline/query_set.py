@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from pipeline.config import Columns, StorageConfig
+from pipeline.config.run import Columns, StorageConfig
 from pipeline.schema import check_query_schema
 from pipeline.storage import Location, StorageError, locate, one_line
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import feather, fs
 
-from pipeline.config import Columns, ExecutionConfig
+from pipeline.config.run import Columns, ExecutionConfig
 from pipeline.query_set import QuerySet, inspect_queries
 from pipeline.schema import QUERY_FIELDS
 from pipeline.storage import Location, one_line

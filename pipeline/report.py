@@ -14,7 +14,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config import Columns, Weights
+from pipeline.config.run import Columns, Weights
 from pipeline.evaluation import NOTHING, columns_of
 from pipeline.output import NO_ERRORS, READERS, OutputFolder, UnitSummary, read_columns, summarise, unit_of
 from pipeline.report_changes import Answers, hashed

@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config import Columns
+from pipeline.config.run import Columns
 from pipeline.output import read_columns
 from pipeline.storage import Location
 

@@ -12,12 +12,12 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from pipeline.config.loading import flatten
 from pipeline.output import OutputFolder
 from pipeline.report import BINS, SetFigures, Spread
 from pipeline.report_changes import Changes
 from pipeline.report_examples import Example
 from pipeline.report_times import Timeline, timeline
-from pipeline.settings import flatten
 
 HERE = Path(__file__).parent
 NONE = "–"

@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.config import Columns, DecodingConfig, Weights
+from pipeline.config.loading import validated
+from pipeline.config.run import Columns, DecodingConfig, Weights
 from pipeline.decoding.beam import search
 from pipeline.decoding.critique import segment_score
 from pipeline.decoding.profiles import for_choices
@@ -27,7 +28,6 @@ from pipeline.decoding.types import (
     Segment,
     Usage,
 )
-from pipeline.settings import validated
 
 CHANGEABLE = frozenset({"threshold", "weights", "constraint", "citations"})
 CHANGEABLE_NAMES = ", ".join(f"decoding.{name}" for name in sorted(CHANGEABLE))

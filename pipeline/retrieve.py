@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pipeline.config import RetrievalConfig
+from pipeline.config.run import RetrievalConfig
 from pipeline.decoding.types import RetrievedPassage
 from pipeline.encoder import Encoder, Vectors
 from pipeline.gpus import exclusive_start

@@ -7,7 +7,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config import Columns
+from pipeline.config.run import Columns
 from pipeline.decoding.choose import citation_numbers, cited_passages
 from pipeline.decoding.types import Answer, Candidate, Passage, Query, RetrievedPassage, Segment
 

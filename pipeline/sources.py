@@ -16,7 +16,7 @@ import pyarrow as pa
 import smart_open
 from pyarrow import fs
 
-from pipeline.config import StorageConfig
+from pipeline.config.run import StorageConfig
 from pipeline.passages import PassageRange, read_columns, read_footer
 from pipeline.schema import read_rows
 from pipeline.storage import Location, locate, one_line

@@ -9,10 +9,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.config import DecodingConfig
+from pipeline.config.loading import assign
+from pipeline.config.run import DecodingConfig
 from pipeline.judging import golds_of, score, short_golds_of
 from pipeline.rescore import Recorded, Rescoring, recorded
-from pipeline.settings import assign
 from pipeline.statistics import Difference, Estimate, compare, estimate, mean
 
 THRESHOLDS = tuple(n / 20 for n in range(21))

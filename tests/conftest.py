@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
-from pipeline.config import StorageConfig
+from pipeline.config.run import StorageConfig
 from pipeline.storage import Location, locate
 from tests.indexes import save, unit_vectors
 from tests.s3 import S3Server, serving_s3

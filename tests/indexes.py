@@ -6,7 +6,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import RetrievalConfig, StorageConfig
+from pipeline.config.run import RetrievalConfig, StorageConfig
 from pipeline.encoder import Vectors
 from pipeline.manifest import EncoderEntry, IndexManifest, write_manifest
 from pipeline.shards import PASSAGE_SCHEMA, build_shard, empty_index, train

@@ -7,7 +7,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.actor import annotated_schema
-from pipeline.config import RunConfig, StorageConfig
+from pipeline.config.run import RunConfig, StorageConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.output import OutputFolder
 from pipeline.storage import Location, locate

@@ -9,9 +9,9 @@ from typing import Any
 
 import yaml
 
-from pipeline.config import DecodingConfig, Profile
+from pipeline.config.loading import assign, flatten, validated
+from pipeline.config.run import DecodingConfig, Profile
 from pipeline.decoding.types import Query
-from pipeline.settings import assign, flatten, validated
 
 BUILT_IN = Path(__file__).with_suffix(".yaml")
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from pipeline.config import DecodingConfig
+from pipeline.config.run import DecodingConfig
 from pipeline.decoding.critique import critique, retrieve_probability
 from pipeline.decoding.prompts import PromptTokenizer, passage_text
 from pipeline.decoding.protocols import Generator, Reader

@@ -8,7 +8,7 @@ import faiss
 import numpy as np
 import pytest
 
-from pipeline.config import RetrievalConfig, StorageConfig
+from pipeline.config.run import RetrievalConfig, StorageConfig
 from pipeline.encoder import Vectors
 from pipeline.index import Hit, PassageIndex
 from pipeline.storage import Location, locate

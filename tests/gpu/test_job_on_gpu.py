@@ -17,7 +17,7 @@ import pytest
 import ray
 
 from jobs.cluster import CONTEXTS, check_sharing
-from pipeline.config import ModelConfig, RetrievalConfig, RunConfig, StorageConfig
+from pipeline.config.run import ModelConfig, RetrievalConfig, RunConfig, StorageConfig
 from pipeline.encoder import Encoder
 from pipeline.engine import VllmGenerator, prepare_environment
 from pipeline.gpus import choose_gpu, exclusive_start

@@ -10,8 +10,8 @@ import pytest
 import typer
 from typer.main import get_command
 
-from pipeline.config import load_config
-from pipeline.settings import apply_settings
+from pipeline.config.loading import apply_settings
+from pipeline.config.run import load_config
 
 ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "infra").rglob("*.md"))]

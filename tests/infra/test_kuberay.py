@@ -20,7 +20,7 @@ import pytest
 import yaml
 from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
 
-from pipeline.config import RunConfig, StorageConfig, load_config
+from pipeline.config.run import RunConfig, StorageConfig, load_config
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "infra" / "kuberay"

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas
 import pytest
 
-from pipeline.reference import keys
+from pipeline.config.reference import keys
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "infra" / "RUNBOOK.md").read_text("utf-8")

@@ -13,7 +13,7 @@ from jobs.benchmark import Plan, benchmark
 from jobs.benchmark_report import CALL, FILES, STAGES, Measured, Report, Step, load_of, plot
 from jobs.benchmark_shapes import ABSENT, Outcome, Released, agreement, read_wide
 from jobs.benchmark_workloads import LONG_PASSAGES, SHORT_WORDS, WORKLOADS, Workload, lengthened, shortened
-from pipeline.config import DecodingConfig, ModelConfig
+from pipeline.config.run import DecodingConfig, ModelConfig
 from pipeline.decoding.reflection import REFLECTION_TOKENS
 from pipeline.decoding.types import Passage, Query, RetrievedPassage
 from tests.fakes import EOS, word_tokenizer

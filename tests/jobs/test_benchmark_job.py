@@ -10,7 +10,7 @@ import yaml
 
 from jobs.benchmark_job import Job, measured_seconds
 from jobs.benchmark_report import CALL, FILES, STAGES
-from pipeline.config import DecodingConfig, ModelConfig, load_config
+from pipeline.config.run import DecodingConfig, ModelConfig, load_config
 
 WARMING = [{"id": "w", "query": "warm?"}]
 REPEATS = [[{"id": f"{n}", "query": f"{n}?"} for n in range(begin, begin + 4)] for begin in (0, 4)]

@@ -10,7 +10,7 @@ from jobs.benchmark_job import Job
 from jobs.benchmark_report import CALL, FILES, STAGES, write_record
 from jobs.benchmark_shapes import BareEngine, Bench, Outcome, Released
 from jobs.benchmark_workloads import WORKLOADS, lengthened
-from pipeline.config import ModelConfig
+from pipeline.config.run import ModelConfig
 from pipeline.decoding.types import Passage, RetrievedPassage
 from pipeline.engine_arguments import engine_arguments
 from tests.fakes import word_tokenizer

@@ -21,7 +21,7 @@ from jobs.benchmark_variants import (
     Prefetching,
     WholeDecisions,
 )
-from pipeline.config import DecodingConfig, Weights
+from pipeline.config.run import DecodingConfig, Weights
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection import REFLECTION_TOKENS, Retrieve
 from pipeline.decoding.types import Candidate, Critique, Generation, Passage, Query, RetrievedPassage, Segment

@@ -4,7 +4,7 @@ import pytest
 
 from jobs.benchmark_scaling import FIVE_TOKENS, Run, WaitingEngine, report, steady_rate
 from jobs.benchmark_script import Prompter
-from pipeline.config import DecodingConfig
+from pipeline.config.run import DecodingConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag

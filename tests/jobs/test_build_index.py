@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 
 from jobs.build_index import check
 from pipeline.build import BuildRequest
-from pipeline.config import RetrievalConfig
+from pipeline.config.run import RetrievalConfig
 from pipeline.decoding.prompts import passage_text
 from pipeline.decoding.types import Passage
 from pipeline.encoder import Encoder

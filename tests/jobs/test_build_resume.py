@@ -15,7 +15,7 @@ from typer.testing import Result
 
 from jobs.build_graph import ShardBuilder
 from pipeline.claim import Claim
-from pipeline.config import RetrievalConfig
+from pipeline.config.run import RetrievalConfig
 from pipeline.index import PassageIndex
 from pipeline.manifest import read_manifest
 from pipeline.passages import ShardPlan

@@ -12,7 +12,7 @@ from jobs.cluster import (
     server_count,
     share_of,
 )
-from pipeline.config import RunConfig
+from pipeline.config.run import RunConfig
 
 LAPTOP = [Room(2.0)]
 GPU_NODES = [Room(0.0), Room(16.0, (1.0, 1.0)), Room(16.0, (1.0, 1.0))]

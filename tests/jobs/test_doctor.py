@@ -16,7 +16,7 @@ from ray.cluster_utils import Cluster
 from typer.testing import CliRunner, Result
 
 from jobs.doctor import doctor, use_storage
-from pipeline.config import RunConfig, StorageConfig
+from pipeline.config.run import RunConfig, StorageConfig
 from pipeline.device_probe import Answered, Searched
 from tests.s3 import S3Server
 

@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from jobs.evaluate import evaluate
-from pipeline.config import StorageConfig
+from pipeline.config.run import StorageConfig
 from pipeline.evaluation import Evaluation, as_it_is, evaluate_set, first_passage, without_retrieval
 from pipeline.output import FORMAT_VERSION
 from pipeline.schema import CANDIDATE_FIELDS

@@ -14,7 +14,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from jobs.import_queries import import_queries
-from pipeline.config import Columns, StorageConfig
+from pipeline.config.run import Columns, StorageConfig
 from pipeline.imports import known_datasets
 from pipeline.query_set import inspect_queries
 from pipeline.storage import locate

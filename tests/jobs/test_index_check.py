@@ -92,7 +92,7 @@ def test_no_index_is_bad_usage(tmp_path: Path) -> None:
 
 
 def test_real_codes_are_checked_against_the_encoder(small_corpus: Path, tmp_path: Path) -> None:
-    from pipeline.config import StorageConfig
+    from pipeline.config.run import StorageConfig
     from pipeline.decoding.prompts import passage_text
     from pipeline.encoder import Encoder
     from pipeline.manifest import EncoderEntry, IndexManifest, write_manifest

@@ -19,7 +19,7 @@ from jobs.annotate import annotate
 from jobs.cluster import Resources
 from pipeline.actor import annotated_schema
 from pipeline.claim import Claim
-from pipeline.config import StorageConfig
+from pipeline.config.run import StorageConfig
 from pipeline.query_set import read_unit
 from pipeline.storage import locate
 

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 
 from jobs.annotate import annotate
 from pipeline.actor import annotate_table
-from pipeline.config import Profile, RunConfig, StorageConfig
+from pipeline.config.run import Profile, RunConfig, StorageConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag

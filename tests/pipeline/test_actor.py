@@ -15,7 +15,7 @@ import pytest
 
 from pipeline.actor import OneByOne, SelfRagActor, annotate_table, annotated_schema
 from pipeline.attempts import PATIENCE, Attempts, HopelessError, Turnstile
-from pipeline.config import ExecutionConfig, RunConfig, StorageConfig
+from pipeline.config.run import ExecutionConfig, RunConfig, StorageConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag

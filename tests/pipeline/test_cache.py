@@ -8,7 +8,7 @@ import pytest
 from pyarrow import fs
 
 from pipeline.cache import obtain, room_for
-from pipeline.config import RetrievalConfig
+from pipeline.config.run import RetrievalConfig
 from pipeline.index import PassageIndex
 from pipeline.manifest import read_manifest
 from pipeline.storage import Location

@@ -7,7 +7,7 @@ import pytest
 import yaml
 
 from pipeline.card import AnnotatedSet, columns_table, dataset_card
-from pipeline.config import StorageConfig
+from pipeline.config.run import StorageConfig
 from pipeline.output import OutputFolder
 from pipeline.schema import ANSWER_FIELDS, CANDIDATE_FIELDS, ERROR_FIELDS, MEANINGS, data_schema, error_schema
 from pipeline.storage import locate

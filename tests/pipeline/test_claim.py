@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.claim import Claim, OutputTakenError, born
-from pipeline.config import StorageConfig
+from pipeline.config.run import StorageConfig
 from pipeline.storage import Location, locate
 from tests.claims import claim_of
 from tests.s3 import S3Server
@@ -70,7 +70,7 @@ def test_a_killed_runs_claim_does_not_stand_in_the_way(output: Location) -> None
     script = f"""
 import time
 from pipeline.claim import Claim
-from pipeline.config import StorageConfig
+from pipeline.config.run import StorageConfig
 from pipeline.storage import locate
 with Claim(locate({output.path!r}, StorageConfig())):
     print("claimed", flush=True)

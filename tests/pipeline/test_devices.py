@@ -4,7 +4,7 @@ import re
 import faiss
 import pytest
 
-from pipeline.config import RetrievalConfig
+from pipeline.config.run import RetrievalConfig
 from pipeline.devices import (
     RELEASE_SECONDS,
     RESERVED_BYTES,

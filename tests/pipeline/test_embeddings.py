@@ -2,7 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.config import StorageConfig
+from pipeline.config.run import StorageConfig
 from pipeline.embeddings import Place, check_embeddings, vectors_of
 from pipeline.storage import locate
 

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config import ModelConfig
+from pipeline.config.run import ModelConfig
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection import REFLECTION_TOKENS, Paragraph, Retrieve
 from pipeline.engine import VllmGenerator, load_tokenizer, targeted_logprobs

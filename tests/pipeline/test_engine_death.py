@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config import ModelConfig
+from pipeline.config.run import ModelConfig
 from pipeline.decoding.reflection import ReflectionIds
 from pipeline.engine import EngineDeadError, VllmGenerator, load_tokenizer
 from tests.pipeline.test_guard import gone
@@ -60,7 +60,7 @@ async def test_an_engine_that_dies_says_why(
 
 OWNER = """
 import asyncio, sys, time
-from pipeline.config import ModelConfig
+from pipeline.config.run import ModelConfig
 from pipeline.engine import VllmGenerator, core_processes
 
 if __name__ == "__main__":

@@ -7,7 +7,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import Columns, StorageConfig
+from pipeline.config.run import Columns, StorageConfig
 from pipeline.incremental import Earlier, NothingNewError, Selection
 from pipeline.query_set import inspect_queries
 from pipeline.storage import Location, StorageError, locate

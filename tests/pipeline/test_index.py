@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config import RetrievalConfig
+from pipeline.config.run import RetrievalConfig
 from pipeline.decoding.types import Passage
 from pipeline.index import PassageIndex, Shard
 from pipeline.manifest import check_index, read_manifest, write_manifest

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import RetrievalConfig
+from pipeline.config.run import RetrievalConfig
 from pipeline.encoder import EncoderStyle
 from pipeline.manifest import check_encoder, check_index, read_manifest
 from pipeline.storage import Location

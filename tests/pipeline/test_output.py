@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.actor import annotated_schema
-from pipeline.config import StorageConfig
+from pipeline.config.run import StorageConfig
 from pipeline.output import OutputFolder, UnitSummary
 from pipeline.storage import Location, StorageError, locate
 

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline import query_set
-from pipeline.config import Columns, StorageConfig
+from pipeline.config.run import Columns, StorageConfig
 from pipeline.query_set import inspect_queries, parquet_files, read_unit
 from pipeline.storage import locate
 

@@ -6,7 +6,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline import query_writer
-from pipeline.config import Columns, StorageConfig
+from pipeline.config.run import Columns, StorageConfig
 from pipeline.query_set import QuerySet, inspect_queries
 from pipeline.query_writer import UNFINISHED, Spool, check_free, publish, write_query_set
 from pipeline.schema import QUERY_FIELDS

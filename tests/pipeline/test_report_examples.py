@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.config import Columns
+from pipeline.config.run import Columns
 from pipeline.output import OutputFolder
 from pipeline.report import Reading, read_set
 from pipeline.report_examples import EXAMPLES, LONGEST_PASSAGE, LONGEST_TEXT, MOST_TASKS, Example, examples, pieces

@@ -13,7 +13,7 @@ import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import ExecutionConfig, StorageConfig
+from pipeline.config.run import ExecutionConfig, StorageConfig
 from pipeline.decoding.types import Passage
 from pipeline.encoder import Vectors
 from pipeline.index import Found, Hit, PassageIndex

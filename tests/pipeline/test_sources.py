@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import StorageConfig
+from pipeline.config.run import StorageConfig
 from pipeline.sources import Source, SourceRequest, SourceRow, open_source
 from tests.s3 import S3Server
 

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from pyarrow import fs
 
-from pipeline.config import StorageConfig
+from pipeline.config.run import StorageConfig
 from pipeline.storage import MissingFileError, StorageError, locate, passing
 from tests.flaky import BUSY, flaky
 

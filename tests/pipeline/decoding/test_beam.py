@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import DecodingConfig
+from pipeline.config.run import DecodingConfig
 from pipeline.decoding.beam import continued, decision, merged, permitted, search, together
 from pipeline.decoding.choose import choose
 from pipeline.decoding.reflection import IsSup, Retrieve

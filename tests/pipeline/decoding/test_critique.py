@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import Weights
+from pipeline.config.run import Weights
 from pipeline.decoding.critique import critique, retrieve_probability, segment_score
 from pipeline.decoding.reflection import IsRel, IsSup, IsUse
 from tests.fakes import EOS, generation, word_tokenizer

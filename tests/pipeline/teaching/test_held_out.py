@@ -1,4 +1,4 @@
-from pipeline.config import Columns
+from pipeline.config.run import Columns
 from pipeline.schema import check_query_schema, query_of
 from pipeline.teaching.data import Claim, Instruction, Reading, TeachingData
 from pipeline.teaching.held_out import held_out_queries

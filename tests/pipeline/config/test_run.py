@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import RunConfig, load_config, load_storage, with_absolute_paths
+from pipeline.config.run import RunConfig, load_config, load_storage, with_absolute_paths
 
 NEEDED = {"queries": "q", "output": "o", "model.name": "m"}
 

@@ -1,18 +1,18 @@
 from pathlib import Path
 
-from pipeline.reference import keys, reference
+from pipeline.config.reference import keys, reference
 
 FILE = Path(__file__).parents[2] / "infra" / "CONFIGURATION.md"
 KEYS = {key.name: key for key in keys()}
 
 
 def test_the_committed_page_is_that_of_the_models():
-    assert FILE.read_text("utf-8") == reference(), "run: python -m pipeline.reference > infra/CONFIGURATION.md"
+    assert FILE.read_text("utf-8") == reference(), "run: python -m pipeline.config.reference > infra/CONFIGURATION.md"
 
 
 def test_every_key_has_a_meaning():
     silent = [name for name, key in KEYS.items() if not key.meaning]
-    assert silent == [], "complete the docstrings in pipeline/config.py: python -m pipeline.reference"
+    assert silent == [], "complete the docstrings in pipeline/config/run.py: python -m pipeline.config.reference"
 
 
 def test_types_limits_and_defaults_are_those_of_the_models():

@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
 
-from pipeline.settings import Frozen, apply_settings, assign, dated, flatten, parse_search, read_yaml, validated
+from pipeline.config.loading import Frozen, apply_settings, assign, dated, flatten, parse_search, read_yaml, validated
 
 # What a model is called, and how its engine uses machines: neither changes an answer beyond rounding.
 OF_THE_MODEL = (

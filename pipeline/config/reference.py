@@ -1,6 +1,6 @@
 """The reference of a run's configuration, from the models and their docstrings.
 
-``python -m pipeline.reference > infra/CONFIGURATION.md``
+``python -m pipeline.config.reference > infra/CONFIGURATION.md``
 """
 
 import inspect
@@ -12,10 +12,10 @@ from dataclasses import dataclass
 from itertools import groupby
 from typing import Any, get_args
 
-from pipeline.config import ModelConfig, Profile, RunConfig
-from pipeline.settings import Frozen
+from pipeline.config.loading import Frozen
+from pipeline.config.run import ModelConfig, Profile, RunConfig
 
-HEAD = """<!-- Made from pipeline/config.py: python -m pipeline.reference > infra/CONFIGURATION.md -->
+HEAD = """<!-- Made from pipeline/config/run.py: python -m pipeline.config.reference > infra/CONFIGURATION.md -->
 # Configuration of a run
 
 Every key can stand in the YAML file of `--config` and after `--set` (`--set decoding.threshold=0.3`). Settings go
