@@ -25,14 +25,14 @@ from jobs.report import leave_report
 from jobs.rescore import rescore
 from pipeline.actor import SelfRagActor
 from pipeline.attempts import PATIENCE, Attempts
-from pipeline.claim import Claim, OutputTakenError
 from pipeline.config.run import RunConfig, load_config
 from pipeline.incremental import NothingNewError
 from pipeline.output import UnitSummary
 from pipeline.plan import Plan, check, settled, with_output
 from pipeline.provenance import versions
 from pipeline.servers import ServedIndex, start_servers
-from pipeline.storage import locate
+from pipeline.storage.lease import Claim, OutputTakenError
+from pipeline.storage.location import locate
 from pipeline.telemetry import RunTelemetry
 
 log = logging.getLogger(__name__)

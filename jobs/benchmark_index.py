@@ -38,7 +38,7 @@ from pipeline.devices import set_search
 from pipeline.encoder import Encoder, Vectors
 from pipeline.index import PassageIndex
 from pipeline.passages import find_passages, read_passages
-from pipeline.storage import locate
+from pipeline.storage.location import locate
 
 FILE_ROWS = 250_000
 BATCH, K = 64, 10

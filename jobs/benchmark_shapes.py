@@ -42,7 +42,7 @@ from pipeline.decoding.types import Answer, Generation, Query, RetrievedPassage
 from pipeline.engine import VllmGenerator, load_tokenizer
 from pipeline.engine_arguments import gpu_share
 from pipeline.retrieve import IndexRetriever
-from pipeline.storage import locate
+from pipeline.storage.location import locate
 
 # What the released scripts count for a token that is not among the log-probabilities.
 ABSENT = -100.0

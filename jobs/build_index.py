@@ -31,7 +31,7 @@ from pipeline.manifest import EncoderEntry
 from pipeline.passage_checks import check_passages
 from pipeline.passages import find_passages, plan_shards
 from pipeline.shards import empty_index
-from pipeline.storage import locate
+from pipeline.storage.location import locate
 
 log = logging.getLogger(__name__)
 

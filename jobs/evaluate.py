@@ -26,7 +26,7 @@ from pipeline.evaluation import Evaluation, Figures, Row, columns_of, evaluate_s
 from pipeline.exports import EXPORTED, alce, factscore
 from pipeline.output import OutputFolder
 from pipeline.statistics import Estimate
-from pipeline.storage import Location, locate
+from pipeline.storage.location import Location, locate
 
 MAIN = "annotations"
 TITLES = {"exact_match": "exact", "f1": "F1", "str_em": "str-EM", "rouge_l": "ROUGE-L"}

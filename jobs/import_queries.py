@@ -19,14 +19,14 @@ from typing import Annotated
 import typer
 
 from jobs.options import RunFile, StorageSettings
-from pipeline.claim import Claim
 from pipeline.config.run import StorageConfig, load_storage
 from pipeline.imports import Ids, KnownDataset, Recipe, Row, check_row, checked_columns, known_datasets
 from pipeline.plan import check_apart, check_bucket
 from pipeline.query_set import QuerySet
 from pipeline.query_writer import PlacedRow, Spool, check_free, publish, write_query_set
 from pipeline.sources import HUB, Source, SourceRequest, SourceRow, open_source
-from pipeline.storage import Location, locate
+from pipeline.storage.lease import Claim
+from pipeline.storage.location import Location, locate
 
 log = logging.getLogger(__name__)
 

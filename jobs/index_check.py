@@ -23,7 +23,7 @@ from pipeline.index import Hit, PassageIndex
 from pipeline.manifest import check_encoder, check_files, read_manifest, wanted_encoder
 from pipeline.query_set import parquet_files
 from pipeline.recall import CANDIDATES, Speed, exhaustive, lossy, measure, parameters, reranked, stored_vectors, without
-from pipeline.storage import locate
+from pipeline.storage.location import locate
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ from pipeline.report import Reading, read_set
 from pipeline.report_changes import changes, sample_of
 from pipeline.report_examples import examples
 from pipeline.report_page import AnnotatedSet, Compared, headlines, page
-from pipeline.storage import Location, locate, one_line
+from pipeline.storage.location import Location, locate, one_line
 
 log = logging.getLogger(__name__)
 

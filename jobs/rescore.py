@@ -24,7 +24,7 @@ from pipeline.output import OutputFolder, parquet_bytes
 from pipeline.plan import check_apart
 from pipeline.rescore import Rescoring
 from pipeline.schema import answer_row
-from pipeline.storage import locate
+from pipeline.storage.location import locate
 
 log = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from jobs.options import RunFile, StorageSettings
 from pipeline.card import AnnotatedSet, dataset_card, finished
 from pipeline.config.run import load_storage
 from pipeline.output import CARD, OutputFolder
-from pipeline.storage import Location, locate, one_line
+from pipeline.storage.location import Location, locate, one_line
 
 log = logging.getLogger(__name__)
 

@@ -10,7 +10,7 @@ from rich.table import Table
 from pipeline.evaluation import rows_of
 from pipeline.output import OutputFolder
 from pipeline.rescore import Rescoring, any_threshold
-from pipeline.storage import Location
+from pipeline.storage.location import Location
 from pipeline.sweep import GRID, Example, Sweep, example_of, sweep
 
 # Enough to tell two points of accuracy apart; each row is chosen again a hundred times at most.

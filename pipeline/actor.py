@@ -41,7 +41,7 @@ from pipeline.schema import (
     read_rows,
 )
 from pipeline.servers import IndexLostError
-from pipeline.storage import locate
+from pipeline.storage.location import locate
 from pipeline.telemetry import ActorTelemetry
 
 log = logging.getLogger(__name__)

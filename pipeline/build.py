@@ -20,7 +20,7 @@ from pipeline.encoder import Encoder, EncoderStyle, Vectors
 from pipeline.manifest import MANIFEST, EncoderEntry, ShardEntry
 from pipeline.passages import PassageBatch, PassageRange, ShardPlan
 from pipeline.shards import SHARD_FILE, centroids
-from pipeline.storage import Location
+from pipeline.storage.location import Location
 
 Vectorise = Callable[[PassageBatch], Vectors]
 Item = TypeVar("Item")

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from pipeline.config.run import RetrievalConfig
-from pipeline.storage import Location, MissingFileError
+from pipeline.storage.location import Location, MissingFileError
 
 SCRATCH_PREFIX = ".building-"
 

@@ -20,7 +20,7 @@ from pipeline.gpus import choose_gpu, exclusive_start
 from pipeline.index import PassageIndex
 from pipeline.manifest import EncoderEntry, IndexManifest, write_manifest
 from pipeline.shards import PASSAGE_SCHEMA, build_shard, empty_index
-from pipeline.storage import Location, locate
+from pipeline.storage.location import Location, locate
 
 VECTORS, DIMENSION, NEIGHBOURS = 1000, 64, 5
 QUESTION = Query(

@@ -8,7 +8,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.encoder import Vectors
-from pipeline.storage import Location
+from pipeline.storage.location import Location
 
 
 def check_embeddings(file: Location, schema: pa.Schema, column: str) -> None:

@@ -18,7 +18,7 @@ from pipeline.judging import READ_COLUMNS, Judged, judge
 from pipeline.output import OutputFolder
 from pipeline.schema import GOLD_TYPES, check_types
 from pipeline.statistics import Calibration, Difference, Estimate, calibration, compare, estimate, mean
-from pipeline.storage import Location
+from pipeline.storage.location import Location
 
 log = logging.getLogger(__name__)
 

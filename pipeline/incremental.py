@@ -16,7 +16,7 @@ from pipeline.config.run import StorageConfig
 from pipeline.output import READERS, is_unit_file, parquet_bytes, read_columns
 from pipeline.query_set import QuerySet, query_ids, read_unit
 from pipeline.query_writer import FILE_ROWS, GROUP_ROWS
-from pipeline.storage import Location
+from pipeline.storage.location import Location
 
 # An error of the row itself: it would fail again.
 OWN_FAULT = "ValueError"

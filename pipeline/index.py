@@ -17,7 +17,7 @@ from pipeline.encoder import Vectors
 from pipeline.gpus import exclusive_start
 from pipeline.manifest import IndexManifest, ShardEntry, read_manifest
 from pipeline.shards import PassageFile, read_faiss
-from pipeline.storage import Location
+from pipeline.storage.location import Location
 
 # Equal scores beyond this many places keep the order FAISS gives them. Its GPU search stops at 2,048.
 _MOST_PLACES = 1024

@@ -10,7 +10,7 @@ from pipeline.cache import REMEDY, DamagedIndexError, check_size
 from pipeline.config.loading import Frozen
 from pipeline.config.run import Positive, RetrievalConfig
 from pipeline.encoder import Encoder, EncoderStyle, encoder_digest
-from pipeline.storage import Location
+from pipeline.storage.location import Location
 
 MANIFEST = "index.json"
 

@@ -18,7 +18,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.schema import data_schema, error_schema
-from pipeline.storage import Location, MissingFileError, StorageError, one_line
+from pipeline.storage.location import Location, MissingFileError, StorageError, one_line
 
 FORMAT_VERSION = 1
 REPORT = "report.html"

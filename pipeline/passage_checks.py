@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from pandas.util import hash_array
 
 from pipeline.passages import PassageRange, read_columns
-from pipeline.storage import Location
+from pipeline.storage.location import Location
 
 # Rows checked at a time.
 CHECKED_ROWS = 1 << 13

@@ -16,7 +16,7 @@ from pyarrow import fs
 
 from pipeline.embeddings import check_embeddings
 from pipeline.shards import PASSAGE_SCHEMA
-from pipeline.storage import Location, one_line
+from pipeline.storage.location import Location, one_line
 
 # Rows read, encoded and added to an index at a time: a few megabytes.
 BATCH_ROWS = 1024

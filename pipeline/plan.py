@@ -18,7 +18,7 @@ from pipeline.output import OutputFolder
 from pipeline.provenance import model_identity
 from pipeline.query_set import QuerySet, Unit, inspect_queries
 from pipeline.schema import columns_digest
-from pipeline.storage import Location, locate
+from pipeline.storage.location import Location, locate
 
 
 @dataclass(frozen=True)

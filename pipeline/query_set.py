@@ -16,7 +16,7 @@ from pyarrow import fs
 
 from pipeline.config.run import Columns, StorageConfig
 from pipeline.schema import check_query_schema
-from pipeline.storage import Location, StorageError, locate, one_line
+from pipeline.storage.location import Location, StorageError, locate, one_line
 
 READ_BYTES = 8 * 2**20
 # An actor's units begin together, and a row group may be large: the first one reads it, the others wait for it.

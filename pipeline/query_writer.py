@@ -16,7 +16,7 @@ from pyarrow import feather, fs
 from pipeline.config.run import Columns, ExecutionConfig
 from pipeline.query_set import QuerySet, inspect_queries
 from pipeline.schema import QUERY_FIELDS
-from pipeline.storage import Location, one_line
+from pipeline.storage.location import Location, one_line
 
 log = logging.getLogger(__name__)
 

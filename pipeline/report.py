@@ -20,7 +20,7 @@ from pipeline.output import NO_ERRORS, READERS, OutputFolder, UnitSummary, read_
 from pipeline.report_changes import Answers, hashed
 from pipeline.report_examples import Pick, keep, picks_of
 from pipeline.report_times import Durations, Floats
-from pipeline.storage import Location
+from pipeline.storage.location import Location
 
 SEGMENT_SCORES = ("is_rel", "is_sup", "is_use", "score")
 SCORES = ("retrieve_probability", *SEGMENT_SCORES)

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from pipeline.config.run import Columns
 from pipeline.output import read_columns
-from pipeline.storage import Location
+from pipeline.storage.location import Location
 
 Floats = npt.NDArray[np.float64]
 

@@ -14,7 +14,7 @@ from pipeline.gpus import exclusive_start
 from pipeline.index import PassageIndex
 from pipeline.manifest import IndexManifest, check_encoder, check_index, wanted_encoder
 from pipeline.servers import IndexLostError, PartitionedIndex
-from pipeline.storage import Location
+from pipeline.storage.location import Location
 
 
 class SearchableIndex(Protocol):

@@ -17,7 +17,7 @@ from pipeline.decoding.types import RetrievedPassage
 from pipeline.encoder import Vectors
 from pipeline.index import Found, PassageIndex, ranked
 from pipeline.manifest import IndexManifest
-from pipeline.storage import locate
+from pipeline.storage.location import locate
 
 log = logging.getLogger(__name__)
 

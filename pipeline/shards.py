@@ -18,7 +18,7 @@ from pipeline.cache import REMEDY, SCRATCH_PREFIX, DamagedIndexError, file_diges
 from pipeline.decoding.types import Passage
 from pipeline.encoder import Vectors
 from pipeline.manifest import ShardEntry
-from pipeline.storage import Location
+from pipeline.storage.location import Location
 
 PASSAGE_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "title", "text")])
 

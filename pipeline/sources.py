@@ -19,7 +19,7 @@ from pyarrow import fs
 from pipeline.config.run import StorageConfig
 from pipeline.passages import PassageRange, read_columns, read_footer
 from pipeline.schema import read_rows
-from pipeline.storage import Location, locate, one_line
+from pipeline.storage.location import Location, locate, one_line
 
 HUB = "hf:"
 # Rows that a dataset gives at once.

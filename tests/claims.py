@@ -4,7 +4,7 @@ import json
 import threading
 from pathlib import Path
 
-from pipeline.claim import Owner
+from pipeline.storage.lease import Owner
 
 
 def claim_of(output: Path, **changes: object) -> Path:

@@ -12,7 +12,7 @@ import pytest
 from pyarrow import fs
 
 from pipeline.config.run import StorageConfig
-from pipeline.storage import Location, locate
+from pipeline.storage.location import Location, locate
 from tests.indexes import save, unit_vectors
 from tests.s3 import S3Server, serving_s3
 

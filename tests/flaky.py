@@ -5,7 +5,7 @@ from pathlib import Path
 import pyarrow as pa
 from pyarrow import fs
 
-from pipeline.storage import Location
+from pipeline.storage.location import Location
 
 BUSY = "When reading: AWS Error SLOW_DOWN during GetObject operation: Reduce your request rate"
 

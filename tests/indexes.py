@@ -10,7 +10,7 @@ from pipeline.config.run import RetrievalConfig, StorageConfig
 from pipeline.encoder import Vectors
 from pipeline.manifest import EncoderEntry, IndexManifest, write_manifest
 from pipeline.shards import PASSAGE_SCHEMA, build_shard, empty_index, train
-from pipeline.storage import Location, locate
+from pipeline.storage.location import Location, locate
 
 CPU = RetrievalConfig(device="cpu")
 ENCODER = EncoderEntry(name="tiny", revision=None, digest="d" * 64)

@@ -10,7 +10,7 @@ from pipeline.actor import annotated_schema
 from pipeline.config.run import RunConfig, StorageConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.output import OutputFolder
-from pipeline.storage import Location, locate
+from pipeline.storage.location import Location, locate
 
 INPUTS = pa.schema([("id", pa.string()), ("query", pa.string()), ("task", pa.string())])
 Row = dict[str, Any]

@@ -11,7 +11,7 @@ import pytest
 from pipeline.config.run import RetrievalConfig, StorageConfig
 from pipeline.encoder import Vectors
 from pipeline.index import Hit, PassageIndex
-from pipeline.storage import Location, locate
+from pipeline.storage.location import Location, locate
 from tests.gpu.conftest import REHEARSAL
 from tests.indexes import CPU, save, unit_vectors
 

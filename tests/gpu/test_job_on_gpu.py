@@ -22,7 +22,7 @@ from pipeline.encoder import Encoder
 from pipeline.engine import VllmGenerator, prepare_environment
 from pipeline.gpus import choose_gpu, exclusive_start
 from pipeline.index import PassageIndex
-from pipeline.storage import locate
+from pipeline.storage.location import locate
 from tests.gpu.conftest import FEW_ROWS, REHEARSAL, Run, Runs, used_memory
 from tests.gpu.cpu_answers import FILE
 

@@ -14,12 +14,12 @@ from jobs.annotate import Summary, annotate_todo, finished_units
 from jobs.annotate import annotate as command
 from jobs.cluster import Resources
 from pipeline.actor import annotated_schema
-from pipeline.claim import Claim
 from pipeline.config.run import RunConfig, StorageConfig
 from pipeline.output import OutputFolder, UnitSummary
 from pipeline.plan import Plan, check
 from pipeline.query_set import QuerySet, Unit
-from pipeline.storage import Location, locate
+from pipeline.storage.lease import Claim
+from pipeline.storage.location import Location, locate
 from tests.claims import finishing_elsewhere
 
 GIVEN = pa.list_(pa.struct([("id", pa.string()), ("title", pa.string()), ("text", pa.string())]))
@@ -143,8 +143,8 @@ def test_an_output_of_other_columns_is_not_continued(options, finished):
 
 
 def test_a_run_that_another_one_finishes_while_it_waits_does_nothing(options, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.claim.PATIENCE", 20.0)
-    monkeypatch.setattr("pipeline.claim.BEAT", 0.3)
+    monkeypatch.setattr("pipeline.storage.lease.PATIENCE", 20.0)
+    monkeypatch.setattr("pipeline.storage.lease.BEAT", 0.3)
     other = finishing_elsewhere(finished, tmp_path / "aside")
     result = call(options)
     other.join()

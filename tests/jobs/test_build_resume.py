@@ -14,11 +14,11 @@ import ray
 from typer.testing import Result
 
 from jobs.build_graph import ShardBuilder
-from pipeline.claim import Claim
 from pipeline.config.run import RetrievalConfig
 from pipeline.index import PassageIndex
 from pipeline.manifest import read_manifest
 from pipeline.passages import ShardPlan
+from pipeline.storage.lease import Claim
 from tests.claims import finishing_elsewhere
 from tests.indexes import place
 from tests.jobs.building import given_vectors, run
@@ -141,8 +141,8 @@ def test_of_two_builds_into_one_folder_one_stops(
 def test_a_build_that_another_one_finishes_while_it_waits_leaves_the_index_alone(
     with_vectors: tuple[Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.claim.PATIENCE", 20.0)
-    monkeypatch.setattr("pipeline.claim.BEAT", 0.3)
+    monkeypatch.setattr("pipeline.storage.lease.PATIENCE", 20.0)
+    monkeypatch.setattr("pipeline.storage.lease.BEAT", 0.3)
     assert run(with_vectors[0], tmp_path / "out", "--embeddings", "vector").exit_code == 0
     before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
     other = finishing_elsewhere(tmp_path / "out", tmp_path / "aside")

@@ -259,7 +259,7 @@ To change retry attempts, configure `ray.data.DataContext.get_current()` (any ta
     ("text", "expected"),
     [
         (RAY_SAYS.replace("KINDError", "ValueError"), "shard-00001.faiss: missing"),
-        (RAY_SAYS.replace("KINDError", "pipeline.storage.StorageError"), "shard-00001.faiss: missing"),
+        (RAY_SAYS.replace("KINDError", "pipeline.storage.location.StorageError"), "shard-00001.faiss: missing"),
         (RAY_SAYS.replace("KINDError", "KeyError"), "KeyError: shard-00001.faiss: missing"),
         ("s3://b/x: access denied", "s3://b/x: access denied"),
         ("OSError: status 503\n\npipeline.storage.StorageError: s3://b/x: status 503", "s3://b/x: status 503"),

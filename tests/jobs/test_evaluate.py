@@ -13,7 +13,7 @@ from pipeline.config.run import StorageConfig
 from pipeline.evaluation import Evaluation, as_it_is, evaluate_set, first_passage, without_retrieval
 from pipeline.output import FORMAT_VERSION
 from pipeline.schema import CANDIDATE_FIELDS
-from pipeline.storage import locate
+from pipeline.storage.location import locate
 from tests.jobs.test_rescore import annotated_set
 
 SCHEMA = pa.schema(

@@ -17,7 +17,7 @@ from jobs.import_queries import import_queries
 from pipeline.config.run import Columns, StorageConfig
 from pipeline.imports import known_datasets
 from pipeline.query_set import inspect_queries
-from pipeline.storage import locate
+from pipeline.storage.location import locate
 from tests.pipeline.test_sources import lines
 from tests.s3 import S3Server
 

@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from jobs.build_index import build_index
-from pipeline.storage import Location
+from pipeline.storage.location import Location
 from tests.indexes import save, unit_vectors
 
 APP = typer.Typer()
@@ -97,7 +97,7 @@ def test_real_codes_are_checked_against_the_encoder(small_corpus: Path, tmp_path
     from pipeline.encoder import Encoder
     from pipeline.manifest import EncoderEntry, IndexManifest, write_manifest
     from pipeline.shards import build_shard, empty_index
-    from pipeline.storage import locate
+    from pipeline.storage.location import locate
 
     rows = pq.read_table(small_corpus).slice(0, 30)
     encoder = Encoder.load("demo", "cpu")

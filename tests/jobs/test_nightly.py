@@ -18,10 +18,10 @@ from typer.testing import CliRunner, Result
 from jobs.annotate import annotate
 from jobs.cluster import Resources
 from pipeline.actor import annotated_schema
-from pipeline.claim import Claim
 from pipeline.config.run import StorageConfig
 from pipeline.query_set import read_unit
-from pipeline.storage import locate
+from pipeline.storage.lease import Claim
+from pipeline.storage.location import locate
 
 APP = typer.Typer()
 APP.command()(annotate)
@@ -44,7 +44,7 @@ def answers(plan, *_):
 def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobs.annotate.allot", lambda _plan: Resources(1, 0))
     monkeypatch.setattr("jobs.annotate.annotate_units", answers)
-    monkeypatch.setattr("pipeline.claim.SETTLE", 0.05)
+    monkeypatch.setattr("pipeline.storage.lease.SETTLE", 0.05)
 
 
 @pytest.fixture

@@ -20,7 +20,7 @@ from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.output import OutputFolder
-from pipeline.storage import locate
+from pipeline.storage.location import locate
 from tests.fakes import DrawingGenerator, DrawingRetriever, word_tokenizer
 
 APP = typer.Typer()

@@ -24,7 +24,7 @@ from pipeline.output import OutputFolder, UnitSummary
 from pipeline.postmortem import Death
 from pipeline.query_set import inspect_queries
 from pipeline.servers import IndexLostError
-from pipeline.storage import locate
+from pipeline.storage.location import locate
 from pipeline.telemetry import ActorTelemetry
 from tests.fakes import ScriptedGenerator, generation, word_tokenizer
 

@@ -11,7 +11,7 @@ from pipeline.cache import obtain, room_for
 from pipeline.config.run import RetrievalConfig
 from pipeline.index import PassageIndex
 from pipeline.manifest import read_manifest
-from pipeline.storage import Location
+from pipeline.storage.location import Location
 from tests.flaky import FlakyFiles
 from tests.indexes import CPU, save, unit_vectors
 

@@ -10,7 +10,7 @@ from pipeline.card import AnnotatedSet, columns_table, dataset_card
 from pipeline.config.run import StorageConfig
 from pipeline.output import OutputFolder
 from pipeline.schema import ANSWER_FIELDS, CANDIDATE_FIELDS, ERROR_FIELDS, MEANINGS, data_schema, error_schema
-from pipeline.storage import locate
+from pipeline.storage.location import locate
 from tests.jobs.test_rescore import annotated_set
 
 INPUTS = pa.schema([("id", pa.string()), ("query", pa.string()), ("answer", pa.string())])

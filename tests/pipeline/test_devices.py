@@ -20,7 +20,7 @@ from pipeline.gpus import AssignedGpus
 from pipeline.index import PassageIndex
 from pipeline.manifest import IndexManifest, read_manifest
 from pipeline.shards import empty_index
-from pipeline.storage import Location
+from pipeline.storage.location import Location
 from tests.indexes import CPU, unit_vectors
 
 CARD = 80_000_000_000

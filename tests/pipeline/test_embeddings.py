@@ -4,7 +4,7 @@ import pytest
 
 from pipeline.config.run import StorageConfig
 from pipeline.embeddings import Place, check_embeddings, vectors_of
-from pipeline.storage import locate
+from pipeline.storage.location import locate
 
 FILE = locate("/data/p.parquet", StorageConfig())
 PLACE = Place(FILE, np.array([40, 41, 47]), "vector")

@@ -10,7 +10,7 @@ import pytest
 from pipeline.config.run import Columns, StorageConfig
 from pipeline.incremental import Earlier, NothingNewError, Selection
 from pipeline.query_set import inspect_queries
-from pipeline.storage import Location, StorageError, locate
+from pipeline.storage.location import Location, StorageError, locate
 
 
 def place(path: Path) -> Location:

@@ -13,7 +13,7 @@ from pipeline.decoding.types import Passage
 from pipeline.index import PassageIndex, Shard
 from pipeline.manifest import check_index, read_manifest, write_manifest
 from pipeline.shards import build_shard, empty_index, faiss_reason, train
-from pipeline.storage import Location
+from pipeline.storage.location import Location
 from tests.indexes import CPU, passages, save, unit_vectors
 
 small = st.integers(-1, 1)

@@ -6,7 +6,7 @@ import pytest
 from pipeline.config.run import RetrievalConfig
 from pipeline.encoder import EncoderStyle
 from pipeline.manifest import check_encoder, check_index, read_manifest
-from pipeline.storage import Location
+from pipeline.storage.location import Location
 from tests.indexes import CPU
 
 

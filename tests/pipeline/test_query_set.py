@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from pipeline import query_set
 from pipeline.config.run import Columns, StorageConfig
 from pipeline.query_set import inspect_queries, parquet_files, read_unit
-from pipeline.storage import locate
+from pipeline.storage.location import locate
 
 HERE = StorageConfig()
 

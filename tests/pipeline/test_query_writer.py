@@ -10,7 +10,7 @@ from pipeline.config.run import Columns, StorageConfig
 from pipeline.query_set import QuerySet, inspect_queries
 from pipeline.query_writer import UNFINISHED, Spool, check_free, publish, write_query_set
 from pipeline.schema import QUERY_FIELDS
-from pipeline.storage import Location, StorageError, locate
+from pipeline.storage.location import Location, StorageError, locate
 
 
 @pytest.fixture(autouse=True)

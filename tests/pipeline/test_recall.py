@@ -5,7 +5,7 @@ import pytest
 from pipeline.decoding.types import Passage
 from pipeline.index import Hit, PassageIndex
 from pipeline.recall import exhaustive, lossy, measure, parameters, recall, reranked, stored_vectors, without
-from pipeline.storage import Location
+from pipeline.storage.location import Location
 from tests.indexes import CPU, save, unit_vectors
 
 VECTORS = unit_vectors(600, seed=3)

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.output import OutputFolder
 from pipeline.report import BINS, MOST_TASKS, OTHERS, Failure, Reading, SetFigures, read_set, score_range
-from pipeline.storage import StorageError
+from pipeline.storage.location import StorageError
 from tests.reports import USAGE, answered, failed, segment, unread, write_set
 
 

@@ -19,7 +19,7 @@ from pipeline.encoder import Vectors
 from pipeline.index import Found, Hit, PassageIndex
 from pipeline.manifest import read_manifest
 from pipeline.servers import IndexLostError, PartitionedIndex, ServedIndex, ShardServer, best, deal, start_servers
-from pipeline.storage import Location, locate
+from pipeline.storage.location import Location, locate
 from tests.indexes import CPU, save, unit_vectors
 
 NO_CPUS = ExecutionConfig(cpus_per_server=0)

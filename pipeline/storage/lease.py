@@ -18,7 +18,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
 
-from pipeline.storage import Location, MissingFileError, StorageError
+from pipeline.storage.location import Location, MissingFileError, StorageError
 
 log = logging.getLogger(__name__)
 

@@ -10,16 +10,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.claim import Claim, OutputTakenError, born
 from pipeline.config.run import StorageConfig
-from pipeline.storage import Location, locate
+from pipeline.storage.lease import Claim, OutputTakenError, born
+from pipeline.storage.location import Location, locate
 from tests.claims import claim_of
 from tests.s3 import S3Server
 
 
 @pytest.fixture(autouse=True)
 def soon(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.claim.SETTLE", 0.3)
+    monkeypatch.setattr("pipeline.storage.lease.SETTLE", 0.3)
 
 
 @pytest.fixture
@@ -69,9 +69,9 @@ def test_a_claim_that_this_process_has_given_back_is_dead_though_the_store_still
 def test_a_killed_runs_claim_does_not_stand_in_the_way(output: Location) -> None:
     script = f"""
 import time
-from pipeline.claim import Claim
+from pipeline.storage.lease import Claim
 from pipeline.config.run import StorageConfig
-from pipeline.storage import locate
+from pipeline.storage.location import locate
 with Claim(locate({output.path!r}, StorageConfig())):
     print("claimed", flush=True)
     time.sleep(60)
@@ -96,7 +96,7 @@ def test_a_reused_pid_is_another_process(output: Location) -> None:
 def test_another_machines_silent_claim_is_dead_after_a_while(
     output: Location, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("pipeline.claim.PATIENCE", 0.3)
+    monkeypatch.setattr("pipeline.storage.lease.PATIENCE", 0.3)
     file = claim_of(Path(output.path), host="elsewhere")
     with Claim(output):
         assert not file.exists()
@@ -104,8 +104,8 @@ def test_another_machines_silent_claim_is_dead_after_a_while(
 
 
 def test_another_machines_living_claim_is_respected(output: Location, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.claim.PATIENCE", 5.0)
-    monkeypatch.setattr("pipeline.claim.BEAT", 0.3)
+    monkeypatch.setattr("pipeline.storage.lease.PATIENCE", 5.0)
+    monkeypatch.setattr("pipeline.storage.lease.BEAT", 0.3)
     file = claim_of(Path(output.path), host="elsewhere")
     beat = threading.Timer(0.2, lambda: claim_of(Path(output.path), host="elsewhere", beats=1))
     beat.start()
@@ -117,7 +117,7 @@ def test_another_machines_living_claim_is_respected(output: Location, monkeypatc
 
 
 def test_signs_of_life_are_written(output: Location, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.claim.BEAT", 0.05)
+    monkeypatch.setattr("pipeline.storage.lease.BEAT", 0.05)
     with Claim(output):
         time.sleep(0.4)
         (claim,) = claims(output)

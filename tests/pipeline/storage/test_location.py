@@ -6,7 +6,7 @@ import pytest
 from pyarrow import fs
 
 from pipeline.config.run import StorageConfig
-from pipeline.storage import MissingFileError, StorageError, locate, passing
+from pipeline.storage.location import MissingFileError, StorageError, locate, passing
 from tests.flaky import BUSY, flaky
 
 HERE = StorageConfig()
