@@ -20,11 +20,11 @@ import typer
 
 from jobs.options import RunFile, StorageSettings
 from pipeline.config.run import StorageConfig, load_storage
-from pipeline.imports import Ids, KnownDataset, Recipe, Row, check_row, checked_columns, known_datasets
 from pipeline.plan import check_apart, check_bucket
-from pipeline.query_set import QuerySet
-from pipeline.query_writer import PlacedRow, Spool, check_free, publish, write_query_set
-from pipeline.sources import HUB, Source, SourceRequest, SourceRow, open_source
+from pipeline.queries.converters import Ids, KnownDataset, Recipe, Row, check_row, checked_columns, known_datasets
+from pipeline.queries.query_set import QuerySet
+from pipeline.queries.sources import HUB, Source, SourceRequest, SourceRow, open_source
+from pipeline.queries.writer import PlacedRow, Spool, check_free, publish, write_query_set
 from pipeline.storage.lease import Claim
 from pipeline.storage.location import Location, locate
 
@@ -175,7 +175,7 @@ def import_queries(
     Exit status: 0 all rows taken, 3 some bad rows left out (--skip-bad), 1 failed, 2 bad usage or a bad row.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("pipeline.query_writer").setLevel(logging.INFO)
+    logging.getLogger("pipeline.queries.writer").setLevel(logging.INFO)
     try:
         storage = load_storage(config, settings or [])
         request, known = requested(dataset, source, name, split, revision)

@@ -21,7 +21,7 @@ from pipeline.decoding.types import Passage
 from pipeline.encoder import Encoder, Vectors
 from pipeline.index import Hit, PassageIndex
 from pipeline.manifest import check_encoder, check_files, read_manifest, wanted_encoder
-from pipeline.query_set import parquet_files
+from pipeline.queries.query_set import parquet_files
 from pipeline.recall import CANDIDATES, Speed, exhaustive, lossy, measure, parameters, reranked, stored_vectors, without
 from pipeline.storage.location import locate
 

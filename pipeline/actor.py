@@ -28,7 +28,7 @@ from pipeline.engine_arguments import gpu_share
 from pipeline.gpus import exclusive_start
 from pipeline.output import OutputFolder
 from pipeline.postmortem import Death
-from pipeline.query_set import Unit, read_unit
+from pipeline.queries.query_set import Unit, read_unit
 from pipeline.retrieve import IndexRetriever
 from pipeline.schema import (
     ANSWER_FIELDS,

@@ -14,8 +14,8 @@ import pyarrow.compute as pc
 
 from pipeline.config.run import StorageConfig
 from pipeline.output import READERS, is_unit_file, parquet_bytes, read_columns
-from pipeline.query_set import QuerySet, query_ids, read_unit
-from pipeline.query_writer import FILE_ROWS, GROUP_ROWS
+from pipeline.queries.query_set import QuerySet, query_ids, read_unit
+from pipeline.queries.writer import FILE_ROWS, GROUP_ROWS
 from pipeline.storage.location import Location
 
 # An error of the row itself: it would fail again.

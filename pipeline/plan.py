@@ -16,7 +16,7 @@ from pipeline.incremental import Earlier, Selection
 from pipeline.manifest import IndexManifest, check_index
 from pipeline.output import OutputFolder
 from pipeline.provenance import model_identity
-from pipeline.query_set import QuerySet, Unit, inspect_queries
+from pipeline.queries.query_set import QuerySet, Unit, inspect_queries
 from pipeline.schema import columns_digest
 from pipeline.storage.location import Location, locate
 

@@ -17,7 +17,7 @@ from pipeline.actor import annotated_schema
 from pipeline.config.run import RunConfig, StorageConfig
 from pipeline.output import OutputFolder, UnitSummary
 from pipeline.plan import Plan, check
-from pipeline.query_set import QuerySet, Unit
+from pipeline.queries.query_set import QuerySet, Unit
 from pipeline.storage.lease import Claim
 from pipeline.storage.location import Location, locate
 from tests.claims import finishing_elsewhere

@@ -15,10 +15,10 @@ from typer.testing import CliRunner
 
 from jobs.import_queries import import_queries
 from pipeline.config.run import Columns, StorageConfig
-from pipeline.imports import known_datasets
-from pipeline.query_set import inspect_queries
+from pipeline.queries.converters import known_datasets
+from pipeline.queries.query_set import inspect_queries
 from pipeline.storage.location import locate
-from tests.pipeline.test_sources import lines
+from tests.pipeline.queries.test_sources import lines
 from tests.s3 import S3Server
 
 APP = typer.Typer()

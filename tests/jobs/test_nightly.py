@@ -19,7 +19,7 @@ from jobs.annotate import annotate
 from jobs.cluster import Resources
 from pipeline.actor import annotated_schema
 from pipeline.config.run import StorageConfig
-from pipeline.query_set import read_unit
+from pipeline.queries.query_set import read_unit
 from pipeline.storage.lease import Claim
 from pipeline.storage.location import locate
 

@@ -22,7 +22,7 @@ from pipeline.decoding.self_rag import SelfRag
 from pipeline.engine import EngineDeadError
 from pipeline.output import OutputFolder, UnitSummary
 from pipeline.postmortem import Death
-from pipeline.query_set import inspect_queries
+from pipeline.queries.query_set import inspect_queries
 from pipeline.servers import IndexLostError
 from pipeline.storage.location import locate
 from pipeline.telemetry import ActorTelemetry

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config.run import Columns, StorageConfig
 from pipeline.incremental import Earlier, NothingNewError, Selection
-from pipeline.query_set import inspect_queries
+from pipeline.queries.query_set import inspect_queries
 from pipeline.storage.location import Location, StorageError, locate
 
 

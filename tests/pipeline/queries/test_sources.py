@@ -10,7 +10,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.run import StorageConfig
-from pipeline.sources import Source, SourceRequest, SourceRow, open_source
+from pipeline.queries.sources import Source, SourceRequest, SourceRow, open_source
 from tests.s3 import S3Server
 
 

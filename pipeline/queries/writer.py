@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 from pyarrow import feather, fs
 
 from pipeline.config.run import Columns, ExecutionConfig
-from pipeline.query_set import QuerySet, inspect_queries
+from pipeline.queries.query_set import QuerySet, inspect_queries
 from pipeline.schema import QUERY_FIELDS
 from pipeline.storage.location import Location, one_line
 

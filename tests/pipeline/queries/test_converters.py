@@ -4,7 +4,7 @@ from typing import Any
 import pytest
 
 from pipeline.decoding.profiles import built_in_profiles
-from pipeline.imports import Ids, Recipe, check_row, known_datasets, text, texts, value_at
+from pipeline.queries.converters import Ids, Recipe, check_row, known_datasets, text, texts, value_at
 
 
 def query(values: dict[str, Any], **columns: str) -> dict[str, Any]:

@@ -5,10 +5,10 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import query_writer
 from pipeline.config.run import Columns, StorageConfig
-from pipeline.query_set import QuerySet, inspect_queries
-from pipeline.query_writer import UNFINISHED, Spool, check_free, publish, write_query_set
+from pipeline.queries import writer as query_writer
+from pipeline.queries.query_set import QuerySet, inspect_queries
+from pipeline.queries.writer import UNFINISHED, Spool, check_free, publish, write_query_set
 from pipeline.schema import QUERY_FIELDS
 from pipeline.storage.location import Location, StorageError, locate
 

@@ -8,9 +8,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import query_set
 from pipeline.config.run import Columns, StorageConfig
-from pipeline.query_set import inspect_queries, parquet_files, read_unit
+from pipeline.queries import query_set
+from pipeline.queries.query_set import inspect_queries, parquet_files, read_unit
 from pipeline.storage.location import locate
 
 HERE = StorageConfig()
