@@ -26,10 +26,10 @@ from jobs.rescore import rescore
 from pipeline.actor import SelfRagActor
 from pipeline.attempts import PATIENCE, Attempts
 from pipeline.config.run import RunConfig, load_config
+from pipeline.engine.models import versions
 from pipeline.incremental import NothingNewError
 from pipeline.output import UnitSummary
 from pipeline.plan import Plan, check, settled, with_output
-from pipeline.provenance import versions
 from pipeline.servers import ServedIndex, start_servers
 from pipeline.storage.lease import Claim, OutputTakenError
 from pipeline.storage.location import locate

@@ -36,7 +36,7 @@ from jobs.benchmark_workloads import WORKLOADS, Row, Workload, chosen
 from pipeline.config.loading import apply_settings
 from pipeline.config.run import DecodingConfig, ModelConfig
 from pipeline.decoding.types import Passage, Query, RetrievedPassage
-from pipeline.engine_arguments import check_engine_arguments
+from pipeline.engine.arguments import check_engine_arguments
 
 # Most tokens of a segment.
 MAX_TOKENS = 60

@@ -45,7 +45,7 @@ from pipeline.decoding.protocols import Generator
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Candidate, Query
-from pipeline.engine_arguments import check_engine_arguments
+from pipeline.engine.arguments import check_engine_arguments
 
 SHORT = Workload("short form, 50 % retrieve", questions=0.5)
 QUESTIONS = Workload("short form, 100 % retrieve")

@@ -37,7 +37,7 @@ from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Generation
-from pipeline.engine import load_tokenizer
+from pipeline.engine.vllm import load_tokenizer
 from pipeline.plan import check
 
 # Seconds that the waiting engine takes for an answer, from the environment of the actors.

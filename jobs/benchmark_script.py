@@ -33,7 +33,7 @@ from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Generation
 from pipeline.embedded import demo_model
-from pipeline.engine import VllmGenerator, load_tokenizer
+from pipeline.engine.vllm import VllmGenerator, load_tokenizer
 from pipeline.plan import check
 
 # Arguments of a LlamaConfig. The first is selfrag/selfrag_llama2_7b's but for its vocabulary, which is the demo

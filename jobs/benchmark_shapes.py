@@ -39,8 +39,8 @@ from pipeline.decoding.reflection import Retrieve
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Answer, Generation, Query, RetrievedPassage
-from pipeline.engine import VllmGenerator, load_tokenizer
-from pipeline.engine_arguments import gpu_share
+from pipeline.engine.arguments import gpu_share
+from pipeline.engine.vllm import VllmGenerator, load_tokenizer
 from pipeline.retrieve import IndexRetriever
 from pipeline.storage.location import locate
 

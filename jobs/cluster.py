@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from typing import Self
 
 from pipeline.config.run import ExecutionConfig, RunConfig
-from pipeline.engine_arguments import gpu_share, replica_gpus
+from pipeline.engine.arguments import gpu_share, replica_gpus
 
 # Share of a card that the CUDA contexts of an actor and of its engine take beside vLLM's own share, with room to spare.
 CONTEXTS = 0.05

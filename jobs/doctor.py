@@ -37,7 +37,7 @@ from pipeline.diagnosis import (
     judge_shared_memory,
     judge_versions,
 )
-from pipeline.engine_arguments import check_engine_arguments, gpu_share
+from pipeline.engine.arguments import check_engine_arguments, gpu_share
 from pipeline.machine import Machine, inspect_machine
 from pipeline.manifest import check_index
 from pipeline.storage.location import locate

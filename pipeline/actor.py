@@ -23,11 +23,11 @@ from pipeline.decoding.answer_cache import AnsweredOnce, Answering
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.protocols import Critic
 from pipeline.decoding.self_rag import SelfRag
-from pipeline.engine import EngineDeadError, VllmGenerator, prepare_environment
-from pipeline.engine_arguments import gpu_share
+from pipeline.engine.arguments import gpu_share
+from pipeline.engine.postmortem import Death
+from pipeline.engine.vllm import EngineDeadError, VllmGenerator, prepare_environment
 from pipeline.gpus import exclusive_start
 from pipeline.output import OutputFolder
-from pipeline.postmortem import Death
 from pipeline.queries.query_set import Unit, read_unit
 from pipeline.retrieve import IndexRetriever
 from pipeline.schema import (

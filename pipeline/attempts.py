@@ -9,7 +9,7 @@ from collections import Counter
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
-from pipeline.postmortem import Death
+from pipeline.engine.postmortem import Death
 from pipeline.telemetry import DeathTelemetry
 
 # Attempts of a unit beside others; the next one is alone in its process, and from then on its rows are one by one.

@@ -5,7 +5,7 @@ from pipeline.decoding.prompted_reader import PromptedCritic
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.protocols import Critic
 from pipeline.decoding.reflection_reader import ReflectionCritic
-from pipeline.engine import load_tokenizer
+from pipeline.engine.vllm import load_tokenizer
 
 
 def critic_of(config: RunConfig) -> Critic:

@@ -14,8 +14,8 @@ from pipeline.critics import critic_of
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Passage, Query
-from pipeline.engine import VllmGenerator, prepare_environment
-from pipeline.engine_arguments import gpu_share
+from pipeline.engine.arguments import gpu_share
+from pipeline.engine.vllm import VllmGenerator, prepare_environment
 from pipeline.gpus import choose_gpu, exclusive_start
 from pipeline.index import PassageIndex
 from pipeline.manifest import EncoderEntry, IndexManifest, write_manifest

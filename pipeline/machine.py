@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from packaging.requirements import Requirement
 
 from pipeline.devices import has_gpu
-from pipeline.provenance import versions
+from pipeline.engine.models import versions
 
 PROJECT = "selfrag-batch"
 SHARED_MEMORY = "/dev/shm"  # noqa: S108  the place itself is what is looked at

@@ -11,11 +11,11 @@ from pipeline.config.run import RunConfig, StorageConfig, with_absolute_paths
 from pipeline.critics import critic_of
 from pipeline.decoding.profiles import Tasks, built_in_digest
 from pipeline.decoding.prompted_reader import prompts_digest
-from pipeline.engine_arguments import check_engine_arguments, model_path
+from pipeline.engine.arguments import check_engine_arguments, model_path
+from pipeline.engine.models import model_identity
 from pipeline.incremental import Earlier, Selection
 from pipeline.manifest import IndexManifest, check_index
 from pipeline.output import OutputFolder
-from pipeline.provenance import model_identity
 from pipeline.queries.query_set import QuerySet, Unit, inspect_queries
 from pipeline.schema import columns_digest
 from pipeline.storage.location import Location, locate

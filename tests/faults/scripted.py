@@ -28,9 +28,9 @@ import pipeline.plan
 from pipeline.actor import SelfRagActor
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.types import Generation
-from pipeline.engine import EngineDeadError
+from pipeline.engine.postmortem import Death
+from pipeline.engine.vllm import EngineDeadError
 from pipeline.gpus import assigned_gpus, choose_gpu
-from pipeline.postmortem import Death
 from tests.fakes import DrawingGenerator, word_tokenizer
 
 # An engine's start on a shared card takes time, in which another one could begin.

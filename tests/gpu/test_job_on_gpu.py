@@ -19,7 +19,7 @@ import ray
 from jobs.cluster import CONTEXTS, check_sharing
 from pipeline.config.run import ModelConfig, RetrievalConfig, RunConfig, StorageConfig
 from pipeline.encoder import Encoder
-from pipeline.engine import VllmGenerator, prepare_environment
+from pipeline.engine.vllm import VllmGenerator, prepare_environment
 from pipeline.gpus import choose_gpu, exclusive_start
 from pipeline.index import PassageIndex
 from pipeline.storage.location import locate

@@ -19,9 +19,9 @@ from pipeline.config.run import ExecutionConfig, RunConfig, StorageConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
-from pipeline.engine import EngineDeadError
+from pipeline.engine.postmortem import Death
+from pipeline.engine.vllm import EngineDeadError
 from pipeline.output import OutputFolder, UnitSummary
-from pipeline.postmortem import Death
 from pipeline.queries.query_set import inspect_queries
 from pipeline.servers import IndexLostError
 from pipeline.storage.location import locate

@@ -4,7 +4,7 @@ import random
 import pytest
 
 from pipeline.attempts import PATIENCE, START, Attempts, HopelessError, Turnstile
-from pipeline.postmortem import Death
+from pipeline.engine.postmortem import Death
 
 
 def test_attempts_count_until_they_end() -> None:

@@ -1,6 +1,6 @@
 from types import SimpleNamespace
 
-from pipeline.engine_load import EngineLoad
+from pipeline.engine.step_stats import EngineLoad
 
 CONFIG = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=8))
 

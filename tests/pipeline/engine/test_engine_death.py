@@ -14,8 +14,8 @@ import torch
 
 from pipeline.config.run import ModelConfig
 from pipeline.decoding.reflection import ReflectionIds
-from pipeline.engine import EngineDeadError, VllmGenerator, load_tokenizer
-from tests.pipeline.test_guard import gone
+from pipeline.engine.vllm import EngineDeadError, VllmGenerator, load_tokenizer
+from tests.pipeline.engine.test_watchdog import gone
 
 
 def without_memory(worker: Any) -> None:
@@ -61,7 +61,7 @@ async def test_an_engine_that_dies_says_why(
 OWNER = """
 import asyncio, sys, time
 from pipeline.config.run import ModelConfig
-from pipeline.engine import VllmGenerator, core_processes
+from pipeline.engine.vllm import VllmGenerator, core_processes
 
 if __name__ == "__main__":
     generator = VllmGenerator.start(ModelConfig(name=sys.argv[1], engine={"max_model_len": 512}), (1, 2))

@@ -21,9 +21,9 @@ import numpy.typing as npt
 
 from pipeline.config.run import ModelConfig
 from pipeline.decoding.types import Generation
-from pipeline.engine_arguments import check_assigned_gpus, engine_arguments, model_path
-from pipeline.guard import guard
-from pipeline.postmortem import Death, ErrorLog, cause_of_death, error_file
+from pipeline.engine.arguments import check_assigned_gpus, engine_arguments, model_path
+from pipeline.engine.postmortem import Death, ErrorLog, cause_of_death, error_file
+from pipeline.engine.watchdog import guard
 
 log = logging.getLogger(__name__)
 
@@ -108,7 +108,7 @@ class VllmGenerator:
         from vllm.usage.usage_lib import UsageContext
         from vllm.v1.engine.async_llm import AsyncLLM
 
-        from pipeline.engine_load import EngineLoad
+        from pipeline.engine.step_stats import EngineLoad
 
         loads: list[EngineLoad] = []
 

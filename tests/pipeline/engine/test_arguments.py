@@ -4,7 +4,7 @@ import pytest
 from peft import LoraConfig
 
 from pipeline.config.run import ModelConfig
-from pipeline.engine_arguments import (
+from pipeline.engine.arguments import (
     check_assigned_gpus,
     check_engine_arguments,
     engine_arguments,

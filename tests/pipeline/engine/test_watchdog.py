@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.guard import guard
+from pipeline.engine.watchdog import guard
 
 # Starts a process that has a child of its own, has them guarded, says their numbers and waits.
 OWNER = """
 import subprocess, sys, time
-from pipeline.guard import guard
+from pipeline.engine.watchdog import guard
 child = "import subprocess, sys, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
 watched = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, start_new_session=True)
 grandchild = watched.stdout.readline().decode().strip()

@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from pipeline.postmortem import Death, ErrorLog, cause_of_death, error_file
+from pipeline.engine.postmortem import Death, ErrorLog, cause_of_death, error_file
 
 SILENT = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
 TRACEBACK = """ERROR 2026-01-01 [vllm.v1.engine.core] EngineCore encountered a fatal error.
@@ -70,7 +70,7 @@ def test_logging_that_somebody_has_configured_is_left_alone(monkeypatch, name, v
 def test_who_hears_of_a_death_says_so_in_the_file_alone(tmp_path):
     script = """
 import json, logging, logging.config, os
-from pipeline.postmortem import error_file
+from pipeline.engine.postmortem import error_file
 file = error_file()
 logging.config.dictConfig(json.load(open(os.environ["VLLM_LOGGING_CONFIG_PATH"])))
 for name in ("vllm.v1.engine.core", "vllm.v1.engine.async_llm", "vllm.v1.engine.core_client"):
@@ -88,7 +88,7 @@ print(file.read_text())
 def test_warnings_of_a_start_are_heard_where_a_level_is_set(level, heard):
     script = """
 import json, logging, logging.config, os
-from pipeline.postmortem import error_file
+from pipeline.engine.postmortem import error_file
 error_file()
 logging.config.dictConfig(json.load(open(os.environ["VLLM_LOGGING_CONFIG_PATH"])))
 for name in ("vllm.config.vllm", "vllm.v1.core.scheduler"):
