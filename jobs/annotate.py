@@ -30,7 +30,7 @@ from pipeline.engine.models import versions
 from pipeline.incremental import NothingNewError
 from pipeline.output import UnitSummary
 from pipeline.plan import Plan, check, settled, with_output
-from pipeline.servers import ServedIndex, start_servers
+from pipeline.retrieval.shard_servers import ServedIndex, start_servers
 from pipeline.storage.lease import Claim, OutputTakenError
 from pipeline.storage.location import locate
 from pipeline.telemetry import RunTelemetry

@@ -34,10 +34,10 @@ from jobs.build_index import check
 from pipeline.build import BuildRequest
 from pipeline.config.run import RetrievalConfig, StorageConfig
 from pipeline.decoding.prompts import passage_text
-from pipeline.devices import set_search
-from pipeline.encoder import Encoder, Vectors
-from pipeline.index import PassageIndex
 from pipeline.passages import find_passages, read_passages
+from pipeline.retrieval.encoder import Encoder, Vectors
+from pipeline.retrieval.faiss_device import set_search
+from pipeline.retrieval.index import PassageIndex
 from pipeline.storage.location import locate
 
 FILE_ROWS = 250_000

@@ -41,7 +41,7 @@ from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Answer, Generation, Query, RetrievedPassage
 from pipeline.engine.arguments import gpu_share
 from pipeline.engine.vllm import VllmGenerator, load_tokenizer
-from pipeline.retrieve import IndexRetriever
+from pipeline.retrieval.retriever import IndexRetriever
 from pipeline.storage.location import locate
 
 # What the released scripts count for a token that is not among the log-probabilities.

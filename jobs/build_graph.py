@@ -22,10 +22,10 @@ import pyarrow as pa
 from jobs.cluster import Room, connect, most_cpus
 from pipeline.build import BuildFolder, BuildPlan, read_ahead
 from pipeline.config.run import ExecutionConfig
-from pipeline.encoder import Vectors
-from pipeline.manifest import IndexManifest, ShardEntry, write_manifest
 from pipeline.passages import Sample, ShardPlan, read_passages, spread_samples
-from pipeline.shards import build_shard, empty_index, train, training_rows
+from pipeline.retrieval.encoder import Vectors
+from pipeline.retrieval.manifest import IndexManifest, ShardEntry, write_manifest
+from pipeline.retrieval.shard_files import build_shard, empty_index, train, training_rows
 from pipeline.storage.lease import Claim
 
 log = logging.getLogger(__name__)

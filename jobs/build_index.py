@@ -23,14 +23,14 @@ from jobs.cluster import reason
 from jobs.index_check import CheckRequest, check_command
 from jobs.index_plan import survey, tables
 from pipeline.build import BuildFolder, BuildPlan, BuildRequest
-from pipeline.cache import DamagedIndexError
 from pipeline.config.loading import validated
 from pipeline.config.run import RetrievalConfig, StorageConfig, load_sections
-from pipeline.encoder import Encoder, EncoderStyle
-from pipeline.manifest import EncoderEntry
 from pipeline.passage_checks import check_passages
 from pipeline.passages import find_passages, plan_shards
-from pipeline.shards import empty_index
+from pipeline.retrieval.encoder import Encoder, EncoderStyle
+from pipeline.retrieval.index_cache import DamagedIndexError
+from pipeline.retrieval.manifest import EncoderEntry
+from pipeline.retrieval.shard_files import empty_index
 from pipeline.storage.location import locate
 
 log = logging.getLogger(__name__)

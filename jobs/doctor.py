@@ -39,7 +39,7 @@ from pipeline.diagnosis import (
 )
 from pipeline.engine.arguments import check_engine_arguments, gpu_share
 from pipeline.machine import Machine, inspect_machine
-from pipeline.manifest import check_index
+from pipeline.retrieval.manifest import check_index
 from pipeline.storage.location import locate
 
 # Keys that a run must have and that are not needed here.

@@ -6,9 +6,9 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from pipeline.decoding.prompts import passage_text
-from pipeline.encoder import Encoder
 from pipeline.passages import PassageRange, in_threads, read_footer, spread_samples
-from pipeline.shards import PASSAGE_SCHEMA
+from pipeline.retrieval.encoder import Encoder
+from pipeline.retrieval.shard_files import PASSAGE_SCHEMA
 from pipeline.sizing import (
     CARDS,
     USUAL_FACTORIES,

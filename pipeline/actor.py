@@ -29,7 +29,8 @@ from pipeline.engine.vllm import EngineDeadError, VllmGenerator, prepare_environ
 from pipeline.gpus import exclusive_start
 from pipeline.output import OutputFolder
 from pipeline.queries.query_set import Unit, read_unit
-from pipeline.retrieve import IndexRetriever
+from pipeline.retrieval.retriever import IndexRetriever
+from pipeline.retrieval.shard_servers import IndexLostError
 from pipeline.schema import (
     ANSWER_FIELDS,
     CANDIDATE_FIELDS,
@@ -40,7 +41,6 @@ from pipeline.schema import (
     query_of,
     read_rows,
 )
-from pipeline.servers import IndexLostError
 from pipeline.storage.location import locate
 from pipeline.telemetry import ActorTelemetry
 

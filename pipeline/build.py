@@ -12,14 +12,14 @@ import faiss
 import numpy as np
 from pyarrow import fs
 
-from pipeline.cache import SCRATCH_PREFIX
 from pipeline.config.run import StorageConfig
 from pipeline.decoding.prompts import passage_text
 from pipeline.embeddings import Place, vectors_of
-from pipeline.encoder import Encoder, EncoderStyle, Vectors
-from pipeline.manifest import MANIFEST, EncoderEntry, ShardEntry
 from pipeline.passages import PassageBatch, PassageRange, ShardPlan
-from pipeline.shards import SHARD_FILE, centroids
+from pipeline.retrieval.encoder import Encoder, EncoderStyle, Vectors
+from pipeline.retrieval.index_cache import SCRATCH_PREFIX
+from pipeline.retrieval.manifest import MANIFEST, EncoderEntry, ShardEntry
+from pipeline.retrieval.shard_files import SHARD_FILE, centroids
 from pipeline.storage.location import Location
 
 Vectorise = Callable[[PassageBatch], Vectors]

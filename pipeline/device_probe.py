@@ -17,9 +17,9 @@ from pipeline.decoding.types import Passage, Query
 from pipeline.engine.arguments import gpu_share
 from pipeline.engine.vllm import VllmGenerator, prepare_environment
 from pipeline.gpus import choose_gpu, exclusive_start
-from pipeline.index import PassageIndex
-from pipeline.manifest import EncoderEntry, IndexManifest, write_manifest
-from pipeline.shards import PASSAGE_SCHEMA, build_shard, empty_index
+from pipeline.retrieval.index import PassageIndex
+from pipeline.retrieval.manifest import EncoderEntry, IndexManifest, write_manifest
+from pipeline.retrieval.shard_files import PASSAGE_SCHEMA, build_shard, empty_index
 from pipeline.storage.location import Location, locate
 
 VECTORS, DIMENSION, NEIGHBOURS = 1000, 64, 5

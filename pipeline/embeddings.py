@@ -7,7 +7,7 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.encoder import Vectors
+from pipeline.retrieval.encoder import Vectors
 from pipeline.storage.location import Location
 
 

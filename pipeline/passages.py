@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pipeline.embeddings import check_embeddings
-from pipeline.shards import PASSAGE_SCHEMA
+from pipeline.retrieval.shard_files import PASSAGE_SCHEMA
 from pipeline.storage.location import Location, one_line
 
 # Rows read, encoded and added to an index at a time: a few megabytes.

@@ -9,9 +9,9 @@ import faiss
 import numpy as np
 
 from pipeline.decoding.types import Passage
-from pipeline.encoder import Vectors
-from pipeline.index import Hit, PassageIndex
-from pipeline.shards import faiss_reason
+from pipeline.retrieval.encoder import Vectors
+from pipeline.retrieval.index import Hit, PassageIndex
+from pipeline.retrieval.shard_files import faiss_reason
 
 # Passages looked at for each one wanted when codes stand for vectors: their exact order decides.
 CANDIDATES = 10

@@ -7,8 +7,8 @@ from typing import Any
 
 import faiss
 
-from pipeline.devices import RESERVED_BYTES, WORKING_BYTES, gpu_form
-from pipeline.shards import empty_index
+from pipeline.retrieval.faiss_device import RESERVED_BYTES, WORKING_BYTES, gpu_form
+from pipeline.retrieval.shard_files import empty_index
 
 FLOAT = 4
 ID = 8

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config.run import RetrievalConfig, StorageConfig
-from pipeline.encoder import Vectors
-from pipeline.manifest import EncoderEntry, IndexManifest, write_manifest
-from pipeline.shards import PASSAGE_SCHEMA, build_shard, empty_index, train
+from pipeline.retrieval.encoder import Vectors
+from pipeline.retrieval.manifest import EncoderEntry, IndexManifest, write_manifest
+from pipeline.retrieval.shard_files import PASSAGE_SCHEMA, build_shard, empty_index, train
 from pipeline.storage.location import Location, locate
 
 CPU = RetrievalConfig(device="cpu")

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from pipeline.config.run import RetrievalConfig, StorageConfig
-from pipeline.encoder import Vectors
-from pipeline.index import Hit, PassageIndex
+from pipeline.retrieval.encoder import Vectors
+from pipeline.retrieval.index import Hit, PassageIndex
 from pipeline.storage.location import Location, locate
 from tests.gpu.conftest import REHEARSAL
 from tests.indexes import CPU, save, unit_vectors

@@ -18,10 +18,10 @@ import ray
 
 from jobs.cluster import CONTEXTS, check_sharing
 from pipeline.config.run import ModelConfig, RetrievalConfig, RunConfig, StorageConfig
-from pipeline.encoder import Encoder
 from pipeline.engine.vllm import VllmGenerator, prepare_environment
 from pipeline.gpus import choose_gpu, exclusive_start
-from pipeline.index import PassageIndex
+from pipeline.retrieval.encoder import Encoder
+from pipeline.retrieval.index import PassageIndex
 from pipeline.storage.location import locate
 from tests.gpu.conftest import FEW_ROWS, REHEARSAL, Run, Runs, used_memory
 from tests.gpu.cpu_answers import FILE

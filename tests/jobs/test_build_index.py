@@ -16,10 +16,10 @@ from pipeline.build import BuildRequest
 from pipeline.config.run import RetrievalConfig
 from pipeline.decoding.prompts import passage_text
 from pipeline.decoding.types import Passage
-from pipeline.encoder import Encoder
-from pipeline.index import PassageIndex
-from pipeline.manifest import check_encoder, check_index, read_manifest
-from pipeline.retrieve import IndexRetriever
+from pipeline.retrieval.encoder import Encoder
+from pipeline.retrieval.index import PassageIndex
+from pipeline.retrieval.manifest import check_encoder, check_index, read_manifest
+from pipeline.retrieval.retriever import IndexRetriever
 from tests.indexes import numbered, place
 from tests.jobs.building import app, given_vectors, run
 

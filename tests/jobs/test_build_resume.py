@@ -15,9 +15,9 @@ from typer.testing import Result
 
 from jobs.build_graph import ShardBuilder
 from pipeline.config.run import RetrievalConfig
-from pipeline.index import PassageIndex
-from pipeline.manifest import read_manifest
 from pipeline.passages import ShardPlan
+from pipeline.retrieval.index import PassageIndex
+from pipeline.retrieval.manifest import read_manifest
 from pipeline.storage.lease import Claim
 from tests.claims import finishing_elsewhere
 from tests.indexes import place

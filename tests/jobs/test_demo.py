@@ -10,9 +10,9 @@ from rich.console import Console
 
 from jobs.demo import PASSAGES, QUERIES, DemoSet, answers_table, conclusion, evaluations, first_rows
 from pipeline.decoding.prompts import passage_text
-from pipeline.encoder import Encoder
 from pipeline.evaluation import Evaluation, Tally
 from pipeline.judging import Judged
+from pipeline.retrieval.encoder import Encoder
 from pipeline.schema import data_schema
 
 QUERY_SCHEMA = pq.read_schema(QUERIES)

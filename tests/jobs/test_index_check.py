@@ -49,7 +49,7 @@ def test_the_same_as_json(probed: Location) -> None:
 
 
 def test_codes_without_vectors_are_said_to_be_the_reference(folder: Location) -> None:
-    from pipeline.manifest import read_manifest, write_manifest
+    from pipeline.retrieval.manifest import read_manifest, write_manifest
 
     manifest = save(folder, [unit_vectors(400)], "SQ8")
     write_manifest(folder, manifest.model_copy(update={"embeddings": "vector"}))
@@ -94,9 +94,9 @@ def test_no_index_is_bad_usage(tmp_path: Path) -> None:
 def test_real_codes_are_checked_against_the_encoder(small_corpus: Path, tmp_path: Path) -> None:
     from pipeline.config.run import StorageConfig
     from pipeline.decoding.prompts import passage_text
-    from pipeline.encoder import Encoder
-    from pipeline.manifest import EncoderEntry, IndexManifest, write_manifest
-    from pipeline.shards import build_shard, empty_index
+    from pipeline.retrieval.encoder import Encoder
+    from pipeline.retrieval.manifest import EncoderEntry, IndexManifest, write_manifest
+    from pipeline.retrieval.shard_files import build_shard, empty_index
     from pipeline.storage.location import locate
 
     rows = pq.read_table(small_corpus).slice(0, 30)

@@ -23,7 +23,7 @@ from pipeline.engine.postmortem import Death
 from pipeline.engine.vllm import EngineDeadError
 from pipeline.output import OutputFolder, UnitSummary
 from pipeline.queries.query_set import inspect_queries
-from pipeline.servers import IndexLostError
+from pipeline.retrieval.shard_servers import IndexLostError
 from pipeline.storage.location import locate
 from pipeline.telemetry import ActorTelemetry
 from tests.fakes import ScriptedGenerator, generation, word_tokenizer

@@ -3,8 +3,8 @@ import numpy as np
 import pytest
 
 from pipeline.decoding.types import Passage
-from pipeline.index import Hit, PassageIndex
 from pipeline.recall import exhaustive, lossy, measure, parameters, recall, reranked, stored_vectors, without
+from pipeline.retrieval.index import Hit, PassageIndex
 from pipeline.storage.location import Location
 from tests.indexes import CPU, save, unit_vectors
 

@@ -5,7 +5,7 @@ import faiss
 import numpy as np
 import pytest
 
-from pipeline.shards import empty_index
+from pipeline.retrieval.shard_files import empty_index
 from pipeline.sizing import (
     SearchCost,
     beside_7b,

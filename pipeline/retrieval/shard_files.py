@@ -14,10 +14,10 @@ import numpy.typing as npt
 import pyarrow as pa
 from pyarrow import fs
 
-from pipeline.cache import REMEDY, SCRATCH_PREFIX, DamagedIndexError, file_digest
 from pipeline.decoding.types import Passage
-from pipeline.encoder import Vectors
-from pipeline.manifest import ShardEntry
+from pipeline.retrieval.encoder import Vectors
+from pipeline.retrieval.index_cache import REMEDY, SCRATCH_PREFIX, DamagedIndexError, file_digest
+from pipeline.retrieval.manifest import ShardEntry
 from pipeline.storage.location import Location
 
 PASSAGE_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "title", "text")])

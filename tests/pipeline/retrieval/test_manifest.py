@@ -4,8 +4,8 @@ from typing import Any
 import pytest
 
 from pipeline.config.run import RetrievalConfig
-from pipeline.encoder import EncoderStyle
-from pipeline.manifest import check_encoder, check_index, read_manifest
+from pipeline.retrieval.encoder import EncoderStyle
+from pipeline.retrieval.manifest import check_encoder, check_index, read_manifest
 from pipeline.storage.location import Location
 from tests.indexes import CPU
 
@@ -50,7 +50,7 @@ def test_encoder_is_known_by_its_content_not_its_name(saved: Location) -> None:
 
 def test_cheap_check_compares_the_asked_encoder_by_digest(saved: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     digests = {"same": "d" * 64, "other": "e" * 64, "remote": None}
-    monkeypatch.setattr("pipeline.manifest.encoder_digest", digests.get)
+    monkeypatch.setattr("pipeline.retrieval.manifest.encoder_digest", digests.get)
     for name in (None, "tiny", "same"):
         assert check_index(saved, RetrievalConfig(encoder=name)).passages == 60
     for name in ("other", "remote"):

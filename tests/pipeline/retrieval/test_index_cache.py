@@ -7,10 +7,10 @@ import pyarrow as pa
 import pytest
 from pyarrow import fs
 
-from pipeline.cache import obtain, room_for
 from pipeline.config.run import RetrievalConfig
-from pipeline.index import PassageIndex
-from pipeline.manifest import read_manifest
+from pipeline.retrieval.index import PassageIndex
+from pipeline.retrieval.index_cache import obtain, room_for
+from pipeline.retrieval.manifest import read_manifest
 from pipeline.storage.location import Location
 from tests.flaky import FlakyFiles
 from tests.indexes import CPU, save, unit_vectors

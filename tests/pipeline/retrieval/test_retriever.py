@@ -8,9 +8,9 @@ import pytest
 from pipeline.config.run import RetrievalConfig
 from pipeline.decoding.self_rag import given_passages
 from pipeline.decoding.types import Passage, Query, RetrievedPassage
-from pipeline.encoder import Vectors
-from pipeline.retrieve import IndexRetriever
-from pipeline.servers import IndexLostError
+from pipeline.retrieval.encoder import Vectors
+from pipeline.retrieval.retriever import IndexRetriever
+from pipeline.retrieval.shard_servers import IndexLostError
 
 DIGEST = "d" * 64
 

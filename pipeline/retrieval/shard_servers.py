@@ -14,9 +14,9 @@ from typing import Any
 
 from pipeline.config.run import ExecutionConfig, RetrievalConfig, StorageConfig
 from pipeline.decoding.types import RetrievedPassage
-from pipeline.encoder import Vectors
-from pipeline.index import Found, PassageIndex, ranked
-from pipeline.manifest import IndexManifest
+from pipeline.retrieval.encoder import Vectors
+from pipeline.retrieval.index import Found, PassageIndex, ranked
+from pipeline.retrieval.manifest import IndexManifest
 from pipeline.storage.location import locate
 
 log = logging.getLogger(__name__)

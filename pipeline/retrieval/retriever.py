@@ -9,11 +9,11 @@ from typing import Any, Protocol
 
 from pipeline.config.run import RetrievalConfig
 from pipeline.decoding.types import RetrievedPassage
-from pipeline.encoder import Encoder, Vectors
 from pipeline.gpus import exclusive_start
-from pipeline.index import PassageIndex
-from pipeline.manifest import IndexManifest, check_encoder, check_index, wanted_encoder
-from pipeline.servers import IndexLostError, PartitionedIndex
+from pipeline.retrieval.encoder import Encoder, Vectors
+from pipeline.retrieval.index import PassageIndex
+from pipeline.retrieval.manifest import IndexManifest, check_encoder, check_index, wanted_encoder
+from pipeline.retrieval.shard_servers import IndexLostError, PartitionedIndex
 from pipeline.storage.location import Location
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.embedded import demo_encoder
-from pipeline.encoder import Encoder, encoder_digest
+from pipeline.retrieval.encoder import Encoder, encoder_digest
 
 
 @pytest.fixture(scope="module")

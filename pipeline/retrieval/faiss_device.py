@@ -10,8 +10,8 @@ import faiss
 from pipeline.config.loading import parse_search
 from pipeline.config.run import RetrievalConfig
 from pipeline.gpus import assigned_gpus, choose_gpu
-from pipeline.manifest import IndexManifest
-from pipeline.shards import empty_index, faiss_reason
+from pipeline.retrieval.manifest import IndexManifest
+from pipeline.retrieval.shard_files import empty_index, faiss_reason
 
 log = logging.getLogger(__name__)
 

@@ -10,9 +10,9 @@ from hypothesis import strategies as st
 
 from pipeline.config.run import RetrievalConfig
 from pipeline.decoding.types import Passage
-from pipeline.index import PassageIndex, Shard
-from pipeline.manifest import check_index, read_manifest, write_manifest
-from pipeline.shards import build_shard, empty_index, faiss_reason, train
+from pipeline.retrieval.index import PassageIndex, Shard
+from pipeline.retrieval.manifest import check_index, read_manifest, write_manifest
+from pipeline.retrieval.shard_files import build_shard, empty_index, faiss_reason, train
 from pipeline.storage.location import Location
 from tests.indexes import CPU, passages, save, unit_vectors
 

@@ -5,7 +5,8 @@ import faiss
 import pytest
 
 from pipeline.config.run import RetrievalConfig
-from pipeline.devices import (
+from pipeline.gpus import AssignedGpus
+from pipeline.retrieval.faiss_device import (
     RELEASE_SECONDS,
     RESERVED_BYTES,
     SHARED_MEMORY,
@@ -16,10 +17,9 @@ from pipeline.devices import (
     gpu_form,
     has_gpu,
 )
-from pipeline.gpus import AssignedGpus
-from pipeline.index import PassageIndex
-from pipeline.manifest import IndexManifest, read_manifest
-from pipeline.shards import empty_index
+from pipeline.retrieval.index import PassageIndex
+from pipeline.retrieval.manifest import IndexManifest, read_manifest
+from pipeline.retrieval.shard_files import empty_index
 from pipeline.storage.location import Location
 from tests.indexes import CPU, unit_vectors
 
@@ -103,7 +103,7 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
 def assign(monkeypatch: pytest.MonkeyPatch, gpus: AssignedGpus | None) -> None:
     """Let Ray have assigned these GPUs to this process."""
     monkeypatch.setattr("pipeline.gpus.assigned_gpus", lambda: gpus)
-    monkeypatch.setattr("pipeline.devices.assigned_gpus", lambda: gpus)
+    monkeypatch.setattr("pipeline.retrieval.faiss_device.assigned_gpus", lambda: gpus)
 
 
 @pytest.mark.usefixtures("card")
@@ -145,7 +145,7 @@ def test_memory_of_an_engine_that_is_ending_is_waited_for(saved: Location, monke
     free = iter([1_000_000_000, 1_000_000_000, 7_500_000_000])
     waits = list[float]()
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (next(free), 8_000_000_000))
-    monkeypatch.setattr("pipeline.devices.time.sleep", waits.append)
+    monkeypatch.setattr("pipeline.retrieval.faiss_device.time.sleep", waits.append)
     assert Device.choose(RetrievalConfig(device="gpu"), read_manifest(saved), [0], 0.3).resources is not None
     assert waits == [1, 1]
 
@@ -156,8 +156,10 @@ def test_memory_that_others_keep_is_not_waited_for_without_end(
 ) -> None:
     clock = [0.0]
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (1_000_000_000, 8_000_000_000))
-    monkeypatch.setattr("pipeline.devices.time.monotonic", lambda: clock[0])
-    monkeypatch.setattr("pipeline.devices.time.sleep", lambda seconds: clock.append(clock.pop() + seconds))
+    monkeypatch.setattr("pipeline.retrieval.faiss_device.time.monotonic", lambda: clock[0])
+    monkeypatch.setattr(
+        "pipeline.retrieval.faiss_device.time.sleep", lambda seconds: clock.append(clock.pop() + seconds)
+    )
     with pytest.raises(ValueError, match="1.0 GB are free"):
         Device.choose(RetrievalConfig(device="gpu"), read_manifest(saved), [0], 0.3)
     assert clock == [RELEASE_SECONDS]

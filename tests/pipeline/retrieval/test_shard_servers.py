@@ -15,10 +15,18 @@ from hypothesis import strategies as st
 
 from pipeline.config.run import ExecutionConfig, StorageConfig
 from pipeline.decoding.types import Passage
-from pipeline.encoder import Vectors
-from pipeline.index import Found, Hit, PassageIndex
-from pipeline.manifest import read_manifest
-from pipeline.servers import IndexLostError, PartitionedIndex, ServedIndex, ShardServer, best, deal, start_servers
+from pipeline.retrieval.encoder import Vectors
+from pipeline.retrieval.index import Found, Hit, PassageIndex
+from pipeline.retrieval.manifest import read_manifest
+from pipeline.retrieval.shard_servers import (
+    IndexLostError,
+    PartitionedIndex,
+    ServedIndex,
+    ShardServer,
+    best,
+    deal,
+    start_servers,
+)
 from pipeline.storage.location import Location, locate
 from tests.indexes import CPU, save, unit_vectors
 
@@ -108,7 +116,7 @@ class MortalServer(ShardServer):
 
 @pytest.mark.usefixtures("cluster")
 def test_a_search_survives_the_death_of_all_servers_under_it(saved: Location, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.servers.ShardServer", MortalServer)
+    monkeypatch.setattr("pipeline.retrieval.shard_servers.ShardServer", MortalServer)
     index = PartitionedIndex(read_manifest(saved), start(saved, 2))
     queries = unit_vectors(4, seed=8)
     queries[0, 0] = 9
@@ -118,7 +126,7 @@ def test_a_search_survives_the_death_of_all_servers_under_it(saved: Location, mo
 
 @pytest.mark.usefixtures("cluster")
 def test_a_server_that_comes_back_to_another_index_is_lost(saved: Location, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.servers.ShardServer", MortalServer)
+    monkeypatch.setattr("pipeline.retrieval.shard_servers.ShardServer", MortalServer)
     index = PartitionedIndex(read_manifest(saved), start(saved, 1))
     save(saved, [unit_vectors(60, seed=1)])
     queries = unit_vectors(1)

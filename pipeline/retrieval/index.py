@@ -9,14 +9,14 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.cache import DamagedIndexError, obtain, room_for
 from pipeline.config.run import RetrievalConfig
 from pipeline.decoding.types import Passage, RetrievedPassage
-from pipeline.devices import Device, set_search
-from pipeline.encoder import Vectors
 from pipeline.gpus import exclusive_start
-from pipeline.manifest import IndexManifest, ShardEntry, read_manifest
-from pipeline.shards import PassageFile, read_faiss
+from pipeline.retrieval.encoder import Vectors
+from pipeline.retrieval.faiss_device import Device, set_search
+from pipeline.retrieval.index_cache import DamagedIndexError, obtain, room_for
+from pipeline.retrieval.manifest import IndexManifest, ShardEntry, read_manifest
+from pipeline.retrieval.shard_files import PassageFile, read_faiss
 from pipeline.storage.location import Location
 
 # Equal scores beyond this many places keep the order FAISS gives them. Its GPU search stops at 2,048.
