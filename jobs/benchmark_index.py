@@ -29,12 +29,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jobs.build_graph import Built, execute
 from jobs.build_index import check
-from pipeline.build import BuildRequest
 from pipeline.config.run import RetrievalConfig, StorageConfig
 from pipeline.decoding.prompts import passage_text
-from pipeline.passages import find_passages, read_passages
+from pipeline.indexing.build import BuildRequest
+from pipeline.indexing.build_pool import Built, execute
+from pipeline.indexing.passages import find_passages, read_passages
 from pipeline.retrieval.encoder import Encoder, Vectors
 from pipeline.retrieval.faiss_device import set_search
 from pipeline.retrieval.index import PassageIndex

@@ -18,15 +18,15 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from jobs.build_graph import execute
 from jobs.cluster import reason
 from jobs.index_check import CheckRequest, check_command
 from jobs.index_plan import survey, tables
-from pipeline.build import BuildFolder, BuildPlan, BuildRequest
 from pipeline.config.loading import validated
 from pipeline.config.run import RetrievalConfig, StorageConfig, load_sections
-from pipeline.passage_checks import check_passages
-from pipeline.passages import find_passages, plan_shards
+from pipeline.indexing.build import BuildFolder, BuildPlan, BuildRequest
+from pipeline.indexing.build_pool import execute
+from pipeline.indexing.passage_checks import check_passages
+from pipeline.indexing.passages import find_passages, plan_shards
 from pipeline.retrieval.encoder import Encoder, EncoderStyle
 from pipeline.retrieval.index_cache import DamagedIndexError
 from pipeline.retrieval.manifest import EncoderEntry
@@ -124,7 +124,7 @@ def build_index(
     Exit status: 0 built, 1 failed (or, with --check, damaged), 2 bad usage.
     """
     logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    for name in (__name__, "jobs.build_graph"):
+    for name in (__name__, "pipeline.indexing.build_pool"):
         logging.getLogger(name).setLevel(logging.INFO)
     begun = time.monotonic()
     try:

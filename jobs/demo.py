@@ -24,7 +24,6 @@ from rich.table import Table
 
 from jobs.annotate import run
 from jobs.evaluate import comparison
-from pipeline.build import BuildRequest
 from pipeline.config.loading import validated
 from pipeline.config.run import (
     DecodingConfig,
@@ -38,6 +37,7 @@ from pipeline.config.run import (
 )
 from pipeline.embedded import built, demo_encoder, demo_model
 from pipeline.evaluation import Evaluation, View, evaluate_set, first_passage, without_retrieval
+from pipeline.indexing.build import BuildRequest
 from pipeline.metrics import best, contains
 from pipeline.output import REPORT
 from pipeline.storage.location import locate
@@ -88,8 +88,8 @@ def demo_index() -> Path:
 
 
 def _build_index(target: Path) -> None:
-    from jobs.build_graph import execute
     from jobs.build_index import check
+    from pipeline.indexing.build_pool import execute
 
     execute(check(BuildRequest(str(PASSAGES), str(target), embeddings="vector", shards=SHARDS)))
 

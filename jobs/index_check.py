@@ -18,8 +18,18 @@ from rich.table import Table
 from pipeline.config.run import RetrievalConfig, StorageConfig
 from pipeline.decoding.prompts import passage_text
 from pipeline.decoding.types import Passage
+from pipeline.indexing.recall import (
+    CANDIDATES,
+    Speed,
+    exhaustive,
+    lossy,
+    measure,
+    parameters,
+    reranked,
+    stored_vectors,
+    without,
+)
 from pipeline.queries.query_set import parquet_files
-from pipeline.recall import CANDIDATES, Speed, exhaustive, lossy, measure, parameters, reranked, stored_vectors, without
 from pipeline.retrieval.encoder import Encoder, Vectors
 from pipeline.retrieval.index import Hit, PassageIndex
 from pipeline.retrieval.manifest import check_encoder, check_files, read_manifest, wanted_encoder

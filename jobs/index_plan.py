@@ -6,10 +6,8 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from pipeline.decoding.prompts import passage_text
-from pipeline.passages import PassageRange, in_threads, read_footer, spread_samples
-from pipeline.retrieval.encoder import Encoder
-from pipeline.retrieval.shard_files import PASSAGE_SCHEMA
-from pipeline.sizing import (
+from pipeline.indexing.passages import PassageRange, in_threads, read_footer, spread_samples
+from pipeline.indexing.sizing import (
     CARDS,
     USUAL_FACTORIES,
     SizePlan,
@@ -21,6 +19,8 @@ from pipeline.sizing import (
     share_beside,
     size_plan,
 )
+from pipeline.retrieval.encoder import Encoder
+from pipeline.retrieval.shard_files import PASSAGE_SCHEMA
 
 # Encoded to see how fast this machine is: a few seconds on a CPU.
 SAMPLE = 64

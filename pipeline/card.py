@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
+from pipeline.indexing.passages import read_footer
 from pipeline.output import OutputFolder
-from pipeline.passages import read_footer
 from pipeline.schema import MEANINGS
 
 # Hexadecimal digits of a digest that are shown.

@@ -17,7 +17,7 @@ import smart_open
 from pyarrow import fs
 
 from pipeline.config.run import StorageConfig
-from pipeline.passages import PassageRange, read_columns, read_footer
+from pipeline.indexing.passages import PassageRange, read_columns, read_footer
 from pipeline.schema import read_rows
 from pipeline.storage.location import Location, locate, one_line
 

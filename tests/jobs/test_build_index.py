@@ -12,10 +12,10 @@ import ray
 from typer.testing import CliRunner, Result
 
 from jobs.build_index import check
-from pipeline.build import BuildRequest
 from pipeline.config.run import RetrievalConfig
 from pipeline.decoding.prompts import passage_text
 from pipeline.decoding.types import Passage
+from pipeline.indexing.build import BuildRequest
 from pipeline.retrieval.encoder import Encoder
 from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.manifest import check_encoder, check_index, read_manifest

@@ -13,9 +13,9 @@ import pytest
 import ray
 from typer.testing import Result
 
-from jobs.build_graph import ShardBuilder
 from pipeline.config.run import RetrievalConfig
-from pipeline.passages import ShardPlan
+from pipeline.indexing.build_pool import ShardBuilder
+from pipeline.indexing.passages import ShardPlan
 from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.manifest import read_manifest
 from pipeline.storage.lease import Claim
@@ -44,7 +44,7 @@ def interrupted(
         raise OSError("the machine is gone")
 
     with monkeypatch.context() as patched:
-        patched.setattr("jobs.build_graph.write_manifest", killed)
+        patched.setattr("pipeline.indexing.build_pool.write_manifest", killed)
         result = run(with_vectors[0], tmp_path / "out", *options)
     assert result.exit_code == 1
     assert result.stderr.splitlines()[-1] == "error: the machine is gone"
@@ -60,7 +60,7 @@ def test_an_interrupted_build_goes_on_with_the_missing_shards(
 ) -> None:
     (out, options), (source, vectors) = interrupted, with_vectors
     before = {file.name: file.stat().st_mtime_ns for file in out.glob("shard-*")}
-    with caplog.at_level(logging.INFO, "jobs.build_graph"):
+    with caplog.at_level(logging.INFO, "pipeline.indexing.build_pool"):
         result = run(source, out, *options)
     assert result.exit_code == 0, result.stderr
     assert "2 of 3 shards are there from an interrupted build" in caplog.text
@@ -101,7 +101,7 @@ def test_a_builder_that_is_killed_builds_its_shard_again(
     with_vectors: tuple[Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, vectors = with_vectors
-    monkeypatch.setattr("jobs.build_graph.ShardBuilder", MortalBuilder)
+    monkeypatch.setattr("pipeline.indexing.build_pool.ShardBuilder", MortalBuilder)
     result = run(source, tmp_path / "out", "--embeddings", "vector", "--shards", "2")
     assert result.exit_code == 0, result.stderr
     (tmp_path / "out" / "died").unlink()
@@ -131,7 +131,7 @@ def refused_last(result: Result, part: str) -> None:
 def test_of_two_builds_into_one_folder_one_stops(
     with_vectors: tuple[Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("jobs.build_graph.connect")  # what would start Ray
+    monkeypatch.delattr("pipeline.indexing.build_pool.connect")  # what would start Ray
     with Claim(place(tmp_path / "out")):
         result = run(with_vectors[0], tmp_path / "out", "--embeddings", "vector")
     refused_last(result, "another run is at work there (process")

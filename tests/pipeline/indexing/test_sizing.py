@@ -5,8 +5,7 @@ import faiss
 import numpy as np
 import pytest
 
-from pipeline.retrieval.shard_files import empty_index
-from pipeline.sizing import (
+from pipeline.indexing.sizing import (
     SearchCost,
     beside_7b,
     cards_needed,
@@ -18,6 +17,7 @@ from pipeline.sizing import (
     size_plan,
     usual_lists,
 )
+from pipeline.retrieval.shard_files import empty_index
 
 VECTORS = np.random.default_rng(0).normal(size=(3000, 64)).astype(np.float32)
 

@@ -20,9 +20,9 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from jobs.cluster import Room, connect, most_cpus
-from pipeline.build import BuildFolder, BuildPlan, read_ahead
 from pipeline.config.run import ExecutionConfig
-from pipeline.passages import Sample, ShardPlan, read_passages, spread_samples
+from pipeline.indexing.build import BuildFolder, BuildPlan, read_ahead
+from pipeline.indexing.passages import Sample, ShardPlan, read_passages, spread_samples
 from pipeline.retrieval.encoder import Vectors
 from pipeline.retrieval.manifest import IndexManifest, ShardEntry, write_manifest
 from pipeline.retrieval.shard_files import build_shard, empty_index, train, training_rows

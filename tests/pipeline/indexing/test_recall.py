@@ -3,7 +3,7 @@ import numpy as np
 import pytest
 
 from pipeline.decoding.types import Passage
-from pipeline.recall import exhaustive, lossy, measure, parameters, recall, reranked, stored_vectors, without
+from pipeline.indexing.recall import exhaustive, lossy, measure, parameters, recall, reranked, stored_vectors, without
 from pipeline.retrieval.index import Hit, PassageIndex
 from pipeline.storage.location import Location
 from tests.indexes import CPU, save, unit_vectors
@@ -47,7 +47,7 @@ def test_exhaustive_search_takes_codes_for_what_they_stand_for(folder: Location,
 
 
 def test_vectors_are_read_back_in_blocks(folder: Location, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.recall.BLOCK", 70)
+    monkeypatch.setattr("pipeline.indexing.recall.BLOCK", 70)
     assert rows(exhaustive(opened(folder, "Flat"), QUERIES, 5)) == exact(5)
 
 

@@ -14,8 +14,8 @@ from pyarrow import fs
 
 from pipeline.config.run import StorageConfig
 from pipeline.decoding.prompts import passage_text
-from pipeline.embeddings import Place, vectors_of
-from pipeline.passages import PassageBatch, PassageRange, ShardPlan
+from pipeline.indexing.embeddings import Place, vectors_of
+from pipeline.indexing.passages import PassageBatch, PassageRange, ShardPlan
 from pipeline.retrieval.encoder import Encoder, EncoderStyle, Vectors
 from pipeline.retrieval.index_cache import SCRATCH_PREFIX
 from pipeline.retrieval.manifest import MANIFEST, EncoderEntry, ShardEntry

@@ -9,9 +9,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.build import read_ahead
-from pipeline.passage_checks import check_passages
-from pipeline.passages import (
+from pipeline.indexing.build import read_ahead
+from pipeline.indexing.passage_checks import check_passages
+from pipeline.indexing.passages import (
     PassageRange,
     Sample,
     _read_columns,
@@ -132,7 +132,7 @@ def test_reading_goes_on_where_the_connection_broke(tmp_path: Path, monkeypatch:
                 raise OSError(BUSY)
             yield read
 
-    monkeypatch.setattr("pipeline.passages._read_columns", breaking)
+    monkeypatch.setattr("pipeline.indexing.passages._read_columns", breaking)
     folder, _ = flaky(tmp_path, [])
     part = PassageRange(folder / "p.parquet", 700, 4800)
     assert [row for row, _ in read_columns(part, ["id"], 400)][:2] == [700, 900]
@@ -150,7 +150,7 @@ def test_ids_are_unique_however_few_are_compared_at_a_time(source: Path, compare
 
 
 def test_ids_with_equal_hashes_are_compared_themselves(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.passage_checks._hashes", lambda ids: np.zeros(len(ids), np.uint64))
+    monkeypatch.setattr("pipeline.indexing.passage_checks._hashes", lambda ids: np.zeros(len(ids), np.uint64))
     check_passages(find_passages(place(source)))
 
 

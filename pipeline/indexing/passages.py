@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from pipeline.embeddings import check_embeddings
+from pipeline.indexing.embeddings import check_embeddings
 from pipeline.retrieval.shard_files import PASSAGE_SCHEMA
 from pipeline.storage.location import Location, one_line
 

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pandas.util import hash_array
 
-from pipeline.passages import PassageRange, read_columns
+from pipeline.indexing.passages import PassageRange, read_columns
 from pipeline.storage.location import Location
 
 # Rows checked at a time.

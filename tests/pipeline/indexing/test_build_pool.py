@@ -1,7 +1,7 @@
 import pytest
 
-from jobs.build_graph import pool
 from jobs.cluster import Room
+from pipeline.indexing.build_pool import pool
 
 LAPTOP = [Room(8.0)]
 GPU_NODES = [Room(64.0), Room(96.0, (1.0,) * 8), Room(32.0, (1.0,) * 2)]

@@ -3,7 +3,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config.run import StorageConfig
-from pipeline.embeddings import Place, check_embeddings, vectors_of
+from pipeline.indexing.embeddings import Place, check_embeddings, vectors_of
 from pipeline.storage.location import locate
 
 FILE = locate("/data/p.parquet", StorageConfig())

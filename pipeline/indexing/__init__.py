@@ -1,0 +1,4 @@
+"""Making an index: passages read and checked, encoded, added to shards, measured.
+
+Work that was finished before a crash is kept.
+"""
