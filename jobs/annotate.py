@@ -28,7 +28,7 @@ from pipeline.attempts import PATIENCE, Attempts
 from pipeline.config.run import RunConfig, load_config
 from pipeline.engine.models import versions
 from pipeline.incremental import NothingNewError
-from pipeline.output import UnitSummary
+from pipeline.output.folder import UnitSummary
 from pipeline.plan import Plan, check, settled, with_output
 from pipeline.retrieval.shard_servers import ServedIndex, start_servers
 from pipeline.storage.lease import Claim, OutputTakenError

@@ -39,7 +39,7 @@ from pipeline.embedded import built, demo_encoder, demo_model
 from pipeline.evaluation import Evaluation, View, evaluate_set, first_passage, without_retrieval
 from pipeline.indexing.build import BuildRequest
 from pipeline.metrics import best, contains
-from pipeline.output import REPORT
+from pipeline.output.folder import REPORT
 from pipeline.storage.location import locate
 
 DEMO = Path(__file__).parent.parent / "infra" / "demo"

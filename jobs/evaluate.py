@@ -24,7 +24,7 @@ from jobs.sweep import save, sweep_set, tables
 from pipeline.config.run import load_storage
 from pipeline.evaluation import Evaluation, Figures, Row, columns_of, evaluate_set, rows_of
 from pipeline.exports import EXPORTED, alce, factscore
-from pipeline.output import OutputFolder
+from pipeline.output.folder import OutputFolder
 from pipeline.statistics import Estimate
 from pipeline.storage.location import Location, locate
 

@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from pipeline.output import UnitSummary
+from pipeline.output.folder import UnitSummary
 
 # Seconds between plain lines: often enough to see that it lives, seldom enough for a log of a whole night.
 LINE_INTERVAL = 10.0

@@ -13,7 +13,7 @@ import typer
 from jobs.options import RunFile, StorageSettings
 from pipeline.config.run import load_storage
 from pipeline.evaluation import columns_of
-from pipeline.output import REPORT, OutputFolder
+from pipeline.output.folder import REPORT, OutputFolder
 from pipeline.report import Reading, read_set
 from pipeline.report_changes import changes, sample_of
 from pipeline.report_examples import examples

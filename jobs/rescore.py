@@ -20,10 +20,10 @@ from jobs.cluster import connect
 from jobs.notify import fail
 from pipeline.config.loading import assign, flatten
 from pipeline.config.run import ExecutionConfig, StorageConfig, load_sections, load_storage
-from pipeline.output import OutputFolder, parquet_bytes
+from pipeline.output.folder import OutputFolder, parquet_bytes
+from pipeline.output.schema import answer_row
 from pipeline.plan import check_apart
 from pipeline.rescore import Rescoring
-from pipeline.schema import answer_row
 from pipeline.storage.location import locate
 
 log = logging.getLogger(__name__)

@@ -16,9 +16,9 @@ from typing import Annotated
 import typer
 
 from jobs.options import RunFile, StorageSettings
-from pipeline.card import AnnotatedSet, dataset_card, finished
 from pipeline.config.run import load_storage
-from pipeline.output import CARD, OutputFolder
+from pipeline.output.dataset_card import AnnotatedSet, dataset_card, finished
+from pipeline.output.folder import CARD, OutputFolder
 from pipeline.storage.location import Location, locate, one_line
 
 log = logging.getLogger(__name__)

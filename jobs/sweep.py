@@ -8,7 +8,7 @@ from typing import Any
 from rich.table import Table
 
 from pipeline.evaluation import rows_of
-from pipeline.output import OutputFolder
+from pipeline.output.folder import OutputFolder
 from pipeline.rescore import Rescoring, any_threshold
 from pipeline.storage.location import Location
 from pipeline.sweep import GRID, Example, Sweep, example_of, sweep

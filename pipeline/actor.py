@@ -27,11 +27,8 @@ from pipeline.engine.arguments import gpu_share
 from pipeline.engine.postmortem import Death
 from pipeline.engine.vllm import EngineDeadError, VllmGenerator, prepare_environment
 from pipeline.gpus import exclusive_start
-from pipeline.output import OutputFolder
-from pipeline.queries.query_set import Unit, read_unit
-from pipeline.retrieval.retriever import IndexRetriever
-from pipeline.retrieval.shard_servers import IndexLostError
-from pipeline.schema import (
+from pipeline.output.folder import OutputFolder
+from pipeline.output.schema import (
     ANSWER_FIELDS,
     CANDIDATE_FIELDS,
     ERROR_FIELDS,
@@ -41,6 +38,9 @@ from pipeline.schema import (
     query_of,
     read_rows,
 )
+from pipeline.queries.query_set import Unit, read_unit
+from pipeline.retrieval.retriever import IndexRetriever
+from pipeline.retrieval.shard_servers import IndexLostError
 from pipeline.storage.location import locate
 from pipeline.telemetry import ActorTelemetry
 

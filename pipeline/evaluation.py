@@ -15,8 +15,8 @@ from pipeline.decoding.choose import closed_answer
 from pipeline.decoding.profiles import built_in_profiles
 from pipeline.decoding.reflection import Retrieve
 from pipeline.judging import READ_COLUMNS, Judged, judge
-from pipeline.output import OutputFolder
-from pipeline.schema import GOLD_TYPES, check_types
+from pipeline.output.folder import OutputFolder
+from pipeline.output.schema import GOLD_TYPES, check_types
 from pipeline.statistics import Calibration, Difference, Estimate, calibration, compare, estimate, mean
 from pipeline.storage.location import Location
 

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config.run import StorageConfig
-from pipeline.output import READERS, is_unit_file, parquet_bytes, read_columns
+from pipeline.output.folder import READERS, is_unit_file, parquet_bytes, read_columns
 from pipeline.queries.query_set import QuerySet, query_ids, read_unit
 from pipeline.queries.writer import FILE_ROWS, GROUP_ROWS
 from pipeline.storage.location import Location

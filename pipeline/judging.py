@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.metrics import best, contains, exact, rouge_l, same_choice, string_em, token_f1, without_citations
-from pipeline.schema import GOLD_TYPES
+from pipeline.output.schema import GOLD_TYPES
 
 # What a row is judged by, as far as its set has it.
 READ_COLUMNS = ("answer", "retrieved", "segments", "candidates", "evidence", *GOLD_TYPES)

@@ -12,7 +12,7 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config.run import Columns
-from pipeline.output import read_columns
+from pipeline.output.folder import read_columns
 from pipeline.storage.location import Location
 
 Floats = npt.NDArray[np.float64]

@@ -13,7 +13,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.config.loading import flatten
-from pipeline.output import OutputFolder
+from pipeline.output.folder import OutputFolder
 from pipeline.report import BINS, SetFigures, Spread
 from pipeline.report_changes import Changes
 from pipeline.report_examples import Example

@@ -15,7 +15,7 @@ from jobs.annotate import annotate as command
 from jobs.cluster import Resources
 from pipeline.actor import annotated_schema
 from pipeline.config.run import RunConfig, StorageConfig
-from pipeline.output import OutputFolder, UnitSummary
+from pipeline.output.folder import OutputFolder, UnitSummary
 from pipeline.plan import Plan, check
 from pipeline.queries.query_set import QuerySet, Unit
 from pipeline.storage.lease import Claim

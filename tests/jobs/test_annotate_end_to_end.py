@@ -16,7 +16,7 @@ import pytest
 from pyarrow import fs
 
 from pipeline.embedded import demo_base_model
-from pipeline.schema import ANSWER_FIELDS, ERROR_FIELDS
+from pipeline.output.schema import ANSWER_FIELDS, ERROR_FIELDS
 
 GIVEN = pa.list_(pa.struct([("id", pa.string()), ("title", pa.string()), ("text", pa.string())]))
 DUNE = {"id": "d1", "title": "Dune", "text": "Dune is a novel by Frank Herbert, published in 1965."}

@@ -12,8 +12,8 @@ from jobs.demo import PASSAGES, QUERIES, DemoSet, answers_table, conclusion, eva
 from pipeline.decoding.prompts import passage_text
 from pipeline.evaluation import Evaluation, Tally
 from pipeline.judging import Judged
+from pipeline.output.schema import data_schema
 from pipeline.retrieval.encoder import Encoder
-from pipeline.schema import data_schema
 
 QUERY_SCHEMA = pq.read_schema(QUERIES)
 FULL = QUERIES.with_name("queries_full.parquet")

@@ -11,8 +11,8 @@ from typer.testing import CliRunner, Result
 from jobs.evaluate import evaluate
 from pipeline.config.run import StorageConfig
 from pipeline.evaluation import Evaluation, as_it_is, evaluate_set, first_passage, without_retrieval
-from pipeline.output import FORMAT_VERSION
-from pipeline.schema import CANDIDATE_FIELDS
+from pipeline.output.folder import FORMAT_VERSION
+from pipeline.output.schema import CANDIDATE_FIELDS
 from pipeline.storage.location import locate
 from tests.jobs.test_rescore import annotated_set
 

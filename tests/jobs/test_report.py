@@ -11,7 +11,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from jobs.report import leave_report, report
-from pipeline.output import OutputFolder
+from pipeline.output.folder import OutputFolder
 from tests.reports import Row, answered, at, failed, segment, unread, write_set
 
 APP = typer.Typer()

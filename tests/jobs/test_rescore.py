@@ -19,7 +19,7 @@ from pipeline.config.run import Profile, RunConfig, StorageConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
-from pipeline.output import OutputFolder
+from pipeline.output.folder import OutputFolder
 from pipeline.storage.location import locate
 from tests.fakes import DrawingGenerator, DrawingRetriever, word_tokenizer
 

@@ -13,7 +13,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from jobs.share import share
-from pipeline.card import columns_table
+from pipeline.output.dataset_card import columns_table
 from tests.jobs.test_rescore import annotated_set
 from tests.s3 import S3Server
 

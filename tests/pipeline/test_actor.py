@@ -21,7 +21,7 @@ from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.engine.postmortem import Death
 from pipeline.engine.vllm import EngineDeadError
-from pipeline.output import OutputFolder, UnitSummary
+from pipeline.output.folder import OutputFolder, UnitSummary
 from pipeline.queries.query_set import inspect_queries
 from pipeline.retrieval.shard_servers import IndexLostError
 from pipeline.storage.location import locate
@@ -270,7 +270,10 @@ def dies(*_: Any) -> None:
     ("place", "reason"),
     [
         ("pipeline.actor.read_unit", "^11 attempts ended with their process, with nothing done"),
-        ("pipeline.output.OutputFolder.write_unit", "^3 processes died while they wrote the files of unit [0-9a-f]+$"),
+        (
+            "pipeline.output.folder.OutputFolder.write_unit",
+            "^3 processes died while they wrote the files of unit [0-9a-f]+$",
+        ),
     ],
 )
 async def test_a_unit_whose_processes_always_die_while_it_is_read_or_written_ends_the_run(

@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.config.run import Columns
-from pipeline.output import OutputFolder
+from pipeline.output.folder import OutputFolder
 from pipeline.report import Reading, read_set
 from pipeline.report_examples import EXAMPLES, LONGEST_PASSAGE, LONGEST_TEXT, MOST_TASKS, Example, examples, pieces
 from tests.reports import answered, segment, unread, write_set

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline.output import UnitSummary
+from pipeline.output.folder import UnitSummary
 from pipeline.report_times import PARTS, PAUSE, Durations, timeline
 
 

@@ -1,5 +1,5 @@
 from pipeline.config.run import Columns
-from pipeline.schema import check_query_schema, query_of
+from pipeline.output.schema import check_query_schema, query_of
 from pipeline.teaching.data import Claim, Instruction, Reading, TeachingData
 from pipeline.teaching.held_out import held_out_queries
 from pipeline.teaching.rows import Negatives

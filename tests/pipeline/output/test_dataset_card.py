@@ -6,10 +6,10 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from pipeline.card import AnnotatedSet, columns_table, dataset_card
 from pipeline.config.run import StorageConfig
-from pipeline.output import OutputFolder
-from pipeline.schema import ANSWER_FIELDS, CANDIDATE_FIELDS, ERROR_FIELDS, MEANINGS, data_schema, error_schema
+from pipeline.output.dataset_card import AnnotatedSet, columns_table, dataset_card
+from pipeline.output.folder import OutputFolder
+from pipeline.output.schema import ANSWER_FIELDS, CANDIDATE_FIELDS, ERROR_FIELDS, MEANINGS, data_schema, error_schema
 from pipeline.storage.location import locate
 from tests.jobs.test_rescore import annotated_set
 

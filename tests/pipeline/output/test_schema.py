@@ -14,7 +14,7 @@ from pipeline.decoding.types import (
     Segment,
     Usage,
 )
-from pipeline.schema import (
+from pipeline.output.schema import (
     ANSWER_FIELDS,
     answer_row,
     check_query_schema,

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.actor import annotated_schema
 from pipeline.config.run import StorageConfig
-from pipeline.output import OutputFolder, UnitSummary
+from pipeline.output.folder import OutputFolder, UnitSummary
 from pipeline.storage.location import Location, StorageError, locate
 
 U1 = f"{1:020x}"

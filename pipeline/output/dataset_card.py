@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.indexing.passages import read_footer
-from pipeline.output import OutputFolder
-from pipeline.schema import MEANINGS
+from pipeline.output.folder import OutputFolder
+from pipeline.output.schema import MEANINGS
 
 # Hexadecimal digits of a digest that are shown.
 SHOWN = 12

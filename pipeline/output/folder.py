@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.schema import data_schema, error_schema
+from pipeline.output.schema import data_schema, error_schema
 from pipeline.storage.location import Location, MissingFileError, StorageError, one_line
 
 FORMAT_VERSION = 1
