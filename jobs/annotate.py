@@ -19,21 +19,21 @@ from typing import Annotated, Any
 import typer
 
 from jobs.cluster import Resources, actor_resources, connect
-from jobs.notify import fail, failures_told
-from jobs.progress import Progress
 from jobs.report import leave_report
 from jobs.rescore import rescore
-from pipeline.actor import SelfRagActor
-from pipeline.attempts import PATIENCE, Attempts
 from pipeline.config.run import RunConfig, load_config
 from pipeline.engine.models import versions
-from pipeline.incremental import NothingNewError
 from pipeline.output.folder import UnitSummary
-from pipeline.plan import Plan, check, settled, with_output
 from pipeline.retrieval.shard_servers import ServedIndex, start_servers
+from pipeline.run.actor import SelfRagActor
+from pipeline.run.attempts import PATIENCE, Attempts
+from pipeline.run.notices import fail, failures_told
+from pipeline.run.plan import Plan, check, settled, with_output
+from pipeline.run.progress import Progress
+from pipeline.run.selection import NothingNewError
+from pipeline.run.telemetry import RunTelemetry
 from pipeline.storage.lease import Claim, OutputTakenError
 from pipeline.storage.location import locate
-from pipeline.telemetry import RunTelemetry
 
 log = logging.getLogger(__name__)
 

@@ -30,7 +30,6 @@ from rich.table import Table
 
 from jobs.annotate import allot, execute
 from jobs.benchmark_script import WRITTEN, Prompter, Script
-from pipeline.actor import SelfRagActor
 from pipeline.config.run import DecodingConfig, ExecutionConfig, ModelConfig, RunConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.prompts import PromptTokenizer
@@ -38,7 +37,8 @@ from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Generation
 from pipeline.engine.vllm import load_tokenizer
-from pipeline.plan import check
+from pipeline.run.actor import SelfRagActor
+from pipeline.run.plan import check
 
 # Seconds that the waiting engine takes for an answer, from the environment of the actors.
 LATENCY = "SELFRAG_BENCHMARK_LATENCY"

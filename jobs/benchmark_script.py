@@ -24,7 +24,6 @@ import numpy as np
 import typer
 
 from jobs.annotate import allot, execute
-from pipeline.actor import SelfRagActor
 from pipeline.config.run import load_config
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.prompts import PromptTokenizer
@@ -34,7 +33,8 @@ from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Generation
 from pipeline.embedded import demo_model
 from pipeline.engine.vllm import VllmGenerator, load_tokenizer
-from pipeline.plan import check
+from pipeline.run.actor import SelfRagActor
+from pipeline.run.plan import check
 
 # Arguments of a LlamaConfig. The first is selfrag/selfrag_llama2_7b's but for its vocabulary, which is the demo
 # tokenizer's (49,167 instead of 32,016 tokens): https://huggingface.co/selfrag/selfrag_llama2_7b

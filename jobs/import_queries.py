@@ -20,11 +20,11 @@ import typer
 
 from jobs.options import RunFile, StorageSettings
 from pipeline.config.run import StorageConfig, load_storage
-from pipeline.plan import check_apart, check_bucket
 from pipeline.queries.converters import Ids, KnownDataset, Recipe, Row, check_row, checked_columns, known_datasets
 from pipeline.queries.query_set import QuerySet
 from pipeline.queries.sources import HUB, Source, SourceRequest, SourceRow, open_source
 from pipeline.queries.writer import PlacedRow, Spool, check_free, publish, write_query_set
+from pipeline.run.plan import check_apart, check_bucket
 from pipeline.storage.lease import Claim
 from pipeline.storage.location import Location, locate
 

@@ -6,10 +6,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.actor import annotated_schema
 from pipeline.config.run import RunConfig, StorageConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.output.folder import OutputFolder
+from pipeline.run.actor import annotated_schema
 from pipeline.storage.location import Location, locate
 
 INPUTS = pa.schema([("id", pa.string()), ("query", pa.string()), ("task", pa.string())])

@@ -249,7 +249,7 @@ class StorageConfig(Frozen):
 
 
 class OnFailure(Frozen):
-    """Who is told when a run fails (``jobs.notify``).
+    """Who is told when a run fails (``pipeline.run.notices``).
 
     Attributes:
         command: program and arguments; gets a JSON object on its stdin.

@@ -24,13 +24,13 @@ from typing import Any
 import ray
 
 import jobs.annotate
-import pipeline.plan
-from pipeline.actor import SelfRagActor
+import pipeline.run.plan
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.types import Generation
 from pipeline.engine.postmortem import Death
 from pipeline.engine.vllm import EngineDeadError
 from pipeline.gpus import assigned_gpus, choose_gpu
+from pipeline.run.actor import SelfRagActor
 from tests.fakes import DrawingGenerator, word_tokenizer
 
 # An engine's start on a shared card takes time, in which another one could begin.
@@ -92,7 +92,7 @@ def assigned() -> dict[str, Any]:
 def main() -> None:
     """Run the command."""
     jobs.annotate.execute = functools.partial(jobs.annotate.execute, actor=ScriptedActor)
-    pipeline.plan.critic_of = lambda _config: None  # type: ignore[assignment]
+    pipeline.run.plan.critic_of = lambda _config: None  # type: ignore[assignment]
     jobs.annotate.main()
 
 

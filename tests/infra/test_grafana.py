@@ -4,8 +4,8 @@ import json
 import re
 from pathlib import Path
 
-import pipeline.telemetry
-from pipeline.telemetry import ActorTelemetry, DeathTelemetry, RunTelemetry
+import pipeline.run.telemetry
+from pipeline.run.telemetry import ActorTelemetry, DeathTelemetry, RunTelemetry
 
 BOARD = json.loads((Path(__file__).parents[2] / "infra" / "grafana" / "selfrag.json").read_text())
 ASKED = [target["expr"] for panel in BOARD["panels"] for target in panel["targets"]]
@@ -15,13 +15,13 @@ def counted(monkeypatch) -> dict[str, type]:
     """Names of all metrics, and their kinds."""
     made = {}
     for kind in ("Counter", "Gauge", "Histogram"):
-        original = getattr(pipeline.telemetry, kind)
+        original = getattr(pipeline.run.telemetry, kind)
 
         def make(name, *arguments, original=original):
             made[f"ray_{name}"] = original
             return original(name, *arguments)
 
-        monkeypatch.setattr(pipeline.telemetry, kind, make)
+        monkeypatch.setattr(pipeline.run.telemetry, kind, make)
     ActorTelemetry("run")
     RunTelemetry("run", rows=1)
     DeathTelemetry("run")

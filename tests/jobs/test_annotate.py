@@ -13,11 +13,11 @@ from typer.testing import CliRunner
 from jobs.annotate import Summary, annotate_todo, finished_units
 from jobs.annotate import annotate as command
 from jobs.cluster import Resources
-from pipeline.actor import annotated_schema
 from pipeline.config.run import RunConfig, StorageConfig
 from pipeline.output.folder import OutputFolder, UnitSummary
-from pipeline.plan import Plan, check
 from pipeline.queries.query_set import QuerySet, Unit
+from pipeline.run.actor import annotated_schema
+from pipeline.run.plan import Plan, check
 from pipeline.storage.lease import Claim
 from pipeline.storage.location import Location, locate
 from tests.claims import finishing_elsewhere

@@ -17,9 +17,9 @@ from typer.testing import CliRunner, Result
 
 from jobs.annotate import annotate
 from jobs.cluster import Resources
-from pipeline.actor import annotated_schema
 from pipeline.config.run import StorageConfig
 from pipeline.queries.query_set import read_unit
+from pipeline.run.actor import annotated_schema
 from pipeline.storage.lease import Claim
 from pipeline.storage.location import locate
 
@@ -274,7 +274,7 @@ def test_who_cannot_be_told_changes_nothing(told, tmp_path, caplog, path, kind):
     told["on_failure"] = {"command": ["/no/such/program", "key-abc"], "webhook": f"http://127.0.0.1:1/{path}"}
     result = call(told | {"queries": f"{tmp_path}/none"})
     assert result.exit_code == 2
-    warnings = [record.message for record in caplog.records if record.name == "jobs.notify"]
+    warnings = [record.message for record in caplog.records if record.name == "pipeline.run.notices"]
     whys = ("FileNotFoundError: /no/such/program", kind)
     assert warnings == [f"on_failure: nobody was told: {why}" for why in whys]
     assert "key-abc" not in result.output

@@ -14,12 +14,12 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from jobs.annotate import annotate
-from pipeline.actor import annotate_table
 from pipeline.config.run import Profile, RunConfig, StorageConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.output.folder import OutputFolder
+from pipeline.run.actor import annotate_table
 from pipeline.storage.location import locate
 from tests.fakes import DrawingGenerator, DrawingRetriever, word_tokenizer
 

@@ -4,9 +4,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.actor import annotated_schema
 from pipeline.config.run import StorageConfig
 from pipeline.output.folder import OutputFolder, UnitSummary
+from pipeline.run.actor import annotated_schema
 from pipeline.storage.location import Location, StorageError, locate
 
 U1 = f"{1:020x}"

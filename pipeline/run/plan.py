@@ -13,11 +13,11 @@ from pipeline.decoding.profiles import Tasks, built_in_digest
 from pipeline.decoding.prompted_reader import prompts_digest
 from pipeline.engine.arguments import check_engine_arguments, model_path
 from pipeline.engine.models import model_identity
-from pipeline.incremental import Earlier, Selection
 from pipeline.output.folder import OutputFolder
 from pipeline.output.schema import columns_digest
 from pipeline.queries.query_set import QuerySet, Unit, inspect_queries
 from pipeline.retrieval.manifest import IndexManifest, check_index
+from pipeline.run.selection import Earlier, Selection
 from pipeline.storage.location import Location, locate
 
 

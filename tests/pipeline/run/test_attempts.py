@@ -3,8 +3,8 @@ import random
 
 import pytest
 
-from pipeline.attempts import PATIENCE, START, Attempts, HopelessError, Turnstile
 from pipeline.engine.postmortem import Death
+from pipeline.run.attempts import PATIENCE, START, Attempts, HopelessError, Turnstile
 
 
 def test_attempts_count_until_they_end() -> None:

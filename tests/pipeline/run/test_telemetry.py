@@ -11,8 +11,8 @@ import pyarrow as pa
 import pytest
 import ray
 
-from pipeline.actor import annotated_schema
-from pipeline.telemetry import ActorTelemetry, DeathTelemetry, RunTelemetry
+from pipeline.run.actor import annotated_schema
+from pipeline.run.telemetry import ActorTelemetry, DeathTelemetry, RunTelemetry
 from tests.faults.campaign import model_folder
 from tests.faults.harness import Job, write_queries
 from tests.faults.series import cluster

@@ -10,7 +10,7 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 
 from pipeline.engine.postmortem import Death
-from pipeline.telemetry import DeathTelemetry
+from pipeline.run.telemetry import DeathTelemetry
 
 # Attempts of a unit beside others; the next one is alone in its process, and from then on its rows are one by one.
 BESIDE_OTHERS = 2

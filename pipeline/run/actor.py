@@ -16,7 +16,6 @@ from typing import Any
 import pyarrow as pa
 import ray
 
-from pipeline.attempts import BESIDE_OTHERS, ROW_DEATHS, START, OutOfMemoryError, ProcessDiedError, Turnstile
 from pipeline.config.run import RunConfig
 from pipeline.critics import critic_of
 from pipeline.decoding.answer_cache import AnsweredOnce, Answering
@@ -41,8 +40,9 @@ from pipeline.output.schema import (
 from pipeline.queries.query_set import Unit, read_unit
 from pipeline.retrieval.retriever import IndexRetriever
 from pipeline.retrieval.shard_servers import IndexLostError
+from pipeline.run.attempts import BESIDE_OTHERS, ROW_DEATHS, START, OutOfMemoryError, ProcessDiedError, Turnstile
+from pipeline.run.telemetry import ActorTelemetry
 from pipeline.storage.location import locate
-from pipeline.telemetry import ActorTelemetry
 
 log = logging.getLogger(__name__)
 

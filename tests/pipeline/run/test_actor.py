@@ -13,8 +13,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.actor import OneByOne, SelfRagActor, annotate_table, annotated_schema
-from pipeline.attempts import PATIENCE, Attempts, HopelessError, Turnstile
 from pipeline.config.run import ExecutionConfig, RunConfig, StorageConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection_reader import ReflectionCritic
@@ -24,8 +22,10 @@ from pipeline.engine.vllm import EngineDeadError
 from pipeline.output.folder import OutputFolder, UnitSummary
 from pipeline.queries.query_set import inspect_queries
 from pipeline.retrieval.shard_servers import IndexLostError
+from pipeline.run.actor import OneByOne, SelfRagActor, annotate_table, annotated_schema
+from pipeline.run.attempts import PATIENCE, Attempts, HopelessError, Turnstile
+from pipeline.run.telemetry import ActorTelemetry
 from pipeline.storage.location import locate
-from pipeline.telemetry import ActorTelemetry
 from tests.fakes import ScriptedGenerator, generation, word_tokenizer
 
 CONFIG = RunConfig.model_validate(
@@ -231,7 +231,7 @@ async def test_an_engine_that_dies_while_it_is_warmed_ends_the_process(tmp_path,
     def gone(status):
         raise Died(status)
 
-    monkeypatch.setattr("pipeline.actor.os._exit", gone)
+    monkeypatch.setattr("pipeline.run.actor.os._exit", gone)
     attempts = Attempts(PATIENCE, "run")
     made = actor(LocalHandle(attempts), [])
     made.generator.error = EngineDeadError(DEATH)
@@ -269,7 +269,7 @@ def dies(*_: Any) -> None:
 @pytest.mark.parametrize(
     ("place", "reason"),
     [
-        ("pipeline.actor.read_unit", "^11 attempts ended with their process, with nothing done"),
+        ("pipeline.run.actor.read_unit", "^11 attempts ended with their process, with nothing done"),
         (
             "pipeline.output.folder.OutputFolder.write_unit",
             "^3 processes died while they wrote the files of unit [0-9a-f]+$",

@@ -1,0 +1,4 @@
+"""A run from top to bottom: planned, annotated by actors, counted, finished.
+
+Ray is driven from here.
+"""
