@@ -36,9 +36,9 @@ from pipeline.config.run import (
     cache_folder,
 )
 from pipeline.embedded import built, demo_encoder, demo_model
-from pipeline.evaluation import Evaluation, View, evaluate_set, first_passage, without_retrieval
+from pipeline.evaluation.evaluate import Evaluation, View, evaluate_set, first_passage, without_retrieval
+from pipeline.evaluation.metrics import best, contains
 from pipeline.indexing.build import BuildRequest
-from pipeline.metrics import best, contains
 from pipeline.output.folder import REPORT
 from pipeline.storage.location import locate
 

@@ -12,7 +12,7 @@ import typer
 
 from jobs.options import RunFile, StorageSettings
 from pipeline.config.run import load_storage
-from pipeline.evaluation import columns_of
+from pipeline.evaluation.evaluate import columns_of
 from pipeline.output.folder import REPORT, OutputFolder
 from pipeline.report import Reading, read_set
 from pipeline.report_changes import changes, sample_of

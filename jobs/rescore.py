@@ -19,9 +19,9 @@ import typer
 from jobs.cluster import connect
 from pipeline.config.loading import assign, flatten
 from pipeline.config.run import ExecutionConfig, StorageConfig, load_sections, load_storage
+from pipeline.evaluation.rescoring import Rescoring
 from pipeline.output.folder import OutputFolder, parquet_bytes
 from pipeline.output.schema import answer_row
-from pipeline.rescore import Rescoring
 from pipeline.run.notices import fail
 from pipeline.run.plan import check_apart
 from pipeline.storage.location import locate

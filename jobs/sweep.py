@@ -7,11 +7,11 @@ from typing import Any
 
 from rich.table import Table
 
-from pipeline.evaluation import rows_of
+from pipeline.evaluation.evaluate import rows_of
+from pipeline.evaluation.rescoring import Rescoring, any_threshold
+from pipeline.evaluation.sweep import GRID, Example, Sweep, example_of, sweep
 from pipeline.output.folder import OutputFolder
-from pipeline.rescore import Rescoring, any_threshold
 from pipeline.storage.location import Location
-from pipeline.sweep import GRID, Example, Sweep, example_of, sweep
 
 # Enough to tell two points of accuracy apart; each row is chosen again a hundred times at most.
 MOST_ROWS = 5_000

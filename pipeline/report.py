@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config.run import Columns, Weights
-from pipeline.evaluation import NOTHING, columns_of
+from pipeline.evaluation.evaluate import NOTHING, columns_of
 from pipeline.output.folder import NO_ERRORS, READERS, OutputFolder, UnitSummary, read_columns, summarise, unit_of
 from pipeline.report_changes import Answers, hashed
 from pipeline.report_examples import Pick, keep, picks_of

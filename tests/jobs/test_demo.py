@@ -10,8 +10,8 @@ from rich.console import Console
 
 from jobs.demo import PASSAGES, QUERIES, DemoSet, answers_table, conclusion, evaluations, first_rows
 from pipeline.decoding.prompts import passage_text
-from pipeline.evaluation import Evaluation, Tally
-from pipeline.judging import Judged
+from pipeline.evaluation.evaluate import Evaluation, Tally
+from pipeline.evaluation.judging import Judged
 from pipeline.output.schema import data_schema
 from pipeline.retrieval.encoder import Encoder
 

@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from jobs.evaluate import evaluate
 from pipeline.config.run import StorageConfig
-from pipeline.evaluation import Evaluation, as_it_is, evaluate_set, first_passage, without_retrieval
+from pipeline.evaluation.evaluate import Evaluation, as_it_is, evaluate_set, first_passage, without_retrieval
 from pipeline.output.folder import FORMAT_VERSION
 from pipeline.output.schema import CANDIDATE_FIELDS
 from pipeline.storage.location import locate

@@ -10,8 +10,8 @@ from pipeline.decoding.profiles import Tasks, for_choices
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Query
+from pipeline.evaluation.rescoring import recorded
 from pipeline.output.schema import answer_row, data_schema
-from pipeline.rescore import recorded
 from tests.fakes import DrawingGenerator, DrawingRetriever, word_tokenizer
 
 SCHEMA = data_schema(pa.schema([]), keep_candidates=True)

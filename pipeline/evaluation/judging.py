@@ -4,7 +4,16 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from pipeline.metrics import best, contains, exact, rouge_l, same_choice, string_em, token_f1, without_citations
+from pipeline.evaluation.metrics import (
+    best,
+    contains,
+    exact,
+    rouge_l,
+    same_choice,
+    string_em,
+    token_f1,
+    without_citations,
+)
 from pipeline.output.schema import GOLD_TYPES
 
 # What a row is judged by, as far as its set has it.

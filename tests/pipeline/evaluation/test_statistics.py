@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.statistics import calibration, compare, estimate, mean
+from pipeline.evaluation.statistics import calibration, compare, estimate, mean
 
 
 def test_mean_of_nothing_is_none() -> None:

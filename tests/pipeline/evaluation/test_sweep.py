@@ -3,8 +3,8 @@ import pytest
 from pipeline.config.run import DecodingConfig
 from pipeline.decoding.reflection import Retrieve
 from pipeline.decoding.types import Boundary, Candidate, Critique, Passage, Path, RetrievedPassage, Segment, Usage
-from pipeline.rescore import Recorded
-from pipeline.sweep import Example, first_half, sweep
+from pipeline.evaluation.rescoring import Recorded
+from pipeline.evaluation.sweep import Example, first_half, sweep
 
 CONFIG = DecodingConfig(keep_candidates=True, explore=True)
 

@@ -1,6 +1,6 @@
 import json
 
-from pipeline.exports import alce, cited_inside, factscore
+from pipeline.evaluation.exports import alce, cited_inside, factscore
 
 ROW = {
     "query": "Who led the Normans?",

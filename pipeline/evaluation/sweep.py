@@ -11,9 +11,9 @@ from typing import Any
 
 from pipeline.config.loading import assign
 from pipeline.config.run import DecodingConfig
-from pipeline.judging import golds_of, score, short_golds_of
-from pipeline.rescore import Recorded, Rescoring, recorded
-from pipeline.statistics import Difference, Estimate, compare, estimate, mean
+from pipeline.evaluation.judging import golds_of, score, short_golds_of
+from pipeline.evaluation.rescoring import Recorded, Rescoring, recorded
+from pipeline.evaluation.statistics import Difference, Estimate, compare, estimate, mean
 
 THRESHOLDS = tuple(n / 20 for n in range(21))
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)

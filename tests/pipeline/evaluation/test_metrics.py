@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.metrics import (
+from pipeline.evaluation.metrics import (
     best,
     contains,
     exact,

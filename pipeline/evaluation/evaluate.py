@@ -14,10 +14,10 @@ from pipeline.config.run import Columns, Profile
 from pipeline.decoding.choose import closed_answer
 from pipeline.decoding.profiles import built_in_profiles
 from pipeline.decoding.reflection import Retrieve
-from pipeline.judging import READ_COLUMNS, Judged, judge
+from pipeline.evaluation.judging import READ_COLUMNS, Judged, judge
+from pipeline.evaluation.statistics import Calibration, Difference, Estimate, calibration, compare, estimate, mean
 from pipeline.output.folder import OutputFolder
 from pipeline.output.schema import GOLD_TYPES, check_types
-from pipeline.statistics import Calibration, Difference, Estimate, calibration, compare, estimate, mean
 from pipeline.storage.location import Location
 
 log = logging.getLogger(__name__)
