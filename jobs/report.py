@@ -14,10 +14,10 @@ from jobs.options import RunFile, StorageSettings
 from pipeline.config.run import load_storage
 from pipeline.evaluation.evaluate import columns_of
 from pipeline.output.folder import REPORT, OutputFolder
-from pipeline.report import Reading, read_set
-from pipeline.report_changes import changes, sample_of
-from pipeline.report_examples import examples
-from pipeline.report_page import AnnotatedSet, Compared, headlines, page
+from pipeline.report.changes import changes, sample_of
+from pipeline.report.examples import examples
+from pipeline.report.figures import Reading, read_set
+from pipeline.report.page import AnnotatedSet, Compared, headlines, page
 from pipeline.storage.location import Location, locate, one_line
 
 log = logging.getLogger(__name__)

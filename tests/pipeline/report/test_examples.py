@@ -2,8 +2,8 @@ import pytest
 
 from pipeline.config.run import Columns
 from pipeline.output.folder import OutputFolder
-from pipeline.report import Reading, read_set
-from pipeline.report_examples import EXAMPLES, LONGEST_PASSAGE, LONGEST_TEXT, MOST_TASKS, Example, examples, pieces
+from pipeline.report.examples import EXAMPLES, LONGEST_PASSAGE, LONGEST_TEXT, MOST_TASKS, Example, examples, pieces
+from pipeline.report.figures import Reading, read_set
 from tests.reports import answered, segment, unread, write_set
 
 

@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.output.folder import OutputFolder
-from pipeline.report import BINS, MOST_TASKS, OTHERS, Failure, Reading, SetFigures, read_set, score_range
+from pipeline.report.figures import BINS, MOST_TASKS, OTHERS, Failure, Reading, SetFigures, read_set, score_range
 from pipeline.storage.location import StorageError
 from tests.reports import USAGE, answered, failed, segment, unread, write_set
 

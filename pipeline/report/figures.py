@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 from pipeline.config.run import Columns, Weights
 from pipeline.evaluation.evaluate import NOTHING, columns_of
 from pipeline.output.folder import NO_ERRORS, READERS, OutputFolder, UnitSummary, read_columns, summarise, unit_of
-from pipeline.report_changes import Answers, hashed
-from pipeline.report_examples import Pick, keep, picks_of
-from pipeline.report_times import Durations, Floats
+from pipeline.report.changes import Answers, hashed
+from pipeline.report.durations import Durations, Floats
+from pipeline.report.examples import Pick, keep, picks_of
 from pipeline.storage.location import Location
 
 SEGMENT_SCORES = ("is_rel", "is_sup", "is_use", "score")

@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from pipeline.output.folder import UnitSummary
-from pipeline.report_times import PARTS, PAUSE, Durations, timeline
+from pipeline.report.durations import PARTS, PAUSE, Durations, timeline
 
 
 def unit(began: float | None, ended: float | None, rows: int = 10, tokens: int = 100) -> UnitSummary:

@@ -14,10 +14,10 @@ from markupsafe import Markup
 
 from pipeline.config.loading import flatten
 from pipeline.output.folder import OutputFolder
-from pipeline.report import BINS, SetFigures, Spread
-from pipeline.report_changes import Changes
-from pipeline.report_examples import Example
-from pipeline.report_times import Timeline, timeline
+from pipeline.report.changes import Changes
+from pipeline.report.durations import Timeline, timeline
+from pipeline.report.examples import Example
+from pipeline.report.figures import BINS, SetFigures, Spread
 
 HERE = Path(__file__).parent
 NONE = "–"

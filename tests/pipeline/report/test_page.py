@@ -3,10 +3,10 @@ from pathlib import Path
 
 import pytest
 
-import pipeline.report_page
-from pipeline.report_page import Headline, change, duration, fact, number, shown
+import pipeline.report.page
+from pipeline.report.page import Headline, change, duration, fact, number, shown
 
-STYLE = Path(pipeline.report_page.__file__).with_name("report.css").read_text()
+STYLE = Path(pipeline.report.page.__file__).with_name("report.css").read_text()
 
 
 def colours(style: str) -> list[dict[str, str]]:
