@@ -17,11 +17,11 @@ import typer
 
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.embedded import BASE_MODEL, demo_base_model, demo_encoder
-from pipeline.teaching.data import Encode, TeachingData, nearest, read_data
-from pipeline.teaching.held_out import held_out_queries
-from pipeline.teaching.recipe import Recipe
-from pipeline.teaching.rows import Negatives, TreeBuilder
-from pipeline.teaching.trees import TokenTree, lay_out, packed
+from pipeline.training.data import Encode, TeachingData, nearest, read_data
+from pipeline.training.held_out import held_out_queries
+from pipeline.training.recipe import Recipe
+from pipeline.training.rows import Negatives, TreeBuilder
+from pipeline.training.trees import TokenTree, lay_out, packed
 
 log = logging.getLogger(__name__)
 
@@ -73,7 +73,7 @@ def student(base: str, adapter: Path | None, recipe: Recipe) -> tuple[Any, Promp
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pipeline.teaching.train import add_reflection_tokens, attach_adapter
+    from pipeline.training.train import add_reflection_tokens, attach_adapter
 
     torch.manual_seed(recipe.seed)
     folder = str(demo_base_model()) if base == "demo" else base
@@ -120,7 +120,7 @@ def run(
     Args:
         train_part, test_part: the rows to use, and the pool that their wrong passages come from.
     """
-    from pipeline.teaching.train import measure, save, train
+    from pipeline.training.train import measure, save, train
 
     negatives, test_negatives = mined(encoder, train_part, test_part)
     model, prompts = student(base, adapter, recipe)

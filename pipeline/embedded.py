@@ -170,7 +170,7 @@ def _merge(base: Path, target: Path) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
-    from pipeline.teaching.train import add_reflection_tokens
+    from pipeline.training.train import add_reflection_tokens
 
     tokenizer = AutoTokenizer.from_pretrained(base)
     model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)

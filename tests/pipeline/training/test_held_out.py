@@ -1,8 +1,8 @@
 from pipeline.config.run import Columns
 from pipeline.output.schema import check_query_schema, query_of
-from pipeline.teaching.data import Claim, Instruction, Reading, TeachingData
-from pipeline.teaching.held_out import held_out_queries
-from pipeline.teaching.rows import Negatives
+from pipeline.training.data import Claim, Instruction, Reading, TeachingData
+from pipeline.training.held_out import held_out_queries
+from pipeline.training.rows import Negatives
 
 READINGS = tuple(Reading(f"Who is {n}?", "People", f"Person {n} is name{n} here.", f"name{n}") for n in range(4))
 DATA = TeachingData(

@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given as hypothesis_given
 from hypothesis import strategies as st
 
-from pipeline.teaching.trees import Branch, forest, given, lay_out, packed, taught
+from pipeline.training.trees import Branch, forest, given, lay_out, packed, taught
 
 TOKENS = st.lists(st.integers(0, 50_000), min_size=1, max_size=4)
 TREES = st.recursive(

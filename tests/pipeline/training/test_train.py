@@ -13,9 +13,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection import CONTROL_TOKENS, IsRel, IsSup, IsUse, Retrieve
 from pipeline.embedded import demo_base_model
-from pipeline.teaching.recipe import Recipe
-from pipeline.teaching.train import add_reflection_tokens, attach_adapter, loss, measure, save, train
-from pipeline.teaching.trees import TokenTree, given, lay_out, taught
+from pipeline.training.recipe import Recipe
+from pipeline.training.train import add_reflection_tokens, attach_adapter, loss, measure, save, train
+from pipeline.training.trees import TokenTree, given, lay_out, taught
 
 RECIPE = Recipe(tokens=6_000, tokens_per_step=100, rank=4, frozen_layers=1, learning_rate=0.03)
 

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.teaching.data import Claim, Instruction, Pair, Reading, TeachingData, nearest, read_data
+from pipeline.training.data import Claim, Instruction, Pair, Reading, TeachingData, nearest, read_data
 
 READING = {"question": "q?", "passage": "The answer is here.", "title": "T", "answer": "answer", "source": "x"}
 CLAIM = {

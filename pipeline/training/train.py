@@ -15,8 +15,8 @@ from sklearn.metrics import roc_auc_score
 
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection import CONTROL_TOKENS, GROUPS, IsRel, IsSup, Retrieve
-from pipeline.teaching.recipe import Recipe
-from pipeline.teaching.trees import TokenTree
+from pipeline.training.recipe import Recipe
+from pipeline.training.trees import TokenTree
 
 log = logging.getLogger(__name__)
 

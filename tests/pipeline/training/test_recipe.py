@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.teaching.recipe import Recipe
+from pipeline.training.recipe import Recipe
 
 
 def test_the_learning_rate_warms_up_and_decays_to_a_tenth() -> None:

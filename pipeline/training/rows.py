@@ -9,8 +9,8 @@ from enum import StrEnum
 
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection import IsRel, IsSup, IsUse, Retrieve
-from pipeline.teaching.data import Claim, Instruction, Pair, Reading, TeachingData
-from pipeline.teaching.trees import Branch, given, taught
+from pipeline.training.data import Claim, Instruction, Pair, Reading, TeachingData
+from pipeline.training.trees import Branch, given, taught
 
 CLAIM_INSTRUCTION = "Is the following claim supported by evidence? Answer with one of: {choices}."
 

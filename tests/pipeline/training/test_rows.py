@@ -8,9 +8,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.decoding.reflection import CONTROL_TOKENS, IsRel, IsSup, IsUse, Paragraph, Retrieve
-from pipeline.teaching.data import Claim, Instruction, Pair, Reading, TeachingData
-from pipeline.teaching.rows import LossWeights, Negatives, TreeBuilder, window, wrong_span
-from pipeline.teaching.trees import Branch
+from pipeline.training.data import Claim, Instruction, Pair, Reading, TeachingData
+from pipeline.training.rows import LossWeights, Negatives, TreeBuilder, window, wrong_span
+from pipeline.training.trees import Branch
 from tests.fakes import word_tokenizer
 
 WEIGHTS = LossWeights(decide=1.0, relevance=5.0, critique=2.0, text=3.0, output=0.25)

@@ -10,8 +10,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.teaching.data import Claim, Instruction, Reading, TeachingData
-from pipeline.teaching.rows import CLAIM_INSTRUCTION, Negatives
+from pipeline.training.data import Claim, Instruction, Reading, TeachingData
+from pipeline.training.rows import CLAIM_INSTRUCTION, Negatives
 
 STRINGS = pa.list_(pa.string())
 SCHEMA = pa.schema(
