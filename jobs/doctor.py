@@ -26,8 +26,8 @@ from jobs.cluster import Resources, actor_resources, connect, reason
 from pipeline.config.loading import read_yaml
 from pipeline.config.run import RunConfig, StorageConfig, load_config
 from pipeline.critics import critic_of
-from pipeline.device_probe import DeviceProbe
-from pipeline.diagnosis import (
+from pipeline.doctor.device_probe import DeviceProbe
+from pipeline.doctor.diagnosis import (
     Finding,
     Verdict,
     judge_answer,
@@ -37,8 +37,8 @@ from pipeline.diagnosis import (
     judge_shared_memory,
     judge_versions,
 )
+from pipeline.doctor.machine import Machine, inspect_machine
 from pipeline.engine.arguments import check_engine_arguments, gpu_share
-from pipeline.machine import Machine, inspect_machine
 from pipeline.retrieval.manifest import check_index
 from pipeline.storage.location import locate
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from pipeline.config.run import RetrievalConfig
-from pipeline.machine import read_cards
+from pipeline.doctor.machine import read_cards
 from tests.gpu.cpu_answers import DECODING, QUERIES, SETTINGS, first_queries
 
 REHEARSAL = bool(os.environ.get("SELFRAG_GPU_REHEARSAL"))

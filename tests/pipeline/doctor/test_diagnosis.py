@@ -2,8 +2,8 @@ from dataclasses import replace
 
 import pytest
 
-from pipeline.device_probe import Answered, Searched
-from pipeline.diagnosis import (
+from pipeline.doctor.device_probe import Answered, Searched
+from pipeline.doctor.diagnosis import (
     Verdict,
     judge_answer,
     judge_gpu_memory,
@@ -12,7 +12,7 @@ from pipeline.diagnosis import (
     judge_shared_memory,
     judge_versions,
 )
-from pipeline.machine import Card, Machine
+from pipeline.doctor.machine import Card, Machine
 
 GPU = Machine(
     host="a",

@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.machine import Card, find_misfits, inspect_machine, read_cards
+from pipeline.doctor.machine import Card, find_misfits, inspect_machine, read_cards
 
 
 def test_this_machine_has_what_the_project_was_tested_with():

@@ -4,8 +4,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
-from pipeline.device_probe import QUESTION, Answered, Searched
-from pipeline.machine import Machine
+from pipeline.doctor.device_probe import QUESTION, Answered, Searched
+from pipeline.doctor.machine import Machine
 
 GB = 1e9
 # NCCL and vLLM's worker processes exchange data there; a container has 64 MB unless it is told otherwise.

@@ -1,0 +1,4 @@
+"""Before the first run: what this machine and cluster can do, tried and told in plain lines.
+
+Finds what a run would stumble over.
+"""
