@@ -18,9 +18,9 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.cluster import Resources, actor_resources, connect
 from jobs.report import leave_report
 from jobs.rescore import rescore
+from pipeline.cluster import Resources, actor_resources, connect
 from pipeline.config.run import RunConfig, load_config
 from pipeline.engine.models import versions
 from pipeline.output.folder import UnitSummary

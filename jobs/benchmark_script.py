@@ -31,7 +31,7 @@ from pipeline.decoding.reflection import REFLECTION_TOKENS, IsRel, IsSup, IsUse,
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Generation
-from pipeline.embedded import demo_model
+from pipeline.demo_models import demo_model
 from pipeline.engine.vllm import VllmGenerator, load_tokenizer
 from pipeline.run.actor import SelfRagActor
 from pipeline.run.plan import check

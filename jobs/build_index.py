@@ -18,9 +18,9 @@ from typing import Annotated, NoReturn
 import typer
 from rich.console import Console
 
-from jobs.cluster import reason
 from jobs.index_check import CheckRequest, check_command
 from jobs.index_plan import survey, tables
+from pipeline.cluster import reason
 from pipeline.config.loading import validated
 from pipeline.config.run import RetrievalConfig, StorageConfig, load_sections
 from pipeline.indexing.build import BuildFolder, BuildPlan, BuildRequest

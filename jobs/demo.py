@@ -35,7 +35,7 @@ from pipeline.config.run import (
     StorageConfig,
     cache_folder,
 )
-from pipeline.embedded import built, demo_encoder, demo_model
+from pipeline.demo_models import built, demo_encoder, demo_model
 from pipeline.evaluation.evaluate import Evaluation, View, evaluate_set, first_passage, without_retrieval
 from pipeline.evaluation.metrics import best, contains
 from pipeline.indexing.build import BuildRequest
@@ -194,7 +194,7 @@ def demo(
     into the same output folder shows what is there, or continues it.
     """
     logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("pipeline.embedded").setLevel(logging.INFO)
+    logging.getLogger("pipeline.demo_models").setLevel(logging.INFO)
     try:
         demo_model()
         index = demo_index()

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from jobs.cluster import Resources, actor_resources, connect, reason
+from pipeline.cluster import Resources, actor_resources, connect, reason
 from pipeline.config.loading import read_yaml
 from pipeline.config.run import RunConfig, StorageConfig, load_config
 from pipeline.critics import critic_of

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 
-from jobs.cluster import connect
+from pipeline.cluster import connect
 from pipeline.config.loading import assign, flatten
 from pipeline.config.run import ExecutionConfig, StorageConfig, load_sections, load_storage
 from pipeline.evaluation.rescoring import Rescoring

@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import typer
 
 from pipeline.decoding.prompts import PromptTokenizer
-from pipeline.embedded import BASE_MODEL, demo_base_model, demo_encoder
+from pipeline.demo_models import BASE_MODEL, demo_base_model, demo_encoder
 from pipeline.training.data import Encode, TeachingData, nearest, read_data
 from pipeline.training.held_out import held_out_queries
 from pipeline.training.recipe import Recipe

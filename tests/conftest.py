@@ -23,7 +23,7 @@ DEMO = Path(__file__).parents[1] / "infra" / "demo"
 
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
-    from pipeline.embedded import demo_model
+    from pipeline.demo_models import demo_model
 
     return demo_model()
 

@@ -33,7 +33,7 @@ def model_path(name: str) -> str:
     """Where a model is: ``demo`` is the embedded default's folder; other names are the hub's or a folder's own."""
     if name != "demo":
         return name
-    from pipeline.embedded import demo_model
+    from pipeline.demo_models import demo_model
 
     return str(demo_model())
 

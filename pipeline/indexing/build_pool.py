@@ -19,7 +19,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from jobs.cluster import Room, connect, most_cpus
+from pipeline.cluster import Room, connect, most_cpus
 from pipeline.config.run import ExecutionConfig
 from pipeline.indexing.build import BuildFolder, BuildPlan, read_ahead
 from pipeline.indexing.passages import Sample, ShardPlan, read_passages, spread_samples

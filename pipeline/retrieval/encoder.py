@@ -142,7 +142,7 @@ def encoder_digest(name: str, revision: str | None = None) -> str | None:
 def _folder(name: str) -> Path | None:
     """The local folder that a name means; None for a Hugging Face name."""
     if name == "demo":
-        from pipeline.embedded import demo_encoder
+        from pipeline.demo_models import demo_encoder
 
         try:
             return demo_encoder()

@@ -11,7 +11,7 @@ from typing import NoReturn
 import typer
 from tenacity import Retrying, stop_after_attempt, wait_exponential
 
-from jobs.cluster import reason
+from pipeline.cluster import reason
 from pipeline.config.run import OnFailure, RunConfig
 
 log = logging.getLogger(__name__)

@@ -13,7 +13,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from jobs.demo import QUERIES, demo_index
-from pipeline.embedded import adapter_digest
+from pipeline.demo_models import adapter_digest
 
 FILE = Path(__file__).with_name("cpu_answers.json")
 SETTINGS = ["execution.unit_rows=8"]

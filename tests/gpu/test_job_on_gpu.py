@@ -16,7 +16,7 @@ import pyarrow.parquet as pq
 import pytest
 import ray
 
-from jobs.cluster import CONTEXTS, check_sharing
+from pipeline.cluster import CONTEXTS, check_sharing
 from pipeline.config.run import ModelConfig, RetrievalConfig, RunConfig, StorageConfig
 from pipeline.engine.vllm import VllmGenerator, prepare_environment
 from pipeline.gpus import choose_gpu, exclusive_start

@@ -12,7 +12,7 @@ from typer.testing import CliRunner
 
 from jobs.annotate import Summary, annotate_todo, finished_units
 from jobs.annotate import annotate as command
-from jobs.cluster import Resources
+from pipeline.cluster import Resources
 from pipeline.config.run import RunConfig, StorageConfig
 from pipeline.output.folder import OutputFolder, UnitSummary
 from pipeline.queries.query_set import QuerySet, Unit

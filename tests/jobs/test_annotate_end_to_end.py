@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
-from pipeline.embedded import demo_base_model
+from pipeline.demo_models import demo_base_model
 from pipeline.output.schema import ANSWER_FIELDS, ERROR_FIELDS
 
 GIVEN = pa.list_(pa.struct([("id", pa.string()), ("title", pa.string()), ("text", pa.string())]))

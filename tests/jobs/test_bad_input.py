@@ -91,7 +91,7 @@ class Case:
 
 @pytest.fixture
 def case(tmp_path: Path, demo_model: Path, small_index: Path, s3: S3Server) -> Case:
-    from pipeline.embedded import demo_base_model
+    from pipeline.demo_models import demo_base_model
 
     pq.write_table(pa.table({"id": ["a", "b"], "query": ["Who?", "What?"]}), tmp_path / "queries.parquet")
     options = {"--queries": tmp_path / "queries.parquet", "--output": tmp_path / "out", "--model": demo_model}

@@ -16,7 +16,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from jobs.annotate import annotate
-from jobs.cluster import Resources
+from pipeline.cluster import Resources
 from pipeline.config.run import StorageConfig
 from pipeline.queries.query_set import read_unit
 from pipeline.run.actor import annotated_schema

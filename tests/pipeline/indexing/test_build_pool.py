@@ -1,6 +1,6 @@
 import pytest
 
-from jobs.cluster import Room
+from pipeline.cluster import Room
 from pipeline.indexing.build_pool import pool
 
 LAPTOP = [Room(8.0)]

@@ -6,7 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.embedded import demo_encoder
+from pipeline.demo_models import demo_encoder
 from pipeline.retrieval.encoder import Encoder, encoder_digest
 
 

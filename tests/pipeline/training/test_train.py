@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection import CONTROL_TOKENS, IsRel, IsSup, IsUse, Retrieve
-from pipeline.embedded import demo_base_model
+from pipeline.demo_models import demo_base_model
 from pipeline.training.recipe import Recipe
 from pipeline.training.train import add_reflection_tokens, attach_adapter, loss, measure, save, train
 from pipeline.training.trees import TokenTree, given, lay_out, taught

@@ -9,10 +9,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from pipeline import embedded
+from pipeline import demo_models as embedded
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection import CONTROL_TOKENS, REFLECTION_TOKENS
-from pipeline.embedded import Wheel, built, demo_base_model, demo_encoder, demo_model, download
+from pipeline.demo_models import Wheel, built, demo_base_model, demo_encoder, demo_model, download
 
 
 @pytest.fixture

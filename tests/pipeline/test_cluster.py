@@ -1,6 +1,6 @@
 import pytest
 
-from jobs.cluster import (
+from pipeline.cluster import (
     Resources,
     Room,
     actor_gpus,
