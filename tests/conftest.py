@@ -13,8 +13,8 @@ from pyarrow import fs
 
 from pipeline.config.run import StorageConfig
 from pipeline.storage.location import Location, locate
-from tests.indexes import save, unit_vectors
-from tests.s3 import S3Server, serving_s3
+from tests.support.indexes import save, unit_vectors
+from tests.support.s3 import S3Server, serving_s3
 
 # A Ray cluster that happens to run on this machine is none of the tests' business.
 os.environ["RAY_ADDRESS"] = "local"

@@ -16,7 +16,7 @@ import typer
 
 from tests.faults import series
 from tests.faults.harness import Job, write_queries
-from tests.s3 import serving_s3
+from tests.support.s3 import serving_s3
 
 ROWS, ROWS_ON_S3, ROWS_FOR_REAL = 300, 100, 60
 

@@ -31,7 +31,7 @@ from pipeline.engine.postmortem import Death
 from pipeline.engine.vllm import EngineDeadError
 from pipeline.gpus import assigned_gpus, choose_gpu
 from pipeline.run.actor import SelfRagActor
-from tests.fakes import DrawingGenerator, word_tokenizer
+from tests.support.fakes import DrawingGenerator, word_tokenizer
 
 # An engine's start on a shared card takes time, in which another one could begin.
 START_SECONDS = 1.0

@@ -16,7 +16,7 @@ import pytest
 
 from tests.faults.harness import Job, kill_actors, kill_drivers, redone, written
 from tests.faults.proxy import FaultProxy, Faults
-from tests.s3 import S3Server
+from tests.support.s3 import S3Server
 
 Outcome = tuple[int, list[str]]
 

@@ -13,7 +13,7 @@ from pipeline.retrieval.encoder import Vectors
 from pipeline.retrieval.index import Hit, PassageIndex
 from pipeline.storage.location import Location, locate
 from tests.gpu.conftest import REHEARSAL
-from tests.indexes import CPU, save, unit_vectors
+from tests.support.indexes import CPU, save, unit_vectors
 
 pytestmark = pytest.mark.gpu
 

@@ -70,7 +70,14 @@ def test_the_build_sees_the_code_and_the_demo_and_nothing_else() -> None:
         "pipeline/decoding/profiles.yaml",
         "infra/demo/adapter/adapter_model.safetensors",
     ]
-    unseen = [".git/config", ".venv/bin/python", "tests/fakes.py", "out/x", "infra/SIZING.md", "jobs/__pycache__/x.pyc"]
+    unseen = [
+        ".git/config",
+        ".venv/bin/python",
+        "tests/support/fakes.py",
+        "out/x",
+        "infra/SIZING.md",
+        "jobs/__pycache__/x.pyc",
+    ]
     assert [path for path in [*seen, *unseen] if reaches_the_build(path)] == seen
 
 

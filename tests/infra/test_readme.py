@@ -22,7 +22,7 @@ from typer.testing import CliRunner
 
 from jobs.demo import DEMO
 from tests.infra.test_docs import ROOT, words_of
-from tests.s3 import serving_s3
+from tests.support.s3 import serving_s3
 
 README = (ROOT / "README.md").read_text()
 # What is not at hand where tests run: models and data sets of the hub, a GPU, and a cluster (test_submit.py has one).

@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 
-from tests.jobs.building import given_vectors
+from tests.support.building import given_vectors
 
 
 @pytest.fixture

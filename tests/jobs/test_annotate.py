@@ -20,7 +20,7 @@ from pipeline.run.actor import annotated_schema
 from pipeline.run.plan import Plan, check
 from pipeline.storage.lease import Claim
 from pipeline.storage.location import Location, locate
-from tests.claims import finishing_elsewhere
+from tests.support.claims import finishing_elsewhere
 
 GIVEN = pa.list_(pa.struct([("id", pa.string()), ("title", pa.string()), ("text", pa.string())]))
 

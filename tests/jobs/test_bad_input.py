@@ -15,7 +15,7 @@ import typer
 from typer.testing import CliRunner
 
 from jobs.annotate import annotate as command
-from tests.s3 import S3Server
+from tests.support.s3 import S3Server
 
 APP = typer.Typer()
 APP.command()(command)

@@ -16,7 +16,7 @@ from jobs.benchmark_workloads import LONG_PASSAGES, SHORT_WORDS, WORKLOADS, Work
 from pipeline.config.run import DecodingConfig, ModelConfig
 from pipeline.decoding.reflection import REFLECTION_TOKENS
 from pipeline.decoding.types import Passage, Query, RetrievedPassage
-from tests.fakes import EOS, word_tokenizer
+from tests.support.fakes import EOS, word_tokenizer
 
 
 @pytest.mark.parametrize(("questions", "expected"), [(0.0, 0), (0.5, 10), (1.0, 20), (0.25, 5)])

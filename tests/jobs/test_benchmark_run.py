@@ -13,7 +13,7 @@ from jobs.benchmark_workloads import WORKLOADS, lengthened
 from pipeline.config.run import ModelConfig
 from pipeline.decoding.types import Passage, RetrievedPassage
 from pipeline.engine.arguments import engine_arguments
-from tests.fakes import word_tokenizer
+from tests.support.fakes import word_tokenizer
 
 SHORT_FORM = WORKLOADS[0]
 

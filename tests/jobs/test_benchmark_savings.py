@@ -25,7 +25,7 @@ from pipeline.config.run import DecodingConfig, Weights
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection import REFLECTION_TOKENS, Retrieve
 from pipeline.decoding.types import Candidate, Critique, Generation, Passage, Query, RetrievedPassage, Segment
-from tests.fakes import word_tokenizer
+from tests.support.fakes import word_tokenizer
 
 GIVEN = (Passage("a", "", "one"), Passage("b", "", "two"))
 

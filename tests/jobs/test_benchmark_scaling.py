@@ -9,7 +9,7 @@ from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Passage, Query
-from tests.fakes import word_tokenizer
+from tests.support.fakes import word_tokenizer
 
 
 def test_the_waiting_engine_makes_every_query_read_all_of_its_passages():

@@ -8,7 +8,7 @@ from pipeline.decoding.reflection import REFLECTION_TOKENS, IsSup, Retrieve
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Finish, Generation, Passage, Query
-from tests.fakes import EOS, word_tokenizer
+from tests.support.fakes import EOS, word_tokenizer
 
 
 class Scribbler:

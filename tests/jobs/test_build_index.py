@@ -20,8 +20,8 @@ from pipeline.retrieval.encoder import Encoder
 from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.manifest import check_encoder, check_index, read_manifest
 from pipeline.retrieval.retriever import IndexRetriever
-from tests.indexes import numbered, place
-from tests.jobs.building import app, given_vectors, run
+from tests.support.building import app, given_vectors, run
+from tests.support.indexes import numbered, place
 
 DEMO = Path(__file__).parents[2] / "infra" / "demo" / "passages.parquet"
 

@@ -19,9 +19,9 @@ from pipeline.indexing.passages import ShardPlan
 from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.manifest import read_manifest
 from pipeline.storage.lease import Claim
-from tests.claims import finishing_elsewhere
-from tests.indexes import place
-from tests.jobs.building import given_vectors, run
+from tests.support.building import given_vectors, run
+from tests.support.claims import finishing_elsewhere
+from tests.support.indexes import place
 
 
 @pytest.fixture(scope="module", autouse=True)

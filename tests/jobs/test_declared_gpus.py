@@ -17,10 +17,10 @@ import numpy as np
 import pyarrow.dataset as ds
 import pytest
 
-from tests.clusters import asked_during, gpus_held, workers
 from tests.faults.campaign import model_folder
 from tests.faults.harness import Job, broken, redone, write_queries, written
 from tests.faults.series import cluster, on
+from tests.support.clusters import asked_during, gpus_held, workers
 
 ROWS = 40
 # The harness sets both for runs on CPUs.

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from jobs.doctor import doctor, use_storage
 from pipeline.config.run import RunConfig, StorageConfig
 from pipeline.doctor.device_probe import Answered, Searched
-from tests.s3 import S3Server
+from tests.support.s3 import S3Server
 
 APP = typer.Typer()
 APP.command()(doctor)

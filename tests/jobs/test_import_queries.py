@@ -19,7 +19,7 @@ from pipeline.queries.converters import known_datasets
 from pipeline.queries.query_set import inspect_queries
 from pipeline.storage.location import locate
 from tests.pipeline.queries.test_sources import lines
-from tests.s3 import S3Server
+from tests.support.s3 import S3Server
 
 APP = typer.Typer()
 APP.command()(import_queries)

@@ -10,7 +10,7 @@ from typer.testing import CliRunner, Result
 
 from jobs.build_index import build_index
 from pipeline.storage.location import Location
-from tests.indexes import save, unit_vectors
+from tests.support.indexes import save, unit_vectors
 
 APP = typer.Typer()
 APP.command()(build_index)

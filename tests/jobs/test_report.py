@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from jobs.report import leave_report, report
 from pipeline.output.folder import OutputFolder
-from tests.reports import Row, answered, at, failed, segment, unread, write_set
+from tests.support.reports import Row, answered, at, failed, segment, unread, write_set
 
 APP = typer.Typer()
 APP.command()(report)

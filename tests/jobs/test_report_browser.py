@@ -10,7 +10,7 @@ import pytest
 
 from jobs.report import write_report
 from tests.jobs.test_report import usual
-from tests.reports import PASSAGE, answered, at, failed, write_set
+from tests.support.reports import PASSAGE, answered, at, failed, write_set
 
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="no Chromium or Chrome is installed")

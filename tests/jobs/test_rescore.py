@@ -21,7 +21,7 @@ from pipeline.decoding.self_rag import SelfRag
 from pipeline.output.folder import OutputFolder
 from pipeline.run.actor import annotate_table
 from pipeline.storage.location import locate
-from tests.fakes import DrawingGenerator, DrawingRetriever, word_tokenizer
+from tests.support.fakes import DrawingGenerator, DrawingRetriever, word_tokenizer
 
 APP = typer.Typer()
 APP.command()(annotate)

@@ -15,7 +15,7 @@ from typer.testing import CliRunner
 from jobs.share import share
 from pipeline.output.dataset_card import columns_table
 from tests.jobs.test_rescore import annotated_set
-from tests.s3 import S3Server
+from tests.support.s3 import S3Server
 
 APP = typer.Typer()
 APP.command()(share)

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from pipeline.config.run import Weights
 from pipeline.decoding.critique import critique, retrieve_probability, segment_score
 from pipeline.decoding.reflection import IsRel, IsSup, IsUse
-from tests.fakes import EOS, generation, word_tokenizer
+from tests.support.fakes import EOS, generation, word_tokenizer
 
 TOKENIZER = word_tokenizer()
 IDS = TOKENIZER.reflection

@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.decoding.prompts import instruction_prompt, passage_text
-from tests.fakes import word_tokenizer
+from tests.support.fakes import word_tokenizer
 
 
 def test_prompt_is_the_papers():

@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.decoding.reflection import CONTROL_TOKENS, IsSup, Paragraph, ReflectionIds, Retrieve, group_probabilities
-from tests.fakes import WordTokenizer
+from tests.support.fakes import WordTokenizer
 
 LOGPROBS = st.lists(st.floats(-80.0, 0.0), min_size=2, max_size=5)
 

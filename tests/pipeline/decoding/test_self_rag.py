@@ -11,7 +11,7 @@ from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Passage, Query
-from tests.fakes import ListRetriever, ScriptedGenerator, generation, word_tokenizer
+from tests.support.fakes import ListRetriever, ScriptedGenerator, generation, word_tokenizer
 
 PASSAGES = [Passage("p1", "", "wrong passage"), Passage("p2", "", "right passage"), Passage("p3", "", "other passage")]
 

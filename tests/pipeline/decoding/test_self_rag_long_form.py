@@ -13,7 +13,14 @@ from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Answer, Generation, Passage, Query, RetrievedPassage
-from tests.fakes import DrawingGenerator, DrawingRetriever, ScriptedGenerator, generation, judged, word_tokenizer
+from tests.support.fakes import (
+    DrawingGenerator,
+    DrawingRetriever,
+    ScriptedGenerator,
+    generation,
+    judged,
+    word_tokenizer,
+)
 
 TOKENIZER = word_tokenizer()
 QUESTION = "### Instruction: Tell ### Response:"

@@ -12,7 +12,7 @@ from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Query
 from pipeline.evaluation.rescoring import recorded
 from pipeline.output.schema import answer_row, data_schema
-from tests.fakes import DrawingGenerator, DrawingRetriever, word_tokenizer
+from tests.support.fakes import DrawingGenerator, DrawingRetriever, word_tokenizer
 
 SCHEMA = data_schema(pa.schema([]), keep_candidates=True)
 FORMS: list[dict[str, Any]] = [

@@ -21,8 +21,8 @@ from pipeline.indexing.passages import (
     read_passages,
     spread_samples,
 )
-from tests.flaky import BUSY, flaky
-from tests.indexes import numbered, place
+from tests.support.flaky import BUSY, flaky
+from tests.support.indexes import numbered, place
 
 
 @pytest.fixture

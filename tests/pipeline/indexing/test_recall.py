@@ -6,7 +6,7 @@ from pipeline.decoding.types import Passage
 from pipeline.indexing.recall import exhaustive, lossy, measure, parameters, recall, reranked, stored_vectors, without
 from pipeline.retrieval.index import Hit, PassageIndex
 from pipeline.storage.location import Location
-from tests.indexes import CPU, save, unit_vectors
+from tests.support.indexes import CPU, save, unit_vectors
 
 VECTORS = unit_vectors(600, seed=3)
 QUERIES = unit_vectors(40, seed=4)

@@ -11,7 +11,7 @@ import pytest
 
 from pipeline.config.run import StorageConfig
 from pipeline.queries.sources import Source, SourceRequest, SourceRow, open_source
-from tests.s3 import S3Server
+from tests.support.s3 import S3Server
 
 
 def source(uri: object, **options: str) -> Source:

@@ -4,7 +4,7 @@ from pipeline.config.run import Columns
 from pipeline.output.folder import OutputFolder
 from pipeline.report.examples import EXAMPLES, LONGEST_PASSAGE, LONGEST_TEXT, MOST_TASKS, Example, examples, pieces
 from pipeline.report.figures import Reading, read_set
-from tests.reports import answered, segment, unread, write_set
+from tests.support.reports import answered, segment, unread, write_set
 
 
 def of(output: OutputFolder) -> list[Example]:

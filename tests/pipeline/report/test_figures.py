@@ -7,7 +7,7 @@ import pytest
 from pipeline.output.folder import OutputFolder
 from pipeline.report.figures import BINS, MOST_TASKS, OTHERS, Failure, Reading, SetFigures, read_set, score_range
 from pipeline.storage.location import StorageError
-from tests.reports import USAGE, answered, failed, segment, unread, write_set
+from tests.support.reports import USAGE, answered, failed, segment, unread, write_set
 
 
 def figures(output: OutputFolder) -> SetFigures:

@@ -21,7 +21,7 @@ from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.manifest import IndexManifest, read_manifest
 from pipeline.retrieval.shard_files import empty_index
 from pipeline.storage.location import Location
-from tests.indexes import CPU, unit_vectors
+from tests.support.indexes import CPU, unit_vectors
 
 CARD = 80_000_000_000
 

@@ -14,7 +14,7 @@ from pipeline.retrieval.index import PassageIndex, Shard
 from pipeline.retrieval.manifest import check_index, read_manifest, write_manifest
 from pipeline.retrieval.shard_files import build_shard, empty_index, faiss_reason, train
 from pipeline.storage.location import Location
-from tests.indexes import CPU, passages, save, unit_vectors
+from tests.support.indexes import CPU, passages, save, unit_vectors
 
 small = st.integers(-1, 1)
 

@@ -12,8 +12,8 @@ from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.index_cache import obtain, room_for
 from pipeline.retrieval.manifest import read_manifest
 from pipeline.storage.location import Location
-from tests.flaky import FlakyFiles
-from tests.indexes import CPU, save, unit_vectors
+from tests.support.flaky import FlakyFiles
+from tests.support.indexes import CPU, save, unit_vectors
 
 
 def test_remote_files_are_fetched_once_and_checked(remote: Location, saved: Location, tmp_path: Path) -> None:

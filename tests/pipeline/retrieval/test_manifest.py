@@ -7,7 +7,7 @@ from pipeline.config.run import RetrievalConfig
 from pipeline.retrieval.encoder import EncoderStyle
 from pipeline.retrieval.manifest import check_encoder, check_index, read_manifest
 from pipeline.storage.location import Location
-from tests.indexes import CPU
+from tests.support.indexes import CPU
 
 
 @pytest.mark.parametrize(

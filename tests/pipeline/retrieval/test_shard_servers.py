@@ -28,7 +28,7 @@ from pipeline.retrieval.shard_servers import (
     start_servers,
 )
 from pipeline.storage.location import Location, locate
-from tests.indexes import CPU, save, unit_vectors
+from tests.support.indexes import CPU, save, unit_vectors
 
 NO_CPUS = ExecutionConfig(cpus_per_server=0)
 

@@ -26,7 +26,7 @@ from pipeline.run.actor import OneByOne, SelfRagActor, annotate_table, annotated
 from pipeline.run.attempts import PATIENCE, Attempts, HopelessError, Turnstile
 from pipeline.run.telemetry import ActorTelemetry
 from pipeline.storage.location import locate
-from tests.fakes import ScriptedGenerator, generation, word_tokenizer
+from tests.support.fakes import ScriptedGenerator, generation, word_tokenizer
 
 CONFIG = RunConfig.model_validate(
     {"queries": "q", "output": "o", "model": {"name": "m"}, "decoding": {"mode": "never"}}

@@ -13,8 +13,8 @@ import pytest
 from pipeline.config.run import StorageConfig
 from pipeline.storage.lease import Claim, OutputTakenError, born
 from pipeline.storage.location import Location, locate
-from tests.claims import claim_of
-from tests.s3 import S3Server
+from tests.support.claims import claim_of
+from tests.support.s3 import S3Server
 
 
 @pytest.fixture(autouse=True)

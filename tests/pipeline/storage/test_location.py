@@ -7,7 +7,7 @@ from pyarrow import fs
 
 from pipeline.config.run import StorageConfig
 from pipeline.storage.location import MissingFileError, StorageError, locate, passing
-from tests.flaky import BUSY, flaky
+from tests.support.flaky import BUSY, flaky
 
 HERE = StorageConfig()
 

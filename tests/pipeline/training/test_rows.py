@@ -11,7 +11,7 @@ from pipeline.decoding.reflection import CONTROL_TOKENS, IsRel, IsSup, IsUse, Pa
 from pipeline.training.data import Claim, Instruction, Pair, Reading, TeachingData
 from pipeline.training.rows import LossWeights, Negatives, TreeBuilder, window, wrong_span
 from pipeline.training.trees import Branch
-from tests.fakes import word_tokenizer
+from tests.support.fakes import word_tokenizer
 
 WEIGHTS = LossWeights(decide=1.0, relevance=5.0, critique=2.0, text=3.0, output=0.25)
 ROLLO = Reading("Who led the Norse?", "Normans", "The Norse came to France. They were led by Rollo in 911.", "Rollo")

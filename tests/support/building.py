@@ -8,7 +8,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from jobs.build_index import build_index
-from tests.indexes import numbered
+from tests.support.indexes import numbered
 
 app = typer.Typer()
 app.command()(build_index)
