@@ -36,15 +36,22 @@ class Jobs(TyperGroup):
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
         """The command that the arguments name, and the rest of them."""
         name, command, rest = super().resolve_command(ctx, args)
-        return name, command and own(name or ""), rest
+        return name, command and load_command(name or ""), rest
 
 
-def own(name: str) -> Any:
-    """The command of the function of the same name in ``jobs.NAME``."""
+def load_command(name: str) -> Any:
+    """The command of the function of the same name in the job's module."""
     job = name.replace("-", "_")
     command = typer.Typer(add_completion=False)
-    command.command(name)(getattr(import_module(f"jobs.{job}"), job))
+    command.command(name)(getattr(import_module(module_of(job)), job))
     return get_command(command)
+
+
+def module_of(job: str) -> str:
+    """The module that holds a job; benchmarks have a package of their own."""
+    if job == "benchmark":
+        return "jobs.benchmark.compare"
+    return f"jobs.{job.replace('benchmark_', 'benchmark.')}"
 
 
 def show_versions(wanted: bool) -> None:

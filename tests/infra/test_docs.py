@@ -1,15 +1,13 @@
 """The commands in the documentation: their options exist, and so do the settings that they make."""
 
-import importlib
 import re
 import shlex
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-import typer
-from typer.main import get_command
 
+from jobs.cli import load_command
 from pipeline.config.loading import apply_settings
 from pipeline.config.run import load_config
 
@@ -24,8 +22,8 @@ def commands() -> Iterator[tuple[str, str, tuple[str, ...]]]:
     for file in DOCUMENTS:
         for block in re.findall(r"^```\w*\n(.*?)^```", file.read_text(), re.MULTILINE | re.DOTALL):
             for line in block.replace("\\\n", " ").splitlines():
-                if found := re.search(r"python -m jobs\.(\w+)(.*)", line):
-                    yield file.name, found[1], words_of(re.sub(r"[\[\]]", "", found[2]))
+                if found := re.search(r"python -m jobs\.([\w.]+)(.*)", line):
+                    yield file.name, found[1].replace(".", "_"), words_of(re.sub(r"[\[\]]", "", found[2]))
 
 
 def words_of(line: str) -> tuple[str, ...]:
@@ -45,9 +43,7 @@ def test_there_are_commands_of_most_jobs() -> None:
 
 @pytest.mark.parametrize(("document", "job", "words"), COMMANDS)
 def test_a_command_has_only_options_that_there_are(document: str, job: str, words: tuple[str, ...]) -> None:
-    app = typer.Typer()
-    app.command()(getattr(importlib.import_module(f"jobs.{job}"), job))
-    context = get_command(app).make_context(job, list(words))
+    context = load_command(job).make_context(job, list(words))
     settings = context.params.get("settings") or []
     if job == "annotate" and not context.params["rescored"]:
         load_config(None, settings, NEEDED)

@@ -4,7 +4,6 @@ Runs after the first one are dry ones, since the engine would take a minute each
 """
 
 import contextlib
-import importlib
 import json
 import os
 import re
@@ -17,9 +16,9 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import typer
-from typer.testing import CliRunner
+from click.testing import CliRunner
 
+from jobs.cli import load_command
 from jobs.demo import DEMO
 from tests.infra.test_docs import ROOT, words_of
 from tests.support.s3 import serving_s3
@@ -39,7 +38,7 @@ def blocks() -> list[str]:
 def commands() -> list[tuple[str, list[str]]]:
     """Job and words of each command, optional ones left out."""
     lines = [line for block in blocks() for line in re.sub(r"\\\n|\[.*?\]", "", block).splitlines()]
-    found = [re.search(r"python -m jobs\.(\w+)(.*)", line) for line in lines if "ray job" not in line]
+    found = [re.search(r"python -m jobs\.([\w.]+)(.*)", line) for line in lines if "ray job" not in line]
     return [(match[1], list(words_of(match[2]))) for match in found if match]
 
 
@@ -66,9 +65,7 @@ def call(job: str, words: list[str]) -> tuple[int, str]:
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=500, env=environment)
         return done.returncode, done.stdout + done.stderr
-    app = typer.Typer()
-    app.command()(getattr(importlib.import_module(f"jobs.{job}"), job))
-    result = CliRunner().invoke(app, words)
+    result = CliRunner().invoke(load_command(job), words)
     return result.exit_code, result.output
 
 

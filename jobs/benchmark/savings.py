@@ -1,10 +1,10 @@
 """What each way of saving work saves: the same queries with it and without it, in turns.
 
-``python -m jobs.benchmark_savings [--rows N] [--repeats N] [--only NAME …] [--engine KEY=VALUE …] [--json FILE]``
+``python -m jobs.benchmark.savings [--rows N] [--repeats N] [--only NAME …] [--engine KEY=VALUE …] [--json FILE]``
 
 Savings that are part of the system are taken out, by what stands between the decoding and its engine; those that are
-not are put in (``jobs.benchmark_variants``). Engine arguments are compared with the defaults, each on an engine of its
-own.
+not are put in (``jobs.benchmark.savings_variants``). Engine arguments are compared with the defaults, each on an
+engine of its own.
 """
 
 import asyncio
@@ -23,11 +23,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jobs.benchmark import MAX_TOKENS, SEGMENT_TOKENS, queries_of
-from jobs.benchmark_report import machine
-from jobs.benchmark_script import Prompter, Script, ScriptedGenerator, endless
-from jobs.benchmark_shapes import BareEngine, Bench, Recorder
-from jobs.benchmark_variants import (
+from jobs.benchmark.baselines import BareEngine, Bench, Recorder
+from jobs.benchmark.compare import MAX_TOKENS, SEGMENT_TOKENS, queries_of
+from jobs.benchmark.results import machine
+from jobs.benchmark.savings_variants import (
     AskingCritic,
     DictLogprobs,
     ForgetfulCritic,
@@ -35,7 +34,8 @@ from jobs.benchmark_variants import (
     Prefetching,
     WholeDecisions,
 )
-from jobs.benchmark_workloads import Workload, chosen
+from jobs.benchmark.scripted_model import Prompter, Script, ScriptedGenerator, endless
+from jobs.benchmark.workloads import Workload, chosen
 from pipeline.config.loading import apply_settings
 from pipeline.config.run import DecodingConfig, ModelConfig, Weights
 from pipeline.decoding.answer_cache import AnsweredOnce, Answering

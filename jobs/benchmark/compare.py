@@ -2,10 +2,11 @@
 
 ``python -m jobs.benchmark [--quick] [--json FILE] [--plot FILE]``
 
-Ours is ``jobs.annotate`` itself, Parquet to Parquet (``jobs.benchmark_job``), on an engine of its own that has answered
-other queries before. The shapes and the bare engine are in ``jobs.benchmark_shapes``; they share an engine that has
-answered the same queries before, and the shapes get their passages for nothing. Where a script says what is written,
-ours is ``jobs.benchmark_script``. Ratios of one run belong together; absolute rates belong to the machine.
+Ours is ``jobs.annotate`` itself, Parquet to Parquet (``jobs.benchmark.job_run``), on an engine of its own that has
+answered other queries before. The shapes and the bare engine are in ``jobs.benchmark.baselines``; they share an engine
+that has answered the same queries before, and the shapes get their passages for nothing. Where a script says what is
+written, ours is ``jobs.benchmark.scripted_model``. Ratios of one run belong together; absolute rates belong to the
+machine.
 
 An engine is slow to start, and one card does not hold two of them. So the shared engine starts once for all workloads
 and repeats, and ends before ours starts, once for each workload. What is given up: ours is not measured in turns with
@@ -28,11 +29,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from jobs.benchmark_job import Job
-from jobs.benchmark_report import Measured, Report, Results, load_of, plot, write_record
-from jobs.benchmark_script import SHAPES, Script, write_shape
-from jobs.benchmark_shapes import OPTIONAL, Bench, Trial, agreement
-from jobs.benchmark_workloads import WORKLOADS, Row, Workload, chosen
+from jobs.benchmark.baselines import OPTIONAL, Bench, Trial, agreement
+from jobs.benchmark.job_run import Job
+from jobs.benchmark.results import Measured, Report, Results, load_of, plot, write_record
+from jobs.benchmark.scripted_model import SHAPES, Script, write_shape
+from jobs.benchmark.workloads import WORKLOADS, Row, Workload, chosen
 from pipeline.config.loading import apply_settings
 from pipeline.config.run import DecodingConfig, ModelConfig
 from pipeline.decoding.types import Passage, Query, RetrievedPassage
@@ -295,7 +296,3 @@ def show(report: Report, plot_file: Path | None) -> None:
     console.print(report.times())
     if plot_file:
         plot(report, plot_file)
-
-
-if __name__ == "__main__":
-    typer.run(benchmark)

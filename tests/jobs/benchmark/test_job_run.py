@@ -8,8 +8,8 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from jobs.benchmark_job import Job, measured_seconds
-from jobs.benchmark_report import CALL, FILES, STAGES
+from jobs.benchmark.job_run import Job, measured_seconds
+from jobs.benchmark.results import CALL, FILES, STAGES
 from pipeline.config.run import DecodingConfig, ModelConfig, load_config
 
 WARMING = [{"id": "w", "query": "warm?"}]

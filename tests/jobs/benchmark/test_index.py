@@ -7,7 +7,7 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from jobs.benchmark_index import FILE_ROWS, Comparison, all_vectors, benchmark_index, clustered, write_vectors
+from jobs.benchmark.index import FILE_ROWS, Comparison, all_vectors, benchmark_index, clustered, write_vectors
 from tests.conftest import DEMO
 
 
@@ -16,7 +16,7 @@ def test_the_ratio_is_of_medians() -> None:
 
 
 def test_vectors_in_memory_are_those_in_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.benchmark_index.FILE_ROWS", 40)
+    monkeypatch.setattr("jobs.benchmark.index.FILE_ROWS", 40)
     assert FILE_ROWS == 250_000
     write_vectors(100, 8, tmp_path / "vectors")
     table = pq.read_table(tmp_path / "vectors")

@@ -1,12 +1,12 @@
-"""Our decoding without one of its savings, or with one that it does not have, for ``jobs.benchmark_savings``."""
+"""Our decoding without one of its savings, or with one that it does not have, for ``jobs.benchmark.savings``."""
 
 import asyncio
 import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from jobs.benchmark import MAX_TOKENS
-from jobs.benchmark_shapes import BareEngine, read_wide
+from jobs.benchmark.baselines import BareEngine, read_wide
+from jobs.benchmark.compare import MAX_TOKENS
 from pipeline.config.run import DecodingConfig
 from pipeline.decoding.protocols import Generator, Reader, Retriever
 from pipeline.decoding.reflection import Retrieve

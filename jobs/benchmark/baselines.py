@@ -27,8 +27,8 @@ from typing import Any
 
 import numpy as np
 
-from jobs.benchmark_report import Step
-from jobs.benchmark_script import Prompter, Script, ScriptedGenerator, endless
+from jobs.benchmark.results import Step
+from jobs.benchmark.scripted_model import Prompter, Script, ScriptedGenerator, endless
 from jobs.demo import demo_index
 from pipeline.config.run import DecodingConfig, ModelConfig, RetrievalConfig, StorageConfig
 from pipeline.decoding.critique import critique, retrieve_probability

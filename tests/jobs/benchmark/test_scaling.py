@@ -2,8 +2,8 @@ import math
 
 import pytest
 
-from jobs.benchmark_scaling import FIVE_TOKENS, Run, WaitingEngine, report, steady_rate
-from jobs.benchmark_script import Prompter
+from jobs.benchmark.scaling import FIVE_TOKENS, Run, WaitingEngine, report, steady_rate
+from jobs.benchmark.scripted_model import Prompter
 from pipeline.config.run import DecodingConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection_reader import ReflectionCritic

@@ -9,11 +9,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from jobs.benchmark import MAX_TOKENS
-from jobs.benchmark_savings import DEFAULTS, SAVINGS, Figures, Pruning, Setting, benchmark_savings, prunable, tables
-from jobs.benchmark_script import Prompter, Script
-from jobs.benchmark_shapes import BareEngine
-from jobs.benchmark_variants import (
+from jobs.benchmark.baselines import BareEngine
+from jobs.benchmark.compare import MAX_TOKENS
+from jobs.benchmark.savings import DEFAULTS, SAVINGS, Figures, Pruning, Setting, benchmark_savings, prunable, tables
+from jobs.benchmark.savings_variants import (
     AskingCritic,
     DictLogprobs,
     ForgetfulCritic,
@@ -21,6 +20,7 @@ from jobs.benchmark_variants import (
     Prefetching,
     WholeDecisions,
 )
+from jobs.benchmark.scripted_model import Prompter, Script
 from pipeline.config.run import DecodingConfig, Weights
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection import REFLECTION_TOKENS, Retrieve
@@ -197,7 +197,7 @@ def test_only_what_is_chosen_is_measured_and_shown(monkeypatch, only, savings, e
         figures.engines |= {name: [1.0] for name in figures.engines}
         yield figures
 
-    monkeypatch.setattr("jobs.benchmark_savings.execute", execute)
+    monkeypatch.setattr("jobs.benchmark.savings.execute", execute)
     benchmark_savings(rows=4, repeats=1, only=[only])
     assert (list(asked[0].rates), list(asked[0].engines)) == (savings, engines)
     (table,) = tables(asked[0])
@@ -222,7 +222,7 @@ def test_bad_options_are_refused_before_anything_starts(options, part):
 @pytest.mark.slow
 def test_all_savings_are_measured(tmp_path):
     options = ["--rows", "4", "--repeats", "1", "--engine", "max_num_seqs=8", "--json", str(tmp_path / "s.json")]
-    subprocess.run([sys.executable, "-m", "jobs.benchmark_savings", *options], check=True, timeout=580)
+    subprocess.run([sys.executable, "-m", "jobs.benchmark.savings", *options], check=True, timeout=580)
     found = json.loads((tmp_path / "s.json").read_text())
     assert all(found["rates"][saving.name]["with"][0] > 0 for saving in SAVINGS)
     assert set(found["engines"]) == {DEFAULTS, "max_num_seqs=8"}

@@ -5,11 +5,11 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from jobs.benchmark import WARM_ROWS, Plan, benchmark, model_of, prepare
-from jobs.benchmark_job import Job
-from jobs.benchmark_report import CALL, FILES, STAGES, write_record
-from jobs.benchmark_shapes import BareEngine, Bench, Outcome, Released
-from jobs.benchmark_workloads import WORKLOADS, lengthened
+from jobs.benchmark.baselines import BareEngine, Bench, Outcome, Released
+from jobs.benchmark.compare import WARM_ROWS, Plan, benchmark, model_of, prepare
+from jobs.benchmark.job_run import Job
+from jobs.benchmark.results import CALL, FILES, STAGES, write_record
+from jobs.benchmark.workloads import WORKLOADS, lengthened
 from pipeline.config.run import ModelConfig
 from pipeline.decoding.types import Passage, RetrievedPassage
 from pipeline.engine.arguments import engine_arguments
@@ -67,11 +67,11 @@ def test_an_engine_argument_may_be_a_mapping(tmp_path, setting):
 def test_the_shared_engine_gets_the_engine_arguments(monkeypatch):
     seen = []
     tokenizer = SimpleNamespace(of=lambda *_: word_tokenizer())
-    monkeypatch.setattr("jobs.benchmark_shapes.PromptTokenizer", tokenizer)
-    monkeypatch.setattr("jobs.benchmark_shapes.load_tokenizer", lambda _: None)
-    monkeypatch.setattr("jobs.benchmark_shapes.demo_index", lambda: "index")
-    monkeypatch.setattr("jobs.benchmark_shapes.IndexRetriever.open", lambda *_: None)
-    monkeypatch.setattr("jobs.benchmark_shapes.VllmGenerator.start", lambda model, _: seen.append(model.engine))
+    monkeypatch.setattr("jobs.benchmark.baselines.PromptTokenizer", tokenizer)
+    monkeypatch.setattr("jobs.benchmark.baselines.load_tokenizer", lambda _: None)
+    monkeypatch.setattr("jobs.benchmark.baselines.demo_index", lambda: "index")
+    monkeypatch.setattr("jobs.benchmark.baselines.IndexRetriever.open", lambda *_: None)
+    monkeypatch.setattr("jobs.benchmark.baselines.VllmGenerator.start", lambda model, _: seen.append(model.engine))
     Bench.open(ModelConfig(name="demo", engine={**MAPPING, "max_num_seqs": 16}))
     assert seen == [{**MAPPING, "max_num_seqs": 16, "max_logprobs": -1}]
 
@@ -89,14 +89,14 @@ class Rehearsal:
         self.records: list[dict] = []
         self.asked: list[list[str]] = []
         self.jobs: list[Job] = []
-        monkeypatch.setattr("jobs.benchmark.Bench.open", self.open)
-        monkeypatch.setattr("jobs.benchmark.Job.run", lambda job: self.run(job))
-        monkeypatch.setattr("jobs.benchmark_shapes.direct", self.direct)
-        monkeypatch.setattr("jobs.benchmark_shapes.endless", lambda replica: replica)
+        monkeypatch.setattr("jobs.benchmark.compare.Bench.open", self.open)
+        monkeypatch.setattr("jobs.benchmark.compare.Job.run", lambda job: self.run(job))
+        monkeypatch.setattr("jobs.benchmark.baselines.direct", self.direct)
+        monkeypatch.setattr("jobs.benchmark.baselines.endless", lambda replica: replica)
         monkeypatch.setattr(BareEngine, "replay", self.replay)
         for name in ("serially", "in_waves"):
             monkeypatch.setattr(Released, name, self.shape)
-        monkeypatch.setattr("jobs.benchmark.write_record", self.keep)
+        monkeypatch.setattr("jobs.benchmark.compare.write_record", self.keep)
 
     def open(self, model):
         self.events.append("start")
@@ -208,7 +208,7 @@ def test_a_run_that_dies_leaves_what_it_measured(rehearsal):
     [([], 6), (["--quick"], 4), (["--shape", "tiny"], 3), (["--shape", "tiny", "--serial-rows", "5"], 5)],
 )
 def test_one_at_a_time_answers_so_many(rehearsal, monkeypatch, tmp_path, options, expected):
-    monkeypatch.setattr("jobs.benchmark.write_shape", lambda name, folder: folder)
+    monkeypatch.setattr("jobs.benchmark.compare.write_shape", lambda name, folder: folder)
     called(rehearsal, "--repeats", "1", "--only", "short form, 50", *options)
     (workload,) = rehearsal.records[-1]["workloads"].values()
     assert workload["absolute"]["released"]["rows"] == expected

@@ -1,6 +1,6 @@
 """What the index costs beside its bare parts, side by side in one run: encoder, FAISS, memory.
 
-``python -m jobs.benchmark_index --passages URI [--encoded 2000] [--vectors 2000000] [--json FILE]``
+``python -m jobs.benchmark.index --passages URI [--encoded 2000] [--vectors 2000000] [--json FILE]``
 
 - Build: passages/s through the whole build against the same encoder in a bare loop over the same texts.
 - Given vectors: vectors/s through the build against ``faiss.add`` of vectors that are in memory already.

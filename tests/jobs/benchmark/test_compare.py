@@ -9,10 +9,10 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from jobs.benchmark import Plan, benchmark
-from jobs.benchmark_report import CALL, FILES, STAGES, Measured, Report, Step, load_of, plot
-from jobs.benchmark_shapes import ABSENT, Outcome, Released, agreement, read_wide
-from jobs.benchmark_workloads import LONG_PASSAGES, SHORT_WORDS, WORKLOADS, Workload, lengthened, shortened
+from jobs.benchmark.baselines import ABSENT, Outcome, Released, agreement, read_wide
+from jobs.benchmark.compare import Plan, benchmark
+from jobs.benchmark.results import CALL, FILES, STAGES, Measured, Report, Step, load_of, plot
+from jobs.benchmark.workloads import LONG_PASSAGES, SHORT_WORDS, WORKLOADS, Workload, lengthened, shortened
 from pipeline.config.run import DecodingConfig, ModelConfig
 from pipeline.decoding.reflection import REFLECTION_TOKENS
 from pipeline.decoding.types import Passage, Query, RetrievedPassage
@@ -232,7 +232,16 @@ def test_a_shape_without_weights_is_measured_by_the_same_command(tmp_path):
 
 @pytest.mark.slow
 def test_everything_is_measured_in_one_run(tmp_path):
-    command = [sys.executable, "-m", "jobs.benchmark", "--quick", "--rows", "4", "--json", str(tmp_path / "b.json")]
+    command = [
+        sys.executable,
+        "-m",
+        "jobs.benchmark",
+        "--quick",
+        "--rows",
+        "4",
+        "--json",
+        str(tmp_path / "b.json"),
+    ]
     subprocess.run(command, check=True, timeout=580)
     found = json.loads((tmp_path / "b.json").read_text())
     assert found["finished"] is True

@@ -1,6 +1,6 @@
 """How a run grows with its rows and its actors, with an engine that does nothing but wait.
 
-``python -m jobs.benchmark_scaling [--rows 1000 --rows 10000 …] [--actors 1 --actors 8 …] [--json FILE]``
+``python -m jobs.benchmark.scaling [--rows 1000 --rows 10000 …] [--actors 1 --actors 8 …] [--json FILE]``
 
 Everything but the engine is real: Ray Data, actors, tokenizer, decoding, Parquet. What a row takes without waiting is
 what our own code costs; what it takes with a fixed wait on more and more actors shows whether anything stands between
@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.annotate import allot, execute
-from jobs.benchmark_script import WRITTEN, Prompter, Script
+from jobs.benchmark.scripted_model import WRITTEN, Prompter, Script
 from pipeline.config.run import DecodingConfig, ExecutionConfig, ModelConfig, RunConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.prompts import PromptTokenizer

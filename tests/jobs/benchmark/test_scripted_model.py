@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from jobs.benchmark_script import OTHERS, WRITTEN, Prompter, Script, write_shape
+from jobs.benchmark.scripted_model import OTHERS, WRITTEN, Prompter, Script, write_shape
 from pipeline.config.run import DecodingConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection import REFLECTION_TOKENS, IsSup, Retrieve

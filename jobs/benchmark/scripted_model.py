@@ -4,8 +4,8 @@ With dummy weights a model writes what means nothing, and the embedded model end
 decisions, critiques and ends where a model
 taught for Self-RAG has them, so that requests have realistic lengths and the algorithm goes its usual ways.
 
-``python -m jobs.benchmark_script --config FILE --queries FILE --index FOLDER --output FOLDER`` annotates so; the
-benchmark calls it in the place of ``jobs.annotate``.
+``python -m jobs.benchmark.scripted_model --config FILE --queries FILE --index FOLDER --output FOLDER`` annotates so;
+the benchmark calls it in the place of ``jobs.annotate``.
 """
 
 import dataclasses
@@ -210,6 +210,6 @@ def annotate_scripted(
 
 if __name__ == "__main__":
     # Ray copies the classes of __main__ instead of importing them, and locks in them cannot be copied.
-    from jobs import benchmark_script
+    from jobs.benchmark import scripted_model
 
-    typer.run(benchmark_script.annotate_scripted)
+    typer.run(scripted_model.annotate_scripted)

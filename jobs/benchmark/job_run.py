@@ -17,9 +17,9 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import yaml
 
-from jobs.benchmark_report import CALL, FILES, STAGES
-from jobs.benchmark_script import SCRIPT, Script
-from jobs.benchmark_workloads import Row
+from jobs.benchmark.results import CALL, FILES, STAGES
+from jobs.benchmark.scripted_model import SCRIPT, Script
+from jobs.benchmark.workloads import Row
 from jobs.demo import demo_index
 from pipeline.config.run import DecodingConfig, ModelConfig
 
@@ -68,7 +68,7 @@ class Job:
     def _call(self) -> "subprocess.CompletedProcess[str]":
         queries, settings = self._inputs()
         options = ["--config", settings, "--queries", queries, "--index", demo_index(), "--output", self.folder / "out"]
-        module = "jobs.annotate" if self.script is None else "jobs.benchmark_script"
+        module = "jobs.annotate" if self.script is None else "jobs.benchmark.scripted_model"
         command = [sys.executable, "-m", module, *map(str, options), "--json"]
         script = {} if self.script is None else {SCRIPT: json.dumps(dataclasses.asdict(self.script))}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | script)  # noqa: S603  our own
