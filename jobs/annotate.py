@@ -22,7 +22,6 @@ from jobs.report import leave_report
 from jobs.rescore import rescore
 from pipeline.cluster import Resources, actor_resources, connect
 from pipeline.config.run import RunConfig, load_config
-from pipeline.engine.models import versions
 from pipeline.output.folder import UnitSummary
 from pipeline.retrieval.shard_servers import ServedIndex, start_servers
 from pipeline.run.actor import SelfRagActor
@@ -34,6 +33,7 @@ from pipeline.run.selection import NothingNewError
 from pipeline.run.telemetry import RunTelemetry
 from pipeline.storage.lease import Claim, OutputTakenError
 from pipeline.storage.location import locate
+from pipeline.versions import versions
 
 log = logging.getLogger(__name__)
 

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from pipeline.engine.models import versions
+from pipeline.versions import versions
 
 JOBS = {
     "doctor": "Can this machine or cluster run the job, and what to do where not.",

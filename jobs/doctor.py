@@ -25,7 +25,6 @@ from rich.text import Text
 from pipeline.cluster import Resources, actor_resources, connect, reason
 from pipeline.config.loading import read_yaml
 from pipeline.config.run import RunConfig, StorageConfig, load_config
-from pipeline.critics import critic_of
 from pipeline.doctor.device_probe import DeviceProbe
 from pipeline.doctor.diagnosis import (
     Finding,
@@ -39,6 +38,7 @@ from pipeline.doctor.diagnosis import (
 )
 from pipeline.doctor.machine import Machine, inspect_machine
 from pipeline.engine.arguments import check_engine_arguments, gpu_share
+from pipeline.engine.models import critic_of
 from pipeline.retrieval.manifest import check_index
 from pipeline.storage.location import locate
 

@@ -40,7 +40,8 @@ from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Answer, Generation, Query, RetrievedPassage
 from pipeline.engine.arguments import gpu_share
-from pipeline.engine.vllm import VllmGenerator, load_tokenizer
+from pipeline.engine.models import load_tokenizer
+from pipeline.engine.vllm import VllmGenerator
 from pipeline.retrieval.retriever import IndexRetriever
 from pipeline.storage.location import locate
 

@@ -14,7 +14,7 @@ from typing import Any
 from rich.table import Table
 
 from pipeline.config.run import ModelConfig
-from pipeline.engine.models import versions
+from pipeline.versions import versions
 
 # Columns of a row's usage, and what the whole call took.
 STAGES = (

@@ -36,7 +36,7 @@ from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Generation
-from pipeline.engine.vllm import load_tokenizer
+from pipeline.engine.models import load_tokenizer
 from pipeline.run.actor import SelfRagActor
 from pipeline.run.plan import check
 

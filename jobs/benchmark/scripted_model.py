@@ -32,7 +32,8 @@ from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Generation
 from pipeline.demo_models import demo_model
-from pipeline.engine.vllm import VllmGenerator, load_tokenizer
+from pipeline.engine.models import load_tokenizer
+from pipeline.engine.vllm import VllmGenerator
 from pipeline.run.actor import SelfRagActor
 from pipeline.run.plan import check
 

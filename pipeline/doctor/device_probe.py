@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config.run import ModelConfig, RunConfig, StorageConfig
-from pipeline.critics import critic_of
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Passage, Query
 from pipeline.engine.arguments import gpu_share
+from pipeline.engine.models import critic_of
 from pipeline.engine.vllm import VllmGenerator, prepare_environment
 from pipeline.gpus import choose_gpu, exclusive_start
 from pipeline.retrieval.index import PassageIndex

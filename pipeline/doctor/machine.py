@@ -7,8 +7,8 @@ from dataclasses import dataclass
 
 from packaging.requirements import Requirement
 
-from pipeline.engine.models import versions
 from pipeline.retrieval.faiss_device import has_gpu
+from pipeline.versions import versions
 
 PROJECT = "selfrag-batch"
 SHARED_MEMORY = "/dev/shm"  # noqa: S108  the place itself is what is looked at

@@ -5,6 +5,7 @@ import math
 from typing import Any
 
 from pipeline.config.run import ModelConfig
+from pipeline.engine.models import model_path
 from pipeline.gpus import choose_gpu
 
 # KV blocks are what prefix caching shares. GPUs have 16 tokens by default; the CPU's 128 are longer than
@@ -27,15 +28,6 @@ ONE_NODE: dict[str, tuple[Any, ...]] = {
     "data_parallel_hybrid_lb": (False,),
     "nnodes": (1,),
 }
-
-
-def model_path(name: str) -> str:
-    """Where a model is: ``demo`` is the embedded default's folder; other names are the hub's or a folder's own."""
-    if name != "demo":
-        return name
-    from pipeline.demo_models import demo_model
-
-    return str(demo_model())
 
 
 def check_engine_arguments(model: ModelConfig) -> None:

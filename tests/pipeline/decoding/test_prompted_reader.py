@@ -16,7 +16,7 @@ from pipeline.decoding.reflection import REFLECTION_TOKENS, IsRel, IsSup, IsUse
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Answer, Generation, Passage, Query
 from pipeline.demo_models import demo_base_model
-from pipeline.engine.vllm import load_tokenizer
+from pipeline.engine.models import load_tokenizer
 
 PARIS, ROME = Passage("p1", "Paris", "Paris is the capital of France."), Passage("p2", "Rome", "Rome is old.")
 QUERY = Query("q", "What is the capital of France?", passages=(ROME, PARIS))

@@ -14,7 +14,8 @@ import torch
 
 from pipeline.config.run import ModelConfig
 from pipeline.decoding.reflection import ReflectionIds
-from pipeline.engine.vllm import EngineDeadError, VllmGenerator, load_tokenizer
+from pipeline.engine.models import load_tokenizer
+from pipeline.engine.vllm import EngineDeadError, VllmGenerator
 from tests.pipeline.engine.test_watchdog import gone
 
 

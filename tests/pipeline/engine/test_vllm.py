@@ -9,7 +9,8 @@ import pytest
 from pipeline.config.run import ModelConfig
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection import REFLECTION_TOKENS, Paragraph, Retrieve
-from pipeline.engine.vllm import VllmGenerator, load_tokenizer, targeted_logprobs
+from pipeline.engine.models import load_tokenizer
+from pipeline.engine.vllm import VllmGenerator, targeted_logprobs
 
 
 @dataclass
