@@ -22,10 +22,10 @@ from rich.table import Table
 from jobs.options import RunFile, StorageSettings
 from jobs.sweep import save, sweep_set, tables
 from pipeline.config.run import load_storage
-from pipeline.evaluation.evaluate import Evaluation, Figures, Row, columns_of, evaluate_set, rows_of
+from pipeline.evaluation.evaluate import Evaluation, Figures, Row, evaluate_set, rows_of
 from pipeline.evaluation.exports import EXPORTED, alce, factscore
 from pipeline.evaluation.statistics import Estimate
-from pipeline.output.folder import OutputFolder
+from pipeline.output.folder import OutputFolder, columns_of
 from pipeline.storage.location import Location, locate
 
 MAIN = "annotations"

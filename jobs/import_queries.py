@@ -24,9 +24,8 @@ from pipeline.queries.converters import Ids, KnownDataset, Recipe, Row, check_ro
 from pipeline.queries.query_set import QuerySet
 from pipeline.queries.sources import HUB, Source, SourceRequest, SourceRow, open_source
 from pipeline.queries.writer import PlacedRow, Spool, check_free, publish, write_query_set
-from pipeline.run.plan import check_apart, check_bucket
 from pipeline.storage.lease import Claim
-from pipeline.storage.location import Location, locate
+from pipeline.storage.location import Location, check_apart, check_bucket, locate
 
 log = logging.getLogger(__name__)
 

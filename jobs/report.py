@@ -12,8 +12,7 @@ import typer
 
 from jobs.options import RunFile, StorageSettings
 from pipeline.config.run import load_storage
-from pipeline.evaluation.evaluate import columns_of
-from pipeline.output.folder import REPORT, OutputFolder
+from pipeline.output.folder import REPORT, OutputFolder, columns_of
 from pipeline.report.changes import changes, sample_of
 from pipeline.report.examples import examples
 from pipeline.report.figures import Reading, read_set

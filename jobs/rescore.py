@@ -23,8 +23,7 @@ from pipeline.evaluation.rescoring import Rescoring
 from pipeline.output.folder import OutputFolder, parquet_bytes
 from pipeline.output.schema import answer_row
 from pipeline.run.notices import fail
-from pipeline.run.plan import check_apart
-from pipeline.storage.location import locate
+from pipeline.storage.location import check_apart, locate
 
 log = logging.getLogger(__name__)
 

@@ -16,8 +16,8 @@ from pipeline.decoding.profiles import built_in_profiles
 from pipeline.decoding.reflection import Retrieve
 from pipeline.evaluation.judging import READ_COLUMNS, Judged, judge
 from pipeline.evaluation.statistics import Calibration, Difference, Estimate, calibration, compare, estimate, mean
-from pipeline.output.folder import OutputFolder
-from pipeline.output.schema import GOLD_TYPES, check_types
+from pipeline.output.folder import OutputFolder, columns_of
+from pipeline.queries.schema import GOLD_TYPES, check_types
 from pipeline.storage.location import Location
 
 log = logging.getLogger(__name__)
@@ -197,11 +197,6 @@ def evaluate_set(folder: Location, by: str | None = None, task: str | None = Non
     if not any(tally.metrics for tally in groups.values()):
         log.warning("%s has no gold (columns %s): nothing can be graded", folder.uri, ", ".join(GOLD_TYPES))
     return Evaluation(folder.uri, groups)
-
-
-def columns_of(manifest: Mapping[str, Any]) -> Columns:
-    """Which column of an annotated set holds what."""
-    return Columns.model_validate(manifest.get("configuration", {}).get("columns", {}))
 
 
 def _group(row: Row, by: str) -> str:

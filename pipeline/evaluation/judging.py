@@ -14,7 +14,7 @@ from pipeline.evaluation.metrics import (
     token_f1,
     without_citations,
 )
-from pipeline.output.schema import GOLD_TYPES
+from pipeline.queries.schema import GOLD_TYPES
 
 # What a row is judged by, as far as its set has it.
 READ_COLUMNS = ("answer", "retrieved", "segments", "candidates", "evidence", *GOLD_TYPES)

@@ -8,7 +8,7 @@ import io
 import json
 import re
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
+from pipeline.config.run import Columns
 from pipeline.output.schema import data_schema, error_schema
 from pipeline.storage.location import Location, MissingFileError, StorageError, one_line
 
@@ -251,3 +252,8 @@ def read_columns(file: Location, names: list[str]) -> pa.Table:
         return file.attempt(work)
     except (pa.ArrowInvalid, MissingFileError) as error:
         raise StorageError(f"{file.uri}: {one_line(error)}; delete it and run again") from error
+
+
+def columns_of(manifest: Mapping[str, Any]) -> Columns:
+    """Which column of an annotated set holds what."""
+    return Columns.model_validate(manifest.get("configuration", {}).get("columns", {}))

@@ -1,15 +1,13 @@
 """Arrow at the border: rows in → Query, Answer → rows out. The output's nested types are constants."""
 
 import hashlib
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config.run import Columns
 from pipeline.decoding.choose import citation_numbers, cited_passages
-from pipeline.decoding.types import Answer, Candidate, Passage, Query, RetrievedPassage, Segment
+from pipeline.decoding.types import Answer, Candidate, RetrievedPassage, Segment
 
 CRITIQUE_FIELDS = [
     pa.field("is_rel", pa.float64()),
@@ -120,91 +118,6 @@ def columns_digest() -> str:
     return hashlib.sha256(str(fields).encode()).hexdigest()[:12]
 
 
-def _is_text(kind: pa.DataType) -> bool:
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
-
-
-def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
-
-
-def _is_passages(kind: pa.DataType) -> bool:
-    if not (_is_list(kind) and pa.types.is_struct(kind.value_type)):
-        return False
-    fields = {field.name: field.type for field in kind.value_type}
-    return {"id", "text"} <= fields.keys() and all(_is_text(fields[n]) for n in ("id", "title", "text") if n in fields)
-
-
-def _is_texts(kind: pa.DataType) -> bool:
-    return _is_list(kind) and _is_text(kind.value_type)
-
-
-# What a query set may hold; other columns pass through.
-QUERY_FIELDS = pa.schema(
-    [
-        pa.field("id", pa.string()),
-        pa.field("query", pa.string()),
-        pa.field("input", pa.string()),
-        pa.field("task", pa.string()),
-        pa.field("choices", pa.list_(pa.string())),
-        pa.field("answers", pa.list_(pa.string())),
-        pa.field("short_answers", pa.list_(pa.list_(pa.string()))),
-        pa.field("gold_passage_id", pa.string()),
-        pa.field("passages", pa.list_(pa.struct([(name, pa.string()) for name in ("id", "title", "text")]))),
-    ]
-)
-TypeCheck = tuple[Callable[[pa.DataType], bool], str]
-# What answers are judged by; the evaluation reads these columns.
-GOLD_TYPES: Mapping[str, TypeCheck] = {
-    "answers": (_is_texts, "list<string>"),
-    "short_answers": (lambda kind: _is_list(kind) and _is_texts(kind.value_type), "list<list<string>>"),
-    "gold_passage_id": (_is_text, "string"),
-}
-
-
-def check_types(schema: pa.Schema, wanted: Mapping[str, TypeCheck], source: str) -> None:
-    """Check the columns that are there; a column of nulls has no type yet.
-
-    Raises:
-        ValueError: one is of another type than wanted.
-    """
-    for column, (fits, name) in wanted.items():
-        if column in schema.names and not pa.types.is_null(kind := schema.field(column).type) and not fits(kind):
-            raise ValueError(f"{source}: column {column!r} is {kind}, expected {name}")
-
-
-def check_query_schema(schema: pa.Schema, columns: Columns, source: str) -> None:
-    """Check a query set's columns.
-
-    Raises:
-        ValueError: a column is missing, of the wrong type, or stands where an output column must go.
-    """
-    for column in (columns.id, columns.query):
-        if column not in schema.names:
-            raise ValueError(
-                f"{source}: no column {column!r}; it has {', '.join(schema.names) or 'none'} "
-                "(columns can be mapped: --set columns.query=NAME)"
-            )
-    for name, count in Counter(schema.names).items():
-        if count > 1:
-            raise ValueError(f"{source}: {count} columns are named {name!r}")
-    wanted: dict[str, TypeCheck] = {
-        columns.id: (_is_text, "string"),
-        columns.query: (_is_text, "string"),
-        columns.input: (_is_text, "string"),
-        columns.task: (_is_text, "string"),
-        columns.choices: (_is_texts, "list<string>"),
-        columns.passages: (_is_passages, "list<struct<id: string, title: string, text: string>>"),
-        **GOLD_TYPES,
-    }
-    check_types(schema, wanted, source)
-    for name in schema.names:
-        if name in RESERVED and f"input_{name}" in schema.names:
-            raise ValueError(f"{source}: columns {name!r} and 'input_{name}' would both be written as 'input_{name}'")
-
-
 def passed_through(schema: pa.Schema) -> pa.Schema:
     """Input columns as the output has them: one whose name the output needs becomes ``input_NAME``."""
     names = [f"input_{name}" if name in RESERVED else name for name in schema.names]
@@ -220,62 +133,6 @@ def data_schema(inputs: pa.Schema, keep_candidates: bool) -> pa.Schema:
 def error_schema(inputs: pa.Schema) -> pa.Schema:
     """Schema of ``errors/*.parquet``."""
     return pa.schema([*passed_through(inputs), *ERROR_FIELDS])
-
-
-Row = dict[str, Any] | UnicodeDecodeError
-
-
-def read_rows(table: pa.Table) -> list[Row]:
-    """Rows as Python has them; an error in the place of one whose text is not UTF-8, which Arrow does not check."""
-    try:
-        return list(table.to_pylist())
-    except UnicodeDecodeError:
-        return [_read_row(table.slice(n, 1)) for n in range(table.num_rows)]
-
-
-def _read_row(table: pa.Table) -> Row:
-    try:
-        (row,) = table.to_pylist()
-    except UnicodeDecodeError as error:
-        return error
-    return dict(row)
-
-
-def query_of(row: Mapping[str, Any], columns: Columns) -> Query:
-    """One input row as a query; absent columns and nulls mean the same.
-
-    Raises:
-        ValueError: a choice is null, or a given passage cannot be told from another.
-    """
-    given = row.get(columns.passages)
-    choices = tuple(row.get(columns.choices) or ())
-    if None in choices:
-        raise ValueError("a choice is null")
-    passages = _given(given) if given else None
-    return Query(
-        id=row[columns.id],
-        query=row[columns.query] or "",
-        input=row.get(columns.input),
-        task=row.get(columns.task),
-        choices=choices,
-        passages=passages,
-    )
-
-
-def _given(rows: Sequence[Mapping[str, Any] | None]) -> tuple[Passage, ...]:
-    """Given passages.
-
-    Raises:
-        ValueError: one is null, has no id, or has another's.
-    """
-    passages: dict[str, Passage] = {}
-    for place, row in enumerate(rows):
-        if row is None or row["id"] is None:
-            raise ValueError(f"given passage {place} is null or has no id")
-        if row["id"] in passages:
-            raise ValueError(f"two given passages have the id {row['id']!r}")
-        passages[row["id"]] = Passage(row["id"], row.get("title") or "", row["text"] or "")
-    return tuple(passages.values())
 
 
 def answer_row(answer: Answer) -> dict[str, Any]:

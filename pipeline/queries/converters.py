@@ -16,7 +16,7 @@ from pydantic import Field
 
 from pipeline.config.loading import Frozen
 from pipeline.config.run import Columns
-from pipeline.output.schema import QUERY_FIELDS, query_of
+from pipeline.queries.schema import QUERY_FIELDS, query_of
 
 BUILT_IN = Path(__file__).with_suffix(".yaml")
 # A list that is written out, as in PopQA's possible_answers; [1] alone is text.

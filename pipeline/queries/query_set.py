@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 from pyarrow import fs
 
 from pipeline.config.run import Columns, StorageConfig
-from pipeline.output.schema import check_query_schema
+from pipeline.queries.schema import check_query_schema
 from pipeline.storage.location import Location, StorageError, locate, one_line
 
 READ_BYTES = 8 * 2**20

@@ -18,7 +18,7 @@ from pyarrow import fs
 
 from pipeline.config.run import StorageConfig
 from pipeline.indexing.passages import PassageRange, read_columns, read_footer
-from pipeline.output.schema import read_rows
+from pipeline.queries.schema import read_rows
 from pipeline.storage.location import Location, locate, one_line
 
 HUB = "hf:"

@@ -14,8 +14,8 @@ import pyarrow.parquet as pq
 from pyarrow import feather, fs
 
 from pipeline.config.run import Columns, ExecutionConfig
-from pipeline.output.schema import QUERY_FIELDS
 from pipeline.queries.query_set import QuerySet, inspect_queries
+from pipeline.queries.schema import QUERY_FIELDS
 from pipeline.storage.location import Location, one_line
 
 log = logging.getLogger(__name__)

@@ -15,8 +15,17 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config.run import Columns, Weights
-from pipeline.evaluation.evaluate import NOTHING, columns_of
-from pipeline.output.folder import NO_ERRORS, READERS, OutputFolder, UnitSummary, read_columns, summarise, unit_of
+from pipeline.evaluation.evaluate import NOTHING
+from pipeline.output.folder import (
+    NO_ERRORS,
+    READERS,
+    OutputFolder,
+    UnitSummary,
+    columns_of,
+    read_columns,
+    summarise,
+    unit_of,
+)
 from pipeline.report.changes import Answers, hashed
 from pipeline.report.durations import Durations, Floats
 from pipeline.report.examples import Pick, keep, picks_of

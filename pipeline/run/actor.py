@@ -27,17 +27,9 @@ from pipeline.engine.postmortem import Death
 from pipeline.engine.vllm import EngineDeadError, VllmGenerator, prepare_environment
 from pipeline.gpus import exclusive_start
 from pipeline.output.folder import OutputFolder
-from pipeline.output.schema import (
-    ANSWER_FIELDS,
-    CANDIDATE_FIELDS,
-    ERROR_FIELDS,
-    Row,
-    answer_row,
-    passed_through,
-    query_of,
-    read_rows,
-)
+from pipeline.output.schema import ANSWER_FIELDS, CANDIDATE_FIELDS, ERROR_FIELDS, answer_row, passed_through
 from pipeline.queries.query_set import Unit, read_unit
+from pipeline.queries.schema import Row, query_of, read_rows
 from pipeline.retrieval.retriever import IndexRetriever
 from pipeline.retrieval.shard_servers import IndexLostError
 from pipeline.run.attempts import BESIDE_OTHERS, ROW_DEATHS, START, OutOfMemoryError, ProcessDiedError, Turnstile

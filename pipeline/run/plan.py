@@ -17,7 +17,7 @@ from pipeline.output.schema import columns_digest
 from pipeline.queries.query_set import QuerySet, Unit, inspect_queries
 from pipeline.retrieval.manifest import IndexManifest, check_index
 from pipeline.run.selection import Earlier, Selection
-from pipeline.storage.location import Location, locate
+from pipeline.storage.location import Location, check_apart, check_bucket, locate
 
 
 @dataclass(frozen=True)
@@ -189,28 +189,6 @@ def with_output(plan: Plan) -> Plan:
         return plan
     known = {unit.id for unit in plan.queries.units}
     return replace(plan, done=plan.output.done_units() & known, succeeded=plan.output.finished())
-
-
-def check_apart(source: Location, output: Location) -> None:
-    """Refuse an output inside of what is read, and the reverse.
-
-    Raises:
-        ValueError: one lies in the other.
-    """
-    one, other = f"{source.path.rstrip('/')}/", f"{output.path.rstrip('/')}/"
-    if source.local == output.local and (one.startswith(other) or other.startswith(one)):
-        raise ValueError(f"--output {output.uri} and {source.uri} lie in one another; choose another output")
-
-
-def check_bucket(output: Location) -> None:
-    """A missing folder is made when it is written to; a missing bucket is not.
-
-    Raises:
-        ValueError: the output's bucket is missing.
-    """
-    bucket = output.path.split("/", 1)[0]
-    if not output.local and not Location(output.uri, output.filesystem, bucket).exists():
-        raise ValueError(f"--output {output.uri}: no bucket {bucket!r} there")
 
 
 def _check_retrieval(config: RunConfig, queries: QuerySet) -> IndexManifest | None:

@@ -215,3 +215,25 @@ def _s3(storage: StorageConfig) -> fs.S3FileSystem:
         request_timeout=60,
         allow_delayed_open=True,  # small files go in one PUT, not in three requests
     )
+
+
+def check_apart(source: Location, output: Location) -> None:
+    """Refuse an output inside of what is read, and the reverse.
+
+    Raises:
+        ValueError: one lies in the other.
+    """
+    one, other = f"{source.path.rstrip('/')}/", f"{output.path.rstrip('/')}/"
+    if source.local == output.local and (one.startswith(other) or other.startswith(one)):
+        raise ValueError(f"--output {output.uri} and {source.uri} lie in one another; choose another output")
+
+
+def check_bucket(output: Location) -> None:
+    """A missing folder is made when it is written to; a missing bucket is not.
+
+    Raises:
+        ValueError: the output's bucket is missing.
+    """
+    bucket = output.path.split("/", 1)[0]
+    if not output.local and not Location(output.uri, output.filesystem, bucket).exists():
+        raise ValueError(f"--output {output.uri}: no bucket {bucket!r} there")

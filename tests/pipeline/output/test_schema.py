@@ -14,15 +14,8 @@ from pipeline.decoding.types import (
     Segment,
     Usage,
 )
-from pipeline.output.schema import (
-    ANSWER_FIELDS,
-    answer_row,
-    check_query_schema,
-    data_schema,
-    error_schema,
-    passed_through,
-    query_of,
-)
+from pipeline.output.schema import ANSWER_FIELDS, answer_row, data_schema, error_schema, passed_through
+from pipeline.queries.schema import check_query_schema, query_of
 
 PASSAGE = Passage("p1", "Title", "Text")
 CRITIQUE = Critique(0.5, 0.75, None, 0.25, 1.375)

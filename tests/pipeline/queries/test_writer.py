@@ -6,9 +6,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.run import Columns, StorageConfig
-from pipeline.output.schema import QUERY_FIELDS
 from pipeline.queries import writer as query_writer
 from pipeline.queries.query_set import QuerySet, inspect_queries
+from pipeline.queries.schema import QUERY_FIELDS
 from pipeline.queries.writer import UNFINISHED, Spool, check_free, publish, write_query_set
 from pipeline.storage.location import Location, StorageError, locate
 

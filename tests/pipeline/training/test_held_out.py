@@ -1,5 +1,5 @@
 from pipeline.config.run import Columns
-from pipeline.output.schema import check_query_schema, query_of
+from pipeline.queries.schema import check_query_schema, query_of
 from pipeline.training.data import Claim, Instruction, Reading, TeachingData
 from pipeline.training.held_out import held_out_queries
 from pipeline.training.rows import Negatives
