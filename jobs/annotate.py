@@ -23,13 +23,13 @@ from jobs.rescore import rescore
 from pipeline.cluster import Resources, actor_resources, connect
 from pipeline.config.run import RunConfig, load_config
 from pipeline.output.folder import UnitSummary
+from pipeline.queries.selection import NothingNewError
 from pipeline.retrieval.shard_servers import ServedIndex, start_servers
 from pipeline.run.actor import SelfRagActor
 from pipeline.run.attempts import PATIENCE, Attempts
 from pipeline.run.notices import fail, failures_told
 from pipeline.run.plan import Plan, check, settled, with_output
 from pipeline.run.progress import Progress
-from pipeline.run.selection import NothingNewError
 from pipeline.run.telemetry import RunTelemetry
 from pipeline.storage.lease import Claim, OutputTakenError
 from pipeline.storage.location import locate

@@ -29,11 +29,11 @@ from pipeline.indexing.recall import (
     stored_vectors,
     without,
 )
-from pipeline.queries.query_set import parquet_files
 from pipeline.retrieval.encoder import Encoder, Vectors
 from pipeline.retrieval.index import Hit, PassageIndex
 from pipeline.retrieval.manifest import check_encoder, check_files, read_manifest, wanted_encoder
 from pipeline.storage.location import locate
+from pipeline.storage.parquet import list_parquet
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def _queries(
     if request.queries is None or encoder is None:
         return stored_vectors(index, request.sample)
     texts: list[str] = []
-    for file in parquet_files(locate(request.queries, request.storage)):
+    for file in list_parquet(locate(request.queries, request.storage)):
         with file.filesystem.open_input_file(file.path) as stream:
             if "query" not in (names := pq.read_schema(stream).names):
                 raise ValueError(f"{file.uri}: column query is missing, found {', '.join(names)}")

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from rich.table import Table
 
 from pipeline.decoding.prompts import passage_text
-from pipeline.indexing.passages import PassageRange, in_threads, read_footer, spread_samples
+from pipeline.indexing.passages import spread_samples
 from pipeline.indexing.sizing import (
     CARDS,
     USUAL_FACTORIES,
@@ -21,6 +21,7 @@ from pipeline.indexing.sizing import (
 )
 from pipeline.retrieval.encoder import Encoder
 from pipeline.retrieval.shard_files import PASSAGE_SCHEMA
+from pipeline.storage.parquet import RowRange, map_in_threads, read_footer
 
 # Encoded to see how fast this machine is: a few seconds on a CPU.
 SAMPLE = 64
@@ -44,7 +45,7 @@ class Corpus:
     rate: float
 
 
-def survey(files: list[PassageRange], encoder: Encoder, batch_size: int) -> Corpus:
+def survey(files: list[RowRange], encoder: Encoder, batch_size: int) -> Corpus:
     """Read the footers, and encode a sample."""
     batches = [batch.passages for sample in spread_samples(files, SAMPLE) for batch in sample.read()]
     texts = [passage_text(row["title"], row["text"]) for batch in batches for row in batch.to_pylist()]
@@ -52,10 +53,10 @@ def survey(files: list[PassageRange], encoder: Encoder, batch_size: int) -> Corp
     begun = time.monotonic()
     encoder.encode(texts, batch_size)
     rate = len(texts) / (time.monotonic() - begun)
-    return Corpus(sum(file.rows for file in files), sum(in_threads(_text_bytes, files)), encoder.dimension, rate)
+    return Corpus(sum(file.rows for file in files), sum(map_in_threads(_text_bytes, files)), encoder.dimension, rate)
 
 
-def _text_bytes(part: PassageRange) -> int:
+def _text_bytes(part: RowRange) -> int:
     footer, total = read_footer(part.file), 0
     for group in range(footer.num_row_groups):
         columns = [footer.row_group(group).column(n) for n in range(footer.num_columns)]

@@ -20,10 +20,11 @@ from pipeline.cluster import connect
 from pipeline.config.loading import assign, flatten
 from pipeline.config.run import ExecutionConfig, StorageConfig, load_sections, load_storage
 from pipeline.evaluation.rescoring import Rescoring
-from pipeline.output.folder import OutputFolder, parquet_bytes
+from pipeline.output.folder import OutputFolder
 from pipeline.output.schema import answer_row
 from pipeline.run.notices import fail
 from pipeline.storage.location import check_apart, locate
+from pipeline.storage.parquet import encode_parquet
 
 log = logging.getLogger(__name__)
 
@@ -147,7 +148,7 @@ def _rescore_units(batch: pa.Table, plan: RescorePlan) -> pa.Table:
         before = pq.read_table(io.BytesIO((plan.run.location / name).read()))
         after = rescored_table(before, plan.rescoring)
         changed += sum(a != b for a, b in zip(before["answer"], after["answer"], strict=True))
-        (plan.output.location / name).write(parquet_bytes(after))
+        (plan.output.location / name).write(encode_parquet(after))
     return pa.table({"changed": [changed]})
 
 

@@ -111,7 +111,7 @@ def share(
     except (ValueError, OSError) as error:
         typer.echo(f"error: {error}", err=True)
         raise typer.Exit(2) from None
-    title = hub_name or folder.path.rstrip("/").rsplit("/", 1)[-1]
+    title = hub_name or folder.name
     try:
         page = reserve(hub_name) if hub_name else None
         write_card(folder, found, title, licence, overwrite)

@@ -15,12 +15,13 @@ from pyarrow import fs
 from pipeline.config.run import StorageConfig
 from pipeline.decoding.prompts import passage_text
 from pipeline.indexing.embeddings import Place, vectors_of
-from pipeline.indexing.passages import PassageBatch, PassageRange, ShardPlan
+from pipeline.indexing.passages import PassageBatch, ShardPlan
 from pipeline.retrieval.encoder import Encoder, EncoderStyle, Vectors
 from pipeline.retrieval.index_cache import SCRATCH_PREFIX
 from pipeline.retrieval.manifest import MANIFEST, EncoderEntry, ShardEntry
 from pipeline.retrieval.shard_files import SHARD_FILE, centroids
 from pipeline.storage.location import Location
+from pipeline.storage.parquet import RowRange
 
 Vectorise = Callable[[PassageBatch], Vectors]
 Item = TypeVar("Item")
@@ -60,7 +61,7 @@ class BuildPlan:
     """A request whose inputs have been checked."""
 
     request: BuildRequest
-    files: list[PassageRange]
+    files: list[RowRange]
     shards: tuple[ShardPlan, ...]
     output: Location
     encoder: EncoderEntry
@@ -214,7 +215,7 @@ class BuildFolder:
     def forget(self) -> None:
         """Remove what only an unfinished build needs; ``build.json`` last, so that this can be done again."""
         self._sweep()
-        names = [file.path.rpartition("/")[2] for file in self._unfinished.files()]
+        names = [file.name for file in self._unfinished.files()]
         for name in sorted(names, key="build.json".__eq__):
             (self._unfinished / name).delete()
         if self.output.local and self._unfinished.exists():

@@ -10,8 +10,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pandas.util import hash_array
 
-from pipeline.indexing.passages import PassageRange, read_columns
 from pipeline.storage.location import Location
+from pipeline.storage.parquet import RowRange, read_range
 
 # Rows checked at a time.
 CHECKED_ROWS = 1 << 13
@@ -21,7 +21,7 @@ MOST_REPEATED = 1000
 COMPARED_IDS = 1 << 23
 
 
-def check_passages(files: list[PassageRange], compared: int = COMPARED_IDS) -> None:
+def check_passages(files: list[RowRange], compared: int = COMPARED_IDS) -> None:
     """Read ids and texts once: an id must be there and unique, a text must not be empty.
 
     Memory stays the same whatever the corpus: the ids' 64-bit hashes go to temporary files of about ``compared``
@@ -34,7 +34,7 @@ def check_passages(files: list[PassageRange], compared: int = COMPARED_IDS) -> N
     with tempfile.TemporaryDirectory(prefix="selfrag-ids-") as folder:
         names = [Path(folder) / str(number) for number in range(parts)]
         for part in files:
-            for row, batch in read_columns(part, ["id", "text"], CHECKED_ROWS):
+            for row, batch in read_range(part, ["id", "text"], CHECKED_ROWS):
                 _refuse(pc.is_null(batch["id"]), part.file, row, "column id is null")
                 blank = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(_strings(batch["text"]))), 0)
                 _refuse(pc.fill_null(blank, True), part.file, row, "column text is empty")
@@ -74,10 +74,10 @@ def _repeated(file: Path) -> npt.NDArray[np.uint64]:
     return np.unique(hashes[1:][hashes[1:] == hashes[:-1]])[:MOST_REPEATED]
 
 
-def _refuse_equal_ids(files: list[PassageRange], hashes: npt.NDArray[np.uint64]) -> None:
+def _refuse_equal_ids(files: list[RowRange], hashes: npt.NDArray[np.uint64]) -> None:
     places: dict[str, str] = {}
     for part in files:
-        for row, batch in read_columns(part, ["id"], CHECKED_ROWS):
+        for row, batch in read_range(part, ["id"], CHECKED_ROWS):
             for n in np.flatnonzero(np.isin(_hashes(batch["id"]), hashes)).tolist():
                 place, name = f"{part.file.uri}: row {row + n}", batch["id"][n].as_py()
                 if name in places:

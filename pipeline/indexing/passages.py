@@ -1,44 +1,18 @@
 """Passages in Parquet: found, checked, cut into shards, read."""
 
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TypeVar
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from pyarrow import fs
 
 from pipeline.indexing.embeddings import check_embeddings
 from pipeline.retrieval.shard_files import PASSAGE_SCHEMA
-from pipeline.storage.location import Location, one_line
-
-# Rows read, encoded and added to an index at a time: a few megabytes.
-BATCH_ROWS = 1024
-# Footers read at once.
-READERS = 16
-
-Item = TypeVar("Item")
-Result = TypeVar("Result")
-
-
-@dataclass(frozen=True)
-class PassageRange:
-    """The rows from ``start`` to before ``stop`` of a file."""
-
-    file: Location
-    start: int
-    stop: int
-
-    @property
-    def rows(self) -> int:
-        """How many."""
-        return self.stop - self.start
+from pipeline.storage.location import Location
+from pipeline.storage.parquet import RowRange, list_parquet, map_in_threads, read_footer, read_range
 
 
 @dataclass(frozen=True)
@@ -68,7 +42,7 @@ class ShardPlan:
     """The passages of a shard: consecutive ones, possibly from several files."""
 
     number: int
-    ranges: tuple[PassageRange, ...]
+    ranges: tuple[RowRange, ...]
 
     @property
     def rows(self) -> int:
@@ -76,7 +50,7 @@ class ShardPlan:
         return sum(part.rows for part in self.ranges)
 
 
-def find_passages(source: Location, embeddings: str | None = None) -> list[PassageRange]:
+def find_passages(source: Location, embeddings: str | None = None) -> list[RowRange]:
     """Every Parquet file of a source, whole, in the order of names; only footers are read.
 
     Args:
@@ -86,14 +60,9 @@ def find_passages(source: Location, embeddings: str | None = None) -> list[Passa
         ValueError: nothing there, not Parquet, no passages, or a column is missing or of another type.
         StorageError: storage does not answer.
     """
-    kind = source.kind()
-    if kind == fs.FileType.NotFound:
-        raise ValueError(f"passages {source.uri}: no such file or folder")
-    files = [source] if kind == fs.FileType.File else source.files(".parquet")
-    if not files:
-        raise ValueError(f"passages {source.uri}: no Parquet files (*.parquet) in this folder")
-    rows = in_threads(lambda file: _checked_rows(file, embeddings), files)
-    found = [PassageRange(file, 0, count) for file, count in zip(files, rows, strict=True)]
+    files = list_parquet(source)
+    rows = map_in_threads(lambda file: _checked_rows(file, embeddings), files)
+    found = [RowRange(file, 0, count) for file, count in zip(files, rows, strict=True)]
     if not any(part.rows for part in found):
         raise ValueError(f"passages {source.uri}: no rows")
     return [part for part in found if part.rows]
@@ -114,23 +83,7 @@ def _checked_rows(file: Location, embeddings: str | None) -> int:
     return int(footer.num_rows)
 
 
-def read_footer(file: Location) -> pq.FileMetaData:
-    """The footer of a Parquet file.
-
-    Raises:
-        ValueError: it is none.
-        StorageError: it cannot be read.
-    """
-
-    def work() -> pq.FileMetaData:
-        with file.filesystem.open_input_file(file.path) as stream:
-            return pq.read_metadata(stream)
-
-    with _readable(file):
-        return file.attempt(work)
-
-
-def plan_shards(files: list[PassageRange], shards: int) -> tuple[ShardPlan, ...]:
+def plan_shards(files: list[RowRange], shards: int) -> tuple[ShardPlan, ...]:
     """Cut the passages, in their order, into shards whose sizes differ by one at most.
 
     Raises:
@@ -143,17 +96,17 @@ def plan_shards(files: list[PassageRange], shards: int) -> tuple[ShardPlan, ...]
     return tuple(ShardPlan(number, _cut(files, start, stop)) for number, (start, stop) in enumerate(pairwise(borders)))
 
 
-def _cut(files: list[PassageRange], start: int, stop: int) -> tuple[PassageRange, ...]:
+def _cut(files: list[RowRange], start: int, stop: int) -> tuple[RowRange, ...]:
     parts, before = [], 0
     for part in files:
         first, last = max(start - before, 0), min(stop - before, part.rows)
         if first < last:
-            parts.append(PassageRange(part.file, part.start + first, part.start + last))
+            parts.append(RowRange(part.file, part.start + first, part.start + last))
         before += part.rows
     return tuple(parts)
 
 
-def read_passages(parts: Iterable[PassageRange], embeddings: str | None = None) -> Iterator[PassageBatch]:
+def read_passages(parts: Iterable[RowRange], embeddings: str | None = None) -> Iterator[PassageBatch]:
     """The passages of ranges, at most ``BATCH_ROWS`` at a time; a null title is empty.
 
     Args:
@@ -164,7 +117,7 @@ def read_passages(parts: Iterable[PassageRange], embeddings: str | None = None) 
     """
     columns = [*PASSAGE_SCHEMA.names, *([embeddings] if embeddings else [])]
     for part in parts:
-        for row, batch in read_columns(part, columns):
+        for row, batch in read_range(part, columns):
             strings = [batch[name].cast(pa.string()) for name in PASSAGE_SCHEMA.names]
             strings[1] = pc.fill_null(strings[1], "")
             passages = pa.record_batch(strings, schema=PASSAGE_SCHEMA)
@@ -173,60 +126,11 @@ def read_passages(parts: Iterable[PassageRange], embeddings: str | None = None) 
             )
 
 
-def read_columns(
-    part: PassageRange, columns: list[str], batch_rows: int = BATCH_ROWS
-) -> Iterator[tuple[int, pa.RecordBatch]]:
-    """The rows of a range with the number of the first, reading only the row groups that it touches.
-
-    Where an object store fails for a while, reading goes on at the row that was reached.
-
-    Raises:
-        ValueError: the file is not Parquet; names it.
-        StorageError: it cannot be read.
-    """
-    left, batches = part, _read_columns(part, columns, batch_rows)
-
-    def following() -> tuple[int, pa.RecordBatch]:
-        nonlocal batches
-        try:
-            return next(batches)
-        except OSError:
-            batches = _read_columns(left, columns, batch_rows)  # a generator that has raised is over
-            raise
-
-    while left.rows:
-        with _readable(part.file):
-            row, batch = part.file.attempt(following)
-        left = PassageRange(part.file, row + batch.num_rows, part.stop)
-        yield row, batch
-
-
-def _read_columns(part: PassageRange, columns: list[str], batch_rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:
-    with pq.ParquetFile(part.file.path, filesystem=part.file.filesystem) as parquet:
-        sizes = [parquet.metadata.row_group(n).num_rows for n in range(parquet.metadata.num_row_groups)]
-        ends = np.cumsum(sizes)
-        groups = [n for n, end in enumerate(ends) if end > part.start and end - sizes[n] < part.stop]
-        row = int(ends[groups[0]]) - sizes[groups[0]]
-        for batch in parquet.iter_batches(batch_rows, row_groups=groups, columns=columns):
-            first, last = max(part.start - row, 0), min(part.stop - row, batch.num_rows)
-            if first < last:
-                yield row + first, batch.slice(first, last - first)
-            row += batch.num_rows
-
-
-@contextmanager
-def _readable(file: Location) -> Iterator[None]:
-    try:
-        yield
-    except pa.ArrowException as error:
-        raise ValueError(f"{file.uri}: cannot be read as Parquet ({one_line(error)})") from None
-
-
 @dataclass(frozen=True)
 class Sample:
     """Some rows of a range, counted from its start: int64 [rows]."""
 
-    part: PassageRange
+    part: RowRange
     rows: npt.NDArray[np.int64]
 
     def read(self, embeddings: str | None = None) -> Iterator[PassageBatch]:
@@ -238,13 +142,13 @@ class Sample:
                 yield batch.take(taken)
 
 
-def spread_samples(files: list[PassageRange], size: int) -> list[Sample]:
+def spread_samples(files: list[RowRange], size: int) -> list[Sample]:
     """Evenly spaced passages, ``size`` of them or all.
 
     Of a corpus much larger than the sample they are taken in runs of neighbours, so that only some row groups are
     read: about eight rows for each one taken, but 64 runs at least.
     """
-    groups = in_threads(_row_groups, files)
+    groups = map_in_threads(_row_groups, files)
     parts = [group for several in groups for group in several]
     ends = np.cumsum([part.rows for part in parts])
     chosen = _spread(int(ends[-1]), size, len(parts))
@@ -263,14 +167,8 @@ def _spread(total: int, size: int, groups: int) -> npt.NDArray[np.int64]:
     return rows
 
 
-def _row_groups(part: PassageRange) -> list[PassageRange]:
+def _row_groups(part: RowRange) -> list[RowRange]:
     footer = read_footer(part.file)
     sizes = [footer.row_group(n).num_rows for n in range(footer.num_row_groups)]
     ends = [0, *np.cumsum(sizes).tolist()]
-    return [PassageRange(part.file, start, stop) for start, stop in pairwise(ends) if start < stop]
-
-
-def in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
-    """What a function makes of each item, in order; many at once, since object stores answer slowly."""
-    with ThreadPoolExecutor(READERS) as threads:
-        return list(threads.map(work, items))
+    return [RowRange(part.file, start, stop) for start, stop in pairwise(ends) if start < stop]

@@ -10,9 +10,9 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.indexing.passages import read_footer
 from pipeline.output.folder import OutputFolder
 from pipeline.output.schema import MEANINGS
+from pipeline.storage.parquet import read_footer
 
 # Hexadecimal digits of a digest that are shown.
 SHOWN = 12

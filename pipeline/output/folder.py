@@ -4,22 +4,20 @@ The visible data files are the commit log. A unit writes its errors file first a
 always, both under names that follow from the unit, so a unit that runs twice writes the same files.
 """
 
-import io
 import json
 import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.config.run import Columns
 from pipeline.output.schema import data_schema, error_schema
-from pipeline.storage.location import Location, MissingFileError, StorageError, one_line
+from pipeline.storage.location import Location
+from pipeline.storage.parquet import encode_parquet, map_in_threads, read_columns
 
 FORMAT_VERSION = 1
 REPORT = "report.html"
@@ -27,8 +25,6 @@ CARD = "README.md"
 UNIT_FILE = re.compile(r"part-[0-9a-f]{20}\.parquet")
 # Where a data file keeps when its unit was begun and ended.
 TIMES = b"selfrag.times"
-# Files read at once when a finished run is counted: object stores answer slowly, and many at a time.
-READERS = 16
 
 
 @dataclass(frozen=True)
@@ -160,10 +156,10 @@ class OutputFolder:
         answers = answers.replace_schema_metadata({TIMES: json.dumps(times)} if times else None)
         errors = annotated.filter(failed).select(error_schema(inputs).names)
         if errors.num_rows:
-            errors_file.write(parquet_bytes(errors))
+            errors_file.write(encode_parquet(errors))
         elif errors_file.exists():
             errors_file.delete()  # of an attempt that died before its data file
-        self._data_file(unit).write(parquet_bytes(answers))
+        self._data_file(unit).write(encode_parquet(answers))
         return summarise(unit, answers, errors)
 
     def _data_file(self, unit: str) -> Location:
@@ -177,8 +173,7 @@ class OutputFolder:
         """Rows of these units that are in ``errors/``."""
         wanted = frozenset(units)
         files = [file for file in (self.location / "errors").files(".parquet") if unit_of(file) in wanted]
-        with ThreadPoolExecutor(READERS) as pool:
-            return sum(table.num_rows for table in pool.map(lambda file: read_columns(file, ["error_type"]), files))
+        return sum(table.num_rows for table in map_in_threads(lambda file: read_columns(file, ["error_type"]), files))
 
     def summaries(self, units: Iterable[str]) -> list[UnitSummary]:
         """What the files of these units hold; a unit without a data file is left out.
@@ -188,8 +183,8 @@ class OutputFolder:
         """
         failed = frozenset(unit_of(file) for file in (self.location / "errors").files(".parquet"))
         done = self.done_units()
-        with ThreadPoolExecutor(READERS) as pool:
-            return list(pool.map(lambda unit: self._summary(unit, unit in failed), (u for u in units if u in done)))
+        finished = [unit for unit in units if unit in done]
+        return map_in_threads(lambda unit: self._summary(unit, unit in failed), finished)
 
     def _summary(self, unit: str, failed: bool) -> UnitSummary:
         answers = read_columns(self._data_file(unit), ["retrieved", "usage"])
@@ -218,40 +213,13 @@ def summarise(unit: str, answers: pa.Table, errors: pa.Table) -> UnitSummary:
 
 def is_unit_file(file: Location, folder: str) -> bool:
     """Whether a file is a unit's, in ``data`` or ``errors``."""
-    *_, parent, name = ["", *file.path.split("/")]
-    return parent == folder and UNIT_FILE.fullmatch(name) is not None
+    *_, parent, _ = ["", *file.path.split("/")]
+    return parent == folder and UNIT_FILE.fullmatch(file.name) is not None
 
 
 def unit_of(file: Location) -> str:
     """The unit id in a unit file's name."""
-    return file.path.rsplit("/", 1)[-1].removeprefix("part-").removesuffix(".parquet")
-
-
-def parquet_bytes(table: pa.Table, row_group_size: int | None = None) -> bytes:
-    """A table as a Parquet file."""
-    buffer = io.BytesIO()
-    pq.write_table(table, buffer, row_group_size=row_group_size, compression="zstd")
-    return buffer.getvalue()
-
-
-def read_columns(file: Location, names: list[str]) -> pa.Table:
-    """Columns of a unit's file, with the file's metadata; parts of nested ones by their path in Parquet.
-
-    Args:
-        names: such as ``usage.seconds`` or ``segments.list.element.score``; those that are not there are left out.
-
-    Raises:
-        StorageError: the file cannot be read.
-    """
-
-    def work() -> pa.Table:
-        with file.filesystem.open_input_file(file.path) as stream:
-            return pq.ParquetFile(stream, pre_buffer=True).read(columns=names)
-
-    try:
-        return file.attempt(work)
-    except (pa.ArrowInvalid, MissingFileError) as error:
-        raise StorageError(f"{file.uri}: {one_line(error)}; delete it and run again") from error
+    return file.name.removeprefix("part-").removesuffix(".parquet")
 
 
 def columns_of(manifest: Mapping[str, Any]) -> Columns:

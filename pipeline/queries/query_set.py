@@ -1,30 +1,25 @@
 """The query set: checked from its footers and its ids, and cut into work units."""
 
 import hashlib
-import re
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, TypeVar
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
-from pyarrow import fs
 
 from pipeline.config.run import Columns, StorageConfig
 from pipeline.queries.schema import check_query_schema
-from pipeline.storage.location import Location, StorageError, locate, one_line
+from pipeline.storage.location import Location, locate, one_line
+from pipeline.storage.parquet import list_parquet, read_footer, read_parquet
 
 READ_BYTES = 8 * 2**20
 # An actor's units begin together, and a row group may be large: the first one reads it, the others wait for it.
 READING = threading.Lock()
-# What Arrow calls an I/O error and is damaged metadata or a damaged page.
-DAMAGED = re.compile("thrift|[Cc]orrupt|decompress")
-
-Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -78,8 +73,8 @@ def inspect_queries(location: Location, columns: Columns, unit_rows: int) -> Que
             the wrong type, an id is null or appears twice, or there are no rows.
         StorageError: the storage cannot be read.
     """
-    files = parquet_files(location)
-    footers = [(file, _opened(file, pq.read_metadata)) for file in files]
+    files = list_parquet(location)
+    footers = [(file, read_footer(file)) for file in files]
     schema = footers[0][1].schema.to_arrow_schema().remove_metadata()
     for file, footer in footers:
         check_query_schema(footer.schema.to_arrow_schema(), columns, file.uri)
@@ -98,51 +93,6 @@ def inspect_queries(location: Location, columns: Columns, unit_rows: int) -> Que
     )
 
 
-def parquet_files(location: Location) -> list[Location]:
-    """The Parquet files of a URI: itself, or all below it.
-
-    Raises:
-        ValueError: there are none.
-    """
-    kind = location.kind()
-    if kind == fs.FileType.File:
-        return [location]
-    files = location.files(".parquet")
-    if not files:
-        raise ValueError(f"{location.uri}: {_absence(location, kind)}")
-    return files
-
-
-def _absence(location: Location, kind: fs.FileType) -> str:
-    if kind != fs.FileType.NotFound:
-        return "no *.parquet files in it"
-    bucket = location.path.partition("/")[0]
-    lost = not location.local and not replace(location, path=bucket).exists()
-    return f"not found; its store has no bucket {bucket}" if lost else "not found"
-
-
-def _opened(file: Location, work: Callable[[Any], Result]) -> Result:
-    """What a function makes of a file that is open for random access.
-
-    Raises:
-        ValueError: it is not Parquet.
-        StorageError: it cannot be read.
-    """
-
-    def attempt() -> Result:
-        with file.filesystem.open_input_file(file.path) as stream:
-            return work(stream)
-
-    try:
-        return file.attempt(attempt)
-    except (pa.ArrowInvalid, pa.ArrowTypeError) as error:
-        raise ValueError(f"{file.uri}: not a readable Parquet file: {one_line(error)}") from None
-    except StorageError as error:
-        if DAMAGED.search(str(error)):
-            raise ValueError(f"{file.uri}: not a readable Parquet file: {one_line(error.__cause__)}") from None
-        raise
-
-
 def query_ids(queries: QuerySet, column: str, storage: StorageConfig) -> pa.ChunkedArray:
     """All ids, in the order of the units: large_string.
 
@@ -155,7 +105,7 @@ def query_ids(queries: QuerySet, column: str, storage: StorageConfig) -> pa.Chun
 
 
 def _column(file: Location, name: str, kind: pa.DataType) -> pa.ChunkedArray:
-    return _opened(file, lambda stream: pq.read_table(stream, columns=[name])[name].cast(kind))
+    return read_parquet(file, lambda stream: pq.read_table(stream, columns=[name])[name].cast(kind))
 
 
 def _difference(one: pa.Schema, other: pa.Schema) -> str:
@@ -229,7 +179,7 @@ def _decode(stream: Any) -> None:
 
 def _units(file: Location, footer: pq.FileMetaData, unit_rows: int) -> Iterator[Unit]:
     size, digest = _content_digest(file)
-    _opened(file, _decode)
+    read_parquet(file, _decode)
     for group in range(footer.num_row_groups):
         total = footer.row_group(group).num_rows
         for offset in range(0, total, unit_rows):
@@ -254,7 +204,7 @@ def _row_group(
             )
         return pq.ParquetFile(stream).read_row_group(group).replace_schema_metadata(None)
 
-    return _opened(locate(uri, storage), work)
+    return read_parquet(locate(uri, storage), work)
 
 
 def read_unit(unit: Unit, storage: StorageConfig) -> pa.Table:

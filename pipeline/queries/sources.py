@@ -17,9 +17,9 @@ import smart_open
 from pyarrow import fs
 
 from pipeline.config.run import StorageConfig
-from pipeline.indexing.passages import PassageRange, read_columns, read_footer
 from pipeline.queries.schema import read_rows
 from pipeline.storage.location import Location, locate, one_line
+from pipeline.storage.parquet import RowRange, read_footer, read_range
 
 HUB = "hf:"
 # Rows that a dataset gives at once.
@@ -189,7 +189,7 @@ def _file_rows(file: Location) -> Iterator[SourceRow]:
     if _kind(file) == "parquet":
         footer = read_footer(file)
         columns = footer.schema.to_arrow_schema().names
-        for row, batch in read_columns(PassageRange(file, 0, footer.num_rows), columns):
+        for row, batch in read_range(RowRange(file, 0, footer.num_rows), columns):
             yield from _rows(pa.Table.from_batches([batch]), file.uri, row)
         return
     with _open_text(file) as stream:

@@ -12,8 +12,8 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config.run import Columns
-from pipeline.output.folder import read_columns
 from pipeline.storage.location import Location
+from pipeline.storage.parquet import read_columns
 
 Floats = npt.NDArray[np.float64]
 
@@ -59,7 +59,7 @@ def picks_of(
     Args:
         tasks, scores, retrieved: of the rows, [N] each.
     """
-    draws = np.random.default_rng([SEED, zlib.crc32(file.path.rsplit("/", 1)[-1].encode())]).random(len(tasks))
+    draws = np.random.default_rng([SEED, zlib.crc32(file.name.encode())]).random(len(tasks))
     keys = {BEST: -(scores + FAR * retrieved), WORST: scores + FAR * ~retrieved, RANDOM: draws}
     found = []
     for task in dict.fromkeys(tasks):

@@ -5,7 +5,6 @@ Texts are read for the examples alone, and where answers are compared with anoth
 """
 
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -16,20 +15,12 @@ import pyarrow.compute as pc
 
 from pipeline.config.run import Columns, Weights
 from pipeline.evaluation.evaluate import NOTHING
-from pipeline.output.folder import (
-    NO_ERRORS,
-    READERS,
-    OutputFolder,
-    UnitSummary,
-    columns_of,
-    read_columns,
-    summarise,
-    unit_of,
-)
+from pipeline.output.folder import NO_ERRORS, OutputFolder, UnitSummary, columns_of, summarise, unit_of
 from pipeline.report.changes import Answers, hashed
 from pipeline.report.durations import Durations, Floats
 from pipeline.report.examples import Pick, keep, picks_of
 from pipeline.storage.location import Location
+from pipeline.storage.parquet import THREADS, map_in_threads, read_columns
 
 SEGMENT_SCORES = ("is_rel", "is_sup", "is_use", "score")
 SCORES = ("retrieve_probability", *SEGMENT_SCORES)
@@ -246,10 +237,9 @@ def read_set(output: OutputFolder, reading: Reading) -> SetFigures:
 
 
 def _read(files: list[Location], failed: Mapping[str, Location], reading: Reading) -> Iterator[UnitFigures]:
-    with ThreadPoolExecutor(READERS) as pool:
-        for start in range(0, len(files), 4 * READERS):  # no more of them wait than are being read
-            some = files[start : start + 4 * READERS]
-            yield from pool.map(lambda file: read_unit(file, failed.get(unit_of(file)), reading), some)
+    for start in range(0, len(files), 4 * THREADS):  # bounds how many units' figures are in memory
+        some = files[start : start + 4 * THREADS]
+        yield from map_in_threads(lambda file: read_unit(file, failed.get(unit_of(file)), reading), some)
 
 
 def read_unit(data: Location, errors: Location | None, reading: Reading) -> UnitFigures:

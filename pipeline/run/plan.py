@@ -15,8 +15,8 @@ from pipeline.engine.models import critic_of, model_identity, model_path
 from pipeline.output.folder import OutputFolder
 from pipeline.output.schema import columns_digest
 from pipeline.queries.query_set import QuerySet, Unit, inspect_queries
+from pipeline.queries.selection import Earlier, Selection
 from pipeline.retrieval.manifest import IndexManifest, check_index
-from pipeline.run.selection import Earlier, Selection
 from pipeline.storage.location import Location, check_apart, check_bucket, locate
 
 

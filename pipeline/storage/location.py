@@ -49,6 +49,11 @@ class Location:
     patience_s: float = 0.0
 
     @property
+    def name(self) -> str:
+        """Last part of the path: the file's or folder's own name."""
+        return self.path.rstrip("/").rpartition("/")[2]
+
+    @property
     def local(self) -> bool:
         """Whether it lies on a local disk."""
         return isinstance(self.filesystem, fs.LocalFileSystem)

@@ -20,7 +20,7 @@ BLOCKS = re.findall(r"^```(\w*)\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
 def said() -> list[str]:
     """All texts in the sources but docstrings, with … for what is filled in."""
     texts = []
-    for file in [*ROOT.glob("jobs/*.py"), *ROOT.glob("pipeline/*.py")]:
+    for file in [*ROOT.glob("jobs/**/*.py"), *ROOT.glob("pipeline/**/*.py")]:
         nodes = list(ast.walk(ast.parse(file.read_text("utf-8"))))
         docstrings = [node.value for node in nodes if isinstance(node, ast.Expr)]
         for node in nodes:

@@ -118,11 +118,11 @@ def refused(result: Result, *parts: str) -> None:
 
 
 def test_missing_passages_are_named(tmp_path: Path) -> None:
-    refused(run(tmp_path / "none", tmp_path / "out"), f"{tmp_path}/none: no such file or folder")
+    refused(run(tmp_path / "none", tmp_path / "out"), f"{tmp_path}/none: not found")
 
 
 def test_folder_without_parquet_is_named(tmp_path: Path) -> None:
-    refused(run(tmp_path, tmp_path / "out"), f"{tmp_path}: no Parquet files")
+    refused(run(tmp_path, tmp_path / "out"), f"{tmp_path}: no *.parquet files in it")
 
 
 def test_unknown_scheme_is_named(tmp_path: Path) -> None:
@@ -132,13 +132,13 @@ def test_unknown_scheme_is_named(tmp_path: Path) -> None:
 
 def test_file_that_is_not_parquet_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"id,title,text\n")
-    refused(run(tmp_path, tmp_path / "out"), "a.parquet: cannot be read as Parquet")
+    refused(run(tmp_path, tmp_path / "out"), "a.parquet: not a readable Parquet file")
 
 
 def test_truncated_parquet_is_named(source: Path, tmp_path: Path) -> None:
     content = (source / "b.parquet").read_bytes()
     (source / "b.parquet").write_bytes(content[: len(content) // 2])
-    refused(run(source, tmp_path / "out"), "b.parquet: cannot be read as Parquet")
+    refused(run(source, tmp_path / "out"), "b.parquet: not a readable Parquet file")
 
 
 @pytest.mark.parametrize(

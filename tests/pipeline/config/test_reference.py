@@ -2,7 +2,7 @@ from pathlib import Path
 
 from pipeline.config.reference import keys, reference
 
-FILE = Path(__file__).parents[2] / "infra" / "CONFIGURATION.md"
+FILE = Path(__file__).parents[3] / "infra" / "CONFIGURATION.md"
 KEYS = {key.name: key for key in keys()}
 
 

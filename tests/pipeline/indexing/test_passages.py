@@ -12,16 +12,13 @@ from hypothesis import strategies as st
 from pipeline.indexing.build import read_ahead
 from pipeline.indexing.passage_checks import check_passages
 from pipeline.indexing.passages import (
-    PassageRange,
     Sample,
-    _read_columns,
     find_passages,
     plan_shards,
-    read_columns,
     read_passages,
     spread_samples,
 )
-from tests.support.flaky import BUSY, flaky
+from pipeline.storage.parquet import RowRange
 from tests.support.indexes import numbered, place
 
 
@@ -85,7 +82,7 @@ def test_a_small_corpus_is_sampled_evenly(source: Path) -> None:
 
 
 def test_a_sample_brings_its_vectors_and_row_numbers(source: Path) -> None:
-    part = PassageRange(place(source / "a.parquet"), 4, 10)
+    part = RowRange(place(source / "a.parquet"), 4, 10)
     (batch,) = Sample(part, np.array([1, 5])).read("vector")
     assert batch.passages["id"].to_pylist() == ["5", "9"]
     assert batch.embeddings.to_pylist() == [[5.0], [9.0]]
@@ -118,27 +115,6 @@ def test_a_sample_has_the_size_asked_for_wherever_the_row_groups_end(
     assert len(rows) == min(size, total)
     assert all(later > earlier for earlier, later in pairwise(rows))
     assert 0 <= rows[0] <= rows[-1] < total
-
-
-def test_reading_goes_on_where_the_connection_broke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
-    pq.write_table(pa.table(numbered(5000)), tmp_path / "p.parquet", row_group_size=500)
-    begun = []
-
-    def breaking(part: PassageRange, columns: list[str], batch_rows: int) -> Any:
-        begun.append(part.start)
-        for number, read in enumerate(_read_columns(part, columns, batch_rows)):
-            if number == 3:
-                raise OSError(BUSY)
-            yield read
-
-    monkeypatch.setattr("pipeline.indexing.passages._read_columns", breaking)
-    folder, _ = flaky(tmp_path, [])
-    part = PassageRange(folder / "p.parquet", 700, 4800)
-    assert [row for row, _ in read_columns(part, ["id"], 400)][:2] == [700, 900]
-    assert ids(read_passages([part])) == [str(n) for n in range(700, 4800)]
-    assert begun[0] == 700
-    assert len(begun) >= 4
 
 
 @pytest.mark.parametrize("compared", [1, 4, 1000])

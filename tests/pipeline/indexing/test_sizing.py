@@ -108,7 +108,7 @@ def test_shares_and_counts_by_hand() -> None:
 
 def documented() -> list[list[str]]:
     """The cells of the large table of the sizing document."""
-    lines = (Path(__file__).parents[2] / "infra" / "SIZING.md").read_text().splitlines()
+    lines = (Path(__file__).parents[3] / "infra" / "SIZING.md").read_text().splitlines()
     return [
         [cell.strip() for cell in line.strip("|").split("|")] for line in lines if re.match(r"\| [\d,]+ M in", line)
     ]

@@ -104,7 +104,7 @@ def test_every_column_of_the_output_has_a_meaning() -> None:
 
 
 def test_the_readme_says_the_same_of_the_columns() -> None:
-    readme = (Path(__file__).parents[2] / "README.md").read_text("utf-8")
+    readme = (Path(__file__).parents[3] / "README.md").read_text("utf-8")
     plain = re.sub(r" \(\[[^]]*\]\([^)]*\)\)", "", readme)  # links only work there
     for row in columns_table(data_schema(pa.schema([]), keep_candidates=True)).splitlines()[2:]:
         assert f"{row}\n" in plain

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from pipeline.config.run import Columns, StorageConfig
 from pipeline.queries import query_set
-from pipeline.queries.query_set import inspect_queries, parquet_files, read_unit
+from pipeline.queries.query_set import inspect_queries, read_unit
 from pipeline.storage.location import locate
 
 HERE = StorageConfig()
@@ -81,8 +81,8 @@ def test_units_that_begin_together_read_their_row_group_once(tmp_path, monkeypat
         time.sleep(0.05)
         return opened(file, work)
 
-    opened = query_set._opened
-    monkeypatch.setattr(query_set, "_opened", slowly)
+    opened = query_set.read_parquet
+    monkeypatch.setattr(query_set, "read_parquet", slowly)
     with ThreadPoolExecutor(4) as pool:
         tables = list(pool.map(lambda unit: read_unit(unit, HERE), units))
     assert [table["id"].to_pylist() for table in tables] == [["a", "b"], ["c", "d"], ["e", "f"], ["g", "h"]]
@@ -98,14 +98,3 @@ def test_single_file_is_a_set(tmp_path):
 def test_column_of_nulls_gives_no_passages(tmp_path):
     pq.write_table(pa.table({"id": ["1"], "query": ["x"], "passages": [None]}), tmp_path / "a.parquet")
     assert not inspect(tmp_path).given
-
-
-def test_bucket_that_is_not_there_is_told_from_a_folder_that_is_not(s3):
-    storage = StorageConfig(
-        endpoint_url=s3.endpoint, access_key=s3.access_key, secret_key=s3.secret_key, region="us-east-1"
-    )
-
-    with pytest.raises(ValueError, match=r"^s3://none-such/queries/: not found; its store has no bucket none-such$"):
-        parquet_files(locate("s3://none-such/queries/", storage))
-    with pytest.raises(ValueError, match=rf"^s3://{s3.bucket}/nothing/: not found$"):
-        parquet_files(locate(f"s3://{s3.bucket}/nothing/", storage))

@@ -112,7 +112,7 @@ def test_parquet_text_that_is_not_utf8_is_told(tmp_path: Path) -> None:
         ("a.jsonl.gz", gzip.compress(b'{"q": 1}\n' * 1000)[:-9], "a.jsonl.gz: cannot be read"),
         ("a.jsonl.gz", b'{"q": 1}', "a.jsonl.gz: cannot be read: Not a gzipped file"),
         ("a.csv", b"q,q\n1,2\n", "a.csv: in its first line, the header, every column needs a name of its own"),
-        ("a.parquet", b"PAR1", "a.parquet: cannot be read as Parquet"),
+        ("a.parquet", b"PAR1", "a.parquet: not a readable Parquet file"),
         ("a.txt", b"q", "nothing that can be imported; files end in .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
     ],
 )

@@ -6,17 +6,17 @@ rows, whatever is asked or answered meanwhile.
 
 import json
 from collections.abc import Iterable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config.run import StorageConfig
-from pipeline.output.folder import READERS, is_unit_file, parquet_bytes, read_columns
+from pipeline.output.folder import is_unit_file
 from pipeline.queries.query_set import QuerySet, query_ids, read_unit
 from pipeline.queries.writer import FILE_ROWS, GROUP_ROWS
 from pipeline.storage.location import Location
+from pipeline.storage.parquet import encode_parquet, map_in_threads, read_columns
 
 # An error of the row itself: it would fail again.
 OWN_FAULT = "ValueError"
@@ -60,8 +60,7 @@ class Earlier:
 
     def _read(self, files: list[Location], more: list[str]) -> pa.Table:
         schema = pa.schema([("id", pa.large_string()), *((name, pa.string()) for name in more)])
-        with ThreadPoolExecutor(READERS) as pool:
-            tables = list(pool.map(lambda file: self._columns(file, [self.id_column, *more]).cast(schema), files))
+        tables = map_in_threads(lambda file: self._columns(file, [self.id_column, *more]).cast(schema), files)
         return pa.concat_tables([schema.empty_table(), *tables])
 
     def _columns(self, file: Location, names: list[str]) -> pa.Table:
@@ -124,7 +123,7 @@ class Selection:
                 f"all {queries.rows} queries are dealt with below {earlier.folder.uri}; nothing is left to do"
             )
         for number, table in enumerate(_files(_rows(queries, new, storage))):
-            (scratch / f"part-{number:05d}.parquet").write(parquet_bytes(table, GROUP_ROWS))
+            (scratch / f"part-{number:05d}.parquet").write(encode_parquet(table, GROUP_ROWS))
         return cls(scratch, queries.rows - count)
 
     def keep(self, output: Location, queries: str) -> "Selection":
@@ -134,7 +133,7 @@ class Selection:
             if file.exists():
                 file.delete()
         for file in self.folder.files(".parquet"):
-            (folder / file.path.rsplit("/", 1)[-1]).write(file.read())
+            (folder / file.name).write(file.read())
         _record(folder).write(json.dumps({"queries": queries, "known": self.known}).encode())
         return Selection(folder, self.known)
 

@@ -9,7 +9,7 @@ import pytest
 
 from pipeline.config.run import Columns, StorageConfig
 from pipeline.queries.query_set import inspect_queries
-from pipeline.run.selection import Earlier, NothingNewError, Selection
+from pipeline.queries.selection import Earlier, NothingNewError, Selection
 from pipeline.storage.location import Location, StorageError, locate
 
 
@@ -123,8 +123,8 @@ def test_nothing_new_is_said_every_time(asked: Path, tmp_path: Path):
 
 
 def test_many_rows_go_into_several_files(asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
-    monkeypatch.setattr("pipeline.run.selection.FILE_ROWS", 4)
-    monkeypatch.setattr("pipeline.run.selection.GROUP_ROWS", 3)
+    monkeypatch.setattr("pipeline.queries.selection.FILE_ROWS", 4)
+    monkeypatch.setattr("pipeline.queries.selection.GROUP_ROWS", 3)
     found = select(asked, tmp_path / "sets")
     files = sorted(Path(found.folder.path).glob("part-*.parquet"))
     assert [pq.read_metadata(file).num_rows for file in files] == [4, 5, 1]

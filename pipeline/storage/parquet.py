@@ -1,0 +1,174 @@
+"""Parquet files at any URI: listed, opened and read in one way, with errors that name the file."""
+
+import io
+import re
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pyarrow import fs
+
+from pipeline.storage.location import Location, MissingFileError, StorageError, one_line
+
+# Rows read at a time by default: a few megabytes.
+BATCH_ROWS = 1024
+# Files read at once: an object store takes many requests and answers each of them slowly.
+THREADS = 16
+# Arrow reports damaged metadata and damaged pages as I/O errors with these words.
+DAMAGED = re.compile("thrift|[Cc]orrupt|decompress")
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class RowRange:
+    """The rows of a file from ``start`` up to but not including ``stop``."""
+
+    file: Location
+    start: int
+    stop: int
+
+    @property
+    def rows(self) -> int:
+        """Number of rows."""
+        return self.stop - self.start
+
+
+def list_parquet(location: Location) -> list[Location]:
+    """List the Parquet files of a URI: the file itself, or all files below the folder, by name.
+
+    Raises:
+        ValueError: there are none.
+        StorageError: the storage cannot be read.
+    """
+    kind = location.kind()
+    if kind == fs.FileType.File:
+        return [location]
+    files = location.files(".parquet")
+    if not files:
+        raise ValueError(f"{location.uri}: {_explain_absence(location, kind)}")
+    return files
+
+
+def _explain_absence(location: Location, kind: fs.FileType) -> str:
+    if kind != fs.FileType.NotFound:
+        return "no *.parquet files in it"
+    bucket = location.path.partition("/")[0]
+    if not location.local and not replace(location, path=bucket).exists():
+        return f"not found; its store has no bucket {bucket}"
+    return "not found"
+
+
+def read_parquet(file: Location, work: Callable[[Any], Result]) -> Result:
+    """Call ``work`` with the file opened for random access; retries transient errors.
+
+    Raises:
+        ValueError: the file is not Parquet, or damaged.
+        StorageError: the file cannot be read.
+    """
+
+    def attempt() -> Result:
+        with file.filesystem.open_input_file(file.path) as stream:
+            return work(stream)
+
+    with _naming(file):
+        return file.attempt(attempt)
+
+
+@contextmanager
+def _naming(file: Location) -> Iterator[None]:
+    """Turn what Arrow raises for damaged Parquet into one line that names the file."""
+    try:
+        yield
+    except pa.ArrowException as error:
+        raise ValueError(f"{file.uri}: not a readable Parquet file: {one_line(error)}") from None
+    except StorageError as error:
+        if DAMAGED.search(str(error)):
+            raise ValueError(f"{file.uri}: not a readable Parquet file: {one_line(error.__cause__)}") from None
+        raise
+
+
+def read_footer(file: Location) -> pq.FileMetaData:
+    """Read the footer of a Parquet file.
+
+    Raises:
+        ValueError: the file is not Parquet.
+        StorageError: the file cannot be read.
+    """
+    return read_parquet(file, pq.read_metadata)
+
+
+def read_range(
+    part: RowRange, columns: list[str], batch_rows: int = BATCH_ROWS
+) -> Iterator[tuple[int, pa.RecordBatch]]:
+    """Read a range in batches, each with the number of its first row; only row groups that it touches are read.
+
+    After a transient error, reading continues at the row that was reached.
+
+    Raises:
+        ValueError: the file is not Parquet, or damaged.
+        StorageError: the file cannot be read.
+    """
+    left, batches = part, _open_range(part, columns, batch_rows)
+
+    def following() -> tuple[int, pa.RecordBatch]:
+        nonlocal batches
+        try:
+            return next(batches)
+        except OSError:
+            batches = _open_range(left, columns, batch_rows)  # a generator that has raised is exhausted
+            raise
+
+    while left.rows:
+        with _naming(part.file):
+            row, batch = part.file.attempt(following)
+        left = RowRange(part.file, row + batch.num_rows, part.stop)
+        yield row, batch
+
+
+def _open_range(part: RowRange, columns: list[str], batch_rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:
+    with pq.ParquetFile(part.file.path, filesystem=part.file.filesystem) as parquet:
+        sizes = [parquet.metadata.row_group(n).num_rows for n in range(parquet.metadata.num_row_groups)]
+        ends = np.cumsum(sizes)
+        groups = [n for n, end in enumerate(ends) if end > part.start and end - sizes[n] < part.stop]
+        row = int(ends[groups[0]]) - sizes[groups[0]]
+        for batch in parquet.iter_batches(batch_rows, row_groups=groups, columns=columns):
+            first, last = max(part.start - row, 0), min(part.stop - row, batch.num_rows)
+            if first < last:
+                yield row + first, batch.slice(first, last - first)
+            row += batch.num_rows
+
+
+def read_columns(file: Location, names: list[str]) -> pa.Table:
+    """Read columns of a file that a run has written, with the file's metadata; missing columns are left out.
+
+    Args:
+        names: columns, or fields of nested ones by their path in Parquet, such as ``usage.seconds`` or
+            ``segments.list.element.score``.
+
+    Raises:
+        StorageError: the file cannot be read, or is damaged.
+    """
+    try:
+        return read_parquet(file, lambda stream: pq.ParquetFile(stream, pre_buffer=True).read(columns=names))
+    except (ValueError, MissingFileError) as error:
+        raise StorageError(f"{one_line(error)}; delete it and run again") from error
+
+
+def encode_parquet(table: pa.Table, row_group_size: int | None = None) -> bytes:
+    """Encode a table as a Parquet file."""
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer, row_group_size=row_group_size, compression="zstd")
+    return buffer.getvalue()
+
+
+def map_in_threads(work: Callable[[Item], Result], items: Iterable[Item]) -> list[Result]:
+    """Map a function over items in ``THREADS`` threads; results in the order of the items."""
+    with ThreadPoolExecutor(THREADS) as threads:
+        return list(threads.map(work, items))
