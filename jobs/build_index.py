@@ -25,8 +25,7 @@ from pipeline.config.loading import validated
 from pipeline.config.run import RetrievalConfig, StorageConfig, load_sections
 from pipeline.indexing.build import BuildFolder, BuildPlan, BuildRequest
 from pipeline.indexing.build_pool import execute
-from pipeline.indexing.passage_checks import check_passages
-from pipeline.indexing.passages import find_passages, plan_shards
+from pipeline.indexing.passages import check_passages, find_passages, plan_shards
 from pipeline.retrieval.encoder import Encoder, EncoderStyle
 from pipeline.retrieval.index_cache import DamagedIndexError
 from pipeline.retrieval.manifest import EncoderEntry

@@ -10,9 +10,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.indexing.build import read_ahead
-from pipeline.indexing.passage_checks import check_passages
 from pipeline.indexing.passages import (
     Sample,
+    check_passages,
     find_passages,
     plan_shards,
     read_passages,
@@ -126,7 +126,7 @@ def test_ids_are_unique_however_few_are_compared_at_a_time(source: Path, compare
 
 
 def test_ids_with_equal_hashes_are_compared_themselves(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.indexing.passage_checks._hashes", lambda ids: np.zeros(len(ids), np.uint64))
+    monkeypatch.setattr("pipeline.indexing.passages._hashes", lambda ids: np.zeros(len(ids), np.uint64))
     check_passages(find_passages(place(source)))
 
 

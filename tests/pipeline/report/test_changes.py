@@ -1,7 +1,7 @@
 import pyarrow as pa
 
-from pipeline.report.changes import Answers, Changes, changes, hashed, sample_of
 from pipeline.report import changes as report_changes
+from pipeline.report.changes import Answers, Changes, changes, hashed, sample_of
 
 
 def answers(sample: int = 1, **by_id: str | None) -> Answers:
