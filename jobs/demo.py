@@ -22,7 +22,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jobs.annotate import run
 from jobs.evaluate import comparison
 from pipeline.config.loading import validated
 from pipeline.config.run import (
@@ -40,6 +39,7 @@ from pipeline.evaluation.evaluate import Evaluation, View, evaluate_set, first_p
 from pipeline.evaluation.metrics import best, contains
 from pipeline.indexing.build import BuildRequest
 from pipeline.output.folder import REPORT
+from pipeline.run.driver import run
 from pipeline.storage.location import locate
 
 DEMO = Path(__file__).parent.parent / "infra" / "demo"

@@ -28,7 +28,6 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jobs.annotate import allot, execute
 from jobs.benchmark.scripted_model import WRITTEN, Prompter, Script
 from pipeline.config.run import DecodingConfig, ExecutionConfig, ModelConfig, RunConfig
 from pipeline.decoding.profiles import Tasks
@@ -38,6 +37,7 @@ from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Generation
 from pipeline.engine.models import load_tokenizer
 from pipeline.run.actor import SelfRagActor
+from pipeline.run.driver import allot, execute
 from pipeline.run.plan import check
 
 # Seconds that the waiting engine takes for an answer, from the environment of the actors.

@@ -23,7 +23,6 @@ from typing import Any
 import numpy as np
 import typer
 
-from jobs.annotate import allot, execute
 from pipeline.config.run import load_config
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.prompts import PromptTokenizer
@@ -35,6 +34,7 @@ from pipeline.demo_models import demo_model
 from pipeline.engine.models import load_tokenizer
 from pipeline.engine.vllm import VllmGenerator
 from pipeline.run.actor import SelfRagActor
+from pipeline.run.driver import allot, execute
 from pipeline.run.plan import check
 
 # Arguments of a LlamaConfig. The first is selfrag/selfrag_llama2_7b's but for its vocabulary, which is the demo

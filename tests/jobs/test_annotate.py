@@ -10,13 +10,13 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from jobs.annotate import Summary, annotate_todo, finished_units
 from jobs.annotate import annotate as command
 from pipeline.cluster import Resources
 from pipeline.config.run import RunConfig, StorageConfig
 from pipeline.output.folder import OutputFolder, UnitSummary
 from pipeline.queries.query_set import QuerySet, Unit
 from pipeline.run.actor import annotated_schema
+from pipeline.run.driver import Summary, annotate_todo, finished_units
 from pipeline.run.plan import Plan, check
 from pipeline.storage.lease import Claim
 from pipeline.storage.location import Location, locate
@@ -112,7 +112,7 @@ def test_a_plan_knows_its_index_and_what_that_was_built_with(options, saved: Loc
 
 
 def test_a_run_that_another_one_is_at_work_on_stops_before_the_engine(options, monkeypatch):
-    monkeypatch.setattr("jobs.annotate.allot", lambda _plan: Resources(1, 0))
+    monkeypatch.setattr("pipeline.run.driver.allot", lambda _plan: Resources(1, 0))
     with Claim(locate(options["--output"], StorageConfig())):
         result = call(options)
     assert result.exit_code == 2
@@ -128,10 +128,12 @@ def finished(options: dict[str, str], tmp_path: Path, monkeypatch: pytest.Monkey
         table = pa.Table.from_pylist(rows, annotated_schema(plan.queries.schema, keep_candidates=False))
         yield plan.output.write_unit(plan.todo[0].id, table, plan.queries.schema, keep_candidates=False)
 
-    monkeypatch.setattr("jobs.annotate.allot", lambda _plan: Resources(1, 0))
-    monkeypatch.setattr("jobs.annotate.annotate_units", units)
+    monkeypatch.setattr("pipeline.run.driver.allot", lambda _plan: Resources(1, 0))
+    monkeypatch.setattr("pipeline.run.driver.annotate_units", units)
     assert call(options).exit_code == 0
-    monkeypatch.setattr("jobs.annotate.annotate_units", lambda *_: pytest.fail("work that is done is not done again"))
+    monkeypatch.setattr(
+        "pipeline.run.driver.annotate_units", lambda *_: pytest.fail("work that is done is not done again")
+    )
     return tmp_path / "out"
 
 
@@ -162,7 +164,7 @@ def failing(tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch, *errors:
             seen.append(number)
             yield UnitSummary(f"{number:020x}", 100, {"KeyError": count})
 
-    monkeypatch.setattr("jobs.annotate.annotate_units", units)
+    monkeypatch.setattr("pipeline.run.driver.annotate_units", units)
     config = RunConfig.model_validate({"queries": "q", "output": "o", "model": {"name": "m"}})
     queries = QuerySet(pa.schema([]), (), 1, rows, "d", False, {})
     return Plan(config, queries, OutputFolder(locate(str(tmp_path / "out"), StorageConfig())), {}, None), seen

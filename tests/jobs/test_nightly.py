@@ -42,8 +42,8 @@ def answers(plan, *_):
 
 @pytest.fixture(autouse=True)
 def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.annotate.allot", lambda _plan: Resources(1, 0))
-    monkeypatch.setattr("jobs.annotate.annotate_units", answers)
+    monkeypatch.setattr("pipeline.run.driver.allot", lambda _plan: Resources(1, 0))
+    monkeypatch.setattr("pipeline.run.driver.annotate_units", answers)
     monkeypatch.setattr("pipeline.storage.lease.SETTLE", 0.05)
 
 
@@ -108,7 +108,7 @@ def test_a_night_that_was_killed_goes_on_with_its_own_rows(nightly, tmp_path, mo
         raise RuntimeError("the machine is gone")
 
     with monkeypatch.context() as patched:
-        patched.setattr("jobs.annotate.annotate_units", killed)
+        patched.setattr("pipeline.run.driver.annotate_units", killed)
         assert call(nightly, "--date", "2026-01-30").exit_code == 1
     assert rows(tmp_path / "sets/2026-01-30") == {"a": "ONE"}
     again = call(nightly, "--date", "2026-01-30")
@@ -146,7 +146,7 @@ def test_beginning_anew_chooses_anew_once_it_can_begin(nightly, queries, tmp_pat
         raise ValueError("no Ray")
 
     with monkeypatch.context() as patched:
-        patched.setattr("jobs.annotate.allot", away)
+        patched.setattr("pipeline.run.driver.allot", away)
         assert call(nightly, "--date", "2026-01-30", "--overwrite").exit_code == 2
     assert {file: file.read_bytes() for file in (tmp_path / "sets").rglob("*") if file.is_file()} == before
     assert call(nightly, "--date", "2026-01-30", "--overwrite").exit_code == 0
@@ -240,7 +240,7 @@ def test_a_failure_is_told_to_the_command_and_the_webhook(told, web, tmp_path, m
     def broken(*_):
         raise RuntimeError("the machine is gone")
 
-    monkeypatch.setattr("jobs.annotate.annotate_units", broken)
+    monkeypatch.setattr("pipeline.run.driver.annotate_units", broken)
     web.statuses = [500, 200]
     result = call(told, "--date", "2026-01-30")
     assert result.exit_code == 1
