@@ -9,10 +9,10 @@ from collections.abc import Generator
 from datetime import UTC, datetime
 from typing import Any
 
-from jobs.report import leave_report
 from pipeline.cluster import Resources, actor_resources, connect
 from pipeline.config.run import RunConfig
 from pipeline.output.folder import UnitSummary
+from pipeline.report.write import leave_report
 from pipeline.retrieval.shard_servers import ServedIndex, start_servers
 from pipeline.run.actor import SelfRagActor
 from pipeline.run.attempts import PATIENCE, Attempts

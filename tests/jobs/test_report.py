@@ -10,8 +10,9 @@ import pytest
 import typer
 from typer.testing import CliRunner, Result
 
-from jobs.report import leave_report, report
+from jobs.report import report
 from pipeline.output.folder import OutputFolder
+from pipeline.report.write import leave_report
 from tests.support.reports import Row, answered, at, failed, segment, unread, write_set
 
 APP = typer.Typer()

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from jobs.report import write_report
+from pipeline.report.write import write_report
 from tests.jobs.test_report import usual
 from tests.support.reports import PASSAGE, answered, at, failed, write_set
 
