@@ -9,18 +9,20 @@ import contextlib
 import dataclasses
 import json
 import logging
-import sys
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Annotated, Any
 
 import typer
 
+from jobs.common import FailedError, checking, fail, hint_at_new_form, start_logging, working
 from jobs.rescore import rescore
+from pipeline.cluster import Resources
 from pipeline.config.run import RunConfig, load_config
 from pipeline.queries.selection import NothingNewError
 from pipeline.run.driver import Summary, allot, execute
-from pipeline.run.notices import fail, failures_told
-from pipeline.run.plan import check
+from pipeline.run.notices import notify_failure
+from pipeline.run.plan import Plan, check
 from pipeline.storage.lease import Claim, OutputTakenError
 from pipeline.storage.location import locate
 
@@ -45,73 +47,76 @@ def annotate(
         datetime | None,
         typer.Option("--date", formats=["%Y-%m-%d"], help="What {date} in URIs stands for; today (UTC) by default."),
     ] = None,
-    rescored: Annotated[
-        str | None,
-        typer.Option("--rescore", help="Choose the answers of this annotated set again (with --output and --set)."),
-    ] = None,
+    old_rescore: Annotated[str | None, typer.Option("--rescore", hidden=True)] = None,
 ) -> None:
     """Annotate a query set with answers, evidence and critique.
 
     Exit status: 0 all rows answered, 3 some rows in errors/, 1 failed, 2 bad usage.
     """
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    if rescored is not None:
-        if queries or index or model:
-            raise typer.BadParameter("--rescore reads a run: --queries, --index and --model do not go with it")
-        rescore(rescored, output, config, settings or [], dry_run, overwrite, as_json)
+    if old_rescore is not None:
+        hint_at_new_form("annotate --rescore RUN", "rescore --annotations RUN")
+        if output is None:
+            raise typer.BadParameter("--rescore needs --output, the folder for the new annotated set")
+        rescore(old_rescore, output, config, settings, dry_run, overwrite, as_json)
+        return
+    start_logging(logging.INFO, timestamps=True)
     flags = {"queries": queries, "index": index, "output": output, "model.name": model}
-    try:
+    with checking():
         run_config = load_config(config, settings or [], flags, day and day.date())
-    except ValueError as error:
-        fail(error, 2)
-    with contextlib.nullcontext() if dry_run else failures_told(run_config):
-        raise typer.Exit(annotated(run_config, overwrite, dry_run, as_json))
+    if dry_run:
+        plan_run(run_config, overwrite)
+        typer.echo("nothing was written and no engine started (--dry-run)", err=True)
+        return
+    with notifying(run_config), checking(), locking(run_config):
+        raise typer.Exit(annotate_queries(run_config, overwrite, as_json))
 
 
-def annotated(config: RunConfig, overwrite: bool, dry_run: bool, as_json: bool) -> int:
-    """Do what the command line asks; the exit status."""
+@contextlib.contextmanager
+def notifying(config: RunConfig) -> Iterator[None]:
+    """Notify those whom ``on_failure`` names if the body fails; rows in ``errors/`` (status 3) are no failure."""
     try:
-        with contextlib.nullcontext() if dry_run else locked(config):
-            return _annotated(config, overwrite, dry_run, as_json)
-    except (ValueError, OSError) as error:
-        fail(error, 2)
+        yield
+    except FailedError as end:
+        notify_failure(config, end.exit_code, end.message)
+        raise
 
 
-def locked(config: RunConfig) -> contextlib.AbstractContextManager[Any]:
+def locking(config: RunConfig) -> contextlib.AbstractContextManager[Any]:
     """The claim on ``execution.lock``; that on the output comes later, and is enough where both are one folder."""
     uri = config.execution.lock or config.skip_annotated
     lock, output = locate(uri or config.output, config.storage), locate(config.output, config.storage)
     return contextlib.nullcontext() if lock.path.rstrip("/") == output.path.rstrip("/") else Claim(lock)
 
 
-def _annotated(config: RunConfig, overwrite: bool, dry_run: bool, as_json: bool) -> int:
-    try:
-        plan = check(config, overwrite)
+def plan_run(config: RunConfig, overwrite: bool) -> tuple[Plan, Resources | None] | None:
+    """Check the run and print its plan; None if there is nothing new to annotate."""
+    with checking(RuntimeError):
+        try:
+            plan = check(config, overwrite)
+        except NothingNewError as news:
+            typer.echo(str(news), err=True)
+            return None
         resources = None if plan.finished else allot(plan)
-    except NothingNewError as news:
-        typer.echo(str(news), err=True)
-        return 0
-    except (ValueError, OSError, RuntimeError) as error:
-        fail(error, 2)
     for line in [*plan.lines(), *(resources.lines() if resources else [])]:
         typer.echo(line, err=True)
-    if dry_run:
-        typer.echo("nothing was written and no engine started (--dry-run)", err=True)
+    return plan, resources
+
+
+def annotate_queries(config: RunConfig, overwrite: bool, as_json: bool) -> int:
+    """Plan the run, carry it out and print how it ended; returns the exit status."""
+    planned = plan_run(config, overwrite)
+    if planned is None:
         return 0
-    try:
-        summary = execute(plan, resources)
-    except OutputTakenError:
-        raise
-    except Exception as error:
-        log.exception("the run failed; the same command continues it")
-        fail(error, 1)
-    _report(summary, as_json)
+    with working("the run failed; the same command continues it", bad_input=OutputTakenError):
+        summary = execute(*planned)
+    print_summary(summary, as_json)
     if summary.exit_status == 1:
         fail(f"{summary.errors} of {summary.rows} rows failed, more than execution.max_error_rate allows", 1)
     return summary.exit_status
 
 
-def _report(summary: Summary, as_json: bool) -> None:
+def print_summary(summary: Summary, as_json: bool) -> None:
+    """Print how the run ended: a line on stderr, and JSON on stdout if asked for."""
     if not summary.annotated:
         typer.echo(f"{summary.output} is finished; nothing was left to do", err=True)
     answered = summary.rows - summary.errors

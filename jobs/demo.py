@@ -9,7 +9,6 @@ explores both branches of the first decision.
 
 import hashlib
 import json
-import logging
 import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from jobs.common import start_logging, working
 from jobs.evaluate import comparison
 from pipeline.config.loading import validated
 from pipeline.config.run import (
@@ -88,10 +88,10 @@ def demo_index() -> Path:
 
 
 def _build_index(target: Path) -> None:
-    from jobs.build_index import check
+    from pipeline.indexing.build import check_build
     from pipeline.indexing.build_pool import execute
 
-    execute(check(BuildRequest(str(PASSAGES), str(target), embeddings="vector", shards=SHARDS)))
+    execute(check_build(BuildRequest(str(PASSAGES), str(target), embeddings="vector", shards=SHARDS)))
 
 
 def first_rows(queries: Path, rows: int, file: Path) -> Path:
@@ -193,16 +193,12 @@ def demo(
     The first run downloads and builds model, encoder and index into the cache folder (SELFRAG_CACHE). A second run
     into the same output folder shows what is there, or continues it.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s")
-    logging.getLogger("pipeline.demo_models").setLevel(logging.INFO)
-    try:
+    start_logging(progress=["pipeline.demo_models"])
+    with working():
         demo_model()
         index = demo_index()
         chosen = first_rows(queries, rows, output / "queries.parquet") if rows else queries
         annotated = annotate(chosen, index, output / MAIN, overwrite, topology)
-    except (ValueError, RuntimeError, OSError) as error:
-        typer.echo(f"error: {' '.join(str(error).split())}", err=True)
-        raise typer.Exit(1) from None
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     console.print(answers_table(annotated.folder))
     evaluated = evaluations(annotated.folder)

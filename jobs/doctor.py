@@ -8,7 +8,6 @@ run's actors searches a small index, starts an engine with the embedded model, a
 
 import dataclasses
 import json
-import logging
 import sys
 import uuid
 from collections.abc import Callable, Iterator, Sequence
@@ -22,6 +21,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from jobs.common import checking, start_logging
 from pipeline.cluster import Resources, actor_resources, connect, reason
 from pipeline.config.loading import read_yaml
 from pipeline.config.run import RunConfig, StorageConfig, load_config
@@ -270,12 +270,9 @@ def doctor(
     The inputs of a run are checked by: annotate --dry-run.
     Exit status: 0 nothing failed, 1 something did, 2 bad usage.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s", stream=sys.stderr)
-    try:
+    start_logging(timestamps=True)
+    with checking():
         run = read_config(config, settings or [], model)
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
     output = [run.output] if run.output else []
     findings = list[Finding]()
     for finding in examine(run, [*output, *(uris or [])]):

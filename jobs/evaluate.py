@@ -19,12 +19,12 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jobs.options import RunFile, StorageSettings
-from jobs.sweep import save, sweep_set, tables
+from jobs.common import RunFile, StorageSettings, checking, start_logging
 from pipeline.config.run import load_storage
 from pipeline.evaluation.evaluate import Evaluation, Figures, Row, evaluate_set, rows_of
 from pipeline.evaluation.exports import EXPORTED, alce, factscore
 from pipeline.evaluation.statistics import Estimate
+from pipeline.evaluation.sweep import Sweep, save, sweep_set
 from pipeline.output.folder import OutputFolder, columns_of
 from pipeline.storage.location import Location, locate
 
@@ -133,8 +133,8 @@ def evaluate(
     settings: StorageSettings = None,
 ) -> None:
     """Compare an annotated set with gold answers, and with other annotated sets of the same queries."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    start_logging(logging.INFO)
+    with checking():
         storage = load_storage(config, settings or [])
         sets = {MAIN: annotations, **_baselines(baseline or [])}
         evaluated = {name: evaluate_set(locate(uri, storage), by, task) for name, uri in sets.items()}
@@ -147,9 +147,6 @@ def evaluate(
                 _export(locate(annotations, storage), task, export, locate(file, storage))
         if json_file not in (None, "-"):
             locate(str(json_file), storage).write(report(main, others).encode())
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
     if json_file == "-":
         sys.stdout.write(report(main, others) + "\n")
         return
@@ -163,3 +160,27 @@ def evaluate(
 
 if __name__ == "__main__":
     typer.run(evaluate)
+
+
+def tables(found: Sweep) -> list[Table]:
+    """Each setting's best and worst value, and the recommendation."""
+    curves = Table(title=f"Sweep: {found.metric} (%), one setting at a time")
+    for heading in ("setting", "best", "", "worst", ""):
+        curves.add_column(heading, justify="left" if heading == "setting" else "right")
+    for key, points in found.curves.items():
+        ordered = sorted(points, key=lambda point: point.score)
+        best, worst = ordered[-1], ordered[0]
+        curves.add_row(key, str(best.value), f"{100 * best.score:.1f}", str(worst.value), f"{100 * worst.score:.1f}")
+    advice = Table(title="Recommended on one half of the rows, measured on the other")
+    for heading in ("settings", "run", "recommended", "difference", "p"):
+        advice.add_column(heading, justify="left" if heading == "settings" else "right")
+    settings = "\n".join(f"--set decoding.{key}={value}" for key, value in found.recommended.items())
+    interval = f"({100 * found.difference.low:+.1f} … {100 * found.difference.high:+.1f})"
+    advice.add_row(
+        settings or "the run's own",
+        f"{100 * found.before.mean:.1f}",
+        f"{100 * found.after.mean:.1f}",
+        f"{100 * found.difference.mean:+.1f} {interval}",
+        f"{found.difference.p_value:.3f}",
+    )
+    return [curves, advice]

@@ -8,7 +8,6 @@ an import that fails leaves what was there.
 """
 
 import logging
-import sys
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +17,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import RunFile, StorageSettings
+from jobs.common import RunFile, StorageSettings, checking, start_logging, working
 from pipeline.config.run import StorageConfig, load_storage
 from pipeline.queries.converters import Ids, KnownDataset, Recipe, Row, check_row, checked_columns, known_datasets
 from pipeline.queries.query_set import QuerySet
@@ -173,23 +172,16 @@ def import_queries(
 
     Exit status: 0 all rows taken, 3 some bad rows left out (--skip-bad), 1 failed, 2 bad usage or a bad row.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("pipeline.queries.writer").setLevel(logging.INFO)
-    try:
+    start_logging(progress=["pipeline.queries.writer"])
+    with checking():
         storage = load_storage(config, settings or [])
         request, known = requested(dataset, source, name, split, revision)
         columns = {**(known.columns if known else {}), **checked_columns(column or [])}
         recipe = Recipe(columns, task or (known.task if known else None), frozenset(drop or []))
         target = locate(output, storage)
         job = Import(prepare(request, target, storage, overwrite), recipe, target, skip_bad, limit)
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
-    try:
+    with working():
         written = carry_out(job, target, overwrite)
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
     skipped = f", {job.skipped} bad ones left out" if job.skipped else ""
     typer.echo(f"query set: {output}, {written.rows} rows in {written.files} files{skipped}", err=True)
     raise typer.Exit(3 if job.skipped else 0)

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import RunFile, StorageSettings
+from jobs.common import RunFile, StorageSettings, checking, start_logging
 from pipeline.config.run import load_storage
 from pipeline.report.write import write_report
 from pipeline.storage.location import locate
@@ -33,14 +33,11 @@ def report(
     settings: StorageSettings = None,
 ) -> None:
     """Write a page about an annotated set: what ran, how fast, at what cost, and how good its answers look."""
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
+    start_logging(logging.INFO)
+    with checking():
         storage = load_storage(config, settings or [])
         file, earlier = (locate(uri, storage) if uri else None for uri in (output, baseline))
         written = write_report(locate(annotations, storage), file, earlier, price_per_hour)
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
     log.info("written: %s", written.uri)
 
 

@@ -6,7 +6,6 @@ The card is ``README.md`` in the set's folder. One that is there is kept, so tha
 """
 
 import logging
-import sys
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -15,11 +14,11 @@ from typing import Annotated
 
 import typer
 
-from jobs.options import RunFile, StorageSettings
+from jobs.common import RunFile, StorageSettings, checking, start_logging, working
 from pipeline.config.run import load_storage
 from pipeline.output.dataset_card import AnnotatedSet, dataset_card, finished
 from pipeline.output.folder import CARD, OutputFolder
-from pipeline.storage.location import Location, locate, one_line
+from pipeline.storage.location import Location, locate
 
 log = logging.getLogger(__name__)
 
@@ -103,24 +102,17 @@ def share(
 
     Exit status: 0 done, 1 storage or the hub did not take it, 2 bad usage.
     """
-    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    log.setLevel(logging.INFO)
-    try:
+    start_logging(progress=[__name__])
+    with checking():
         folder = locate(annotations, load_storage(config, settings or []))
         found = AnnotatedSet.of(OutputFolder(folder))
-    except (ValueError, OSError) as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
     title = hub_name or folder.name
-    try:
+    with working():
         page = reserve(hub_name) if hub_name else None
         write_card(folder, found, title, licence, overwrite)
         if hub_name:
             push(folder, hub_name)
             log.info("pushed: %s", page)
-    except Exception as error:  # noqa: BLE001  whatever the hub's client raises, one line and the status say so
-        typer.echo(f"error: {title}: {one_line(error)}", err=True)
-        raise typer.Exit(2 if isinstance(error, ValueError) else 1) from None
 
 
 if __name__ == "__main__":

@@ -15,6 +15,7 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import typer
 
+from jobs.common import start_logging
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.demo_models import BASE_MODEL, demo_base_model, demo_encoder
 from pipeline.training.data import Encode, TeachingData, nearest, read_data
@@ -171,7 +172,7 @@ def teach(
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
 ) -> None:
     """Teach a model the reflection tokens."""
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S")
+    start_logging(logging.INFO, timestamps=True)
     recipe = Recipe(
         tokens=tokens,
         minutes=minutes,

@@ -16,9 +16,7 @@ ratios. Every repeat has queries of its own, the same ones for all variants; med
 
 import asyncio
 import dataclasses
-import logging
 import os
-import sys
 import tempfile
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
@@ -34,6 +32,7 @@ from jobs.benchmark.job_run import Job
 from jobs.benchmark.results import Measured, Report, Results, load_of, plot, write_record
 from jobs.benchmark.scripted_model import SHAPES, Script, write_shape
 from jobs.benchmark.workloads import WORKLOADS, Row, Workload, chosen
+from jobs.common import checking, start_logging
 from pipeline.config.loading import apply_settings
 from pipeline.config.run import DecodingConfig, ModelConfig
 from pipeline.decoding.types import Passage, Query, RetrievedPassage
@@ -237,13 +236,13 @@ def benchmark(
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Write a plot here.")] = None,
 ) -> None:
     """Compare ours with the shapes of other implementations and with the bare engine, side by side."""
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    start_logging()
     if shape and model:
         raise typer.BadParameter("--shape stands in the place of a model: --model does not go with it")
     count = rows or (24 if quick else 64)
     serial = serial_rows or (SHAPE_SERIAL_ROWS if shape else QUICK_SERIAL_ROWS if quick else SERIAL_ROWS)
     with tempfile.TemporaryDirectory() as folder:
-        try:
+        with checking():
             names = chosen(only, [workload.name for workload in WORKLOADS])
             plan = Plan(
                 workloads=[w for w in WORKLOADS if w.name in names[: 1 if quick else None]],
@@ -257,9 +256,6 @@ def benchmark(
                 tokens=tokens,
                 without=left_out(without or []),
             )
-        except ValueError as error:
-            typer.echo(f"error: {error}", err=True)
-            raise typer.Exit(2) from None
         show(execute(plan, json_file), plot_file)
 
 

@@ -10,7 +10,6 @@
 
 import dataclasses
 import json
-import logging
 import os
 import platform
 import shutil
@@ -29,10 +28,10 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jobs.build_index import check
+from jobs.common import start_logging
 from pipeline.config.run import RetrievalConfig, StorageConfig
 from pipeline.decoding.prompts import passage_text
-from pipeline.indexing.build import BuildRequest
+from pipeline.indexing.build import BuildRequest, check_build
 from pipeline.indexing.build_pool import Built, execute
 from pipeline.indexing.passages import find_passages, read_passages
 from pipeline.retrieval.encoder import Encoder, Vectors
@@ -91,7 +90,7 @@ def build(passages: Path, output: Path, **request: Any) -> tuple[Built, float]:
     """Build an index anew; also the seconds that the call took."""
     shutil.rmtree(output, ignore_errors=True)
     begun = time.perf_counter()
-    built = execute(check(BuildRequest(str(passages), str(output), **request)))
+    built = execute(check_build(BuildRequest(str(passages), str(output), **request)))
     return built, time.perf_counter() - begun
 
 
@@ -212,7 +211,7 @@ def benchmark_index(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
 ) -> None:
     """Compare the index with its bare parts, side by side in one run."""
-    logging.basicConfig(level=logging.WARNING)
+    start_logging()
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         folder = Path(name)
         lines = compare_encoding(passages, encoded, shards, repeats, folder)

@@ -10,10 +10,8 @@ engine of its own.
 import asyncio
 import dataclasses
 import json
-import logging
 import pathlib
 import statistics
-import sys
 import time
 from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -36,6 +34,7 @@ from jobs.benchmark.savings_variants import (
 )
 from jobs.benchmark.scripted_model import Prompter, Script, ScriptedGenerator, endless
 from jobs.benchmark.workloads import Workload, chosen
+from jobs.common import checking, start_logging
 from pipeline.config.loading import apply_settings
 from pipeline.config.run import DecodingConfig, ModelConfig, Weights
 from pipeline.decoding.answer_cache import AnsweredOnce, Answering
@@ -334,8 +333,8 @@ def benchmark_savings(
     ] = None,
 ) -> None:
     """Measure what each way of saving work saves, with it and without it."""
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
-    try:
+    start_logging()
+    with checking():
         names = chosen(only, [*(saving.name for saving in SAVINGS), *(engine or ENGINE)])
         settings = [setting for setting in engine or ENGINE if setting in names]
         figures = Figures.empty([saving for saving in SAVINGS if saving.name in names], settings)
@@ -343,9 +342,6 @@ def benchmark_savings(
             arguments: dict[str, Any] = {}
             apply_settings(arguments, [setting])
             check_engine_arguments(ModelConfig(name="demo", engine=arguments))
-    except ValueError as error:
-        typer.echo(f"error: {error}", err=True)
-        raise typer.Exit(2) from None
     for measured in execute(rows, repeats, figures):
         if json_file:
             json_file.write_text(json.dumps({**dataclasses.asdict(measured), "machine": machine()}, indent=2))

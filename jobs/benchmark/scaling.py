@@ -10,11 +10,9 @@ them.
 import asyncio
 import dataclasses
 import json
-import logging
 import math
 import os
 import resource
-import sys
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -29,6 +27,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.benchmark.scripted_model import WRITTEN, Prompter, Script
+from jobs.common import start_logging
 from pipeline.config.run import DecodingConfig, ExecutionConfig, ModelConfig, RunConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.prompts import PromptTokenizer
@@ -178,7 +177,7 @@ def benchmark_scaling(
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
 ) -> None:
     """See how a run grows with its rows and its actors."""
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    start_logging()
     import ray
 
     pools_wanted = actors or [1, 2, 4, 8]

@@ -10,9 +10,7 @@ the benchmark calls it in the place of ``jobs.annotate``.
 
 import dataclasses
 import json
-import logging
 import os
-import sys
 import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,6 +21,7 @@ from typing import Any
 import numpy as np
 import typer
 
+from jobs.common import start_logging
 from pipeline.config.run import load_config
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.prompts import PromptTokenizer
@@ -204,7 +203,7 @@ def annotate_scripted(
     as_json: bool = typer.Option(True, "--json"),  # noqa: ARG001  as jobs.annotate has it
 ) -> None:
     """Annotate with a scripted model; prints a summary as JSON."""
-    logging.basicConfig(level=logging.WARNING, stream=sys.stderr)
+    start_logging()
     plan = check(load_config(str(config), [], {"queries": queries, "index": index, "output": output}))
     typer.echo(json.dumps(dataclasses.asdict(execute(plan, allot(plan), ScriptedActor))))
 

@@ -4,13 +4,25 @@ What was pruned in the run was never continued: where other weights would have k
 own settings the outcome is the run's own.
 """
 
+import asyncio
+import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.config.loading import validated
-from pipeline.config.run import Columns, DecodingConfig, Weights
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.cluster import connect
+from pipeline.config.loading import assign, flatten, validated
+from pipeline.config.run import (
+    Columns,
+    DecodingConfig,
+    ExecutionConfig,
+    StorageConfig,
+    Weights,
+)
 from pipeline.decoding.beam import search
 from pipeline.decoding.critique import segment_score
 from pipeline.decoding.profiles import for_choices
@@ -28,6 +40,10 @@ from pipeline.decoding.types import (
     Segment,
     Usage,
 )
+from pipeline.output.folder import OutputFolder
+from pipeline.output.schema import answer_row
+from pipeline.storage.location import check_apart, locate
+from pipeline.storage.parquet import encode_parquet
 
 CHANGEABLE = frozenset({"threshold", "weights", "constraint", "citations"})
 CHANGEABLE_NAMES = ", ".join(f"decoding.{name}" for name in sorted(CHANGEABLE))
@@ -162,3 +178,109 @@ def _candidate(row: Mapping[str, Any], passages: Mapping[str, Passage]) -> Candi
     boundary = None if finish else Boundary(row["next_retrieve_probability"], row["next_keeps_evidence"])
     segment = Segment(row["text"], row["raw"], evidence, critique, Retrieve(row["opening"]))
     return Candidate(segment, row["parent"], boundary, finish)
+
+
+# What choosing again writes anew; usage stays what the run cost.
+REWRITTEN = ("answer", "raw_output", "retrieved", "segments", "passages", "candidates")
+
+
+@dataclass(frozen=True)
+class RescorePlan:
+    """A checked rescoring.
+
+    Attributes:
+        manifest: the run's, with the changed settings.
+    """
+
+    run: OutputFolder
+    output: OutputFolder
+    rescoring: Rescoring
+    manifest: dict[str, Any]
+
+
+def check_rescoring(
+    run: str, output: str, changes: Mapping[str, Any], storage: StorageConfig, overwrite: bool
+) -> RescorePlan:
+    """Check a rescoring.
+
+    Args:
+        run: URI of a finished annotated set.
+        changes: settings of the section ``decoding``.
+
+    Raises:
+        ValueError: there is no finished run, it did not keep what is needed, or the output is taken.
+    """
+    source, target = OutputFolder(locate(run, storage)), OutputFolder(locate(output, storage))
+    manifest = source.manifest()
+    if manifest is None or not source.finished():
+        raise ValueError(f"{run}: no finished annotated set there")
+    check_apart(source.location, target.location)
+    if (target.foreign() or target.manifest()) and not overwrite:
+        raise ValueError(f"--output {output} is taken; choose another, or replace it with --overwrite")
+    rescoring = Rescoring.of(manifest, changes)
+    tasks = {
+        name: {**task, "decoding": rescoring.tasks[name][0].model_dump(mode="json")}
+        for name, task in manifest["tasks"].items()
+    }
+    changed = {f"decoding.{key}": value for key, value in flatten(dict(changes)).items()}
+    for key, value in changed.items():
+        assign(manifest["configuration"], key, value)
+    # What it was made from is part of what it is: a run of the model must not continue it.
+    settings = {**manifest["settings"], **changed, "rescored": source.location.uri}
+    return RescorePlan(source, target, rescoring, {**manifest, "settings": settings, "tasks": tasks})
+
+
+@dataclass(frozen=True)
+class Rescored:
+    """The outcome: rows, those of them in ``errors/``, and answers that changed."""
+
+    rows: int
+    errors: int
+    changed: int
+
+
+def rescore_set(plan: RescorePlan) -> Rescored:
+    """Choose every row again."""
+    import ray
+
+    connect(ExecutionConfig())
+    plan.output.clear()
+    plan.output.begin(plan.manifest)
+    units = list(plan.manifest["units"])
+    for unit, held in plan.manifest["units"].items():
+        if held["errors"]:
+            name = f"errors/part-{unit}.parquet"
+            (plan.output.location / name).write((plan.run.location / name).read())
+    rescored = ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units)).map_batches(
+        _rescore_units, fn_args=[plan], batch_size=None, batch_format="pyarrow"
+    )
+    changed = sum(int(row["changed"]) for row in rescored.iter_rows())
+    retrieved = sum(unit.retrieved for unit in plan.output.summaries(units))
+    counts = {**plan.manifest["counts"], "output": plan.output.location.uri, "retrieved": retrieved}
+    plan.output.finish({**plan.manifest, "counts": counts})
+    return Rescored(counts["rows"], counts["errors"], changed)
+
+
+def _rescore_units(batch: pa.Table, plan: RescorePlan) -> pa.Table:
+    changed = 0
+    for unit in batch["unit"].to_pylist():
+        name = f"data/part-{unit}.parquet"
+        before = pq.read_table(io.BytesIO((plan.run.location / name).read()))
+        after = rescored_table(before, plan.rescoring)
+        changed += sum(a != b for a, b in zip(before["answer"], after["answer"], strict=True))
+        (plan.output.location / name).write(encode_parquet(after))
+    return pa.table({"changed": [changed]})
+
+
+def rescored_table(table: pa.Table, rescoring: Rescoring) -> pa.Table:
+    """The rows with their answers chosen again; same columns, same order."""
+
+    async def choose() -> list[dict[str, Any]]:
+        return [answer_row(await rescoring.answer(row)) for row in table.to_pylist()]
+
+    rows = asyncio.run(choose())
+    for name in REWRITTEN:
+        column = table.schema.get_field_index(name)
+        field = table.schema.field(column)
+        table = table.set_column(column, field, pa.array([row[name] for row in rows], field.type))
+    return table

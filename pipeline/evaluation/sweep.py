@@ -5,15 +5,20 @@ Settings are recommended on one half of the rows and reported on the other.
 
 import asyncio
 import hashlib
+import io
+import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.config.loading import assign
 from pipeline.config.run import DecodingConfig
+from pipeline.evaluation.evaluate import rows_of
 from pipeline.evaluation.judging import golds_of, score, short_golds_of
-from pipeline.evaluation.rescoring import Recorded, Rescoring, recorded
+from pipeline.evaluation.rescoring import Recorded, Rescoring, any_threshold, recorded
 from pipeline.evaluation.statistics import Difference, Estimate, compare, estimate, mean
+from pipeline.output.folder import OutputFolder
+from pipeline.storage.location import Location
 
 THRESHOLDS = tuple(n / 20 for n in range(21))
 WEIGHTS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
@@ -170,3 +175,57 @@ def _recommended(examples: Sequence[Example], keys: Sequence[str]) -> dict[str, 
         if scores[value] > best:
             settings, best = {**settings, key: value}, scores[value]
     return settings
+
+
+# Enough to tell two points of accuracy apart; each row is chosen again a hundred times at most.
+MOST_ROWS = 5_000
+
+
+def sweep_set(folder: Location, task: str | None = None) -> Sweep:
+    """Sweep over the first rows of an annotated set, or of one of its tasks, that have gold answers.
+
+    Raises:
+        ValueError: the set has no manifest or no candidates, or too few rows have gold answers.
+    """
+    manifest = OutputFolder(folder).manifest()
+    if not manifest:
+        raise ValueError(f"{folder.uri}: no manifest of a run, which --sweep needs")
+    rescoring = Rescoring.of(manifest, {})
+    metrics = {name: task["metric"] for name, task in manifest["tasks"].items()}
+    columns = rescoring.columns
+    read = [columns.id, columns.task, columns.choices, "answers", "short_answers", "retrieve_probability"]
+    examples: list[Example] = []
+    for row in rows_of(folder / "data", [*read, "usage", "candidates", "evidence"], required=[columns.id]):
+        if task not in (None, row.get(columns.task)):
+            continue
+        if (example := example_of(row, rescoring, metrics)) is not None:
+            examples.append(example)
+        if len(examples) == MOST_ROWS:
+            break
+    explored = all(any_threshold(example.config.model_dump()) for example in examples)
+    return sweep(examples, [key for key in GRID if key != "threshold" or explored])
+
+
+def save(found: Sweep, folder: Location) -> None:
+    """Write ``sweep.json`` and ``sweep.svg``."""
+    (folder / "sweep.json").write(json.dumps(asdict(found), indent=2, ensure_ascii=False).encode())
+    (folder / "sweep.svg").write(drawing(found))
+
+
+def drawing(found: Sweep) -> bytes:
+    """Score against retrieval rate where δ was swept, and against each weight: an SVG."""
+    from matplotlib.figure import Figure
+
+    curves = {key: points for key, points in found.curves.items() if key != "constraint"}
+    figure = Figure(figsize=(3.2 * len(curves), 3.2), layout="constrained")
+    panels: Any = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
+    for panel, (key, points) in zip(panels, curves.items(), strict=True):
+        by_rate = key == "threshold"
+        across = [100 * point.retrieval_rate if by_rate else point.value for point in points]
+        panel.plot(across, [100 * point.score for point in points], marker="o", markersize=3)
+        panel.set_xlabel("rows that used a passage (%), δ from 0 to 1" if by_rate else key)
+        panel.grid(alpha=0.3)
+    panels[0].set_ylabel(f"{found.metric} (%)")
+    file = io.BytesIO()
+    figure.savefig(file, format="svg")
+    return file.getvalue()

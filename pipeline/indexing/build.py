@@ -15,12 +15,12 @@ from pyarrow import fs
 from pipeline.config.run import StorageConfig
 from pipeline.decoding.prompts import passage_text
 from pipeline.indexing.embeddings import Place, vectors_of
-from pipeline.indexing.passages import PassageBatch, ShardPlan
-from pipeline.retrieval.encoder import Encoder, EncoderStyle, Vectors
+from pipeline.indexing.passages import PassageBatch, ShardPlan, check_passages, find_passages, plan_shards
+from pipeline.retrieval.encoder import Encoder, EncoderStyle, Vectors, absolute_name
 from pipeline.retrieval.index_cache import SCRATCH_PREFIX
 from pipeline.retrieval.manifest import MANIFEST, EncoderEntry, ShardEntry
-from pipeline.retrieval.shard_files import SHARD_FILE, centroids
-from pipeline.storage.location import Location
+from pipeline.retrieval.shard_files import SHARD_FILE, centroids, empty_index
+from pipeline.storage.location import Location, locate
 from pipeline.storage.parquet import RowRange
 
 Vectorise = Callable[[PassageBatch], Vectors]
@@ -241,3 +241,25 @@ def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
         while (item := upcoming.result()) is not None:
             upcoming = thread.submit(next, items, None)
             yield item
+
+
+def check_build(request: BuildRequest) -> BuildPlan:
+    """Check the inputs of a build, cheapest first.
+
+    Raises:
+        ValueError: one line that says what to do.
+        StorageError: storage does not answer.
+    """
+    output = locate(request.output, request.storage)
+    folder = BuildFolder(output)
+    folder.check(request.overwrite)
+    files = find_passages(locate(request.passages, request.storage), request.embeddings)
+    shards = plan_shards(files, request.shards)
+    # The cards belong to the builders; the driver only needs to know what the encoder is.
+    encoder = Encoder.load(absolute_name(request.encoder), "cpu", style=request.style)
+    entry = EncoderEntry.of(encoder)
+    plan = BuildPlan(request, files, shards, output, entry, encoder.dimension)
+    plan.check_factory(empty_index(request.factory, encoder.dimension))
+    if not folder.begun(plan.identity()):  # or they have been checked before
+        check_passages(files)
+    return plan

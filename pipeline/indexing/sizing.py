@@ -1,14 +1,19 @@
 """What an index takes, before it is built: bytes by FAISS factory, worked out from FAISS's own structures."""
 
 import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
 import faiss
 
+from pipeline.decoding.prompts import passage_text
+from pipeline.indexing.passages import spread_samples
+from pipeline.retrieval.encoder import Encoder
 from pipeline.retrieval.faiss_device import RESERVED_BYTES, WORKING_BYTES, gpu_form
-from pipeline.retrieval.shard_files import empty_index
+from pipeline.retrieval.shard_files import PASSAGE_SCHEMA, empty_index
+from pipeline.storage.parquet import RowRange, map_in_threads, read_footer
 
 FLOAT = 4
 ID = 8
@@ -183,3 +188,41 @@ def cards_needed(index: int, card: int) -> int:
 def machines_needed(index: int, memory: int) -> int:
     """Machines of so many bytes of memory that hold an index together, in CPU memory."""
     return -(-index // int(memory * MEMORY_SHARE))
+
+
+# Encoded to see how fast this machine is: a few seconds on a CPU.
+SAMPLE = 64
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """What the passages' files say.
+
+    Attributes:
+        text_bytes: of ids, titles and texts, uncompressed: what the passages files will have.
+        rate: passages per second of one encoder on this machine.
+    """
+
+    passages: int
+    text_bytes: int
+    dimension: int
+    rate: float
+
+
+def survey(files: list[RowRange], encoder: Encoder, batch_size: int) -> Corpus:
+    """Read the footers, and encode a sample."""
+    batches = [batch.passages for sample in spread_samples(files, SAMPLE) for batch in sample.read()]
+    texts = [passage_text(row["title"], row["text"]) for batch in batches for row in batch.to_pylist()]
+    encoder.encode(texts[:batch_size], batch_size)  # the first batch warms up
+    begun = time.monotonic()
+    encoder.encode(texts, batch_size)
+    rate = len(texts) / (time.monotonic() - begun)
+    return Corpus(sum(file.rows for file in files), sum(map_in_threads(_text_bytes, files)), encoder.dimension, rate)
+
+
+def _text_bytes(part: RowRange) -> int:
+    footer, total = read_footer(part.file), 0
+    for group in range(footer.num_row_groups):
+        columns = [footer.row_group(group).column(n) for n in range(footer.num_columns)]
+        total += sum(c.total_uncompressed_size for c in columns if c.path_in_schema in PASSAGE_SCHEMA.names)
+    return total

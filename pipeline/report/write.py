@@ -1,14 +1,16 @@
 """The report written: read, drawn, and left beside the annotated set."""
 
+import logging
 from typing import Any
 
-from jobs.report import log
 from pipeline.output.folder import REPORT, OutputFolder, columns_of
 from pipeline.report.changes import changes, sample_of
 from pipeline.report.examples import examples
 from pipeline.report.figures import Reading, read_set
 from pipeline.report.page import AnnotatedSet, Compared, headlines, page
 from pipeline.storage.location import Location, one_line
+
+log = logging.getLogger(__name__)
 
 
 def write_report(

@@ -203,3 +203,9 @@ def _torch_device(device: str) -> str:
 
 def _line(error: Exception) -> str:
     return " ".join(str(error).split())
+
+
+def absolute_name(encoder: str) -> str:
+    """Return a folder's absolute path, since actors and later runs work in other folders; other names as they are."""
+    folder = Path(encoder).expanduser()
+    return str(folder.resolve()) if encoder != "demo" and folder.is_dir() else encoder

@@ -1,17 +1,12 @@
-"""Tell somebody that a run has failed: a command, a webhook, or both (``on_failure`` in the configuration)."""
+"""Notify of a failed run: run a command, call a webhook, or both (``on_failure`` in the configuration)."""
 
 import json
 import logging
 import subprocess
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NoReturn
 
-import typer
 from tenacity import Retrying, stop_after_attempt, wait_exponential
 
-from pipeline.cluster import reason
 from pipeline.config.run import OnFailure, RunConfig
 
 log = logging.getLogger(__name__)
@@ -19,36 +14,7 @@ log = logging.getLogger(__name__)
 COMMAND_SECONDS, WEBHOOK_SECONDS = 60, 10
 
 
-class FailedError(typer.Exit):
-    """The command ends with this status, and has said why.
-
-    Attributes:
-        message: one line.
-    """
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(status)
-        self.message = message
-
-
-def fail(error: BaseException | str, status: int) -> NoReturn:
-    """Say in one line on stderr what is wrong, and end with a status."""
-    message = reason(error) if isinstance(error, BaseException) and status == 1 else str(error)
-    typer.echo(f"error: {message}", err=True)
-    raise FailedError(status, message) from None
-
-
-@contextmanager
-def failures_told(config: RunConfig) -> Iterator[None]:
-    """Tell whom ``on_failure`` names when the body fails; rows in ``errors/`` alone (status 3) are no failure."""
-    try:
-        yield
-    except FailedError as end:
-        tell(config, end.exit_code, end.message)
-        raise
-
-
-def tell(config: RunConfig, status: int, message: str) -> None:
+def notify_failure(config: RunConfig, status: int, message: str) -> None:
     """Run the command and call the webhook; that they fail is a warning, since the status says it all.
 
     Both get the same JSON object, the command on its stdin: ``text`` (one line, which Slack and its like show),

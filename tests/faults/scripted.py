@@ -91,7 +91,7 @@ def assigned() -> dict[str, Any]:
 
 def main() -> None:
     """Run the command."""
-    pipeline.run.driver.execute = functools.partial(pipeline.run.driver.execute, actor=ScriptedActor)
+    jobs.annotate.execute = functools.partial(jobs.annotate.execute, actor=ScriptedActor)
     pipeline.run.plan.critic_of = lambda _config: None  # type: ignore[assignment]
     jobs.annotate.main()
 

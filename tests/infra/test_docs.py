@@ -45,7 +45,7 @@ def test_there_are_commands_of_most_jobs() -> None:
 def test_a_command_has_only_options_that_there_are(document: str, job: str, words: tuple[str, ...]) -> None:
     context = load_command(job).make_context(job, list(words))
     settings = context.params.get("settings") or []
-    if job == "annotate" and not context.params["rescored"]:
+    if job == "annotate":
         load_config(None, settings, NEEDED)
     else:
         apply_settings({}, settings)

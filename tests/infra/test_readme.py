@@ -60,7 +60,7 @@ def prepare(folder: Path) -> None:
 
 def call(job: str, words: list[str]) -> tuple[int, str]:
     """Exit status and output of a command; those that start processes have one of their own."""
-    if job in ("annotate", "build_index"):
+    if job in ("annotate", "build_index", "rescore"):
         line = [sys.executable, "-m", f"jobs.{job}", *words]
         environment = {**os.environ, "PYTHONPATH": str(ROOT)}
         done = subprocess.run(line, capture_output=True, text=True, check=False, timeout=500, env=environment)
@@ -87,7 +87,7 @@ def test_the_readme_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
             monkeypatch.setenv(name, value)
         for job, words in filter(lambda command: runs(command[1]), commands()):
             more: list[str] = []
-            if job == "annotate" and "--rescore" not in words:
+            if job == "annotate":
                 more = DRY if Path("annotated").exists() else KEPT
             if "s3://bucket/index/" in words and job == "build_index":
                 shutil.rmtree(bucket / "index")

@@ -112,7 +112,7 @@ def test_a_plan_knows_its_index_and_what_that_was_built_with(options, saved: Loc
 
 
 def test_a_run_that_another_one_is_at_work_on_stops_before_the_engine(options, monkeypatch):
-    monkeypatch.setattr("pipeline.run.driver.allot", lambda _plan: Resources(1, 0))
+    monkeypatch.setattr("jobs.annotate.allot", lambda _plan: Resources(1, 0))
     with Claim(locate(options["--output"], StorageConfig())):
         result = call(options)
     assert result.exit_code == 2
@@ -128,7 +128,7 @@ def finished(options: dict[str, str], tmp_path: Path, monkeypatch: pytest.Monkey
         table = pa.Table.from_pylist(rows, annotated_schema(plan.queries.schema, keep_candidates=False))
         yield plan.output.write_unit(plan.todo[0].id, table, plan.queries.schema, keep_candidates=False)
 
-    monkeypatch.setattr("pipeline.run.driver.allot", lambda _plan: Resources(1, 0))
+    monkeypatch.setattr("jobs.annotate.allot", lambda _plan: Resources(1, 0))
     monkeypatch.setattr("pipeline.run.driver.annotate_units", units)
     assert call(options).exit_code == 0
     monkeypatch.setattr(

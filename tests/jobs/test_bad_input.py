@@ -273,7 +273,7 @@ def state(folder: Path) -> dict[str, int]:
 def test_bad_input_is_refused_in_one_line_before_anything_starts(
     name: str, case: Case, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.delattr("jobs.annotate.connect")  # what would start Ray
+    monkeypatch.delattr("pipeline.run.driver.connect")  # what would start Ray
     spoil, message = REFUSED[name]
     spoil(case)
     before = state(case.folder)

@@ -11,11 +11,10 @@ import pytest
 import ray
 from typer.testing import CliRunner, Result
 
-from jobs.build_index import check
 from pipeline.config.run import RetrievalConfig
 from pipeline.decoding.prompts import passage_text
 from pipeline.decoding.types import Passage
-from pipeline.indexing.build import BuildRequest
+from pipeline.indexing.build import BuildRequest, check_build
 from pipeline.retrieval.encoder import Encoder
 from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.manifest import check_encoder, check_index, read_manifest
@@ -206,7 +205,7 @@ def test_the_driver_leaves_the_gpus_to_the_builders(
         return load(name, "cpu", **options)
 
     monkeypatch.setattr(Encoder, "load", recorded)
-    plan = check(BuildRequest(str(source), str(tmp_path / "out")))
+    plan = check_build(BuildRequest(str(source), str(tmp_path / "out")))
     assert devices == ["cpu"]
     plan.vectoriser()
     assert devices == ["cpu", "auto"]

@@ -116,7 +116,7 @@ def test_a_run_that_began_on_cpus_is_resumed_on_a_gpu(job: Job, made: Any, tmp_p
 def test_rescoring_needs_no_gpu(job: Job, made: Any, tmp_path: Path) -> None:
     job.settings += ["execution.gpus_per_actor=1", "decoding.keep_candidates=true"]
     assert job.finish()[0] == 0
-    command = [sys.executable, "-m", "jobs.annotate", "--rescore", job.output, "--output", str(tmp_path / "again")]
+    command = [sys.executable, "-m", "jobs.rescore", "--annotations", job.output, "--output", str(tmp_path / "again")]
     with gpus_held(made.address, 4):
         subprocess.run(
             [*command, "--set", "decoding.weights.relevance=2"],

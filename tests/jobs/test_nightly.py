@@ -42,7 +42,7 @@ def answers(plan, *_):
 
 @pytest.fixture(autouse=True)
 def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.run.driver.allot", lambda _plan: Resources(1, 0))
+    monkeypatch.setattr("jobs.annotate.allot", lambda _plan: Resources(1, 0))
     monkeypatch.setattr("pipeline.run.driver.annotate_units", answers)
     monkeypatch.setattr("pipeline.storage.lease.SETTLE", 0.05)
 
@@ -146,7 +146,7 @@ def test_beginning_anew_chooses_anew_once_it_can_begin(nightly, queries, tmp_pat
         raise ValueError("no Ray")
 
     with monkeypatch.context() as patched:
-        patched.setattr("pipeline.run.driver.allot", away)
+        patched.setattr("jobs.annotate.allot", away)
         assert call(nightly, "--date", "2026-01-30", "--overwrite").exit_code == 2
     assert {file: file.read_bytes() for file in (tmp_path / "sets").rglob("*") if file.is_file()} == before
     assert call(nightly, "--date", "2026-01-30", "--overwrite").exit_code == 0

@@ -14,6 +14,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from jobs.annotate import annotate
+from jobs.rescore import rescore as command
 from pipeline.config.run import Profile, RunConfig, StorageConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection_reader import ReflectionCritic
@@ -24,7 +25,7 @@ from pipeline.storage.location import locate
 from tests.support.fakes import DrawingGenerator, DrawingRetriever, word_tokenizer
 
 APP = typer.Typer()
-APP.command()(annotate)
+APP.command()(command)
 UNITS = ["0" * 20, "1" * 20]
 TASKS = {"label": Profile(choices=("yes", "no"))}
 
@@ -69,7 +70,7 @@ def annotated_set(folder: Path, rows: int = 20, **decoding: Any) -> Path:
 
 def rescore(run: Path, output: Path, *settings: str) -> Result:
     flags = [word for setting in settings for word in ("--set", setting)]
-    return CliRunner().invoke(APP, ["--rescore", str(run), "--output", str(output), *flags])
+    return CliRunner().invoke(APP, ["--annotations", str(run), "--output", str(output), *flags])
 
 
 def read(folder: Path) -> list[dict[str, Any]]:
@@ -145,14 +146,19 @@ def test_a_taken_output_is_refused(tmp_path: Path) -> None:
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     run = annotated_set(tmp_path / "run", rows=2, keep_candidates=True)
-    result = CliRunner().invoke(APP, ["--rescore", str(run), "--output", str(tmp_path / "new"), "--dry-run"])
+    result = CliRunner().invoke(APP, ["--annotations", str(run), "--output", str(tmp_path / "new"), "--dry-run"])
     assert result.exit_code == 0
     assert "2 units" in result.stderr
     assert not (tmp_path / "new").exists()
 
 
-def test_flags_of_a_run_do_not_go_with_it(tmp_path: Path) -> None:
+def test_the_old_form_still_works_with_a_hint(tmp_path: Path) -> None:
     run = annotated_set(tmp_path / "run", rows=2, keep_candidates=True)
-    result = CliRunner().invoke(APP, ["--rescore", str(run), "--output", str(tmp_path / "new"), "--model", "demo"])
-    assert result.exit_code == 2
-    assert not (tmp_path / "new").exists()
+    app = typer.Typer()
+    app.command()(annotate)
+    result = CliRunner().invoke(app, ["--rescore", str(run), "--output", str(tmp_path / "new"), "--dry-run"])
+    assert result.exit_code == 0, result.output
+    assert (
+        "annotate --rescore RUN is deprecated and goes in version 0.3; use: rescore --annotations RUN" in result.stderr
+    )
+    assert "nothing was written" in result.stderr

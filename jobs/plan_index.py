@@ -1,15 +1,35 @@
-"""What an index of the user's own passages will take: ``jobs.build_index --plan``."""
+"""Plan an index: what one of your passages takes in memory and time, before it is built.
 
-import time
-from dataclasses import dataclass
+``python -m jobs.plan_index --passages URI [--factory IVF4096,SQ8] [--shards 4]``
+"""
 
+import typer
+from rich.console import Console
 from rich.table import Table
 
-from pipeline.decoding.prompts import passage_text
-from pipeline.indexing.passages import spread_samples
+from jobs.common import (
+    BatchSize,
+    Embeddings,
+    EncoderName,
+    EncoderType,
+    Factory,
+    IndexFile,
+    IndexSettings,
+    Normalise,
+    PassagePrefix,
+    Passages,
+    QueryPrefix,
+    Shards,
+    checking,
+    start_logging,
+)
+from pipeline.config.loading import validated
+from pipeline.config.run import StorageConfig, load_sections
+from pipeline.indexing.passages import find_passages
 from pipeline.indexing.sizing import (
     CARDS,
     USUAL_FACTORIES,
+    Corpus,
     SizePlan,
     beside_7b,
     cards_needed,
@@ -18,53 +38,54 @@ from pipeline.indexing.sizing import (
     search_cost,
     share_beside,
     size_plan,
+    survey,
 )
-from pipeline.retrieval.encoder import Encoder
-from pipeline.retrieval.shard_files import PASSAGE_SCHEMA
-from pipeline.storage.parquet import RowRange, map_in_threads, read_footer
+from pipeline.retrieval.encoder import Encoder, EncoderStyle, absolute_name
+from pipeline.storage.location import locate
 
-# Encoded to see how fast this machine is: a few seconds on a CPU.
-SAMPLE = 64
 GB, MB = 1e9, 1e6
 # Memory of a machine that shards are put on.
 MACHINE = 256_000_000_000
 
 
-@dataclass(frozen=True)
-class Corpus:
-    """What the passages' files say.
+def plan_index(
+    passages: Passages,
+    encoder: EncoderName = "demo",
+    query_prefix: QueryPrefix = "",
+    passage_prefix: PassagePrefix = "",
+    normalise: Normalise = True,
+    dtype: EncoderType = "float32",
+    embeddings: Embeddings = None,
+    factory: Factory = "Flat",
+    shards: Shards = 1,
+    batch_size: BatchSize = 32,
+    config: IndexFile = None,
+    settings: IndexSettings = None,
+) -> None:
+    """Show what an index of your passages takes in bytes, cards, machines and hours; builds nothing.
 
-    Attributes:
-        text_bytes: of ids, titles and texts, uncompressed: what the passages files will have.
-        rate: passages per second of one encoder on this machine.
+    Exit status: 0 shown, 2 bad usage.
     """
-
-    passages: int
-    text_bytes: int
-    dimension: int
-    rate: float
-
-
-def survey(files: list[RowRange], encoder: Encoder, batch_size: int) -> Corpus:
-    """Read the footers, and encode a sample."""
-    batches = [batch.passages for sample in spread_samples(files, SAMPLE) for batch in sample.read()]
-    texts = [passage_text(row["title"], row["text"]) for batch in batches for row in batch.to_pylist()]
-    encoder.encode(texts[:batch_size], batch_size)  # the first batch warms up
-    begun = time.monotonic()
-    encoder.encode(texts, batch_size)
-    rate = len(texts) / (time.monotonic() - begun)
-    return Corpus(sum(file.rows for file in files), sum(map_in_threads(_text_bytes, files)), encoder.dimension, rate)
-
-
-def _text_bytes(part: RowRange) -> int:
-    footer, total = read_footer(part.file), 0
-    for group in range(footer.num_row_groups):
-        columns = [footer.row_group(group).column(n) for n in range(footer.num_columns)]
-        total += sum(c.total_uncompressed_size for c in columns if c.path_in_schema in PASSAGE_SCHEMA.names)
-    return total
+    start_logging(timestamps=True)
+    with checking():
+        sections = load_sections(config, settings or [], ["storage", "retrieval"])
+        storage = validated(StorageConfig, sections["storage"], "storage")
+        style = {
+            "query_prefix": query_prefix,
+            "passage_prefix": passage_prefix,
+            "normalised": normalise,
+            "dtype": dtype,
+        }
+        if not passages:
+            raise ValueError("--passages is missing")
+        files = find_passages(locate(passages, storage), embeddings)
+        loaded = Encoder.load(absolute_name(encoder), style=validated(EncoderStyle, style, "encoder"))
+        tables = plan_tables(survey(files, loaded, batch_size), factory, shards)
+    for table in tables:
+        Console().print(table)
 
 
-def tables(corpus: Corpus, factory: str, shards: int) -> list[Table]:
+def plan_tables(corpus: Corpus, factory: str, shards: int) -> list[Table]:
     """The corpus, and sizes for the factory asked for beside the usual ones."""
     about = Table(title="Passages", show_header=False)
     hours = corpus.passages / corpus.rate / 3600
@@ -105,3 +126,7 @@ def placements(corpus: Corpus, lines: list[SizePlan], shards: int) -> Table:
 
 def _beside(index: int, card: int, need: str) -> str:
     return " ".join(filter(None, [f"{share_beside(index, card):.2f}", need])) if index <= beside_7b(card) else "no"
+
+
+if __name__ == "__main__":
+    typer.run(plan_index)

@@ -9,16 +9,17 @@ import typer
 from typer.testing import CliRunner, Result
 
 from jobs.build_index import build_index
+from jobs.check_index import check_index
 from pipeline.storage.location import Location
 from tests.support.indexes import save, unit_vectors
 
 APP = typer.Typer()
-APP.command()(build_index)
+APP.command()(check_index)
 
 
 def check(index: Location | Path, *options: str) -> Result:
     uri = index.uri if isinstance(index, Location) else str(index)
-    return CliRunner().invoke(APP, ["--check", uri, *options], env={"COLUMNS": "140"})
+    return CliRunner().invoke(APP, ["--index", uri, *options], env={"COLUMNS": "140"})
 
 
 @pytest.fixture
@@ -121,3 +122,12 @@ def test_real_codes_are_checked_against_the_encoder(small_corpus: Path, tmp_path
     coded = template.search(asked, 2)[1]
     wanted = np.mean([len(set(a) & set(b)) / 2 for a, b in zip(exact.tolist(), coded.tolist(), strict=True)])
     assert found["speeds"][0]["recall"] == wanted
+
+
+def test_the_old_form_still_works_with_a_hint(probed: Location) -> None:
+    app = typer.Typer()
+    app.command()(build_index)
+    result = CliRunner().invoke(app, ["--check", probed.uri, "--sample", "50", "--json"])
+    assert result.exit_code == 0, result.output
+    assert "build_index --check INDEX is deprecated and goes in version 0.3; use: check_index" in result.stderr
+    assert json.loads(result.stdout)["queries"] == 50

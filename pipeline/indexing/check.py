@@ -1,19 +1,10 @@
-"""Is an index whole, and how should it be searched: ``jobs.build_index --check URI``.
+"""Whether an index is whole, and which search parameters reach a wanted recall."""
 
-Speed is that of the CPU, recall that of any device: both search the same lists with the same parameters.
-"""
-
-import dataclasses
-import json
-import logging
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import typer
-from rich.console import Console
-from rich.table import Table
 
 from pipeline.config.run import RetrievalConfig, StorageConfig
 from pipeline.decoding.prompts import passage_text
@@ -34,8 +25,6 @@ from pipeline.retrieval.index import Hit, PassageIndex
 from pipeline.retrieval.manifest import check_encoder, check_files, read_manifest, wanted_encoder
 from pipeline.storage.location import locate
 from pipeline.storage.parquet import list_parquet
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -80,27 +69,6 @@ class Checked:
     speeds: tuple[Speed, ...]
     wanted: float
     advice: str | None
-
-
-def check_command(request: CheckRequest, as_json: bool) -> None:
-    """Check an index and print what was found.
-
-    Raises:
-        ValueError: there is no index, or it is damaged; names the file.
-        StorageError: storage does not answer.
-    """
-    checked = check_index_folder(request)
-    if as_json:
-        typer.echo(json.dumps(dataclasses.asdict(checked)))
-        return
-    Console().print(speeds_table(checked))
-    typer.echo(f"{checked.index}: whole, {checked.passages} passages in {checked.shards} shards of {checked.factory}")
-    source = "passages of the index, which are easier to find than questions" if checked.own else "the query set"
-    typer.echo(f"queries are {source}; recall is against {checked.reference}")
-    if checked.advice is None:
-        typer.echo(f"nothing reaches a recall of {checked.wanted:g}; build it with another factory")
-    elif checked.advice:
-        typer.echo(f"for a recall of {checked.wanted:g}: --set retrieval.search={checked.advice}")
 
 
 def check_index_folder(request: CheckRequest) -> Checked:
@@ -185,15 +153,3 @@ def _exact(
 
     words = f"the exact order of the {CANDIDATES * k} best codes of each query, encoded anew"
     return reranked(candidates, queries, k, passage, encode), words
-
-
-def speeds_table(checked: Checked) -> Table:
-    """One line for each search parameter; those that reach the wanted recall are marked."""
-    table = Table(title=f"{checked.queries} queries, {checked.k} passages each")
-    for heading in ("search", f"recall@{checked.k}", "", "ms, median", "ms, 95 %", "queries/s in batches of 64"):
-        table.add_column(heading, justify="left" if heading == "search" else "right")
-    for speed in checked.speeds:
-        mark = "✓" if speed.recall >= checked.wanted else ""
-        times = [f"{speed.median_ms:.2f}", f"{speed.p95_ms:.2f}", f"{speed.queries_per_s:,.0f}"]
-        table.add_row(speed.search or "–", f"{speed.recall:.3f}", mark, *times)
-    return table

@@ -4,15 +4,16 @@ import typer
 from typer.testing import CliRunner
 
 from jobs.build_index import build_index
+from jobs.plan_index import plan_index
 from tests.conftest import DEMO
 
 APP = typer.Typer()
-APP.command()(build_index)
+APP.command()(plan_index)
 
 
 def test_the_plan_names_what_it_will_take_and_writes_nothing(tmp_path: Path) -> None:
-    flags = ["--passages", str(DEMO / "passages.parquet"), "--output", str(tmp_path / "index"), "--factory", "SQfp16"]
-    result = CliRunner().invoke(APP, [*flags, "--plan"], env={"COLUMNS": "120"})
+    flags = ["--passages", str(DEMO / "passages.parquet"), "--factory", "SQfp16"]
+    result = CliRunner().invoke(APP, flags, env={"COLUMNS": "120"})
     assert result.exit_code == 0, result.output
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
     assert ["passages", "1,271"] in cells
@@ -22,8 +23,18 @@ def test_the_plan_names_what_it_will_take_and_writes_nothing(tmp_path: Path) -> 
 
 
 def test_a_wrong_factory_is_one_line(tmp_path: Path) -> None:
-    flags = ["--passages", str(DEMO / "passages.parquet"), "--output", str(tmp_path), "--factory", "Flatt", "--plan"]
+    flags = ["--passages", str(DEMO / "passages.parquet"), "--factory", "Flatt"]
     result = CliRunner().invoke(APP, flags)
     assert result.exit_code == 2
     assert "factory Flatt" in result.stderr
     assert result.stderr.count("\n") == 1
+
+
+def test_the_old_form_still_works_with_a_hint(tmp_path: Path) -> None:
+    app = typer.Typer()
+    app.command()(build_index)
+    flags = ["--passages", str(DEMO / "passages.parquet"), "--factory", "SQfp16", "--plan"]
+    result = CliRunner().invoke(app, flags, env={"COLUMNS": "120"})
+    assert result.exit_code == 0, result.output
+    assert "build_index --plan is deprecated and goes in version 0.3; use: plan_index" in result.stderr
+    assert "SQfp16" in result.stdout

@@ -1,0 +1,78 @@
+"""Check an index: whether it is whole, and which search parameters reach a wanted recall.
+
+``python -m jobs.check_index --index URI [--queries URI] [--recall 0.95]``
+
+Speed is that of the CPU, recall that of any device: both search the same lists with the same parameters.
+"""
+
+import dataclasses
+import json
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from jobs.common import IndexFile, IndexSettings, checking, start_logging, working
+from pipeline.config.loading import validated
+from pipeline.config.run import RetrievalConfig, StorageConfig, load_sections
+from pipeline.indexing.check import Checked, CheckRequest, check_index_folder
+
+
+def check_index(
+    index: Annotated[str, typer.Option(help="Index folder made by jobs.build_index.")],
+    queries: Annotated[str | None, typer.Option(help="Query set to search with; by default, passages.")] = None,
+    sample: Annotated[int, typer.Option(min=1, help="Number of queries to search with.")] = 200,
+    k: Annotated[int, typer.Option("--k", min=1, help="Passages for each query.")] = 10,
+    recall: Annotated[float, typer.Option(min=0.0, max=1.0, help="Wanted recall.")] = 0.95,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    config: IndexFile = None,
+    settings: IndexSettings = None,
+) -> None:
+    """Check that every file of an index is whole, and measure its recall and speed.
+
+    Exit status: 0 whole, 1 damaged or not readable, 2 bad usage.
+    """
+    start_logging(timestamps=True)
+    with checking():
+        sections = load_sections(config, settings or [], ["storage", "retrieval"])
+        storage = validated(StorageConfig, sections["storage"], "storage")
+        retrieval = validated(RetrievalConfig, sections["retrieval"], "retrieval")
+    with working():
+        checked = check_index_folder(CheckRequest(index, storage, retrieval, queries, sample, k, recall))
+    if as_json:
+        typer.echo(json.dumps(dataclasses.asdict(checked)))
+        return
+    Console().print(speeds_table(checked))
+    for line in summary(checked):
+        typer.echo(line)
+
+
+def summary(checked: Checked) -> list[str]:
+    """Say in a few lines what was checked, and what to set."""
+    source = "passages of the index, which are easier to find than questions" if checked.own else "the query set"
+    lines = [
+        f"{checked.index}: whole, {checked.passages} passages in {checked.shards} shards of {checked.factory}",
+        f"queries are {source}; recall is against {checked.reference}",
+    ]
+    if checked.advice is None:
+        lines.append(f"nothing reaches a recall of {checked.wanted:g}; build it with another factory")
+    elif checked.advice:
+        lines.append(f"for a recall of {checked.wanted:g}: --set retrieval.search={checked.advice}")
+    return lines
+
+
+def speeds_table(checked: Checked) -> Table:
+    """One line for each search parameter; those that reach the wanted recall are marked."""
+    table = Table(title=f"{checked.queries} queries, {checked.k} passages each")
+    for heading in ("search", f"recall@{checked.k}", "", "ms, median", "ms, 95 %", "queries/s in batches of 64"):
+        table.add_column(heading, justify="left" if heading == "search" else "right")
+    for speed in checked.speeds:
+        mark = "✓" if speed.recall >= checked.wanted else ""
+        times = [f"{speed.median_ms:.2f}", f"{speed.p95_ms:.2f}", f"{speed.queries_per_s:,.0f}"]
+        table.add_row(speed.search or "–", f"{speed.recall:.3f}", mark, *times)
+    return table
+
+
+if __name__ == "__main__":
+    typer.run(check_index)

@@ -1,0 +1,124 @@
+"""What commands share: options, logging, and how an error becomes one line and an exit status."""
+
+import logging
+import sys
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Annotated, NoReturn
+
+import typer
+
+from pipeline.cluster import reason
+
+log = logging.getLogger(__name__)
+
+RunFile = Annotated[str | None, typer.Option("--config", help="YAML file of a run, for its section 'storage'.")]
+StorageSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A storage setting, such as storage.endpoint_url=http://host:9000."),
+]
+IndexFile = Annotated[
+    str | None, typer.Option("--config", help="YAML file of a run, for its sections 'storage' and 'retrieval'.")
+]
+IndexSettings = Annotated[
+    list[str] | None,
+    typer.Option("--set", help="A setting, such as storage.endpoint_url=http://host:9000, or retrieval.threads=4."),
+]
+# Of commands that build or plan an index.
+Passages = Annotated[str, typer.Option(help="Parquet file or folder with the columns id, title and text.")]
+EncoderName = Annotated[str, typer.Option("--encoder", help="Encoder: hub name, folder, or 'demo'.")]
+QueryPrefix = Annotated[str, typer.Option(help="Text before every query, such as 'query: ' for E5.")]
+PassagePrefix = Annotated[str, typer.Option(help="Text before every passage, such as 'passage: '.")]
+Normalise = Annotated[
+    bool, typer.Option("--normalise/--no-normalise", help="Scale vectors to unit length; not for Contriever.")
+]
+EncoderType = Annotated[
+    str, typer.Option("--dtype", help="Type of the encoder's weights on a GPU: float32, float16, bfloat16.")
+]
+Embeddings = Annotated[
+    str | None, typer.Option(help="Column with the passages' vectors, if that encoder has made them already.")
+]
+Factory = Annotated[str, typer.Option(help="FAISS factory string, such as IVF4096,SQ8 or HNSW32.")]
+Shards = Annotated[int, typer.Option(min=1, help="Files to cut the index into.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Passages encoded at once.")]
+
+
+class FailedError(typer.Exit):
+    """Ends the command with a status, after its message was printed.
+
+    Attributes:
+        message: one line.
+    """
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(status)
+        self.message = message
+
+
+def fail(error: BaseException | str, status: int) -> NoReturn:
+    """Print an error as one line on stderr and end the command with a status."""
+    message = reason(error) if isinstance(error, BaseException) and status == 1 else str(error)
+    message = " ".join(message.split())
+    typer.echo(f"error: {message}", err=True)
+    raise FailedError(status, message) from None
+
+
+@contextmanager
+def checking(*others: type[Exception]) -> Iterator[None]:
+    """End the command with status 2 if its input is wrong or cannot be read.
+
+    Args:
+        others: exceptions that count as such, beside ``ValueError`` and ``OSError``.
+    """
+    bad_input: tuple[type[Exception], ...] = (ValueError, OSError, *others)
+    try:
+        yield
+    except bad_input as error:
+        fail(error, 2)
+
+
+@contextmanager
+def working(hint: str | None = None, bad_input: type[ValueError] = ValueError) -> Iterator[None]:
+    """End the command if its work fails: status 2 for bad input that only the work could find, otherwise 1.
+
+    Args:
+        hint: logged with the traceback of a failure; says how to continue.
+        bad_input: what counts as bad input.
+    """
+    try:
+        yield
+    except typer.Exit:
+        raise
+    except Exception as error:
+        if isinstance(error, bad_input) and not _is_failure(error):
+            fail(error, 2)
+        if hint:
+            log.exception(hint)
+        fail(error, 1)
+
+
+def _is_failure(error: Exception) -> bool:
+    """Whether a ``ValueError`` means a failed task or a damaged file rather than bad input."""
+    from ray.exceptions import RayError
+
+    from pipeline.retrieval.index_cache import DamagedIndexError
+
+    return isinstance(error, RayError | DamagedIndexError)
+
+
+def start_logging(level: int = logging.WARNING, progress: Iterable[str] = (), timestamps: bool = False) -> None:
+    """Log to stderr.
+
+    Args:
+        progress: names of loggers whose progress messages (INFO) are shown too.
+        timestamps: for commands that run for long.
+    """
+    line = "%(asctime)s %(levelname)s %(message)s" if timestamps else "%(message)s"
+    logging.basicConfig(level=level, format=line, stream=sys.stderr)
+    for name in progress:
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+def hint_at_new_form(old: str, new: str) -> None:
+    """Print that a form of a command is deprecated, and what replaces it."""
+    typer.echo(f"hint: {old} is deprecated and goes in version 0.3; use: {new}", err=True)
