@@ -1,1 +1,0 @@
-"""Teaching a language model to write reflection tokens."""
