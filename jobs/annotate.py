@@ -20,10 +20,10 @@ from jobs.rescore import rescore
 from pipeline.cluster import Resources
 from pipeline.config.run import RunConfig, load_config
 from pipeline.queries.selection import NothingNewError
-from pipeline.run.driver import Summary, allot, execute
+from pipeline.run.driver import Summary, allot_resources, run_plan
 from pipeline.run.notices import notify_failure
-from pipeline.run.plan import Plan, check
-from pipeline.storage.lease import Claim, OutputTakenError
+from pipeline.run.plan import RunPlan, check_run
+from pipeline.storage.lease import Lease, OutputInUseError
 from pipeline.storage.location import locate
 
 log = logging.getLogger(__name__)
@@ -85,18 +85,18 @@ def locking(config: RunConfig) -> contextlib.AbstractContextManager[Any]:
     """The claim on ``execution.lock``; that on the output comes later, and is enough where both are one folder."""
     uri = config.execution.lock or config.skip_annotated
     lock, output = locate(uri or config.output, config.storage), locate(config.output, config.storage)
-    return contextlib.nullcontext() if lock.path.rstrip("/") == output.path.rstrip("/") else Claim(lock)
+    return contextlib.nullcontext() if lock.path.rstrip("/") == output.path.rstrip("/") else Lease(lock)
 
 
-def plan_run(config: RunConfig, overwrite: bool) -> tuple[Plan, Resources | None] | None:
+def plan_run(config: RunConfig, overwrite: bool) -> tuple[RunPlan, Resources | None] | None:
     """Check the run and print its plan; None if there is nothing new to annotate."""
     with checking(RuntimeError):
         try:
-            plan = check(config, overwrite)
+            plan = check_run(config, overwrite)
         except NothingNewError as news:
             typer.echo(str(news), err=True)
             return None
-        resources = None if plan.finished else allot(plan)
+        resources = None if plan.finished else allot_resources(plan)
     for line in [*plan.lines(), *(resources.lines() if resources else [])]:
         typer.echo(line, err=True)
     return plan, resources
@@ -107,8 +107,8 @@ def annotate_queries(config: RunConfig, overwrite: bool, as_json: bool) -> int:
     planned = plan_run(config, overwrite)
     if planned is None:
         return 0
-    with working("the run failed; the same command continues it", bad_input=OutputTakenError):
-        summary = execute(*planned)
+    with working("the run failed; the same command continues it", bad_input=OutputInUseError):
+        summary = run_plan(*planned)
     print_summary(summary, as_json)
     if summary.exit_status == 1:
         fail(f"{summary.errors} of {summary.rows} rows failed, more than execution.max_error_rate allows", 1)

@@ -37,7 +37,7 @@ from jobs.plan_index import plan_index
 from pipeline.config.loading import validated
 from pipeline.config.run import StorageConfig, load_sections
 from pipeline.indexing.build import BuildRequest, check_build
-from pipeline.indexing.build_pool import execute
+from pipeline.indexing.build_pool import run_build
 from pipeline.retrieval.encoder import EncoderStyle
 
 log = logging.getLogger(__name__)
@@ -107,7 +107,7 @@ def build_index(
         plan = check_build(request)
     log.info("%d passages into %d shards of %s", plan.passages, shards, factory)
     with working("the build failed; the same command continues it"):
-        execute(plan)
+        run_build(plan)
     seconds = time.monotonic() - begun
     typer.echo(f"index: {output}, {plan.passages} passages, {shards} shards, {seconds:.1f} s", err=True)
 

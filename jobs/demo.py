@@ -36,10 +36,10 @@ from pipeline.config.run import (
 )
 from pipeline.demo_models import built, demo_encoder, demo_model
 from pipeline.evaluation.evaluate import Evaluation, View, evaluate_set, first_passage, without_retrieval
-from pipeline.evaluation.metrics import best, contains
+from pipeline.evaluation.metrics import best_over_golds, contains
 from pipeline.indexing.build import BuildRequest
 from pipeline.output.folder import REPORT
-from pipeline.run.driver import run
+from pipeline.run.driver import annotate_set
 from pipeline.storage.location import locate
 
 DEMO = Path(__file__).parent.parent / "infra" / "demo"
@@ -89,9 +89,9 @@ def demo_index() -> Path:
 
 def _build_index(target: Path) -> None:
     from pipeline.indexing.build import check_build
-    from pipeline.indexing.build_pool import execute
+    from pipeline.indexing.build_pool import run_build
 
-    execute(check_build(BuildRequest(str(PASSAGES), str(target), embeddings="vector", shards=SHARDS)))
+    run_build(check_build(BuildRequest(str(PASSAGES), str(target), embeddings="vector", shards=SHARDS)))
 
 
 def first_rows(queries: Path, rows: int, file: Path) -> Path:
@@ -101,7 +101,7 @@ def first_rows(queries: Path, rows: int, file: Path) -> Path:
     return file
 
 
-def annotate(queries: Path, index: Path, folder: Path, overwrite: bool, topology: str) -> DemoSet:
+def annotate_demo(queries: Path, index: Path, folder: Path, overwrite: bool, topology: str) -> DemoSet:
     """Annotate the queries; what an earlier call has finished is kept."""
     config = RunConfig(
         queries=str(queries),
@@ -114,7 +114,7 @@ def annotate(queries: Path, index: Path, folder: Path, overwrite: bool, topology
         # On a machine of few cores the engine needs them all; searching this little index takes next to none.
         execution=ExecutionConfig(unit_rows=UNIT_ROWS, shard_servers=SHARDS, cpus_per_server=0),
     )
-    status = run(config, overwrite).exit_status
+    status = annotate_set(config, overwrite).exit_status
     return DemoSet(folder, status, json.loads((folder / "_manifest.json").read_text())["counts"])
 
 
@@ -143,7 +143,7 @@ def answers_table(folder: Path) -> Table:
 
 def _answer_cells(row: Mapping[str, Any]) -> list[str]:
     golds = row["answers"]
-    mark = "" if not golds else "✓" if best(contains, row["answer"], golds) else "✗"
+    mark = "" if not golds else "✓" if best_over_golds(contains, row["answer"], golds) else "✗"
     titles = ", ".join(dict.fromkeys(passage["title"] for passage in row["passages"])) or "–"
     scores = [_mean([s[name] for s in row["segments"]]) for name in ("is_rel", "is_sup", "is_use", "score")]
     figures = [row["retrieve_probability"], *scores]
@@ -198,7 +198,7 @@ def demo(
         demo_model()
         index = demo_index()
         chosen = first_rows(queries, rows, output / "queries.parquet") if rows else queries
-        annotated = annotate(chosen, index, output / MAIN, overwrite, topology)
+        annotated = annotate_demo(chosen, index, output / MAIN, overwrite, topology)
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     console.print(answers_table(annotated.folder))
     evaluated = evaluations(annotated.folder)

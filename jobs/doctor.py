@@ -39,7 +39,7 @@ from pipeline.doctor.diagnosis import (
 from pipeline.doctor.machine import Machine, inspect_machine
 from pipeline.engine.arguments import check_engine_arguments, gpu_share
 from pipeline.engine.models import critic_of
-from pipeline.retrieval.manifest import check_index
+from pipeline.retrieval.manifest import check_index_manifest
 from pipeline.storage.location import locate
 
 # Keys that a run must have and that are not needed here.
@@ -100,7 +100,7 @@ def examine_model(config: RunConfig) -> Iterator[Finding]:
 def examine_index(config: RunConfig) -> Iterator[Finding]:
     """Check the index's manifest, as ``annotate --dry-run`` does."""
     assert config.index is not None
-    manifest = check_index(locate(config.index, config.storage), config.retrieval)
+    manifest = check_index_manifest(locate(config.index, config.storage), config.retrieval)
     found = f"{manifest.passages} passages in {len(manifest.shards)} shard(s) of {manifest.factory}"
     yield Finding("index", config.index, Verdict.OK, found)
 
@@ -212,7 +212,9 @@ def result_of(call: Any, seconds: float) -> Any:
 
 def examine_actor(config: RunConfig) -> Iterator[Finding]:
     """Check that a run's actors fit, and what one of them can do."""
-    shards = len(check_index(locate(config.index, config.storage), config.retrieval).shards) if config.index else 0
+    shards = (
+        len(check_index_manifest(locate(config.index, config.storage), config.retrieval).shards) if config.index else 0
+    )
     resources = actor_resources(config, shards)
     for line in resources.lines():
         check, _, found = line.partition(" ")
@@ -283,11 +285,11 @@ def doctor(
         record = {"ok": not failed, "findings": [dataclasses.asdict(finding) for finding in findings]}
         typer.echo(json.dumps(record))
     else:
-        show(findings)
+        print_findings(findings)
     raise typer.Exit(1 if failed else 0)
 
 
-def show(findings: Sequence[Finding]) -> None:
+def print_findings(findings: Sequence[Finding]) -> None:
     """Print a table, and a line that says how many checks ended in which way."""
     table = Table(show_lines=True)
     for heading in ("", "check", "where", "found", "what to do"):

@@ -24,7 +24,7 @@ from pipeline.config.run import load_storage
 from pipeline.evaluation.evaluate import Evaluation, Figures, Row, evaluate_set, rows_of
 from pipeline.evaluation.exports import EXPORTED, alce, factscore
 from pipeline.evaluation.statistics import Estimate
-from pipeline.evaluation.sweep import Sweep, save, sweep_set
+from pipeline.evaluation.sweep import Sweep, save_sweep, sweep_set
 from pipeline.output.folder import OutputFolder, columns_of
 from pipeline.storage.location import Location, locate
 
@@ -95,7 +95,7 @@ def _record(evaluation: Evaluation) -> dict[str, object]:
     return {"annotations": evaluation.annotations, "overall": asdict(evaluation.overall), "groups": groups}
 
 
-def report(main: Evaluation, baselines: Mapping[str, Evaluation]) -> str:
+def encode_figures(main: Evaluation, baselines: Mapping[str, Evaluation]) -> str:
     """All figures as JSON."""
     others = {
         name: {**_record(other), "difference": {m: asdict(d) for m, d in main.against(other).items()}}
@@ -141,18 +141,18 @@ def evaluate(
         main, others = evaluated[MAIN], {name: other for name, other in evaluated.items() if name != MAIN}
         found = sweep_set(locate(annotations, storage), task) if sweep else None
         if found and sweep:
-            save(found, locate(sweep, storage))
+            save_sweep(found, locate(sweep, storage))
         for file, export in ((alce_file, alce), (factscore_file, factscore)):
             if file is not None:
                 _export(locate(annotations, storage), task, export, locate(file, storage))
         if json_file not in (None, "-"):
-            locate(str(json_file), storage).write(report(main, others).encode())
+            locate(str(json_file), storage).write(encode_figures(main, others).encode())
     if json_file == "-":
-        sys.stdout.write(report(main, others) + "\n")
+        sys.stdout.write(encode_figures(main, others) + "\n")
         return
     console = Console()
     console.print(comparison(evaluated))
-    for table in tables(found) if found else []:
+    for table in sweep_tables(found) if found else []:
         console.print(table)
     if others:
         console.print(differences(main, others))
@@ -162,7 +162,7 @@ if __name__ == "__main__":
     typer.run(evaluate)
 
 
-def tables(found: Sweep) -> list[Table]:
+def sweep_tables(found: Sweep) -> list[Table]:
     """Each setting's best and worst value, and the recommendation."""
     curves = Table(title=f"Sweep: {found.metric} (%), one setting at a time")
     for heading in ("setting", "best", "", "worst", ""):

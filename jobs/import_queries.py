@@ -19,11 +19,19 @@ import typer
 
 from jobs.common import RunFile, StorageSettings, checking, start_logging, working
 from pipeline.config.run import StorageConfig, load_storage
-from pipeline.queries.converters import Ids, KnownDataset, Recipe, Row, check_row, checked_columns, known_datasets
+from pipeline.queries.converters import (
+    ColumnMapping,
+    Ids,
+    KnownDataset,
+    Row,
+    check_row,
+    checked_columns,
+    known_datasets,
+)
 from pipeline.queries.query_set import QuerySet
 from pipeline.queries.sources import HUB, Source, SourceRequest, SourceRow, open_source
-from pipeline.queries.writer import PlacedRow, Spool, check_free, publish, write_query_set
-from pipeline.storage.lease import Claim
+from pipeline.queries.writer import PlacedRow, Spool, check_free, publish_query_set, write_query_set
+from pipeline.storage.lease import Lease
 from pipeline.storage.location import Location, check_apart, check_bucket, locate
 
 log = logging.getLogger(__name__)
@@ -40,7 +48,7 @@ class Import:
     """
 
     source: Source
-    recipe: Recipe
+    recipe: ColumnMapping
     output: Location
     skip_bad: bool = False
     limit: int | None = None
@@ -114,7 +122,7 @@ def requested(
     return SourceRequest(source or known.source, name or known.name, split or known.split, revision), known
 
 
-def prepare(request: SourceRequest, output: Location, storage: StorageConfig, overwrite: bool) -> Source:
+def open_import(request: SourceRequest, output: Location, storage: StorageConfig, overwrite: bool) -> Source:
     """Check both ends before anything is read.
 
     Raises:
@@ -137,9 +145,9 @@ def carry_out(job: Import, target: Location, overwrite: bool) -> QuerySet:
     """
     with tempfile.TemporaryDirectory(prefix="selfrag-import-") as scratch:
         written = job.write(Path(scratch))
-        with Claim(target):
+        with Lease(target):
             check_free(target, overwrite)  # another import may have ended only now
-            publish(Path(scratch) / "set", target)
+            publish_query_set(Path(scratch) / "set", target)
         return written
 
 
@@ -177,9 +185,9 @@ def import_queries(
         storage = load_storage(config, settings or [])
         request, known = requested(dataset, source, name, split, revision)
         columns = {**(known.columns if known else {}), **checked_columns(column or [])}
-        recipe = Recipe(columns, task or (known.task if known else None), frozenset(drop or []))
+        recipe = ColumnMapping(columns, task or (known.task if known else None), frozenset(drop or []))
         target = locate(output, storage)
-        job = Import(prepare(request, target, storage, overwrite), recipe, target, skip_bad, limit)
+        job = Import(open_import(request, target, storage, overwrite), recipe, target, skip_bad, limit)
     with working():
         written = carry_out(job, target, overwrite)
     skipped = f", {job.skipped} bad ones left out" if job.skipped else ""

@@ -16,7 +16,7 @@ import typer
 
 from jobs.common import RunFile, StorageSettings, checking, start_logging, working
 from pipeline.config.run import load_storage
-from pipeline.output.dataset_card import AnnotatedSet, dataset_card, finished
+from pipeline.output.dataset_card import FinishedSet, dataset_card, finished
 from pipeline.output.folder import CARD, OutputFolder
 from pipeline.storage.location import Location, locate
 
@@ -26,7 +26,7 @@ ROWS = ["data/*.parquet", "errors/*.parquet"]
 SHARED = [CARD, "_manifest.json", *ROWS]
 
 
-def write_card(folder: Location, found: AnnotatedSet, title: str, licence: str | None, overwrite: bool) -> None:
+def write_card(folder: Location, found: FinishedSet, title: str, licence: str | None, overwrite: bool) -> None:
     """Write the card, unless there is one of the same run, which may have been edited.
 
     Raises:
@@ -105,7 +105,7 @@ def share(
     start_logging(progress=[__name__])
     with checking():
         folder = locate(annotations, load_storage(config, settings or []))
-        found = AnnotatedSet.of(OutputFolder(folder))
+        found = FinishedSet.of(OutputFolder(folder))
     title = hub_name or folder.name
     with working():
         page = reserve(hub_name) if hub_name else None

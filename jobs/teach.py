@@ -107,7 +107,7 @@ def lessons(
     return packed(trees, tokens=300), progress
 
 
-def run(
+def run_teaching(
     train_part: tuple[TeachingData, TeachingData],
     test_part: tuple[TeachingData, TeachingData],
     base: str,
@@ -121,7 +121,7 @@ def run(
     Args:
         train_part, test_part: the rows to use, and the pool that their wrong passages come from.
     """
-    from pipeline.training.train import measure, save, train
+    from pipeline.training.train import measure_held_out, save_adapter, train_adapter
 
     negatives, test_negatives = mined(encoder, train_part, test_part)
     model, prompts = student(base, adapter, recipe)
@@ -129,12 +129,12 @@ def run(
     trees, progress = lessons(TreeBuilder(prompts, negatives), train_part[0], recipe)
 
     def checkpoint() -> dict[str, float]:
-        save(model, BASE_MODEL if base == "demo" else base, output)
-        figures = measure(model, held_out, prompts).summary()
+        save_adapter(model, BASE_MODEL if base == "demo" else base, output)
+        figures = measure_held_out(model, held_out, prompts).summary()
         log.info("held out: %s", figures)
         return figures
 
-    train(model, trees, recipe, progress, checkpoint)
+    train_adapter(model, trees, recipe, progress, checkpoint)
     return checkpoint()
 
 
@@ -191,7 +191,7 @@ def teach(
     if held_out is not None:
         write_held_out(test_part, encoder, HELD_OUT_ROWS, held_out)
         return
-    run(train_part, test_part, base, encoder, adapter, recipe, output)
+    run_teaching(train_part, test_part, base, encoder, adapter, recipe, output)
 
 
 if __name__ == "__main__":

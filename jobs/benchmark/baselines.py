@@ -210,8 +210,8 @@ class Released:
         return Outcome(wanted, self._text(segments[int(np.argmax(scores))]))
 
     def _text(self, generation: Generation) -> str:
-        outside = self.tokenizer.reflection.control | {self.tokenizer.eos}
-        words = [token for token in self._first_segment(generation).token_ids if token not in outside]
+        non_text_ids = self.tokenizer.reflection.control | {self.tokenizer.eos}
+        words = [token for token in self._first_segment(generation).token_ids if token not in non_text_ids]
         return self.tokenizer.decode(words).strip()
 
     def _context(self, prompt: list[int], passage: RetrievedPassage | None) -> list[int]:
@@ -329,9 +329,9 @@ class Trial:
 async def steps_of(load: Any, work: Awaitable[Any]) -> list[Step]:
     """Do some work and return the steps that the engine takes meanwhile."""
     steps: list[Step] = []
-    load.watcher = lambda *counts: steps.append(Step(time.perf_counter(), *counts))
+    load.on_step = lambda *counts: steps.append(Step(time.perf_counter(), *counts))
     await work
-    load.watcher = None
+    load.on_step = None
     return steps
 
 

@@ -50,7 +50,7 @@ Shape = StrEnum("Shape", {name: name for name in SHAPES})  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
-class Plan:
+class ComparisonPlan:
     """What to run.
 
     Attributes:
@@ -109,7 +109,7 @@ class Prepared:
     found: list[list[list[RetrievedPassage]]]
 
 
-async def prepare(bench: Bench, workload: Workload, plan: Plan) -> Prepared:
+async def prepare_inputs(bench: Bench, workload: Workload, plan: ComparisonPlan) -> Prepared:
     """Find the passages of all queries, and share the queries out."""
     warm = min(plan.rows, WARM_ROWS)
     rows = workload.rows(warm + plan.repeats * plan.rows)
@@ -146,7 +146,7 @@ class Measurement:
         file: gets the report after each of them.
     """
 
-    plan: Plan
+    plan: ComparisonPlan
     report: Report
     file: Path | None = None
 
@@ -163,7 +163,7 @@ class Measurement:
         bench = Bench.open(self.plan.model)
         try:
             self.report.memory.update(bench.memory)
-            prepared = {w.name: await prepare(bench, w, self.plan) for w in self.plan.workloads}
+            prepared = {w.name: await prepare_inputs(bench, w, self.plan) for w in self.plan.workloads}
             for number in range(self.plan.repeats):
                 for workload in self.plan.workloads:
                     await self.repeat(bench, workload, number, prepared[workload.name])
@@ -203,7 +203,7 @@ class Measurement:
         return report
 
 
-def execute(plan: Plan, file: Path | None) -> Report:
+def run_comparison(plan: ComparisonPlan, file: Path | None) -> Report:
     """Measure a plan; write what has been measured to a file after each variant, and at the end."""
     results: Results = {workload.name: {"ours": Measured(plan.rows)} for workload in plan.workloads}
     scripted = [workload.name for workload in plan.workloads if plan.scripted(workload)]
@@ -244,7 +244,7 @@ def benchmark(
     with tempfile.TemporaryDirectory() as folder:
         with checking():
             names = chosen(only, [workload.name for workload in WORKLOADS])
-            plan = Plan(
+            plan = ComparisonPlan(
                 workloads=[w for w in WORKLOADS if w.name in names[: 1 if quick else None]],
                 rows=count,
                 serial_rows=min(count, serial),
@@ -256,7 +256,7 @@ def benchmark(
                 tokens=tokens,
                 without=left_out(without or []),
             )
-        show(execute(plan, json_file), plot_file)
+        print_tables(run_comparison(plan, json_file), plot_file)
 
 
 def left_out(names: Sequence[str]) -> frozenset[str]:
@@ -284,7 +284,7 @@ def model_of(shape: Shape | None, name: str, settings: Sequence[str], folder: Pa
     return model
 
 
-def show(report: Report, plot_file: Path | None) -> None:
+def print_tables(report: Report, plot_file: Path | None) -> None:
     """Print all tables, and draw the plot where one is wanted."""
     console = Console(width=None if os.isatty(1) else 140)
     for workload in report.results:

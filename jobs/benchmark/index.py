@@ -32,7 +32,7 @@ from jobs.common import start_logging
 from pipeline.config.run import RetrievalConfig, StorageConfig
 from pipeline.decoding.prompts import passage_text
 from pipeline.indexing.build import BuildRequest, check_build
-from pipeline.indexing.build_pool import Built, execute
+from pipeline.indexing.build_pool import Built, run_build
 from pipeline.indexing.passages import find_passages, read_passages
 from pipeline.retrieval.encoder import Encoder, Vectors
 from pipeline.retrieval.faiss_device import set_search
@@ -90,7 +90,7 @@ def build(passages: Path, output: Path, **request: Any) -> tuple[Built, float]:
     """Build an index anew; also the seconds that the call took."""
     shutil.rmtree(output, ignore_errors=True)
     begun = time.perf_counter()
-    built = execute(check_build(BuildRequest(str(passages), str(output), **request)))
+    built = run_build(check_build(BuildRequest(str(passages), str(output), **request)))
     return built, time.perf_counter() - begun
 
 
@@ -182,7 +182,7 @@ def compare_searching(index: Any, search: str, factory: str, repeats: int, threa
     return Comparison(f"{factory} {search}".strip() + ": search", "queries/s", ours_rates, bare_rates, note)
 
 
-def report(lines: list[Comparison]) -> Table:
+def figures_table(lines: list[Comparison]) -> Table:
     """All lines with their medians and ratios."""
     table = Table(title="Against the bare parts")
     for heading in ("", "ours", "bare", "unit", "ours / bare", "min … max", ""):
@@ -219,7 +219,7 @@ def benchmark_index(
         for kind, parameters in (("Flat", ""), (factory, search)):
             adding, index = compare_adding(vectors, dimension, kind, shards, repeats, folder)
             lines += [*adding, compare_searching(index, parameters, kind, repeats, threads, folder)]
-    Console(width=None if os.isatty(1) else 200).print(report(lines))
+    Console(width=None if os.isatty(1) else 200).print(figures_table(lines))
     if json_file:
         machine = {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "threads": threads}
         figures = [{**dataclasses.asdict(line), "ratio": line.ratio} for line in lines]

@@ -198,7 +198,7 @@ async def pruning(setting: Setting) -> Pruning:
 
 
 @dataclass
-class Figures:
+class SavingsFigures:
     """What was measured.
 
     Attributes:
@@ -211,7 +211,7 @@ class Figures:
     pruning: Pruning | None = None
 
     @classmethod
-    def empty(cls, savings: Sequence[Saving], engine: Sequence[str]) -> "Figures":
+    def empty(cls, savings: Sequence[Saving], engine: Sequence[str]) -> "SavingsFigures":
         """Nothing yet."""
         rates: dict[str, dict[str, list[float]]] = {saving.name: {"with": [], "without": []} for saving in savings}
         return cls(rates, {name: [] for name in (DEFAULTS, *engine)} if engine else {})
@@ -242,7 +242,7 @@ def setting_of(bench: Bench, workload: Workload, rows: int) -> Setting:
     return Setting(bench, queries_of(workload.rows(max(4, rows // 3))), config, scripted)
 
 
-async def measure_savings(rows: int, number: int, figures: Figures) -> None:
+async def measure_savings(rows: int, number: int, figures: SavingsFigures) -> None:
     """Savings on one engine that is full; which side goes first changes with the repeat's number."""
     bench = Bench.open(ModelConfig(name="demo", engine={"max_num_seqs": SLOTS}))
     try:
@@ -261,7 +261,7 @@ async def measure_savings(rows: int, number: int, figures: Figures) -> None:
         bench.close()
 
 
-async def measure_engine(rows: int, number: int, argument: str, figures: Figures) -> None:
+async def measure_engine(rows: int, number: int, argument: str, figures: SavingsFigures) -> None:
     """Our decoding on an engine of its own."""
     arguments: dict[str, Any] = {}
     apply_settings(arguments, [] if argument == DEFAULTS else [argument])
@@ -280,7 +280,7 @@ def tell(number: int, what: str, rates: Sequence[float]) -> None:
     Console(stderr=True, soft_wrap=True).print(f"repeat {number}: {what}: {rates[-1]:.3f} queries/s")
 
 
-def execute(rows: int, repeats: int, figures: Figures) -> Iterator[Figures]:
+def run_savings(rows: int, repeats: int, figures: SavingsFigures) -> Iterator[SavingsFigures]:
     """Everything, one repeat after the other; yields what all repeats so far measured."""
     for number in range(1, repeats + 1):
         if figures.savings:
@@ -290,13 +290,13 @@ def execute(rows: int, repeats: int, figures: Figures) -> Iterator[Figures]:
         yield figures
 
 
-def ratio(one: Sequence[float], other: Sequence[float]) -> list[str]:
+def ratio_of(one: Sequence[float], other: Sequence[float]) -> list[str]:
     """Median over median, and the least and greatest of all pairs."""
     middle = statistics.median(one) / statistics.median(other)
     return [f"{middle:.2f}", f"{min(one) / max(other):.2f} … {max(one) / min(other):.2f}"]
 
 
-def tables(figures: Figures) -> list[Table]:
+def savings_tables(figures: SavingsFigures) -> list[Table]:
     """What each saves."""
     savings = Table(title=f"Savings (at most {SLOTS} requests at once)")
     for heading in ("saving", "built", "workload", "with, queries/s", "without", "with / without", "min … max"):
@@ -305,7 +305,7 @@ def tables(figures: Figures) -> list[Table]:
         rates = figures.rates[saving.name]
         cells = [f"{statistics.median(rates[name]):.2f}" for name in ("with", "without")]
         place = [saving.name, "yes" if saving.built else "no", saving.workload.name]
-        savings.add_row(*place, *cells, *ratio(rates["with"], rates["without"]))
+        savings.add_row(*place, *cells, *ratio_of(rates["with"], rates["without"]))
     if (bound := figures.pruning) is not None:
         savings.caption = (
             f"Pruning by IsRel would save {bound.hopeless} of {bound.written} written tokens "
@@ -315,7 +315,7 @@ def tables(figures: Figures) -> list[Table]:
     for heading in ("argument", "queries/s", f"it / {DEFAULTS}", "min … max"):
         arguments.add_column(heading, justify="left" if heading == "argument" else "right")
     for name, rates_ in figures.engines.items():
-        arguments.add_row(name, f"{statistics.median(rates_):.2f}", *ratio(rates_, figures.engines[DEFAULTS]))
+        arguments.add_row(name, f"{statistics.median(rates_):.2f}", *ratio_of(rates_, figures.engines[DEFAULTS]))
     return [table for table in (savings, arguments) if table.row_count]
 
 
@@ -337,15 +337,15 @@ def benchmark_savings(
     with checking():
         names = chosen(only, [*(saving.name for saving in SAVINGS), *(engine or ENGINE)])
         settings = [setting for setting in engine or ENGINE if setting in names]
-        figures = Figures.empty([saving for saving in SAVINGS if saving.name in names], settings)
+        figures = SavingsFigures.empty([saving for saving in SAVINGS if saving.name in names], settings)
         for setting in settings:
             arguments: dict[str, Any] = {}
             apply_settings(arguments, [setting])
             check_engine_arguments(ModelConfig(name="demo", engine=arguments))
-    for measured in execute(rows, repeats, figures):
+    for measured in run_savings(rows, repeats, figures):
         if json_file:
             json_file.write_text(json.dumps({**dataclasses.asdict(measured), "machine": machine()}, indent=2))
-    for table in tables(figures):
+    for table in savings_tables(figures):
         Console(width=150).print(table)
 
 

@@ -36,8 +36,8 @@ from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Generation
 from pipeline.engine.models import load_tokenizer
 from pipeline.run.actor import SelfRagActor
-from pipeline.run.driver import allot, execute
-from pipeline.run.plan import check
+from pipeline.run.driver import allot_resources, run_plan
+from pipeline.run.plan import check_run
 
 # Seconds that the waiting engine takes for an answer, from the environment of the actors.
 LATENCY = "SELFRAG_BENCHMARK_LATENCY"
@@ -134,7 +134,7 @@ def steady_rate(begins: Sequence[float], slots: int) -> float:
     return sum(first < begin <= last for begin in ordered) / (last - first) if last > first else math.nan
 
 
-def run(rows: int, execution: ExecutionConfig, folder: Path) -> Run:
+def time_run(rows: int, execution: ExecutionConfig, folder: Path) -> Run:
     """Annotate so many rows."""
     write_queries(folder / "queries.parquet", rows)
     config = RunConfig(
@@ -144,8 +144,8 @@ def run(rows: int, execution: ExecutionConfig, folder: Path) -> Run:
         decoding=DecodingConfig(passages=len(PASSAGES)),
         execution=execution,
     )
-    plan = check(config, overwrite=True)
-    summary = execute(plan, allot(plan), WaitingActor)
+    plan = check_run(config, overwrite=True)
+    summary = run_plan(plan, allot_resources(plan), WaitingActor)
     units = json.loads((folder / "out" / "_manifest.json").read_text())["units"].values()
     seconds = max(unit["ended"] for unit in units) - min(unit["began"] for unit in units)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
@@ -153,7 +153,7 @@ def run(rows: int, execution: ExecutionConfig, folder: Path) -> Run:
     return Run(rows, execution.actors, seconds, summary.seconds, memory, steady * execution.unit_rows)
 
 
-def report(sizes: Sequence[Run], pools: Sequence[Run], latency: float) -> list[Table]:
+def scaling_tables(sizes: Sequence[Run], pools: Sequence[Run], latency: float) -> list[Table]:
     """What grew, and how."""
     by_rows = Table(title="One actor, an engine that answers at once")
     for heading in ("rows", "ms/row", "rows/s", "whole call, s", "driver, MB"):
@@ -183,7 +183,7 @@ def benchmark_scaling(
     pools_wanted = actors or [1, 2, 4, 8]
     pools = []
     with tempfile.TemporaryDirectory() as name:
-        sizes = [run(size, ExecutionConfig(), Path(name)) for size in rows or [1_000, 10_000, 100_000]]
+        sizes = [time_run(size, ExecutionConfig(), Path(name)) for size in rows or [1_000, 10_000, 100_000]]
         ray.shutdown()
         os.environ[LATENCY] = str(latency)
         for pool in pools_wanted:
@@ -191,8 +191,8 @@ def benchmark_scaling(
             execution = ExecutionConfig(
                 actors=pool, cpus_per_actor=share, gpus_per_actor=0, unit_rows=UNIT_ROWS, units_in_flight=2
             )
-            pools.append(run(ROWS_PER_ACTOR * pool, execution, Path(name)))
-    for table in report(sizes, pools, latency):
+            pools.append(time_run(ROWS_PER_ACTOR * pool, execution, Path(name)))
+    for table in scaling_tables(sizes, pools, latency):
         Console().print(table)
     if json_file:
         json_file.write_text(json.dumps([dataclasses.asdict(one) for one in [*sizes, *pools]], indent=2))

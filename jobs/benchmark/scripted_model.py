@@ -33,8 +33,8 @@ from pipeline.demo_models import demo_model
 from pipeline.engine.models import load_tokenizer
 from pipeline.engine.vllm import VllmGenerator
 from pipeline.run.actor import SelfRagActor
-from pipeline.run.driver import allot, execute
-from pipeline.run.plan import check
+from pipeline.run.driver import allot_resources, run_plan
+from pipeline.run.plan import check_run
 
 # Arguments of a LlamaConfig. The first is selfrag/selfrag_llama2_7b's but for its vocabulary, which is the demo
 # tokenizer's (49,167 instead of 32,016 tokens): https://huggingface.co/selfrag/selfrag_llama2_7b
@@ -102,7 +102,7 @@ class Prompter:
         return frozenset(self.tokenizer.reflection.group(Retrieve))
 
     @cached_property
-    def outside(self) -> frozenset[int]:
+    def non_text_ids(self) -> frozenset[int]:
         """Tokens that are no text."""
         return self.tokenizer.reflection.control | {self.tokenizer.eos}
 
@@ -138,7 +138,7 @@ class Prompter:
         first, last = self.frame(prompt)
         length = len(generation.token_ids)
         number = [self.digits[int(digit)] for digit in str(digest(prompt))[-DIGITS:]]
-        text = [*number, *(number[0] if i in self.outside else i for i in generation.token_ids)]
+        text = [*number, *(number[0] if i in self.non_text_ids else i for i in generation.token_ids)]
         ids = [*first, *text[: max(0, length - len(first) - len(last))], *last][:length]
         table = np.full((length, len(REFLECTION_TOKENS)), OTHERS)
         for position, token in enumerate(ids):
@@ -204,8 +204,8 @@ def annotate_scripted(
 ) -> None:
     """Annotate with a scripted model; prints a summary as JSON."""
     start_logging()
-    plan = check(load_config(str(config), [], {"queries": queries, "index": index, "output": output}))
-    typer.echo(json.dumps(dataclasses.asdict(execute(plan, allot(plan), ScriptedActor))))
+    plan = check_run(load_config(str(config), [], {"queries": queries, "index": index, "output": output}))
+    typer.echo(json.dumps(dataclasses.asdict(run_plan(plan, allot_resources(plan), ScriptedActor))))
 
 
 if __name__ == "__main__":

@@ -80,7 +80,7 @@ def chosen(parts: Sequence[str] | None, names: Sequence[str]) -> list[str]:
     return [name for name in names if name.startswith(tuple(parts or [""]))]
 
 
-def shortened(passages: Sequence[Passage]) -> list[Passage]:
+def trim_passages(passages: Sequence[Passage]) -> list[Passage]:
     """Their first words."""
     return [Passage(p.id, p.title, " ".join(p.text.split()[:SHORT_WORDS])) for p in passages]
 
@@ -96,7 +96,7 @@ WORKLOADS = (
     Workload("short form, 50 % retrieve", questions=0.5),
     Workload("short form, 100 % retrieve"),
     Workload("short form, 0 % retrieve", questions=0.0),
-    Workload("short passages", body=shortened),
+    Workload("short passages", body=trim_passages),
     Workload("long passages", body=lengthened),
     Workload("closed set", choices=True),
     Workload("long form, beam of 2", decoding={"segments": 3, "beam_width": 2, "mode": "always"}),

@@ -1,7 +1,7 @@
-"""The segment beam (Asai et al. 2023, algorithm 1 and section 3.3). Pure: how a path grows is a function given.
+"""Segment beam search (Asai et al. 2023, algorithm 1 and section 3.3).
 
-At every step each live path of the beam is continued in all ways that the decision at its end asks for, and the
-best B of all paths, finished ones among them, go on. With one segment at most this is the short form.
+Each step expands every live path of the beam and keeps the best B of all paths, finished ones included. With at most
+one segment this is the short form. The search is pure: the caller passes the function that expands a path.
 """
 
 import asyncio
@@ -16,8 +16,8 @@ T = TypeVar("T")
 Expand = Callable[[Path], Awaitable[Sequence[Path]]]
 
 
-async def together(*steps: Coroutine[Any, Any, T]) -> list[T]:
-    """Results of concurrent steps, in their order; when one fails, the others are cancelled."""
+async def gather_all(*steps: Coroutine[Any, Any, T]) -> list[T]:
+    """Run steps concurrently and return their results in order; if one fails, cancel the others."""
     tasks = [asyncio.ensure_future(step) for step in steps]
     try:
         return list(await asyncio.gather(*tasks))
@@ -26,10 +26,10 @@ async def together(*steps: Coroutine[Any, Any, T]) -> list[T]:
             task.cancel()
 
 
-def decision(path: Path, config: DecodingConfig) -> Retrieve:
-    """What opens the next segment of a live path: by the mode, or by the model's word and the threshold δ.
+def decide_opening(path: Path, config: DecodingConfig) -> Retrieve:
+    """Decide what opens the next segment of a live path: the mode, or the model's probability against δ.
 
-    ``[Continue to Use Evidence]`` keeps the last passage where there is one.
+    ``[Continue to Use Evidence]`` keeps the last passage, if the path has one.
     """
     assert path.boundary is not None
     if config.mode != "adaptive" or path.boundary.probability is None:
@@ -39,60 +39,60 @@ def decision(path: Path, config: DecodingConfig) -> Retrieve:
     return Retrieve.YES if path.boundary.probability > config.threshold else Retrieve.NO
 
 
-def permitted(segment: Segment, constraint: str) -> bool:
-    """Whether a hard constraint lets a segment pass; one without a passage has nothing to contradict."""
+def is_permitted(segment: Segment, constraint: str) -> bool:
+    """Whether a hard constraint allows a segment; a segment without a passage is always allowed."""
     if constraint == "none" or segment.evidence is None:
         return True
     support = segment.critique.support
     return support is IsSup.FULLY if constraint == "full_support" else support is not IsSup.NONE
 
 
-def order(path: Path) -> tuple[float, tuple[str, ...]]:
-    """Sorting key: best first; of equal scores the lower passage ids, so that their order given does not matter."""
+def rank_key(path: Path) -> tuple[float, tuple[str, ...]]:
+    """Sort key: highest score first; ties are broken by passage ids, so that the order of the input does not matter."""
     return -path.score, tuple(s.evidence.passage.id if s.evidence else "" for s in path.segments)
 
 
-def merged(paths: Iterable[Path]) -> list[Path]:
-    """Paths best first; of those with equal texts the best alone, or twins would fill the beam."""
+def drop_duplicates(paths: Iterable[Path]) -> list[Path]:
+    """Sort paths best first and keep the best of those with equal texts; duplicates would fill the beam."""
     best: dict[tuple[str, ...], Path] = {}
-    for path in sorted(paths, key=order):
+    for path in sorted(paths, key=rank_key):
         best.setdefault(tuple(segment.text for segment in path.segments), path)
     return list(best.values())
 
 
-def continued(path: Path, children: Sequence[Path], config: DecodingConfig, barren: Finish) -> list[Path]:
-    """A path's children on the branch decided for, constraints kept; without any, the path ends where it is.
+def prune_children(path: Path, children: Sequence[Path], config: DecodingConfig, childless: Finish) -> list[Path]:
+    """Keep the children on the decided branch that the constraint allows; if none is left, end the path.
 
     Args:
-        barren: why it ends where it has no children on that branch.
+        childless: finish reason of a path that has no children on that branch.
     """
-    opening = decision(path, config)
+    opening = decide_opening(path, config)
     branch = [child for child in children if child.segments[-1].opening is opening]
-    allowed = [child for child in branch if permitted(child.segments[-1], config.constraint)]
-    return allowed or [path.ended(Finish.CONSTRAINT if branch else barren)]
+    allowed = [child for child in branch if is_permitted(child.segments[-1], config.constraint)]
+    return allowed or [path.ended(Finish.CONSTRAINT if branch else childless)]
 
 
-async def search(root: Path, expand: Expand, config: DecodingConfig, barren: Finish = Finish.ROOM) -> list[Path]:
+async def search(root: Path, expand: Expand, config: DecodingConfig, childless: Finish = Finish.ROOM) -> list[Path]:
     """Grow an answer segment by segment.
 
     Args:
         root: the empty path with the first decision's boundary.
-        expand: all one-segment continuations of a live path, at least those on the branch decided for; none where
-            it cannot grow.
-        barren: why a path ends that cannot grow.
+        expand: returns the one-segment continuations of a live path, at least those on the branch that was decided
+            for; empty if the path cannot grow.
+        childless: finish reason of a path that cannot grow.
 
     Returns:
-        Everything that competes to be the answer: all continuations of the last step, and finished paths.
+        All paths that compete to be the answer: the continuations of the last step, and finished paths.
     """
 
-    async def grown(path: Path) -> list[Path]:
-        return [path] if path.finished else continued(path, await expand(path), config, barren)
+    async def grow(path: Path) -> list[Path]:
+        return [path] if path.finished else prune_children(path, await expand(path), config, childless)
 
     paths = [root]
     for _ in range(config.segments):
-        beam = merged(paths)[: config.beam_width]
+        beam = drop_duplicates(paths)[: config.beam_width]
         if all(path.finished for path in beam):
             return beam
-        families = await together(*(grown(path) for path in beam))
-        paths = [path for family in families for path in family]
+        children = await gather_all(*(grow(path) for path in beam))
+        paths = [child for siblings in children for child in siblings]
     return paths

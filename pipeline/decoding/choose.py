@@ -5,7 +5,7 @@ import re
 from collections import defaultdict
 from collections.abc import Sequence
 
-from pipeline.decoding.beam import order
+from pipeline.decoding.beam import rank_key
 from pipeline.decoding.types import Path, RetrievedPassage, Segment
 
 
@@ -15,7 +15,7 @@ def choose(paths: Sequence[Path], choices: Sequence[str] = ()) -> tuple[Path, st
     Returns:
         The path, and the choice that it stands for: None for open questions, and where no path names a choice.
     """
-    ranked = sorted(paths, key=order)
+    ranked = sorted(paths, key=rank_key)
     scores: defaultdict[str, list[float]] = defaultdict(list)
     for path in ranked:
         if (answer := closed_answer(plain_text(path.segments), choices)) is not None:

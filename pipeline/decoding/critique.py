@@ -56,13 +56,13 @@ def written(generation: Generation, group: type[Group], ids: ReflectionIds) -> t
     return next(((n, tokens[i]) for n, i in enumerate(generation.token_ids) if i in tokens), None)
 
 
-def sequence_probability(generation: Generation, outside: frozenset[int]) -> float:
+def sequence_probability(generation: Generation, non_text_ids: frozenset[int]) -> float:
     """Exp of the mean log-probability of the text tokens; 0 for a segment without text.
 
     Args:
-        outside: ids of the tokens that are not text.
+        non_text_ids: ids of reflection tokens and the end of sequence.
     """
-    text = [float(p) for i, p in zip(generation.token_ids, generation.logprobs, strict=True) if i not in outside]
+    text = [float(p) for i, p in zip(generation.token_ids, generation.logprobs, strict=True) if i not in non_text_ids]
     return math.exp(sum(text) / len(text)) if text else 0.0
 
 

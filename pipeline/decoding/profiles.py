@@ -59,7 +59,7 @@ class Tasks:
 
     def _settings(self, name: str) -> DecodingConfig:
         if name not in self._settled:
-            self._settled[name] = settled(name, self.known[name], self.decoding)
+            self._settled[name] = merge_settings(name, self.known[name], self.decoding)
         return self._settled[name]
 
     def apply(self, query: Query) -> tuple[Query, DecodingConfig]:
@@ -93,7 +93,7 @@ class Tasks:
         }
 
 
-def settled(name: str, profile: Profile, decoding: DecodingConfig) -> DecodingConfig:
+def merge_settings(name: str, profile: Profile, decoding: DecodingConfig) -> DecodingConfig:
     """The defaults, then what the profile says, then what the run sets itself.
 
     Raises:

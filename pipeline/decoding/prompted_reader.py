@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import yaml
 
 from pipeline.config.run import DecodingConfig
-from pipeline.decoding.beam import together
+from pipeline.decoding.beam import gather_all
 from pipeline.decoding.critique import (
     IS_REL_VALUES,
     IS_SUP_VALUES,
@@ -199,7 +199,7 @@ class PromptedReader:
             last = len(path.segments) + 1 == self.config.segments
             return None if finish else Boundary() if last else await self._boundary(so_far)
 
-        done: list[Any] = await together(self._judge(generation, text, evidence), boundary_after())
+        done: list[Any] = await gather_all(self._judge(generation, text, evidence), boundary_after())
         judged, boundary = done
         raw = "".join(t for t in (put(opening, evidence), judged.relevance, text, judged.support, judged.utility) if t)
         segment = Segment(text, raw, evidence, judged, opening, tuple(ids))
@@ -221,7 +221,7 @@ class PromptedReader:
     async def _judge(self, generation: Generation, text: str, evidence: RetrievedPassage | None) -> Critique:
         """Is the passage relevant, does it support the text, is the text useful?"""
         groups = [IsRel, IsSup, IsUse] if evidence else [IsUse]
-        answers = await together(*(self._ask(QUESTIONS[group], evidence, text) for group in groups))
+        answers = await gather_all(*(self._ask(QUESTIONS[group], evidence, text) for group in groups))
         with self.requests.critiquing():
             return self._critique(generation, dict(zip(groups, answers, strict=True)))
 

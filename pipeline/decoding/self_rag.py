@@ -1,7 +1,7 @@
 """The algorithm for one query: decide, retrieve, generate, critique, choose.
 
-Asai et al. 2023, algorithm 1. Every query is a coroutine of its own, and so is every segment of it; the engine
-batches whatever is under way, over queries and depths.
+Asai et al. 2023, algorithm 1. Every query and every segment of it is a coroutine; the engine batches their requests,
+across queries and depths.
 """
 
 import time
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from pipeline.config.run import DecodingConfig
-from pipeline.decoding.beam import decision, search, together
+from pipeline.decoding.beam import decide_opening, gather_all, search
 from pipeline.decoding.choose import choose, cited_text, plain_text
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.protocols import Critic, Generator, Reader, Retriever
@@ -22,8 +22,8 @@ class SelfRag:
     """Answers queries with one engine and one retriever.
 
     Attributes:
-        tasks: settings, by the query's task.
-        retriever: None where every query brings its passages or nothing is ever retrieved.
+        tasks: decoding settings by task.
+        retriever: None if every query has its own passages or retrieval is off.
     """
 
     generator: Generator
@@ -35,7 +35,7 @@ class SelfRag:
         """Answer one query.
 
         Raises:
-            ValueError: the query is empty, does not fit the model, or needs an index that is not there.
+            ValueError: the query is empty, does not fit the model, or needs an index and there is none.
         """
         query.check()
         query, config = self.tasks.apply(query)
@@ -45,12 +45,12 @@ class SelfRag:
 
 @dataclass
 class Decoding:
-    """One query on its way through the algorithm.
+    """The state of one query while it is decoded.
 
     Attributes:
-        searches: passages found, by what was asked.
-        searching: seconds waited for them.
-        families: what each path was continued to.
+        searches: retrieved passages by search text.
+        searching: seconds spent waiting for the retriever.
+        children: expansions of each path.
     """
 
     query: Query
@@ -59,10 +59,10 @@ class Decoding:
     config: DecodingConfig
     searches: dict[str, list[RetrievedPassage]] = field(default_factory=dict)
     searching: float = 0.0
-    families: dict[Path, Sequence[Path]] = field(default_factory=dict)
+    children: dict[Path, Sequence[Path]] = field(default_factory=dict)
 
     async def run(self) -> Answer:
-        """The algorithm."""
+        """Run the algorithm and return the answer."""
         started = time.monotonic()
         root = Path((), await self.reader.decide())
         decided = time.monotonic()
@@ -74,27 +74,27 @@ class Decoding:
             decide_seconds=decided - started,
             retrieve_seconds=self.searching,
         )
-        candidates = tree(root, self.families) if self.config.keep_candidates else ()
+        candidates = tree(root, self.children) if self.config.keep_candidates else ()
         return conclude(root, paths, self.query.choices, self.config, usage, candidates)
 
     async def expand(self, path: Path) -> Sequence[Path]:
-        """Continue a path by one segment in every way, all at once; siblings share their prefix."""
+        """Write all one-segment continuations of a path at once; siblings share their prefix in the engine's cache."""
         if not self.reader.has_room(path):
             return []
-        opening = decision(path, self.config)
+        opening = decide_opening(path, self.config)
         openings = {opening, Retrieve.YES, Retrieve.NO} if self.config.explore and not path.segments else {opening}
-        ways = [way for o in Retrieve if o in openings for way in await self.ways(path, o)]
-        self.families[path] = await together(*(self.reader.write(path, o, evidence) for o, evidence in ways))
-        return self.families[path]
+        expansions = [expansion for o in Retrieve if o in openings for expansion in await self.expansions(path, o)]
+        self.children[path] = await gather_all(*(self.reader.write(path, o, evidence) for o, evidence in expansions))
+        return self.children[path]
 
-    async def ways(self, path: Path, opening: Retrieve) -> list[tuple[Retrieve, RetrievedPassage | None]]:
-        """What a decision leads to: one way for each passage found, or a single one."""
+    async def expansions(self, path: Path, opening: Retrieve) -> list[tuple[Retrieve, RetrievedPassage | None]]:
+        """List the expansions of a decision: one for each retrieved passage, or a single one without a new passage."""
         if opening is not Retrieve.YES:
             return [(opening, path.evidence if opening is Retrieve.CONTINUE else None)]
         return [(opening, evidence) for evidence in await self.retrieve(path)] or [(opening, None)]
 
     async def retrieve(self, path: Path) -> list[RetrievedPassage]:
-        """The top k passages, given ones or the index's: for the query, later with the last segment's text."""
+        """Return the top k passages: the given ones, or the index's for the query and, later, the last segment."""
         if self.query.passages is not None:
             return given_passages(self.query, self.config.passages)
         if self.retriever is None:
@@ -116,7 +116,7 @@ def conclude(
     usage: Usage,
     candidates: tuple[Candidate, ...],
 ) -> Answer:
-    """The answer, from all paths that compete to be it."""
+    """Choose among the paths that compete, and build the answer."""
     best, choice = choose(paths, choices)
     text = cited_text if config.citations else plain_text
     return Answer(
@@ -131,12 +131,12 @@ def conclude(
     )
 
 
-def tree(root: Path, families: dict[Path, Sequence[Path]]) -> tuple[Candidate, ...]:
-    """Everything that was written, parents before their children; the same whatever ended first."""
+def tree(root: Path, children: dict[Path, Sequence[Path]]) -> tuple[Candidate, ...]:
+    """List every written segment, parents before their children; the order does not depend on timing."""
     candidates: list[Candidate] = []
     waiting: list[tuple[Path, int | None]] = [(root, None)]
     for path, place in waiting:
-        for child in families.get(path, ()):
+        for child in children.get(path, ()):
             waiting.append((child, len(candidates)))
             candidates.append(Candidate(child.segments[-1], place, child.boundary, child.finish))
     return tuple(candidates)

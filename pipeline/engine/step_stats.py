@@ -7,24 +7,24 @@ from vllm.v1.metrics.loggers import StatLoggerBase
 
 
 class EngineLoad(StatLoggerBase):  # type: ignore[misc]
-    """Hears what vLLM's scheduler says of each step; one engine for each process.
+    """Receives the scheduler's statistics of each engine step; one engine for each process.
 
     Attributes:
         slots: most requests that the engine runs at once (``max_num_seqs``).
-        watcher: is told of each step: requests that keep their slots after it, requests that wait for a slot, and
-            requests that ended with it. Their sum with the first are the slots taken, where vLLM's scheduling is not
-            asynchronous (as on a CPU); where it is, the first already has what the next step admits.
+        on_step: callback after each step, with the number of requests that keep their slots, of requests that wait
+            for one, and of requests that ended. The first and the last add up to the slots in use, unless vLLM
+            schedules asynchronously (not on a CPU): then the first includes what the next step admits.
     """
 
     def __init__(self, vllm_config: Any, *_: Any) -> None:
         self.slots = int(vllm_config.scheduler_config.max_num_seqs)
-        self.watcher: Callable[[int, int, int], None] | None = None
+        self.on_step: Callable[[int, int, int], None] | None = None
 
     def record(self, scheduler_stats: Any, iteration_stats: Any, *_: Any, **__: Any) -> None:
         """Called by vLLM for each step; one without outputs has no ``iteration_stats``."""
-        if scheduler_stats is not None and self.watcher is not None:
+        if scheduler_stats is not None and self.on_step is not None:
             ended = len(iteration_stats.finished_requests) if iteration_stats is not None else 0
-            self.watcher(scheduler_stats.num_running_reqs, scheduler_stats.num_waiting_reqs, ended)
+            self.on_step(scheduler_stats.num_running_reqs, scheduler_stats.num_waiting_reqs, ended)
 
     def log_engine_initialized(self) -> None:
         """Nothing to say."""

@@ -5,7 +5,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from pipeline.evaluation.metrics import (
-    best,
+    best_over_golds,
     contains,
     exact,
     rouge_l,
@@ -73,7 +73,7 @@ def score(row: Mapping[str, Any], metric: str) -> float:
     answer = without_citations(row["answer"] or "")
     if metric == "str_em":
         return string_em(answer, short_golds_of(row))
-    return best(METRICS[metric], answer, golds_of(row))
+    return best_over_golds(METRICS[metric], answer, golds_of(row))
 
 
 def golds_of(row: Mapping[str, Any]) -> list[str]:

@@ -38,7 +38,7 @@ def token_f1(answer: str, gold: str) -> float:
     return 2 * shared / (len(words) + len(wanted))
 
 
-def best(metric: Callable[[str, str], float], answer: str, golds: Sequence[str]) -> float:
+def best_over_golds(metric: Callable[[str, str], float], answer: str, golds: Sequence[str]) -> float:
     """The metric against the gold answer that fits best."""
     return float(max(metric(answer, gold) for gold in golds))
 

@@ -66,17 +66,17 @@ class Recorded:
     async def rechoose(self, config: DecodingConfig, choices: Sequence[str] = ()) -> Answer:
         """The answer under other weights, threshold, constraint or citations."""
         candidates = tuple(rescored(candidate, config.weights) for candidate in self.candidates)
-        families: defaultdict[Path, list[Path]] = defaultdict(list)
+        children: defaultdict[Path, list[Path]] = defaultdict(list)
         paths: list[Path] = []
         for candidate in candidates:
             parent = self.root if candidate.parent is None else paths[candidate.parent]
             paths.append(Path((*parent.segments, candidate.segment), candidate.boundary, candidate.finish))
-            families[parent].append(paths[-1])
+            children[parent].append(paths[-1])
 
         async def expand(path: Path) -> Sequence[Path]:
-            return families[path]
+            return children[path]
 
-        found = await search(self.root, expand, config, barren=Finish.PRUNED)
+        found = await search(self.root, expand, config, childless=Finish.PRUNED)
         return conclude(self.root, found, choices, config, self.usage, candidates)
 
 

@@ -33,7 +33,7 @@ GRID: Mapping[str, Sequence[Any]] = {
 
 
 @dataclass(frozen=True)
-class Example:
+class GradedRow:
     """An annotated row with gold answers.
 
     Attributes:
@@ -92,7 +92,7 @@ class Sweep:
     difference: Difference
 
 
-def example_of(row: Mapping[str, Any], rescoring: Rescoring, metrics: Mapping[str, str]) -> Example | None:
+def graded_row(row: Mapping[str, Any], rescoring: Rescoring, metrics: Mapping[str, str]) -> GradedRow | None:
     """A row to sweep over; None where it has nothing to be graded by.
 
     Args:
@@ -103,7 +103,7 @@ def example_of(row: Mapping[str, Any], rescoring: Rescoring, metrics: Mapping[st
     metric = "accuracy" if choices else metrics[row.get(rescoring.columns.task) or ""]
     if not (short_golds_of(gold) if metric == "str_em" else golds_of(gold)):
         return None
-    return Example(row[rescoring.columns.id], recorded(row), gold, metric, choices, config)
+    return GradedRow(row[rescoring.columns.id], recorded(row), gold, metric, choices, config)
 
 
 def changed(config: DecodingConfig, settings: Mapping[str, Any]) -> DecodingConfig:
@@ -114,7 +114,7 @@ def changed(config: DecodingConfig, settings: Mapping[str, Any]) -> DecodingConf
     return DecodingConfig.model_validate(tree)
 
 
-async def _graded(examples: Sequence[Example], settings: Mapping[str, Any]) -> tuple[dict[str, float], float]:
+async def _graded(examples: Sequence[GradedRow], settings: Mapping[str, Any]) -> tuple[dict[str, float], float]:
     """Scores by id under other settings, and the retrieval rate."""
     configs: dict[DecodingConfig, DecodingConfig] = {}
     scores, retrieved = {}, []
@@ -127,7 +127,7 @@ async def _graded(examples: Sequence[Example], settings: Mapping[str, Any]) -> t
     return scores, mean(retrieved) or 0.0
 
 
-def grade(examples: Sequence[Example], settings: Mapping[str, Any]) -> tuple[dict[str, float], float]:
+def grade(examples: Sequence[GradedRow], settings: Mapping[str, Any]) -> tuple[dict[str, float], float]:
     """Scores by id under other settings, and the retrieval rate."""
     return asyncio.run(_graded(examples, settings))
 
@@ -137,7 +137,7 @@ def first_half(id_: str) -> bool:
     return hashlib.sha256(id_.encode()).digest()[0] < 128
 
 
-def sweep(examples: Sequence[Example], keys: Sequence[str]) -> Sweep:
+def sweep(examples: Sequence[GradedRow], keys: Sequence[str]) -> Sweep:
     """Try every value of every setting, and recommend a combination.
 
     Args:
@@ -160,12 +160,12 @@ def sweep(examples: Sequence[Example], keys: Sequence[str]) -> Sweep:
     return Sweep(metric, curves, recommended, *ends, difference)
 
 
-def _point(examples: Sequence[Example], key: str, value: Any) -> Point:
+def _point(examples: Sequence[GradedRow], key: str, value: Any) -> Point:
     scores, rate = grade(examples, {key: value})
     return Point(value, sum(scores.values()) / len(scores), rate)
 
 
-def _recommended(examples: Sequence[Example], keys: Sequence[str]) -> dict[str, Any]:
+def _recommended(examples: Sequence[GradedRow], keys: Sequence[str]) -> dict[str, Any]:
     """One setting after the other, each with those before it: the best value where it beats what is there."""
     settings: dict[str, Any] = {}
     best = sum(grade(examples, settings)[0].values())
@@ -194,11 +194,11 @@ def sweep_set(folder: Location, task: str | None = None) -> Sweep:
     metrics = {name: task["metric"] for name, task in manifest["tasks"].items()}
     columns = rescoring.columns
     read = [columns.id, columns.task, columns.choices, "answers", "short_answers", "retrieve_probability"]
-    examples: list[Example] = []
+    examples: list[GradedRow] = []
     for row in rows_of(folder / "data", [*read, "usage", "candidates", "evidence"], required=[columns.id]):
         if task not in (None, row.get(columns.task)):
             continue
-        if (example := example_of(row, rescoring, metrics)) is not None:
+        if (example := graded_row(row, rescoring, metrics)) is not None:
             examples.append(example)
         if len(examples) == MOST_ROWS:
             break
@@ -206,13 +206,13 @@ def sweep_set(folder: Location, task: str | None = None) -> Sweep:
     return sweep(examples, [key for key in GRID if key != "threshold" or explored])
 
 
-def save(found: Sweep, folder: Location) -> None:
+def save_sweep(found: Sweep, folder: Location) -> None:
     """Write ``sweep.json`` and ``sweep.svg``."""
     (folder / "sweep.json").write(json.dumps(asdict(found), indent=2, ensure_ascii=False).encode())
-    (folder / "sweep.svg").write(drawing(found))
+    (folder / "sweep.svg").write(draw_sweep(found))
 
 
-def drawing(found: Sweep) -> bytes:
+def draw_sweep(found: Sweep) -> bytes:
     """Score against retrieval rate where δ was swept, and against each weight: an SVG."""
     from matplotlib.figure import Figure
 

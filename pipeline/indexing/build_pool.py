@@ -25,8 +25,8 @@ from pipeline.indexing.build import BuildFolder, BuildPlan, read_ahead
 from pipeline.indexing.passages import Sample, ShardPlan, read_passages, spread_samples
 from pipeline.retrieval.encoder import Vectors
 from pipeline.retrieval.manifest import IndexManifest, ShardEntry, write_manifest
-from pipeline.retrieval.shard_files import build_shard, empty_index, train, training_rows
-from pipeline.storage.lease import Claim
+from pipeline.retrieval.shard_files import build_shard, empty_index, train_index, training_rows
+from pipeline.storage.lease import Lease
 
 log = logging.getLogger(__name__)
 
@@ -36,7 +36,7 @@ LINE_INTERVAL = 10.0
 SHARD_RETRIES = 2
 
 
-class Tally:
+class BuildProgress:
     """A Ray actor that counts passages, so that a long shard shows its progress."""
 
     def __init__(self) -> None:
@@ -151,7 +151,7 @@ def trained_index(plan: BuildPlan, folder: BuildFolder) -> Any:
     log.info("encoding %d passages to train %s on", passages, plan.request.factory)
     with worked(plan, SampleEncoder, samples, range(len(samples)), passages) as encoded:
         parts = [batch["vectors"] for batch in encoded.iter_batches(batch_size=None, batch_format="numpy")]
-    train(index, np.concatenate(parts))
+    train_index(index, np.concatenate(parts))
     folder.keep_trained(index)
     return index
 
@@ -190,7 +190,7 @@ def worked(plan: BuildPlan, worker: type, argument: Any, numbers: Iterable[int],
     rooms = [Room.of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     actors, cpus, gpus = pool(rooms, plan.request.actors, len(pieces))
     log.info("%d actor(s) at work, each with %g CPUs and %g GPUs", actors, cpus, gpus)
-    tally = ray.remote(num_cpus=0)(Tally).remote()
+    tally = ray.remote(num_cpus=0)(BuildProgress).remote()
     dataset = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
         worker,
         batch_size=1,
@@ -252,16 +252,16 @@ def progress_lines(tally: Any, passages: int) -> Iterator[None]:
         thread.join()
 
 
-def execute(plan: BuildPlan) -> Built:
+def run_build(plan: BuildPlan) -> Built:
     """Build the missing shards of a checked plan, then write the manifest.
 
     Raises:
         ValueError: an interrupted build of something else is there, or there are too few passages for the factory.
-        OutputTakenError: another build is at work there.
+        OutputInUseError: another build is using the folder.
         ray.exceptions.RayError: a shard failed.
         StorageError: the output cannot be written.
     """
-    with Claim(plan.output):
+    with Lease(plan.output):
         BuildFolder(plan.output).check(plan.request.overwrite)  # another build may have ended only now
         return _execute(plan)
 

@@ -14,7 +14,7 @@ from pipeline.indexing.recall import (
     Speed,
     exhaustive,
     lossy,
-    measure,
+    measure_search,
     parameters,
     reranked,
     stored_vectors,
@@ -93,7 +93,7 @@ def check_index_folder(request: CheckRequest) -> Checked:
     exact, reference = _exact(request, index, queries, own, encoder)
     fixed = [retrieval.search] if retrieval.search else []
     searches = [",".join([*fixed, *filter(None, [swept])]) for swept in parameters(index)]
-    speeds = tuple(measure(index, queries, own, exact, search) for search in searches)
+    speeds = tuple(measure_search(index, queries, own, exact, search) for search in searches)
     enough = [speed.search for speed in speeds if speed.recall >= request.recall]
     return Checked(
         index=request.index,

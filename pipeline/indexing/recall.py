@@ -131,7 +131,7 @@ def without(found: Sequence[list[Hit]], own: Sequence[Hit | None], k: int) -> li
     ]
 
 
-def measure(
+def measure_search(
     index: PassageIndex, queries: Vectors, own: Sequence[Hit | None], exact: Sequence[list[Hit]], search: str
 ) -> Speed:
     """Recall and speed with a search parameter.

@@ -20,7 +20,7 @@ SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M"
 
 
 @dataclass(frozen=True)
-class AnnotatedSet:
+class FinishedSet:
     """A finished annotated set, as its manifest and files describe it.
 
     Attributes:
@@ -31,7 +31,7 @@ class AnnotatedSet:
     schemas: Mapping[str, pa.Schema]
 
     @classmethod
-    def of(cls, folder: OutputFolder) -> "AnnotatedSet":
+    def of(cls, folder: OutputFolder) -> "FinishedSet":
         """Look at a folder.
 
         Raises:
@@ -51,7 +51,7 @@ class AnnotatedSet:
         return int(self.manifest["counts"]["rows"] - self.manifest["counts"]["errors"])
 
 
-def dataset_card(found: AnnotatedSet, title: str, licence: str | None) -> str:
+def dataset_card(found: FinishedSet, title: str, licence: str | None) -> str:
     """The card, as Markdown with a YAML front matter.
 
     Args:
@@ -75,7 +75,7 @@ def dataset_card(found: AnnotatedSet, title: str, licence: str | None) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(found: AnnotatedSet, title: str, licence: str | None) -> str:
+def _front_matter(found: FinishedSet, title: str, licence: str | None) -> str:
     from datasets import DatasetInfo, Features
     from datasets.info import DatasetInfosDict
     from huggingface_hub import DatasetCardData
@@ -101,7 +101,7 @@ def _size(rows: int) -> str:
     return SIZES[min(max(len(str(rows)) - 3, 0), len(SIZES) - 1)]
 
 
-def _opening(found: AnnotatedSet, title: str) -> str:
+def _opening(found: FinishedSet, title: str) -> str:
     lines = [f'answers = datasets.load_dataset("{title}", split="train")']
     if "errors" in found.schemas:
         lines.append(f'failed = datasets.load_dataset("{title}", "errors", split="train")')
@@ -172,7 +172,7 @@ def _cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _caveats(found: AnnotatedSet, licence: str | None) -> str:
+def _caveats(found: FinishedSet, licence: str | None) -> str:
     counts = found.manifest["counts"]
     failed = ", ".join(f"{name} {count:,}" for name, count in counts.get("error_types", {}).items())
     caveats = [

@@ -42,7 +42,7 @@ def known_datasets() -> dict[str, KnownDataset]:
 
 
 @dataclass(frozen=True)
-class Recipe:
+class ColumnMapping:
     """How a row becomes a query.
 
     Attributes:

@@ -155,7 +155,7 @@ def _name(file: Location, folder: Location) -> str:
     return file.path[len(folder.path.rstrip("/")) + 1 :]
 
 
-def publish(folder: Path, output: Location) -> None:
+def publish_query_set(folder: Path, output: Location) -> None:
     """Put the set in its place, whole files one by one, and make what lay there go.
 
     Raises:

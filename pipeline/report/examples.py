@@ -92,7 +92,7 @@ class Piece:
 
 
 @dataclass(frozen=True)
-class Source:
+class SourcePassage:
     """A passage that an answer rests on; ``number`` is what citations call it."""
 
     number: int
@@ -117,7 +117,7 @@ class Scored:
 
 
 @dataclass(frozen=True)
-class Example:
+class ExampleRow:
     """A row of the set, its texts shortened.
 
     Attributes:
@@ -133,7 +133,7 @@ class Example:
     retrieve_probability: float | None
     finish_reason: str
     segments: tuple[Scored, ...]
-    sources: tuple[Source, ...]
+    sources: tuple[SourcePassage, ...]
 
     @property
     def score(self) -> float | None:
@@ -144,7 +144,7 @@ class Example:
 
 def examples(
     picks: Mapping[tuple[str, str], Sequence[Pick]], rows: Mapping[str, int], columns: Columns
-) -> list[Example]:
+) -> list[ExampleRow]:
     """Read the rows that were picked: of the largest tasks, and of each kind about as many.
 
     Args:
@@ -177,20 +177,22 @@ def _chosen(picks: Mapping[tuple[str, str], Sequence[Pick]], rows: Mapping[str, 
             yield from ((task, pick) for pick in fresh)
 
 
-def _example(kind: str, task: str, row: Mapping[str, Any], columns: Columns) -> Example:
+def _example(kind: str, task: str, row: Mapping[str, Any], columns: Columns) -> ExampleRow:
     answer = row["answer"] or ""
     segments = [Scored(**{name: s.get(name) for name in Scored.__annotations__}) for s in row["segments"] or []]
     sources = [
-        Source(number, p["id"], p["title"] or "", pieces(p["text"] or "", answer), p["rank"], p["retrieval_score"])
+        SourcePassage(
+            number, p["id"], p["title"] or "", pieces(p["text"] or "", answer), p["rank"], p["retrieval_score"]
+        )
         for number, p in enumerate(row["passages"] or [], 1)
     ]
-    return Example(
+    return ExampleRow(
         kind=kind,
         task=task,
         id=str(row.get(columns.id)),
-        query=shortened(row.get(columns.query) or ""),
-        input=shortened(row.get(columns.input) or ""),
-        answer=shortened(answer),
+        query=shorten(row.get(columns.query) or ""),
+        input=shorten(row.get(columns.input) or ""),
+        answer=shorten(answer),
         retrieve_probability=row["retrieve_probability"],
         finish_reason=row.get("finish_reason") or "",
         segments=tuple(segments),
@@ -198,7 +200,7 @@ def _example(kind: str, task: str, row: Mapping[str, Any], columns: Columns) -> 
     )
 
 
-def shortened(text: str, longest: int = LONGEST_TEXT) -> str:
+def shorten(text: str, longest: int = LONGEST_TEXT) -> str:
     """At most so many characters, the last of them an ellipsis where there are more."""
     return text if len(text) <= longest else text[: longest - 1] + "…"
 

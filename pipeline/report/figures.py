@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from pipeline.config.run import Columns, Weights
 from pipeline.evaluation.evaluate import NOTHING
-from pipeline.output.folder import NO_ERRORS, OutputFolder, UnitSummary, columns_of, summarise, unit_of
+from pipeline.output.folder import NO_ERRORS, OutputFolder, UnitSummary, columns_of, summarise_unit, unit_of
 from pipeline.report.changes import Answers, hashed
 from pipeline.report.durations import Durations, Floats
 from pipeline.report.examples import Pick, keep, picks_of
@@ -82,7 +82,7 @@ class Spread:
 
 
 @dataclass(frozen=True)
-class Group:
+class GroupFigures:
     """Figures of some rows.
 
     Attributes:
@@ -97,12 +97,12 @@ class Group:
     retrieved: int = 0
     spreads: Mapping[str, Spread] = field(default_factory=dict)
 
-    def __add__(self, other: "Group") -> "Group":
-        return Group(
+    def __add__(self, other: "GroupFigures") -> "GroupFigures":
+        return GroupFigures(
             self.rows + other.rows,
             self.errors + other.errors,
             self.retrieved + other.retrieved,
-            merged(self.spreads, other.spreads),
+            add_up(self.spreads, other.spreads),
         )
 
     @property
@@ -141,7 +141,7 @@ class UnitFigures:
     """
 
     unit: UnitSummary
-    groups: Mapping[str, Group]
+    groups: Mapping[str, GroupFigures]
     durations: Mapping[str, Durations]
     counts: Mapping[str, int]
     failures: Mapping[tuple[str, str], Failure]
@@ -154,7 +154,7 @@ class SetFigures:
     """What the files of a set hold; attributes as those of :class:`UnitFigures`, over all units."""
 
     units: list[UnitSummary] = field(default_factory=list)
-    groups: dict[str, Group] = field(default_factory=dict)
+    groups: dict[str, GroupFigures] = field(default_factory=dict)
     durations: dict[str, Durations] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     failures: dict[tuple[str, str], Failure] = field(default_factory=dict)
@@ -167,11 +167,11 @@ class SetFigures:
         names = {}
         for task, group in part.groups.items():
             name = names[task] = self._name(task)
-            self.groups = merged(self.groups, {name: group})
+            self.groups = add_up(self.groups, {name: group})
         for (kind, task), failure in part.failures.items():
-            self.failures = merged(self.failures, {(kind, names[task]): failure})
-        self.durations = merged(self.durations, part.durations)
-        self.counts = merged(self.counts, part.counts)
+            self.failures = add_up(self.failures, {(kind, names[task]): failure})
+        self.durations = add_up(self.durations, part.durations)
+        self.counts = add_up(self.counts, part.counts)
         keep(self.picks, part.picks, names)
         if part.answers is not None:
             self.answers.append(part.answers)
@@ -180,18 +180,18 @@ class SetFigures:
         return task if task in self.groups or len(self.groups) < MOST_TASKS else OTHERS
 
     @property
-    def overall(self) -> Group:
+    def overall(self) -> GroupFigures:
         """All rows together."""
-        return sum(self.groups.values(), Group())
+        return sum(self.groups.values(), GroupFigures())
 
 
-def merged(ours: Mapping[Any, Any], theirs: Mapping[Any, Any]) -> dict[Any, Any]:
+def add_up(ours: Mapping[Any, Any], theirs: Mapping[Any, Any]) -> dict[Any, Any]:
     """Values of both, added up where both have one."""
     return {**ours, **{key: ours[key] + value if key in ours else value for key, value in theirs.items()}}
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadOptions:
     """How a set's files are read.
 
     Attributes:
@@ -204,7 +204,7 @@ class Reading:
     compared: int = 0
 
     @classmethod
-    def of(cls, manifest: Mapping[str, Any], compared: int = 0) -> "Reading":
+    def of(cls, manifest: Mapping[str, Any], compared: int = 0) -> "ReadOptions":
         """As a run's manifest says."""
         return cls(columns_of(manifest), score_range(manifest), compared)
 
@@ -222,7 +222,7 @@ def score_range(manifest: Mapping[str, Any]) -> tuple[float, float]:
     return 0.0 - max(w.utility for w in weights), high or 1.0
 
 
-def read_set(output: OutputFolder, reading: Reading) -> SetFigures:
+def read_set(output: OutputFolder, reading: ReadOptions) -> SetFigures:
     """Add up what an annotated set holds; units without a data file are not finished, and do not count.
 
     Raises:
@@ -236,13 +236,13 @@ def read_set(output: OutputFolder, reading: Reading) -> SetFigures:
     return figures
 
 
-def _read(files: list[Location], failed: Mapping[str, Location], reading: Reading) -> Iterator[UnitFigures]:
+def _read(files: list[Location], failed: Mapping[str, Location], reading: ReadOptions) -> Iterator[UnitFigures]:
     for start in range(0, len(files), 4 * THREADS):  # bounds how many units' figures are in memory
         some = files[start : start + 4 * THREADS]
-        yield from map_in_threads(lambda file: read_unit(file, failed.get(unit_of(file)), reading), some)
+        yield from map_in_threads(lambda file: count_unit(file, failed.get(unit_of(file)), reading), some)
 
 
-def read_unit(data: Location, errors: Location | None, reading: Reading) -> UnitFigures:
+def count_unit(data: Location, errors: Location | None, reading: ReadOptions) -> UnitFigures:
     """Count one unit's files.
 
     Raises:
@@ -262,7 +262,7 @@ def read_unit(data: Location, errors: Location | None, reading: Reading) -> Unit
     times = {**{name: usage[name] for name in (*ROW_TIMES, *REQUEST_TIMES)}, WRITING: writing}
     failures = _failures(failed, task)
     return UnitFigures(
-        unit=summarise(unit_of(data), rows, failed),
+        unit=summarise_unit(unit_of(data), rows, failed),
         groups=_groups(rows, tasks, failures, reading),
         durations={name: Durations.of(values) for name, values in times.items()},
         counts={name: int(np.nansum(usage[name])) for name in COUNTS},
@@ -306,8 +306,8 @@ def _groups(
     rows: pa.Table,
     tasks: npt.NDArray[np.object_],
     failures: Mapping[tuple[str, str], Failure],
-    reading: Reading,
-) -> dict[str, Group]:
+    reading: ReadOptions,
+) -> dict[str, GroupFigures]:
     segments, parents = _segments(rows)
     values = {name: numbers(segments, name) for name in SEGMENT_SCORES}
     probability = np.asarray(rows["retrieve_probability"].cast(pa.float64()), np.float64)
@@ -318,9 +318,9 @@ def _groups(
         chosen = here[parents]
         spreads = {"retrieve_probability": Spread.of(probability[here], *reading.limits("retrieve_probability"))}
         spreads |= {name: Spread.of(found[chosen], *reading.limits(name)) for name, found in values.items()}
-        groups[task] = Group(int(here.sum()), 0, int(retrieved[here].sum()), spreads)
+        groups[task] = GroupFigures(int(here.sum()), 0, int(retrieved[here].sum()), spreads)
     for (_, task), failure in failures.items():
-        groups[task] = groups.get(task, Group()) + Group(errors=failure.rows)
+        groups[task] = groups.get(task, GroupFigures()) + GroupFigures(errors=failure.rows)
     return groups
 
 

@@ -16,7 +16,7 @@ from pipeline.config.loading import flatten
 from pipeline.output.folder import OutputFolder
 from pipeline.report.changes import Changes
 from pipeline.report.durations import Timeline, timeline
-from pipeline.report.examples import Example
+from pipeline.report.examples import ExampleRow
 from pipeline.report.figures import BINS, SetFigures, Spread
 
 HERE = Path(__file__).parent
@@ -33,7 +33,7 @@ TITLES = {
 
 
 @dataclass(frozen=True)
-class AnnotatedSet:
+class ReportedSet:
     """An annotated set.
 
     Attributes:
@@ -77,7 +77,7 @@ class Cost:
     rows: int
 
     @classmethod
-    def of(cls, annotated: AnnotatedSet, price: float | None) -> "Cost | None":
+    def of(cls, annotated: ReportedSet, price: float | None) -> "Cost | None":
         """None where the price or the times are unknown."""
         times = annotated.timeline
         return cls(price, annotated.actors, times.busy / 3600, times.rows) if price and times.busy else None
@@ -102,7 +102,7 @@ class Headline:
     unit: str
 
 
-def headlines(annotated: AnnotatedSet, price: float | None) -> list[Headline]:
+def headlines(annotated: ReportedSet, price: float | None) -> list[Headline]:
     """The figures that tell a run from another; None where one is unknown."""
     figures, times, overall = annotated.figures, annotated.timeline, annotated.figures.overall
     cost = Cost.of(annotated, price)
@@ -117,18 +117,18 @@ def headlines(annotated: AnnotatedSet, price: float | None) -> list[Headline]:
         Headline("Cost of 1,000 queries", cost.per_thousand if cost else None, "money"),
         Headline("Seconds of a row, median", seconds.quantile(0.5) if seconds else None, "seconds"),
         Headline("Seconds of a row, 95 % below", seconds.quantile(0.95) if seconds else None, "seconds"),
-        Headline("Tokens written per row", ratio(figures.counts.get("generated_tokens"), overall.rows), "rate"),
-        Headline("Searches per row", ratio(figures.counts.get("retrievals"), overall.rows), "rate"),
+        Headline("Tokens written per row", divide(figures.counts.get("generated_tokens"), overall.rows), "rate"),
+        Headline("Searches per row", divide(figures.counts.get("retrievals"), overall.rows), "rate"),
         *(Headline(f"Mean {TITLES[name]}", means.get(name), "score") for name in TITLES),
     ]
 
 
-def ratio(part: float | None, whole: float) -> float | None:
+def divide(part: float | None, whole: float) -> float | None:
     """A quotient; None where there is none."""
     return part / whole if part is not None and whole else None
 
 
-def facts(annotated: AnnotatedSet) -> dict[str, dict[str, Any]]:
+def facts(annotated: ReportedSet) -> dict[str, dict[str, Any]]:
     """What ran and on what: names and values, by heading; values that are None are left out."""
     manifest, times = annotated.manifest, annotated.timeline.stretches
     config = manifest.get("configuration", {})
@@ -168,7 +168,7 @@ def facts(annotated: AnnotatedSet) -> dict[str, dict[str, Any]]:
     return {title: entries for title, entries in known.items() if entries}
 
 
-def thresholds(annotated: AnnotatedSet) -> dict[str, float]:
+def thresholds(annotated: ReportedSet) -> dict[str, float]:
     """δ of each task in which the model decides; ``""`` is for rows without one."""
     tasks = annotated.manifest.get("tasks", {})
     decoding = {name: task["decoding"] for name, task in tasks.items()}
@@ -179,13 +179,13 @@ def thresholds(annotated: AnnotatedSet) -> dict[str, float]:
 class Compared:
     """An earlier set beside this one; ``figures`` are its headlines, in the order of ours."""
 
-    annotated: AnnotatedSet
+    annotated: ReportedSet
     figures: Sequence[Headline]
     changes: Changes
 
 
 def page(
-    annotated: AnnotatedSet, examples: Sequence[Example], price: float | None = None, baseline: Compared | None = None
+    annotated: ReportedSet, examples: Sequence[ExampleRow], price: float | None = None, baseline: Compared | None = None
 ) -> str:
     """The page of an annotated set.
 

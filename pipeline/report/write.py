@@ -6,8 +6,8 @@ from typing import Any
 from pipeline.output.folder import REPORT, OutputFolder, columns_of
 from pipeline.report.changes import changes, sample_of
 from pipeline.report.examples import examples
-from pipeline.report.figures import Reading, read_set
-from pipeline.report.page import AnnotatedSet, Compared, headlines, page
+from pipeline.report.figures import ReadOptions, read_set
+from pipeline.report.page import Compared, ReportedSet, headlines, page
 from pipeline.storage.location import Location, one_line
 
 log = logging.getLogger(__name__)
@@ -41,9 +41,9 @@ def write_report(
     return written
 
 
-def _read(folder: Location, sample: int) -> AnnotatedSet:
+def _read(folder: Location, sample: int) -> ReportedSet:
     manifest, output = _manifest(folder), OutputFolder(folder)
-    return AnnotatedSet(output, manifest, output.finished(), read_set(output, Reading.of(manifest, sample)))
+    return ReportedSet(output, manifest, output.finished(), read_set(output, ReadOptions.of(manifest, sample)))
 
 
 def _manifest(folder: Location) -> dict[str, Any]:

@@ -158,7 +158,7 @@ def _encoder_advice(manifest: IndexManifest) -> str:
     return f"set retrieval.encoder to {manifest.encoder.name} as it was then, or build the index anew"
 
 
-def check_index(folder: Location, retrieval: RetrievalConfig, digest: str | None = None) -> IndexManifest:
+def check_index_manifest(folder: Location, retrieval: RetrievalConfig, digest: str | None = None) -> IndexManifest:
     """Check what can be checked without opening an index: manifest, encoder, file sizes.
 
     Args:

@@ -12,7 +12,7 @@ from pipeline.decoding.types import RetrievedPassage
 from pipeline.gpus import exclusive_start
 from pipeline.retrieval.encoder import Encoder, Vectors
 from pipeline.retrieval.index import PassageIndex
-from pipeline.retrieval.manifest import IndexManifest, check_encoder, check_index, wanted_encoder
+from pipeline.retrieval.manifest import IndexManifest, check_encoder, check_index_manifest, wanted_encoder
 from pipeline.retrieval.shard_servers import IndexLostError, PartitionedIndex
 from pipeline.storage.location import Location
 
@@ -47,7 +47,7 @@ class IndexRetriever:
     gather for the next.
 
     Attributes:
-        watcher: is told how many seconds each batch took, in the thread that searches.
+        on_search: callback with the latency of each batch in seconds, called in the search thread.
     """
 
     def __init__(self, encoder: Encoder, index: SearchableIndex, retrieval: RetrievalConfig) -> None:
@@ -60,7 +60,7 @@ class IndexRetriever:
         self._waiting: list[_Request] = []
         self._timer: asyncio.TimerHandle | None = None
         self._searching = False
-        self.watcher: Callable[[float], None] | None = None
+        self.on_search: Callable[[float], None] | None = None
 
     @classmethod
     def open(
@@ -82,7 +82,7 @@ class IndexRetriever:
             ValueError: no usable index or encoder, or they do not belong together.
             StorageError: storage does not answer.
         """
-        manifest = check_index(folder, retrieval, digest)
+        manifest = check_index_manifest(folder, retrieval, digest)
         name, revision = wanted_encoder(manifest, retrieval)
         with exclusive_start():
             encoder = Encoder.load(name, retrieval.device, revision, manifest.encoder.style)
@@ -131,8 +131,8 @@ class IndexRetriever:
             began = time.monotonic()
             vectors = self._encoder.encode_queries([request.query for request in batch])
             found = self._index.retrieve(vectors, max(request.k for request in batch))
-            if self.watcher is not None:
-                self.watcher(time.monotonic() - began)
+            if self.on_search is not None:
+                self.on_search(time.monotonic() - began)
         except IndexLostError as error:
             return [error] * len(batch)
         except Exception as error:  # noqa: BLE001  whoever asked raises it

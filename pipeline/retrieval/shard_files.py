@@ -53,7 +53,7 @@ def centroids(index: Any) -> int:
     return int(ivf.nlist) if ivf is not None else 0
 
 
-def train(index: Any, vectors: Vectors) -> None:
+def train_index(index: Any, vectors: Vectors) -> None:
     """Train an index in place.
 
     Args:
@@ -101,8 +101,8 @@ def build_shard(
                 index.add(vectors)
         faiss.write_index(index, str(scratch / file))
         entry = _entry(scratch / file, scratch / passages_file, int(index.ntotal))
-        publish(scratch / passages_file, folder / passages_file)
-        publish(scratch / file, folder / file)
+        publish_shard(scratch / passages_file, folder / passages_file)
+        publish_shard(scratch / file, folder / file)
     return entry
 
 
@@ -127,7 +127,7 @@ def _scratch(folder: Location) -> Iterator[Path]:
         yield Path(scratch)
 
 
-def publish(source: Path, target: Location) -> None:
+def publish_shard(source: Path, target: Location) -> None:
     """Move a finished local file to its place: synced and renamed on local disks, uploaded elsewhere.
 
     Raises:

@@ -22,7 +22,7 @@ from pipeline.storage.location import locate
 log = logging.getLogger(__name__)
 
 # Seconds between two lines of who waits for a server.
-PATIENCE = 60.0
+WARN_EVERY_S = 60.0
 
 
 class IndexLostError(RuntimeError):
@@ -94,25 +94,25 @@ class PartitionedIndex:
             raise  # what is wrong with these queries, not with the server
         except ray.exceptions.RayError as error:
             raise IndexLostError(f"a shard server is gone: {' '.join(str(error).split())}") from error
-        return [ranked(best(parts, k)) for parts in zip(*answers, strict=True)]
+        return [ranked(merge_hits(parts, k)) for parts in zip(*answers, strict=True)]
 
 
 def _answers(references: list[Any], who: str) -> list[Any]:
     """What servers answer, however long that takes; the log says who is waiting."""
     import ray
 
-    while missing := len(references) - len(ray.wait(references, num_returns=len(references), timeout=PATIENCE)[0]):
+    while missing := len(references) - len(ray.wait(references, num_returns=len(references), timeout=WARN_EVERY_S)[0]):
         log.warning("%s waits for %d of %d shard servers", who, missing, len(references))
     answers: list[Any] = ray.get(references)
     return answers
 
 
-def best(parts: Sequence[Sequence[Found]], k: int) -> list[Found]:
+def merge_hits(parts: Sequence[Sequence[Found]], k: int) -> list[Found]:
     """The k best of several lists that are in order themselves; equal scores by shard, then row."""
     return list(islice(heapq.merge(*parts, key=lambda found: found[0].order), k))
 
 
-def deal(shards: int, servers: int) -> list[list[int]]:
+def assign_shards(shards: int, servers: int) -> list[list[int]]:
     """Shard numbers for each server, whose counts differ by one at most."""
     return [list(range(first, shards, servers)) for first in range(servers)]
 
@@ -133,7 +133,7 @@ def start_servers(index: ServedIndex, nodes: Sequence[str | None], execution: Ex
     resources = {"num_cpus": execution.cpus_per_server, "num_gpus": execution.gpus_per_server}
     server = ray.remote(max_restarts=-1, max_task_retries=-1, **resources)(ShardServer)
     handles = []
-    for node, numbers in zip(nodes, deal(index.shards, len(nodes)), strict=True):
+    for node, numbers in zip(nodes, assign_shards(index.shards, len(nodes)), strict=True):
         where = NodeAffinitySchedulingStrategy(node, soft=True) if node else "SPREAD"
         handles.append(server.options(scheduling_strategy=where).remote(index, numbers))
     loaded = _answers([handle.vectors.remote() for handle in handles], "the job")

@@ -32,7 +32,14 @@ from pipeline.queries.query_set import Unit, read_unit
 from pipeline.queries.schema import Row, query_of, read_rows
 from pipeline.retrieval.retriever import IndexRetriever
 from pipeline.retrieval.shard_servers import IndexLostError
-from pipeline.run.attempts import BESIDE_OTHERS, ROW_DEATHS, START, OutOfMemoryError, ProcessDiedError, Turnstile
+from pipeline.run.attempts import (
+    BESIDE_OTHERS,
+    ROW_DEATHS,
+    START,
+    OutOfMemoryError,
+    ProcessDiedError,
+    SharedExclusiveLock,
+)
 from pipeline.run.telemetry import ActorTelemetry
 from pipeline.storage.location import locate
 
@@ -160,7 +167,7 @@ class SelfRagActor:
         self.config = config
         self.output = OutputFolder(locate(config.output, config.storage))
         self.attempts = attempts
-        self.turnstile = Turnstile()
+        self.lock = SharedExclusiveLock()
         self.telemetry = ActorTelemetry(config.output)
         # Ray restarts a process that is killed while it starts without limit.
         ray.get(attempts.begin.remote(START))
@@ -175,7 +182,7 @@ class SelfRagActor:
         if config.index is not None and config.decoding.mode != "never":
             folder, share = locate(config.index, config.storage), gpu_share(config.model)
             self.retriever = IndexRetriever.open(folder, config.retrieval, share, servers, index_digest)
-            self.retriever.watcher = self.telemetry.search
+            self.retriever.on_search = self.telemetry.search
         with exclusive_start():
             self.generator = self._start_engine(critic)
         tasks = Tasks(config.decoding, config.profiles, config.task)
@@ -186,7 +193,7 @@ class SelfRagActor:
 
     def _start_engine(self, critic: Critic) -> Any:
         generator = VllmGenerator.start(self.config.model, critic.watched)
-        generator.load.watcher = self.telemetry.step
+        generator.load.on_step = self.telemetry.step
         return generator
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
@@ -236,7 +243,7 @@ class SelfRagActor:
             How its rows are to be annotated, where they must not be concurrent.
         """
         deaths = await self.attempts.deaths.remote(unit)
-        place = self.turnstile.beside_others() if deaths < BESIDE_OTHERS else self.turnstile.alone()
+        place = self.lock.shared() if deaths < BESIDE_OTHERS else self.lock.exclusive()
         try:
             async with place:
                 await self.attempts.begin.remote(unit)

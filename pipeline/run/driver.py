@@ -15,11 +15,11 @@ from pipeline.output.folder import UnitSummary
 from pipeline.report.write import leave_report
 from pipeline.retrieval.shard_servers import ServedIndex, start_servers
 from pipeline.run.actor import SelfRagActor
-from pipeline.run.attempts import PATIENCE, Attempts
-from pipeline.run.plan import Plan, check, settled, with_output
+from pipeline.run.attempts import MAX_CONSECUTIVE_CRASHES, Attempts
+from pipeline.run.plan import RunPlan, check_run, inspect_output, store_selection
 from pipeline.run.progress import Progress
 from pipeline.run.telemetry import RunTelemetry
-from pipeline.storage.lease import Claim
+from pipeline.storage.lease import Lease
 from pipeline.versions import versions
 
 # So many errors end no run early, however small it is.
@@ -58,18 +58,18 @@ class Summary:
         return 3 if self.errors <= self.max_error_rate * self.rows else 1
 
 
-def run(config: RunConfig, overwrite: bool = False) -> Summary:
+def annotate_set(config: RunConfig, overwrite: bool = False) -> Summary:
     """Check, annotate what is left to annotate, and finish the output.
 
     Raises:
         ValueError, StorageError: from the checks, before anything has started.
         RuntimeError: rows are missing at the end; running again continues.
     """
-    plan = check(config, overwrite)
-    return execute(plan, None if plan.finished else allot(plan))
+    plan = check_run(config, overwrite)
+    return run_plan(plan, None if plan.finished else allot_resources(plan))
 
 
-def allot(plan: Plan) -> Resources:
+def allot_resources(plan: RunPlan) -> Resources:
     """Connect to Ray and find out what each actor gets.
 
     Raises:
@@ -79,7 +79,7 @@ def allot(plan: Plan) -> Resources:
     return actor_resources(plan.config, plan.index["shards"] if plan.index else 0)
 
 
-def execute(plan: Plan, resources: Resources | None, actor: type[SelfRagActor] = SelfRagActor) -> Summary:
+def run_plan(plan: RunPlan, resources: Resources | None, actor: type[SelfRagActor] = SelfRagActor) -> Summary:
     """Carry a plan out.
 
     Args:
@@ -90,12 +90,12 @@ def execute(plan: Plan, resources: Resources | None, actor: type[SelfRagActor] =
     record = {"configuration": plan.config.recorded(), **plan.identity(), "tasks": plan.tasks()}
     record |= {"encoder": plan.encoder, "known": plan.known, "versions": versions(), "started": begun.isoformat()}
     if resources is None:
-        return summarise(plan, finished_units(plan), 0, time.monotonic() - started)
-    with Claim(plan.output.location):
-        plan = with_output(settled(plan))  # another run may have been at work until now
+        return summarise_run(plan, verify_units(plan), 0, time.monotonic() - started)
+    with Lease(plan.output.location):
+        plan = inspect_output(store_selection(plan))  # another run may have been at work until now
         annotated = 0 if plan.finished else annotate_todo(plan, resources, record, actor)
-        units = finished_units(plan)
-        summary = summarise(plan, units, annotated, time.monotonic() - started)
+        units = verify_units(plan)
+        summary = summarise_run(plan, units, annotated, time.monotonic() - started)
         if not plan.finished:
             files = {unit.unit: unit.record() for unit in units}
             times = {"finished": datetime.now(UTC).isoformat()}
@@ -105,7 +105,7 @@ def execute(plan: Plan, resources: Resources | None, actor: type[SelfRagActor] =
 
 
 def annotate_todo(
-    plan: Plan, resources: Resources, record: dict[str, Any], actor: type[SelfRagActor] = SelfRagActor
+    plan: RunPlan, resources: Resources, record: dict[str, Any], actor: type[SelfRagActor] = SelfRagActor
 ) -> int:
     """Annotate what is left; how many rows that were.
 
@@ -135,7 +135,7 @@ def annotate_todo(
     return progress.done
 
 
-def annotate_units(plan: Plan, resources: Resources, actor: type[SelfRagActor]) -> Generator[UnitSummary]:
+def annotate_units(plan: RunPlan, resources: Resources, actor: type[SelfRagActor]) -> Generator[UnitSummary]:
     """The job's graph; yields a summary as each unit's files appear."""
     if not plan.todo:
         return
@@ -153,12 +153,12 @@ def annotate_units(plan: Plan, resources: Resources, actor: type[SelfRagActor]) 
     # Where the driver is, since both end together; soft affinity may place it on a node that dies.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     lasting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
-    patience = PATIENCE * config.execution.actors * config.execution.units_in_flight
-    attempts = lasting(Attempts).remote(patience, config.output)
+    max_crashes = MAX_CONSECUTIVE_CRASHES * config.execution.actors * config.execution.units_in_flight
+    attempts = lasting(Attempts).remote(max_crashes, config.output)
     units = [dataclasses.asdict(unit) for unit in plan.todo]
     summaries = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
         actor,
-        fn_constructor_args=[config, attempts, shard_servers(plan, resources), plan.index and plan.index["digest"]],
+        fn_constructor_args=[config, attempts, start_partitions(plan, resources), plan.index and plan.index["digest"]],
         batch_size=1,  # a unit is the one row of its block; with GPUs Ray Data accepts no None
         batch_format="pyarrow",
         compute=pool,
@@ -174,7 +174,7 @@ def annotate_units(plan: Plan, resources: Resources, actor: type[SelfRagActor]) 
         ray.kill(attempts)
 
 
-def shard_servers(plan: Plan, resources: Resources) -> list[Any]:
+def start_partitions(plan: RunPlan, resources: Resources) -> list[Any]:
     """Handles of the shard servers of a partitioned index; none in the local topology."""
     config = plan.config
     if not (resources.servers and plan.index and config.index):
@@ -184,7 +184,7 @@ def shard_servers(plan: Plan, resources: Resources) -> list[Any]:
     return start_servers(index, resources.servers, config.execution)
 
 
-def finished_units(plan: Plan) -> list[UnitSummary]:
+def verify_units(plan: RunPlan) -> list[UnitSummary]:
     """What the files of all units hold.
 
     Raises:
@@ -203,7 +203,7 @@ def finished_units(plan: Plan) -> list[UnitSummary]:
     return units
 
 
-def summarise(plan: Plan, units: list[UnitSummary], annotated: int, seconds: float) -> Summary:
+def summarise_run(plan: RunPlan, units: list[UnitSummary], annotated: int, seconds: float) -> Summary:
     """Add up what the files hold."""
     error_types: Counter[str] = sum((Counter(unit.errors) for unit in units), Counter())
     return Summary(

@@ -16,12 +16,12 @@ from pipeline.output.folder import OutputFolder
 from pipeline.output.schema import columns_digest
 from pipeline.queries.query_set import QuerySet, Unit, inspect_queries
 from pipeline.queries.selection import Earlier, Selection
-from pipeline.retrieval.manifest import IndexManifest, check_index
+from pipeline.retrieval.manifest import IndexManifest, check_index_manifest
 from pipeline.storage.location import Location, check_apart, check_bucket, locate
 
 
 @dataclass(frozen=True)
-class Plan:
+class RunPlan:
     """A checked run.
 
     Attributes:
@@ -110,7 +110,7 @@ class Plan:
         ]
 
 
-def check(config: RunConfig, overwrite: bool = False) -> Plan:
+def check_run(config: RunConfig, overwrite: bool = False) -> RunPlan:
     """Check a run, cheapest things first; nothing is written.
 
     Raises:
@@ -137,14 +137,14 @@ def check(config: RunConfig, overwrite: bool = False) -> Plan:
     if commit := model.get("commit"):  # every actor must load the commit that the manifest records
         config = config.model_copy(update={"model": config.model.model_copy(update={"revision": commit})})
     known = selection.known if selection else 0
-    plan = Plan(config, queries, OutputFolder(output), model, index, encoder, overwrite, known=known)
+    plan = RunPlan(config, queries, OutputFolder(output), model, index, encoder, overwrite, known=known)
     plan.tasks()  # a profile may contradict the run
-    plan = with_output(plan)
+    plan = inspect_output(plan)
     begun = plan.output.manifest() is not None and not overwrite
     return plan if config.skip_annotated is None or selection or begun else _only_new(plan, config.skip_annotated)
 
 
-def _only_new(plan: Plan, folder: str) -> Plan:
+def _only_new(plan: RunPlan, folder: str) -> RunPlan:
     config = plan.config
     earlier = Earlier(locate(folder, config.storage), plan.output.location, config.columns.id)
     chosen = Selection.choose(plan.queries, earlier, config.storage, _scratch())
@@ -159,10 +159,10 @@ def _scratch() -> Location:
     return locate(folder, StorageConfig())
 
 
-def settled(plan: Plan) -> Plan:
+def store_selection(plan: RunPlan) -> RunPlan:
     """The plan with its choice of queries beside the output, where all machines can read it.
 
-    One that another run has left there meanwhile stays, and :func:`with_output` compares.
+    One that another run has left there meanwhile stays, and :func:`inspect_output` compares.
 
     Raises:
         ValueError: that one was chosen from another query set.
@@ -177,7 +177,7 @@ def settled(plan: Plan) -> Plan:
     return replace(plan, queries=queries, known=selection.known, chosen=None)
 
 
-def with_output(plan: Plan) -> Plan:
+def inspect_output(plan: RunPlan) -> RunPlan:
     """The plan with what its output holds now, which another run may have changed since it was checked.
 
     Raises:
@@ -201,10 +201,10 @@ def _check_retrieval(config: RunConfig, queries: QuerySet) -> IndexManifest | No
                 f"and decoding.mode is {config.decoding.mode}"
             )
         return None
-    return check_index(locate(config.index, config.storage), config.retrieval)
+    return check_index_manifest(locate(config.index, config.storage), config.retrieval)
 
 
-def _check_output(plan: Plan) -> None:
+def _check_output(plan: RunPlan) -> None:
     """An output belongs to one run: the same run may continue it, another may replace it if told so.
 
     Raises:

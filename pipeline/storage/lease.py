@@ -1,9 +1,9 @@
-"""One run at a time on an output: a claim is a small file that its run rewrites while it is alive.
+"""A lease keeps a second run off an output: a small file that the run rewrites as a heartbeat.
 
-Correctness hardly rests on it: a unit that two runs annotate is written to one name by whoever is first, and one whose
-two files do not add up to its rows is annotated again. It saves the GPU hours of the second. Object stores have no
-locks that hold on all of them, so a claim is believed dead only when its process is gone (on the same machine) or when
-it has not been rewritten while somebody watched.
+Correctness hardly depends on it: both runs would write a unit to the same name, and a unit whose files do not add up
+to its rows is annotated again. The lease saves the GPU hours of the second run. No lock works on every object store,
+so a lease counts as expired only if its process is gone (on the same machine), or if no heartbeat was seen while this
+run watched it.
 """
 
 import contextlib
@@ -22,31 +22,31 @@ from pipeline.storage.location import Location, MissingFileError, StorageError
 
 log = logging.getLogger(__name__)
 
-# Claims that this process holds: a store may show one that has just been deleted.
+# Leases that this process holds: a store may list one that has just been deleted.
 _HELD: set[str] = set()
 
-# Seconds between two signs of life, and without one until a claim of another machine counts as dead.
-BEAT, PATIENCE = 15.0, 50.0
-# Seconds in which a run that saw no claim has written its own: then all that began together see each other.
-SETTLE = 1.0
+# Heartbeat interval, and seconds without a heartbeat after which a lease of another machine has expired.
+HEARTBEAT_S, EXPIRY_S = 15.0, 50.0
+# Seconds within which a run that saw no lease has written its own, so that runs that start together see each other.
+SETTLE_S = 1.0
 
 
-# Stays in the folder of claims: Arrow puts a marker where a folder's last file was deleted, and rclone's store makes a
+# Stays in the folder of leases: Arrow puts a marker where a folder's last file was deleted, and rclone's store makes a
 # file of it, under which nothing can be written any more.
 ANCHOR = "README"
 
 
-class OutputTakenError(ValueError):
-    """Another run is at work on the output."""
+class OutputInUseError(ValueError):
+    """Another run is using the output."""
 
 
 @dataclass(frozen=True)
-class Owner:
-    """Who made a claim.
+class Holder:
+    """The process that holds a lease.
 
     Attributes:
-        born: start of its process in clock ticks since the machine's, so that a reused pid is known.
-        beats: signs of life so far.
+        born: start time of the process in clock ticks since boot; tells a reused pid apart.
+        beats: heartbeats so far.
     """
 
     id: str
@@ -57,45 +57,45 @@ class Owner:
     beats: int = 0
 
     @classmethod
-    def me(cls) -> "Owner":
+    def me(cls) -> "Holder":
         """This process."""
-        return cls(uuid.uuid4().hex, _machine(), os.getpid(), born(os.getpid()) or "", time.time())
+        return cls(uuid.uuid4().hex, _machine(), os.getpid(), process_start(os.getpid()) or "", time.time())
 
     @property
     def seniority(self) -> tuple[float, str]:
-        """Of two claims made at once the smaller one stays."""
+        """Order of leases that were made at once: the smallest one wins."""
         return self.started, self.id
 
 
-class Claim:
-    """This run's claim on an output folder, held while the context is.
+class Lease:
+    """This run's lease on an output folder, held while the context is.
 
     Raises:
-        OutputTakenError: on entering, when another run is at work there.
+        OutputInUseError: on entering, if another run is using the folder.
     """
 
     def __init__(self, output: Location) -> None:
         self._output = output
         self._folder = output / "_running"
-        self._owner = Owner.me()
+        self._holder = Holder.me()
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="claim", daemon=True)
+        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
 
-    def __enter__(self) -> "Claim":
-        dead: list[Owner] = []
-        while others := [other for other in self._others() if other.id not in {owner.id for owner in dead}]:
-            dead += [self._dead(other) for other in others]
+    def __enter__(self) -> "Lease":
+        dead: list[Holder] = []
+        while others := [other for other in self._others() if other.id not in {holder.id for holder in dead}]:
+            dead += [self._confirm_dead(other) for other in others]
         if not self._folder.local:
-            (self._folder / ANCHOR).write(b"Runs that are at work here leave their claims beside this file.\n")
+            (self._folder / ANCHOR).write(b"Runs that use this folder keep their leases beside this file.\n")
         self._write()
         for other in dead:
             self._file(other).delete()
-        time.sleep(SETTLE)
-        if rivals := [other for other in self._others() if other.seniority < self._owner.seniority]:
-            self._file(self._owner).delete()
-            raise self._taken(rivals[0])
+        time.sleep(SETTLE_S)
+        if rivals := [other for other in self._others() if other.seniority < self._holder.seniority]:
+            self._file(self._holder).delete()
+            raise self._in_use(rivals[0])
         self._thread.start()
-        _HELD.add(self._owner.id)
+        _HELD.add(self._holder.id)
         return self
 
     def __exit__(
@@ -103,69 +103,74 @@ class Claim:
     ) -> None:
         self._over.set()
         self._thread.join()
-        _HELD.discard(self._owner.id)
+        _HELD.discard(self._holder.id)
         try:
-            self._file(self._owner).delete()
-        except StorageError as problem:  # the run itself is over; the claim will be found dead
+            self._file(self._holder).delete()
+        except StorageError as problem:  # the run itself is over; the lease will expire
             log.warning("%s", problem)
         if self._folder.local:
-            with contextlib.suppress(OSError):  # another run's claim is in it
+            with contextlib.suppress(OSError):  # another run's lease is in it
                 Path(self._folder.path).rmdir()
 
-    def _file(self, owner: Owner) -> Location:
-        return self._folder / f"{owner.id}.json"
+    def _file(self, holder: Holder) -> Location:
+        return self._folder / f"{holder.id}.json"
 
     def _write(self) -> None:
-        self._file(self._owner).write(json.dumps(asdict(self._owner)).encode())
+        self._file(self._holder).write(json.dumps(asdict(self._holder)).encode())
 
     def _beat(self) -> None:
-        while not self._over.wait(BEAT):
-            self._owner = replace(self._owner, beats=self._owner.beats + 1)
+        while not self._over.wait(HEARTBEAT_S):
+            self._holder = replace(self._holder, beats=self._holder.beats + 1)
             try:
                 self._write()
             except StorageError as problem:
                 log.warning("%s", problem)
 
-    def _others(self) -> list[Owner]:
+    def _others(self) -> list[Holder]:
         found = (self._read(file) for file in self._folder.files(".json"))
-        return [owner for owner in found if owner is not None and owner.id != self._owner.id]
+        return [holder for holder in found if holder is not None and holder.id != self._holder.id]
 
-    def _read(self, file: Location) -> Owner | None:
+    def _read(self, file: Location) -> Holder | None:
         try:
-            return Owner(**json.loads(file.read()))
+            return Holder(**json.loads(file.read()))
         except MissingFileError:
             return None
 
-    def _dead(self, other: Owner) -> Owner:
-        """The owner of a claim, who is dead.
+    def _confirm_dead(self, other: Holder) -> Holder:
+        """Return the holder once its lease has expired.
 
         Raises:
-            OutputTakenError: it lives.
+            OutputInUseError: the holder is alive.
         """
         if other.host == _machine():
-            if born(other.pid) == other.born and (other.pid != os.getpid() or other.id in _HELD):
-                raise self._taken(other)
+            if process_start(other.pid) == other.born and (other.pid != os.getpid() or other.id in _HELD):
+                raise self._in_use(other)
         else:
-            log.warning("%s: a run of %s was at work; watching it for %.0f s", self._output.uri, other.host, PATIENCE)
-            until = time.monotonic() + PATIENCE
+            log.warning(
+                "%s: a run on %s holds a lease; waiting %.0f s for its heartbeat",
+                self._output.uri,
+                other.host,
+                EXPIRY_S,
+            )
+            until = time.monotonic() + EXPIRY_S
             while time.monotonic() < until:
-                time.sleep(min(BEAT, PATIENCE) / 3)
+                time.sleep(min(HEARTBEAT_S, EXPIRY_S) / 3)
                 if (now := self._read(self._file(other))) is None:
                     break
                 if now.beats != other.beats:
-                    raise self._taken(other)
+                    raise self._in_use(other)
         return other
 
-    def _taken(self, other: Owner) -> OutputTakenError:
+    def _in_use(self, other: Holder) -> OutputInUseError:
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(other.started))
-        return OutputTakenError(
-            f"{self._output.uri}: another run is at work there (process {other.pid} on {other.host}, "
+        return OutputInUseError(
+            f"{self._output.uri}: another run is using this output (process {other.pid} on {other.host}, "
             f"since {since}); wait for its end"
         )
 
 
-def born(pid: int) -> str | None:
-    """When a process of this machine was started, in clock ticks; None where there is none."""
+def process_start(pid: int) -> str | None:
+    """Start time of a process of this machine, in clock ticks since boot; None if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
@@ -173,7 +178,7 @@ def born(pid: int) -> str | None:
 
 
 def _machine() -> str:
-    """The machine's name with its last start: pids mean nothing beyond it."""
+    """Name of this machine with the id of its last boot: pids are not comparable across boots."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
     except OSError:

@@ -23,7 +23,7 @@ Encode = Callable[[Sequence[str]], npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
-class Reading:
+class ReadingTriple:
     """A question, a passage that answers it, and the words of the passage that do."""
 
     question: str
@@ -64,7 +64,7 @@ class Claim:
 class TeachingData:
     """Everything a model is taught from."""
 
-    readings: tuple[Reading, ...]
+    readings: tuple[ReadingTriple, ...]
     instructions: tuple[Instruction, ...] = ()
     pairs: tuple[Pair, ...] = ()
     claims: tuple[Claim, ...] = ()
@@ -110,7 +110,7 @@ def read_data(folder: Path) -> TeachingData:
         )
     try:
         return TeachingData(
-            tuple(Reading(r["question"], r.get("title", ""), r["passage"], r["answer"]) for r in _rows(readings)),
+            tuple(ReadingTriple(r["question"], r.get("title", ""), r["passage"], r["answer"]) for r in _rows(readings)),
             tuple(
                 Instruction(r["instruction"], r["output"], r.get("source", ""))
                 for r in _rows(folder / "no_retrieval.jsonl")

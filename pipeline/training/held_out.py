@@ -10,7 +10,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.training.data import Claim, Instruction, Reading, TeachingData
+from pipeline.training.data import Claim, Instruction, ReadingTriple, TeachingData
 from pipeline.training.rows import CLAIM_INSTRUCTION, Negatives
 
 STRINGS = pa.list_(pa.string())
@@ -74,13 +74,13 @@ def _among_others(
     return mixed
 
 
-def _reading(row: Reading, negatives: Negatives, rng: random.Random) -> Row:
+def _reading(row: ReadingTriple, negatives: Negatives, rng: random.Random) -> Row:
     gold = _passage(row.title, row.passage)
     passages = _among_others([gold], row.question, row.answer, bool(row.title), negatives, rng)
     return {"query": row.question, "passages": passages, "answers": [row.answer], "gold_passage_id": gold["id"]}
 
 
-def _pairs(readings: tuple[Reading, ...], negatives: Negatives, pairs: int, rng: random.Random) -> Iterator[Row]:
+def _pairs(readings: tuple[ReadingTriple, ...], negatives: Negatives, pairs: int, rng: random.Random) -> Iterator[Row]:
     """Neighbours asked in one go: about half of them share their passage, as the data has several for each."""
     for first, second in list(zip(readings[::2], readings[1::2], strict=False))[:pairs]:
         gold = [_passage(row.title, row.passage) for row in (first, second)]

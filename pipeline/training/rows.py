@@ -9,7 +9,7 @@ from enum import StrEnum
 
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection import IsRel, IsSup, IsUse, Retrieve
-from pipeline.training.data import Claim, Instruction, Pair, Reading, TeachingData
+from pipeline.training.data import Claim, Instruction, Pair, ReadingTriple, TeachingData
 from pipeline.training.trees import Branch, given, taught
 
 CLAIM_INSTRUCTION = "Is the following claim supported by evidence? Answer with one of: {choices}."
@@ -137,7 +137,7 @@ class TreeBuilder:
         span = wrong_span(text, answer, rng)
         return self._passage(title, text).then(self._irrelevant(span), self._judged(span, IsSup.NONE, IsUse.ONE))
 
-    def reading(self, row: Reading, words: int, rng: random.Random) -> Branch:
+    def reading(self, row: ReadingTriple, words: int, rng: random.Random) -> Branch:
         """A question with its gold passage, right and wrong answers to it, and wrong passages.
 
         Nearly half have no wrong passage: relevance is soon learned, reading is not, and costs the same tokens.
@@ -156,7 +156,7 @@ class TreeBuilder:
         passages += [self._distractor(row, words, rng) for _ in range(distractors)]
         return self._question(row.question).then(*passages)
 
-    def _distractor(self, row: Reading, words: int, rng: random.Random) -> Branch:
+    def _distractor(self, row: ReadingTriple, words: int, rng: random.Random) -> Branch:
         """A passage without the answer: the rest of the gold passage, or a retriever's choice."""
         rest = max(row.passage.split(row.answer), key=len)
         clean = row.answer.casefold() not in rest.casefold()
@@ -184,7 +184,7 @@ class TreeBuilder:
             return start + taught(output[: self.max_output_tokens], self.weights.output)
         return start + taught(output, self.weights.output) + self._end(IsUse.FIVE)
 
-    def two_segments(self, first: Reading, second: Reading, words: int, rng: random.Random) -> Branch:
+    def two_segments(self, first: ReadingTriple, second: ReadingTriple, words: int, rng: random.Random) -> Branch:
         """Two questions at once: the second answer continues with the same passage, or retrieves its own."""
         start = self._question(f"{first.question} {second.question}")
         relevant = self._control(self.weights.relevance, IsRel.RELEVANT)

@@ -96,7 +96,7 @@ def loss(model: Any, tree: TokenTree) -> torch.Tensor:
     return -(weights * logprobs.gather(1, targets[:, None])[:, 0]).sum()
 
 
-def measure(model: Any, trees: list[TokenTree], tokenizer: PromptTokenizer) -> HeldOut:
+def measure_held_out(model: Any, trees: list[TokenTree], tokenizer: PromptTokenizer) -> HeldOut:
     """Judge a model on held-out trees."""
     ids, held_out = tokenizer.reflection, HeldOut()
     retrieve, relevance, support = (set(ids.group(group)) for group in (Retrieve, IsRel, IsSup))
@@ -124,7 +124,7 @@ def measure(model: Any, trees: list[TokenTree], tokenizer: PromptTokenizer) -> H
     return held_out
 
 
-def save(model: PeftModel, base: str, output: Path) -> None:
+def save_adapter(model: PeftModel, base: str, output: Path) -> None:
     """Write the adapter in half precision: LoRA matrices and the 15 new embeddings, without the other embeddings.
 
     Args:
@@ -153,7 +153,7 @@ def step(model: Any, batch: list[TokenTree], optimiser: torch.optim.Optimizer) -
     return total
 
 
-def train(
+def train_adapter(
     model: PeftModel,
     trees: Iterator[TokenTree],
     recipe: Recipe,

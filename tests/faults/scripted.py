@@ -91,7 +91,7 @@ def assigned() -> dict[str, Any]:
 
 def main() -> None:
     """Run the command."""
-    jobs.annotate.execute = functools.partial(jobs.annotate.execute, actor=ScriptedActor)
+    jobs.annotate.run_plan = functools.partial(jobs.annotate.run_plan, actor=ScriptedActor)
     pipeline.run.plan.critic_of = lambda _config: None  # type: ignore[assignment]
     jobs.annotate.main()
 

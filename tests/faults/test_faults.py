@@ -109,7 +109,7 @@ def test_of_two_runs_on_one_output_one_stops_with_a_clear_line(job: Job, tmp_pat
     first, second = job.start(), job.start()
     statuses, said = zip(first.ended(), second.ended(), strict=True)
     assert sorted(statuses) == [0, 2], said
-    assert "another run is at work there (process" in said[statuses.index(2)].strip().splitlines()[-1]
+    assert "another run is using this output (process" in said[statuses.index(2)].strip().splitlines()[-1]
     assert broken(job.output, tmp_path / "queries") == []
 
 

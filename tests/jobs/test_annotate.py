@@ -16,11 +16,11 @@ from pipeline.config.run import RunConfig, StorageConfig
 from pipeline.output.folder import OutputFolder, UnitSummary
 from pipeline.queries.query_set import QuerySet, Unit
 from pipeline.run.actor import annotated_schema
-from pipeline.run.driver import Summary, annotate_todo, finished_units
-from pipeline.run.plan import Plan, check
-from pipeline.storage.lease import Claim
+from pipeline.run.driver import Summary, annotate_todo, verify_units
+from pipeline.run.plan import RunPlan, check_run
+from pipeline.storage.lease import Lease
 from pipeline.storage.location import Location, locate
-from tests.support.claims import finishing_elsewhere
+from tests.support.leases import finishing_elsewhere
 
 GIVEN = pa.list_(pa.struct([("id", pa.string()), ("title", pa.string()), ("text", pa.string())]))
 
@@ -103,7 +103,7 @@ def test_dry_run_prints_the_plan_and_writes_nothing(options):
 
 def test_a_plan_knows_its_index_and_what_that_was_built_with(options, saved: Location):
     run = {"queries": options["--queries"], "output": options["--output"], "model": {"name": options["--model"]}}
-    plan = check(RunConfig.model_validate({**run, "index": saved.path}))
+    plan = check_run(RunConfig.model_validate({**run, "index": saved.path}))
     assert plan.index is not None
     assert (plan.index["passages"], plan.index["shards"]) == (60, 3)
     assert plan.encoder is not None
@@ -112,11 +112,11 @@ def test_a_plan_knows_its_index_and_what_that_was_built_with(options, saved: Loc
 
 
 def test_a_run_that_another_one_is_at_work_on_stops_before_the_engine(options, monkeypatch):
-    monkeypatch.setattr("jobs.annotate.allot", lambda _plan: Resources(1, 0))
-    with Claim(locate(options["--output"], StorageConfig())):
+    monkeypatch.setattr("jobs.annotate.allot_resources", lambda _plan: Resources(1, 0))
+    with Lease(locate(options["--output"], StorageConfig())):
         result = call(options)
     assert result.exit_code == 2
-    assert "another run is at work there (process" in result.stderr.splitlines()[-1]
+    assert "another run is using this output (process" in result.stderr.splitlines()[-1]
 
 
 @pytest.fixture
@@ -128,7 +128,7 @@ def finished(options: dict[str, str], tmp_path: Path, monkeypatch: pytest.Monkey
         table = pa.Table.from_pylist(rows, annotated_schema(plan.queries.schema, keep_candidates=False))
         yield plan.output.write_unit(plan.todo[0].id, table, plan.queries.schema, keep_candidates=False)
 
-    monkeypatch.setattr("jobs.annotate.allot", lambda _plan: Resources(1, 0))
+    monkeypatch.setattr("jobs.annotate.allot_resources", lambda _plan: Resources(1, 0))
     monkeypatch.setattr("pipeline.run.driver.annotate_units", units)
     assert call(options).exit_code == 0
     monkeypatch.setattr(
@@ -145,8 +145,8 @@ def test_an_output_of_other_columns_is_not_continued(options, finished):
 
 
 def test_a_run_that_another_one_finishes_while_it_waits_does_nothing(options, finished, tmp_path, monkeypatch):
-    monkeypatch.setattr("pipeline.storage.lease.PATIENCE", 20.0)
-    monkeypatch.setattr("pipeline.storage.lease.BEAT", 0.3)
+    monkeypatch.setattr("pipeline.storage.lease.EXPIRY_S", 20.0)
+    monkeypatch.setattr("pipeline.storage.lease.HEARTBEAT_S", 0.3)
     other = finishing_elsewhere(finished, tmp_path / "aside")
     result = call(options)
     other.join()
@@ -155,7 +155,7 @@ def test_a_run_that_another_one_finishes_while_it_waits_does_nothing(options, fi
     assert "is finished; nothing was left to do" in result.stderr
 
 
-def failing(tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch, *errors: int) -> tuple[Plan, list[int]]:
+def failing(tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch, *errors: int) -> tuple[RunPlan, list[int]]:
     """A plan of units of a hundred rows each, of which so many fail."""
     seen = []
 
@@ -167,7 +167,7 @@ def failing(tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch, *errors:
     monkeypatch.setattr("pipeline.run.driver.annotate_units", units)
     config = RunConfig.model_validate({"queries": "q", "output": "o", "model": {"name": "m"}})
     queries = QuerySet(pa.schema([]), (), 1, rows, "d", False, {})
-    return Plan(config, queries, OutputFolder(locate(str(tmp_path / "out"), StorageConfig())), {}, None), seen
+    return RunPlan(config, queries, OutputFolder(locate(str(tmp_path / "out"), StorageConfig())), {}, None), seen
 
 
 def test_a_run_that_fails_at_large_stops_early(tmp_path, monkeypatch):
@@ -198,7 +198,7 @@ def test_a_unit_without_all_of_its_rows_is_withdrawn_and_the_run_says_so(tmp_pat
         usage = pa.array([{"generated_tokens": 1, "prompt_tokens": 1}] * rows)
         pq.write_table(pa.table({"retrieved": [True] * rows, "usage": usage}), file)
     with pytest.raises(RuntimeError, match="10 of 30 rows are there, in 1 of 3 units; run the same command again"):
-        finished_units(plan)
+        verify_units(plan)
     assert [file.exists() for file in files] == [True, False]
 
 

@@ -17,7 +17,7 @@ from pipeline.decoding.types import Passage
 from pipeline.indexing.build import BuildRequest, check_build
 from pipeline.retrieval.encoder import Encoder
 from pipeline.retrieval.index import PassageIndex
-from pipeline.retrieval.manifest import check_encoder, check_index, read_manifest
+from pipeline.retrieval.manifest import check_encoder, check_index_manifest, read_manifest
 from pipeline.retrieval.retriever import IndexRetriever
 from tests.support.building import app, given_vectors, run
 from tests.support.indexes import numbered, place
@@ -78,7 +78,7 @@ def test_built_shards_share_their_training(built: tuple[pa.Table, Path]) -> None
 
 def test_manifest_says_what_was_built(built: tuple[pa.Table, Path]) -> None:
     _, folder = built
-    manifest = check_index(place(folder), RetrievalConfig(encoder="demo"))
+    manifest = check_index_manifest(place(folder), RetrievalConfig(encoder="demo"))
     assert (manifest.encoder.name, manifest.dimension, manifest.factory) == ("demo", 384, "IVF4,Flat")
     assert [shard.rows for shard in manifest.shards] == [20, 20, 20]
     check_encoder(Encoder.load("demo", "cpu"), manifest)

@@ -18,10 +18,10 @@ from pipeline.indexing.build_pool import ShardBuilder
 from pipeline.indexing.passages import ShardPlan
 from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.manifest import read_manifest
-from pipeline.storage.lease import Claim
+from pipeline.storage.lease import Lease
 from tests.support.building import given_vectors, run
-from tests.support.claims import finishing_elsewhere
 from tests.support.indexes import place
+from tests.support.leases import finishing_elsewhere
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -132,17 +132,17 @@ def test_of_two_builds_into_one_folder_one_stops(
     with_vectors: tuple[Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr("pipeline.indexing.build_pool.connect")  # what would start Ray
-    with Claim(place(tmp_path / "out")):
+    with Lease(place(tmp_path / "out")):
         result = run(with_vectors[0], tmp_path / "out", "--embeddings", "vector")
-    refused_last(result, "another run is at work there (process")
+    refused_last(result, "another run is using this output (process")
     assert not (tmp_path / "out" / "_build").exists()
 
 
 def test_a_build_that_another_one_finishes_while_it_waits_leaves_the_index_alone(
     with_vectors: tuple[Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.storage.lease.PATIENCE", 20.0)
-    monkeypatch.setattr("pipeline.storage.lease.BEAT", 0.3)
+    monkeypatch.setattr("pipeline.storage.lease.EXPIRY_S", 20.0)
+    monkeypatch.setattr("pipeline.storage.lease.HEARTBEAT_S", 0.3)
     assert run(with_vectors[0], tmp_path / "out", "--embeddings", "vector").exit_code == 0
     before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
     other = finishing_elsewhere(tmp_path / "out", tmp_path / "aside")

@@ -20,7 +20,7 @@ from pipeline.cluster import Resources
 from pipeline.config.run import StorageConfig
 from pipeline.queries.query_set import read_unit
 from pipeline.run.actor import annotated_schema
-from pipeline.storage.lease import Claim
+from pipeline.storage.lease import Lease
 from pipeline.storage.location import locate
 
 APP = typer.Typer()
@@ -42,9 +42,9 @@ def answers(plan, *_):
 
 @pytest.fixture(autouse=True)
 def no_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("jobs.annotate.allot", lambda _plan: Resources(1, 0))
+    monkeypatch.setattr("jobs.annotate.allot_resources", lambda _plan: Resources(1, 0))
     monkeypatch.setattr("pipeline.run.driver.annotate_units", answers)
-    monkeypatch.setattr("pipeline.storage.lease.SETTLE", 0.05)
+    monkeypatch.setattr("pipeline.storage.lease.SETTLE_S", 0.05)
 
 
 @pytest.fixture
@@ -146,7 +146,7 @@ def test_beginning_anew_chooses_anew_once_it_can_begin(nightly, queries, tmp_pat
         raise ValueError("no Ray")
 
     with monkeypatch.context() as patched:
-        patched.setattr("jobs.annotate.allot", away)
+        patched.setattr("jobs.annotate.allot_resources", away)
         assert call(nightly, "--date", "2026-01-30", "--overwrite").exit_code == 2
     assert {file: file.read_bytes() for file in (tmp_path / "sets").rglob("*") if file.is_file()} == before
     assert call(nightly, "--date", "2026-01-30", "--overwrite").exit_code == 0
@@ -195,12 +195,12 @@ def test_what_is_no_date_is_refused(nightly):
 def test_a_night_waits_for_no_other_one(nightly, tmp_path, setting):
     if setting == "lock":
         nightly |= {"skip_annotated": None, "execution": {"lock": f"{tmp_path}/sets"}}
-    with Claim(locate(f"{tmp_path}/sets", StorageConfig())):
+    with Lease(locate(f"{tmp_path}/sets", StorageConfig())):
         result = call(nightly, "--date", "2026-01-30")
         assert call(nightly, "--date", "2026-01-30", "--dry-run").exit_code == 0
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
-    assert line.startswith(f"error: {tmp_path}/sets: another run is at work there (process ")
+    assert line.startswith(f"error: {tmp_path}/sets: another run is using this output (process ")
     assert not (tmp_path / "sets/2026-01-30").exists()
 
 

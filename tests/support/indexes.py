@@ -9,7 +9,7 @@ import pyarrow as pa
 from pipeline.config.run import RetrievalConfig, StorageConfig
 from pipeline.retrieval.encoder import Vectors
 from pipeline.retrieval.manifest import EncoderEntry, IndexManifest, write_manifest
-from pipeline.retrieval.shard_files import PASSAGE_SCHEMA, build_shard, empty_index, train
+from pipeline.retrieval.shard_files import PASSAGE_SCHEMA, build_shard, empty_index, train_index
 from pipeline.storage.location import Location, locate
 
 CPU = RetrievalConfig(device="cpu")
@@ -26,7 +26,7 @@ def save(folder: Location, parts: list[Vectors], factory: str = "Flat") -> Index
     dimension = parts[0].shape[1]
     template = empty_index(factory, dimension)
     if not template.is_trained:
-        train(template, np.concatenate(parts))
+        train_index(template, np.concatenate(parts))
     entries, start = [], 0
     for number, part in enumerate(parts):
         begins = range(0, len(part), 7)

@@ -10,9 +10,9 @@ import typer
 from typer.testing import CliRunner
 
 from jobs.benchmark.baselines import ABSENT, Outcome, Released, agreement, read_wide
-from jobs.benchmark.compare import Plan, benchmark
+from jobs.benchmark.compare import ComparisonPlan, benchmark
 from jobs.benchmark.results import CALL, FILES, STAGES, Measured, Report, Step, load_of, plot
-from jobs.benchmark.workloads import LONG_PASSAGES, SHORT_WORDS, WORKLOADS, Workload, lengthened, shortened
+from jobs.benchmark.workloads import LONG_PASSAGES, SHORT_WORDS, WORKLOADS, Workload, lengthened, trim_passages
 from pipeline.config.run import DecodingConfig, ModelConfig
 from pipeline.decoding.reflection import REFLECTION_TOKENS
 from pipeline.decoding.types import Passage, Query, RetrievedPassage
@@ -43,7 +43,7 @@ def test_a_closed_set_has_the_right_answer_among_four():
 
 def test_bodies_of_passages():
     passages = [Passage(str(n), "t", f"{n} " * 100) for n in range(5)]
-    assert [len(p.text.split()) for p in shortened(passages)] == [SHORT_WORDS] * 5
+    assert [len(p.text.split()) for p in trim_passages(passages)] == [SHORT_WORDS] * 5
     long = lengthened(passages)
     assert [len(p.text.split()) for p in long] == [100 * LONG_PASSAGES] * 5
     assert long[4].text.split()[::100] == ["4", "0", "1"]
@@ -191,7 +191,7 @@ SHORT_FORM, LONG_FORM = WORKLOADS[0], next(w for w in WORKLOADS if not w.short_f
     ],
 )
 def test_a_script_writes_for_models_without_weights_and_for_the_embedded_ones_beam(tmp_path, model, shaped, expected):
-    plan = Plan([], 8, 4, 1, ModelConfig(name=model), tmp_path, shaped=shaped, tokens=7)
+    plan = ComparisonPlan([], 8, 4, 1, ModelConfig(name=model), tmp_path, shaped=shaped, tokens=7)
     scripts = {w.name: plan.script_of(w) for w in (SHORT_FORM, LONG_FORM)}
     assert {name: (s.tokens, s.segments) for name, s in scripts.items() if s} == expected
 

@@ -6,7 +6,7 @@ import typer
 from typer.testing import CliRunner
 
 from jobs.benchmark.baselines import BareEngine, Bench, Outcome, Released
-from jobs.benchmark.compare import WARM_ROWS, Plan, benchmark, model_of, prepare
+from jobs.benchmark.compare import WARM_ROWS, ComparisonPlan, benchmark, model_of, prepare_inputs
 from jobs.benchmark.job_run import Job
 from jobs.benchmark.results import CALL, FILES, STAGES, write_record
 from jobs.benchmark.workloads import WORKLOADS, lengthened
@@ -28,8 +28,8 @@ class OwnPassages:
 @pytest.mark.parametrize(("rows", "warm"), [(4, 4), (WARM_ROWS, WARM_ROWS), (WARM_ROWS + 30, WARM_ROWS)])
 @pytest.mark.parametrize("workload", [SHORT_FORM, next(w for w in WORKLOADS if w.body is lengthened)])
 async def test_no_query_comes_twice_in_a_run(tmp_path, rows, warm, workload):
-    plan = Plan([], rows, 4, 3, ModelConfig(name="demo"), tmp_path, passages=2)
-    prepared = await prepare(SimpleNamespace(retriever=OwnPassages()), workload, plan)
+    plan = ComparisonPlan([], rows, 4, 3, ModelConfig(name="demo"), tmp_path, passages=2)
+    prepared = await prepare_inputs(SimpleNamespace(retriever=OwnPassages()), workload, plan)
     assert [len(part) for part in (prepared.warming, *prepared.repeats)] == [warm, rows, rows, rows]
     everything = [row for part in (prepared.warming, *prepared.repeats) for row in part]
     assert len({row["query"] for row in everything}) == len({row["id"] for row in everything}) == warm + 3 * rows
@@ -100,7 +100,7 @@ class Rehearsal:
 
     def open(self, model):
         self.events.append("start")
-        load = SimpleNamespace(slots=8, watcher=None)
+        load = SimpleNamespace(slots=8, on_step=None)
         generator = SimpleNamespace(load=load, engine=SimpleNamespace(reset_prefix_cache=self.forget))
         return SimpleNamespace(
             generator=generator, tokenizer=word_tokenizer(), retriever=OwnPassages(), memory={}, close=self.close

@@ -11,7 +11,16 @@ from typer.testing import CliRunner
 
 from jobs.benchmark.baselines import BareEngine
 from jobs.benchmark.compare import MAX_TOKENS
-from jobs.benchmark.savings import DEFAULTS, SAVINGS, Figures, Pruning, Setting, benchmark_savings, prunable, tables
+from jobs.benchmark.savings import (
+    DEFAULTS,
+    SAVINGS,
+    Pruning,
+    SavingsFigures,
+    Setting,
+    benchmark_savings,
+    prunable,
+    savings_tables,
+)
 from jobs.benchmark.savings_variants import (
     AskingCritic,
     DictLogprobs,
@@ -171,12 +180,12 @@ def test_queries_come_twice_and_long_ones_first():
 
 
 def test_the_tables_compare_medians():
-    figures = Figures.empty(SAVINGS, ["dtype=bfloat16"])
+    figures = SavingsFigures.empty(SAVINGS, ["dtype=bfloat16"])
     for rates in figures.rates.values():
         rates |= {"with": [2.0, 4.0, 3.0], "without": [1.0, 2.0, 1.5]}
     figures.engines |= {DEFAULTS: [2.0, 2.0], "dtype=bfloat16": [1.0, 0.5]}
     figures.pruning = Pruning(read=1000, written=200, hopeless=10)
-    savings, arguments = tables(figures)
+    savings, arguments = savings_tables(figures)
     assert list(savings.columns[5].cells) == ["2.00"] * len(SAVINGS)
     assert list(savings.columns[6].cells) == ["1.00 … 4.00"] * len(SAVINGS)
     assert "10 of 200 written tokens (5.0 %)" in str(savings.caption)
@@ -197,10 +206,10 @@ def test_only_what_is_chosen_is_measured_and_shown(monkeypatch, only, savings, e
         figures.engines |= {name: [1.0] for name in figures.engines}
         yield figures
 
-    monkeypatch.setattr("jobs.benchmark.savings.execute", execute)
+    monkeypatch.setattr("jobs.benchmark.savings.run_savings", execute)
     benchmark_savings(rows=4, repeats=1, only=[only])
     assert (list(asked[0].rates), list(asked[0].engines)) == (savings, engines)
-    (table,) = tables(asked[0])
+    (table,) = savings_tables(asked[0])
     assert list(table.columns[0].cells) == (savings or engines)
 
 

@@ -2,7 +2,7 @@ import math
 
 import pytest
 
-from jobs.benchmark.scaling import FIVE_TOKENS, Run, WaitingEngine, report, steady_rate
+from jobs.benchmark.scaling import FIVE_TOKENS, Run, WaitingEngine, scaling_tables, steady_rate
 from jobs.benchmark.scripted_model import Prompter
 from pipeline.config.run import DecodingConfig
 from pipeline.decoding.profiles import Tasks
@@ -35,5 +35,5 @@ def test_the_steady_rate_leaves_out_late_starts_and_the_end():
 
 def test_efficiency_is_the_rate_of_an_actor_among_others():
     runs = [Run(10, actors, 1.0, 2.0, 3.0, steady) for actors, steady in ((1, 4.0), (8, 24.0))]
-    table = report(runs[:1], runs, 2.0)[1]
+    table = scaling_tables(runs[:1], runs, 2.0)[1]
     assert list(table.columns[2].cells) == ["1.000", "0.750"]

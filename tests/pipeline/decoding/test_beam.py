@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.run import DecodingConfig
-from pipeline.decoding.beam import continued, decision, merged, permitted, search, together
+from pipeline.decoding.beam import decide_opening, drop_duplicates, gather_all, is_permitted, prune_children, search
 from pipeline.decoding.choose import choose
 from pipeline.decoding.reflection import IsSup, Retrieve
 from pipeline.decoding.types import Boundary, Critique, Finish, Passage, Path, RetrievedPassage, Segment
@@ -42,14 +42,14 @@ def texts(paths: Sequence[Path]) -> list[str]:
     ],
 )
 def test_the_boundary_decides_what_comes_next(boundary: Boundary, last: Segment | None, expected: Retrieve) -> None:
-    assert decision(path(*[last] if last else [], boundary=boundary), DecodingConfig()) is expected
+    assert decide_opening(path(*[last] if last else [], boundary=boundary), DecodingConfig()) is expected
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("always", Retrieve.YES), ("never", Retrieve.NO)])
 def test_the_mode_overrules_every_boundary(mode: str, expected: Retrieve) -> None:
     config = DecodingConfig.model_validate({"mode": mode})
     for boundary in (ASKS, REFUSES, KEEPS):
-        assert decision(path(segment("a", 1.0), boundary=boundary), config) is expected
+        assert decide_opening(path(segment("a", 1.0), boundary=boundary), config) is expected
 
 
 @pytest.mark.parametrize(
@@ -66,32 +66,32 @@ def test_hard_constraints(
     support: IsSup | None, evidence: str | None, no_contradiction: bool, full_support: bool
 ) -> None:
     judged = segment("a", 1.0, evidence, support)
-    assert permitted(judged, "none")
-    assert permitted(judged, "no_contradiction") is no_contradiction
-    assert permitted(judged, "full_support") is full_support
+    assert is_permitted(judged, "none")
+    assert is_permitted(judged, "no_contradiction") is no_contradiction
+    assert is_permitted(judged, "full_support") is full_support
 
 
 def test_a_path_ends_where_the_constraint_leaves_nothing() -> None:
     config = DecodingConfig(constraint="no_contradiction")
     parent = path(segment("a", 1.0))
     dropped = path(*parent.segments, segment("b", 3.0, support=IsSup.NONE))
-    (ended,) = continued(parent, [dropped], config, Finish.ROOM)
+    (ended,) = prune_children(parent, [dropped], config, Finish.ROOM)
     assert (ended.finished, ended.finish, texts([ended])) == (True, Finish.CONSTRAINT, ["a"])
-    (ended,) = continued(parent, [], config, Finish.ROOM)
+    (ended,) = prune_children(parent, [], config, Finish.ROOM)
     assert ended.finish is Finish.ROOM
 
 
 def test_only_the_branch_decided_for_goes_on() -> None:
     yes, no = path(segment("yes", 1.0)), path(segment("no", 2.0, None, opening=Retrieve.NO))
-    assert continued(path(boundary=ASKS), [yes, no], DecodingConfig(), Finish.ROOM) == [yes]
-    assert continued(path(boundary=REFUSES), [yes, no], DecodingConfig(), Finish.ROOM) == [no]
-    (ended,) = continued(path(boundary=ASKS), [no], DecodingConfig(), Finish.PRUNED)
+    assert prune_children(path(boundary=ASKS), [yes, no], DecodingConfig(), Finish.ROOM) == [yes]
+    assert prune_children(path(boundary=REFUSES), [yes, no], DecodingConfig(), Finish.ROOM) == [no]
+    (ended,) = prune_children(path(boundary=ASKS), [no], DecodingConfig(), Finish.PRUNED)
     assert ended.finish is Finish.PRUNED
 
 
 def test_equal_texts_are_merged_into_the_best() -> None:
     low, high, other = path(segment("a", 1.0, "p1")), path(segment("a", 2.0, "p2")), path(segment("b", 1.5))
-    assert merged([low, other, high]) == [high, other]
+    assert drop_duplicates([low, other, high]) == [high, other]
 
 
 # A tree of three levels, worked out by hand, B = 2, k = 2. Scores of the segments; path scores are means.
@@ -198,5 +198,5 @@ async def test_when_one_step_fails_the_others_are_cancelled() -> None:
         raise ValueError("no")
 
     with pytest.raises(ValueError, match="no"):
-        await together(slow(), fails())
+        await gather_all(slow(), fails())
     await asyncio.wait_for(cancelled.wait(), 1)

@@ -16,7 +16,7 @@ def test_each_step_is_told_to_who_watches():
         )
 
     step(1, 0, 0)
-    load.watcher = lambda *counts: told.append(counts)
+    load.on_step = lambda *counts: told.append(counts)
     step(2, 1, 3)
     load.record(scheduler_stats=None, iteration_stats=None)
     load.record(scheduler_stats=SimpleNamespace(num_running_reqs=4, num_waiting_reqs=0), iteration_stats=None)

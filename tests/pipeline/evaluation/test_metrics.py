@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.evaluation.metrics import (
-    best,
+    best_over_golds,
     contains,
     exact,
     normalise,
@@ -67,7 +67,7 @@ def test_token_f1(answer: str, gold: str, expected: float) -> None:
 
 
 def test_best_takes_the_gold_answer_that_fits_best() -> None:
-    assert best(token_f1, "Denver Broncos", ["Broncos", "Denver Broncos", "x"]) == 1.0
+    assert best_over_golds(token_f1, "Denver Broncos", ["Broncos", "Denver Broncos", "x"]) == 1.0
 
 
 @pytest.mark.parametrize(

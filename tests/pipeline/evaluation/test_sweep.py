@@ -4,7 +4,7 @@ from pipeline.config.run import DecodingConfig
 from pipeline.decoding.reflection import Retrieve
 from pipeline.decoding.types import Boundary, Candidate, Critique, Passage, Path, RetrievedPassage, Segment, Usage
 from pipeline.evaluation.rescoring import Recorded
-from pipeline.evaluation.sweep import Example, first_half, sweep
+from pipeline.evaluation.sweep import GradedRow, first_half, sweep
 
 CONFIG = DecodingConfig(keep_candidates=True, explore=True)
 
@@ -16,11 +16,11 @@ def candidate(text: str, sequence: float, relevance: float | None) -> Candidate:
     return Candidate(Segment(text, text, evidence, critique, opening), None, None)
 
 
-def example(id_: str, probability: float = 0.9) -> Example:
+def example(id_: str, probability: float = 0.9) -> GradedRow:
     """Its right answer has the relevant passage, its wrong one the likely words; without a passage it guesses."""
     candidates = (candidate("wrong", 0.95, 0.6), candidate("right", 0.1, 0.9), candidate("guess", 0.5, None))
     recorded = Recorded(Path((), Boundary(probability)), candidates, Usage())
-    return Example(id_, recorded, {"answers": ["right"]}, "match", (), CONFIG)
+    return GradedRow(id_, recorded, {"answers": ["right"]}, "match", (), CONFIG)
 
 
 def test_each_setting_is_swept_alone() -> None:

@@ -3,7 +3,16 @@ import numpy as np
 import pytest
 
 from pipeline.decoding.types import Passage
-from pipeline.indexing.recall import exhaustive, lossy, measure, parameters, recall, reranked, stored_vectors, without
+from pipeline.indexing.recall import (
+    exhaustive,
+    lossy,
+    measure_search,
+    parameters,
+    recall,
+    reranked,
+    stored_vectors,
+    without,
+)
 from pipeline.retrieval.index import Hit, PassageIndex
 from pipeline.storage.location import Location
 from tests.support.indexes import CPU, save, unit_vectors
@@ -125,7 +134,7 @@ def probes(folder: Location) -> PassageIndex:
 def test_recall_grows_with_the_lists_probed_to_all_of_them(probes: PassageIndex) -> None:
     wanted = exhaustive(probes, QUERIES, 5)
     none: list[None] = [None] * len(QUERIES)
-    recalls = [measure(probes, QUERIES, none, wanted, search) for search in parameters(probes)]
+    recalls = [measure_search(probes, QUERIES, none, wanted, search) for search in parameters(probes)]
     found = [speed.recall for speed in recalls]
     assert found == sorted(found)
     assert 0.05 < found[0] < 0.9

@@ -4,12 +4,12 @@ from typing import Any
 import pytest
 
 from pipeline.decoding.profiles import built_in_profiles
-from pipeline.queries.converters import Ids, Recipe, check_row, known_datasets, text, texts, value_at
+from pipeline.queries.converters import ColumnMapping, Ids, check_row, known_datasets, text, texts, value_at
 
 
 def query(values: dict[str, Any], **columns: str) -> dict[str, Any]:
     """The columns that a row has."""
-    row = Recipe(columns).apply(values)
+    row = ColumnMapping(columns).apply(values)
     return {name: value for name, value in row.items() if value is not None}
 
 
@@ -68,12 +68,12 @@ def test_answers_become_a_list_of_texts(value: Any, answers: list[str] | None) -
 )
 def test_a_value_that_a_column_cannot_hold_is_named(column: str, value: Any, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
-        Recipe().apply({"query": "q", column: value})
+        ColumnMapping().apply({"query": "q", column: value})
 
 
 def test_a_mapped_column_is_named_with_its_source() -> None:
     with pytest.raises(ValueError, match=r"column 'query' \(from q\.text\): an object"):
-        Recipe({"query": "q.text"}).apply({"q": {"text": {}}})
+        ColumnMapping({"query": "q.text"}).apply({"q": {"text": {}}})
 
 
 def test_short_answers_are_sets() -> None:
@@ -114,7 +114,7 @@ def test_plain_choices_stay_and_may_be_written_in_json() -> None:
 )
 def test_labels_that_do_not_tell_choices_apart_are_refused(choices: Any) -> None:
     with pytest.raises(ValueError, match="column 'choices'"):
-        Recipe().apply({"query": "q", "choices": choices})
+        ColumnMapping().apply({"query": "q", "choices": choices})
 
 
 def test_given_passages_keep_what_a_passage_has() -> None:
@@ -125,19 +125,19 @@ def test_given_passages_keep_what_a_passage_has() -> None:
 
 
 def test_a_constant_task_goes_before_the_rows_own() -> None:
-    assert Recipe(task="nq").apply({"query": "q", "task": "qa"})["task"] == "nq"
-    assert Recipe().apply({"query": "q", "task": "qa"})["task"] == "qa"
+    assert ColumnMapping(task="nq").apply({"query": "q", "task": "qa"})["task"] == "nq"
+    assert ColumnMapping().apply({"query": "q", "task": "qa"})["task"] == "qa"
 
 
 def test_dropped_columns_are_gone() -> None:
-    dropped = Recipe({"answers": "answer.value"}, drop=frozenset({"answer", "id"}))
+    dropped = ColumnMapping({"answers": "answer.value"}, drop=frozenset({"answer", "id"}))
     row = dropped.apply({"query": "q", "id": 1, "answer": {"value": "a"}, "n": 1})
     assert {name: value for name, value in row.items() if value is not None} == {"query": "q", "answers": ["a"], "n": 1}
 
 
 def test_a_column_that_no_query_set_has_is_refused() -> None:
     with pytest.raises(ValueError, match="--column question=…: a query set has the columns id, query"):
-        Recipe({"question": "query"})
+        ColumnMapping({"question": "query"})
 
 
 @pytest.mark.parametrize(
@@ -152,11 +152,11 @@ def test_a_column_that_no_query_set_has_is_refused() -> None:
 )
 def test_what_could_only_be_an_error_row_is_refused(row: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
-        check_row(Recipe().apply({"id": "1", **row}))
+        check_row(ColumnMapping().apply({"id": "1", **row}))
 
 
 def ids(*rows: dict[str, Any]) -> list[str]:
-    given, found = Ids(), [Recipe().apply(row) for row in rows]
+    given, found = Ids(), [ColumnMapping().apply(row) for row in rows]
     for row in found:
         given.assign(row)
     return [row["id"] for row in found]
@@ -195,4 +195,4 @@ def test_known_datasets_have_a_profile_and_columns_of_a_query_set() -> None:
     for name, known in known_datasets().items():
         assert known.task == name
         assert known.task in built_in_profiles()
-        assert Recipe(known.columns).columns["query"]
+        assert ColumnMapping(known.columns).columns["query"]

@@ -9,7 +9,7 @@ from pipeline.config.run import Columns, StorageConfig
 from pipeline.queries import writer as query_writer
 from pipeline.queries.query_set import QuerySet, inspect_queries
 from pipeline.queries.schema import QUERY_FIELDS
-from pipeline.queries.writer import UNFINISHED, Spool, check_free, publish, write_query_set
+from pipeline.queries.writer import UNFINISHED, Spool, check_free, publish_query_set, write_query_set
 from pipeline.storage.location import Location, StorageError, locate
 
 
@@ -92,12 +92,12 @@ def test_a_set_is_checked_as_annotate_does(tmp_path: Path, output: Location) -> 
 
 def test_a_published_set_replaces_the_one_before(tmp_path: Path, output: Location) -> None:
     write(tmp_path, [{}] * 7, output)
-    publish(tmp_path / "set", output)
+    publish_query_set(tmp_path / "set", output)
     check_free(output, overwrite=True)
     for file in (tmp_path / "set").iterdir():
         file.unlink()
     found = write(tmp_path, [{"id": "new"}], output)
-    publish(tmp_path / "set", output)
+    publish_query_set(tmp_path / "set", output)
     assert [file.path for file in output.files()] == [f"{output.path}/queries-00000.parquet"]
     assert inspect_queries(output, Columns(), 256) == found
 
@@ -113,13 +113,13 @@ def test_half_of_a_set_cannot_be_read(tmp_path: Path, output: Location, monkeypa
 
     monkeypatch.setattr(Location, "write", failing)
     with pytest.raises(StorageError):
-        publish(tmp_path / "set", output)
+        publish_query_set(tmp_path / "set", output)
     with pytest.raises(ValueError, match=f"{UNFINISHED}: not a readable Parquet file"):
         inspect_queries(output, Columns(), 256)
     with pytest.raises(ValueError, match="replace it with --overwrite"):
         check_free(output, overwrite=False)
     monkeypatch.undo()
-    publish(tmp_path / "set", output)
+    publish_query_set(tmp_path / "set", output)
     assert inspect_queries(output, Columns(), 256).rows == 7
 
 

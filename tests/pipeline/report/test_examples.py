@@ -2,17 +2,17 @@ import pytest
 
 from pipeline.config.run import Columns
 from pipeline.output.folder import OutputFolder
-from pipeline.report.examples import EXAMPLES, LONGEST_PASSAGE, LONGEST_TEXT, MOST_TASKS, Example, examples, pieces
-from pipeline.report.figures import Reading, read_set
+from pipeline.report.examples import EXAMPLES, LONGEST_PASSAGE, LONGEST_TEXT, MOST_TASKS, ExampleRow, examples, pieces
+from pipeline.report.figures import ReadOptions, read_set
 from tests.support.reports import answered, segment, unread, write_set
 
 
-def of(output: OutputFolder) -> list[Example]:
-    found = read_set(output, Reading.of(output.manifest() or {}))
+def of(output: OutputFolder) -> list[ExampleRow]:
+    found = read_set(output, ReadOptions.of(output.manifest() or {}))
     return examples(found.picks, {task: group.rows for task, group in found.groups.items()}, Columns())
 
 
-def ids(found: list[Example], kind: str, task: str = "(none)") -> list[str]:
+def ids(found: list[ExampleRow], kind: str, task: str = "(none)") -> list[str]:
     return [example.id for example in found if (example.kind, example.task) == (kind, task)]
 
 

@@ -5,13 +5,13 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.output.folder import OutputFolder
-from pipeline.report.figures import BINS, MOST_TASKS, OTHERS, Failure, Reading, SetFigures, read_set, score_range
+from pipeline.report.figures import BINS, MOST_TASKS, OTHERS, Failure, ReadOptions, SetFigures, read_set, score_range
 from pipeline.storage.location import StorageError
 from tests.support.reports import USAGE, answered, failed, segment, unread, write_set
 
 
 def figures(output: OutputFolder) -> SetFigures:
-    return read_set(output, Reading.of(output.manifest() or {}))
+    return read_set(output, ReadOptions.of(output.manifest() or {}))
 
 
 def test_rows_errors_and_retrieval_by_task_and_together(tmp_path):

@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 from pipeline.config.run import RetrievalConfig
 from pipeline.decoding.types import Passage
 from pipeline.retrieval.index import PassageIndex, Shard
-from pipeline.retrieval.manifest import check_index, read_manifest, write_manifest
-from pipeline.retrieval.shard_files import build_shard, empty_index, faiss_reason, train
+from pipeline.retrieval.manifest import check_index_manifest, read_manifest, write_manifest
+from pipeline.retrieval.shard_files import build_shard, empty_index, faiss_reason, train_index
 from pipeline.storage.location import Location
 from tests.support.indexes import CPU, passages, save, unit_vectors
 
@@ -112,15 +112,15 @@ def change(path: str, edit: Callable[[bytes], bytes]) -> None:
 def test_changed_truncated_and_missing_files_are_named(saved: Location, name: str) -> None:
     path = (saved / name).path
     change(path, lambda content: content[:-1] + bytes([content[-1] ^ 1]))
-    check_index(saved, CPU)
+    check_index_manifest(saved, CPU)
     with pytest.raises(ValueError, match=rf"{name}: its SHA-256 is not what index.json says"):
         PassageIndex.open(saved, CPU)
     change(path, lambda content: content[:-10])
-    for opened in (check_index, PassageIndex.open):
+    for opened in (check_index_manifest, PassageIndex.open):
         with pytest.raises(ValueError, match=rf"{name}: has \d+ bytes where index.json says"):
             opened(saved, CPU)
     Path(path).unlink()
-    for opened in (check_index, PassageIndex.open):
+    for opened in (check_index_manifest, PassageIndex.open):
         with pytest.raises(ValueError, match=rf"{name}: missing"):
             opened(saved, CPU)
 
@@ -171,7 +171,7 @@ def test_faiss_reasons_leave_out_source_lines() -> None:
 
 def test_too_few_vectors_for_training_are_said() -> None:
     with pytest.raises(ValueError, match="cannot be trained on 5 passages: Number of training points"):
-        train(empty_index("IVF8,Flat", 16), unit_vectors(5))
+        train_index(empty_index("IVF8,Flat", 16), unit_vectors(5))
 
 
 def test_device_gpu_needs_one(saved: Location) -> None:

@@ -5,7 +5,7 @@ import pytest
 
 from pipeline.config.run import RetrievalConfig
 from pipeline.retrieval.encoder import EncoderStyle
-from pipeline.retrieval.manifest import check_encoder, check_index, read_manifest
+from pipeline.retrieval.manifest import check_encoder, check_index_manifest, read_manifest
 from pipeline.storage.location import Location
 from tests.support.indexes import CPU
 
@@ -30,7 +30,7 @@ def test_damaged_manifest_names_file_and_key(saved: Location, old: bytes, new: b
 
 def test_folder_without_index_is_named(folder: Location) -> None:
     with pytest.raises(ValueError, match=r"no index here \(index.json is missing\)"):
-        check_index(folder, CPU)
+        check_index_manifest(folder, CPU)
 
 
 class TinyEncoder:
@@ -52,10 +52,10 @@ def test_cheap_check_compares_the_asked_encoder_by_digest(saved: Location, monke
     digests = {"same": "d" * 64, "other": "e" * 64, "remote": None}
     monkeypatch.setattr("pipeline.retrieval.manifest.encoder_digest", digests.get)
     for name in (None, "tiny", "same"):
-        assert check_index(saved, RetrievalConfig(encoder=name)).passages == 60
+        assert check_index_manifest(saved, RetrievalConfig(encoder=name)).passages == 60
     for name in ("other", "remote"):
         with pytest.raises(ValueError, match=f"encoder {name} .*not the one that the index was built with"):
-            check_index(saved, RetrievalConfig(encoder=name))
+            check_index_manifest(saved, RetrievalConfig(encoder=name))
 
 
 def test_the_encoders_style_is_read_back(saved: Location) -> None:

@@ -23,8 +23,8 @@ from pipeline.retrieval.shard_servers import (
     PartitionedIndex,
     ServedIndex,
     ShardServer,
-    best,
-    deal,
+    assign_shards,
+    merge_hits,
     start_servers,
 )
 from pipeline.storage.location import Location, locate
@@ -51,7 +51,7 @@ def start(index: Location, count: int) -> list[Any]:
 
 @given(st.integers(1, 20), st.integers(1, 20))
 def test_every_shard_is_dealt_once_and_evenly(shards: int, servers: int) -> None:
-    dealt = deal(shards, servers)
+    dealt = assign_shards(shards, servers)
     assert sorted(number for numbers in dealt for number in numbers) == list(range(shards))
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
 
@@ -68,7 +68,7 @@ def test_the_best_of_all_servers_are_kept_with_ties_by_shard_then_row(
         for n, part in enumerate(answers)
     ]
     everything = sorted((found for part in parts for found in part), key=lambda f: (-f[0].score, f[0].shard, f[0].row))
-    assert best(parts, k) == everything[:k]
+    assert merge_hits(parts, k) == everything[:k]
 
 
 @pytest.fixture

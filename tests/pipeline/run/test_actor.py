@@ -23,7 +23,7 @@ from pipeline.output.folder import OutputFolder, UnitSummary
 from pipeline.queries.query_set import inspect_queries
 from pipeline.retrieval.shard_servers import IndexLostError
 from pipeline.run.actor import OneByOne, SelfRagActor, annotate_table, annotated_schema
-from pipeline.run.attempts import PATIENCE, Attempts, HopelessError, Turnstile
+from pipeline.run.attempts import MAX_CONSECUTIVE_CRASHES, Attempts, CrashLoopError, SharedExclusiveLock
 from pipeline.run.telemetry import ActorTelemetry
 from pipeline.storage.location import locate
 from tests.support.fakes import ScriptedGenerator, generation, word_tokenizer
@@ -199,7 +199,7 @@ class Engine:
 def actor(attempts: LocalHandle, seen: list[str], deadly: str = "poison") -> SelfRagActor:
     """A new process: its engine dies of some query, and so does the process."""
     made = SelfRagActor.__new__(SelfRagActor)
-    made.config, made.attempts, made.turnstile = CONFIG, attempts, Turnstile()
+    made.config, made.attempts, made.lock = CONFIG, attempts, SharedExclusiveLock()
     made.telemetry = ActorTelemetry("run")
     made.system, made.generator = system(), Engine()
     answer = made.system.answer
@@ -217,7 +217,7 @@ def actor(attempts: LocalHandle, seen: list[str], deadly: str = "poison") -> Sel
 
 @pytest.mark.parametrize("engine", [Engine(), Engine(seconds=60), Engine(error=ValueError("no"))])
 async def test_rows_wait_for_a_warm_engine_or_meet_what_is_wrong_with_it(tmp_path, engine):
-    made = actor(LocalHandle(Attempts(PATIENCE, "run")), [])
+    made = actor(LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run")), [])
     made.generator = engine
     execution = CONFIG.execution.model_copy(update={"row_timeout_s": 0.5})
     made.config = CONFIG.model_copy(update={"execution": execution})
@@ -232,7 +232,7 @@ async def test_an_engine_that_dies_while_it_is_warmed_ends_the_process(tmp_path,
         raise Died(status)
 
     monkeypatch.setattr("pipeline.run.actor.os._exit", gone)
-    attempts = Attempts(PATIENCE, "run")
+    attempts = Attempts(MAX_CONSECUTIVE_CRASHES, "run")
     made = actor(LocalHandle(attempts), [])
     made.generator.error = EngineDeadError(DEATH)
     folder = Folder(tmp_path, table("one"))
@@ -242,7 +242,7 @@ async def test_an_engine_that_dies_while_it_is_warmed_ends_the_process(tmp_path,
 
 async def test_a_unit_goes_from_its_file_to_its_files(tmp_path):
     folder = Folder(tmp_path, table("one", None, "two"))
-    summary = await folder.annotate(actor(LocalHandle(Attempts(PATIENCE, "run")), []))
+    summary = await folder.annotate(actor(LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run")), []))
     assert summary == folder.output.summaries([folder.unit.id])[0]
     assert (summary.unit, summary.rows, summary.errors) == (folder.unit.id, 3, {"ValueError": 1})
     assert time.time() - 60 < summary.began <= summary.ended <= time.time()
@@ -251,7 +251,10 @@ async def test_a_unit_goes_from_its_file_to_its_files(tmp_path):
 
 
 async def test_a_row_that_kills_its_process_is_set_aside_and_its_neighbours_finish(tmp_path):
-    attempts, folder = LocalHandle(Attempts(PATIENCE, "run")), Folder(tmp_path, table("one", "poison", "two"))
+    attempts, folder = (
+        LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run")),
+        Folder(tmp_path, table("one", "poison", "two")),
+    )
     summary, deaths = await folder.annotate_at_last(attempts, [])
     assert summary.errors == {"ProcessDiedError": 1}
     assert folder.answers() == ["one", "two"]
@@ -279,14 +282,14 @@ def dies(*_: Any) -> None:
 async def test_a_unit_whose_processes_always_die_while_it_is_read_or_written_ends_the_run(
     place, reason, tmp_path, monkeypatch
 ):
-    attempts, folder = Attempts(PATIENCE, "run"), Folder(tmp_path, table("one"))
+    attempts, folder = Attempts(MAX_CONSECUTIVE_CRASHES, "run"), Folder(tmp_path, table("one"))
     monkeypatch.setattr(place, dies)
-    with pytest.raises(HopelessError, match=reason):
+    with pytest.raises(CrashLoopError, match=reason):
         await folder.annotate_at_last(LocalHandle(attempts), [])
 
 
 async def test_a_process_that_dies_once_while_it_writes_costs_an_attempt(tmp_path, monkeypatch):
-    attempts, folder = Attempts(PATIENCE, "run"), Folder(tmp_path, table("one"))
+    attempts, folder = Attempts(MAX_CONSECUTIVE_CRASHES, "run"), Folder(tmp_path, table("one"))
     with monkeypatch.context() as patched:
         patched.setattr(OutputFolder, "write_unit", dies)
         assert await folder.annotate(actor(LocalHandle(attempts), [])) is None
@@ -296,7 +299,7 @@ async def test_a_process_that_dies_once_while_it_writes_costs_an_attempt(tmp_pat
 
 
 async def test_an_actor_that_outlives_its_run_writes_nothing(tmp_path, monkeypatch):
-    attempts, folder = Attempts(PATIENCE, "run"), Folder(tmp_path, table("one", "two"))
+    attempts, folder = Attempts(MAX_CONSECUTIVE_CRASHES, "run"), Folder(tmp_path, table("one", "two"))
 
     def gone(_unit):
         raise ConnectionError("the run is over")
@@ -324,7 +327,7 @@ async def test_an_actor_that_outlives_its_run_writes_nothing(tmp_path, monkeypat
     ],
 )
 async def test_an_engine_without_memory_is_told_apart_from_one_that_a_row_kills(death, expected):
-    attempts, unit = LocalHandle(Attempts(PATIENCE, "run")), table("poison")
+    attempts, unit = LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run")), table("poison")
     dying = system(lambda _: EngineDeadError(death))
     for _ in range(2):
         with pytest.raises(EngineDeadError):
@@ -336,7 +339,7 @@ async def test_an_engine_without_memory_is_told_apart_from_one_that_a_row_kills(
 
 @pytest.mark.parametrize("poisoned", [1, 2, 4, 6])
 async def test_each_row_that_kills_its_process_costs_two_more(poisoned, tmp_path):
-    attempts = LocalHandle(Attempts(PATIENCE, "run"))
+    attempts = LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run"))
     folder = Folder(tmp_path, table(*[f"poison {n}" if n % 2 else f"good {n}" for n in range(2 * poisoned)]))
     summary, deaths = await folder.annotate_at_last(attempts, [])
     assert deaths == 2 + 1 + 2 * poisoned
@@ -346,15 +349,15 @@ async def test_each_row_that_kills_its_process_costs_two_more(poisoned, tmp_path
 
 
 async def test_a_run_whose_every_process_dies_ends(tmp_path):
-    attempts, folder = LocalHandle(Attempts(PATIENCE, "run")), Folder(tmp_path, table(*["poison"] * 40))
-    with pytest.raises(HopelessError, match="^11 attempts ended with their process, with nothing done"):
+    attempts, folder = LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run")), Folder(tmp_path, table(*["poison"] * 40))
+    with pytest.raises(CrashLoopError, match="^11 attempts ended with their process, with nothing done"):
         await folder.annotate_at_last(attempts, [])
 
 
 async def test_a_unit_that_waits_is_not_counted(tmp_path):
-    attempts, folder = Attempts(PATIENCE, "run"), Folder(tmp_path, table("one"))
+    attempts, folder = Attempts(MAX_CONSECUTIVE_CRASHES, "run"), Folder(tmp_path, table("one"))
     process = actor(LocalHandle(attempts), [])
-    async with process.turnstile.alone():
+    async with process.lock.exclusive():
         waiting = asyncio.create_task(folder.annotate(process))
         await asyncio.sleep(0.01)
         assert attempts.deaths(folder.unit.id) == 0
@@ -362,7 +365,7 @@ async def test_a_unit_that_waits_is_not_counted(tmp_path):
 
 
 async def test_innocent_units_are_not_blamed_for_a_death_beside_them(tmp_path):
-    attempts, seen = LocalHandle(Attempts(PATIENCE, "run")), []
+    attempts, seen = LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run")), []
     whole = Folder(tmp_path, table("one", "two"), "whole")
     ill = Folder(tmp_path, table("poison", "three"), "ill")
     done: dict[str, UnitSummary] = {}

@@ -4,11 +4,11 @@ import random
 import pytest
 
 from pipeline.engine.postmortem import Death
-from pipeline.run.attempts import PATIENCE, START, Attempts, HopelessError, Turnstile
+from pipeline.run.attempts import MAX_CONSECUTIVE_CRASHES, START, Attempts, CrashLoopError, SharedExclusiveLock
 
 
 def test_attempts_count_until_they_end() -> None:
-    attempts = Attempts(PATIENCE, "run")
+    attempts = Attempts(MAX_CONSECUTIVE_CRASHES, "run")
     for what in ("a", "a", "b"):
         attempts.begin(what)
     assert (attempts.deaths("a"), attempts.deaths("b"), attempts.deaths("c")) == (2, 1, 0)
@@ -17,7 +17,7 @@ def test_attempts_count_until_they_end() -> None:
 
 
 def test_counts_of_rows_last_until_their_unit_ends() -> None:
-    attempts = Attempts(PATIENCE, "run")
+    attempts = Attempts(MAX_CONSECUTIVE_CRASHES, "run")
     for what in ("u", "u:1", "u:10", "u1", "u1:1"):
         attempts.begin(what)
     attempts.end("u:1")
@@ -27,7 +27,7 @@ def test_counts_of_rows_last_until_their_unit_ends() -> None:
 
 
 def test_deaths_with_nothing_done_in_between_end_the_run() -> None:
-    attempts = Attempts(patience=3, run="run")
+    attempts = Attempts(max_crashes=3, run="run")
     for _ in range(4):
         attempts.begin("a")
     attempts.begin("b")
@@ -35,23 +35,23 @@ def test_deaths_with_nothing_done_in_between_end_the_run() -> None:
     for _ in range(3):
         attempts.begin("a")
     attempts.died("a", Death("CUDA error: device lost", out_of_memory=False))
-    with pytest.raises(HopelessError, match=r"^4 attempts .* nothing done; the last .*: CUDA error: device lost$"):
+    with pytest.raises(CrashLoopError, match=r"^4 attempts .* nothing done; the last .*: CUDA error: device lost$"):
         attempts.begin("a")
 
 
 def test_a_start_alone_gets_nothing_done() -> None:
-    attempts = Attempts(patience=3, run="run")
+    attempts = Attempts(max_crashes=3, run="run")
     attempts.begin("a")
     for _ in range(3):
         attempts.begin(START)
         attempts.end(START)
         attempts.begin("a")
-    with pytest.raises(HopelessError, match=r"^4 attempts"):
+    with pytest.raises(CrashLoopError, match=r"^4 attempts"):
         attempts.begin("a")
 
 
 def test_deaths_over_a_units_files_are_counted_until_it_ends() -> None:
-    attempts = Attempts(PATIENCE, "run")
+    attempts = Attempts(MAX_CONSECUTIVE_CRASHES, "run")
     for _ in range(2):
         for _ in range(3):
             attempts.writing("u")
@@ -59,12 +59,12 @@ def test_deaths_over_a_units_files_are_counted_until_it_ends() -> None:
     for _ in range(3):
         attempts.writing("u")
         attempts.end("u:1")
-    with pytest.raises(HopelessError, match=r"^3 processes died while they wrote the files of unit u$"):
+    with pytest.raises(CrashLoopError, match=r"^3 processes died while they wrote the files of unit u$"):
         attempts.writing("u")
 
 
 def test_how_engines_ended_is_known_until_their_row_ends() -> None:
-    attempts, death = Attempts(PATIENCE, "run"), Death("killed", out_of_memory=True)
+    attempts, death = Attempts(MAX_CONSECUTIVE_CRASHES, "run"), Death("killed", out_of_memory=True)
     attempts.begin("a")
     attempts.died("a", death)
     assert (attempts.engines("a"), attempts.engines("b")) == ([death], [])
@@ -74,7 +74,7 @@ def test_how_engines_ended_is_known_until_their_row_ends() -> None:
 
 @pytest.mark.parametrize("seed", range(20))
 async def test_who_is_alone_is_alone_and_everybody_gets_in(seed: int) -> None:
-    rng, turnstile = random.Random(seed), Turnstile()
+    rng, lock = random.Random(seed), SharedExclusiveLock()
     inside: list[str] = []
     passed = 0
 
@@ -82,7 +82,7 @@ async def test_who_is_alone_is_alone_and_everybody_gets_in(seed: int) -> None:
         nonlocal passed
         for _ in range(rng.randrange(4)):
             await asyncio.sleep(0)
-        async with turnstile.alone() if alone else turnstile.beside_others():
+        async with lock.exclusive() if alone else lock.shared():
             inside.append(name)
             for _ in range(rng.randrange(6)):
                 assert "alone" not in inside or inside == ["alone"]
@@ -96,11 +96,11 @@ async def test_who_is_alone_is_alone_and_everybody_gets_in(seed: int) -> None:
 
 
 async def test_others_are_beside_one_another() -> None:
-    turnstile, inside, most = Turnstile(), 0, 0
+    lock, inside, most = SharedExclusiveLock(), 0, 0
 
     async def visit() -> None:
         nonlocal inside, most
-        async with turnstile.beside_others():
+        async with lock.shared():
             inside += 1
             most = max(most, inside)
             await asyncio.sleep(0.01)
@@ -111,12 +111,12 @@ async def test_others_are_beside_one_another() -> None:
 
 
 async def test_who_gives_up_waiting_to_be_alone_lets_others_in() -> None:
-    turnstile = Turnstile()
-    async with turnstile.beside_others():
-        waiting = asyncio.create_task(turnstile.alone().__aenter__())
+    lock = SharedExclusiveLock()
+    async with lock.shared():
+        waiting = asyncio.create_task(lock.exclusive().__aenter__())
         await asyncio.sleep(0)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        async with asyncio.timeout(1), turnstile.beside_others():
+        async with asyncio.timeout(1), lock.shared():
             pass

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.training.data import Claim, Instruction, Pair, Reading, TeachingData, nearest, read_data
+from pipeline.training.data import Claim, Instruction, Pair, ReadingTriple, TeachingData, nearest, read_data
 
 READING = {"question": "q?", "passage": "The answer is here.", "title": "T", "answer": "answer", "source": "x"}
 CLAIM = {
@@ -28,7 +28,7 @@ def test_all_four_files_are_read(tmp_path: Path) -> None:
     write(tmp_path / "fact_verification.jsonl", CLAIM)
     data = read_data(tmp_path)
     passage = "The answer is here."
-    assert data.readings == (Reading("q?", "T", passage, "answer"), Reading("q?", "", passage, "answer"))
+    assert data.readings == (ReadingTriple("q?", "T", passage, "answer"), ReadingTriple("q?", "", passage, "answer"))
     assert data.instructions == (Instruction("Say é", "é"),)
     assert data.pairs == (Pair("q?", "Here."),)
     assert data.claims == (Claim("It is so.", ("SUPPORTS", "REFUTES"), "REFUTES", "T", "It is not."),)
@@ -55,7 +55,7 @@ def test_a_missing_field_is_named(tmp_path: Path) -> None:
 @pytest.fixture
 def hundred() -> TeachingData:
     """200 readings of 100 passages, 100 instructions."""
-    readings = tuple(Reading(f"q{n}", "", f"passage {n // 2}", "passage") for n in range(200))
+    readings = tuple(ReadingTriple(f"q{n}", "", f"passage {n // 2}", "passage") for n in range(200))
     return TeachingData(readings, tuple(Instruction(f"i{n}", "o") for n in range(100)))
 
 

@@ -1,10 +1,10 @@
 from pipeline.config.run import Columns
 from pipeline.queries.schema import check_query_schema, query_of
-from pipeline.training.data import Claim, Instruction, Reading, TeachingData
+from pipeline.training.data import Claim, Instruction, ReadingTriple, TeachingData
 from pipeline.training.held_out import held_out_queries
 from pipeline.training.rows import Negatives
 
-READINGS = tuple(Reading(f"Who is {n}?", "People", f"Person {n} is name{n} here.", f"name{n}") for n in range(4))
+READINGS = tuple(ReadingTriple(f"Who is {n}?", "People", f"Person {n} is name{n} here.", f"name{n}") for n in range(4))
 DATA = TeachingData(
     READINGS,
     (Instruction("Say hi", "hi"),),

@@ -8,15 +8,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.decoding.reflection import CONTROL_TOKENS, IsRel, IsSup, IsUse, Paragraph, Retrieve
-from pipeline.training.data import Claim, Instruction, Pair, Reading, TeachingData
+from pipeline.training.data import Claim, Instruction, Pair, ReadingTriple, TeachingData
 from pipeline.training.rows import LossWeights, Negatives, TreeBuilder, window, wrong_span
 from pipeline.training.trees import Branch
 from tests.support.fakes import word_tokenizer
 
 WEIGHTS = LossWeights(decide=1.0, relevance=5.0, critique=2.0, text=3.0, output=0.25)
-ROLLO = Reading("Who led the Norse?", "Normans", "The Norse came to France. They were led by Rollo in 911.", "Rollo")
-PARIS = Reading("What is the capital?", "France", "The capital of France is Paris and always was.", "Paris")
-SEINE = Reading("Which river is near?", "France", "The capital of France is Paris and always was.", "always")
+ROLLO = ReadingTriple(
+    "Who led the Norse?", "Normans", "The Norse came to France. They were led by Rollo in 911.", "Rollo"
+)
+PARIS = ReadingTriple("What is the capital?", "France", "The capital of France is Paris and always was.", "Paris")
+SEINE = ReadingTriple("Which river is near?", "France", "The capital of France is Paris and always was.", "always")
 OTHERS = [("Sharks", "Sharks swim in deep Water all day long."), ("", "Untitled words about Nothing much.")]
 WORDS = st.lists(st.text("abcdeXYZ019.,", min_size=1, max_size=6), min_size=1, max_size=40)
 
@@ -212,7 +214,7 @@ def test_a_claim_teaches_its_label_and_judges_the_other(builder: TreeBuilder) ->
 @given(st.sampled_from(CONTROL_TOKENS), st.integers(0, 1000))
 def test_control_tokens_in_the_data_stay_plain_words(token: str, seed: int) -> None:
     builder = TreeBuilder(word_tokenizer(), Negatives({}, OTHERS), WEIGHTS)
-    row = Reading(f"{token} who?", token, f"It was {token} Rollo who came", "Rollo")
+    row = ReadingTriple(f"{token} who?", token, f"It was {token} Rollo who came", "Rollo")
     tree = builder.reading(row, 100, random.Random(seed))
     control = builder.tokenizer.reflection.control
     passage = tree.children[0]

@@ -14,7 +14,14 @@ from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection import CONTROL_TOKENS, IsRel, IsSup, IsUse, Retrieve
 from pipeline.demo_models import demo_base_model
 from pipeline.training.recipe import Recipe
-from pipeline.training.train import add_reflection_tokens, attach_adapter, loss, measure, save, train
+from pipeline.training.train import (
+    add_reflection_tokens,
+    attach_adapter,
+    loss,
+    measure_held_out,
+    save_adapter,
+    train_adapter,
+)
 from pipeline.training.trees import TokenTree, given, lay_out, taught
 
 RECIPE = Recipe(tokens=6_000, tokens_per_step=100, rank=4, frozen_layers=1, learning_rate=0.03)
@@ -58,10 +65,10 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, PromptTokeni
     model, prompts = tiny()
     lessons = trees(prompts)
     done: list[float] = []
-    train(model, itertools.cycle(lessons), RECIPE, done.append, lambda: None)
+    train_adapter(model, itertools.cycle(lessons), RECIPE, done.append, lambda: None)
     assert done == sorted(done)
     folder = tmp_path_factory.mktemp("adapter")
-    save(model, "some/base", folder)
+    save_adapter(model, "some/base", folder)
     return model, prompts, lessons, folder
 
 
@@ -70,7 +77,7 @@ def test_what_is_taught_is_learned(trained: tuple[Any, PromptTokenizer, list[Tok
     untrained, _ = tiny()
     with torch.no_grad():
         assert loss(model, lessons[0]) < 0.2 * loss(untrained, lessons[0])
-    figures = measure(model, lessons, prompts).summary()
+    figures = measure_held_out(model, lessons, prompts).summary()
     assert (figures["decision_accuracy"], figures["isrel_auc"], figures["issup_auc"]) == (1.0, 1.0, 1.0)
 
 

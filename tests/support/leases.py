@@ -1,18 +1,18 @@
-"""Claims of runs that are not there."""
+"""Leases of runs that do not exist."""
 
 import json
 import threading
 from pathlib import Path
 
-from pipeline.storage.lease import Owner
+from pipeline.storage.lease import Holder
 
 
-def claim_of(output: Path, **changes: object) -> Path:
-    """The file of a claim on an output; by default this process's own, long ago."""
-    owner = {**vars(Owner.me()), "id": "0" * 32, "started": 1.0, **changes}
-    file = output / "_running" / f"{owner['id']}.json"
+def leave_lease(output: Path, **changes: object) -> Path:
+    """Write the file of a lease on an output; by default one of this process, long ago."""
+    holder = {**vars(Holder.me()), "id": "0" * 32, "started": 1.0, **changes}
+    file = output / "_running" / f"{holder['id']}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(owner))
+    file.write_text(json.dumps(holder))
     return file
 
 
@@ -23,12 +23,12 @@ def finishing_elsewhere(output: Path, aside: Path) -> threading.Thread:
         aside: where the output's files are meanwhile.
     """
     output.rename(aside)
-    claim = claim_of(output, host="elsewhere")
+    lease = leave_lease(output, host="elsewhere")
 
     def finish() -> None:
         for file in aside.iterdir():
             file.rename(output / file.name)
-        claim.unlink()
+        lease.unlink()
 
     timer = threading.Timer(1.5, finish)
     timer.start()
