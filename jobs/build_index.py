@@ -35,7 +35,8 @@ from jobs.common import (
 )
 from jobs.plan_index import plan_index
 from pipeline.config.loading import validated
-from pipeline.config.run import StorageConfig, load_sections
+from pipeline.config.run import load_sections
+from pipeline.config.sections import StorageConfig
 from pipeline.indexing.build import BuildRequest, check_build
 from pipeline.indexing.build_pool import run_build
 from pipeline.retrieval.encoder import EncoderStyle

@@ -15,7 +15,8 @@ from rich.table import Table
 
 from jobs.common import IndexFile, IndexSettings, checking, start_logging, working
 from pipeline.config.loading import validated
-from pipeline.config.run import RetrievalConfig, StorageConfig, load_sections
+from pipeline.config.run import load_sections
+from pipeline.config.sections import RetrievalConfig, StorageConfig
 from pipeline.indexing.check import Checked, CheckRequest, check_index_folder
 
 

@@ -24,15 +24,14 @@ from rich.table import Table
 from jobs.common import start_logging, working
 from jobs.evaluate import comparison
 from pipeline.config.loading import validated
-from pipeline.config.run import (
+from pipeline.config.run import RunConfig, cache_folder
+from pipeline.config.sections import (
     DecodingConfig,
     ExecutionConfig,
     ModelConfig,
     Profile,
     RetrievalConfig,
-    RunConfig,
     StorageConfig,
-    cache_folder,
 )
 from pipeline.demo_models import built, demo_encoder, demo_model
 from pipeline.evaluation.evaluate import Evaluation, View, evaluate_set, first_passage, without_retrieval

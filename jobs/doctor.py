@@ -24,7 +24,8 @@ from rich.text import Text
 from jobs.common import checking, start_logging
 from pipeline.cluster import Resources, actor_resources, connect, reason
 from pipeline.config.loading import read_yaml
-from pipeline.config.run import RunConfig, StorageConfig, load_config
+from pipeline.config.run import RunConfig, load_config
+from pipeline.config.sections import StorageConfig
 from pipeline.doctor.device_probe import DeviceProbe
 from pipeline.doctor.diagnosis import (
     Finding,

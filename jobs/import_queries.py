@@ -18,7 +18,8 @@ from typing import Annotated
 import typer
 
 from jobs.common import RunFile, StorageSettings, checking, start_logging, working
-from pipeline.config.run import StorageConfig, load_storage
+from pipeline.config.run import load_storage
+from pipeline.config.sections import StorageConfig
 from pipeline.queries.converters import (
     ColumnMapping,
     Ids,

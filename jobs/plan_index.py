@@ -24,7 +24,8 @@ from jobs.common import (
     start_logging,
 )
 from pipeline.config.loading import validated
-from pipeline.config.run import StorageConfig, load_sections
+from pipeline.config.run import load_sections
+from pipeline.config.sections import StorageConfig
 from pipeline.indexing.passages import find_passages
 from pipeline.indexing.sizing import (
     CARDS,

@@ -27,7 +27,7 @@ queries        a query set: checked, cut into units, imported, selected      con
 indexing       an index: built, planned and checked                          cluster config decoding retrieval storage
 evaluation     answers scored against gold, and chosen again                 cluster config decoding output queries
                                                                              storage
-report         one HTML page about an annotated set                          config evaluation output storage
+report         one HTML page about an annotated set                          config decoding evaluation output storage
 run            a run from top to bottom: plan, driver, actor, attempts       cluster config decoding engine gpus output
                                                                              queries report retrieval storage versions
 doctor         what a machine and a cluster can do, tried out                config decoding engine gpus retrieval

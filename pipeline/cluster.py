@@ -7,7 +7,8 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Self
 
-from pipeline.config.run import ExecutionConfig, RunConfig
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import ExecutionConfig
 from pipeline.engine.arguments import gpu_share, replica_gpus
 
 # Share of a card that the CUDA contexts of an actor and of its engine take beside vLLM's own share, with room to spare.

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
-from pipeline.config.run import StorageConfig
+from pipeline.config.sections import StorageConfig
 from pipeline.storage.location import Location, locate
 from tests.support.indexes import save, unit_vectors
 from tests.support.s3 import S3Server, serving_s3

@@ -30,7 +30,7 @@ import numpy as np
 from jobs.benchmark.results import Step
 from jobs.benchmark.scripted_model import Prompter, Script, ScriptedGenerator, endless
 from jobs.demo import demo_index
-from pipeline.config.run import DecodingConfig, ModelConfig, RetrievalConfig, StorageConfig
+from pipeline.config.sections import DecodingConfig, ModelConfig, RetrievalConfig, StorageConfig
 from pipeline.decoding.critique import critique, retrieve_probability
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.prompts import PromptTokenizer, passage_text

@@ -34,7 +34,7 @@ from jobs.benchmark.scripted_model import SHAPES, Script, write_shape
 from jobs.benchmark.workloads import WORKLOADS, Row, Workload, chosen
 from jobs.common import checking, start_logging
 from pipeline.config.loading import apply_settings
-from pipeline.config.run import DecodingConfig, ModelConfig
+from pipeline.config.sections import DecodingConfig, ModelConfig
 from pipeline.decoding.types import Passage, Query, RetrievedPassage
 from pipeline.engine.arguments import check_engine_arguments
 

@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.common import start_logging
-from pipeline.config.run import RetrievalConfig, StorageConfig
+from pipeline.config.sections import RetrievalConfig, StorageConfig
 from pipeline.decoding.prompts import passage_text
 from pipeline.indexing.build import BuildRequest, check_build
 from pipeline.indexing.build_pool import Built, run_build

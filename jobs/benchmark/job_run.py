@@ -21,7 +21,7 @@ from jobs.benchmark.results import CALL, FILES, STAGES
 from jobs.benchmark.scripted_model import SCRIPT, Script
 from jobs.benchmark.workloads import Row
 from jobs.demo import demo_index
-from pipeline.config.run import DecodingConfig, ModelConfig
+from pipeline.config.sections import DecodingConfig, ModelConfig
 
 
 @dataclass(frozen=True)

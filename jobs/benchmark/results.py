@@ -13,19 +13,11 @@ from typing import Any
 
 from rich.table import Table
 
-from pipeline.config.run import ModelConfig
+from pipeline.config.sections import ModelConfig
+from pipeline.decoding.types import REQUEST_SECONDS, ROW_SECONDS
 from pipeline.versions import versions
 
-# Columns of a row's usage, and what the whole call took.
-STAGES = (
-    "seconds",
-    "decide_seconds",
-    "retrieve_seconds",
-    "critique_seconds",
-    "queue_seconds",
-    "prefill_seconds",
-    "decode_seconds",
-)
+STAGES = (*ROW_SECONDS, *REQUEST_SECONDS)
 # A row's share of what its unit took from annotated to its data file's last byte, and what the whole call took.
 FILES = "files_seconds"
 CALL = "call_seconds"

@@ -36,7 +36,7 @@ from jobs.benchmark.scripted_model import Prompter, Script, ScriptedGenerator, e
 from jobs.benchmark.workloads import Workload, chosen
 from jobs.common import checking, start_logging
 from pipeline.config.loading import apply_settings
-from pipeline.config.run import DecodingConfig, ModelConfig, Weights
+from pipeline.config.sections import DecodingConfig, ModelConfig, Weights
 from pipeline.decoding.answer_cache import AnsweredOnce, Answering
 from pipeline.decoding.critique import segment_score
 from pipeline.decoding.profiles import Tasks

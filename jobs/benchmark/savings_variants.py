@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 from jobs.benchmark.baselines import BareEngine, read_wide
 from jobs.benchmark.compare import MAX_TOKENS
-from pipeline.config.run import DecodingConfig
+from pipeline.config.sections import DecodingConfig
 from pipeline.decoding.protocols import Generator, Reader, Retriever
 from pipeline.decoding.reflection import Retrieve
 from pipeline.decoding.reflection_reader import ReflectionCritic, ReflectionReader, Requests

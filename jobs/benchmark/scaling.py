@@ -28,7 +28,8 @@ from rich.table import Table
 
 from jobs.benchmark.scripted_model import WRITTEN, Prompter, Script
 from jobs.common import start_logging
-from pipeline.config.run import DecodingConfig, ExecutionConfig, ModelConfig, RunConfig
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import DecodingConfig, ExecutionConfig, ModelConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection_reader import ReflectionCritic

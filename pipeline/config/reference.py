@@ -13,7 +13,8 @@ from itertools import groupby
 from typing import Any, get_args
 
 from pipeline.config.loading import Frozen
-from pipeline.config.run import ModelConfig, Profile, RunConfig
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import ModelConfig, Profile
 
 HEAD = """<!-- Made from pipeline/config/run.py: python -m pipeline.config.reference > infra/CONFIGURATION.md -->
 # Configuration of a run

@@ -12,7 +12,7 @@ import math
 from enum import StrEnum
 from typing import TypeVar
 
-from pipeline.config.run import Weights
+from pipeline.config.sections import Weights
 from pipeline.decoding.reflection import (
     REFLECTION_TOKENS,
     IsRel,

@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from pipeline.config.loading import assign, flatten, validated
-from pipeline.config.run import DecodingConfig, Profile
+from pipeline.config.sections import DecodingConfig, Profile
 from pipeline.decoding.types import Query
 
 BUILT_IN = Path(__file__).with_suffix(".yaml")

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import yaml
 
-from pipeline.config.run import DecodingConfig
+from pipeline.config.sections import DecodingConfig
 from pipeline.decoding.beam import gather_all
 from pipeline.decoding.critique import (
     IS_REL_VALUES,

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Protocol
 
-from pipeline.config.run import DecodingConfig
+from pipeline.config.sections import DecodingConfig
 from pipeline.decoding.reflection import Retrieve
 from pipeline.decoding.types import Boundary, Generation, Path, Query, RetrievedPassage, Usage
 

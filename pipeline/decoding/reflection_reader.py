@@ -9,7 +9,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
-from pipeline.config.run import DecodingConfig
+from pipeline.config.sections import DecodingConfig
 from pipeline.decoding.critique import critique, retrieve_probability
 from pipeline.decoding.prompts import PromptTokenizer, passage_text
 from pipeline.decoding.protocols import Generator, Reader
@@ -27,26 +27,15 @@ class Requests:
     async def ask(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
         """See :meth:`Generator.generate`."""
         generation = await self.generator.generate(prompt, max_tokens, stops)
-        before = self.usage
-        self.usage = replace(
-            before,
-            prompt_tokens=before.prompt_tokens + generation.prompt_tokens,
-            cached_tokens=before.cached_tokens + generation.cached_tokens,
-            generated_tokens=before.generated_tokens + len(generation.token_ids),
-            engine_requests=before.engine_requests + 1,
-            queue_seconds=before.queue_seconds + generation.queue_seconds,
-            prefill_seconds=before.prefill_seconds + generation.prefill_seconds,
-            decode_seconds=before.decode_seconds + generation.decode_seconds,
-        )
+        self.usage += Usage.of(generation)
         return generation
 
     @contextmanager
     def critiquing(self) -> Iterator[None]:
-        """A segment is being scored and turned into text; takes the time."""
+        """Measure the time that the body takes to score a segment and decode its text."""
         began = time.perf_counter()
         yield
-        spent = time.perf_counter() - began
-        self.usage = replace(self.usage, critique_seconds=self.usage.critique_seconds + spent)
+        self.usage += Usage(critique_seconds=time.perf_counter() - began)
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from pipeline.config.run import DecodingConfig
+from pipeline.config.sections import DecodingConfig
 from pipeline.decoding.beam import decide_opening, gather_all, search
 from pipeline.decoding.choose import choose, cited_text, plain_text
 from pipeline.decoding.profiles import Tasks

@@ -1,6 +1,6 @@
 """What travels between the steps: frozen, typed, free of Arrow and of the engine."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from enum import StrEnum
 
 import numpy as np
@@ -205,18 +205,19 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Usage:
-    """What a row cost.
+    """The cost of a row; costs can be added up.
 
     Attributes:
-        prompt_tokens, cached_tokens, generated_tokens: summed over its requests.
-        retrievals: searches.
-        engine_requests: generations asked for.
+        prompt_tokens, cached_tokens, generated_tokens: tokens, summed over the row's requests.
+        retrievals: number of searches.
+        engine_requests: number of generations.
         truncated_tokens: passage tokens cut because a prompt did not fit the model.
-        seconds: from the first step of the row to its last, queueing included.
-        decide_seconds, retrieve_seconds: of them, until the first decision, and waiting for passages.
-        critique_seconds: of them, scoring segments and turning them into text, once log-probabilities are read.
-        queue_seconds, prefill_seconds, decode_seconds: as in :class:`Generation`, summed over its requests, which run
-            side by side.
+        seconds: wall-clock seconds from the first step of the row to its last, queueing included.
+        decide_seconds, retrieve_seconds: the part of them until the first decision, and the part spent waiting for
+            passages.
+        critique_seconds: the part of them spent scoring and decoding segments after their log-probabilities were read.
+        queue_seconds, prefill_seconds, decode_seconds: as in :class:`Generation`, summed over requests that run
+            concurrently.
     """
 
     prompt_tokens: int = 0
@@ -232,6 +233,21 @@ class Usage:
     queue_seconds: float = 0.0
     prefill_seconds: float = 0.0
     decode_seconds: float = 0.0
+
+    @classmethod
+    def of(cls, generation: Generation) -> "Usage":
+        """The cost of one request."""
+        shared = {name: getattr(generation, name) for name in ("prompt_tokens", "cached_tokens", *REQUEST_SECONDS)}
+        return cls(generated_tokens=len(generation.token_ids), engine_requests=1, **shared)
+
+    def __add__(self, other: "Usage") -> "Usage":
+        return Usage(**{name: value + getattr(other, name) for name, value in vars(self).items()})
+
+
+# Fields of ``Usage``: counts, seconds of the row itself, and seconds summed over its requests.
+REQUEST_SECONDS = ("queue_seconds", "prefill_seconds", "decode_seconds")
+USAGE_COUNTS = tuple(field.name for field in fields(Usage) if field.type is int)
+ROW_SECONDS = tuple(field.name for field in fields(Usage) if field.name not in (*USAGE_COUNTS, *REQUEST_SECONDS))
 
 
 @dataclass(frozen=True)

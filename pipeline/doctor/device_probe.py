@@ -9,7 +9,8 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config.run import ModelConfig, RunConfig, StorageConfig
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import ModelConfig, StorageConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Passage, Query

@@ -4,7 +4,7 @@ import dataclasses
 import math
 from typing import Any
 
-from pipeline.config.run import ModelConfig
+from pipeline.config.sections import ModelConfig
 from pipeline.engine.models import model_path
 from pipeline.gpus import choose_gpu
 

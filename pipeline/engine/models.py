@@ -4,7 +4,8 @@ import hashlib
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.run import ModelConfig, RunConfig
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import ModelConfig
 from pipeline.decoding.prompted_reader import PromptedCritic
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.protocols import Critic

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config.run import ModelConfig
+from pipeline.config.sections import ModelConfig
 from pipeline.decoding.types import Generation
 from pipeline.engine.arguments import check_assigned_gpus, engine_arguments
 from pipeline.engine.postmortem import Death, ErrorLog, cause_of_death, error_file

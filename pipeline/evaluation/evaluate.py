@@ -10,7 +10,7 @@ from typing import Any
 
 from pyarrow import dataset
 
-from pipeline.config.run import Columns, Profile
+from pipeline.config.sections import Columns, Profile
 from pipeline.decoding.choose import closed_answer
 from pipeline.decoding.profiles import built_in_profiles
 from pipeline.decoding.reflection import Retrieve

@@ -16,13 +16,7 @@ import pyarrow.parquet as pq
 
 from pipeline.cluster import connect
 from pipeline.config.loading import assign, flatten, validated
-from pipeline.config.run import (
-    Columns,
-    DecodingConfig,
-    ExecutionConfig,
-    StorageConfig,
-    Weights,
-)
+from pipeline.config.sections import Columns, DecodingConfig, ExecutionConfig, StorageConfig, Weights
 from pipeline.decoding.beam import search
 from pipeline.decoding.critique import segment_score
 from pipeline.decoding.profiles import for_choices

@@ -12,7 +12,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from pipeline.config.loading import assign
-from pipeline.config.run import DecodingConfig
+from pipeline.config.sections import DecodingConfig
 from pipeline.evaluation.evaluate import rows_of
 from pipeline.evaluation.judging import golds_of, score, short_golds_of
 from pipeline.evaluation.rescoring import Recorded, Rescoring, any_threshold, recorded

@@ -12,7 +12,7 @@ import faiss
 import numpy as np
 from pyarrow import fs
 
-from pipeline.config.run import StorageConfig
+from pipeline.config.sections import StorageConfig
 from pipeline.decoding.prompts import passage_text
 from pipeline.indexing.embeddings import Place, vectors_of
 from pipeline.indexing.passages import PassageBatch, ShardPlan, check_passages, find_passages, plan_shards

@@ -20,7 +20,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.cluster import Room, connect, most_cpus
-from pipeline.config.run import ExecutionConfig
+from pipeline.config.sections import ExecutionConfig
 from pipeline.indexing.build import BuildFolder, BuildPlan, read_ahead
 from pipeline.indexing.passages import Sample, ShardPlan, read_passages, spread_samples
 from pipeline.retrieval.encoder import Vectors

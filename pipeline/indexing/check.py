@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.config.run import RetrievalConfig, StorageConfig
+from pipeline.config.sections import RetrievalConfig, StorageConfig
 from pipeline.decoding.prompts import passage_text
 from pipeline.decoding.types import Passage
 from pipeline.indexing.recall import (

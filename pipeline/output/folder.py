@@ -14,7 +14,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config.run import Columns
+from pipeline.config.sections import Columns
 from pipeline.output.schema import data_schema, error_schema
 from pipeline.storage.location import Location
 from pipeline.storage.parquet import encode_parquet, map_in_threads, read_columns

@@ -15,7 +15,7 @@ import yaml
 from pydantic import Field
 
 from pipeline.config.loading import Frozen
-from pipeline.config.run import Columns
+from pipeline.config.sections import Columns
 from pipeline.queries.schema import QUERY_FIELDS, query_of
 
 BUILT_IN = Path(__file__).with_suffix(".yaml")

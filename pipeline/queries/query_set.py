@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.config.run import Columns, StorageConfig
+from pipeline.config.sections import Columns, StorageConfig
 from pipeline.queries.schema import check_query_schema
 from pipeline.storage.location import Location, locate, one_line
 from pipeline.storage.parquet import list_parquet, read_footer, read_parquet

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config.run import Columns
+from pipeline.config.sections import Columns
 from pipeline.decoding.types import Passage, Query
 from pipeline.output.schema import RESERVED
 

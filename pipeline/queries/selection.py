@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config.run import StorageConfig
+from pipeline.config.sections import StorageConfig
 from pipeline.output.folder import is_unit_file
 from pipeline.queries.query_set import QuerySet, query_ids, read_unit
 from pipeline.queries.writer import FILE_ROWS, GROUP_ROWS

@@ -16,7 +16,7 @@ import pyarrow as pa
 import smart_open
 from pyarrow import fs
 
-from pipeline.config.run import StorageConfig
+from pipeline.config.sections import StorageConfig
 from pipeline.queries.schema import read_rows
 from pipeline.storage.location import Location, locate, one_line
 from pipeline.storage.parquet import RowRange, read_footer, read_range

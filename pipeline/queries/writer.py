@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import feather, fs
 
-from pipeline.config.run import Columns, ExecutionConfig
+from pipeline.config.sections import Columns, ExecutionConfig
 from pipeline.queries.query_set import QuerySet, inspect_queries
 from pipeline.queries.schema import QUERY_FIELDS
 from pipeline.storage.location import Location, one_line

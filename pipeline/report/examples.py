@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config.run import Columns
+from pipeline.config.sections import Columns
 from pipeline.storage.location import Location
 from pipeline.storage.parquet import read_columns
 

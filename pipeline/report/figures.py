@@ -13,7 +13,8 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from pipeline.config.run import Columns, Weights
+from pipeline.config.sections import Columns, Weights
+from pipeline.decoding.types import REQUEST_SECONDS, ROW_SECONDS, USAGE_COUNTS
 from pipeline.evaluation.evaluate import NOTHING
 from pipeline.output.folder import NO_ERRORS, OutputFolder, UnitSummary, columns_of, summarise_unit, unit_of
 from pipeline.report.changes import Answers, hashed
@@ -24,16 +25,13 @@ from pipeline.storage.parquet import THREADS, map_in_threads, read_columns
 
 SEGMENT_SCORES = ("is_rel", "is_sup", "is_use", "score")
 SCORES = ("retrieve_probability", *SEGMENT_SCORES)
-ROW_TIMES = ("seconds", "decide_seconds", "retrieve_seconds", "critique_seconds")
-REQUEST_TIMES = ("queue_seconds", "prefill_seconds", "decode_seconds")
 # What a row's seconds hold beside deciding and waiting for passages.
 WRITING = "write_seconds"
-COUNTS = ("prompt_tokens", "cached_tokens", "generated_tokens", "retrievals", "engine_requests", "truncated_tokens")
 COUNTED = [
     "retrieved",
     "retrieve_probability",
     *(f"segments.list.element.{name}" for name in SEGMENT_SCORES),
-    *(f"usage.{name}" for name in (*ROW_TIMES, *REQUEST_TIMES, *COUNTS)),
+    *(f"usage.{name}" for name in (*ROW_SECONDS, *REQUEST_SECONDS, *USAGE_COUNTS)),
 ]
 BINS = 20
 # Tasks that are told apart; a column of other things than tasks must not fill the memory or the page.
@@ -257,15 +255,15 @@ def count_unit(data: Location, errors: Location | None, reading: ReadOptions) ->
     failed = read_columns(errors, [task, "error_type", "error_message"]) if errors else NO_ERRORS
     tasks, scores = _tasks(rows, task), row_scores(rows)
     spent = rows["usage"].combine_chunks()
-    usage = {name: numbers(spent, name) for name in (*ROW_TIMES, *REQUEST_TIMES, *COUNTS)}
+    usage = {name: numbers(spent, name) for name in (*ROW_SECONDS, *REQUEST_SECONDS, *USAGE_COUNTS)}
     writing = np.maximum(usage["seconds"] - usage["decide_seconds"] - usage["retrieve_seconds"], 0.0)
-    times = {**{name: usage[name] for name in (*ROW_TIMES, *REQUEST_TIMES)}, WRITING: writing}
+    times = {**{name: usage[name] for name in (*ROW_SECONDS, *REQUEST_SECONDS)}, WRITING: writing}
     failures = _failures(failed, task)
     return UnitFigures(
         unit=summarise_unit(unit_of(data), rows, failed),
         groups=_groups(rows, tasks, failures, reading),
         durations={name: Durations.of(values) for name, values in times.items()},
-        counts={name: int(np.nansum(usage[name])) for name in COUNTS},
+        counts={name: int(np.nansum(usage[name])) for name in USAGE_COUNTS},
         failures=failures,
         picks=picks_of(data, tasks, scores, np.asarray(rows["retrieved"].fill_null(False))),
         answers=hashed(rows[reading.columns.id], rows["answer"], reading.compared) if reading.compared else None,

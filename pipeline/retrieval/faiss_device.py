@@ -8,7 +8,7 @@ from typing import Any
 import faiss
 
 from pipeline.config.loading import parse_search
-from pipeline.config.run import RetrievalConfig
+from pipeline.config.sections import RetrievalConfig
 from pipeline.gpus import assigned_gpus, choose_gpu
 from pipeline.retrieval.manifest import IndexManifest
 from pipeline.retrieval.shard_files import empty_index, faiss_reason

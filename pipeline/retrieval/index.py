@@ -9,7 +9,7 @@ import faiss
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config.run import RetrievalConfig
+from pipeline.config.sections import RetrievalConfig
 from pipeline.decoding.types import Passage, RetrievedPassage
 from pipeline.gpus import exclusive_start
 from pipeline.retrieval.encoder import Vectors

@@ -7,7 +7,7 @@ from pyarrow import fs
 from pydantic import Field, ValidationError, model_validator
 
 from pipeline.config.loading import Frozen
-from pipeline.config.run import Positive, RetrievalConfig
+from pipeline.config.sections import Positive, RetrievalConfig
 from pipeline.retrieval.encoder import Encoder, EncoderStyle, encoder_digest
 from pipeline.retrieval.index_cache import REMEDY, DamagedIndexError, check_size
 from pipeline.storage.location import Location

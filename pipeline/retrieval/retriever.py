@@ -7,7 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from pipeline.config.run import RetrievalConfig
+from pipeline.config.sections import RetrievalConfig
 from pipeline.decoding.types import RetrievedPassage
 from pipeline.gpus import exclusive_start
 from pipeline.retrieval.encoder import Encoder, Vectors

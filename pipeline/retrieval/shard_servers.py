@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import islice
 from typing import Any
 
-from pipeline.config.run import ExecutionConfig, RetrievalConfig, StorageConfig
+from pipeline.config.sections import ExecutionConfig, RetrievalConfig, StorageConfig
 from pipeline.decoding.types import RetrievedPassage
 from pipeline.retrieval.encoder import Vectors
 from pipeline.retrieval.index import Found, PassageIndex, ranked

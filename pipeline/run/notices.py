@@ -7,7 +7,8 @@ import urllib.request
 
 from tenacity import Retrying, stop_after_attempt, wait_exponential
 
-from pipeline.config.run import OnFailure, RunConfig
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import OnFailure
 
 log = logging.getLogger(__name__)
 

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from pipeline.config.run import RunConfig, StorageConfig, with_absolute_paths
+from pipeline.config.run import RunConfig, with_absolute_paths
+from pipeline.config.sections import StorageConfig
 from pipeline.decoding.profiles import Tasks, built_in_digest
 from pipeline.decoding.prompted_reader import prompts_digest
 from pipeline.engine.arguments import check_engine_arguments

@@ -16,9 +16,11 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from ray.util.metrics import Counter, Gauge, Histogram
 
+from pipeline.decoding.types import REQUEST_SECONDS, ROW_SECONDS
+
 # Seconds, from a short answer on a fast card to a long one on a slow machine.
-ROW_SECONDS = [0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0]
-SEARCH_SECONDS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]
+ROW_BUCKETS = [0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0]
+SEARCH_BUCKETS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]
 # Columns of ``usage`` that are counted, by metric.
 COUNTED = {
     "prompt_tokens": "Tokens of prompts, cached ones included.",
@@ -29,7 +31,7 @@ COUNTED = {
 }
 # Ray forgets a gauge sooner than a unit is done.
 REPEAT_SECONDS = 5.0
-STAGES = ("decide", "retrieve", "critique", "queue", "prefill", "decode")
+STAGES = [name.removesuffix("_seconds") for name in (*ROW_SECONDS, *REQUEST_SECONDS) if name != "seconds"]
 
 
 def _counter(run: str, name: str, text: str, *labels: str) -> Counter:
@@ -62,12 +64,12 @@ class ActorTelemetry:
         self._retrieved = _counter(run, "retrieved_rows", "Rows answered with a passage.")
         self._counted = {name: _counter(run, name, text) for name, text in COUNTED.items()}
         self._stages = _counter(run, "stage_seconds", "Seconds that rows spent in a stage.", "stage")
-        self._seconds = _histogram(run, "row_seconds", "Seconds from a row's first step to its last.", ROW_SECONDS)
+        self._seconds = _histogram(run, "row_seconds", "Seconds from a row's first step to its last.", ROW_BUCKETS)
         self._in_flight = _gauge(run, "rows_in_flight", "Rows of the units that an actor is decoding.")
         self._running = _gauge(run, "engine_running_requests", "Requests in the engine after its last step.")
         self._waiting = _gauge(run, "engine_waiting_requests", "Requests that waited for a slot in it.")
         self._searches = _histogram(
-            run, "search_seconds", "Seconds of a search for a batch of queries.", SEARCH_SECONDS
+            run, "search_seconds", "Seconds of a search for a batch of queries.", SEARCH_BUCKETS
         )
         self._flying = 0
 

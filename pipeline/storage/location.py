@@ -12,7 +12,7 @@ from typing import TypeVar
 import tenacity
 from pyarrow import fs
 
-from pipeline.config.run import StorageConfig
+from pipeline.config.sections import StorageConfig
 
 log = logging.getLogger(__name__)
 

@@ -13,7 +13,7 @@ import pyarrow.dataset as ds
 import pytest
 import torch
 
-from pipeline.config.run import RetrievalConfig
+from pipeline.config.sections import RetrievalConfig
 from pipeline.doctor.machine import read_cards
 from tests.gpu.cpu_answers import DECODING, QUERIES, SETTINGS, first_queries
 

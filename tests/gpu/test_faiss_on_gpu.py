@@ -8,7 +8,7 @@ import faiss
 import numpy as np
 import pytest
 
-from pipeline.config.run import RetrievalConfig, StorageConfig
+from pipeline.config.sections import RetrievalConfig, StorageConfig
 from pipeline.retrieval.encoder import Vectors
 from pipeline.retrieval.index import Hit, PassageIndex
 from pipeline.storage.location import Location, locate

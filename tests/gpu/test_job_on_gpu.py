@@ -17,7 +17,8 @@ import pytest
 import ray
 
 from pipeline.cluster import CONTEXTS, check_sharing
-from pipeline.config.run import ModelConfig, RetrievalConfig, RunConfig, StorageConfig
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import ModelConfig, RetrievalConfig, StorageConfig
 from pipeline.engine.vllm import VllmGenerator, prepare_environment
 from pipeline.gpus import choose_gpu, exclusive_start
 from pipeline.retrieval.encoder import Encoder

@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from jobs.annotate import annotate as command
 from pipeline.cluster import Resources
-from pipeline.config.run import RunConfig, StorageConfig
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import StorageConfig
 from pipeline.output.folder import OutputFolder, UnitSummary
 from pipeline.queries.query_set import QuerySet, Unit
 from pipeline.run.actor import annotated_schema

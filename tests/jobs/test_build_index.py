@@ -11,7 +11,7 @@ import pytest
 import ray
 from typer.testing import CliRunner, Result
 
-from pipeline.config.run import RetrievalConfig
+from pipeline.config.sections import RetrievalConfig
 from pipeline.decoding.prompts import passage_text
 from pipeline.decoding.types import Passage
 from pipeline.indexing.build import BuildRequest, check_build

@@ -13,7 +13,7 @@ import pytest
 import ray
 from typer.testing import Result
 
-from pipeline.config.run import RetrievalConfig
+from pipeline.config.sections import RetrievalConfig
 from pipeline.indexing.build_pool import ShardBuilder
 from pipeline.indexing.passages import ShardPlan
 from pipeline.retrieval.index import PassageIndex

@@ -93,7 +93,7 @@ def test_no_index_is_bad_usage(tmp_path: Path) -> None:
 
 
 def test_real_codes_are_checked_against_the_encoder(small_corpus: Path, tmp_path: Path) -> None:
-    from pipeline.config.run import StorageConfig
+    from pipeline.config.sections import StorageConfig
     from pipeline.decoding.prompts import passage_text
     from pipeline.retrieval.encoder import Encoder
     from pipeline.retrieval.manifest import EncoderEntry, IndexManifest, write_manifest

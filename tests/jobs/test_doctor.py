@@ -16,7 +16,8 @@ from ray.cluster_utils import Cluster
 from typer.testing import CliRunner, Result
 
 from jobs.doctor import doctor, use_storage
-from pipeline.config.run import RunConfig, StorageConfig
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import StorageConfig
 from pipeline.doctor.device_probe import Answered, Searched
 from tests.support.s3 import S3Server
 

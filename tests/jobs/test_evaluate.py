@@ -9,7 +9,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from jobs.evaluate import evaluate
-from pipeline.config.run import StorageConfig
+from pipeline.config.sections import StorageConfig
 from pipeline.evaluation.evaluate import Evaluation, as_it_is, evaluate_set, first_passage, without_retrieval
 from pipeline.output.folder import FORMAT_VERSION
 from pipeline.output.schema import CANDIDATE_FIELDS

@@ -14,7 +14,7 @@ from click.testing import Result
 from typer.testing import CliRunner
 
 from jobs.import_queries import import_queries
-from pipeline.config.run import Columns, StorageConfig
+from pipeline.config.sections import Columns, StorageConfig
 from pipeline.queries.converters import known_datasets
 from pipeline.queries.query_set import inspect_queries
 from pipeline.storage.location import locate

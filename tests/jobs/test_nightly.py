@@ -17,7 +17,7 @@ from typer.testing import CliRunner, Result
 
 from jobs.annotate import annotate
 from pipeline.cluster import Resources
-from pipeline.config.run import StorageConfig
+from pipeline.config.sections import StorageConfig
 from pipeline.queries.query_set import read_unit
 from pipeline.run.actor import annotated_schema
 from pipeline.storage.lease import Lease

@@ -15,7 +15,8 @@ from typer.testing import CliRunner
 
 from jobs.annotate import annotate
 from jobs.rescore import rescore as command
-from pipeline.config.run import Profile, RunConfig, StorageConfig
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import Profile, StorageConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag

@@ -6,7 +6,7 @@ import faiss
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config.run import RetrievalConfig, StorageConfig
+from pipeline.config.sections import RetrievalConfig, StorageConfig
 from pipeline.retrieval.encoder import Vectors
 from pipeline.retrieval.manifest import EncoderEntry, IndexManifest, write_manifest
 from pipeline.retrieval.shard_files import PASSAGE_SCHEMA, build_shard, empty_index, train_index

@@ -6,7 +6,8 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config.run import RunConfig, StorageConfig
+from pipeline.config.run import RunConfig
+from pipeline.config.sections import StorageConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.output.folder import OutputFolder
 from pipeline.run.actor import annotated_schema

@@ -13,7 +13,7 @@ from jobs.benchmark.baselines import ABSENT, Outcome, Released, agreement, read_
 from jobs.benchmark.compare import ComparisonPlan, benchmark
 from jobs.benchmark.results import CALL, FILES, STAGES, Measured, Report, Step, load_of, plot
 from jobs.benchmark.workloads import LONG_PASSAGES, SHORT_WORDS, WORKLOADS, Workload, lengthened, trim_passages
-from pipeline.config.run import DecodingConfig, ModelConfig
+from pipeline.config.sections import DecodingConfig, ModelConfig
 from pipeline.decoding.reflection import REFLECTION_TOKENS
 from pipeline.decoding.types import Passage, Query, RetrievedPassage
 from tests.support.fakes import EOS, word_tokenizer

@@ -10,7 +10,7 @@ from jobs.benchmark.compare import WARM_ROWS, ComparisonPlan, benchmark, model_o
 from jobs.benchmark.job_run import Job
 from jobs.benchmark.results import CALL, FILES, STAGES, write_record
 from jobs.benchmark.workloads import WORKLOADS, lengthened
-from pipeline.config.run import ModelConfig
+from pipeline.config.sections import ModelConfig
 from pipeline.decoding.types import Passage, RetrievedPassage
 from pipeline.engine.arguments import engine_arguments
 from tests.support.fakes import word_tokenizer

@@ -10,7 +10,8 @@ import yaml
 
 from jobs.benchmark.job_run import Job, measured_seconds
 from jobs.benchmark.results import CALL, FILES, STAGES
-from pipeline.config.run import DecodingConfig, ModelConfig, load_config
+from pipeline.config.run import load_config
+from pipeline.config.sections import DecodingConfig, ModelConfig
 
 WARMING = [{"id": "w", "query": "warm?"}]
 REPEATS = [[{"id": f"{n}", "query": f"{n}?"} for n in range(begin, begin + 4)] for begin in (0, 4)]

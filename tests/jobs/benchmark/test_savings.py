@@ -30,7 +30,7 @@ from jobs.benchmark.savings_variants import (
     WholeDecisions,
 )
 from jobs.benchmark.scripted_model import Prompter, Script
-from pipeline.config.run import DecodingConfig, Weights
+from pipeline.config.sections import DecodingConfig, Weights
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection import REFLECTION_TOKENS, Retrieve
 from pipeline.decoding.types import Candidate, Critique, Generation, Passage, Query, RetrievedPassage, Segment

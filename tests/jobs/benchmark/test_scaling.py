@@ -4,7 +4,7 @@ import pytest
 
 from jobs.benchmark.scaling import FIVE_TOKENS, Run, WaitingEngine, scaling_tables, steady_rate
 from jobs.benchmark.scripted_model import Prompter
-from pipeline.config.run import DecodingConfig
+from pipeline.config.sections import DecodingConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag

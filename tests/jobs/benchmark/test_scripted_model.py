@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from jobs.benchmark.scripted_model import OTHERS, WRITTEN, Prompter, Script, write_shape
-from pipeline.config.run import DecodingConfig
+from pipeline.config.sections import DecodingConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection import REFLECTION_TOKENS, IsSup, Retrieve
 from pipeline.decoding.reflection_reader import ReflectionCritic
@@ -84,7 +84,7 @@ def test_a_whole_answer_written_for_a_decision_begins_with_the_same_decision():
 def test_a_shape_is_a_folder_without_weights(tmp_path, monkeypatch):
     from transformers import AutoConfig
 
-    from pipeline.config.run import ModelConfig
+    from pipeline.config.sections import ModelConfig
     from pipeline.decoding.prompts import PromptTokenizer
     from pipeline.engine.models import load_tokenizer
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.run import DecodingConfig
+from pipeline.config.sections import DecodingConfig
 from pipeline.decoding.beam import decide_opening, drop_duplicates, gather_all, is_permitted, prune_children, search
 from pipeline.decoding.choose import choose
 from pipeline.decoding.reflection import IsSup, Retrieve

@@ -4,7 +4,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.run import Weights
+from pipeline.config.sections import Weights
 from pipeline.decoding.critique import critique, retrieve_probability, segment_score
 from pipeline.decoding.reflection import IsRel, IsSup, IsUse
 from tests.support.fakes import EOS, generation, word_tokenizer

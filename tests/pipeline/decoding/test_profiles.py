@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from pipeline.config.run import DecodingConfig, Profile, Weights
+from pipeline.config.sections import DecodingConfig, Profile, Weights
 from pipeline.decoding.profiles import Tasks, built_in_profiles
 from pipeline.decoding.types import Query
 

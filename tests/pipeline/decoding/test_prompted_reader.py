@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config.run import DecodingConfig, ModelConfig
+from pipeline.config.sections import DecodingConfig, ModelConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.prompted_reader import PromptedCritic, filled
 from pipeline.decoding.reflection import REFLECTION_TOKENS, IsRel, IsSup, IsUse

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.config.run import DecodingConfig, Profile
+from pipeline.config.sections import DecodingConfig, Profile
 from pipeline.decoding.choose import cited_passages
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection_reader import ReflectionCritic

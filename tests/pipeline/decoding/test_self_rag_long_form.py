@@ -7,7 +7,7 @@ from dataclasses import dataclass, fields, replace
 
 import pytest
 
-from pipeline.config.run import DecodingConfig
+from pipeline.config.sections import DecodingConfig
 from pipeline.decoding.choose import cited_passages
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection_reader import ReflectionCritic

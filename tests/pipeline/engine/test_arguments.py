@@ -3,7 +3,7 @@ from types import SimpleNamespace
 import pytest
 from peft import LoraConfig
 
-from pipeline.config.run import ModelConfig
+from pipeline.config.sections import ModelConfig
 from pipeline.engine.arguments import (
     check_assigned_gpus,
     check_engine_arguments,

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config.run import ModelConfig
+from pipeline.config.sections import ModelConfig
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection import REFLECTION_TOKENS, Paragraph, Retrieve
 from pipeline.engine.models import load_tokenizer

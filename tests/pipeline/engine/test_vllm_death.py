@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from pipeline.config.run import ModelConfig
+from pipeline.config.sections import ModelConfig
 from pipeline.decoding.reflection import ReflectionIds
 from pipeline.engine.models import load_tokenizer
 from pipeline.engine.vllm import EngineDeadError, VllmGenerator

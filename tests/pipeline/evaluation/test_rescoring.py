@@ -5,7 +5,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.config.run import DecodingConfig, Weights
+from pipeline.config.sections import DecodingConfig, Weights
 from pipeline.decoding.profiles import Tasks, for_choices
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag

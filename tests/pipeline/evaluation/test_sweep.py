@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.config.run import DecodingConfig
+from pipeline.config.sections import DecodingConfig
 from pipeline.decoding.reflection import Retrieve
 from pipeline.decoding.types import Boundary, Candidate, Critique, Passage, Path, RetrievedPassage, Segment, Usage
 from pipeline.evaluation.rescoring import Recorded

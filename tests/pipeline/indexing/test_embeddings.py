@@ -2,7 +2,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.config.run import StorageConfig
+from pipeline.config.sections import StorageConfig
 from pipeline.indexing.embeddings import Place, check_embeddings, vectors_of
 from pipeline.storage.location import locate
 

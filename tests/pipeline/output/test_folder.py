@@ -4,7 +4,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.run import StorageConfig
+from pipeline.config.sections import StorageConfig
 from pipeline.output.folder import OutputFolder, UnitSummary
 from pipeline.run.actor import annotated_schema
 from pipeline.storage.location import Location, StorageError, locate

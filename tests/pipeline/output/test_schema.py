@@ -1,7 +1,7 @@
 import pyarrow as pa
 import pytest
 
-from pipeline.config.run import Columns
+from pipeline.config.sections import Columns
 from pipeline.decoding.types import (
     Answer,
     Boundary,

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.run import Columns, StorageConfig
+from pipeline.config.sections import Columns, StorageConfig
 from pipeline.queries import query_set
 from pipeline.queries.query_set import inspect_queries, read_unit
 from pipeline.storage.location import locate

@@ -7,7 +7,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.run import Columns, StorageConfig
+from pipeline.config.sections import Columns, StorageConfig
 from pipeline.queries.query_set import inspect_queries
 from pipeline.queries.selection import Earlier, NothingNewError, Selection
 from pipeline.storage.location import Location, StorageError, locate

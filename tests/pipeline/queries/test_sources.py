@@ -9,7 +9,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.run import StorageConfig
+from pipeline.config.sections import StorageConfig
 from pipeline.queries.sources import Source, SourceRequest, SourceRow, open_source
 from tests.support.s3 import S3Server
 

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.run import Columns, StorageConfig
+from pipeline.config.sections import Columns, StorageConfig
 from pipeline.queries import writer as query_writer
 from pipeline.queries.query_set import QuerySet, inspect_queries
 from pipeline.queries.schema import QUERY_FIELDS

@@ -1,6 +1,6 @@
 import pytest
 
-from pipeline.config.run import Columns
+from pipeline.config.sections import Columns
 from pipeline.output.folder import OutputFolder
 from pipeline.report.examples import EXAMPLES, LONGEST_PASSAGE, LONGEST_TEXT, MOST_TASKS, ExampleRow, examples, pieces
 from pipeline.report.figures import ReadOptions, read_set

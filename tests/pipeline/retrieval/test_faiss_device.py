@@ -4,7 +4,7 @@ import re
 import faiss
 import pytest
 
-from pipeline.config.run import RetrievalConfig
+from pipeline.config.sections import RetrievalConfig
 from pipeline.gpus import AssignedGpus
 from pipeline.retrieval.faiss_device import (
     RELEASE_SECONDS,

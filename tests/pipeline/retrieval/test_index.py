@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.config.run import RetrievalConfig
+from pipeline.config.sections import RetrievalConfig
 from pipeline.decoding.types import Passage
 from pipeline.retrieval.index import PassageIndex, Shard
 from pipeline.retrieval.manifest import check_index_manifest, read_manifest, write_manifest

@@ -7,7 +7,7 @@ import pyarrow as pa
 import pytest
 from pyarrow import fs
 
-from pipeline.config.run import RetrievalConfig
+from pipeline.config.sections import RetrievalConfig
 from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.index_cache import obtain, room_for
 from pipeline.retrieval.manifest import read_manifest

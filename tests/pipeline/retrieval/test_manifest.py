@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.config.run import RetrievalConfig
+from pipeline.config.sections import RetrievalConfig
 from pipeline.retrieval.encoder import EncoderStyle
 from pipeline.retrieval.manifest import check_encoder, check_index_manifest, read_manifest
 from pipeline.storage.location import Location

@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config.run import RetrievalConfig
+from pipeline.config.sections import RetrievalConfig
 from pipeline.decoding.self_rag import given_passages
 from pipeline.decoding.types import Passage, Query, RetrievedPassage
 from pipeline.retrieval.encoder import Vectors

@@ -13,7 +13,7 @@ import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config.run import ExecutionConfig, StorageConfig
+from pipeline.config.sections import ExecutionConfig, StorageConfig
 from pipeline.decoding.types import Passage
 from pipeline.retrieval.encoder import Vectors
 from pipeline.retrieval.index import Found, Hit, PassageIndex

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.run import StorageConfig
+from pipeline.config.sections import StorageConfig
 from pipeline.storage.lease import Lease, OutputInUseError, process_start
 from pipeline.storage.location import Location, locate
 from tests.support.leases import leave_lease

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 from pyarrow import fs
 
-from pipeline.config.run import StorageConfig
+from pipeline.config.sections import StorageConfig
 from pipeline.storage.location import MissingFileError, StorageError, locate, passing
 from tests.support.flaky import BUSY, flaky
 

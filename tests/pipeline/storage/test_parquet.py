@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.run import StorageConfig
+from pipeline.config.sections import StorageConfig
 from pipeline.storage import parquet
 from pipeline.storage.location import StorageError, locate
 from pipeline.storage.parquet import (

@@ -1,4 +1,4 @@
-from pipeline.config.run import Columns
+from pipeline.config.sections import Columns
 from pipeline.queries.schema import check_query_schema, query_of
 from pipeline.training.data import Claim, Instruction, ReadingTriple, TeachingData
 from pipeline.training.held_out import held_out_queries
