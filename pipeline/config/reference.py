@@ -10,22 +10,22 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
-from typing import Any, get_args
+from typing import Any
 
 from pipeline.config.loading import Frozen
-from pipeline.config.run import RunConfig
-from pipeline.config.sections import ModelConfig, Profile
+from pipeline.config.run import RunConfig, is_fixed, section_of
 
-HEAD = """<!-- Made from pipeline/config/run.py: python -m pipeline.config.reference > infra/CONFIGURATION.md -->
+HEAD = """<!-- Made from pipeline/config: python -m pipeline.config.reference > infra/CONFIGURATION.md -->
 # Configuration of a run
 
-Every key can stand in the YAML file of `--config` and after `--set` (`--set decoding.threshold=0.3`). Settings go
-before the file, and flags such as `--output` before both. Unknown keys and wrong values are refused, with status 2.
+Set a key in the YAML file of `--config` or with `--set` (`--set decoding.threshold=0.3`). `--set` takes precedence over
+the file, and flags such as `--output` take precedence over both. Unknown keys and wrong values end the command with
+status 2.
 
-Keys that are *fixed* decide the results: a run that has begun goes on with the same values only, also of `profiles` and
-of what is in `model.engine` but for the engine's share of machines (`gpu_memory_utilization`, `kv_cache_memory_bytes`,
-`max_num_batched_tokens`, `max_num_seqs`, and the parallel sizes). Query set, index and model
-must hold the same as well, wherever they lie. All other keys may change from one call to the next.
+Keys marked *fixed* decide the results: a run can only be resumed with the same values. This includes all arguments in
+`model.engine` except those that place the engine on machines (`gpu_memory_utilization`, `kv_cache_memory_bytes`,
+`max_num_batched_tokens`, `max_num_seqs`, and the parallel sizes). The content of the query set, the index and the model
+must be the same too, wherever they lie. All other keys may change from one call to the next.
 """
 WORDS = {"string": "text", "boolean": "`true` or `false`", "object": "mapping", "array": "list"}
 # An entry of a docstring's section "Attributes": its names, and their meaning on that line and the indented ones below.
@@ -66,22 +66,9 @@ def keys(section: type[Frozen] = RunConfig, prefix: str = "") -> Iterator[Key]:
             within[name if field.annotation is inner else f"{name}.NAME"] = inner
         if field.annotation is not inner:
             default = None if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
-            yield Key(prefix + name, words(properties[name]), default, meanings.get(name, ""), fixed(prefix + name))
+            yield Key(prefix + name, words(properties[name]), default, meanings.get(name, ""), is_fixed(prefix + name))
     for name, inner in within.items():
         yield from keys(inner, f"{prefix}{name}.")
-
-
-def section_of(annotation: Any) -> type[Frozen] | None:
-    """The section that a field is, or is a mapping of; None for a plain value."""
-    kinds = (kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
-    return next((kind for kind in kinds if issubclass(kind, Frozen)), None)
-
-
-def fixed(name: str) -> bool:
-    """Whether a key, or what it lies in, decides the results."""
-    model, profiles = ModelConfig(name="", engine={"dtype": "half"}), {"NAME": Profile(decoding={"segments": 2})}
-    decisive = RunConfig(queries="", output="", model=model, profiles=profiles).decisive()
-    return any(f"{name}.".startswith(f"{key}.") or key.startswith(f"{name}.") for key in decisive)
 
 
 def attributes(section: type[Frozen]) -> dict[str, str]:

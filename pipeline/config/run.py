@@ -4,14 +4,16 @@ import os
 from collections.abc import Sequence
 from datetime import UTC, date, datetime
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
 from pipeline.config.loading import Frozen, apply_settings, assign, dated, flatten, read_yaml, validated
 from pipeline.config.sections import (
+    FREE_ENGINE_ARGUMENTS,
     Columns,
     DecodingConfig,
+    Effect,
     ExecutionConfig,
     ModelConfig,
     OnFailure,
@@ -20,45 +22,36 @@ from pipeline.config.sections import (
     StorageConfig,
 )
 
-# What a model is called, and how its engine uses machines: neither changes an answer beyond rounding.
-OF_THE_MODEL = (
-    "model.name",
-    "model.revision",
-    "model.lora",
-    *(f"model.engine.{kind}_parallel_size" for kind in ("data", "pipeline", "prefill_context", "tensor")),
-    *(f"model.engine.{memory}" for memory in ("gpu_memory_utilization", "kv_cache_memory_bytes")),
-    *(f"model.engine.max_num_{limit}" for limit in ("batched_tokens", "seqs")),
-)
-# Settings of a run that are URIs, and may hold its day.
+# Settings of a run that are URIs and may contain its date.
 URIS = ("queries", "index", "output", "skip_annotated")
 
 
 class RunConfig(Frozen):
-    """One annotation run. In its URIs ``{date}`` is the run's day, ``{date:%Y/%m/%d}`` the same in another form.
+    """One annotation run. In its URIs ``{date}`` is the date of the run, ``{date:%Y/%m/%d}`` in another format.
 
     Attributes:
-        queries: URI of a Parquet file or of a folder of them.
+        queries: URI of a Parquet file or of a folder of Parquet files.
         output: URI of the folder for the annotated set.
-        index: URI of an index folder; not needed where every row has given passages or ``mode`` is ``never``.
-        skip_annotated: URI of a folder with earlier annotated sets somewhere below it; queries whose ids they
-            answer are left out.
-        task: profile of the rows that name none.
-        profiles: task profiles by name, beside the built-in ones or in their place.
+        index: URI of an index folder; not needed if every row has given passages or ``mode`` is ``never``.
+        skip_annotated: URI of a folder with earlier annotated sets anywhere below it; queries that they answer are
+            skipped.
+        task: Task profile of the rows without one.
+        profiles: Task profiles by name, in addition to the built-in ones or replacing them.
     """
 
-    queries: str
-    output: str
-    index: str | None = None
-    skip_annotated: str | None = None
+    queries: Annotated[str, Effect.FREE]
+    output: Annotated[str, Effect.FREE]
+    index: Annotated[str | None, Effect.FREE] = None
+    skip_annotated: Annotated[str | None, Effect.FREE] = None
     model: ModelConfig
     columns: Columns = Columns()
     decoding: DecodingConfig = DecodingConfig()
     task: str | None = None
     profiles: dict[str, Profile] = Field(default_factory=dict)
-    retrieval: RetrievalConfig = RetrievalConfig()
-    execution: ExecutionConfig = ExecutionConfig()
-    storage: StorageConfig = StorageConfig()
-    on_failure: OnFailure = OnFailure()
+    retrieval: Annotated[RetrievalConfig, Effect.FREE] = RetrievalConfig()
+    execution: Annotated[ExecutionConfig, Effect.FREE] = ExecutionConfig()
+    storage: Annotated[StorageConfig, Effect.FREE] = StorageConfig()
+    on_failure: Annotated[OnFailure, Effect.FREE] = OnFailure()
 
     def recorded(self) -> dict[str, Any]:
         """The configuration for the manifest: plain values, no credentials."""
@@ -70,18 +63,33 @@ class RunConfig(Frozen):
         return self.model_dump(mode="json", exclude=exclude)
 
     def decisive(self) -> dict[str, Any]:
-        """The keys that decide the results, flat (``decoding.threshold``): a resumed run must have the same.
+        """The fixed keys with their values, flat (``decoding.threshold``): a resumed run must have the same.
 
-        Where the job runs, how storage is reached and how the engine shares its memory may change; ``unit_rows`` may
-        not, since it cuts the work into output files. Queries, index and model are compared by what they are, wherever
-        they lie.
+        Queries, index and model are compared by their content, wherever they lie.
         """
-        flat = flatten(self.recorded())
-        places = ("queries", "index", "output", "skip_annotated", "retrieval.", "execution.", "storage.")
-        elsewhere = (*places, *OF_THE_MODEL)
-        kept = {key: value for key, value in flat.items() if value != {} and not key.startswith(elsewhere)}
-        decisive = ("retrieval.encoder", "retrieval.search", "retrieval.float16", "execution.unit_rows")
-        return {**kept, **{key: flat[key] for key in decisive}}
+        return {key: value for key, value in flatten(self.recorded()).items() if value != {} and is_fixed(key)}
+
+
+def is_fixed(key: str) -> bool:
+    """Whether a dotted key, or a name in its place such as ``profiles.NAME.metric``, decides the results."""
+    section: type[Frozen] | None = RunConfig
+    effect, names = Effect.FIXED, iter(key.split("."))
+    for name in names:
+        if section is None:
+            break
+        field = section.model_fields[name]
+        effect = next((mark for mark in field.metadata if isinstance(mark, Effect)), effect)
+        section = section_of(field.annotation)
+        if section is not None and section is not field.annotation:
+            next(names, None)  # the name of an entry
+    engine_argument = key.startswith("model.engine.") and key.removeprefix("model.engine.") in FREE_ENGINE_ARGUMENTS
+    return effect is Effect.FIXED and not engine_argument
+
+
+def section_of(annotation: Any) -> type[Frozen] | None:
+    """The section that a field is, or is a mapping of; None for a plain value."""
+    kinds = (kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
+    return next((kind for kind in kinds if issubclass(kind, Frozen)), None)
 
 
 def load_config(file: str | None, settings: list[str], flags: dict[str, Any], day: date | None = None) -> RunConfig:

@@ -1,5 +1,6 @@
 """The sections of a configuration: frozen models whose docstrings are the reference of their keys."""
 
+from enum import Enum
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, SecretStr, field_validator, model_validator
@@ -7,24 +8,45 @@ from pydantic import Field, SecretStr, field_validator, model_validator
 from pipeline.config.loading import Frozen, parse_search
 
 Positive = Annotated[int, Field(ge=1)]
-
-
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
-
-
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
+class Effect(Enum):
+    """Mark of a field: whether it decides the results. A mark holds for all fields of a section that have none.
+
+    ``FIXED`` keys must be the same when a run is resumed, ``FREE`` ones may change. Without any mark a key is fixed.
+    """
+
+    FIXED = "fixed"
+    FREE = "free"
+
+
+# How vLLM uses machines and memory: changes answers by rounding at most.
+FREE_ENGINE_ARGUMENTS = frozenset(
+    {
+        "data_parallel_size",
+        "pipeline_parallel_size",
+        "prefill_context_parallel_size",
+        "tensor_parallel_size",
+        "gpu_memory_utilization",
+        "kv_cache_memory_bytes",
+        "max_num_batched_tokens",
+        "max_num_seqs",
+    }
+)
+
+
 class Columns(Frozen):
-    """Which column of the query set holds what. All but ``id`` and ``query`` may be missing there.
+    """Names of the columns of the query set. All columns but those of ``id`` and ``query`` are optional.
 
     Attributes:
-        id: unique, not null.
-        query: what is asked.
-        input: text under ``### Input:``.
-        task: which profile the row is asked with.
-        choices: closed set of answers.
-        passages: given passages, read instead of the index.
+        id: Column of unique ids, without nulls.
+        query: Column of the queries.
+        input: Column of the text under ``### Input:``.
+        task: Column of the task profile of each row.
+        choices: Column of closed sets of answers.
+        passages: Column of given passages, which are read instead of the index.
     """
 
     id: str = "id"
@@ -36,19 +58,19 @@ class Columns(Frozen):
 
 
 class ModelConfig(Frozen):
-    """The model, and any argument of vLLM's engine. A text in the section's place is the name.
+    """The model, and any argument of vLLM's engine. A string in place of the section is the name.
 
     Attributes:
-        name: Hugging Face name, local folder, or ``demo``.
-        revision: of the Hugging Face repository.
-        lora: folder or name of a LoRA adapter to serve the model with.
-        engine: arguments of ``vllm.AsyncEngineArgs`` by name, such as ``tensor_parallel_size``,
+        name: Name on the Hugging Face hub, local folder, or ``demo``.
+        revision: Branch, tag or commit on the Hugging Face hub.
+        lora: Folder or name of a LoRA adapter to serve the model with.
+        engine: Arguments of ``vllm.AsyncEngineArgs`` by name, such as ``tensor_parallel_size``,
             ``quantization``, ``dtype``, ``max_model_len`` or ``gpu_memory_utilization``.
     """
 
-    name: str
-    revision: str | None = None
-    lora: str | None = None
+    name: Annotated[str, Effect.FREE]
+    revision: Annotated[str | None, Effect.FREE] = None
+    lora: Annotated[str | None, Effect.FREE] = None
     engine: dict[str, Any] = Field(default_factory=dict)
 
 
@@ -56,10 +78,10 @@ class Weights(Frozen):
     """Weights of a segment's score (paper, equation 4); the defaults are the paper's.
 
     Attributes:
-        sequence: weight of the segment's mean token probability.
-        relevance: weight of IsRel.
-        support: weight of IsSup.
-        utility: weight of IsUse.
+        sequence: Weight of the segment's mean token probability.
+        relevance: Weight of IsRel.
+        support: Weight of IsSup.
+        utility: Weight of IsUse.
     """
 
     sequence: Weight = 1.0
@@ -69,25 +91,25 @@ class Weights(Frozen):
 
 
 class DecodingConfig(Frozen):
-    """How an answer is found.
+    """How answers are decoded.
 
     Attributes:
-        critic: ``reflection`` reads the tokens of a model that was taught them; ``prompted`` asks any instruct model
-            in words.
-        mode: ``adaptive`` lets the model decide whether to retrieve; ``always`` and ``never`` do not ask it.
-        threshold: the paper's delta; retrieve where p(Yes) / (p(Yes) + p(No)) is above it.
-        passages: passages read for each segment (the paper's k).
-        max_tokens: longest segment, in tokens.
-        segments: most segments of an answer (the paper's T); 1 is the short form.
-        beam_width: paths that go on after each segment (the paper's B).
-        search: what later segments ask the index: ``dynamic`` is the query and the last segment, ``static`` the
-            query alone.
-        citations: end each segment with the number of its passage, as in ``[1]``.
-        constraint: drop segments that contradict their passage, or all that it does not fully support; a path
-            ends where nothing else is left.
-        keep_candidates: write every scored candidate, not only the chosen ones.
-        explore: write both what retrieval and what its absence leads to, whatever is decided at first, so that
-            other thresholds can be tried on the candidates; needs ``keep_candidates``.
+        critic: ``reflection`` reads the reflection tokens of a model trained to write them; ``prompted`` asks any
+            instruct model in words.
+        mode: ``adaptive`` lets the model decide whether to retrieve; ``always`` and ``never`` decide for it.
+        threshold: The paper's δ: retrieve if p(Yes) / (p(Yes) + p(No)) exceeds it.
+        passages: Passages read for each segment (the paper's k).
+        max_tokens: Maximum tokens of a segment.
+        segments: Maximum segments of an answer (the paper's T); 1 is the short form.
+        beam_width: Paths kept after each segment (the paper's B).
+        search: Search text of later segments: ``dynamic`` is the query and the last segment, ``static`` the query
+            alone.
+        citations: End each segment with the number of its passage, as in ``[1]``.
+        constraint: Drop segments that contradict their passage (``no_contradiction``), or that it does not fully
+            support (``full_support``); a path ends if no segment is left.
+        keep_candidates: Write every scored candidate, not only the chosen ones.
+        explore: Decode both with and without retrieval at the first decision, so that other thresholds can be tried
+            on the candidates; needs ``keep_candidates``.
     """
 
     critic: Literal["reflection", "prompted"] = "reflection"
@@ -112,13 +134,13 @@ class DecodingConfig(Frozen):
 
 
 class Profile(Frozen):
-    """How the rows of a task are asked, decoded and judged.
+    """How the rows of a task are prompted, decoded and scored.
 
     Attributes:
-        instruction: what the model is asked; ``{query}`` and ``{choices}`` stand for the row's own.
-        choices: closed set of rows that bring none.
-        decoding: keys of the section ``decoding``; the run's own settings go before them.
-        metric: the figure that the task is known by.
+        instruction: Instruction to the model; ``{query}`` and ``{choices}`` are replaced by those of the row.
+        choices: Closed set of answers for rows without their own.
+        decoding: Keys of the section ``decoding``; the run's own settings take precedence.
+        metric: Headline metric of the task.
     """
 
     instruction: str = "{query}"
@@ -130,7 +152,7 @@ class Profile(Frozen):
     @classmethod
     def _known_settings(cls, decoding: dict[str, Any]) -> dict[str, Any]:
         if whole_run := {"critic", "keep_candidates", "explore"} & decoding.keys():
-            raise ValueError(f"{', '.join(sorted(whole_run))} is the run's to say, not a profile's")
+            raise ValueError(f"{', '.join(sorted(whole_run))} can only be set for the whole run, not in a profile")
         DecodingConfig.model_validate(decoding)
         return decoding
 
@@ -146,28 +168,28 @@ class RetrievalConfig(Frozen):
     """How the index is searched.
 
     Attributes:
-        encoder: refuse an index that was not built with this one; by default the index says which it needs.
+        encoder: Encoder that the index must have been built with; by default the one that the index names is loaded.
         search: FAISS search parameters such as ``nprobe=16`` or ``efSearch=64``, comma-separated.
-        topology: ``local`` gives every actor all shards; ``partitioned`` spreads them over shard servers, for an
+        topology: ``local`` loads all shards in every actor; ``partitioned`` spreads them over shard servers, for an
             index that is larger than one machine or card.
-        device: where FAISS and the encoder run; ``auto`` takes the GPU that Ray assigned to the actor or shard server
-            where the index fits on it, otherwise the CPU; ``gpu`` insists.
-        float16: keep the vectors of ``Flat`` shards, and the tables of product quantisers, in half precision on the
-            GPU: halves what ``Flat`` needs, and GPUs need it for 49 to 96 parts.
-        batch_size: most queries encoded and searched together.
-        wait_ms: how long the first of them waits for others.
-        threads: of FAISS, per actor or shard server.
-        verify: check the digest of every index file before it is opened.
-        cache: folder for index files that come from object storage.
-        cache_gb: most gigabytes (10^9 bytes) of that folder; files of other indexes go first, the longest unused
-            ones before others. No limit by default.
+        device: Where FAISS and the encoder run: ``auto`` uses the GPU that Ray assigned to the actor or shard server
+            if the index fits on it, otherwise the CPU; ``gpu`` fails if it does not.
+        float16: Keep the vectors of ``Flat`` shards, and the tables of product quantizers, in half precision on the
+            GPU; halves the memory of ``Flat``, and GPUs require it for 49 to 96 subquantizers.
+        batch_size: Maximum queries encoded and searched together.
+        wait_ms: Milliseconds that the first query of a batch waits for others.
+        threads: FAISS threads per actor or shard server.
+        verify: Check the digest of every index file before it is opened.
+        cache: Local folder for index files from object storage.
+        cache_gb: Maximum size of that folder in gigabytes (10^9 bytes); files of other indexes are evicted first, least
+            recently used first. Unlimited by default.
     """
 
-    encoder: str | None = None
-    search: str = ""
+    encoder: Annotated[str | None, Effect.FIXED] = None
+    search: Annotated[str, Effect.FIXED] = ""
     topology: Literal["local", "partitioned"] = "local"
     device: Literal["auto", "cpu", "gpu"] = "auto"
-    float16: bool = False
+    float16: Annotated[bool, Effect.FIXED] = False
     batch_size: Positive = 64
     wait_ms: Annotated[float, Field(ge=0.0)] = 2.0
     threads: Positive = 1
@@ -183,24 +205,23 @@ class RetrievalConfig(Frozen):
 
 
 class ExecutionConfig(Frozen):
-    """Where and how the job runs; changes nothing in the results.
+    """Where and how the job runs; does not change the results.
 
     Attributes:
-        actors: actors at work, each with a replica of the model.
-        cpus_per_actor: by default all of the machine's for one actor, an even share for several.
+        actors: Number of actors, each with a replica of the model.
+        cpus_per_actor: CPUs of each actor; by default an even share of the machine's.
         gpus_per_actor: GPUs of each actor: those of a replica of the model (tensor × pipeline × data parallel; the
-            default where the cluster has GPUs), a share of one below 1, or 0 (the default elsewhere).
-        shard_servers: of the partitioned topology; by default one for each node, at most one for each shard.
+            default if the cluster has GPUs), a share of one below 1, or 0 (the default without GPUs).
+        shard_servers: Shard servers of the partitioned topology; by default one per node, at most one per shard.
         cpus_per_server: CPUs of each shard server.
-        gpus_per_server: 1 or a share of a GPU for each shard server; with 0 the servers search on the CPU.
-        unit_rows: rows of a work unit, which is one output file.
-        units_in_flight: units that an actor has in hand at once, from reading to writing; they keep its engine full.
-        row_timeout_s: rows that take longer go to ``errors/``; a row shares the engine with all others in flight.
-        max_error_rate: share of rows in ``errors/`` above which a finished run counts as failed, and above which
-            (and above 100 rows) one that is at work stops.
-        lock: URI of a folder in which only one run at a time may be at work, whatever their outputs; by default
-            ``skip_annotated``.
-        ray_address: of a running cluster; by default ``RAY_ADDRESS``, and without it Ray starts in this process.
+        gpus_per_server: GPU of each shard server: 1 or a share of one; with 0 the servers search on the CPU.
+        unit_rows: Rows of a work unit, which is one output file.
+        units_in_flight: Units that an actor works on at once, from reading to writing, to keep its engine full.
+        row_timeout_s: Seconds after which a row goes to ``errors/``; it shares the engine with all rows in flight.
+        max_error_rate: Share of rows in ``errors/`` above which a finished run counts as failed, and above which (and
+            above 100 rows) a run stops early.
+        lock: URI of a folder that allows one run at a time, whatever their outputs; by default ``skip_annotated``.
+        ray_address: Address of a running cluster; by default ``RAY_ADDRESS``, and without it Ray starts locally.
     """
 
     actors: Positive = 1
@@ -209,7 +230,7 @@ class ExecutionConfig(Frozen):
     shard_servers: Positive | None = None
     cpus_per_server: Annotated[float, Field(ge=0)] = 1.0
     gpus_per_server: Share = 0.0
-    unit_rows: Positive = 256
+    unit_rows: Annotated[Positive, Effect.FIXED] = 256
     units_in_flight: Positive = 3
     row_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     max_error_rate: Share = 0.01
@@ -218,15 +239,15 @@ class ExecutionConfig(Frozen):
 
 
 class StorageConfig(Frozen):
-    """Access to object storage. What is not set comes from the standard AWS variables, files and roles.
+    """Access to object storage. Unset keys come from the standard AWS variables, files and roles.
 
     Attributes:
-        endpoint_url: of a store that is not AWS, such as ``http://127.0.0.1:9000``.
-        region: of the buckets.
-        access_key, secret_key, session_token: credentials; better as variables, roles or a file, since a command line
+        endpoint_url: URL of a store that is not AWS, such as ``http://127.0.0.1:9000``.
+        region: Region of the buckets.
+        access_key, secret_key, session_token: Credentials; prefer variables, roles or a file, since a command line
             can be read in the process list.
-        patience_s: how long faults that pass (no connection, errors 500 and 503, throttling) are waited for, with
-            longer and longer pauses, before the job gives up.
+        patience_s: Seconds for which transient errors (no connection, errors 500 and 503, throttling) are retried with
+            exponential backoff before the job fails.
     """
 
     endpoint_url: str | None = None
@@ -238,11 +259,11 @@ class StorageConfig(Frozen):
 
 
 class OnFailure(Frozen):
-    """Who is told when a run fails (``pipeline.run.notices``).
+    """Notifications of a failed run.
 
     Attributes:
-        command: program and arguments; gets a JSON object on its stdin.
-        webhook: gets the same by POST.
+        command: Program and arguments to run, with a JSON object on stdin.
+        webhook: URL that receives the same object by POST.
     """
 
     command: tuple[str, ...] = ()

@@ -84,7 +84,7 @@ ERROR_FIELDS = [
     pa.field("error_message", pa.string()),
     pa.field("attempts", pa.int32()),
 ]
-# What the output's columns mean, for people: the dataset card shows it, and a test holds the README to it.
+# Meanings of the output columns: the dataset card shows them, and a test compares infra/DATA.md with them.
 MEANINGS: Mapping[tuple[str, ...], str] = {
     ("answer", "raw_output"): "without and with reflection tokens",
     ("retrieved", "retrieve_probability"): (

@@ -82,7 +82,7 @@ def test_the_build_sees_the_code_and_the_demo_and_nothing_else() -> None:
 
 
 def test_models_and_index_copies_lie_in_the_volume() -> None:
-    from pipeline.config.run import RetrievalConfig
+    from pipeline.config.sections import RetrievalConfig
 
     assert instructions("VOLUME") == ["/home/selfrag/.cache"]
     assert RetrievalConfig().cache == "~/.cache/selfrag/index"

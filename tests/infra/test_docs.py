@@ -12,7 +12,7 @@ from pipeline.config.loading import apply_settings
 from pipeline.config.run import load_config
 
 ROOT = Path(__file__).parents[2]
-DOCUMENTS = [ROOT / "README.md", *sorted((ROOT / "infra").rglob("*.md"))]
+DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "infra").rglob("*.md"))]
 # What a run needs that a command in the documentation leaves out.
 NEEDED = {"queries": "q", "output": "o", "model.name": "m"}
 
@@ -57,9 +57,13 @@ def test_links_lead_somewhere() -> None:
             assert (file.parent / target).exists(), f"{file.name}: {target}"
 
 
-def test_links_within_the_readme_lead_to_headings() -> None:
-    text = (ROOT / "README.md").read_text()
-    headings = {
-        re.sub(r"[^\w\- ]", "", line[3:].lower()).replace(" ", "-") for line in text.splitlines() if line[:3] == "## "
-    }
-    assert set(re.findall(r"\]\(#([^)]+)\)", text)) <= headings
+def test_links_to_headings_lead_somewhere() -> None:
+    for file in DOCUMENTS:
+        for target, heading in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", file.read_text()):
+            assert heading in anchors(file.parent / target if target else file), f"{file.name}: {target}#{heading}"
+
+
+def anchors(file: Path) -> set[str]:
+    """What GitHub makes of a document's headings."""
+    titles = re.findall(r"^#+ (.+)$", file.read_text(), re.MULTILINE)
+    return {re.sub(r"[^\w\- ]", "", title.lower()).replace(" ", "-") for title in titles}

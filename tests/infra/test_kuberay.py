@@ -20,7 +20,8 @@ import pytest
 import yaml
 from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
 
-from pipeline.config.run import RunConfig, StorageConfig, load_config
+from pipeline.config.run import RunConfig, load_config
+from pipeline.config.sections import StorageConfig
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "infra" / "kuberay"

@@ -43,7 +43,7 @@ def test_the_wheel_holds_every_module_and_its_data(wheel: Path) -> None:
         str(file.relative_to(ROOT))
         for package in ("jobs", "pipeline")
         for file in (ROOT / package).rglob("*")
-        if file.suffix in (".py", ".yaml", ".css", ".j2")
+        if file.suffix in (".py", ".yaml", ".css", ".j2", ".typed")
     }
     assert held == there
 

@@ -1,4 +1,4 @@
-"""The README's commands, run in their order on a few of the demo's rows.
+"""The commands of the README and of the documents that continue it, run in their order on a few of the demo's rows.
 
 Runs after the first one are dry ones, since the engine would take a minute each time.
 """
@@ -23,16 +23,18 @@ from jobs.demo import DEMO
 from tests.infra.test_docs import ROOT, words_of
 from tests.support.s3 import serving_s3
 
-README = (ROOT / "README.md").read_text()
-# What is not at hand where tests run: models and data sets of the hub, a GPU, and a cluster (test_submit.py has one).
-ELSEWHERE = ("--dataset", "--shape", "hf:", "BAAI/", "selfrag/", "execution.ray_address=auto")
+# In the order in which a reader follows them: later commands use what earlier ones made.
+DOCUMENTS = [ROOT / name for name in ("README.md", "infra/DATA.md", "infra/CLUSTER.md")]
+# What is not at hand where tests run: models and data sets of the hub, and a cluster (test_submit.py has one).
+ELSEWHERE = ("--dataset", "hf:", "BAAI/", "selfrag/", "execution.ray_address=auto")
 # What a run needs beside its command: candidates for sweeps; a dry run where the engine would be started once more.
 KEPT = ["--set", "decoding.keep_candidates=true", "--set", "decoding.explore=true", "--set", "decoding.max_tokens=20"]
 DRY = ["--model", "demo", "--set", "execution={actors: 1, cpus_per_actor: 1, gpus_per_actor: 0}", "--dry-run"]
 
 
 def blocks() -> list[str]:
-    return re.findall(r"^```\w*\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    texts = [document.read_text() for document in DOCUMENTS]
+    return [block for text in texts for block in re.findall(r"^```\w*\n(.*?)^```", text, re.MULTILINE | re.DOTALL)]
 
 
 def commands() -> list[tuple[str, list[str]]]:
@@ -47,7 +49,7 @@ def runs(words: list[str]) -> bool:
 
 
 def prepare(folder: Path) -> None:
-    """The files that the README speaks of."""
+    """Write the files that the commands read."""
     pq.write_table(pq.read_table(DEMO / "passages.parquet").slice(0, 60), folder / "passages.parquet")
     questions = pq.read_table(DEMO / "queries.parquet").slice(0, 12)
     pq.write_table(questions, folder / "queries.parquet")
@@ -71,12 +73,12 @@ def call(job: str, words: list[str]) -> tuple[int, str]:
 
 def test_most_commands_can_be_run_here() -> None:
     found = commands()
-    assert len(found) > 15
-    elsewhere = ["build_index", "annotate", "import_queries", "import_queries", "annotate", "benchmark"]
+    assert len(found) > 18
+    elsewhere = ["build_index", "annotate", "import_queries", "import_queries", "annotate"]
     assert [job for job, words in found if not runs(words)] == elsewhere
 
 
-def test_the_readme_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_documents_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(tmp_path)
     bucket = tmp_path / "store" / "bucket"
     bucket.parent.mkdir()
@@ -93,11 +95,11 @@ def test_the_readme_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPa
                 shutil.rmtree(bucket / "index")
             status, output = call(job, [*words, *more])
             assert status == 0, f"jobs.{job} {shlex.join(words)}: {output[-2000:]}"
-            if more == KEPT:  # what later commands speak of
+            if more == KEPT:  # later commands use these
                 shutil.copytree("annotated", "last_week")
                 shutil.copytree("index", bucket / "index")
         rows = pa.concat_tables(pq.read_table(file) for file in Path("annotated/data").glob("*.parquet"))
         assert sorted(rows["id"].to_pylist()) == sorted(pq.read_table("queries.parquet")["id"].to_pylist())
         assert Path("rescored/_SUCCESS").exists()
         assert Path("annotated/report.html").stat().st_size > 10_000
-        assert pq.read_table("queries/").num_rows == 3
+        assert pq.read_table("queries/").num_rows == pq.read_table("imported/").num_rows == 3

@@ -46,7 +46,7 @@ def test_the_code_says_the_message(message):
 
 def test_messages_are_found_and_invented_ones_are_not_said():
     assert len(MESSAGES) > 30
-    assert "another run is at work there (process … on …, since …)" in MESSAGES
+    assert "another run is using this output (process … on …, since …)" in MESSAGES
     assert not is_said("another run is at play there (process … on …, since …)")
     assert not is_said("Everything that can be checked before an engine starts")  # a docstring
 

@@ -1,4 +1,4 @@
-"""``ray job submit``, as README says it, to a cluster with its job server on loopback; the engine is a scripted one."""
+"""``ray job submit``, as in infra/CLUSTER.md, to a cluster with its job server on loopback; the engine is scripted."""
 
 import os
 import socket

@@ -91,6 +91,15 @@ def test_a_library_is_known_to_its_rooms_alone(library: str) -> None:
     assert users <= LIBRARIES[library]
 
 
+def test_no_two_public_functions_or_classes_share_a_name() -> None:
+    places: dict[str, list[str]] = {}
+    for file in [*HOME.rglob("*.py"), *(ROOT / "jobs").rglob("*.py")]:
+        for node in ast.parse(file.read_text()).body:
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.ClassDef) and node.name[0] != "_":
+                places.setdefault(node.name, []).append(str(file.relative_to(ROOT)))
+    assert {name: files for name, files in places.items() if len(files) > 1} == {}
+
+
 def test_pipeline_does_not_import_commands() -> None:
     for file in HOME.rglob("*.py"):
         assert not [name for name in imported(file) if name.split(".")[0] == "jobs"], file

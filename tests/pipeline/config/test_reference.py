@@ -1,6 +1,7 @@
 from pathlib import Path
 
 from pipeline.config.reference import keys, reference
+from pipeline.config.run import is_fixed
 
 FILE = Path(__file__).parents[3] / "infra" / "CONFIGURATION.md"
 KEYS = {key.name: key for key in keys()}
@@ -25,10 +26,21 @@ def test_types_limits_and_defaults_are_those_of_the_models():
     assert KEYS["decoding.mode"].kind == "`adaptive` or `always` or `never`"
 
 
+def test_engine_arguments_are_fixed_but_for_those_that_place_the_engine():
+    assert is_fixed("model.engine.dtype")
+    assert not is_fixed("model.engine.tensor_parallel_size")
+
+
+def test_every_meaning_is_a_whole_phrase():
+    pieces = ("of ", "by ", "where ", "such as ", "gets ", "or ", "and ", "so ")
+    assert [name for name, key in KEYS.items() if key.meaning.startswith(pieces)] == []
+
+
 def test_a_meaning_over_two_lines_and_one_of_two_keys_are_whole():
-    assert KEYS["storage.session_token"].meaning.startswith("credentials; better as variables")
+    assert KEYS["storage.session_token"].meaning.startswith("Credentials; prefer variables")
     assert KEYS["decoding.critic"].meaning == (
-        "`reflection` reads the tokens of a model that was taught them; `prompted` asks any instruct model in words."
+        "`reflection` reads the reflection tokens of a model trained to write them; "
+        "`prompted` asks any instruct model in words."
     )
 
 

@@ -90,7 +90,7 @@ def test_a_users_profile_may_replace_a_built_in_one() -> None:
     ("tree", "problem"),
     [
         ({"instruction": "Answer."}, "must hold {query}"),
-        ({"decoding": {"explore": True}}, "explore is the run's to say"),
+        ({"decoding": {"explore": True}}, "explore can only be set for the whole run"),
         ({"decoding": {"treshold": 0.1}}, "treshold"),
         ({"metric": "bleu"}, "metric"),
     ],

@@ -6,8 +6,8 @@ import pyarrow as pa
 import pytest
 import yaml
 
-from pipeline.config.run import StorageConfig
-from pipeline.output.dataset_card import AnnotatedSet, columns_table, dataset_card
+from pipeline.config.sections import StorageConfig
+from pipeline.output.dataset_card import FinishedSet, columns_table, dataset_card
 from pipeline.output.folder import OutputFolder
 from pipeline.output.schema import ANSWER_FIELDS, CANDIDATE_FIELDS, ERROR_FIELDS, MEANINGS, data_schema, error_schema
 from pipeline.storage.location import locate
@@ -37,7 +37,7 @@ MANIFEST: dict[str, Any] = {
 
 def card(manifest: dict[str, Any] | None = None, errors: bool = True, licence: str | None = "cc-by-sa-4.0") -> str:
     schemas = {"data": data_schema(INPUTS, keep_candidates=False), "errors": error_schema(INPUTS)}
-    found = AnnotatedSet({**MANIFEST, **(manifest or {})}, schemas if errors else {"data": schemas["data"]})
+    found = FinishedSet({**MANIFEST, **(manifest or {})}, schemas if errors else {"data": schemas["data"]})
     return dataset_card(found, "me/answers", licence)
 
 
@@ -103,17 +103,17 @@ def test_every_column_of_the_output_has_a_meaning() -> None:
     assert {name for names in MEANINGS for name in names} == {field.name for field in fields}
 
 
-def test_the_readme_says_the_same_of_the_columns() -> None:
-    readme = (Path(__file__).parents[3] / "README.md").read_text("utf-8")
-    plain = re.sub(r" \(\[[^]]*\]\([^)]*\)\)", "", readme)  # links only work there
+def test_the_documentation_describes_the_columns_as_the_card_does() -> None:
+    document = (Path(__file__).parents[3] / "infra" / "DATA.md").read_text("utf-8")
+    plain = re.sub(r" \(\[[^]]*\]\([^)]*\)\)", "", document)  # links only work there
     for row in columns_table(data_schema(pa.schema([]), keep_candidates=True)).splitlines()[2:]:
         assert f"{row}\n" in plain
 
 
 def test_only_a_finished_set_has_a_card(tmp_path: Path) -> None:
     folder = annotated_set(tmp_path / "run", rows=2)
-    found = AnnotatedSet.of(OutputFolder(locate(str(folder), StorageConfig())))
+    found = FinishedSet.of(OutputFolder(locate(str(folder), StorageConfig())))
     assert (found.answered, list(found.schemas)) == (2, ["data", "errors"])
     (folder / "_SUCCESS").unlink()
     with pytest.raises(ValueError, match="run: no finished annotated set there"):
-        AnnotatedSet.of(OutputFolder(locate(str(folder), StorageConfig())))
+        FinishedSet.of(OutputFolder(locate(str(folder), StorageConfig())))
