@@ -2,7 +2,8 @@
 
 ``python -m jobs.annotate --queries URI --index URI --output URI --model NAME``
 
-Work units flow through Ray Data to the actors, which take each from its file to its files: a unit in, a summary out.
+Ray Data passes work units to the actors. An actor reads the rows of a unit, annotates them, writes the output files
+and returns a summary.
 """
 
 import contextlib
@@ -73,7 +74,7 @@ def annotate(
 
 @contextlib.contextmanager
 def notifying(config: RunConfig) -> Iterator[None]:
-    """Notify those whom ``on_failure`` names if the body fails; rows in ``errors/`` (status 3) are no failure."""
+    """Send the notifications of ``on_failure`` if the body fails; rows in ``errors/`` (status 3) are not a failure."""
     try:
         yield
     except FailedError as end:
@@ -82,14 +83,17 @@ def notifying(config: RunConfig) -> Iterator[None]:
 
 
 def locking(config: RunConfig) -> contextlib.AbstractContextManager[Any]:
-    """The claim on ``execution.lock``; that on the output comes later, and is enough where both are one folder."""
+    """Return a lease on ``execution.lock``, by default on ``skip_annotated``.
+
+    Return a null context if neither is set or the folder is the output: the run takes a lease on the output later.
+    """
     uri = config.execution.lock or config.skip_annotated
     lock, output = locate(uri or config.output, config.storage), locate(config.output, config.storage)
     return contextlib.nullcontext() if lock.path.rstrip("/") == output.path.rstrip("/") else Lease(lock)
 
 
 def plan_run(config: RunConfig, overwrite: bool) -> tuple[RunPlan, Resources | None] | None:
-    """Check the run and print its plan; None if there is nothing new to annotate."""
+    """Check the run and print its plan; return None if there is nothing new to annotate."""
     with checking(RuntimeError):
         try:
             plan = check_run(config, overwrite)
@@ -103,7 +107,7 @@ def plan_run(config: RunConfig, overwrite: bool) -> tuple[RunPlan, Resources | N
 
 
 def annotate_queries(config: RunConfig, overwrite: bool, as_json: bool) -> int:
-    """Plan the run, carry it out and print how it ended; returns the exit status."""
+    """Plan and execute the run, print its summary and return the exit status."""
     planned = plan_run(config, overwrite)
     if planned is None:
         return 0
@@ -116,7 +120,7 @@ def annotate_queries(config: RunConfig, overwrite: bool, as_json: bool) -> int:
 
 
 def print_summary(summary: Summary, as_json: bool) -> None:
-    """Print how the run ended: a line on stderr, and JSON on stdout if asked for."""
+    """Print the summary of the run: one line on stderr and, if ``as_json`` is set, JSON on stdout."""
     if not summary.annotated:
         typer.echo(f"{summary.output} is finished; nothing was left to do", err=True)
     answered = summary.rows - summary.errors

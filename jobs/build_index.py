@@ -1,11 +1,11 @@
-"""Build a FAISS index of passages: Parquet → embeddings → shards with their manifest.
+"""Build a FAISS index of passages: Parquet → embeddings → shards and a manifest.
 
 ``python -m jobs.build_index --passages URI --output URI``
 
-The driver checks the passages, encodes a sample and trains the index on it where its kind needs training, and hands
-the same empty index to every shard, so that scores can be compared across shards. Ray Data runs the shards over a pool
-of actors, each with its own encoder and one shard in memory. ``index.json`` comes last: a build that was killed leaves
-no index, and the same command continues with the shards that are missing.
+The driver checks the passages. If the index type needs training, the actors encode a sample and the driver trains the
+index on it. Every shard starts from the same empty index, so that scores can be compared across shards. Ray Data maps
+the shards over a pool of actors, each with its own encoder and one shard in memory. ``index.json`` is written last: a
+build that was killed leaves no index, and the same command continues with the missing shards.
 """
 
 import logging
@@ -72,7 +72,7 @@ def build_index(
 ) -> None:
     """Build a FAISS index of passages.
 
-    A build that was interrupted continues when the same command is given again.
+    Run the same command again to continue an interrupted build.
     Exit status: 0 built, 1 failed, 2 bad usage.
     """
     style = {"query_prefix": query_prefix, "passage_prefix": passage_prefix, "normalised": normalise, "dtype": dtype}

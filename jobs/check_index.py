@@ -1,8 +1,9 @@
-"""Check an index: whether it is whole, and which search parameters reach a wanted recall.
+"""Check that an index is intact, and measure which search parameters reach a target recall.
 
 ``python -m jobs.check_index --index URI [--queries URI] [--recall 0.95]``
 
-Speed is that of the CPU, recall that of any device: both search the same lists with the same parameters.
+Latency and throughput are those of the CPU. Recall holds for any device, since CPU and GPU search the same lists with
+the same parameters.
 """
 
 import dataclasses
@@ -30,7 +31,7 @@ def check_index(
     config: IndexFile = None,
     settings: IndexSettings = None,
 ) -> None:
-    """Check that every file of an index is whole, and measure its recall and speed.
+    """Check that every file of an index is intact, and measure its recall, latency and throughput.
 
     Exit status: 0 whole, 1 damaged or not readable, 2 bad usage.
     """
@@ -50,7 +51,7 @@ def check_index(
 
 
 def summary(checked: Checked) -> list[str]:
-    """Say in a few lines what was checked, and what to set."""
+    """Summarise the check in a few lines: index, queries, and the recommended search parameters."""
     source = "passages of the index, which are easier to find than questions" if checked.own else "the query set"
     lines = [
         f"{checked.index}: whole, {checked.passages} passages in {checked.shards} shards of {checked.factory}",
@@ -64,7 +65,7 @@ def summary(checked: Checked) -> list[str]:
 
 
 def speeds_table(checked: Checked) -> Table:
-    """One line for each search parameter; those that reach the wanted recall are marked."""
+    """Return a table with a line for each search setting; those that reach the target recall are marked."""
     table = Table(title=f"{checked.queries} queries, {checked.k} passages each")
     for heading in ("search", f"recall@{checked.k}", "", "ms, median", "ms, 95 %", "queries/s in batches of 64"):
         table.add_column(heading, justify="left" if heading == "search" else "right")

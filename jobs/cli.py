@@ -1,6 +1,6 @@
-"""The console script ``selfrag``: every job as a command, ``selfrag annotate`` for ``python -m jobs.annotate``.
+"""The console script ``selfrag`` with every job as a command: ``selfrag annotate`` is ``python -m jobs.annotate``.
 
-A job's module is imported when it is called, so that the list of commands costs nothing.
+A job's module is imported only when its command is used, so that listing the commands is fast.
 """
 
 import platform
@@ -34,16 +34,16 @@ JOBS = {
 
 
 class Jobs(TyperGroup):
-    """The jobs as commands; one that is called, or completed in a shell, becomes its module's own."""
+    """The group of all jobs; a job's module is imported when its command is called, or completed in a shell."""
 
     def resolve_command(self, ctx: Any, args: list[str]) -> tuple[str | None, Any, list[str]]:
-        """The command that the arguments name, and the rest of them."""
+        """Return the name and the command that the arguments select, and the remaining arguments."""
         name, command, rest = super().resolve_command(ctx, args)
         return name, command and load_command(name or ""), rest
 
 
 def load_command(name: str) -> Any:
-    """The command of the function of the same name in the job's module."""
+    """Import a job's module and make a command of its function of the same name."""
     job = name.replace("-", "_")
     command = typer.Typer(add_completion=False)
     command.command(name)(getattr(import_module(module_of(job)), job))
@@ -51,14 +51,14 @@ def load_command(name: str) -> Any:
 
 
 def module_of(job: str) -> str:
-    """The module that holds a job; benchmarks have a package of their own."""
+    """Return the name of a job's module; benchmarks are in ``jobs.benchmark``."""
     if job == "benchmark":
         return "jobs.benchmark.compare"
     return f"jobs.{job.replace('benchmark_', 'benchmark.')}"
 
 
 def show_versions(wanted: bool) -> None:
-    """Print the versions of what decides results, and end."""
+    """Print the versions of Python and of the packages that decide results, and exit."""
     if wanted:
         for package, version in {**versions(), "python": platform.python_version()}.items():
             typer.echo(f"{package} {version}")

@@ -1,4 +1,4 @@
-"""What commands share: options, logging, and how an error becomes one line and an exit status."""
+"""Shared parts of the commands: options, logging, and the conversion of errors to one line and an exit status."""
 
 import logging
 import sys
@@ -24,7 +24,7 @@ IndexSettings = Annotated[
     list[str] | None,
     typer.Option("--set", help="A setting, such as storage.endpoint_url=http://host:9000, or retrieval.threads=4."),
 ]
-# Of commands that build or plan an index.
+# Options of the commands that build or plan an index.
 Passages = Annotated[str, typer.Option(help="Parquet file or folder with the columns id, title and text.")]
 EncoderName = Annotated[str, typer.Option("--encoder", help="Encoder: hub name, folder, or 'demo'.")]
 QueryPrefix = Annotated[str, typer.Option(help="Text before every query, such as 'query: ' for E5.")]
@@ -44,10 +44,10 @@ BatchSize = Annotated[int, typer.Option(min=1, help="Passages encoded at once.")
 
 
 class FailedError(typer.Exit):
-    """Ends the command with a status, after its message was printed.
+    """Exit of a command with a status, after its error message was printed.
 
     Attributes:
-        message: one line.
+        message: the error message, in one line.
     """
 
     def __init__(self, status: int, message: str) -> None:
@@ -68,7 +68,7 @@ def checking(*others: type[Exception]) -> Iterator[None]:
     """End the command with status 2 if its input is wrong or cannot be read.
 
     Args:
-        others: exceptions that count as such, beside ``ValueError`` and ``OSError``.
+        others: exceptions that mean wrong input, in addition to ``ValueError`` and ``OSError``.
     """
     bad_input: tuple[type[Exception], ...] = (ValueError, OSError, *others)
     try:
@@ -82,8 +82,8 @@ def working(hint: str | None = None, bad_input: type[ValueError] = ValueError) -
     """End the command if its work fails: status 2 for bad input that only the work could find, otherwise 1.
 
     Args:
-        hint: logged with the traceback of a failure; says how to continue.
-        bad_input: what counts as bad input.
+        hint: message logged with the traceback of a failure, with the way to continue.
+        bad_input: type of the exceptions that mean bad input.
     """
     try:
         yield
@@ -110,8 +110,9 @@ def start_logging(level: int = logging.WARNING, progress: Iterable[str] = (), ti
     """Log to stderr.
 
     Args:
-        progress: names of loggers whose progress messages (INFO) are shown too.
-        timestamps: for commands that run for long.
+        level: lowest level of the messages that are shown.
+        progress: names of loggers whose progress messages (INFO) are shown in any case.
+        timestamps: whether lines begin with time and level, for commands that run for long.
     """
     line = "%(asctime)s %(levelname)s %(message)s" if timestamps else "%(message)s"
     logging.basicConfig(level=level, format=line, stream=sys.stderr)
@@ -120,5 +121,5 @@ def start_logging(level: int = logging.WARNING, progress: Iterable[str] = (), ti
 
 
 def hint_at_new_form(old: str, new: str) -> None:
-    """Print that a form of a command is deprecated, and what replaces it."""
+    """Print a hint that a form of a command is deprecated, with its replacement."""
     typer.echo(f"hint: {old} is deprecated and goes in version 0.3; use: {new}", err=True)

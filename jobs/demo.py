@@ -1,9 +1,9 @@
-"""The embedded default, start to end: model, encoder and index; a run over the demo queries; the results.
+"""Run the embedded default end to end: model, encoder and index, a run over the demo queries, and its results.
 
 ``python -m jobs.demo [--output out/demo] [--rows N]``
 
-The model decides when to retrieve and chooses among three passages by its own critique. Two baselines show what that
-is worth: believing the first passage found, and never reading any. Both are among the run's candidates, since it
+The model decides when to retrieve and chooses among three passages by its own critique. Two baselines show the benefit:
+answering from the first passage found, and never retrieving. Both are read from the run's candidates, since the run
 explores both branches of the first decision.
 """
 
@@ -48,18 +48,18 @@ QUERIES = DEMO / "queries.parquet"
 MAIN = "adaptive"
 BASELINES: Mapping[str, View] = {"first passage": first_passage, "never": without_retrieval}
 DECODING = DecodingConfig(passages=3, max_tokens=60, keep_candidates=True, explore=True)
-# Every row is explored, and what one passage costs is enough for tasks that need none.
+# Exploring reads passages for every row; instructions need none, so that one passage is enough.
 INSTRUCTION = Profile(decoding={"passages": 1})
-# Questions of two parts: an answer of several segments, each with its citation.
+# Two-part questions: answers of several segments, each with a citation.
 LONG_FORM = Profile(decoding={"segments": 4, "citations": True, "max_tokens": 40}, metric="str_em")
 
-# Small enough to see progress, and three in flight keep the engine full.
+# Small enough to show progress; three units in flight keep the engine full.
 UNIT_ROWS = 8
-# Of the index, so that both topologies can be shown with it.
+# Shards of the index; two, so that it can show both topologies.
 SHARDS = 2
 SHOWN = 10
 SHOWN_METRICS = ("match", "f1", "recall@1", "str_em")
-# Characters per line where the terminal does not say.
+# Characters per line if stdout is not a terminal.
 PLAIN_WIDTH = 140
 
 
@@ -68,7 +68,7 @@ class DemoSet:
     """The annotated demo set.
 
     Attributes:
-        counts: of its manifest, so those of the call that did the work.
+        counts: counts in the manifest, so those of the call that did the work.
     """
 
     folder: Path
@@ -77,7 +77,7 @@ class DemoSet:
 
 
 def demo_index() -> Path:
-    """The index of the demo passages, in the cache folder; built on first use for these passages and this encoder.
+    """Return the demo index in the cache folder; build it on first use of these passages and this encoder.
 
     Raises:
         RuntimeError: the encoder must be downloaded and cannot be.
@@ -101,7 +101,7 @@ def first_rows(queries: Path, rows: int, file: Path) -> Path:
 
 
 def annotate_demo(queries: Path, index: Path, folder: Path, overwrite: bool, topology: str) -> DemoSet:
-    """Annotate the queries; what an earlier call has finished is kept."""
+    """Annotate the queries; units that an earlier call finished are kept unless ``overwrite`` is set."""
     config = RunConfig(
         queries=str(queries),
         output=str(folder),
@@ -110,7 +110,7 @@ def annotate_demo(queries: Path, index: Path, folder: Path, overwrite: bool, top
         decoding=DECODING,
         profiles={"two_questions": LONG_FORM, "instruction": INSTRUCTION},
         retrieval=validated(RetrievalConfig, {"topology": topology}, "retrieval"),
-        # On a machine of few cores the engine needs them all; searching this little index takes next to none.
+        # On a machine with few cores the engine needs all of them; searching this small index takes almost none.
         execution=ExecutionConfig(unit_rows=UNIT_ROWS, shard_servers=SHARDS, cpus_per_server=0),
     )
     status = annotate_set(config, overwrite).exit_status
@@ -118,13 +118,13 @@ def annotate_demo(queries: Path, index: Path, folder: Path, overwrite: bool, top
 
 
 def evaluations(folder: Path) -> dict[str, Evaluation]:
-    """The figures of the run and of its baselines."""
+    """Evaluate the run and its baselines."""
     location = locate(str(folder), StorageConfig())
     return {MAIN: evaluate_set(location), **{name: evaluate_set(location, view=v) for name, v in BASELINES.items()}}
 
 
 def answers_table(folder: Path) -> Table:
-    """Some annotated rows with their evidence and scores: long answers, short ones, and some without retrieval."""
+    """Return a table of some rows with evidence and scores: long answers, short ones, and some without retrieval."""
     rows = pa.concat_tables(map(pq.read_table, sorted((folder / "data").glob("*.parquet")))).to_pylist()
     long = [row for row in rows if len(row["segments"]) > 1]
     read = [row for row in rows if row["retrieved"] and row not in long]
@@ -164,7 +164,7 @@ def _figure(value: float | None) -> str:
 
 
 def conclusion(annotated: DemoSet, evaluated: Mapping[str, Evaluation]) -> list[str]:
-    """The run in words: what the model's decisions and critique are worth, how fast it was, where the files are."""
+    """Summarise the run in a few lines: matches beside the baselines', retrievals, throughput and output files."""
     lines = []
     if "match" in evaluated[MAIN].overall.metrics:
         matches = {name: evaluation.overall.metrics["match"].mean for name, evaluation in evaluated.items()}
@@ -190,7 +190,7 @@ def demo(
     """Annotate the demo queries with the embedded model and show the results beside two baselines.
 
     The first run downloads and builds model, encoder and index into the cache folder (SELFRAG_CACHE). A second run
-    into the same output folder shows what is there, or continues it.
+    with the same output folder continues an unfinished set and shows the results.
     """
     start_logging(progress=["pipeline.demo_models"])
     with working():

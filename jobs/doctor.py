@@ -1,9 +1,9 @@
-"""Find out whether this machine or cluster can run the job, and what to do where it cannot.
+"""Check whether this machine or cluster can run the job, and advise on every problem.
 
 ``python -m jobs.doctor [--config run.yaml] [--model NAME] [--uri URI]``
 
-Every machine is asked for its software, GPUs, shared memory and way to the storage. An actor with the resources of a
-run's actors searches a small index, starts an engine with the embedded model, and answers a row.
+Every machine is checked for its software, GPUs, shared memory and access to the storage. An actor with the resources of
+a run's actors searches a small index, starts an engine with the embedded model, and answers a row.
 """
 
 import dataclasses
@@ -43,11 +43,11 @@ from pipeline.engine.models import critic_of
 from pipeline.retrieval.manifest import check_index_manifest
 from pipeline.storage.location import locate
 
-# Keys that a run must have and that are not needed here.
+# Keys that a run requires and these checks do not need.
 DEFAULTS = {"queries": "''", "output": "''", "model": "{name: demo}"}
-# Seconds for the facts about a machine, and for an engine's start, which compiles the first time.
+# Timeouts in seconds: of a task on a machine, and of a search or an engine's start, which compiles the first time.
 MACHINE_SECONDS, ENGINE_SECONDS = 120.0, 300.0
-# Seconds for which a store that does not answer is asked again; a run has more patience.
+# Seconds for which transient storage errors are retried at most; a run retries longer.
 STORAGE_SECONDS = 5.0
 STORAGE_ADVICE = "the folder's rights, the bucket's name, the credentials, or the endpoint (storage.*)"
 SEARCH_ADVICE = "retrieval.device=cpu searches without the GPU"
@@ -61,7 +61,7 @@ PLAIN_WIDTH = 160
 
 @dataclass(frozen=True)
 class Node:
-    """A node of the cluster: its id, its address, and its resources as Ray counts them."""
+    """A node of the cluster: id, address, and resources as Ray counts them."""
 
     id: str
     address: str
@@ -69,10 +69,10 @@ class Node:
 
 
 def examine(config: RunConfig, uris: Sequence[str]) -> Iterator[Finding]:
-    """Check everything, the cheapest things first.
+    """Run all checks, the cheapest first.
 
     Args:
-        uris: Folders that must be readable and writable from every machine.
+        uris: Folders that every machine must be able to read and write.
     """
     yield from attempt("model", config.model.name, partial(examine_model, config))
     if config.index:
@@ -83,10 +83,10 @@ def examine(config: RunConfig, uris: Sequence[str]) -> Iterator[Finding]:
 
 
 def attempt(check: str, where: str, work: Callable[[], Iterator[Finding]], advice: str = "") -> Iterator[Finding]:
-    """Pass on what a check finds; an error becomes a finding that failed."""
+    """Yield the findings of a check; turn an error into a failed finding."""
     try:
         yield from work()
-    except Exception as error:  # noqa: BLE001  whatever is wrong with this machine is what is asked for
+    except Exception as error:  # noqa: BLE001  any error is a finding about this machine
         yield Finding(check, where, Verdict.FAILED, reason(error), advice)
 
 
@@ -107,7 +107,7 @@ def examine_index(config: RunConfig) -> Iterator[Finding]:
 
 
 def examine_cluster(config: RunConfig, uris: Sequence[str]) -> Iterator[Finding]:
-    """Check the cluster's machines, the storage from each of them, and a run's device."""
+    """Check the cluster's machines, the storage from each of them, and a run's actors."""
     import ray
 
     connect(config.execution)
@@ -168,11 +168,11 @@ def use_storage(uri: str, storage: StorageConfig, drivers: str) -> None:
     """Write, list, read and delete a file.
 
     Args:
-        drivers: URI of a file of the driver's that lies there.
+        drivers: URI of a file that the driver has written there.
 
     Raises:
-        StorageError: Storage does not answer, or refuses.
-        OSError: The driver's file is not there, or what was written is not.
+        StorageError: The storage does not answer, or denies access.
+        OSError: The driver's file is not listed, or the file just written is not listed or differs when read.
     """
     name = f"selfrag-doctor-{uuid.uuid4().hex}"
     ours, content = locate(uri, storage) / name, name.encode()
@@ -188,7 +188,7 @@ def use_storage(uri: str, storage: StorageConfig, drivers: str) -> None:
 
 
 def call_everywhere(nodes: Sequence[Node], work: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Call a function on every node, without taking CPUs or GPUs from a run; returns Ray references in order."""
+    """Call a function on every node, without taking CPUs or GPUs from a run; return Ray references in order."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -198,10 +198,10 @@ def call_everywhere(nodes: Sequence[Node], work: Callable[..., Any], *arguments:
 
 
 def result_of(call: Any, seconds: float) -> Any:
-    """Wait for a Ray reference.
+    """Wait for a Ray reference and return its result.
 
     Raises:
-        TimeoutError: There is no answer after so many seconds.
+        TimeoutError: There is no result within ``seconds``.
     """
     import ray
 
@@ -212,7 +212,7 @@ def result_of(call: Any, seconds: float) -> Any:
 
 
 def examine_actor(config: RunConfig) -> Iterator[Finding]:
-    """Check that a run's actors fit, and what one of them can do."""
+    """Check that a run's actors fit on the cluster, and that one of them can search and answer."""
     shards = (
         len(check_index_manifest(locate(config.index, config.storage), config.retrieval).shards) if config.index else 0
     )
@@ -224,7 +224,7 @@ def examine_actor(config: RunConfig) -> Iterator[Finding]:
 
 
 def probe_device(config: RunConfig, resources: Resources) -> Iterator[Finding]:
-    """Search and answer with the resources of a run's actor; the embedded model takes one GPU at most."""
+    """Search and answer with the resources of a run's actor, but at most one GPU: the embedded model uses no more."""
     import ray
 
     gpus = min(resources.gpus, 1.0)
@@ -245,10 +245,10 @@ def probe_device(config: RunConfig, resources: Resources) -> Iterator[Finding]:
 
 
 def read_config(file: str | None, settings: Sequence[str], model: str | None) -> RunConfig:
-    """Read a run's configuration, which may lack what is not needed here.
+    """Read a run's configuration; keys that these checks do not need may be missing.
 
     Raises:
-        ValueError: An unknown key, or a wrong value; names it.
+        ValueError: A key is unknown or its value is wrong; the message names the key.
     """
     tree = read_yaml(file) if file else {}
     missing = [f"{key}={value}" for key, value in DEFAULTS.items() if key not in tree]
@@ -270,7 +270,7 @@ def doctor(
 ) -> None:
     """Check whether this machine or cluster can run the job, in one to two minutes.
 
-    The inputs of a run are checked by: annotate --dry-run.
+    To check the inputs of a run, use annotate --dry-run.
     Exit status: 0 nothing failed, 1 something did, 2 bad usage.
     """
     start_logging(timestamps=True)
@@ -291,7 +291,7 @@ def doctor(
 
 
 def print_findings(findings: Sequence[Finding]) -> None:
-    """Print a table, and a line that says how many checks ended in which way."""
+    """Print a table of the findings, and a line with their number by verdict."""
     table = Table(show_lines=True)
     for heading in ("", "check", "where", "found", "what to do"):
         table.add_column(heading, overflow="fold")

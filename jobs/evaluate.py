@@ -3,9 +3,9 @@
 ``python -m jobs.evaluate --annotations URI [--task NAME] [--by COLUMN] [--baseline NAME=URI]... [--json FILE]
 [--sweep FOLDER] [--alce FILE] [--factscore FILE]``
 
-Gold stands in columns of the query set, which pass through annotation unchanged: ``answers`` (list<string>; label,
-short answers, or long references, by task), ``short_answers`` (list<list<string>>, ASQA's sets), ``gold_passage_id``.
-Rows without gold are counted, not graded.
+Gold answers and passages are columns of the query set, which pass through annotation unchanged: ``answers``
+(list<string>: the label, short answers or long references, depending on the task), ``short_answers``
+(list<list<string>>: ASQA's sets of short answers) and ``gold_passage_id``. Rows without them are counted, not graded.
 """
 
 import json
@@ -33,7 +33,7 @@ TITLES = {"exact_match": "exact", "f1": "F1", "str_em": "str-EM", "rouge_l": "RO
 
 
 def comparison(named: Mapping[str, Evaluation], only: Collection[str] = ()) -> Table:
-    """A table with a line for each set and group; metrics with half the width of their 95 % interval.
+    """Return a table with a line for each set and group; metrics come with half the width of their 95 % interval.
 
     Args:
         only: metrics to show; all by default.
@@ -68,7 +68,7 @@ def _percent(found: Estimate | None) -> str:
 
 
 def differences(main: Evaluation, baselines: Mapping[str, Evaluation]) -> Table:
-    """A table of the set's metrics less the baselines', over the rows that both have."""
+    """Return a table of the set's metrics minus each baseline's, over the rows that both sets have."""
     table = Table(title="Difference to each set (percentage points, 95 % interval, paired permutation test)")
     for heading in ("to", "metric", "rows", "difference", "interval", "p"):
         table.add_column(heading, justify="left" if heading in ("to", "metric") else "right")
@@ -96,7 +96,7 @@ def _record(evaluation: Evaluation) -> dict[str, object]:
 
 
 def encode_figures(main: Evaluation, baselines: Mapping[str, Evaluation]) -> str:
-    """All figures as JSON."""
+    """Encode all figures as JSON."""
     others = {
         name: {**_record(other), "difference": {m: asdict(d) for m, d in main.against(other).items()}}
         for name, other in baselines.items()
@@ -158,12 +158,8 @@ def evaluate(
         console.print(differences(main, others))
 
 
-if __name__ == "__main__":
-    typer.run(evaluate)
-
-
 def sweep_tables(found: Sweep) -> list[Table]:
-    """Each setting's best and worst value, and the recommendation."""
+    """Return two tables: each setting's best and worst value, and the recommended settings."""
     curves = Table(title=f"Sweep: {found.metric} (%), one setting at a time")
     for heading in ("setting", "best", "", "worst", ""):
         curves.add_column(heading, justify="left" if heading == "setting" else "right")
@@ -184,3 +180,7 @@ def sweep_tables(found: Sweep) -> list[Table]:
         f"{found.difference.p_value:.3f}",
     )
     return [curves, advice]
+
+
+if __name__ == "__main__":
+    typer.run(evaluate)

@@ -1,10 +1,10 @@
-"""Hugging Face datasets, JSONL, JSON, CSV, TSV, Parquet → a query set.
+"""Import a query set from a Hugging Face dataset or from JSONL, JSON, CSV, TSV or Parquet files.
 
 ``python -m jobs.import_queries --source URI --output URI [--column query=question]...``
 ``python -m jobs.import_queries --dataset popqa --output URI``
 
-Rows are read one by one, spooled on this machine, checked as ``jobs.annotate`` checks them, and only then published:
-an import that fails leaves what was there.
+Rows are read one by one, spooled to the local disk, checked as ``jobs.annotate`` checks them, and only then published:
+an import that fails earlier leaves an existing query set unchanged.
 """
 
 import logging
@@ -40,12 +40,12 @@ log = logging.getLogger(__name__)
 
 @dataclass
 class Import:
-    """A source on its way to a query set.
+    """An import from a source into a query set.
 
     Attributes:
-        skip_bad: leave bad rows out, and say which, instead of stopping at the first.
-        limit: most rows that are taken, bad ones not counted.
-        skipped: rows left out so far.
+        skip_bad: whether bad rows are logged and left out; otherwise the first one ends the import.
+        limit: maximum rows to import; bad rows do not count.
+        skipped: number of rows left out so far.
     """
 
     source: Source
@@ -57,10 +57,10 @@ class Import:
     ids: Ids = field(default_factory=Ids)
 
     def rows(self) -> Iterator[PlacedRow]:
-        """Good rows, with their places.
+        """Yield the good rows with their places.
 
         Raises:
-            ValueError: a row is bad and shall not be skipped; names its place.
+            ValueError: a row is bad and ``skip_bad`` is not set; the message names its place.
         """
         for row in self.source.rows:
             try:
@@ -85,10 +85,11 @@ class Import:
         return query
 
     def write(self, scratch: Path) -> QuerySet:
-        """Write the set to a folder on this machine.
+        """Write the query set to a local folder.
 
         Raises:
-            ValueError: a row is bad, a column has nothing in it or does not fit one type, or there are no rows.
+            ValueError: a row is bad, a mapped column is empty, a column has values of several types, or there are no
+                rows.
         """
         spooled, written = scratch / "spool", scratch / "set"
         for folder in (spooled, written):
@@ -106,10 +107,13 @@ class Import:
 def requested(
     dataset: str | None, source: str | None, name: str | None, split: str | None, revision: str | None
 ) -> tuple[SourceRequest, KnownDataset | None]:
-    """What to read: as a known dataset says, except for what is given; its files may also lie elsewhere.
+    """Build the request for a source, and look up the known dataset that ``dataset`` names.
+
+    The known dataset supplies the source, name and split that are not given. A source that is not on the hub holds
+    the dataset's files elsewhere: it is read as given, and its columns are mapped as the known dataset's.
 
     Raises:
-        ValueError: neither a source nor a known dataset.
+        ValueError: neither a source nor a known dataset is given.
     """
     if dataset is None:
         if source is None:
@@ -124,11 +128,12 @@ def requested(
 
 
 def open_import(request: SourceRequest, output: Location, storage: StorageConfig, overwrite: bool) -> Source:
-    """Check both ends before anything is read.
+    """Check source and output before any row is read, and open the source.
 
     Raises:
-        ValueError: the source is not there, or the output is taken, inside of it, or in no bucket.
-        StorageError: storage does not answer.
+        ValueError: the source does not exist; the output is not free; one contains the other; or the output's bucket
+            does not exist.
+        StorageError: the storage does not answer.
     """
     if not request.uri.startswith(HUB):
         check_apart(locate(request.uri, storage), output)
@@ -138,16 +143,16 @@ def open_import(request: SourceRequest, output: Location, storage: StorageConfig
 
 
 def carry_out(job: Import, target: Location, overwrite: bool) -> QuerySet:
-    """Write the set here, and put it in its place once it is whole.
+    """Write the query set to a temporary folder, and publish it once it is complete.
 
     Raises:
-        ValueError: a row is bad, or the output has been taken meanwhile.
-        StorageError: storage does not answer.
+        ValueError: a row is bad, or the output is no longer free.
+        StorageError: the storage does not answer.
     """
     with tempfile.TemporaryDirectory(prefix="selfrag-import-") as scratch:
         written = job.write(Path(scratch))
         with Lease(target):
-            check_free(target, overwrite)  # another import may have ended only now
+            check_free(target, overwrite)  # another import may have finished in the meantime
             publish_query_set(Path(scratch) / "set", target)
         return written
 
@@ -177,7 +182,7 @@ def import_queries(
     config: RunFile = None,
     settings: StorageSettings = None,
 ) -> None:
-    """Make a query set of a dataset or of files.
+    """Import a query set from a dataset or from files.
 
     Exit status: 0 all rows taken, 3 some bad rows left out (--skip-bad), 1 failed, 2 bad usage or a bad row.
     """

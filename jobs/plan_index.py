@@ -1,4 +1,4 @@
-"""Plan an index: what one of your passages takes in memory and time, before it is built.
+"""Plan an index: estimate the memory and time that an index of your passages takes, before it is built.
 
 ``python -m jobs.plan_index --passages URI [--factory IVF4096,SQ8] [--shards 4]``
 """
@@ -45,7 +45,7 @@ from pipeline.retrieval.encoder import Encoder, EncoderStyle, absolute_name
 from pipeline.storage.location import locate
 
 GB, MB = 1e9, 1e6
-# Memory of a machine that shards are put on.
+# Memory of a machine that holds shards, in bytes.
 MACHINE = 256_000_000_000
 
 
@@ -63,7 +63,7 @@ def plan_index(
     config: IndexFile = None,
     settings: IndexSettings = None,
 ) -> None:
-    """Show what an index of your passages takes in bytes, cards, machines and hours; builds nothing.
+    """Estimate the bytes, GPUs, machines and encoding hours of an index of your passages; builds nothing.
 
     Exit status: 0 shown, 2 bad usage.
     """
@@ -87,7 +87,7 @@ def plan_index(
 
 
 def plan_tables(corpus: Corpus, factory: str, shards: int) -> list[Table]:
-    """The corpus, and sizes for the factory asked for beside the usual ones."""
+    """Return tables of the corpus, and of sizes and placements for the given factory and the usual ones."""
     about = Table(title="Passages", show_header=False)
     hours = corpus.passages / corpus.rate / 3600
     about.add_row("passages", f"{corpus.passages:,}")
@@ -106,7 +106,7 @@ def plan_tables(corpus: Corpus, factory: str, shards: int) -> list[Table]:
 
 
 def placements(corpus: Corpus, lines: list[SizePlan], shards: int) -> Table:
-    """Where the index fits: on the card of a 7B model, on cards of its own, in the memory of machines."""
+    """Return a table of where the index fits: beside a 7B model on its GPU, on its own GPUs, or in CPU memory."""
     table = Table(title="Where it fits (topology local, or partitioned over so many servers), and what a query costs")
     headings = [f"beside a 7B model, {card / GB:.0f} GB" for card in CARDS]
     headings += [f"servers, {CARDS[-1] / GB:.0f} GB cards", f"servers, {MACHINE / GB:.0f} GB memory"]

@@ -1,8 +1,8 @@
-"""Report on an annotated set: one HTML page, from its files alone.
+"""Write a report on an annotated set: one HTML page, made from the files of the set alone.
 
 ``python -m jobs.report --annotations URI [--output FILE] [--baseline URI] [--price-per-hour 4.50]``
 
-The page opens offline in any browser: it has no scripts and asks for nothing. ``jobs.annotate`` writes one at the end.
+The page opens offline in any browser: it has no scripts and loads nothing. ``jobs.annotate`` writes one at its end.
 """
 
 import logging
@@ -32,7 +32,7 @@ def report(
     config: RunFile = None,
     settings: StorageSettings = None,
 ) -> None:
-    """Write a page about an annotated set: what ran, how fast, at what cost, and how good its answers look."""
+    """Write an HTML report on an annotated set: what ran, how fast, at what cost, and how good its answers look."""
     start_logging(logging.INFO)
     with checking():
         storage = load_storage(config, settings or [])

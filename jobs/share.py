@@ -1,8 +1,8 @@
-"""An annotated set → its dataset card, and if you like its copy on the Hugging Face hub.
+"""Write the dataset card of an annotated set, and optionally push both to the Hugging Face hub.
 
 ``python -m jobs.share --annotations URI [--license ID] [--push-to-hub OWNER/NAME]``
 
-The card is ``README.md`` in the set's folder. One that is there is kept, so that it can be edited before it is pushed.
+The card is ``README.md`` in the set's folder. An existing card is kept, so that it can be edited before it is pushed.
 """
 
 import logging
@@ -27,10 +27,10 @@ SHARED = [CARD, "_manifest.json", *ROWS]
 
 
 def write_card(folder: Location, found: FinishedSet, title: str, licence: str | None, overwrite: bool) -> None:
-    """Write the card, unless there is one of the same run, which may have been edited.
+    """Write the card; keep an existing one of the same run, which may have been edited.
 
     Raises:
-        ValueError: there is one of another run, or with another licence.
+        ValueError: the existing card is of another run, or has another licence.
     """
     card = folder / CARD
     if card.exists() and not overwrite:
@@ -45,7 +45,7 @@ def write_card(folder: Location, found: FinishedSet, title: str, licence: str | 
 
 
 def reserve(name: str) -> str:
-    """Make sure that there is a dataset of this name; a new one is private. Returns its page.
+    """Create a private dataset of this name on the hub if there is none, and return the URL of its page.
 
     The token comes from ``HF_TOKEN`` or from ``hf auth login``.
     """
@@ -55,7 +55,7 @@ def reserve(name: str) -> str:
 
 
 def push(folder: Location, name: str) -> None:
-    """Upload rows, card and manifest; files of an earlier push that are no longer here go there too."""
+    """Upload rows, card and manifest; delete Parquet files of an earlier push that are no longer in the set."""
     # https://huggingface.co/docs/huggingface_hub/guides/upload
     from huggingface_hub import HfApi
 
@@ -72,7 +72,7 @@ def push(folder: Location, name: str) -> None:
 
 @contextmanager
 def _on_this_machine(folder: Location) -> Iterator[Path]:
-    """A local folder with what is shared: the set's own, or a temporary copy of one on object storage."""
+    """Yield a local folder with the shared files: the set's own, or a temporary copy if it is on object storage."""
     if folder.local:
         yield Path(folder.path)
         return
@@ -98,7 +98,7 @@ def share(
     config: RunFile = None,
     settings: StorageSettings = None,
 ) -> None:
-    """Write the dataset card of an annotated set, and push both to the Hugging Face hub.
+    """Write the dataset card of an annotated set; with --push-to-hub, push both to the Hugging Face hub.
 
     Exit status: 0 done, 1 storage or the hub did not take it, 2 bad usage.
     """

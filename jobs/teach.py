@@ -1,4 +1,4 @@
-"""Teach a causal language model to write reflection tokens: a LoRA adapter plus 15 token embeddings.
+"""Train a causal language model to write reflection tokens: a LoRA adapter plus 15 token embeddings.
 
 ``python -m jobs.teach --data FOLDER --base MODEL --output ADAPTER``
 """
@@ -26,14 +26,14 @@ from pipeline.training.trees import TokenTree, lay_out, packed
 
 log = logging.getLogger(__name__)
 
-# Held-out trees: enough to tell checkpoints apart, few enough to cost a minute on two cores.
+# Held-out trees: enough to tell checkpoints apart, few enough to take a minute on two cores.
 EXAMINED = 90
-# Held-out reading rows at most: mining their wrong passages is part of every run.
+# Maximum held-out reading rows: every run mines negatives for them.
 HELD_OUT_ROWS = 300
 
 
 def mine_negatives(encode: Encode, data: TeachingData, pool: TeachingData, k: int = 10) -> Negatives:
-    """For each question, the passages of the pool that the encoder would retrieve; the same for sentences."""
+    """Mine hard negatives: the k passages of the pool, or sentences of the pairs, that rank highest for a question."""
     passages = sorted({(row.title, row.passage) for row in pool.readings})
     questions = sorted({row.question for row in data.readings})
     log.info("mining wrong passages for %d questions among %d passages", len(questions), len(passages))
@@ -48,7 +48,7 @@ def mine_negatives(encode: Encode, data: TeachingData, pool: TeachingData, k: in
 
 
 def sample(data: TeachingData, readings: int, pairs: int, seed: int) -> TeachingData:
-    """At most so many readings and pairs: mining costs an encoding of each."""
+    """Draw at most so many readings and pairs, since mining encodes each of them; keep all other rows."""
     rng = random.Random(seed)
 
     def some(rows: tuple[Any, ...], n: int) -> tuple[Any, ...]:
@@ -58,7 +58,7 @@ def sample(data: TeachingData, readings: int, pairs: int, seed: int) -> Teaching
 
 
 def mined(encoder: str, *parts: tuple[TeachingData, TeachingData]) -> list[Negatives]:
-    """Wrong passages for each part (rows, pool); the encoder's memory is free again afterwards."""
+    """Mine hard negatives for each part (rows, pool); the encoder's memory is freed afterwards."""
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(demo_encoder()) if encoder == "demo" else encoder)
@@ -70,7 +70,7 @@ def mined(encoder: str, *parts: tuple[TeachingData, TeachingData]) -> list[Negat
 
 
 def student(base: str, adapter: Path | None, recipe: Recipe) -> tuple[Any, PromptTokenizer]:
-    """The model with a trainable adapter, and its tokenizer with the control tokens."""
+    """Load the base model with a trainable adapter, and its tokenizer with the control tokens."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -88,7 +88,7 @@ def student(base: str, adapter: Path | None, recipe: Recipe) -> tuple[Any, Promp
 
 
 def examination(builder: TreeBuilder, data: TeachingData, recipe: Recipe) -> list[TokenTree]:
-    """Held-out trees, the same in every run."""
+    """Return the held-out trees, the same in every run."""
     trees = builder.stream(data, random.Random(1), lambda: recipe.last_words)
     return [lay_out(tree) for tree in islice(trees, EXAMINED)]
 
@@ -96,7 +96,10 @@ def examination(builder: TreeBuilder, data: TeachingData, recipe: Recipe) -> lis
 def lessons(
     builder: TreeBuilder, data: TeachingData, recipe: Recipe
 ) -> tuple[Iterator[TokenTree], Callable[[float], None]]:
-    """Packed training trees without end, and what tells them how far the training is: windows lengthen with it."""
+    """Return an endless stream of packed training trees, and a callback that lengthens its passage windows.
+
+    The callback takes the share of the training that is done.
+    """
     longest = recipe.first_words
 
     def progress(done: float) -> None:
@@ -116,10 +119,10 @@ def run_teaching(
     recipe: Recipe,
     output: Path,
 ) -> dict[str, float]:
-    """Train on some rows, judge on others, and leave the adapter in ``output``; returns the held-out figures.
+    """Train on one part, evaluate on the other, save the adapter in ``output`` and return the held-out figures.
 
     Args:
-        train_part, test_part: the rows to use, and the pool that their wrong passages come from.
+        train_part, test_part: rows to use, and the pool from which their negatives are drawn.
     """
     from pipeline.training.train import measure_held_out, save_adapter, train_adapter
 
@@ -171,7 +174,7 @@ def teach(
     pairs: Annotated[int, typer.Option(help="Most question-sentence pairs to use.")] = 100_000,
     seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
 ) -> None:
-    """Teach a model the reflection tokens."""
+    """Train a language model to write the reflection tokens."""
     start_logging(logging.INFO, timestamps=True)
     recipe = Recipe(
         tokens=tokens,

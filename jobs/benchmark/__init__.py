@@ -1,1 +1,5 @@
-"""Benchmarks: what a row costs, beside other implementations and the bare engine; how runs and indexes grow."""
+"""Benchmarks of the jobs.
+
+They compare the cost of a row with other implementations and the bare engine, and the index with bare FAISS; they
+measure what each optimisation saves, and how runs scale.
+"""

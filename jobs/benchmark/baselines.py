@@ -1,18 +1,20 @@
-"""The ways in which Self-RAG is run elsewhere, and the bare engine, all on the one engine that our decoding runs on.
+"""Run the baselines: other ways of running Self-RAG, and the bare engine, all on the engine that our decoding uses.
 
-The shapes are of the public short-form scripts, re-created in a few lines: what they ask of the engine, and in which
-order. What they do with the answers is ours, so that their decisions can be compared with ours.
+Three baselines re-create the requests of public short-form scripts, in their order. Our code scores the outputs, so
+that the decisions can be compared with ours. None of them requests log-probabilities for an answer without a passage,
+which has no rivals.
 
-- *released*: one query at a time; the decision writes a whole answer with the log-probabilities of 32,016 tokens, each
-  passage's answer has those of 5,000 (https://github.com/AkariAsai/self-rag, ``run_short_form.py``).
+- *released*: one query at a time. A decision generates a whole answer with 32,016 log-probabilities for each token, the
+  answer from each passage has 5,000 (https://github.com/AkariAsai/self-rag, ``run_short_form.py``).
 - *naive*: the same steps for all queries at once, one step after the other, with 5,000 log-probabilities.
-- *flashrag*: the same, with a decision of one token and its 20 best log-probabilities, and the 5 best of each token of
-  an answer (https://github.com/RUC-NLPIR/FlashRAG/issues/113 quotes it).
+- *flashrag*: like *naive*, but a decision is one token with its 20 best log-probabilities, and the tokens of an answer
+  have their 5 best (https://github.com/RUC-NLPIR/FlashRAG/issues/113 quotes it).
 
-An answer without a passage has no rivals, and none of them asks for log-probabilities there.
+The others run our own requests:
+
 - *direct*: our decoding, called without Ray, files or storage.
-- *ceiling*: the very tokens of *direct*, prompts and lengths, submitted at once to the bare engine.
-- *scored*: the same, with the log-probabilities of the 13 reflection tokens, which critique cannot do without.
+- *ceiling*: the prompts and output lengths of *direct*, submitted at once to the bare engine.
+- *scored*: like *ceiling*, with the log-probabilities of the 13 reflection tokens, which critique requires.
 """
 
 import asyncio
@@ -45,22 +47,22 @@ from pipeline.engine.vllm import VllmGenerator
 from pipeline.retrieval.retriever import IndexRetriever
 from pipeline.storage.location import locate
 
-# What the released scripts count for a token that is not among the log-probabilities.
+# Log-probability that the released scripts assume for a token that is not among those returned.
 ABSENT = -100.0
 RELEASED_DECISION, RELEASED_CANDIDATE = 32_016, 5_000
 FLASHRAG_DECISION, FLASHRAG_CANDIDATE = 20, 5
-# Most queries for the shape that asks for thousands of log-probabilities: their decoding takes a core for minutes.
+# Maximum queries of *naive*: decoding its thousands of log-probabilities takes one core minutes.
 NAIVE_ROWS = 64
-# Variants that may be left out: ours is what all are compared with, and "direct" says what is asked of the engine.
+# Variants that may be left out. All are compared with "ours", and "direct" shows how full the engine is.
 OPTIONAL = ("ceiling", "scored", "released", "naive", "flashrag")
 
 
 @dataclass(frozen=True)
 class Bench:
-    """The engine that shapes and ceiling share, with everything around it.
+    """The engine that all variants but *ours* share, with tokenizer and retriever.
 
     Attributes:
-        memory: MB of the card by what took it; empty without one.
+        memory: MB of GPU memory by component; empty without a GPU.
     """
 
     generator: VllmGenerator
@@ -82,13 +84,13 @@ class Bench:
         return cls(generator, tokenizer, retriever, taken)
 
     def close(self) -> None:
-        """End the engine."""
+        """Shut down the engine and close the retriever."""
         self.generator.shutdown()
         self.retriever.close()
 
 
 def free_memory() -> float:
-    """MB that the card has left; 0 without a card."""
+    """Return the free GPU memory in MB; 0 without a GPU."""
     import torch
 
     return torch.cuda.mem_get_info()[0] / 1e6 if torch.cuda.is_available() else 0.0
@@ -96,7 +98,7 @@ def free_memory() -> float:
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a shape made of a query."""
+    """The decision and the answer of a variant for one query."""
 
     retrieved: bool
     answer: str
@@ -104,10 +106,10 @@ class Outcome:
 
 @dataclass
 class Recorder:
-    """Our engine, and every request to it: the prompt and how many tokens were written.
+    """A generator that records all its requests.
 
     Attributes:
-        work: (prompt, tokens written) in the order of their ends.
+        work: prompt and number of generated tokens of each request, in the order in which the requests ended.
     """
 
     generator: Generator
@@ -126,23 +128,23 @@ class Recorder:
 
 
 async def direct(system: SelfRag, queries: Sequence[Query]) -> list[Answer]:
-    """Our decoding of all queries at once."""
+    """Answer all queries concurrently with our decoding."""
     return list(await asyncio.gather(*(system.answer(query) for query in queries)))
 
 
 @dataclass
 class BareEngine:
-    """The engine below our own requests.
+    """The vLLM engine of a generator, without our own requests.
 
     Args:
-        generator: whose vLLM engine it is.
+        generator: generator whose engine is used.
     """
 
     generator: VllmGenerator
     numbers: Any = field(default_factory=lambda: (f"bare-{n}" for n in itertools.count()))
 
     async def ask(self, prompt: Sequence[int], **sampling: Any) -> Any:
-        """One request; vLLM's final output."""
+        """Send one request and return vLLM's final output."""
         from vllm import SamplingParams, TokensPrompt
         from vllm.sampling_params import RequestOutputKind
 
@@ -151,14 +153,15 @@ class BareEngine:
         return [output async for output in stream][-1]
 
     async def forget(self) -> None:
-        """Empty the prefix cache, so that no variant lives off another's prompts."""
+        """Empty the prefix cache, so that no variant profits from another's prompts."""
         await self.generator.engine.reset_prefix_cache()
 
     async def replay(self, work: Sequence[tuple[tuple[int, ...], int]], watched: Sequence[int] = ()) -> None:
-        """*ceiling*: prompts, each with exactly so many tokens, all at once.
+        """Submit all requests at once, each to generate exactly its recorded number of tokens (*ceiling*).
 
         Args:
-            watched: *scored*: ids whose log-probabilities are asked for.
+            work: prompt and number of tokens of each request.
+            watched: token ids whose log-probabilities are requested (*scored*).
         """
         scored = {"logprob_token_ids": list(watched), "flat_logprobs": True} if watched else {}
         sampling = {"ignore_eos": True, "detokenize": False, **scored}
@@ -170,9 +173,9 @@ class Released:
     """The steps of the released short-form script.
 
     Attributes:
-        decision, candidate: log-probabilities of each token asked for in the two steps.
-        decision_tokens: most tokens that a decision writes; as many as an answer by default.
-        prompter: says what is written, where the model's weights are dummies.
+        decision, candidate: number of log-probabilities requested for each token of a decision, and of an answer.
+        decision_tokens: maximum tokens of a decision; by default those of an answer.
+        prompter: replaces the output by a script's if the model has dummy weights.
     """
 
     engine: BareEngine
@@ -184,14 +187,14 @@ class Released:
     prompter: Prompter | None = None
 
     async def serially(self, queries: Sequence[Query], found: Sequence[Sequence[RetrievedPassage]]) -> list[Outcome]:
-        """One query after the other; the passages of a query together."""
+        """Answer one query after the other; the passages of a query are read concurrently."""
         outcomes = []
         for query, passages in zip(queries, found, strict=True):
             outcomes += await self.in_waves([query], [passages])
         return outcomes
 
     async def in_waves(self, queries: Sequence[Query], found: Sequence[Sequence[RetrievedPassage]]) -> list[Outcome]:
-        """All decisions, then all candidates."""
+        """Make all decisions, then generate all answers."""
         prompts = [self.tokenizer.prompt(query.query) for query in queries]
         most = self.decision_tokens or self.config.max_tokens
         decisions = await asyncio.gather(*(self._ask(prompt, self.decision, most) for prompt in prompts))
@@ -229,7 +232,7 @@ class Released:
         return generation if self.prompter is None else self.prompter.acted(generation, prompt)
 
     def _first_segment(self, generation: Generation) -> Generation:
-        """Up to the next Retrieve token, where ours ends; the scripts write on."""
+        """Cut a generation after its first Retrieve token, where our decoding stops; the scripts generate beyond it."""
         ends = self.tokenizer.reflection.group(Retrieve)
         places = [n for n, token in enumerate(generation.token_ids) if token in ends]
         if not places:
@@ -248,12 +251,12 @@ Run = Callable[[], Awaitable[Any]]
 
 @dataclass(frozen=True)
 class Trial:
-    """Queries that our decoding has answered once, and all variants that answer them again.
+    """Queries that our decoding has answered once, and the variants that answer them again.
 
     Attributes:
         system: our decoding.
-        ours: what it made of the queries.
-        work: prompts that it asked the engine to go on with, and how many tokens were written.
+        ours: outcomes of our decoding.
+        work: prompt and number of generated tokens of each request of our decoding.
     """
 
     bench: Bench
@@ -268,7 +271,7 @@ class Trial:
     async def begin(
         cls, bench: Bench, config: DecodingConfig, script: Script | None, queries: Sequence[Query]
     ) -> "Trial":
-        """Answer the queries, which warms the engine and says what our decoding asks of it."""
+        """Answer the queries with our decoding: warms up the engine and records the requests."""
         prompter = Prompter(bench.tokenizer, script) if script else None
         recorder = Recorder(ScriptedGenerator(endless(bench.generator), prompter) if prompter else bench.generator)
         system = SelfRag(recorder, ReflectionCritic(bench.tokenizer), Tasks(config), bench.retriever)
@@ -278,19 +281,19 @@ class Trial:
 
     @cached_property
     def engine(self) -> BareEngine:
-        """The engine below our own requests."""
+        """The vLLM engine without our own requests."""
         return BareEngine(self.bench.generator)
 
     def tokens(self) -> dict[str, float]:
-        """Return the mean tokens of a query that our decoding read and wrote."""
+        """Return the mean number of prompt tokens and of generated tokens of a query in our decoding."""
         read, wrote = sum(len(prompt) for prompt, _ in self.work), sum(written for _, written in self.work)
         return {"prompt": read / len(self.queries), "written": wrote / len(self.queries)}
 
     def own(self, backwards: bool) -> dict[str, tuple[int, Run]]:
-        """Return the variants with the very tokens of our decoding: how many queries each answers, and its run.
+        """Return the variants with exactly the tokens of our decoding: number of queries and run function of each.
 
         Args:
-            backwards: reverses their order, so that what drifts favours none.
+            backwards: whether to reverse the order; alternating it keeps drift from favouring a variant.
         """
         runs: dict[str, Run] = {
             "direct": lambda: steps_of(self.bench.generator.load, direct(self.system, self.queries)),
@@ -300,11 +303,11 @@ class Trial:
         return {name: (len(self.queries), runs[name]) for name in (reversed(runs) if backwards else runs)}
 
     def shapes(self, found: Sequence[Sequence[RetrievedPassage]], few: int) -> dict[str, tuple[int, Run]]:
-        """Return the shapes of other implementations, likewise.
+        """Return the baselines of other implementations: number of queries and run function of each.
 
         Args:
             found: passages of each query.
-            few: queries for the shape that answers one at a time.
+            few: number of queries for *released*, which answers one at a time.
         """
         queries, some = self.queries, min(NAIVE_ROWS, len(self.queries))
         released = Released(self.engine, self.bench.tokenizer, self.config, prompter=self.prompter)
@@ -319,7 +322,7 @@ class Trial:
         }
 
     async def timed(self, rows: int, run: Run) -> tuple[float, Any]:
-        """Run a variant with an empty prefix cache; return its queries/s and its outcome."""
+        """Run a variant from an empty prefix cache; return its queries/s and its result."""
         await self.engine.forget()
         began = time.perf_counter()
         outcome = await run()
@@ -327,7 +330,7 @@ class Trial:
 
 
 async def steps_of(load: Any, work: Awaitable[Any]) -> list[Step]:
-    """Do some work and return the steps that the engine takes meanwhile."""
+    """Await some work and return the steps that the engine takes meanwhile."""
     steps: list[Step] = []
     load.on_step = lambda *counts: steps.append(Step(time.perf_counter(), *counts))
     await work
@@ -336,7 +339,7 @@ async def steps_of(load: Any, work: Awaitable[Any]) -> list[Step]:
 
 
 def agreement(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> dict[str, float]:
-    """Return the shares of queries with the same decision, and with the same answer too."""
+    """Return the share of queries with the same decision, and the share with the same decision and answer."""
     pairs = list(zip(ours, theirs, strict=False))
     return {
         "decision": statistics.mean(a.retrieved == b.retrieved for a, b in pairs),
@@ -345,7 +348,7 @@ def agreement(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> dict[str, f
 
 
 def read_wide(output: Any, wanted: Sequence[int]) -> Generation:
-    """An answer of vLLM whose log-probabilities are dictionaries of the best tokens; others count ``ABSENT``."""
+    """Convert a vLLM output whose log-probabilities are dictionaries of the best tokens; others get ``ABSENT``."""
     completion = output.outputs[0]
     positions = completion.logprobs or [{}] * len(completion.token_ids)
     table = [[position[i].logprob if i in position else ABSENT for i in wanted] for position in positions]

@@ -1,17 +1,17 @@
-"""Measure what a row costs: ours, the shapes of other implementations, and the bare engine, side by side in one run.
+"""Compare the cost of a row in our job, in other implementations and on the bare engine, side by side in one run.
 
 ``python -m jobs.benchmark [--quick] [--json FILE] [--plot FILE]``
 
-Ours is ``jobs.annotate`` itself, Parquet to Parquet (``jobs.benchmark.job_run``), on an engine of its own that has
-answered other queries before. The shapes and the bare engine are in ``jobs.benchmark.baselines``; they share an engine
-that has answered the same queries before, and the shapes get their passages for nothing. Where a script says what is
-written, ours is ``jobs.benchmark.scripted_model``. Ratios of one run belong together; absolute rates belong to the
-machine.
+The variant *ours* is ``jobs.annotate`` itself, Parquet to Parquet (``jobs.benchmark.job_run``), on its own engine,
+which other queries have warmed up. All other variants (``jobs.benchmark.baselines``) share an engine that has answered
+the same queries before, and other implementations receive their passages without a search. If the output is scripted,
+``jobs.benchmark.scripted_model`` runs in place of ``jobs.annotate``. Compare ratios of the same run only; absolute
+rates depend on the machine.
 
-An engine is slow to start, and one card does not hold two of them. So the shared engine starts once for all workloads
-and repeats, and ends before ours starts, once for each workload. What is given up: ours is not measured in turns with
-the others, and its repeats follow one another, so that a machine that grows slower or faster meanwhile shows in the
-ratios. Every repeat has queries of its own, the same ones for all variants; medians are over different queries.
+An engine is slow to start, and one GPU does not hold two. The shared engine therefore starts once for all workloads and
+repeats, and ends before the engine of *ours* starts, once for each workload. The price: *ours* does not alternate with
+the other variants, and its repeats follow one another, so that the ratios include any drift of the machine's speed.
+Every repeat has its own queries, the same for all variants; medians are over different queries.
 """
 
 import asyncio
@@ -38,28 +38,29 @@ from pipeline.config.sections import DecodingConfig, ModelConfig
 from pipeline.decoding.types import Passage, Query, RetrievedPassage
 from pipeline.engine.arguments import check_engine_arguments
 
-# Most tokens of a segment.
+# Maximum tokens of a segment.
 MAX_TOKENS = 60
-# Tokens of a segment and its critique, where a script says what is written.
+# Tokens of a scripted segment with its critique.
 SEGMENT_TOKENS = 40
-# Most queries that the job's engine answers before it is measured.
+# Maximum warm-up queries of the job's engine.
 WARM_ROWS = 96
-# Queries for the shape that answers one at a time: by default, with --quick, and for a model without weights.
+# Queries of *released*, which answers one at a time: by default, with --quick, and with --shape.
 SERIAL_ROWS, QUICK_SERIAL_ROWS, SHAPE_SERIAL_ROWS = 24, 4, 3
 Shape = StrEnum("Shape", {name: name for name in SHAPES})  # type: ignore[misc]
 
 
 @dataclass(frozen=True)
 class ComparisonPlan:
-    """What to run.
+    """The parameters of a comparison.
 
     Attributes:
-        rows, serial_rows: queries for each variant, and for the one that answers one at a time.
-        model: of all variants.
-        passages: for each query.
-        shaped: whether the model has no weights.
-        tokens: of a segment, where a script says what is written.
-        without: variants that are left out.
+        rows, serial_rows: queries of each repeat, and those that *released* answers, which takes one at a time.
+        model: model of all variants.
+        folder: folder for the files of the jobs.
+        passages: passages for each query.
+        shaped: whether the model has dummy weights.
+        tokens: tokens of a scripted segment.
+        without: variants to leave out.
     """
 
     workloads: Sequence[Workload]
@@ -74,34 +75,37 @@ class ComparisonPlan:
     without: Collection[str] = ()
 
     def decoding_of(self, workload: Workload) -> DecodingConfig:
-        """The workload's settings."""
+        """Return the decoding settings of a workload."""
         longest = max(MAX_TOKENS, self.tokens if self.scripted(workload) else 0)
         return DecodingConfig(**{"passages": self.passages, "max_tokens": longest, **workload.decoding})
 
     def scripted(self, workload: Workload) -> bool:
-        """Whether a script says what is written: the embedded model's answers end after one segment, without a beam."""
+        """Whether the output is scripted: with dummy weights, and in the embedded model's long form.
+
+        The embedded model's own answers end after one segment, without a beam.
+        """
         return self.shaped or (self.model.name == "demo" and not workload.short_form)
 
     def script_of(self, workload: Workload) -> Script | None:
-        """What is written in this workload; None where that is the model's own matter."""
+        """Return the script of a workload; None if the model's own output is used."""
         if not self.scripted(workload):
             return None
         return Script(workload.questions, self.tokens, self.decoding_of(workload).segments)
 
     def job_of(self, workload: Workload, prepared: "Prepared") -> Job:
-        """Return ``jobs.annotate`` on the workload's rows."""
+        """Return the job that annotates the workload's rows."""
         folder, decoding = Path(tempfile.mkdtemp(dir=self.folder)), self.decoding_of(workload)
         return Job(folder, self.model, decoding, prepared.warming, prepared.repeats, self.script_of(workload))
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A workload's queries, none of which comes twice.
+    """The queries of a workload, each of which occurs once.
 
     Attributes:
-        warming: rows that warm the job's engine.
-        repeats: the rows of each repeat.
-        found: the passages that the shapes read for each of these rows.
+        warming: rows that warm up the job's engine.
+        repeats: rows of each repeat.
+        found: passages of each row of each repeat, for the baselines that receive them.
     """
 
     warming: list[Row]
@@ -110,7 +114,7 @@ class Prepared:
 
 
 async def prepare_inputs(bench: Bench, workload: Workload, plan: ComparisonPlan) -> Prepared:
-    """Find the passages of all queries, and share the queries out."""
+    """Retrieve the passages of all queries, and split the queries into warm-up and repeats."""
     warm = min(plan.rows, WARM_ROWS)
     rows = workload.rows(warm + plan.repeats * plan.rows)
     searched = await asyncio.gather(*(bench.retriever.retrieve(row["query"], plan.passages) for row in rows))
@@ -125,7 +129,7 @@ async def prepare_inputs(bench: Bench, workload: Workload, plan: ComparisonPlan)
 
 
 def queries_of(rows: Sequence[Row]) -> list[Query]:
-    """Rows as the decoding takes them."""
+    """Convert rows to the queries that the decoding takes."""
     return [
         Query(
             row["id"],
@@ -139,11 +143,11 @@ def queries_of(rows: Sequence[Row]) -> list[Query]:
 
 @dataclass(frozen=True)
 class Measurement:
-    """A benchmark under way.
+    """A benchmark in progress.
 
     Attributes:
-        report: is filled as variants are measured.
-        file: gets the report after each of them.
+        report: report to which the figures of each variant are added.
+        file: JSON file to which the report is written after each variant.
     """
 
     plan: ComparisonPlan
@@ -151,7 +155,7 @@ class Measurement:
     file: Path | None = None
 
     def run(self) -> Report:
-        """Measure everything, first what shares an engine and then the jobs: one card does not hold two engines."""
+        """Measure the variants on the shared engine and then the jobs, since one GPU does not hold two engines."""
         prepared = asyncio.run(self.shapes())
         for workload in self.plan.workloads:
             rates, self.report.stages[workload.name] = self.plan.job_of(workload, prepared[workload.name]).run()
@@ -159,7 +163,7 @@ class Measurement:
         return self.keep(finished=True)
 
     async def shapes(self) -> dict[str, Prepared]:
-        """Measure all variants but ours; return the queries of each workload."""
+        """Measure all variants but *ours*; return the queries of each workload by its name."""
         bench = Bench.open(self.plan.model)
         try:
             self.report.memory.update(bench.memory)
@@ -189,14 +193,14 @@ class Measurement:
             self.note(workload, name, rate)
 
     def note(self, workload: Workload, name: str, *rates: float) -> None:
-        """Add a variant's rates to the report, print them, and write the report."""
+        """Add a variant's rates to the report, print them and write the report."""
         self.report.results[workload.name][name].rates.extend(rates)
         told = ", ".join(f"{rate:.3f}" for rate in rates)
         Console(stderr=True, soft_wrap=True).print(f"{workload.name}: {name} {told} queries/s")
         self.keep()
 
     def keep(self, finished: bool = False) -> Report:
-        """Write the report where a file is wanted, and return it."""
+        """Write the report to the file, if there is one, and return it."""
         report = dataclasses.replace(self.report, finished=finished)
         if self.file:
             write_record(report.record(self.plan.model), self.file)
@@ -204,7 +208,7 @@ class Measurement:
 
 
 def run_comparison(plan: ComparisonPlan, file: Path | None) -> Report:
-    """Measure a plan; write what has been measured to a file after each variant, and at the end."""
+    """Run a comparison; write the report to ``file``, if given, after each variant and at the end."""
     results: Results = {workload.name: {"ours": Measured(plan.rows)} for workload in plan.workloads}
     scripted = [workload.name for workload in plan.workloads if plan.scripted(workload)]
     return Measurement(plan, Report(results, scripted=scripted), file).run()
@@ -235,7 +239,7 @@ def benchmark(
     ] = None,
     plot_file: Annotated[Path | None, typer.Option("--plot", help="Write a plot here.")] = None,
 ) -> None:
-    """Compare ours with the shapes of other implementations and with the bare engine, side by side."""
+    """Compare our job with other implementations and with the bare engine, side by side in one run."""
     start_logging()
     if shape and model:
         raise typer.BadParameter("--shape stands in the place of a model: --model does not go with it")
@@ -260,10 +264,10 @@ def benchmark(
 
 
 def left_out(names: Sequence[str]) -> frozenset[str]:
-    """Return the variants to leave out.
+    """Check and return the variants to leave out.
 
     Raises:
-        ValueError: one of them is no variant, or one that the others need.
+        ValueError: one of them is not a variant, or is always measured.
     """
     for name in names:
         if name not in OPTIONAL:
@@ -272,10 +276,10 @@ def left_out(names: Sequence[str]) -> frozenset[str]:
 
 
 def model_of(shape: Shape | None, name: str, settings: Sequence[str], folder: Path) -> ModelConfig:
-    """Return the model of all variants: a size without weights, or one by its name.
+    """Return the model of all variants: a shape with dummy weights, or the model of that name.
 
     Raises:
-        ValueError: a setting is no engine argument.
+        ValueError: a setting is not an engine argument.
     """
     engine: dict[str, Any] = {"load_format": "dummy"} if shape else {}
     apply_settings(engine, settings)
@@ -285,7 +289,7 @@ def model_of(shape: Shape | None, name: str, settings: Sequence[str], folder: Pa
 
 
 def print_tables(report: Report, plot_file: Path | None) -> None:
-    """Print all tables, and draw the plot where one is wanted."""
+    """Print all tables, and draw the plot if a file for it is given."""
     console = Console(width=None if os.isatty(1) else 140)
     for workload in report.results:
         console.print(report.table(workload))

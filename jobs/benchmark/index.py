@@ -1,11 +1,11 @@
-"""What the index costs beside its bare parts, side by side in one run: encoder, FAISS, memory.
+"""Compare the index with its bare parts, encoder and FAISS, side by side in one run.
 
 ``python -m jobs.benchmark.index --passages URI [--encoded 2000] [--vectors 2000000] [--json FILE]``
 
-- Build: passages/s through the whole build against the same encoder in a bare loop over the same texts.
-- Given vectors: vectors/s through the build against ``faiss.add`` of vectors that are in memory already.
-- Search: queries/s over the shards in batches of 64 against one FAISS index of all vectors, and what is found.
-- Memory: the most that a builder took against the size of a shard.
+- Build: passages/s of the build against the same encoder in a bare loop over the same texts.
+- Given vectors: vectors/s of the build against ``faiss.add`` of vectors that are in memory already.
+- Search: queries/s over the shards in batches of 64 against one FAISS index of all vectors, and the agreement of hits.
+- Memory: peak memory of a builder against the size of a shard.
 """
 
 import dataclasses
@@ -46,12 +46,12 @@ MB = 1e6
 
 @dataclasses.dataclass(frozen=True)
 class Comparison:
-    """One line: ours against the bare part, over repeats.
+    """One line of the results: ours against the bare part, over all repeats.
 
     Attributes:
-        ours, bare: rates, all repeats.
-        unit: of the rates.
-        note: what else was seen.
+        ours, bare: rates of all repeats.
+        unit: unit of the rates.
+        note: further figures, as text.
     """
 
     name: str
@@ -62,19 +62,19 @@ class Comparison:
 
     @property
     def ratio(self) -> float:
-        """Median of ours over median of the bare part."""
+        """Median rate of ours divided by that of the bare part."""
         return statistics.median(self.ours) / statistics.median(self.bare)
 
 
 def timed(work: Callable[[], object]) -> float:
-    """Seconds that a call takes."""
+    """Return the seconds that a call takes."""
     begun = time.perf_counter()
     work()
     return time.perf_counter() - begun
 
 
 def first_passages(source: str, rows: int, file: Path) -> list[str]:
-    """Write the first passages of a source to a file; their texts as they are encoded."""
+    """Write the first passages of a source to a file; return their texts as they are encoded."""
     batches, read = [], 0
     for batch in read_passages(find_passages(locate(source, StorageConfig()))):
         batches.append(batch.passages)
@@ -87,7 +87,7 @@ def first_passages(source: str, rows: int, file: Path) -> list[str]:
 
 
 def build(passages: Path, output: Path, **request: Any) -> tuple[Built, float]:
-    """Build an index anew; also the seconds that the call took."""
+    """Build an index from scratch; return it and the seconds that the call took."""
     shutil.rmtree(output, ignore_errors=True)
     begun = time.perf_counter()
     built = run_build(check_build(BuildRequest(str(passages), str(output), **request)))
@@ -95,10 +95,10 @@ def build(passages: Path, output: Path, **request: Any) -> tuple[Built, float]:
 
 
 def compare_encoding(source: str, rows: int, shards: int, repeats: int, folder: Path) -> list[Comparison]:
-    """The build against the bare encoder loop: while it encodes, and with everything around it."""
+    """Compare the build with a bare encoder loop: the time of the shards alone, and the whole call."""
     texts = first_passages(source, rows, folder / "passages.parquet")
     model = Encoder.load("demo", "cpu")
-    model.encode(texts[:64])  # the first batches warm up
+    model.encode(texts[:64])  # warm-up
     bare, working, whole = [], [], []
     for _ in range(repeats):
         bare.append(len(texts) / timed(lambda: model.encode(texts)))
@@ -114,7 +114,7 @@ def compare_encoding(source: str, rows: int, shards: int, repeats: int, folder: 
 
 
 def clustered(rows: int, dimension: int, seed: int = 0) -> Vectors:
-    """Unit vectors around 4,000 centres, as texts' are around their topics: float32 [rows, dimension]."""
+    """Return unit vectors around 4,000 centres, like embeddings around topics: float32 [rows, dimension]."""
     rng = np.random.default_rng(seed)
     centres = np.random.default_rng(99).normal(size=(4000, dimension)).astype(np.float32)
     vectors = centres[rng.integers(0, len(centres), rows)]
@@ -124,7 +124,7 @@ def clustered(rows: int, dimension: int, seed: int = 0) -> Vectors:
 
 
 def write_vectors(rows: int, dimension: int, folder: Path) -> None:
-    """Passages with given vectors, in files of a quarter of a million."""
+    """Write passages with given vectors, in files of ``FILE_ROWS`` rows."""
     folder.mkdir()
     for number, start in enumerate(range(0, rows, FILE_ROWS)):
         names = [str(row) for row in range(start, min(start + FILE_ROWS, rows))]
@@ -136,7 +136,7 @@ def write_vectors(rows: int, dimension: int, folder: Path) -> None:
 
 
 def all_vectors(rows: int, dimension: int) -> Vectors:
-    """The vectors that ``write_vectors`` writes."""
+    """Return the vectors that ``write_vectors`` writes."""
     starts = enumerate(range(0, rows, FILE_ROWS))
     return np.concatenate([clustered(min(FILE_ROWS, rows - start), dimension, n) for n, start in starts])
 
@@ -144,7 +144,7 @@ def all_vectors(rows: int, dimension: int) -> Vectors:
 def compare_adding(
     rows: int, dimension: int, factory: str, shards: int, repeats: int, folder: Path
 ) -> tuple[list[Comparison], Any]:
-    """The build from given vectors against ``faiss.add``; also the bare index of all vectors."""
+    """Compare the build from given vectors with ``faiss.add``; also return the bare index of all vectors."""
     request = {"embeddings": "vector", "factory": factory, "shards": shards}
     vectors = all_vectors(rows, dimension)
     ours, bare, peak, index = [], [], 0.0, None
@@ -163,14 +163,14 @@ def compare_adding(
 
 
 def compare_searching(index: Any, search: str, factory: str, repeats: int, threads: int, folder: Path) -> Comparison:
-    """Search over the shards against one FAISS index of all vectors."""
+    """Compare search over the shards with search in one FAISS index of all vectors."""
     retrieval = RetrievalConfig(device="cpu", search=search, threads=threads, verify=False)
     sharded = PassageIndex.open(locate(str(folder / "given"), StorageConfig()), retrieval)
     set_search(index, faiss.ParameterSpace(), search)
     queries = clustered(BATCH, index.d, 12345)
     faiss.omp_set_num_threads(threads)
     ours_rates, bare_rates = [], []
-    found, wanted = sharded.search(queries, K), index.search(queries, K)[1]  # and both are warm
+    found, wanted = sharded.search(queries, K), index.search(queries, K)[1]  # also the warm-up of both
     for _ in range(repeats):
         bare_rates.append(BATCH / timed(lambda: index.search(queries, K)))
         ours_rates.append(BATCH / timed(lambda: sharded.search(queries, K)))
@@ -183,7 +183,7 @@ def compare_searching(index: Any, search: str, factory: str, repeats: int, threa
 
 
 def figures_table(lines: list[Comparison]) -> Table:
-    """All lines with their medians and ratios."""
+    """Return a table of all lines with their medians and ratios."""
     table = Table(title="Against the bare parts")
     for heading in ("", "ours", "bare", "unit", "ours / bare", "min … max", ""):
         table.add_column(heading, justify="right" if "ours" in heading or heading == "bare" else "left")

@@ -1,4 +1,4 @@
-"""``jobs.annotate`` as the benchmark runs it: a process of its own, Parquet to Parquet, timed by its manifest."""
+"""Run ``jobs.annotate`` for the benchmark: in its own process, Parquet to Parquet, timed by its manifest."""
 
 import dataclasses
 import json
@@ -26,16 +26,17 @@ from pipeline.config.sections import DecodingConfig, ModelConfig
 
 @dataclass(frozen=True)
 class Job:
-    """A run of units that come one after the other: the first warms the engine, each of the others is measured.
+    """A run whose units follow one another: the first one warms up the engine, each of the others is measured.
 
-    A measured unit is all rows of a repeat, as it is by default up to 256 of them. Its queries come nowhere else in the
-    run, since the job's caches cannot be emptied and the second time would cost less than the first. Ray Data keeps no
-    order: the unit that comes first may be a repeat's, and then the warming one is measured in its place.
+    A measured unit holds all rows of a repeat; up to 256 rows, the default unit size gives the same units. Its queries
+    occur nowhere else in the run: the job's caches cannot be emptied, and a repeated query would cost less. Ray Data
+    keeps no order: if the unit of a repeat runs first, the warm-up unit is measured in its place.
 
     Attributes:
-        folder: an empty folder, for the run's files.
-        repeats: the rows of each repeat, as many in one as in another.
-        script: says what is written, where the model does not.
+        folder: empty folder for the files of the run.
+        warming: rows of the warm-up unit.
+        repeats: rows of each repeat, the same number in each.
+        script: script of the output; None if the model's own output is used.
     """
 
     folder: Path
@@ -46,14 +47,14 @@ class Job:
     script: Script | None = None
 
     def run(self) -> tuple[list[float], dict[str, float]]:
-        """Run it.
+        """Run the job and return its figures.
 
         Returns:
-            Queries/s of each repeat; mean seconds of a measured row by stage, its share of its unit's files, and
-            seconds of the whole call with start and first unit.
+            Queries/s of each repeat; and mean seconds of a measured row by stage, with its share of the seconds for
+            writing its unit's files, and the seconds of the whole call, including the start and the first unit.
 
         Raises:
-            RuntimeError: the run failed, a row of it did, or its units did not come one after the other.
+            RuntimeError: the run or one of its rows failed, or its units overlapped.
         """
         done = self._call()
         output = self.folder / "out"
@@ -77,7 +78,7 @@ class Job:
         return done
 
     def _inputs(self) -> tuple[Path, Path]:
-        """Write the query set, a file for each unit, and the settings."""
+        """Write the query set, with one file for each unit, and the settings; return their paths."""
         queries, settings = self.folder / "queries", self.folder / "run.yaml"
         queries.mkdir()
         units = [self.warming, *self.repeats]
@@ -95,17 +96,17 @@ class Job:
 
 
 def measured_seconds(units: Mapping[str, Mapping[str, Any]], finished: float) -> dict[str, float]:
-    """Return how long each unit but the first took: until the next one began, the last until the run was finished.
+    """Return the seconds of each unit but the first: up to the start of the next one, or to the end of the run.
 
     Args:
-        units: a manifest's.
-        finished: when the manifest was written, in seconds since the epoch.
+        units: units of the manifest, by name.
+        finished: time at which the manifest was written, in seconds since the epoch.
 
     Returns:
-        Seconds by the unit's name, in the order in which the units came.
+        Seconds by unit name, in the order in which the units ran.
 
     Raises:
-        RuntimeError: they are not what shall be measured.
+        RuntimeError: a row failed, or units overlapped.
     """
     failed = sum(unit["errors"] for unit in units.values())
     if failed:
@@ -118,11 +119,11 @@ def measured_seconds(units: Mapping[str, Mapping[str, Any]], finished: float) ->
 
 
 def stage_seconds(folder: Path, units: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
-    """Return the mean seconds of a row by stage, and its share of what writing its unit's files took.
+    """Return the mean seconds of a row by stage, with its share of the seconds for writing its unit's files.
 
     Args:
-        folder: holds the units' data files.
-        units: by name, with the time at which each was annotated.
+        folder: folder of the units' data files.
+        units: units by name, with the time at which each was annotated (``ended``).
     """
     files = {name: folder / f"part-{name}.parquet" for name in units}
     usage = pa.concat_tables([pq.read_table(file, columns=["usage"]) for file in files.values()])["usage"]

@@ -1,4 +1,4 @@
-"""What the benchmark measured: rates, ratios, where a row's time went, as tables, a plot and a record."""
+"""Figures of the benchmark: rates, ratios and the seconds of a row by stage, as tables, a plot and a JSON record."""
 
 import dataclasses
 import json
@@ -18,21 +18,22 @@ from pipeline.decoding.types import REQUEST_SECONDS, ROW_SECONDS
 from pipeline.versions import versions
 
 STAGES = (*ROW_SECONDS, *REQUEST_SECONDS)
-# A row's share of what its unit took from annotated to its data file's last byte, and what the whole call took.
+# Figures beside the stages: a row's share of the seconds from the end of its unit's annotation to the last byte of the
+# data file, and the seconds of the whole call.
 FILES = "files_seconds"
 CALL = "call_seconds"
 
 
 @dataclass
 class Measured:
-    """One variant on one workload.
+    """The figures of one variant on one workload.
 
     Attributes:
-        rates: queries/s of each repeat that is measured.
         rows: queries of a repeat.
-        agreement: shares of the last repeat's queries with our decision and with our answer, where there is something
-            to compare.
-        load: how full the engine's steps were in the last repeat, where it was counted.
+        rates: queries/s of each measured repeat.
+        agreement: shares of the last repeat's queries with our decision, and with our decision and answer; empty for
+            variants that are not compared.
+        load: figures of :func:`load_of` in the last repeat; empty if the steps were not recorded.
     """
 
     rows: int
@@ -42,7 +43,7 @@ class Measured:
 
     @property
     def rate(self) -> float:
-        """The median."""
+        """Median rate, in queries/s."""
         return statistics.median(self.rates)
 
 
@@ -54,9 +55,9 @@ class Step:
     """A step of the engine.
 
     Attributes:
-        ended: seconds, by any clock.
-        running, waiting, finished: requests that kept their slots after it, requests that waited for one, and requests
-            that ended with it, as a decision of one token does with its first.
+        ended: end of the step, in seconds by any clock.
+        running, waiting, finished: requests that keep their slots after the step, requests that wait for a slot, and
+            requests that ended in the step, such as a decision of one token in its first step.
     """
 
     ended: float
@@ -66,23 +67,24 @@ class Step:
 
     @property
     def taken(self) -> int:
-        """Slots that it had taken."""
+        """Slots in use during the step."""
         return self.running + self.finished
 
 
 def load_of(steps: Sequence[Step], slots: int) -> dict[str, float]:
-    """How full the engine was.
+    """Compute how full the engine was.
 
-    A step begins where the one before it ended; one after an idle engine is not counted.
+    A step begins when the one before it ends. A step that follows an idle engine is not counted.
 
     Args:
-        slots: most requests that run at once.
+        slots: maximum number of requests that run at once.
 
     Returns:
-        Shares of the time: ``half_full`` had more than half of the slots taken; ``steady`` is the same up to the last
-        step that left requests waiting, before the batch runs down (0 where none ever waited); ``fed`` had that or left
-        requests waiting, so that not we but the engine kept slots free (a step's tokens or its memory were used up).
-        ``taken`` is the mean number of slots.
+        Shares of the counted time: ``half_full`` with more than half of the slots in use; ``steady`` likewise, but only
+        up to the last step that left requests waiting, before the batch runs down (0 if none ever waited); ``fed`` with
+        more than half of the slots in use or requests waiting. If requests wait while slots are free, the limit is the
+        engine's: a step's tokens or the memory are used up. ``taken`` is the mean number of slots in use, and ``slots``
+        is the argument.
     """
     spans = [(b.ended - a.ended, b) for a, b in pairwise(steps) if a.running or a.waiting]
     rundown = next((n for n, (_, step) in enumerate(reversed(spans)) if step.waiting), len(spans))
@@ -103,15 +105,16 @@ def load_of(steps: Sequence[Step], slots: int) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Report:
-    """All figures, also of a benchmark that is not finished.
+    """All figures, possibly of an unfinished benchmark.
 
     Attributes:
-        stages: by workload: mean seconds of a row by stage; ``seconds`` is from its first step to its last, and
-            ``files_seconds`` its share of writing files, ``call_seconds`` what the whole call took.
-        tokens: by workload: tokens of all prompts of a query, and tokens written for it, in the last repeat.
-        memory: of the card in MB, by what took it; empty without one.
-        scripted: workloads of which a script says what is written.
-        finished: whether everything is measured.
+        results: figures by workload and variant.
+        stages: mean seconds of a row by workload and stage. ``seconds`` is the time from its first step to its last,
+            ``files_seconds`` its share of writing the files, and ``call_seconds`` the duration of the whole call.
+        tokens: mean tokens of a query by workload in the last repeat: of all its prompts, and generated for it.
+        memory: MB of GPU memory by component; empty without a GPU.
+        scripted: names of the workloads with scripted output.
+        finished: whether all variants have been measured.
     """
 
     results: Results
@@ -126,7 +129,7 @@ class Report:
         return {name: one for name, one in self.results[workload].items() if one.rates}
 
     def ratios(self, workload: str) -> dict[str, dict[str, float]]:
-        """Compare ours with each variant: median of the rates, and the least and greatest of all pairs."""
+        """Return the ratios of ours to each variant: of the medians, and the least and greatest of all pairs."""
         measured = self.measured(workload)
         if (ours := measured.pop("ours", None)) is None:
             return {}
@@ -140,7 +143,7 @@ class Report:
         }
 
     def record(self, model: ModelConfig) -> dict[str, Any]:
-        """Return everything that is measured, for a file; ``ratios`` are those of the first workload."""
+        """Return all figures as a JSON record; its ``ratios`` and ``absolute`` are those of the first workload."""
         first = next(iter(self.results))
         return {
             "finished": self.finished,
@@ -163,7 +166,7 @@ class Report:
         }
 
     def table(self, workload: str) -> Table:
-        """One workload's variants."""
+        """Return a table of the variants of one workload."""
         script = "; a script says what is written" if workload in self.scripted else ""
         title = f"{workload} ({self.results[workload]['ours'].rows} queries{script})"
         table = Table(title=title, caption=self.caption(workload))
@@ -178,7 +181,7 @@ class Report:
         return table
 
     def caption(self, workload: str) -> str:
-        """What a query is made of, and how full the engine was in our decoding."""
+        """Describe the tokens of a query, and how full the engine was in our decoding."""
         parts = []
         if tokens := self.tokens.get(workload):
             rate = self.results[workload]["ours"].rate
@@ -195,7 +198,7 @@ class Report:
         return "; ".join(parts)
 
     def times(self) -> Table:
-        """Where a row's time goes, by workload."""
+        """Return a table of the seconds of a row by workload and stage."""
         table = Table(title="Seconds of a row (means; requests of a row run side by side, and beside other rows')")
         table.add_column("workload")
         for name in (
@@ -210,7 +213,7 @@ class Report:
 
 
 def machine() -> dict[str, Any]:
-    """What the figures belong to."""
+    """Describe the machine that the figures were measured on."""
     from vllm.platforms import current_platform
 
     device = "CPU" if current_platform.is_cpu() else str(current_platform.get_device_name())
@@ -218,7 +221,7 @@ def machine() -> dict[str, Any]:
 
 
 def write_record(record: dict[str, Any], file: Path) -> None:
-    """Write a record as JSON; a reader finds the old file or the new one, whole."""
+    """Write a record as JSON, atomically: a reader finds the old file or the new one, never a part."""
     new = file.with_name(f"{file.name}.new")
     new.write_text(json.dumps(record, indent=2))
     new.replace(file)

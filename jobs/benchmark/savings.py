@@ -1,10 +1,9 @@
-"""What each way of saving work saves: the same queries with it and without it, in turns.
+"""Run ablations: measure what each optimisation saves, on the same queries with it and without it, alternately.
 
 ``python -m jobs.benchmark.savings [--rows N] [--repeats N] [--only NAME …] [--engine KEY=VALUE …] [--json FILE]``
 
-Savings that are part of the system are taken out, by what stands between the decoding and its engine; those that are
-not are put in (``jobs.benchmark.savings_variants``). Engine arguments are compared with the defaults, each on an
-engine of its own.
+Each optimisation is removed by replacing the generator or the critic of the decoding
+(``jobs.benchmark.savings_variants``). Engine arguments are compared with the defaults, each on its own engine.
 """
 
 import asyncio
@@ -29,7 +28,6 @@ from jobs.benchmark.savings_variants import (
     DictLogprobs,
     ForgetfulCritic,
     Gathered,
-    Prefetching,
     WholeDecisions,
 )
 from jobs.benchmark.scripted_model import Prompter, Script, ScriptedGenerator, endless
@@ -47,12 +45,11 @@ from pipeline.decoding.types import Candidate, Query
 from pipeline.engine.arguments import check_engine_arguments
 
 SHORT = Workload("short form, 50 % retrieve", questions=0.5)
-QUESTIONS = Workload("short form, 100 % retrieve")
 READING = Workload("short form, all retrieve", decoding={"mode": "always"})
 LONG = Workload("long form, beam of 2", decoding={"segments": 3, "beam_width": 2})
 ENGINE = ("enable_prefix_caching=false", "max_num_batched_tokens=512", "dtype=bfloat16", "dtype=float16")
 DEFAULTS = "the defaults"
-# Fewer than the requests of all queries, as in a long run.
+# Slots of the engine: fewer than the requests of all queries, as in a long run.
 SLOTS = 32
 
 
@@ -61,7 +58,7 @@ class Setting:
     """A workload on an engine.
 
     Attributes:
-        generator: the bench's, or what a script makes of it.
+        generator: generator of the bench, or a scripted one on top of it.
     """
 
     bench: Bench
@@ -70,32 +67,22 @@ class Setting:
     generator: Generator
 
     def system(self, generator: Generator | None = None, critic: type[ReflectionCritic] = ReflectionCritic) -> SelfRag:
-        """Our decoding, or one with something else in it."""
+        """Return our decoding, with another generator or critic if given."""
         tasks, engine = Tasks(self.config), generator or self.generator
         return SelfRag(engine, critic(self.bench.tokenizer), tasks, self.bench.retriever)
 
     async def answer(self, system: Answering, queries: Sequence[Query] | None = None) -> int:
-        """Answer all queries at once; how many there were."""
+        """Answer all queries concurrently; return their number."""
         answers = await asyncio.gather(*(system.answer(query) for query in queries or self.queries))
         return len(answers)
 
-    async def prefetched(self) -> int:
-        """The same with all searches begun before."""
-        retriever = Prefetching(self.bench.retriever)
-        retriever.begin(self.queries, self.config.passages)
-        return await self.answer(dataclasses.replace(self.system(), retriever=retriever))
-
     def gathered(self, apart: bool) -> SelfRag:
-        """Our decoding that submits the passages of all rows together, each row's beside one another or not."""
+        """Return our decoding with the passages of all rows submitted together, those of a row adjacent or apart."""
         siblings = self.config.passages
         return self.system(Gathered(self.generator, siblings, siblings * len(self.queries), apart))
 
-    def longest_first(self) -> list[Query]:
-        """The queries by the length of what they ask."""
-        return sorted(self.queries, key=lambda query: -len(query.query))
-
     def doubled(self) -> list[Query]:
-        """Every query twice."""
+        """Return every query twice, with different ids."""
         return [dataclasses.replace(query, id=f"{n}-{query.id}") for query in self.queries for n in range(2)]
 
 
@@ -104,21 +91,20 @@ Run = Callable[[Setting], Awaitable[int]]
 
 @dataclass(frozen=True)
 class Saving:
-    """Something that may save work.
+    """An optimisation to measure.
 
     Attributes:
-        built: whether it is part of the system.
+        with_it, without: functions that answer the queries with and without the optimisation.
     """
 
     name: str
     workload: Workload
     with_it: Run
     without: Run
-    built: bool = True
 
 
 def ours(setting: Setting) -> Awaitable[int]:
-    """Our decoding as it is."""
+    """Answer all queries with our decoding, unchanged; return their number."""
     return setting.answer(setting.system())
 
 
@@ -154,15 +140,12 @@ SAVINGS = (
         lambda s: s.answer(s.gathered(apart=False)),
         lambda s: s.answer(s.gathered(apart=True)),
     ),
-    Saving("searches begun while the decision runs", SHORT, lambda s: s.prefetched(), ours, built=False),
-    Saving("searches begun early, where all rows retrieve", QUESTIONS, lambda s: s.prefetched(), ours, built=False),
-    Saving("long queries first", SHORT, lambda s: s.answer(s.system(), s.longest_first()), ours, built=False),
 )
 
 
 @dataclass(frozen=True)
 class Pruning:
-    """Tokens read, written, and of these written by candidates that were hopeless."""
+    """Prompt tokens, generated tokens, and the generated tokens that pruning would save."""
 
     read: int
     written: int
@@ -170,10 +153,10 @@ class Pruning:
 
 
 def prunable(siblings: Sequence[Candidate], weights: Weights) -> int:
-    """Tokens that need not be written, were hopeless candidates aborted.
+    """Count the tokens that aborting hopeless candidates would save.
 
-    Siblings are taken to be written in step. One is hopeless once another has ended with a score that it cannot reach
-    with its IsRel, which is known from its first token, and the best of everything else.
+    Siblings are assumed to be generated in step. A candidate is hopeless once a sibling has ended with a score that it
+    cannot reach: with its own IsRel, which is known from its first token, and the best value of all other terms.
     """
     ends = [(len(one.segment.token_ids), one.segment.critique.score) for one in siblings]
     saved = 0
@@ -185,7 +168,7 @@ def prunable(siblings: Sequence[Candidate], weights: Weights) -> int:
 
 
 async def pruning(setting: Setting) -> Pruning:
-    """What pruning would save in the short form."""
+    """Measure how many tokens pruning would save in the short form."""
     recorder = Recorder(setting.generator)
     config = setting.config.model_copy(update={"keep_candidates": True})
     system = dataclasses.replace(setting.system(recorder), tasks=Tasks(config))
@@ -199,11 +182,12 @@ async def pruning(setting: Setting) -> Pruning:
 
 @dataclass
 class SavingsFigures:
-    """What was measured.
+    """The figures measured so far.
 
     Attributes:
-        rates: queries/s with each saving and without it, of each repeat.
-        engines: queries/s by engine argument, of each repeat.
+        rates: queries/s of each repeat, by optimisation, with it and without it.
+        engines: queries/s of each repeat, by engine argument.
+        pruning: tokens that pruning would save, from the last repeat; None if not measured.
     """
 
     rates: dict[str, dict[str, list[float]]]
@@ -212,27 +196,27 @@ class SavingsFigures:
 
     @classmethod
     def empty(cls, savings: Sequence[Saving], engine: Sequence[str]) -> "SavingsFigures":
-        """Nothing yet."""
+        """Return empty figures for the given optimisations and engine arguments."""
         rates: dict[str, dict[str, list[float]]] = {saving.name: {"with": [], "without": []} for saving in savings}
         return cls(rates, {name: [] for name in (DEFAULTS, *engine)} if engine else {})
 
     @property
     def savings(self) -> list[Saving]:
-        """Those that are measured."""
+        """The optimisations to measure."""
         return [saving for saving in SAVINGS if saving.name in self.rates]
 
 
 async def rate(setting: Setting, run: Run) -> float:
-    """Queries/s, from an empty prefix cache."""
+    """Run from an empty prefix cache and return queries/s."""
     await BareEngine(setting.bench.generator).forget()
     began = time.perf_counter()
     return await run(setting) / (time.perf_counter() - began)
 
 
 def setting_of(bench: Bench, workload: Workload, rows: int) -> Setting:
-    """A workload's queries; a third of them for an answer of several segments, which a script says.
+    """Return the setting of a workload; a long form has a third of the rows, and scripted output.
 
-    The embedded model's own answers end after one.
+    The embedded model's own answers end after one segment.
     """
     config = DecodingConfig(**{"passages": 3, "max_tokens": MAX_TOKENS, **workload.decoding})
     if workload.short_form:
@@ -243,7 +227,7 @@ def setting_of(bench: Bench, workload: Workload, rows: int) -> Setting:
 
 
 async def measure_savings(rows: int, number: int, figures: SavingsFigures) -> None:
-    """Savings on one engine that is full; which side goes first changes with the repeat's number."""
+    """Measure the optimisations on one full engine; the order of with and without alternates between repeats."""
     bench = Bench.open(ModelConfig(name="demo", engine={"max_num_seqs": SLOTS}))
     try:
         used = {saving.workload.name: saving.workload for saving in figures.savings}
@@ -262,7 +246,7 @@ async def measure_savings(rows: int, number: int, figures: SavingsFigures) -> No
 
 
 async def measure_engine(rows: int, number: int, argument: str, figures: SavingsFigures) -> None:
-    """Our decoding on an engine of its own."""
+    """Measure our decoding on a new engine with one argument changed, or with the defaults."""
     arguments: dict[str, Any] = {}
     apply_settings(arguments, [] if argument == DEFAULTS else [argument])
     bench = Bench.open(ModelConfig(name="demo", engine=arguments))
@@ -276,12 +260,12 @@ async def measure_engine(rows: int, number: int, argument: str, figures: Savings
 
 
 def tell(number: int, what: str, rates: Sequence[float]) -> None:
-    """What was measured last."""
+    """Print the rate that was measured last."""
     Console(stderr=True, soft_wrap=True).print(f"repeat {number}: {what}: {rates[-1]:.3f} queries/s")
 
 
 def run_savings(rows: int, repeats: int, figures: SavingsFigures) -> Iterator[SavingsFigures]:
-    """Everything, one repeat after the other; yields what all repeats so far measured."""
+    """Run one repeat after the other; yield the figures of all repeats so far after each."""
     for number in range(1, repeats + 1):
         if figures.savings:
             asyncio.run(measure_savings(rows, number, figures))
@@ -291,21 +275,20 @@ def run_savings(rows: int, repeats: int, figures: SavingsFigures) -> Iterator[Sa
 
 
 def ratio_of(one: Sequence[float], other: Sequence[float]) -> list[str]:
-    """Median over median, and the least and greatest of all pairs."""
+    """Format the ratio of the medians, and the least and greatest ratio of all pairs."""
     middle = statistics.median(one) / statistics.median(other)
     return [f"{middle:.2f}", f"{min(one) / max(other):.2f} … {max(one) / min(other):.2f}"]
 
 
 def savings_tables(figures: SavingsFigures) -> list[Table]:
-    """What each saves."""
+    """Return tables of the optimisations and of the engine arguments; empty ones are left out."""
     savings = Table(title=f"Savings (at most {SLOTS} requests at once)")
-    for heading in ("saving", "built", "workload", "with, queries/s", "without", "with / without", "min … max"):
-        savings.add_column(heading, justify="left" if heading in ("saving", "built", "workload") else "right")
+    for heading in ("saving", "workload", "with, queries/s", "without", "with / without", "min … max"):
+        savings.add_column(heading, justify="left" if heading in ("saving", "workload") else "right")
     for saving in figures.savings:
         rates = figures.rates[saving.name]
         cells = [f"{statistics.median(rates[name]):.2f}" for name in ("with", "without")]
-        place = [saving.name, "yes" if saving.built else "no", saving.workload.name]
-        savings.add_row(*place, *cells, *ratio_of(rates["with"], rates["without"]))
+        savings.add_row(saving.name, saving.workload.name, *cells, *ratio_of(rates["with"], rates["without"]))
     if (bound := figures.pruning) is not None:
         savings.caption = (
             f"Pruning by IsRel would save {bound.hopeless} of {bound.written} written tokens "
@@ -332,7 +315,7 @@ def benchmark_savings(
         pathlib.Path | None, typer.Option("--json", help="Write all figures here, after each repeat.")
     ] = None,
 ) -> None:
-    """Measure what each way of saving work saves, with it and without it."""
+    """Measure what each optimisation saves: queries/s with it and without it."""
     start_logging()
     with checking():
         names = chosen(only, [*(saving.name for saving in SAVINGS), *(engine or ENGINE)])

@@ -1,4 +1,4 @@
-"""Our decoding without one of its savings, or with one that it does not have, for ``jobs.benchmark.savings``."""
+"""Variants of our decoding for ``jobs.benchmark.savings``: each with one optimisation removed."""
 
 import asyncio
 import dataclasses
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from jobs.benchmark.baselines import BareEngine, read_wide
 from jobs.benchmark.compare import MAX_TOKENS
 from pipeline.config.sections import DecodingConfig
-from pipeline.decoding.protocols import Generator, Reader, Retriever
+from pipeline.decoding.protocols import Generator, Reader
 from pipeline.decoding.reflection import Retrieve
 from pipeline.decoding.reflection_reader import ReflectionCritic, ReflectionReader, Requests
 from pipeline.decoding.types import Generation, Passage, Path, Query, RetrievedPassage
@@ -16,7 +16,7 @@ from pipeline.decoding.types import Generation, Passage, Path, Query, RetrievedP
 
 @dataclass(frozen=True)
 class WholeDecisions:
-    """Writes a whole answer where one token is asked for, as the released scripts do, and gives its first."""
+    """A generator that, like the released scripts, writes a whole answer for a one-token request; returns its first."""
 
     generator: Generator
 
@@ -40,7 +40,7 @@ class WholeDecisions:
 
 @dataclass(frozen=True)
 class DictLogprobs:
-    """Takes log-probabilities as vLLM gives them by default: at each position a dictionary of objects."""
+    """A generator that requests log-probabilities in vLLM's default form: a dictionary of objects per position."""
 
     engine: BareEngine
 
@@ -59,12 +59,14 @@ class DictLogprobs:
 
 @dataclass
 class Gathered:
-    """Holds back the passages of all rows until they are there, and then submits them.
+    """A generator that holds back the requests of all rows until the last one has arrived, and then submits them.
 
     Attributes:
-        siblings: passages of a row.
-        total: of all rows.
-        apart: first the first passages of all rows, then the second ones, and so on; as they came otherwise.
+        siblings: number of passages of a row.
+        total: number of passages of all rows.
+        apart: whether the first passages of all rows are submitted first, then the second ones, and so on; otherwise
+            all are submitted in the order of arrival.
+        waiting: events that release the held requests, in the order of arrival.
     """
 
     generator: Generator
@@ -86,17 +88,17 @@ class Gathered:
             for first in range(self.siblings if self.apart else 1):
                 for event in self.waiting[first :: self.siblings if self.apart else 1]:
                     event.set()
-            await asyncio.sleep(0)  # this one is the last, and has not waited yet
+            await asyncio.sleep(0)  # the others go first: this request arrived last, and would not wait
         await turn.wait()
         return await self.generator.generate(prompt, max_tokens, stops)
 
 
 @dataclass
 class AskingReader(ReflectionReader):
-    """Asks for the decision before a path goes on, though the last token of its segment told it.
+    """A reader that requests each later decision, although the last token of the segment before it already holds it.
 
     Attributes:
-        asked: by path; its continuations wait for it together.
+        asked: requested decision of each path; all continuations of the path wait for it.
     """
 
     asked: dict[Path, asyncio.Task[Generation]] = field(default_factory=dict)
@@ -114,39 +116,23 @@ class AskingReader(ReflectionReader):
 
 
 class AskingCritic(ReflectionCritic):
-    """Reads so."""
+    """The critic whose readers request each later decision."""
 
     def reader(self, generator: Generator, config: DecodingConfig, query: Query) -> Reader:
         """See :meth:`pipeline.decoding.protocols.Critic.reader`."""
         return AskingReader(Requests(generator), self.tokenizer, config, query)
 
 
-@dataclass
-class Prefetching:
-    """Begins all searches at once, while the decisions are under way."""
-
-    retriever: Retriever
-    begun: dict[str, asyncio.Task[list[RetrievedPassage]]] = field(default_factory=dict)
-
-    def begin(self, queries: Sequence[Query], k: int) -> None:
-        """Search for all of them."""
-        self.begun = {q.query: asyncio.ensure_future(self.retriever.retrieve(q.query, k)) for q in queries}
-
-    async def retrieve(self, query: str, k: int) -> list[RetrievedPassage]:
-        """See :meth:`pipeline.decoding.protocols.Retriever.retrieve`."""
-        return await self.begun[query] if query in self.begun else await self.retriever.retrieve(query, k)
-
-
 class Forgetful(dict[Passage, list[int]]):
-    """Has nothing that it was given, but for once."""
+    """A cache of passage tokens that reports every passage as missing, so that it is tokenised again."""
 
     def __contains__(self, key: object) -> bool:
-        """Never."""
+        """Whether the cache holds a passage: never."""
         return False
 
 
 class ForgetfulCritic(ReflectionCritic):
-    """Tokenises a passage each time that it stands in a prompt."""
+    """The critic whose readers tokenise a passage each time that it is part of a prompt."""
 
     def reader(self, generator: Generator, config: DecodingConfig, query: Query) -> Reader:
         """See :meth:`pipeline.decoding.protocols.Critic.reader`."""

@@ -1,10 +1,10 @@
-"""How a run grows with its rows and its actors, with an engine that does nothing but wait.
+"""Measure how a run scales with its rows and its actors, with an engine that only waits.
 
 ``python -m jobs.benchmark.scaling [--rows 1000 --rows 10000 …] [--actors 1 --actors 8 …] [--json FILE]``
 
-Everything but the engine is real: Ray Data, actors, tokenizer, decoding, Parquet. What a row takes without waiting is
-what our own code costs; what it takes with a fixed wait on more and more actors shows whether anything stands between
-them.
+Everything but the engine is real: Ray Data, actors, tokenizer, decoding, Parquet. Without waiting, the time of a row is
+the overhead of our own code. With a fixed wait and more and more actors, the throughput shows whether the actors slow
+one another down.
 """
 
 import asyncio
@@ -40,17 +40,17 @@ from pipeline.run.actor import SelfRagActor
 from pipeline.run.driver import allot_resources, run_plan
 from pipeline.run.plan import check_run
 
-# Seconds that the waiting engine takes for an answer, from the environment of the actors.
+# Environment variable of the actors: seconds that the waiting engine takes for a request.
 LATENCY = "SELFRAG_BENCHMARK_LATENCY"
 PASSAGES = [{"id": f"p{n}", "title": "A title", "text": f"A passage of some words, number {n}."} for n in range(3)]
-# Rows for each actor where actors are compared, and how many of them are under way at once.
+# When numbers of actors are compared: rows for each actor, and rows of a unit.
 ROWS_PER_ACTOR, UNIT_ROWS = 240, 8
 FIVE_TOKENS = Script(tokens=5)
 
 
 @dataclass(frozen=True)
 class WaitingEngine:
-    """Retrieves for every query, and writes five tokens for each passage, after a fixed time."""
+    """An engine that retrieves for every query and generates five tokens for each passage, each after a fixed time."""
 
     prompter: Prompter
     seconds: float
@@ -60,7 +60,7 @@ class WaitingEngine:
         self,
         prompt: Sequence[int],
         max_tokens: int,
-        stops: Sequence[int],  # noqa: ARG002  it never writes on
+        stops: Sequence[int],  # noqa: ARG002  the script sets the length
     ) -> Generation:
         """See :meth:`pipeline.decoding.protocols.Generator.generate`."""
         await asyncio.sleep(self.seconds)
@@ -69,17 +69,17 @@ class WaitingEngine:
         return self.prompter.acted(blank, prompt)
 
     async def warm(self) -> None:
-        """Nothing to compile."""
+        """Do nothing: there is nothing to compile."""
 
     def shutdown(self) -> None:
-        """Nothing to end."""
+        """Do nothing: there is no engine to shut down."""
 
     def abandon(self) -> None:
-        """Nothing to leave."""
+        """Do nothing: there is no engine to abandon."""
 
 
 class WaitingActor(SelfRagActor):
-    """An actor with such an engine."""
+    """An actor with a waiting engine, and without an index."""
 
     def _open(self, servers: Sequence[Any], index_digest: str | None) -> None:  # noqa: ARG002  there is no index
         config = self.config
@@ -92,13 +92,14 @@ class WaitingActor(SelfRagActor):
 
 @dataclass(frozen=True)
 class Run:
-    """One run.
+    """The figures of one run.
 
     Attributes:
-        seconds: from the first unit's begin to the last one's end.
-        call_seconds: of the whole call.
-        driver_mb: most memory that this process has had so far.
-        steady: rows/s while all actors are at work: from when each has its first units to the last unit's begin.
+        seconds: seconds from the start of the first unit to the end of the last one.
+        call_seconds: seconds of the whole call.
+        driver_mb: peak memory of this process so far, in MB.
+        steady: rows/s while all actors are busy: from the time at which all have their first units to the start of the
+            last unit.
     """
 
     rows: int
@@ -110,12 +111,12 @@ class Run:
 
     @property
     def rate(self) -> float:
-        """Rows/s."""
+        """Throughput of the whole run, in rows/s."""
         return self.rows / self.seconds
 
 
 def write_queries(file: Path, rows: int) -> None:
-    """Questions with three passages each."""
+    """Write questions with three given passages each."""
     given = pa.list_(pa.struct([("id", pa.string()), ("title", pa.string()), ("text", pa.string())]))
     names = [f"q{n}" for n in range(rows)]
     texts = [f"What is the answer to question number {n}?" for n in range(rows)]
@@ -124,11 +125,11 @@ def write_queries(file: Path, rows: int) -> None:
 
 
 def steady_rate(begins: Sequence[float], slots: int) -> float:
-    """Units/s at which free slots take up work, once all have some.
+    """Return the rate at which units start, in units/s, once all slots are in use.
 
     Args:
-        begins: of all units, in seconds.
-        slots: units that are under way at once; with no more units than these there is no steady rate, but NaN.
+        begins: start times of all units, in seconds.
+        slots: maximum number of units in progress at once; the result is NaN if there are no more units than this.
     """
     ordered = sorted(begins)
     first, last = ordered[min(slots, len(ordered)) - 1], ordered[-1]
@@ -136,7 +137,7 @@ def steady_rate(begins: Sequence[float], slots: int) -> float:
 
 
 def time_run(rows: int, execution: ExecutionConfig, folder: Path) -> Run:
-    """Annotate so many rows."""
+    """Annotate a query set of so many rows and return the figures of the run."""
     write_queries(folder / "queries.parquet", rows)
     config = RunConfig(
         queries=str(folder / "queries.parquet"),
@@ -155,7 +156,7 @@ def time_run(rows: int, execution: ExecutionConfig, folder: Path) -> Run:
 
 
 def scaling_tables(sizes: Sequence[Run], pools: Sequence[Run], latency: float) -> list[Table]:
-    """What grew, and how."""
+    """Return a table of the runs by rows, and one of the runs by actors."""
     by_rows = Table(title="One actor, an engine that answers at once")
     for heading in ("rows", "ms/row", "rows/s", "whole call, s", "driver, MB"):
         by_rows.add_column(heading, justify="right")
@@ -177,7 +178,7 @@ def benchmark_scaling(
     latency: Annotated[float, typer.Option(help="Seconds for an answer, where pools are compared.")] = 2.0,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
 ) -> None:
-    """See how a run grows with its rows and its actors."""
+    """Measure how a run scales with its rows and its actors."""
     start_logging()
     import ray
 

@@ -1,11 +1,11 @@
-"""A model whose engine does the work while a script says what it wrote.
+"""Annotate with a model whose engine does all its work but whose output is replaced by a script's.
 
-With dummy weights a model writes what means nothing, and the embedded model ends after one segment. The script puts
-decisions, critiques and ends where a model
-taught for Self-RAG has them, so that requests have realistic lengths and the algorithm goes its usual ways.
+A model with dummy weights writes text without meaning, and the embedded model ends an answer after one segment. The
+script puts decisions, critiques and ends where a model trained for Self-RAG has them, so that requests have realistic
+lengths and the algorithm takes its usual paths.
 
-``python -m jobs.benchmark.scripted_model --config FILE --queries FILE --index FOLDER --output FOLDER`` annotates so;
-the benchmark calls it in the place of ``jobs.annotate``.
+``python -m jobs.benchmark.scripted_model --config FILE --queries FILE --index FOLDER --output FOLDER`` runs in place of
+``jobs.annotate`` in the benchmark.
 """
 
 import dataclasses
@@ -36,23 +36,23 @@ from pipeline.run.actor import SelfRagActor
 from pipeline.run.driver import allot_resources, run_plan
 from pipeline.run.plan import check_run
 
-# Arguments of a LlamaConfig. The first is selfrag/selfrag_llama2_7b's but for its vocabulary, which is the demo
+# Arguments of a LlamaConfig. The first is selfrag/selfrag_llama2_7b's except for the vocabulary, which is the demo
 # tokenizer's (49,167 instead of 32,016 tokens): https://huggingface.co/selfrag/selfrag_llama2_7b
 SHAPES: dict[str, dict[str, int]] = {
     "7b": {"hidden_size": 4096, "intermediate_size": 11_008, "num_hidden_layers": 32, "num_attention_heads": 32},
     "tiny": {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 2},
 }
 CONTEXT_TOKENS = 4096
-# The script of an actor, from its environment, as JSON.
+# Environment variable of the actors: the script, as JSON.
 SCRIPT = "SELFRAG_BENCHMARK_SCRIPT"
-# Natural-log probabilities of the reflection token that stands somewhere, and of all others.
+# Natural-log probabilities of the reflection token at a position, and of all other reflection tokens.
 WRITTEN, OTHERS = -0.1, -5.0
-# Digits of the number at the beginning of a segment.
+# Digits of the number with which the text of a segment begins.
 DIGITS = 5
 
 
 def write_shape(name: str, folder: Path) -> Path:
-    """A model folder with a configuration and a tokenizer, and no weights."""
+    """Write a model folder with configuration and tokenizer but without weights; return it."""
     from transformers import AutoTokenizer, LlamaConfig
 
     tokenizer = AutoTokenizer.from_pretrained(demo_model())
@@ -72,12 +72,12 @@ def write_shape(name: str, folder: Path) -> Path:
 
 @dataclass(frozen=True)
 class Script:
-    """What is taken to have been written.
+    """The parameters of the scripted output.
 
     Attributes:
-        retrieve: share of the queries that retrieve; which ones, their prompts' digests say.
-        tokens: of a segment, its critique and its end included.
-        segments: of an answer.
+        retrieve: share of the queries that retrieve; the digest of a query's prompt decides.
+        tokens: tokens of a segment, including its critique and its end.
+        segments: segments of an answer.
     """
 
     retrieve: float = 1.0
@@ -85,43 +85,43 @@ class Script:
     segments: int = 1
 
     def length(self, max_tokens: int) -> int:
-        """Tokens that a request writes."""
+        """Return the number of tokens that a request generates."""
         return min(self.tokens, max_tokens)
 
 
 @dataclass(frozen=True)
 class Prompter:
-    """Puts a script's tokens into what an engine wrote; cheap, since it runs beside what is measured."""
+    """The replacement of an engine's output by a script's; cheap, since it runs during the measurement."""
 
     tokenizer: PromptTokenizer
     script: Script
 
     @cached_property
     def decided(self) -> frozenset[int]:
-        """Tokens of which every prompt has one, but those that ask for the first decision."""
+        """Ids of the Retrieve tokens; every prompt but that of the first decision contains one."""
         return frozenset(self.tokenizer.reflection.group(Retrieve))
 
     @cached_property
     def non_text_ids(self) -> frozenset[int]:
-        """Tokens that are no text."""
+        """Ids of the tokens that are not text."""
         return self.tokenizer.reflection.control | {self.tokenizer.eos}
 
     @cached_property
     def places(self) -> dict[int, int]:
-        """Columns of the reflection tokens."""
+        """Column of each reflection token's id in the table of log-probabilities."""
         return {token: n for n, token in enumerate(self.tokenizer.reflection.reflection)}
 
     @cached_property
     def digits(self) -> list[int]:
-        """Tokens of the ten digits."""
+        """Ids of the ten digits' tokens."""
         return [self.tokenizer.text(digit)[-1] for digit in "0123456789"]
 
     def decision(self, prompt: Sequence[int]) -> Retrieve:
-        """Whether the query retrieves."""
+        """Return the first decision for a prompt."""
         return Retrieve.YES if digest(prompt) < self.script.retrieve * 2**32 else Retrieve.NO
 
     def frame(self, prompt: Sequence[int]) -> tuple[list[int], list[int]]:
-        """First and last ids of what follows a prompt."""
+        """Return the ids with which the scripted output for a prompt begins, and those with which it ends."""
         ids = self.tokenizer.reflection
         if self.decided.isdisjoint(prompt):
             return [ids[self.decision(prompt)]], [self.tokenizer.eos]
@@ -131,9 +131,9 @@ class Prompter:
         return [ids[IsRel.RELEVANT]], [ids[IsSup.FULLY], ids[IsUse.FIVE], end]
 
     def acted(self, generation: Generation, prompt: Sequence[int]) -> Generation:
-        """A generation with the script's reflection tokens and end; its other tokens become text.
+        """Return the generation with the script's reflection tokens and end; all its other tokens become text.
 
-        Digits go before the text, for equal texts would be merged in the beam.
+        The text begins with digits of the prompt's digest, since the beam would merge equal texts.
         """
         first, last = self.frame(prompt)
         length = len(generation.token_ids)
@@ -148,16 +148,16 @@ class Prompter:
 
 
 def digest(prompt: Sequence[int]) -> int:
-    """A number below 2^32 that a prompt always has."""
+    """Return the CRC-32 of a prompt: a number below 2^32."""
     return zlib.crc32(np.array(prompt, np.int32).tobytes())
 
 
 @dataclass(frozen=True)
 class ScriptedGenerator:
-    """A vLLM replica whose answers have the script's lengths and reflection tokens.
+    """A vLLM replica whose generations have the script's lengths and reflection tokens.
 
     Args:
-        replica: one that :func:`endless` made.
+        replica: replica that :func:`endless` returned.
     """
 
     replica: VllmGenerator
@@ -172,7 +172,7 @@ class ScriptedGenerator:
         self,
         prompt: Sequence[int],
         max_tokens: int,
-        stops: Sequence[int],  # noqa: ARG002  the script says where it ends
+        stops: Sequence[int],  # noqa: ARG002  the script sets the length
     ) -> Generation:
         """See :meth:`pipeline.decoding.protocols.Generator.generate`."""
         generation = await self.replica.generate(prompt, self.prompter.script.length(max_tokens), ())
@@ -180,12 +180,12 @@ class ScriptedGenerator:
 
 
 def endless(replica: VllmGenerator) -> VllmGenerator:
-    """The same replica, whose requests end at their lengths alone."""
+    """Return the replica with requests that end only at their maximum length."""
     return dataclasses.replace(replica, sampling={**replica.sampling, "ignore_eos": True})
 
 
 class ScriptedActor(SelfRagActor):
-    """An actor with such a replica."""
+    """An actor with a scripted replica."""
 
     def _open(self, servers: Sequence[Any], index_digest: str | None) -> None:
         super()._open(servers, index_digest)
@@ -202,14 +202,14 @@ def annotate_scripted(
     output: str = typer.Option(...),
     as_json: bool = typer.Option(True, "--json"),  # noqa: ARG001  as jobs.annotate has it
 ) -> None:
-    """Annotate with a scripted model; prints a summary as JSON."""
+    """Annotate with a scripted model and print the summary as JSON."""
     start_logging()
     plan = check_run(load_config(str(config), [], {"queries": queries, "index": index, "output": output}))
     typer.echo(json.dumps(dataclasses.asdict(run_plan(plan, allot_resources(plan), ScriptedActor))))
 
 
 if __name__ == "__main__":
-    # Ray copies the classes of __main__ instead of importing them, and locks in them cannot be copied.
+    # Ray pickles the classes of __main__ by value instead of importing them, which fails for the locks in them.
     from jobs.benchmark import scripted_model
 
     typer.run(scripted_model.annotate_scripted)

@@ -1,7 +1,7 @@
-"""What the benchmark runs: query sets of the demo's questions and instructions, in several forms.
+"""Workloads of the benchmark: query sets of the demo's questions and instructions, in several forms.
 
-Questions make the embedded model retrieve and instructions do not (infra/demo/adapter/README.md), so their mix is the
-retrieval rate.
+The embedded model retrieves for questions and not for instructions (infra/demo/adapter/README.md), so that their mix
+sets the retrieval rate.
 """
 
 import itertools
@@ -15,19 +15,19 @@ from jobs.demo import DEMO
 from pipeline.decoding.types import Passage, RetrievedPassage
 
 Row = dict[str, Any]
-# Words of a short passage; a long one is as many whole passages as this.
+# Words of a short passage, and whole passages in a long one.
 SHORT_WORDS, LONG_PASSAGES = 40, 3
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A query set and how it is decoded.
+    """A query set and its decoding settings.
 
     Attributes:
         questions: share of the rows that are questions; the others are instructions.
-        decoding: settings beside the benchmark's own.
-        choices: whether questions bring a closed set of four answers.
-        body: makes given passages of retrieved ones; None where the run searches its index itself.
+        decoding: decoding settings in addition to the benchmark's own.
+        choices: whether rows have a closed set of four answers.
+        body: function that makes the given passages from retrieved ones; None if the run searches the index itself.
     """
 
     name: str
@@ -38,18 +38,18 @@ class Workload:
 
     @property
     def short_form(self) -> bool:
-        """Whether the released short-form steps apply."""
+        """Whether an answer is one segment, so that the released short-form steps apply."""
         return int(self.decoding.get("segments", 1)) == 1
 
     def bodies(self, found: Sequence[RetrievedPassage]) -> list[RetrievedPassage]:
-        """Return found passages with the bodies that the workload gives them."""
+        """Return the found passages with the texts that the workload gives them."""
         if self.body is None:
             return list(found)
         passages = self.body([one.passage for one in found])
         return [replace(one, passage=passage) for one, passage in zip(found, passages, strict=True)]
 
     def rows(self, count: int) -> list[Row]:
-        """So many rows, questions and instructions spread evenly."""
+        """Return so many rows, with questions and instructions spread evenly."""
         source = pq.read_table(DEMO / "queries_full.parquet", columns=["id", "query", "task", "answers"]).to_pylist()
         asked = [row for row in source if row["task"] == "qa"]
         told = [row for row in source if row["task"] == "instruction"]
@@ -58,7 +58,7 @@ class Workload:
         return [next(rows[question]) for question in wanted]
 
     def _rounds(self, source: Sequence[Row]) -> Iterator[Row]:
-        """All rows, and then again and again with the number of the round before the query."""
+        """Yield all rows in endless rounds; from the second on, the round's number precedes id and query."""
         for place in itertools.count():
             round_, n = divmod(place, len(source))
             mark = f"{round_ + 1}: " if round_ else ""
@@ -69,10 +69,10 @@ class Workload:
 
 
 def chosen(parts: Sequence[str] | None, names: Sequence[str]) -> list[str]:
-    """Names that begin with one of the parts; all where no part is given.
+    """Return the names that begin with one of the parts; all names if no part is given.
 
     Raises:
-        ValueError: no name begins with one of them.
+        ValueError: no name begins with one of the parts.
     """
     for part in parts or ():
         if not any(name.startswith(part) for name in names):
@@ -81,12 +81,12 @@ def chosen(parts: Sequence[str] | None, names: Sequence[str]) -> list[str]:
 
 
 def trim_passages(passages: Sequence[Passage]) -> list[Passage]:
-    """Their first words."""
+    """Cut each passage to its first ``SHORT_WORDS`` words."""
     return [Passage(p.id, p.title, " ".join(p.text.split()[:SHORT_WORDS])) for p in passages]
 
 
 def lengthened(passages: Sequence[Passage]) -> list[Passage]:
-    """Each followed by the next ones."""
+    """Extend each passage with the next ones to ``LONG_PASSAGES`` whole passages."""
     texts = [p.text for p in passages]
     several = [" ".join((texts[n:] + texts[:n])[:LONG_PASSAGES]) for n in range(len(texts))]
     return [Passage(p.id, p.title, text) for p, text in zip(passages, several, strict=True)]

@@ -1,4 +1,4 @@
-"""What the user sets: the configuration of a run, read, validated and described.
+"""The configuration of a run: read, validated and documented.
 
-Frozen models; unknown keys fail before anything starts.
+Its models are frozen, and unknown keys fail before anything starts.
 """

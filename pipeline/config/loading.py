@@ -1,4 +1,4 @@
-"""Configuration as plain values: YAML files, dotted keys, settings, and models made of them."""
+"""Read configuration as plain values, from YAML files and settings with dotted keys, and validate it as models."""
 
 import re
 from collections.abc import Iterator, Sequence
@@ -14,7 +14,7 @@ _DATE = re.compile(r"\{date(?::([^{}]+))?\}")
 
 
 class Frozen(BaseModel):
-    """Part of a configuration or of a manifest: cannot be changed, and unknown keys fail."""
+    """Base of the models of a configuration or manifest: immutable, and unknown keys fail."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -23,7 +23,7 @@ Section = TypeVar("Section", bound=Frozen)
 
 
 def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested dictionaries as one with dotted keys; empty ones stay values."""
+    """Flatten nested dictionaries into one with dotted keys; empty dictionaries stay values."""
     flat: dict[str, Any] = {}
     for key, value in tree.items():
         if isinstance(value, dict) and value:
@@ -34,7 +34,11 @@ def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def assign(tree: dict[str, Any], key: str, value: Any) -> None:
-    """Set a dotted key in nested dictionaries."""
+    """Set a dotted key in nested dictionaries.
+
+    Raises:
+        ValueError: a parent of the key is a value, not a section.
+    """
     *parents, last = key.split(".")
     for parent in parents:
         child = tree.setdefault(parent, {})
@@ -45,10 +49,10 @@ def assign(tree: dict[str, Any], key: str, value: Any) -> None:
 
 
 def read_yaml(uri: str) -> dict[str, Any]:
-    """Read a YAML mapping from a path or any URI that smart_open knows.
+    """Read a YAML mapping from a path or any URI that smart_open supports; an empty file is an empty mapping.
 
     Raises:
-        ValueError: it cannot be read, is not YAML, or is not a mapping; names the file.
+        ValueError: the file cannot be read, is not YAML, or is not a mapping; the message names the file.
     """
     try:
         with smart_open.open(uri, encoding="utf-8") as file:
@@ -64,7 +68,7 @@ def read_yaml(uri: str) -> dict[str, Any]:
 
 
 def dated(uri: str, day: date) -> str:
-    """A URI with ``{date}`` replaced by a day, as ``2026-01-31`` or as a format says: ``{date:%Y/%m/%d}``."""
+    """Replace ``{date}`` in a URI by a day such as ``2026-01-31``; ``{date:%Y/%m/%d}`` uses another format."""
     return _DATE.sub(lambda found: day.strftime(found[1] or "%Y-%m-%d"), uri)
 
 
@@ -72,7 +76,7 @@ def apply_settings(tree: dict[str, Any], settings: Sequence[str]) -> None:
     """Set ``KEY=VALUE`` settings, with dotted keys and values in YAML, in nested dictionaries.
 
     Raises:
-        ValueError: a setting has no value, or one that is not YAML.
+        ValueError: a setting has no value, its value is not YAML, or a parent of its key is a value.
     """
     for setting in settings:
         key, equals, value = setting.partition("=")
@@ -85,10 +89,10 @@ def apply_settings(tree: dict[str, Any], settings: Sequence[str]) -> None:
 
 
 def parse_search(search: str) -> dict[str, float]:
-    """FAISS search parameters from a string such as ``nprobe=16,efSearch=64``.
+    """Parse FAISS search parameters such as ``nprobe=16,efSearch=64``.
 
     Raises:
-        ValueError: it does not have this form.
+        ValueError: the string does not have this form, or a number is not positive and finite.
     """
     parameters: dict[str, float] = {}
     for item in filter(None, (part.strip() for part in search.split(","))):
@@ -103,13 +107,16 @@ def parse_search(search: str) -> dict[str, float]:
 
 
 def validated(section: type[Section], tree: dict[str, Any], name: str = "") -> Section:
-    """A section of the configuration from plain values.
+    """Build a section of the configuration from plain values.
 
     Args:
-        name: of the section, for the message.
+        section: model of the section.
+        tree: values by key.
+        name: name of the section, for the error message.
 
     Raises:
-        ValueError: unknown key, wrong type or value; one line that names the key and says what is wrong.
+        ValueError: a key is unknown or missing, or has a wrong type or value; the message is one line with each such
+            key and its problem.
     """
     try:
         return section.model_validate(tree)
@@ -119,7 +126,7 @@ def validated(section: type[Section], tree: dict[str, Any], name: str = "") -> S
 
 
 def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
-    """Dotted keys of a section and of the sections in it."""
+    """Yield the dotted keys of a section and of the sections in it."""
     for name, entry in section.model_fields.items():
         yield prefix + name
         if isinstance(entry.annotation, type) and issubclass(entry.annotation, BaseModel):
@@ -127,7 +134,7 @@ def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
 
 
 def alike(key: str, known: Sequence[str]) -> str | None:
-    """The key that a misspelt one may stand for: of its own section, or of the same name in another."""
+    """Suggest a key for a misspelt one: a similar key of its section, or one of the same name in another section."""
     section, _, name = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
     close = get_close_matches(name, siblings, n=1, cutoff=0.75)

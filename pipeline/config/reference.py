@@ -1,4 +1,4 @@
-"""The reference of a run's configuration, from the models and their docstrings.
+"""Generate the reference of a run's configuration from the models and their docstrings.
 
 ``python -m pipeline.config.reference > infra/CONFIGURATION.md``
 """
@@ -28,7 +28,7 @@ Keys marked *fixed* decide the results: a run can only be resumed with the same 
 must be the same too, wherever they lie. All other keys may change from one call to the next.
 """
 WORDS = {"string": "text", "boolean": "`true` or `false`", "object": "mapping", "array": "list"}
-# An entry of a docstring's section "Attributes": its names, and their meaning on that line and the indented ones below.
+# An entry of a docstring's section "Attributes": names, and their meaning on that line and on further indented ones.
 ENTRY = re.compile(r"^    (\w+(?:, \w+)*): (.+(?:\n {5,}.+)*)", re.MULTILINE)
 
 
@@ -37,10 +37,10 @@ class Key:
     """A key of the configuration.
 
     Attributes:
-        name: dotted; ``NAME`` stands for a name that the user gives.
-        kind: its type in words.
-        default: in JSON, which is YAML too; None where there is none.
-        meaning: in Markdown; empty where the docstring says nothing of it.
+        name: dotted name; ``NAME`` in it stands for a name that the user chooses.
+        kind: type in words.
+        default: default value in JSON, which is also YAML; None if the key is required.
+        meaning: description in Markdown; empty if the docstring does not describe the key.
         fixed: whether a resumed run must have the same value.
     """
 
@@ -51,14 +51,14 @@ class Key:
     fixed: bool
 
     def row(self) -> str:
-        """Its row in a table."""
+        """Format the key as a row of a Markdown table."""
         default = {None: "required", "null": ""}.get(self.default, f"`{self.default}`")
         cells = (f"`{self.name}`", self.kind, default, "fixed" if self.fixed else "", self.meaning)
         return f"| {' | '.join(cells)} |"
 
 
 def keys(section: type[Frozen] = RunConfig, prefix: str = "") -> Iterator[Key]:
-    """All keys of a section, those of the sections within it last."""
+    """Yield all keys of a section; those of the sections in it come last."""
     properties, meanings = section.model_json_schema()["properties"], attributes(section)
     within: dict[str, type[Frozen]] = {}
     for name, field in section.model_fields.items():
@@ -72,18 +72,18 @@ def keys(section: type[Frozen] = RunConfig, prefix: str = "") -> Iterator[Key]:
 
 
 def attributes(section: type[Frozen]) -> dict[str, str]:
-    """What a section's docstring says of its keys, in Markdown."""
+    """Return the descriptions of a section's keys from its docstring, in Markdown."""
     entries = ENTRY.findall((inspect.getdoc(section) or "").partition("Attributes:\n")[2])
     return {name: markdown(meaning) for names, meaning in entries for name in names.split(", ")}
 
 
 def markdown(text: str) -> str:
-    """A docstring's text as a line of Markdown."""
+    """Convert the text of a docstring to one line of Markdown."""
     return " ".join(text.split()).replace("``", "`")
 
 
 def words(schema: dict[str, Any]) -> str:
-    """A type in words, from its JSON schema."""
+    """Describe a type in words, from its JSON schema."""
     schema = next((one for one in schema.get("anyOf", []) if one["type"] != "null"), schema)
     if "enum" in schema:
         return " or ".join(f"`{value}`" for value in schema["enum"])
@@ -96,7 +96,7 @@ def words(schema: dict[str, Any]) -> str:
 
 
 def reference() -> str:
-    """The whole page."""
+    """Return the whole reference page, in Markdown."""
     parts = [HEAD]
     for name, group in groupby(keys(), lambda key: key.name.rpartition(".")[0] and key.name.split(".")[0]):
         section = section_of(RunConfig.model_fields[name].annotation) if name else RunConfig

@@ -1,4 +1,4 @@
-"""The configuration of a run: frozen, validated whole before anything starts; unknown keys fail."""
+"""The configuration of a run: frozen, and validated as a whole before anything starts; unknown keys fail."""
 
 import os
 from collections.abc import Sequence
@@ -54,7 +54,7 @@ class RunConfig(Frozen):
     on_failure: Annotated[OnFailure, Effect.FREE] = OnFailure()
 
     def recorded(self) -> dict[str, Any]:
-        """The configuration for the manifest: plain values, no credentials."""
+        """Return the configuration for the manifest, as plain values without credentials and ``on_failure``."""
         exclude: dict[str, Any] = {
             "storage": {"access_key", "secret_key", "session_token"},
             "model": {"engine": {"hf_token"}},
@@ -63,15 +63,15 @@ class RunConfig(Frozen):
         return self.model_dump(mode="json", exclude=exclude)
 
     def decisive(self) -> dict[str, Any]:
-        """The fixed keys with their values, flat (``decoding.threshold``): a resumed run must have the same.
+        """Return the fixed keys, dotted (``decoding.threshold``), with the values that a resumed run must share.
 
-        Queries, index and model are compared by their content, wherever they lie.
+        Queries, index and model are not among them: they are compared by content, so that they may be moved.
         """
         return {key: value for key, value in flatten(self.recorded()).items() if value != {} and is_fixed(key)}
 
 
 def is_fixed(key: str) -> bool:
-    """Whether a dotted key, or a name in its place such as ``profiles.NAME.metric``, decides the results."""
+    """Whether a dotted key decides the results; any name may stand for that of an entry (``profiles.NAME.metric``)."""
     section: type[Frozen] | None = RunConfig
     effect, names = Effect.FIXED, iter(key.split("."))
     for name in names:
@@ -81,27 +81,29 @@ def is_fixed(key: str) -> bool:
         effect = next((mark for mark in field.metadata if isinstance(mark, Effect)), effect)
         section = section_of(field.annotation)
         if section is not None and section is not field.annotation:
-            next(names, None)  # the name of an entry
+            next(names, None)  # skip the name of the entry
     engine_argument = key.startswith("model.engine.") and key.removeprefix("model.engine.") in FREE_ENGINE_ARGUMENTS
     return effect is Effect.FIXED and not engine_argument
 
 
 def section_of(annotation: Any) -> type[Frozen] | None:
-    """The section that a field is, or is a mapping of; None for a plain value."""
+    """Return the section that a field holds, alone or as entries of a mapping; None for a plain value."""
     kinds = (kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
     return next((kind for kind in kinds if issubclass(kind, Frozen)), None)
 
 
 def load_config(file: str | None, settings: list[str], flags: dict[str, Any], day: date | None = None) -> RunConfig:
-    """Build the configuration: the file, then ``KEY=VALUE`` settings, then flags that are not None.
+    """Build the configuration of a run. Settings take precedence over the file, and flags over both.
 
     Args:
-        settings: dotted keys with values in YAML, such as ``decoding.threshold=0.3``.
-        flags: dotted keys.
-        day: what ``{date}`` in URIs stands for; today (UTC) by default.
+        file: path or URI of a YAML file.
+        settings: ``KEY=VALUE`` settings with dotted keys and values in YAML, such as ``decoding.threshold=0.3``.
+        flags: values by dotted key; None leaves a key as it is.
+        day: date that replaces ``{date}`` in URIs; today (UTC) by default.
 
     Raises:
-        ValueError: unknown key, wrong type or value; one line that names the key and says what is wrong.
+        ValueError: the file cannot be read, or a key is unknown or missing, or has a wrong type or value; the message
+            is one line with each such key and its problem.
     """
     tree = read_yaml(file) if file else {}
     if isinstance(tree.get("model"), str):
@@ -117,14 +119,18 @@ def load_config(file: str | None, settings: list[str], flags: dict[str, Any], da
 
 
 def load_sections(file: str | None, settings: Sequence[str], allowed: Sequence[str]) -> dict[str, Any]:
-    """Some sections of a run's configuration, for commands that need no more: as plain values, by section.
+    """Read some sections of a run's configuration, for commands that need no others.
 
     Args:
-        file: YAML file of a whole run; its other sections do not count.
-        allowed: sections that the settings may be of.
+        file: path or URI of the YAML file of a run; its other sections are ignored.
+        settings: ``KEY=VALUE`` settings of these sections, which take precedence over the file.
+        allowed: names of the sections to read.
+
+    Returns:
+        Plain values by section, not validated; a missing section is empty.
 
     Raises:
-        ValueError: a setting is of another section or wrong; one line that names it.
+        ValueError: the file cannot be read, or a setting is malformed or of another section; the message names it.
     """
     for setting in settings:
         if setting.split(".", 1)[0].strip() not in allowed:
@@ -136,16 +142,17 @@ def load_sections(file: str | None, settings: Sequence[str], allowed: Sequence[s
 
 
 def load_storage(file: str | None, settings: Sequence[str]) -> StorageConfig:
-    """Access to object storage from a run's YAML file and ``storage.KEY=VALUE`` settings.
+    """Read the access to object storage from a run's YAML file and ``storage.KEY=VALUE`` settings.
 
     Raises:
-        ValueError: a setting is of another section or wrong; one line that names it.
+        ValueError: the file cannot be read, or a setting is malformed, wrong or of another section; the message names
+            it.
     """
     return validated(StorageConfig, load_sections(file, settings, ["storage"])["storage"], "storage")
 
 
 def with_absolute_paths(config: RunConfig) -> RunConfig:
-    """The same run with local paths in full: Ray's workers have working folders of their own."""
+    """Make local paths in the configuration absolute, since Ray's workers have other working directories."""
     places = {name: _absolute(uri) for name in URIS if (uri := getattr(config, name))}
     model = config.model
     folders = {
@@ -163,5 +170,5 @@ def _is_folder(name: str) -> bool:
 
 
 def cache_folder() -> Path:
-    """The folder for the embedded default: ``SELFRAG_CACHE``, or ``~/.cache/selfrag``."""
+    """Return the folder in which the demo models are cached: ``SELFRAG_CACHE``, or ``~/.cache/selfrag``."""
     return Path(os.environ.get("SELFRAG_CACHE", "~/.cache/selfrag")).expanduser()

@@ -91,7 +91,7 @@ class Weights(Frozen):
 
 
 class DecodingConfig(Frozen):
-    """How answers are decoded.
+    """Decoding of answers.
 
     Attributes:
         critic: ``reflection`` reads the reflection tokens of a model trained to write them; ``prompted`` asks any
@@ -134,7 +134,7 @@ class DecodingConfig(Frozen):
 
 
 class Profile(Frozen):
-    """How the rows of a task are prompted, decoded and scored.
+    """Prompt, decoding and metric of the rows of a task.
 
     Attributes:
         instruction: Instruction to the model; ``{query}`` and ``{choices}`` are replaced by those of the row.
@@ -165,7 +165,7 @@ class Profile(Frozen):
 
 
 class RetrievalConfig(Frozen):
-    """How the index is searched.
+    """Search of the index.
 
     Attributes:
         encoder: Encoder that the index must have been built with; by default the one that the index names is loaded.
@@ -205,7 +205,7 @@ class RetrievalConfig(Frozen):
 
 
 class ExecutionConfig(Frozen):
-    """Where and how the job runs; does not change the results.
+    """Placement and pace of the job; does not change the results.
 
     Attributes:
         actors: Number of actors, each with a replica of the model.

@@ -1,4 +1,4 @@
 """The paper's algorithm: decide, retrieve, generate, critique, choose (Asai et al. 2023).
 
-It knows engines, indexes and models only through ``protocols``, so that every equation is tested without them.
+Engines, indexes and models stand behind ``protocols``, so that every equation can be tested without them.
 """

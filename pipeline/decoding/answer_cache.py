@@ -1,4 +1,4 @@
-"""Queries that are asked again get the answer that they got before."""
+"""A cache that reuses the answer of a repeated query."""
 
 import asyncio
 import time
@@ -8,12 +8,12 @@ from typing import Protocol
 
 from pipeline.decoding.types import Answer, Query, Usage
 
-# Queries that are remembered. An answer takes some ten kilobytes, with all candidates of a long one half a megabyte.
+# Maximum number of cached answers. One takes about 10 kB, or 0.5 MB if it is long-form and keeps all candidates.
 MOST = 1024
 
 
 class Answering(Protocol):
-    """Answers queries."""
+    """A system that answers queries."""
 
     async def answer(self, query: Query) -> Answer:
         """See :meth:`pipeline.decoding.self_rag.SelfRag.answer`."""
@@ -22,15 +22,17 @@ class Answering(Protocol):
 
 @dataclass
 class AnsweredOnce:
-    """Finds an answer once for queries that differ in nothing but their ids.
+    """A cache in front of a system: queries that differ only in their ids are answered once.
 
-    Decoding is greedy, so a query has one answer; what a batch's numerics would change between two times is the same
-    for both rows this way. Equal queries that are under way together wait for the first of them; if that one fails,
-    each is asked for itself.
+    Decoding is greedy, so a query has one answer, up to rounding that depends on the batch; the cache gives equal
+    queries the same one. A query that equals one in progress waits for it; if that one fails, each waiting query is
+    answered separately.
 
     Attributes:
-        most: queries that are remembered, the latest used.
-        known: their answers, or None for one that failed.
+        system: system that answers queries that are not in the cache.
+        most: maximum number of cached answers; the least recently used one is evicted.
+        known: futures of the cached answers by query without its id, least recently used first. The result of a
+            failed query is None.
     """
 
     system: Answering
@@ -38,12 +40,12 @@ class AnsweredOnce:
     known: OrderedDict[Query, asyncio.Future[Answer | None]] = field(default_factory=OrderedDict)
 
     async def answer(self, query: Query) -> Answer:
-        """See :meth:`Answering.answer`; a repeated answer has cost nothing but its wait."""
+        """See :meth:`Answering.answer`; the usage of a cached answer is only the seconds spent waiting for it."""
         started, key = time.monotonic(), replace(query, id="")
         if (first := self.known.get(key)) is None:
             return await self._first(query, key)
         self.known.move_to_end(key)
-        # Who stops waiting must not take the answer from the others.
+        # Shielded: cancelling one waiting query must not cancel the future that others wait for.
         if (answer := await asyncio.shield(first)) is None:
             return await self.system.answer(query)
         return replace(answer, usage=Usage(seconds=time.monotonic() - started))

@@ -1,4 +1,4 @@
-"""The last step: the answer among all paths that compete to be it, and its text."""
+"""The last step: choose the answer among all competing paths, and build its text with citations."""
 
 import math
 import re
@@ -10,10 +10,10 @@ from pipeline.decoding.types import Path, RetrievedPassage, Segment
 
 
 def choose(paths: Sequence[Path], choices: Sequence[str] = ()) -> tuple[Path, str | None]:
-    """The best path; for a closed set, the best one of the answer with the highest summed score.
+    """Choose the best path; for a closed set, the best path of the choice with the highest summed score.
 
     Returns:
-        The path, and the choice that it stands for: None for open questions, and where no path names a choice.
+        The path and the choice that it names. The choice is None for open questions, or if no path names one.
     """
     ranked = sorted(paths, key=rank_key)
     scores: defaultdict[str, list[float]] = defaultdict(list)
@@ -22,17 +22,17 @@ def choose(paths: Sequence[Path], choices: Sequence[str] = ()) -> tuple[Path, st
             scores[answer].append(path.score)
     if not scores:
         return ranked[0], None
-    # Scores can be negative: utility is worth -1 to 1.
+    # Sums can be negative, since utility scores range from -1 to 1.
     winner = max(sorted(scores), key=lambda answer: math.fsum(scores[answer]))
     return next(path for path in ranked if closed_answer(plain_text(path.segments), choices) == winner), winner
 
 
 def closed_answer(text: str, choices: Sequence[str]) -> str | None:
-    """The choice that a text names: equal to it, or beginning with it; case and outer punctuation do not count.
+    """Return the choice that a text equals or begins with, ignoring case and surrounding punctuation.
 
-    ``"b."`` and ``"B: because"`` name ``"B"``; ``"Because"`` does not, nor does ``"A dog"`` name ``"A"``: after
-    a choice of one letter, words may follow only behind a punctuation mark or on a new line. None where no choice is
-    named; the longest where several are.
+    ``"b."`` and ``"B: because"`` name ``"B"``; ``"Because"`` does not. ``"A dog"`` does not name ``"A"``: more text
+    may follow a one-letter choice only after a punctuation mark or on a new line. If several choices match, the
+    longest is returned; if none does, None.
     """
     fitting = [choice for choice in choices if label(choice) and _begins_with(text, label(choice))]
     return max(fitting, key=len, default=None)
@@ -44,12 +44,12 @@ def _begins_with(text: str, choice: str) -> bool:
 
 
 def plain_text(segments: Sequence[Segment]) -> str:
-    """The segments' texts in one."""
+    """Join the texts of the segments."""
     return " ".join(segment.text for segment in segments if segment.text)
 
 
 def cited_passages(segments: Sequence[Segment]) -> tuple[RetrievedPassage, ...]:
-    """The passages that the text rests on, each once, in the order of first use: number n is place n - 1."""
+    """Return each passage that the text rests on once, in the order of first use; citation n is at index n - 1."""
     used: dict[str, RetrievedPassage] = {}
     for segment in segments:
         if segment.evidence is not None and segment.text:
@@ -58,18 +58,18 @@ def cited_passages(segments: Sequence[Segment]) -> tuple[RetrievedPassage, ...]:
 
 
 def citation_numbers(segments: Sequence[Segment]) -> list[int | None]:
-    """Each segment's number in :func:`cited_passages`; None without a passage or without text."""
+    """Return the citation number of each segment (see :func:`cited_passages`); None without passage or text."""
     numbers = {used.passage.id: n for n, used in enumerate(cited_passages(segments), 1)}
     return [numbers[s.evidence.passage.id] if s.evidence is not None and s.text else None for s in segments]
 
 
 def cited_text(segments: Sequence[Segment]) -> str:
-    """The segments' texts in one, each followed by the number of its passage, as in ``Paris. [1]``."""
+    """Join the texts of the segments, each followed by its citation number, as in ``Paris. [1]``."""
     numbered = zip(segments, citation_numbers(segments), strict=True)
     return " ".join(s.text if n is None else f"{s.text} [{n}]" for s, n in numbered if s.text)
 
 
-# Marks around a label, as in (B) or "b."; escaped for use in a character class too.
+# Punctuation around a label, as in (B) or "b."; OPENING is escaped because it is also used in a character class.
 OPENING = "\"'`(\\[{*"
 
 
@@ -77,5 +77,5 @@ CLOSING = "\"'`)]}*.,:;!?"
 
 
 def label(text: str) -> str:
-    """A label without what is put around it; signs that may be part of it, as in "-1" and "C++", stay."""
+    """Strip punctuation around a label; signs that may be part of it, as in "-1" and "C++", are kept."""
     return text.strip().lstrip(OPENING).rstrip(CLOSING).strip()

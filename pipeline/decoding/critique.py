@@ -1,11 +1,11 @@
-"""Generation → Critique: the scores of one segment.
+"""Score one segment by its reflection tokens: Generation → Critique.
 
-Asai et al. 2023, section 3.3 (equations 3 and 4) and appendix A.3. The segment's score is
+Asai et al. 2023, section 3.3 (equations 3 and 4) and appendix A.3. The score of a segment is
 
     f = w_seq · exp(mean log p(text)) + w_rel · s(IsRel) + w_sup · s(IsSup) + w_use · s(IsUse)
 
-where each group's probabilities are normalised over the group's own tokens at the position where the segment
-wrote one of them. A group that the segment never wrote contributes 0.
+The score s of a group is the expected value of its tokens. Their probabilities are read at the position of the
+group's first token in the segment, and normalised over the group. A group without a token in the segment contributes 0.
 """
 
 import math
@@ -24,7 +24,7 @@ from pipeline.decoding.reflection import (
 )
 from pipeline.decoding.types import Critique, Generation
 
-# What each token of a group is worth, in the order of the group's definition.
+# Value of each token of a group, in the order of the group's definition.
 IS_REL_VALUES = (1.0, 0.0)
 IS_SUP_VALUES = (1.0, 0.5, 0.0)
 IS_USE_VALUES = (-1.0, -0.5, 0.0, 0.5, 1.0)
@@ -33,34 +33,34 @@ Group = TypeVar("Group", bound=StrEnum)
 
 
 def expected_value(probabilities: tuple[float, ...], values: tuple[float, ...]) -> float:
-    """Expectation of the values: Σ p_i v_i."""
+    """Return the expected value Σ p_i v_i."""
     return sum(p * v for p, v in zip(probabilities, values, strict=True))
 
 
 def probabilities_at(generation: Generation, position: int, group: type[StrEnum]) -> tuple[float, ...]:
-    """The group's probabilities at one position, in the order of its definition."""
+    """Return the probabilities of a group's tokens at one position, in the order of the group's definition."""
     first = REFLECTION_TOKENS.index(next(iter(group)))
     return group_probabilities(generation.reflection_logprobs[position, first : first + len(group)].tolist())
 
 
 def retrieve_probability(generation: Generation, position: int = 0) -> float:
-    """p(Yes) / (p(Yes) + p(No)) at a boundary: what the threshold δ is compared with (section 3.3)."""
+    """Return p(Yes) / (p(Yes) + p(No)) at a boundary, which is compared with the threshold δ (section 3.3)."""
     first = REFLECTION_TOKENS.index(Retrieve.YES)
     pair = generation.reflection_logprobs[position, first : first + 2]
     return group_probabilities(pair.tolist())[0]
 
 
 def written(generation: Generation, group: type[Group], ids: ReflectionIds) -> tuple[int, Group] | None:
-    """Position and token of the group's first token in the generation."""
+    """Find the first token of a group in the generation: its position and the token, or None."""
     tokens = dict(zip(ids.group(group), group, strict=True))
     return next(((n, tokens[i]) for n, i in enumerate(generation.token_ids) if i in tokens), None)
 
 
 def sequence_probability(generation: Generation, non_text_ids: frozenset[int]) -> float:
-    """Exp of the mean log-probability of the text tokens; 0 for a segment without text.
+    """Return exp(mean log p) over the text tokens; 0 for a segment without text.
 
     Args:
-        non_text_ids: ids of reflection tokens and the end of sequence.
+        non_text_ids: ids that are not text, such as control tokens and the end of sequence.
     """
     text = [float(p) for i, p in zip(generation.token_ids, generation.logprobs, strict=True) if i not in non_text_ids]
     return math.exp(sum(text) / len(text)) if text else 0.0
@@ -69,7 +69,7 @@ def sequence_probability(generation: Generation, non_text_ids: frozenset[int]) -
 def segment_score(
     sequence: float, is_rel: float | None, is_sup: float | None, is_use: float | None, weights: Weights
 ) -> float:
-    """The weighted sum f (equation 4); a group that was never written contributes 0."""
+    """Return the weighted sum f (equation 4); a group without a score contributes 0."""
     return (
         weights.sequence * sequence
         + weights.relevance * (is_rel or 0.0)
@@ -79,7 +79,7 @@ def segment_score(
 
 
 def critique(generation: Generation, ids: ReflectionIds, eos: int, weights: Weights) -> Critique:
-    """Score a segment by the reflection tokens that it holds."""
+    """Score a segment by the reflection tokens in it."""
     rel = written(generation, IsRel, ids)
     sup = written(generation, IsSup, ids)
     use = written(generation, IsUse, ids)

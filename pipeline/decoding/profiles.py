@@ -1,4 +1,7 @@
-"""Task profiles: a row's ``task`` decides how it is asked and decoded. The built-in ones are in ``profiles.yaml``."""
+"""Task profiles: a row's ``task`` decides how it is prompted and decoded.
+
+The built-in profiles are in ``profiles.yaml``.
+"""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -18,26 +21,26 @@ BUILT_IN = Path(__file__).with_suffix(".yaml")
 
 @cache
 def built_in_profiles() -> dict[str, Profile]:
-    """The profiles that come with the project, by name."""
+    """Read the built-in profiles, by name."""
     return {name: Profile.model_validate(tree) for name, tree in yaml.safe_load(BUILT_IN.read_text("utf-8")).items()}
 
 
 def built_in_digest() -> str:
-    """Digest of the built-in profiles: a run is not continued with others."""
+    """Return a digest of the built-in profiles: a run can only be resumed with the same ones."""
     return hashlib.sha256(BUILT_IN.read_bytes()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
 class Tasks:
-    """How each task is asked and decoded.
+    """The prompts and decoding settings of each task.
 
     Attributes:
-        decoding: of the run; what it sets itself goes before what a profile says.
-        profiles: the configuration's own, by name; they go before built-in ones of that name.
-        default: task of the rows that name none.
+        decoding: decoding settings of the run; those that it sets explicitly take precedence over a profile.
+        profiles: profiles of the configuration by name; they replace built-in profiles of the same name.
+        default: task of the rows without one.
 
     Raises:
-        ValueError: no profile has the default's name.
+        ValueError: there is no profile for the default task.
     """
 
     decoding: DecodingConfig
@@ -50,7 +53,7 @@ class Tasks:
 
     @cached_property
     def known(self) -> dict[str, Profile]:
-        """All profiles by name."""
+        """All profiles by name, built-in and configured."""
         return {**built_in_profiles(), **self.profiles}
 
     @cached_property
@@ -63,7 +66,11 @@ class Tasks:
         return self._settled[name]
 
     def apply(self, query: Query) -> tuple[Query, DecodingConfig]:
-        """The query as its task asks it, and the settings to decode it with; as they are where no profile fits."""
+        """Return the query with the instruction and choices of its task, and its decoding settings.
+
+        Without a profile for its task, a query is left as it is and decoded with the settings of the run. In both
+        cases a closed set is decoded as one segment.
+        """
         name = self._profile(query.task)
         if name is None:
             return query, for_choices(self.decoding, query.choices)
@@ -77,10 +84,10 @@ class Tasks:
         return name if name in self.known else None
 
     def described(self, task: str) -> dict[str, Any]:
-        """What a run's manifest says of a task: its profile, metric and choices, and all its settings.
+        """Describe a task for the manifest of a run: profile, metric, choices and all decoding settings.
 
         Raises:
-            ValueError: the profile and the run contradict each other.
+            ValueError: the settings of the profile and of the run contradict each other.
         """
         name = self._profile(task)
         decoding = self._settings(name) if name else self.decoding
@@ -94,10 +101,10 @@ class Tasks:
 
 
 def merge_settings(name: str, profile: Profile, decoding: DecodingConfig) -> DecodingConfig:
-    """The defaults, then what the profile says, then what the run sets itself.
+    """Merge decoding settings: the defaults, then those of the profile, then those that the run sets explicitly.
 
     Raises:
-        ValueError: the result contradicts itself; names the profile.
+        ValueError: the merged settings contradict each other; the message names the profile.
     """
     tree: dict[str, Any] = {}
     for settings in (profile.decoding, decoding.model_dump(exclude_unset=True)):
@@ -107,5 +114,5 @@ def merge_settings(name: str, profile: Profile, decoding: DecodingConfig) -> Dec
 
 
 def for_choices(decoding: DecodingConfig, choices: Sequence[str]) -> DecodingConfig:
-    """The settings for a closed set, whose votes are counted over answers of one segment."""
+    """Limit answers from a closed set to one segment: a choice is scored by the one-segment answers that name it."""
     return decoding.model_copy(update={"segments": 1}) if choices and decoding.segments > 1 else decoding

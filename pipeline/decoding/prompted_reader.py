@@ -1,7 +1,8 @@
-"""Any instruct model as reader and critic: the four questions of Self-RAG asked in words (``prompted.yaml``).
+"""Reader and critic for any instruct model, which is prompted with the four questions of the reflection tokens.
 
-This goes beyond the paper. A question's answer is one token among its labels, and the labels' probabilities take the
-place of the reflection tokens', so that scores, constraints and the beam are the same. A segment is a line.
+This goes beyond the paper. Each question in ``prompted_reader.yaml`` is answered with one token, the first of a
+label. The probabilities of the labels stand in for those of the reflection tokens, so that scores, constraints and the
+beam are the same. In the long form a segment is a line; in the short form it is the whole answer.
 """
 
 import hashlib
@@ -45,26 +46,30 @@ from pipeline.decoding.types import (
 
 FILE = File(__file__).with_suffix(".yaml")
 PROMPTS: Mapping[str, Any] = yaml.safe_load(FILE.read_text("utf-8"))
-# Which question stands for which group of reflection tokens; a group's labels are in its order.
+# The question of each group of reflection tokens; its labels are in the order of the group's tokens.
 QUESTIONS: Mapping[type[StrEnum], str] = {Retrieve: "retrieve", IsRel: "relevant", IsSup: "supported", IsUse: "useful"}
 VALUES = {IsRel: IS_REL_VALUES, IsSup: IS_SUP_VALUES, IsUse: IS_USE_VALUES}
 Group = TypeVar("Group", bound=StrEnum)
-# Stands for the user's text while a chat template is taken apart.
+# Placeholder for the text of a turn, at which a rendered chat template is split.
 PLACE = "USERTEXTGOESHERE"
 
 
 def prompts_digest() -> str:
-    """Digest of the questions: a run is not continued with others."""
+    """Return a digest of the prompts: a run can only be resumed with the same ones."""
     return hashlib.sha256(FILE.read_bytes()).hexdigest()[:12]
 
 
 @dataclass(frozen=True)
 class PromptedCritic:
-    """Asks a model in its own chat template.
+    """An instruct model, prompted in its own chat template.
 
     Attributes:
-        tokenizer: a Hugging Face tokenizer.
-        name: of the model, for messages.
+        tokenizer: Hugging Face tokenizer of the model.
+        name: name of the model, for error messages.
+
+    Raises:
+        ValueError: there is no chat template, it does not render the text of a turn unchanged, or two labels of a
+            question begin with the same token.
     """
 
     tokenizer: Any
@@ -79,14 +84,14 @@ class PromptedCritic:
                 raise ValueError(f"model {self.name}: its tokenizer begins two answers to {question!r} alike")
 
     def reader(self, generator: Generator, config: DecodingConfig, query: Query) -> Reader:
-        """A reader for one query."""
+        """See :meth:`Critic.reader`."""
         return PromptedReader(self, Requests(generator), config, query)
 
     @cached_property
     def watched(self) -> tuple[int, ...]:
-        """First ids of the labels, in the places of the 13 reflection tokens.
+        """First ids of the labels, in the order of the 13 reflection tokens.
 
-        The third Retrieve token has no label: nothing reads its place.
+        ``[Continue to Use Evidence]`` has no label; its place repeats that of ``[No Retrieval]`` and is never read.
         """
         labels = [PROMPTS[question]["labels"] for question in QUESTIONS.values()]
         labels[0] = [*labels[0], labels[0][-1]]
@@ -94,7 +99,7 @@ class PromptedCritic:
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
-        """Ids that end an answer: the end of sequence, and what the chat template puts behind an answer."""
+        """Ids that end an answer: the end of sequence, and any special token behind an answer in the chat template."""
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PLACE}]
         _, after = self._around(self.tokenizer.apply_chat_template(turns, tokenize=False))
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.get_added_vocab().values())
@@ -103,12 +108,12 @@ class PromptedCritic:
 
     @cached_property
     def newlines(self) -> frozenset[int]:
-        """Ids of the tokens with a line break, in byte-level vocabularies and in those with byte fallback."""
+        """Ids of the tokens that contain a line break, in vocabularies that are byte-level or have byte fallback."""
         return frozenset(i for text, i in self.tokenizer.get_vocab().items() if "Ċ" in text or text == "<0x0A>")
 
     @cached_property
     def frame(self) -> tuple[list[int], list[int]]:
-        """Ids of the chat template before and after the user's text; control tokens in it are the template's own."""
+        """Ids of the chat template before and after the user's text, with the template's own control tokens."""
         before, after = self._frame_texts
         return self._trusted(before), self._trusted(after)
 
@@ -127,23 +132,31 @@ class PromptedCritic:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
     def text(self, text: str) -> list[int]:
-        """Ids of untrusted text: control tokens in it stay plain characters."""
+        """Encode untrusted text: control tokens in it stay plain characters."""
         return list(self.tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"])
 
     def _label(self, label: str) -> int:
-        """First id of a label where an answer begins: tokenizers may write it otherwise at the start of a text."""
+        """Return the first id of a label at the start of an answer.
+
+        The label is encoded behind the chat template, since a tokenizer may encode it differently at the start of a
+        text.
+        """
         _, after = self._frame_texts
         alone, answered = self._trusted(after), self._trusted(after + label)
         return answered[len(alone)] if answered[: len(alone)] == alone else self.text(label)[0]
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Text of ids."""
+        """Decode ids, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
 
 
 @dataclass
 class PromptedReader:
-    """Reads one query with a model that was never taught to."""
+    """A reader of one query that prompts an instruct model.
+
+    Attributes:
+        lost: passage tokens cut so far, summed over all prompts.
+    """
 
     critic: PromptedCritic
     requests: Requests
@@ -153,17 +166,17 @@ class PromptedReader:
 
     @property
     def usage(self) -> Usage:
-        """What the row has cost so far."""
+        """See :attr:`Reader.usage`."""
         return replace(self.requests.usage, truncated_tokens=self.lost)
 
     @property
     def room(self) -> int:
-        """Tokens that a prompt may have."""
+        """Maximum number of tokens of a prompt."""
         return self.requests.generator.max_model_len - self.config.max_tokens
 
     @property
     def asked(self) -> str:
-        """What the model is asked."""
+        """The query for the model: the task's instruction, or the query itself, with its input."""
         context = f"\n\n{self.query.input}" if self.query.input else ""
         return f"{self.query.instruction or self.query.query}{context}"
 
@@ -186,7 +199,7 @@ class PromptedReader:
         return len(self._prompt(PROMPTS["retrieve_again"]["prompt"])) + written <= self.room
 
     async def write(self, path: Path, opening: Retrieve, evidence: RetrievedPassage | None) -> Path:
-        """See :meth:`Reader.write`: a line, then its critique and the next decision, all asked at once."""
+        """See :meth:`Reader.write`: generates a segment, then prompts for critique and next decision concurrently."""
         written = [token for segment in path.segments for token in segment.token_ids]
         template = PROMPTS["write_from_passage" if evidence else "write"]
         prompt = self._prompt(template, evidence, written=len(written)) + written
@@ -211,7 +224,7 @@ class PromptedReader:
         return [*self.critic.ends, *lines]
 
     def _split(self, generation: Generation) -> tuple[list[int], Finish | None]:
-        """A segment's ids, and why nothing follows; None where it ended with its line."""
+        """Return the ids of the segment, and its finish reason: None if it ended at a line break."""
         ids = list(generation.token_ids)
         if ids[-1] in self.critic.ends:
             return ids[:-1], Finish.STOP
@@ -219,14 +232,14 @@ class PromptedReader:
         return ids, None if line else Finish.LENGTH
 
     async def _judge(self, generation: Generation, text: str, evidence: RetrievedPassage | None) -> Critique:
-        """Is the passage relevant, does it support the text, is the text useful?"""
+        """Prompt the model to judge the utility of the text and, given a passage, its relevance and support."""
         groups = [IsRel, IsSup, IsUse] if evidence else [IsUse]
         answers = await gather_all(*(self._ask(QUESTIONS[group], evidence, text) for group in groups))
         with self.requests.critiquing():
             return self._critique(generation, dict(zip(groups, answers, strict=True)))
 
     def _critique(self, generation: Generation, answers: Mapping[type[StrEnum], Generation]) -> Critique:
-        """Scores of a line, from what was said of it."""
+        """Score a segment by the answers to the questions of each group."""
         found = {group: probabilities_at(answer, 0, group) for group, answer in answers.items()}
         scores = {group: expected_value(found[group], VALUES[group]) for group in answers}
         is_rel, is_sup, is_use = (scores.get(group) for group in (IsRel, IsSup, IsUse))
@@ -249,7 +262,7 @@ class PromptedReader:
     def _prompt(
         self, template: str, evidence: RetrievedPassage | None = None, answer: str = "", written: int = 0
     ) -> list[int]:
-        """Ids of a user's turn; the passage is cut at its end where it does not fit before ``written`` more ids."""
+        """Encode a prompt as the user's turn; the end of the passage is cut to leave room for ``written`` more ids."""
         values = {"query": self.asked, "answer": answer}
         before, after = self.critic.frame
         head, place, tail = template.partition("{passage}")
@@ -264,12 +277,12 @@ class PromptedReader:
 
 
 def filled(template: str, values: Mapping[str, str]) -> str:
-    """The template with its places filled, all at once: what fills one may look like another."""
+    """Fill all placeholders of a template in one pass, since a value may itself look like a placeholder."""
     return re.sub(r"\{(\w+)\}", lambda place: values[place[1]], template)
 
 
 def likeliest(group: type[Group], found: Mapping[type[StrEnum], Sequence[float]]) -> Group | None:
-    """The group's token of the highest probability; None where the group was not asked."""
+    """Return the most likely token of a group; None if the model was not prompted for the group."""
     if group not in found:
         return None
     return max(zip(found[group], group, strict=True), key=lambda pair: pair[0])[1]

@@ -1,7 +1,7 @@
-"""Prompt formats, and the only place where text becomes token ids.
+"""Prompts as token ids, in the format of the paper's models.
 
-Queries and passages are data: they are tokenised with ``split_special_tokens``, so that a reflection token
-written inside one of them stays plain characters. Control tokens enter prompts by id alone.
+Queries and passages are untrusted: they are tokenised with ``split_special_tokens``, so that a reflection token
+written inside one of them stays plain characters. Control tokens enter a prompt only by id.
 """
 
 from dataclasses import dataclass
@@ -13,19 +13,19 @@ from pipeline.decoding.reflection import Paragraph, ReflectionIds
 
 
 def instruction_prompt(instruction: str, context: str | None = None) -> str:
-    """The prompt of the paper's models (appendix D): an instruction, optionally with an input."""
+    """Format the prompt of the paper's models (appendix D): an instruction, optionally with an input."""
     middle = f"\n\n### Input:\n{context}" if context else ""
     return f"### Instruction:\n{instruction}{middle}\n\n### Response:\n"
 
 
 def passage_text(title: str, text: str) -> str:
-    """What stands between the paragraph marks."""
+    """Format a passage: its title, if any, on a line before its text."""
     return f"{title}\n{text}" if title else text
 
 
 @dataclass(frozen=True)
 class PromptTokenizer:
-    """Turns trusted control tokens and untrusted text into token ids.
+    """A tokenizer that separates trusted control tokens from untrusted text.
 
     Attributes:
         tokenizer: a Hugging Face tokenizer.
@@ -40,7 +40,7 @@ class PromptTokenizer:
         """Wrap a tokenizer.
 
         Raises:
-            ValueError: it lacks reflection tokens.
+            ValueError: the tokenizer lacks control tokens.
         """
         return cls(tokenizer, ReflectionIds.of(tokenizer, model))
 
@@ -50,26 +50,26 @@ class PromptTokenizer:
         return int(self.tokenizer.eos_token_id)
 
     def prompt(self, instruction: str, context: str | None = None) -> list[int]:
-        """Ids of the instruction prompt, with the tokenizer's own beginning-of-sequence token if it has one."""
+        """Encode the instruction prompt, with the beginning-of-sequence token if the tokenizer adds one."""
         text = instruction_prompt(instruction, context)
         return list(self.tokenizer(text, split_special_tokens=True)["input_ids"])
 
     def text(self, text: str) -> list[int]:
-        """Ids of untrusted text in the middle of a sequence."""
+        """Encode untrusted text for the middle of a sequence."""
         return list(self.tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"])
 
     def control(self, *tokens: StrEnum) -> list[int]:
-        """Ids of control tokens."""
+        """Return the ids of control tokens."""
         return [self.reflection[token] for token in tokens]
 
     def paragraph(self, body: list[int]) -> list[int]:
-        """A passage's ids between paragraph marks."""
+        """Put the ids of a passage between paragraph marks."""
         return [*self.control(Paragraph.START), *body, *self.control(Paragraph.END)]
 
     def passage(self, title: str, text: str) -> list[int]:
-        """Ids of a passage with its paragraph marks."""
+        """Encode a passage with its paragraph marks."""
         return self.paragraph(self.text(passage_text(title, text)))
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids, control tokens included."""
+        """Decode ids, control tokens included."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))

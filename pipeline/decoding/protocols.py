@@ -1,4 +1,4 @@
-"""What the algorithm needs of a model process, of an index, and of a kind of model."""
+"""The interfaces between the algorithm and the engine, the index and the kind of model."""
 
 from collections.abc import Sequence
 from typing import Protocol
@@ -9,75 +9,76 @@ from pipeline.decoding.types import Boundary, Generation, Path, Query, Retrieved
 
 
 class Generator(Protocol):
-    """Writes what follows a prompt."""
+    """An engine that continues prompts."""
 
     @property
     def max_model_len(self) -> int:
-        """Most tokens of a prompt and its continuation together."""
+        """Maximum number of tokens of a prompt and its continuation together."""
         ...
 
     async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
-        """Continue a prompt greedily until one of the stop tokens, or the length limit.
+        """Continue a prompt greedily up to a stop token or the length limit.
 
         Args:
-            prompt: token ids.
-            max_tokens: most tokens to write.
-            stops: ids that end the continuation; the one that did is its last.
+            prompt: token ids of the prompt.
+            max_tokens: maximum number of tokens to generate.
+            stops: ids that end the generation, which includes the stop token.
 
         Raises:
-            ValueError: the prompt does not fit the model.
-            EngineDeadError: the engine is gone.
+            ValueError: the prompt is too long for the model.
+            EngineDeadError: the engine has died.
         """
         ...
 
 
 class Retriever(Protocol):
-    """Finds passages for a text."""
+    """An index that finds passages for a text."""
 
     async def retrieve(self, query: str, k: int) -> list[RetrievedPassage]:
-        """The k best passages, best first; fewer where there are no more."""
+        """Return the top k passages, best first; fewer if the index has fewer."""
         ...
 
 
 class Reader(Protocol):
-    """Decides and writes for one query."""
+    """The steps of the algorithm that need the model, for one query: decide, generate and critique."""
 
     @property
     def usage(self) -> Usage:
-        """What the row has cost so far; retrievals and seconds are counted elsewhere."""
+        """Usage of the query so far; the caller adds the number of retrievals and its own timings."""
         ...
 
     async def decide(self) -> Boundary:
-        """Where the prompt ends: shall a passage be retrieved?
+        """Return the boundary at the end of the prompt: the decision whether to retrieve for the first segment.
 
         Raises:
-            ValueError: the query does not fit the model.
+            ValueError: the query is too long for the model.
         """
         ...
 
     def has_room(self, path: Path) -> bool:
-        """Whether the path's text leaves room for another segment."""
+        """Whether the text of the path leaves room in the prompt for another segment."""
         ...
 
     async def write(self, path: Path, opening: Retrieve, evidence: RetrievedPassage | None) -> Path:
-        """The path with one more segment.
+        """Extend the path by one generated and scored segment.
 
         Args:
-            opening: the decision before it.
-            evidence: the passage to write from: a new one for ``[Retrieval]``, or None where the search found
-                nothing; the path's own for ``[Continue to Use Evidence]``; None for ``[No Retrieval]``.
+            path: path to extend.
+            opening: decision at the boundary before the segment.
+            evidence: passage to write from. ``[Retrieval]`` has a new one, or None if the search found nothing;
+                ``[Continue to Use Evidence]`` has the last passage of the path; ``[No Retrieval]`` has None.
         """
         ...
 
 
 class Critic(Protocol):
-    """Knows one kind of model: how to ask it, and what to read in its answers."""
+    """A kind of model: its prompts, and the source of its reflection probabilities."""
 
     @property
     def watched(self) -> tuple[int, ...]:
-        """Ids that the engine must give log-probabilities of, in the places of the 13 reflection tokens."""
+        """Ids whose log-probabilities the engine must return, one for each of the 13 reflection tokens in order."""
         ...
 
     def reader(self, generator: Generator, config: DecodingConfig, query: Query) -> Reader:
-        """A reader for one query."""
+        """Create the reader for one query."""
         ...

@@ -1,6 +1,6 @@
 """Reflection tokens, their ids in a model's vocabulary, and the probabilities of their groups.
 
-Source: Asai et al. 2023 (arXiv 2310.11511), table 1 and appendix A.3. Token texts are those of the
+Source: Asai et al. 2023 (arXiv 2310.11511), table 1 and appendix A.3. The texts of the tokens are those of the
 released models, so that ``selfrag/selfrag_llama2_7b`` works unchanged.
 """
 
@@ -13,7 +13,7 @@ from typing import Protocol
 
 
 class Retrieve(StrEnum):
-    """Should a passage be retrieved before the next segment?"""
+    """Decision whether to retrieve a passage before the next segment."""
 
     YES = "[Retrieval]"
     NO = "[No Retrieval]"
@@ -21,14 +21,14 @@ class Retrieve(StrEnum):
 
 
 class IsRel(StrEnum):
-    """Is the passage useful for the query?"""
+    """Critique of a passage: whether it is useful for the query."""
 
     RELEVANT = "[Relevant]"
     IRRELEVANT = "[Irrelevant]"
 
 
 class IsSup(StrEnum):
-    """Does the passage support the segment?"""
+    """Critique of a segment: how far its passage supports it."""
 
     FULLY = "[Fully supported]"
     PARTIALLY = "[Partially supported]"
@@ -36,7 +36,7 @@ class IsSup(StrEnum):
 
 
 class IsUse(StrEnum):
-    """How useful is the answer, from 1 to 5?"""
+    """Critique of an answer: how useful it is, from 1 to 5."""
 
     ONE = "[Utility:1]"
     TWO = "[Utility:2]"
@@ -58,7 +58,7 @@ CONTROL_TOKENS: tuple[str, ...] = REFLECTION_TOKENS + tuple(str(mark) for mark i
 
 
 class Vocabulary(Protocol):
-    """The part of a Hugging Face tokenizer that reflection needs."""
+    """The part of a Hugging Face tokenizer that is used to look up the control tokens."""
 
     def get_vocab(self) -> dict[str, int]: ...
 
@@ -71,10 +71,10 @@ class ReflectionIds:
 
     @classmethod
     def of(cls, tokenizer: Vocabulary, model: str) -> "ReflectionIds":
-        """Look the control tokens up.
+        """Look up the control tokens in a tokenizer's vocabulary.
 
         Raises:
-            ValueError: the vocabulary lacks some of them; names the model and the tokens.
+            ValueError: the vocabulary lacks some of them; the message names the model and the tokens.
         """
         vocabulary = tokenizer.get_vocab()
         missing = [token for token in CONTROL_TOKENS if token not in vocabulary]
@@ -90,7 +90,7 @@ class ReflectionIds:
         return self.ids[str(token)]
 
     def group(self, group: type[StrEnum]) -> tuple[int, ...]:
-        """Ids of a group's tokens in the order of their definition."""
+        """Return the ids of a group's tokens, in the order of the group's definition."""
         return self._groups[group]
 
     @cached_property
@@ -100,12 +100,12 @@ class ReflectionIds:
 
     @cached_property
     def reflection(self) -> tuple[int, ...]:
-        """Ids of the 13 tokens that carry a judgement: the only log-probabilities ever asked for."""
+        """Ids of the 13 reflection tokens: besides the generated ones, the only log-probabilities requested."""
         return tuple(self.ids[token] for token in REFLECTION_TOKENS)
 
     @cached_property
     def control(self) -> frozenset[int]:
-        """Ids of all 15 control tokens: what an answer's text never contains."""
+        """Ids of all 15 control tokens, which the text of an answer never contains."""
         return frozenset(self.ids.values())
 
 
@@ -113,11 +113,10 @@ def group_probabilities(logprobs: Sequence[float]) -> tuple[float, ...]:
     """Normalise one group's log-probabilities over the group (softmax).
 
     Args:
-        logprobs: natural-log probabilities of the group's own tokens at one position; ``-inf`` is allowed
-            for some of them, not for all.
+        logprobs: natural-log probabilities of the group's tokens at one position; some may be ``-inf``, not all.
 
     Raises:
-        ValueError: no token of the group has a finite log-probability, so no ratio exists.
+        ValueError: no token of the group has a finite log-probability, so they cannot be normalised.
     """
     top = max(logprobs)
     if not math.isfinite(top):

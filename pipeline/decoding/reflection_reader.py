@@ -1,7 +1,7 @@
-"""The reader: what the algorithm asks of a model, and the model that answers with reflection tokens.
+"""Reader and critic for models trained with reflection tokens.
 
-A model taught for Self-RAG writes a segment, its critique and the next decision in one generation: the segment
-ends at the next Retrieve token, whose own distribution is the decision.
+Such a model writes a segment, its critique and the next decision in one generation: the segment ends at the next
+Retrieve token, whose own distribution is the decision.
 """
 
 import time
@@ -19,20 +19,20 @@ from pipeline.decoding.types import Boundary, Finish, Generation, Passage, Path,
 
 @dataclass
 class Requests:
-    """An engine, and what one row has asked of it."""
+    """The requests of one query to an engine, and their usage."""
 
     generator: Generator
     usage: Usage = field(default_factory=Usage)
 
     async def ask(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
-        """See :meth:`Generator.generate`."""
+        """Generate (see :meth:`Generator.generate`) and add up the usage."""
         generation = await self.generator.generate(prompt, max_tokens, stops)
         self.usage += Usage.of(generation)
         return generation
 
     @contextmanager
     def critiquing(self) -> Iterator[None]:
-        """Measure the time that the body takes to score a segment and decode its text."""
+        """Add the duration of the body to the seconds spent on scoring segments and decoding their text."""
         began = time.perf_counter()
         yield
         self.usage += Usage(critique_seconds=time.perf_counter() - began)
@@ -40,7 +40,7 @@ class Requests:
 
 @dataclass(frozen=True)
 class ReflectionCritic:
-    """Asks models that were taught the reflection tokens."""
+    """A model trained with reflection tokens."""
 
     tokenizer: PromptTokenizer
 
@@ -56,10 +56,10 @@ class ReflectionCritic:
 
 @dataclass
 class ReflectionReader:
-    """Reads one query with a model that was taught the reflection tokens.
+    """A reader of one query for a model trained with reflection tokens.
 
     Attributes:
-        lost: passage tokens cut so far.
+        lost: passage tokens cut so far, summed over all prompts.
         bodies: token ids of the passages read so far.
     """
 
@@ -76,11 +76,11 @@ class ReflectionReader:
 
     @property
     def usage(self) -> Usage:
-        """What the row has cost so far."""
+        """See :attr:`Reader.usage`."""
         return replace(self.requests.usage, truncated_tokens=self.lost)
 
     async def decide(self) -> Boundary:
-        """See :meth:`Reader.decide`: the distribution of the first token, where the mode leaves the decision open."""
+        """See :meth:`Reader.decide`: reads the distribution of the first token, in adaptive mode only."""
         room = self.room - len(Paragraph) - 1
         if len(self.prompt) > room:
             raise ValueError(
@@ -93,11 +93,11 @@ class ReflectionReader:
 
     @property
     def room(self) -> int:
-        """Tokens that a prompt may have."""
+        """Maximum number of tokens of a prompt."""
         return self.requests.generator.max_model_len - self.config.max_tokens
 
     def has_room(self, path: Path) -> bool:
-        """See :meth:`Reader.has_room`: passages can be cut, text cannot."""
+        """See :meth:`Reader.has_room`: passages do not count, since they can be cut; their marks do."""
         segments = len(path.segments) + 1
         written = sum(len(segment.token_ids) for segment in path.segments)
         return len(self.prompt) + written + segments * (1 + len(Paragraph)) <= self.room
@@ -114,7 +114,7 @@ class ReflectionReader:
         return Path((*path.segments, Segment(text, raw, evidence, judged, opening, tuple(ids))), boundary, finish)
 
     def _split(self, generation: Generation) -> tuple[list[int], Boundary | None, Finish | None]:
-        """A segment's own ids, and the boundary where it ended at a Retrieve token, or why nothing follows."""
+        """Return the ids of the segment, with its boundary if it ended at a Retrieve token, else its finish reason."""
         *ids, last = generation.token_ids
         reflection = self.tokenizer.reflection
         if last in reflection.group(Retrieve):
@@ -123,9 +123,9 @@ class ReflectionReader:
         return (ids, None, Finish.STOP) if last == self.tokenizer.eos else ([*ids, last], None, Finish.LENGTH)
 
     def _context(self, path: Path, opening: Retrieve, evidence: RetrievedPassage | None) -> list[int]:
-        """Ids of everything before a new segment: the prompt, earlier segments with their passages, the new passage.
+        """Build the ids before a new segment: the prompt, earlier segments with their passages, and the new passage.
 
-        Passages are cut where they do not fit, the oldest first, each at its end.
+        If they do not fit the model, passages are cut at their ends, the oldest first.
         """
         steps = [(s.opening, s.evidence, s.token_ids) for s in path.segments] + [(opening, evidence, ())]
         bodies = [self._body(e.passage) if e is not None and o is Retrieve.YES else [] for o, e, _ in steps]
@@ -148,12 +148,12 @@ class ReflectionReader:
 
 
 def put(opening: Retrieve, evidence: RetrievedPassage | None) -> Retrieve:
-    """The token that opens a segment in the prompt: without a passage none was retrieved, whatever was decided."""
+    """Return the token that opens a segment in the prompt: ``[No Retrieval]`` if the segment has no passage."""
     return opening if evidence is not None else Retrieve.NO
 
 
 def cut_oldest(lengths: Sequence[int], room: int) -> list[int]:
-    """Lengths that fit into the room together, with what is too much taken from the first ones."""
+    """Return the lengths after cutting them, the first ones first, until their sum is at most ``room``."""
     excess, kept = sum(lengths) - room, []
     for length in lengths:
         kept.append(length - min(length, max(0, excess)))

@@ -1,4 +1,4 @@
-"""What travels between the steps: frozen, typed, free of Arrow and of the engine."""
+"""The data types passed between the steps: frozen, and independent of Arrow and the engine."""
 
 from dataclasses import dataclass, fields
 from enum import StrEnum
@@ -20,11 +20,12 @@ class Passage:
 
 @dataclass(frozen=True)
 class RetrievedPassage:
-    """A passage with its place in a retriever's list.
+    """A passage with its rank in the list of passages retrieved for or given with a query.
 
     Attributes:
-        score: the index's similarity (its metric says of what kind), None for a passage given with the query.
-        rank: from 1, best first.
+        passage: the passage itself.
+        score: similarity to the query in the metric of the index; None for a passage given with the query.
+        rank: position in that list, from 1.
     """
 
     passage: Passage
@@ -37,11 +38,13 @@ class Query:
     """One row of the query set.
 
     Attributes:
-        input: what goes under ``### Input:``.
+        id: unique id of the row.
+        query: text of the query, for the prompt and for searches.
+        input: text under ``### Input:`` in the prompt.
         task: name of the task.
         choices: closed set of answers; empty for open questions.
-        passages: given passages, in their order; None where the index is asked instead.
-        instruction: what the model is asked, where a task says it otherwise than the query; searches use the query.
+        passages: given passages in their order; None if the index is searched instead.
+        instruction: instruction of the task, which replaces the query in the prompt but not in searches.
     """
 
     id: str
@@ -53,7 +56,7 @@ class Query:
     instruction: str | None = None
 
     def check(self) -> None:
-        """Refuse what cannot be asked.
+        """Check that the query can be answered.
 
         Raises:
             ValueError: the query is empty.
@@ -64,17 +67,18 @@ class Query:
 
 @dataclass(frozen=True)
 class Generation:
-    """What the engine wrote after a prompt.
+    """The engine's continuation of a prompt.
 
     Attributes:
-        token_ids: the T ids written, the stop token included.
-        logprobs: float64 [T], natural-log probability of each of them.
-        reflection_logprobs: float64 [T, 13], those of the reflection tokens at each position, in the order of
-            ``reflection.REFLECTION_TOKENS``.
-        prompt_tokens: tokens of the prompt.
-        cached_tokens: those of them that the prefix cache had.
-        queue_seconds, prefill_seconds, decode_seconds: that it waited for a slot, and that the engine took to its
-            first token and from there to its last; steps are shared with other requests.
+        token_ids: the T generated ids, including the stop token.
+        logprobs: float64 [T], natural-log probability of each generated token.
+        reflection_logprobs: float64 [T, 13], natural-log probabilities of the reflection tokens at each position, in
+            the order of ``reflection.REFLECTION_TOKENS``.
+        prompt_tokens: number of prompt tokens.
+        cached_tokens: number of prompt tokens found in the prefix cache.
+        queue_seconds: seconds until the engine scheduled the request.
+        prefill_seconds: seconds from scheduling to the first token; engine steps are shared with other requests.
+        decode_seconds: seconds from the first token to the last; engine steps are shared with other requests.
     """
 
     token_ids: tuple[int, ...]
@@ -89,15 +93,16 @@ class Generation:
 
 @dataclass(frozen=True)
 class Critique:
-    """Scores of one segment; None where the segment holds no token of the group.
+    """Scores of one segment; those of a group that the model did not judge are None.
 
     Attributes:
         sequence_probability: exp of the mean log-probability of the text tokens, in [0, 1].
         is_rel: p(Relevant), in [0, 1].
         is_sup: p(Fully) + 0.5 p(Partially), in [0, 1].
-        is_use: expectation of -1, -0.5, 0, 0.5, 1 over the utilities, in [-1, 1].
-        score: the weighted sum f of the paper's equation 4.
-        relevance, support, utility: the tokens themselves, as written.
+        is_use: expected value of -1, -0.5, 0, 0.5, 1 over the utilities 1 to 5, in [-1, 1].
+        score: weighted sum f (paper, equation 4).
+        relevance, support, utility: token of each group: the one written, or the most likely one if the model was
+            prompted.
     """
 
     sequence_probability: float
@@ -112,14 +117,16 @@ class Critique:
 
 @dataclass(frozen=True)
 class Segment:
-    """A piece of an answer with its evidence and its critique.
+    """A part of an answer with its evidence and critique.
 
     Attributes:
-        text: without reflection tokens.
-        raw: with them, the passage left out.
-        evidence: the passage it was written from; None without retrieval.
-        opening: what was decided at the boundary before it; ``[Retrieval]`` without evidence found nothing.
-        token_ids: as written, without the token that ended it.
+        text: text without reflection tokens.
+        raw: text with reflection tokens, without the passage.
+        evidence: passage that the segment was written from; None without retrieval.
+        critique: scores of the segment.
+        opening: decision at the boundary before the segment; with ``[Retrieval]`` and no evidence, the search found
+            nothing.
+        token_ids: ids as written, without the Retrieve token or the end of the answer that follows them.
     """
 
     text: str
@@ -132,11 +139,12 @@ class Segment:
 
 @dataclass(frozen=True)
 class Boundary:
-    """What the model says about the next segment, where the last one (or the prompt) ends.
+    """The end of a prompt or segment, with the model's decision whether to retrieve for the next segment.
 
     Attributes:
-        probability: p(Yes) / (p(Yes) + p(No)); None where it was not asked.
-        keep: whether it wrote ``[Continue to Use Evidence]``.
+        probability: p(Yes) / (p(Yes) + p(No)); None if the model was not queried, because the mode decides or no
+            segment may follow.
+        keep: whether the model wrote ``[Continue to Use Evidence]``.
     """
 
     probability: float | None = None
@@ -144,23 +152,24 @@ class Boundary:
 
 
 class Finish(StrEnum):
-    """Why an answer ends where it does."""
+    """The reason why an answer ends."""
 
-    STOP = "stop"  # the model ended it
-    LENGTH = "length"  # its last segment has decoding.max_tokens
-    SEGMENTS = "segments"  # it has decoding.segments, and the model would have gone on
-    ROOM = "room"  # the model takes no longer prompt
-    CONSTRAINT = "constraint"  # decoding.constraint left nothing to go on with
-    PRUNED = "pruned"  # chosen again: the run had not gone on with it
+    STOP = "stop"  # the model ended the answer
+    LENGTH = "length"  # the last segment reached decoding.max_tokens
+    SEGMENTS = "segments"  # the answer reached decoding.segments before the model ended it
+    ROOM = "room"  # a longer prompt would not fit the model
+    CONSTRAINT = "constraint"  # decoding.constraint dropped all continuations
+    PRUNED = "pruned"  # rescoring only: the run wrote no continuation of this path on the decided branch
 
 
 @dataclass(frozen=True, eq=False)
 class Path:
-    """An answer under way. Paths are nodes of a tree: equal only if they are the same one.
+    """A partial or finished answer: a node in the tree of the search. Paths are compared by identity.
 
     Attributes:
-        boundary: where its next segment would begin; None once it is finished.
-        finish: why it is finished; None while it is not.
+        segments: segments so far, in order.
+        boundary: boundary at which the next segment would begin; None if the path is finished.
+        finish: finish reason; None if the path is live.
     """
 
     segments: tuple[Segment, ...] = ()
@@ -169,32 +178,33 @@ class Path:
 
     @property
     def finished(self) -> bool:
-        """Whether nothing follows any more."""
+        """Whether the answer is complete, so that the path is not expanded any more."""
         return self.boundary is None
 
     @property
     def score(self) -> float:
-        """Mean of its segments' scores; 0 without any."""
+        """Mean score of the segments; 0 without segments."""
         return sum(s.critique.score for s in self.segments) / len(self.segments) if self.segments else 0.0
 
     @property
     def evidence(self) -> RetrievedPassage | None:
-        """The passage of its last segment."""
+        """The passage of the last segment; None if there is none."""
         return self.segments[-1].evidence if self.segments else None
 
     def ended(self, finish: Finish) -> "Path":
-        """The same answer, with nothing to follow."""
+        """Return the same answer as a finished path."""
         return Path(self.segments, None, finish)
 
 
 @dataclass(frozen=True)
 class Candidate:
-    """A scored segment in the tree of everything that was written for a query.
+    """A scored segment, as a node in the tree of all segments written for a query.
 
     Attributes:
-        parent: place of the segment before it in the list of candidates; None for a first one.
-        boundary: of the path that it ends; None where nothing follows.
-        finish: why nothing follows; None where something may.
+        segment: the segment itself.
+        parent: index of the preceding segment in the list of candidates; None for a first segment.
+        boundary: boundary after the segment; None if the path that it ends is finished.
+        finish: finish reason of the path that the segment ends; None if the path is live.
     """
 
     segment: Segment
@@ -205,18 +215,18 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Usage:
-    """The cost of a row; costs can be added up.
+    """Resources used by a row or a request; instances can be added.
 
     Attributes:
-        prompt_tokens, cached_tokens, generated_tokens: tokens, summed over the row's requests.
+        prompt_tokens, cached_tokens, generated_tokens: tokens, summed over requests.
         retrievals: number of searches.
         engine_requests: number of generations.
-        truncated_tokens: passage tokens cut because a prompt did not fit the model.
-        seconds: wall-clock seconds from the first step of the row to its last, queueing included.
-        decide_seconds, retrieve_seconds: the part of them until the first decision, and the part spent waiting for
-            passages.
-        critique_seconds: the part of them spent scoring and decoding segments after their log-probabilities were read.
-        queue_seconds, prefill_seconds, decode_seconds: as in :class:`Generation`, summed over requests that run
+        truncated_tokens: passage tokens cut because a prompt did not fit the model, summed over requests.
+        seconds: wall-clock seconds from the first step of the row to the last, including queueing.
+        decide_seconds: wall-clock seconds until the first decision.
+        retrieve_seconds: seconds spent waiting for passages, summed over searches that may run concurrently.
+        critique_seconds: seconds spent scoring segments and decoding their text, after generation.
+        queue_seconds, prefill_seconds, decode_seconds: as in :class:`Generation`, summed over requests that may run
             concurrently.
     """
 
@@ -236,7 +246,7 @@ class Usage:
 
     @classmethod
     def of(cls, generation: Generation) -> "Usage":
-        """The cost of one request."""
+        """Return the usage of one request."""
         shared = {name: getattr(generation, name) for name in ("prompt_tokens", "cached_tokens", *REQUEST_SECONDS)}
         return cls(generated_tokens=len(generation.token_ids), engine_requests=1, **shared)
 
@@ -244,7 +254,7 @@ class Usage:
         return Usage(**{name: value + getattr(other, name) for name, value in vars(self).items()})
 
 
-# Fields of ``Usage``: counts, seconds of the row itself, and seconds summed over its requests.
+# Fields of ``Usage`` by kind: seconds summed over requests, counts, and seconds of the row itself.
 REQUEST_SECONDS = ("queue_seconds", "prefill_seconds", "decode_seconds")
 USAGE_COUNTS = tuple(field.name for field in fields(Usage) if field.type is int)
 ROW_SECONDS = tuple(field.name for field in fields(Usage) if field.name not in (*USAGE_COUNTS, *REQUEST_SECONDS))
@@ -252,13 +262,17 @@ ROW_SECONDS = tuple(field.name for field in fields(Usage) if field.name not in (
 
 @dataclass(frozen=True)
 class Answer:
-    """The outcome for one query.
+    """The answer to one query, with its segments and usage.
 
     Attributes:
-        retrieve_probability: p(Yes) / (p(Yes) + p(No)) at the first decision; None where the mode decides.
-        finish: why it ends where it does.
-        segments: those of the answer, in order.
-        candidates: every scored segment, parents before their children; empty unless asked for.
+        answer: text of the answer, or the chosen one of a closed set.
+        raw_output: text of the answer with reflection tokens, without passages.
+        retrieved: whether any segment of the answer has a passage.
+        retrieve_probability: p(Yes) / (p(Yes) + p(No)) at the first decision; None if the mode decided.
+        finish: finish reason.
+        segments: segments of the answer, in order.
+        usage: resources used by the query.
+        candidates: every scored segment, parents before their children; empty unless ``keep_candidates`` is set.
     """
 
     answer: str

@@ -1,4 +1,4 @@
-"""Before the first run: what this machine and cluster can do, tried and told in plain lines.
+"""Checks machines, cluster and devices before the first run, and reports what would make a run fail.
 
-Finds what a run would stumble over.
+Collects facts about each machine, tests search and engine on a run's device, and judges the results.
 """

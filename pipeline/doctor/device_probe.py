@@ -1,4 +1,4 @@
-"""A Ray actor that does on a run's device, once, what the run's actors do there: search, start an engine, answer."""
+"""Tests a run's device in a Ray actor, with the steps of a run: search, start of the engine, one answer."""
 
 import tempfile
 import time
@@ -33,7 +33,7 @@ QUESTION = Query(
 
 @dataclass(frozen=True)
 class Searched:
-    """A search on the device.
+    """The outcome of a search on the device.
 
     Attributes:
         device: ``GPU`` or ``CPU``.
@@ -48,12 +48,12 @@ class Searched:
 
 @dataclass(frozen=True)
 class Answered:
-    """A row that the embedded model answered.
+    """The outcome of a row that the embedded model answered.
 
     Attributes:
         device: Device of the engine, as vLLM names it.
         answer: Text of the answer.
-        start_seconds, seconds: Duration of the engine's start, and of the row.
+        start_seconds, seconds: Durations of the engine's start and of the row.
     """
 
     device: str
@@ -63,10 +63,11 @@ class Answered:
 
 
 class DeviceProbe:
-    """Uses the CPUs and GPUs that Ray assigned to it as an actor of a run does.
+    """Uses the CPUs and GPUs that Ray assigned to it in the same way as an actor of a run.
 
     Args:
-        config: Device, cache and engine's share of memory count; the model is the embedded one.
+        config: Configuration of the run. Its model is replaced by the embedded one, and of the engine's arguments only
+            ``gpu_memory_utilization`` is kept.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -74,10 +75,10 @@ class DeviceProbe:
         self._config = config.model_copy(update={"model": ModelConfig(name="demo", engine=memory)})
 
     def search(self) -> Searched:
-        """Search a small index, beside PyTorch in the same process.
+        """Search a small index with FAISS and compare with PyTorch in the same process.
 
         Raises:
-            ValueError: ``retrieval.device`` cannot be had.
+            ValueError: ``retrieval.device`` requires a GPU that cannot be used.
         """
         import torch
 
@@ -112,7 +113,7 @@ class DeviceProbe:
         """Start the engine with the embedded model, and answer one row.
 
         Raises:
-            RuntimeError: the embedded model cannot be had, or the engine does not start.
+            RuntimeError: The embedded model is not available, or the engine does not start.
         """
         prepare_environment()
         from vllm.platforms import current_platform

@@ -1,4 +1,4 @@
-"""Verdicts on the facts that ``jobs.doctor`` collects: ok, warning or failed, each with what to do."""
+"""Judges the facts that ``jobs.doctor`` collects as ok, warning or failed, with advice."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
@@ -8,12 +8,12 @@ from pipeline.doctor.device_probe import QUESTION, Answered, Searched
 from pipeline.doctor.machine import Machine
 
 GB = 1e9
-# NCCL and vLLM's worker processes exchange data there; a container has 64 MB unless it is told otherwise.
+# Bytes of /dev/shm, through which NCCL and vLLM's worker processes exchange data; containers have 64 MB by default.
 LEAST_SHARED = 1 << 30
 
 
 class Verdict(StrEnum):
-    """How a check ended."""
+    """The result of a check."""
 
     OK = "ok"
     WARNING = "warning"
@@ -25,10 +25,11 @@ class Finding:
     """The outcome of one check.
 
     Attributes:
-        check: What was checked.
-        where: Host name, URI or model.
-        found: What was found, in one line.
-        advice: What to do about it; empty where nothing has to be done.
+        check: Name of the check.
+        where: Host name, URI, model or component that was checked.
+        verdict: Result of the check.
+        found: Observation, in one line.
+        advice: Remedy; empty if none is needed.
     """
 
     check: str
@@ -39,7 +40,7 @@ class Finding:
 
 
 def judge_versions(machines: Sequence[Machine]) -> Iterator[Finding]:
-    """Judge whether packages belong together on each machine, and whether all machines have the same ones."""
+    """Judge whether the packages on each machine are compatible, and whether all machines have the same versions."""
     first = machines[0]
     for machine in machines:
         names = ", ".join(f"{package} {version}" for package, version in machine.versions.items())
@@ -57,11 +58,12 @@ def judge_versions(machines: Sequence[Machine]) -> Iterator[Finding]:
 
 
 def judge_gpus(machine: Machine, declared: float, wanted: bool) -> Finding:
-    """Judge whether driver, PyTorch, FAISS and Ray see the same GPUs.
+    """Judge whether driver, PyTorch, FAISS and Ray see the same number of GPUs.
 
     Args:
-        declared: GPUs that Ray has on this machine.
-        wanted: whether the run may use GPUs; otherwise nothing about them fails.
+        machine: Facts about the machine.
+        declared: Number of GPUs that Ray has on this machine.
+        wanted: Whether the run may use GPUs; if not, failures become warnings.
     """
     counts = (len(machine.cards), machine.torch_gpus, machine.faiss_gpus, int(declared))
     if not any(counts) and machine.torch_cuda is None:
@@ -74,10 +76,11 @@ def judge_gpus(machine: Machine, declared: float, wanted: bool) -> Finding:
 
 
 def judge_gpu_memory(machine: Machine, engine_share: float) -> Iterator[Finding]:
-    """Judge whether an engine finds its memory on each card.
+    """Judge whether each GPU has enough free memory for an engine.
 
     Args:
-        engine_share: vLLM's ``gpu_memory_utilization``.
+        machine: Facts about the machine.
+        engine_share: Share of the GPU's memory that vLLM takes (``gpu_memory_utilization``).
     """
     for number, card in enumerate(machine.cards):
         sizes = f"GPU {number} ({card.name}): {card.free / GB:.1f} of {card.total / GB:.1f} GB free"
@@ -123,7 +126,7 @@ def _explain_torch(machine: Machine) -> str:
 
 
 def judge_shared_memory(machine: Machine) -> Finding:
-    """Judge whether there is enough shared memory for Ray's object store and for the workers of one engine."""
+    """Judge whether there is enough shared memory for Ray's object store and the workers of one engine."""
     sizes = f"{machine.shared_free / GB:.1f} of {machine.shared_total / GB:.1f} GB of /dev/shm free"
     if machine.shared_free < LEAST_SHARED:
         advice = "give containers more: docker run --shm-size=8g, or an emptyDir of medium Memory at /dev/shm"
@@ -132,10 +135,12 @@ def judge_shared_memory(machine: Machine) -> Finding:
 
 
 def judge_search(searched: Searched, expected: str, where: str) -> Finding:
-    """Judge a search beside PyTorch in one process.
+    """Judge a search with FAISS and PyTorch in one process.
 
     Args:
-        expected: Device that ``retrieval.device`` and the assigned GPUs lead to: ``GPU`` or ``CPU``.
+        searched: Outcome of the search.
+        expected: Device that follows from ``retrieval.device`` and the assigned GPUs: ``GPU`` or ``CPU``.
+        where: Component that was checked, for the finding.
     """
     found = f"FAISS beside PyTorch on the {searched.device}: {1000 * searched.seconds:.1f} ms"
     if not searched.agreed:
@@ -150,10 +155,12 @@ def judge_search(searched: Searched, expected: str, where: str) -> Finding:
 
 
 def judge_answer(answered: Answered, gpus: float, where: str) -> Finding:
-    """Judge an engine's start and the row that it answered.
+    """Judge the start of an engine and the row that it answered.
 
     Args:
-        gpus: GPUs of the actor.
+        answered: Outcome of the row.
+        gpus: Number of GPUs of the actor.
+        where: Component that was checked, for the finding.
     """
     found = (
         f"vLLM on {answered.device} started in {answered.start_seconds:.0f} s and answered {QUESTION.query!r} in "

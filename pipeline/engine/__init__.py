@@ -1,4 +1,4 @@
-"""The model process: vLLM started, watched, asked, and explained when it dies.
+"""The model process: starts vLLM, sends it requests, monitors it and diagnoses its death.
 
-vLLM is imported here and nowhere else.
+During a run no other package imports vLLM; apart from it only diagnostics and benchmarks do.
 """

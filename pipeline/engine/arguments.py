@@ -1,4 +1,4 @@
-"""The arguments of vLLM's engine: their defaults here, their checks, and the GPUs and memory that follow from them."""
+"""The arguments of vLLM's engine: this project's defaults, checks, and the GPUs and memory that a replica needs."""
 
 import dataclasses
 import math
@@ -8,19 +8,19 @@ from pipeline.config.sections import ModelConfig
 from pipeline.engine.models import model_path
 from pipeline.gpus import choose_gpu
 
-# KV blocks are what prefix caching shares. GPUs have 16 tokens by default; the CPU's 128 are longer than
-# most of our shared prefixes, and it takes multiples of 32.
+# Tokens of a KV block, the unit that prefix caching shares. vLLM's default is 16 on GPUs. On CPUs it is 128, longer
+# than most prefixes shared here; CPUs accept multiples of 32.
 CPU_BLOCK_TOKENS = 32
-# The values of ``max_lora_rank`` that vLLM knows (vllm/config/lora.py).
+# The values of ``max_lora_rank`` that vLLM accepts (vllm/config/lora.py).
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
-# The GPUs of a replica are the product of these arguments (vllm/config/parallel.py).
+# The number of GPUs of a replica is the product of these arguments (vllm/config/parallel.py).
 PARALLEL_SIZES = (
     "tensor_parallel_size",
     "pipeline_parallel_size",
     "data_parallel_size",
     "prefill_context_parallel_size",
 )
-# The values of arguments with which a replica stays on one machine, in the processes of its actor.
+# Argument values that keep a replica on one node, in processes that its actor starts.
 ONE_NODE: dict[str, tuple[Any, ...]] = {
     "distributed_executor_backend": (None, "mp", "uni"),
     "data_parallel_backend": ("mp",),
@@ -34,7 +34,8 @@ def check_engine_arguments(model: ModelConfig) -> None:
     """Check the names of the configured engine arguments, and the LoRA adapter.
 
     Raises:
-        ValueError: vLLM has no argument of that name, would spread over several nodes, or cannot serve the adapter.
+        ValueError: vLLM has no argument of that name, the arguments would spread a replica over several nodes, a
+            parallel size is not a whole number above 0, or vLLM cannot serve the adapter.
     """
     if model.lora:
         lora_rank(model.lora)
@@ -51,10 +52,10 @@ def check_engine_arguments(model: ModelConfig) -> None:
 
 
 def check_one_node(model: ModelConfig) -> None:
-    """Refuse arguments that would spread a replica over nodes, away from the GPUs that Ray assigned to its actor.
+    """Reject arguments that would spread a replica over nodes, away from the GPUs that Ray assigned to its actor.
 
     Raises:
-        ValueError: names the argument.
+        ValueError: an argument has such a value; the message names it.
     """
     all_ranks = (None, model.engine.get("data_parallel_size", 1))
     for name, values in {**ONE_NODE, "data_parallel_size_local": all_ranks}.items():
@@ -79,7 +80,7 @@ def replica_gpus(model: ModelConfig) -> int:
 
 
 def engine_arguments(model: ModelConfig) -> dict[str, Any]:
-    """Arguments for ``vllm.AsyncEngineArgs``: our defaults, then the configuration's own."""
+    """Return the arguments for ``vllm.AsyncEngineArgs``: the defaults here, overridden by the configuration."""
     from vllm.platforms import current_platform
 
     defaults: dict[str, Any] = {
@@ -87,14 +88,14 @@ def engine_arguments(model: ModelConfig) -> dict[str, Any]:
         "revision": model.revision,
         "enable_prefix_caching": True,
         "disable_log_stats": True,
-        # Generation settings that ship with a model (temperature, top-p) must not change what greedy means.
+        # Ignore generation settings that ship with a model (temperature, top-p): decoding is greedy.
         "generation_config": "vllm",
     }
     if current_platform.is_cpu():
-        # Without bfloat16 instructions bfloat16 is five times slower; float32 also tells close scores apart.
+        # On CPUs without bfloat16 instructions, bfloat16 is five times slower; float32 also separates close scores.
         defaults |= {"enforce_eager": True, "block_size": CPU_BLOCK_TOKENS, "dtype": "float32"}
     if replica_gpus(model) > 1:
-        # Inside a Ray placement group vLLM would ask Ray for GPUs beside those of its actor.
+        # Inside a Ray placement group vLLM would request GPUs from Ray in addition to those of its actor.
         defaults |= {"distributed_executor_backend": "mp"}
     if model.lora:
         defaults |= {"enable_lora": True, "max_lora_rank": lora_rank(model.lora)}
@@ -102,17 +103,17 @@ def engine_arguments(model: ModelConfig) -> dict[str, Any]:
 
 
 def gpu_share(model: ModelConfig) -> float:
-    """Share of a GPU's memory that the engine will take: ``gpu_memory_utilization``, vLLM's own default otherwise."""
+    """Return the share of a GPU's memory that the engine will take: ``gpu_memory_utilization``, or vLLM's default."""
     from vllm import AsyncEngineArgs
 
     return float(model.engine.get("gpu_memory_utilization", AsyncEngineArgs.gpu_memory_utilization))
 
 
 def check_assigned_gpus() -> None:
-    """Refuse to start vLLM's GPU build in an actor that has no GPU: it would take one all the same.
+    """Reject vLLM's GPU build in an actor without a GPU: vLLM would use one that Ray did not assign.
 
     Raises:
-        ValueError: says what to set.
+        ValueError: Ray assigned no GPU to this actor; the message names the settings to change.
     """
     from vllm.platforms import current_platform
 
@@ -124,7 +125,7 @@ def check_assigned_gpus() -> None:
 
 
 def lora_rank(adapter: str) -> int:
-    """The least rank that vLLM can be started with for a LoRA adapter.
+    """Return the smallest ``max_lora_rank`` that vLLM accepts and that admits a LoRA adapter.
 
     Raises:
         ValueError: there is no such adapter, or its rank is too high.

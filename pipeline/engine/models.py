@@ -1,4 +1,4 @@
-"""What produced a row: versions of the software, and the identity of a model."""
+"""The configured model: its path, the identity of its files, its tokenizer and its critic."""
 
 import hashlib
 from pathlib import Path
@@ -11,16 +11,18 @@ from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.protocols import Critic
 from pipeline.decoding.reflection_reader import ReflectionCritic
 
-# Of larger files, beginning and end are read: enough to tell two trainings apart, cheap enough for 70 B weights.
+# Larger files are hashed only at both ends: enough to distinguish two trainings, and cheap even for 70 B parameters.
 WHOLE_FILE_BYTES = 256 * 2**20
 PART_BYTES = 2**20
 
 
 def model_identity(model: ModelConfig, path: str) -> dict[str, Any]:
-    """What a model is: the digest of a local folder, or name and commit of a hub repository; and its adapter's digest.
+    """Return the identity of a model: digest of a local folder, or name and commit on the Hugging Face hub.
+
+    The LoRA adapter is identified as ``lora``: by the digest of a local folder, otherwise by its name.
 
     Args:
-        path: where the model was found: a local folder, or the hub's name.
+        path: local folder of the model, or its name on the hub.
     """
     lora = model.lora and (folder_digest(Path(model.lora)) if Path(model.lora).is_dir() else model.lora)
     if Path(path).is_dir():
@@ -32,7 +34,10 @@ def model_identity(model: ModelConfig, path: str) -> dict[str, Any]:
 
 
 def folder_digest(folder: Path) -> str:
-    """sha256 over names, sizes and contents of a model folder's files; the middle of very large ones is skipped."""
+    """Return the SHA-256, in hex, over names, sizes and contents of the files in a model folder.
+
+    Hidden files and the middle of files larger than ``WHOLE_FILE_BYTES`` are skipped.
+    """
     digest = hashlib.sha256()
     for file in sorted(p for p in folder.rglob("*") if p.is_file() and not p.name.startswith(".")):
         size = file.stat().st_size
@@ -48,7 +53,7 @@ def folder_digest(folder: Path) -> str:
 
 
 def model_path(name: str) -> str:
-    """Where a model is: ``demo`` is the embedded default's folder; other names are the hub's or a folder's own."""
+    """Return the folder of the embedded model for ``demo``; other names (hub or local folder) unchanged."""
     if name != "demo":
         return name
     from pipeline.demo_models import demo_model
@@ -57,10 +62,10 @@ def model_path(name: str) -> str:
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
-    """Load a model's tokenizer alone, which is cheap.
+    """Load only the tokenizer of a model, which is cheap; ``model.engine.tokenizer`` takes precedence.
 
     Raises:
-        ValueError: there is no such model.
+        ValueError: the tokenizer cannot be loaded.
     """
     from transformers import AutoTokenizer
 
@@ -73,10 +78,10 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
 
 def critic_of(config: RunConfig) -> Critic:
-    """The run's critic, from its model's tokenizer alone.
+    """Return the critic of a run, for which only the model's tokenizer is loaded.
 
     Raises:
-        ValueError: there is no such model, or it cannot be asked in this way.
+        ValueError: the tokenizer cannot be loaded, or does not support this critic.
     """
     tokenizer = load_tokenizer(config.model)
     if config.decoding.critic == "prompted":

@@ -1,6 +1,6 @@
-"""Why an engine died, from what it left behind: its processes' exit codes and the errors they logged.
+"""Finds the cause of an engine's death in the exit codes of its processes and the errors they logged.
 
-vLLM tells its front end only *that* the engine is dead; the exception itself is known to the engine's own process.
+vLLM's front end learns only *that* the engine is dead; the exception itself stays in the engine's process.
 """
 
 import atexit
@@ -14,15 +14,15 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-# A traceback's last line, unless it is vLLM's front end that hears of the death; and words in it by which PyTorch and
-# CUDA say that memory is exhausted.
+# The last line of a traceback, except for the ``EngineDeadError`` that vLLM's front end raises as a consequence.
 _RAISED = re.compile(r"^(?![\w.]*EngineDeadError)[A-Za-z_][\w.]*(?:Error|Exception)\b.*", re.MULTILINE)
+# Words in that line by which PyTorch, CUDA, Python and C++ report exhausted memory.
 _MEMORY = re.compile(r"out of memory|OutOfMemory|can't allocate memory|MemoryError|bad_alloc", re.IGNORECASE)
-# Who says, with a traceback, that an engine is gone: also of one that ends with the run that it belongs to. Where it
-# matters ``EngineDeadError`` says so, with the cause.
+# Loggers that report a dead engine with a traceback, even one that ends normally with its run. They are kept off
+# stderr: where the death matters, ``EngineDeadError`` carries its cause.
 _FRONT_END = ("vllm.v1.engine.async_llm", "vllm.v1.engine.core_client")
-# Who warns at every start on a CPU: of Triton, of libraries to preload, of settings that follow from ours. Not heard
-# unless VLLM_LOGGING_LEVEL is set.
+# Loggers that warn at every start on a CPU, about Triton, libraries to preload, and settings derived from the engine's
+# arguments. Silenced unless VLLM_LOGGING_LEVEL is set.
 _START_UP = (
     "vllm.config.vllm",
     "vllm.platforms.cpu",
@@ -33,11 +33,11 @@ _START_UP = (
 
 @dataclass(frozen=True)
 class Death:
-    """How an engine ended.
+    """The death of an engine.
 
     Attributes:
-        reason: one line.
-        out_of_memory: whether memory was exhausted, which is the settings' fault rather than a row's.
+        reason: the cause in one line.
+        out_of_memory: whether memory was exhausted, which is caused by the settings rather than by a row.
     """
 
     reason: str
@@ -46,11 +46,11 @@ class Death:
 
 @dataclass(frozen=True)
 class ErrorLog:
-    """What an engine's processes log as errors.
+    """The errors that the processes of one engine log.
 
     Attributes:
-        file: to which all engines of this process append; None where somebody else has configured vLLM's logging.
-        start: where in the file this engine's errors begin.
+        file: log file that all engines of this process append to; None if vLLM's logging is configured elsewhere.
+        start: offset in bytes at which this engine's errors begin.
     """
 
     file: Path | None
@@ -58,12 +58,12 @@ class ErrorLog:
 
     @classmethod
     def from_now(cls) -> "ErrorLog":
-        """The log of an engine that is about to start; see :func:`error_file` for when that is too late."""
+        """Return the log of an engine that is about to start; vLLM must not be imported yet (:func:`error_file`)."""
         file = error_file()
         return cls(file, file.stat().st_size if file and file.exists() else 0)
 
     def text(self) -> str:
-        """What is in it by now."""
+        """Return the errors logged so far."""
         if self.file is None or not self.file.exists():
             return ""
         return self.file.read_bytes()[self.start :].decode(errors="replace")
@@ -71,9 +71,10 @@ class ErrorLog:
 
 @functools.cache
 def error_file() -> Path | None:
-    """Have all engines of this process append their errors to a file; None where vLLM's logging is configured.
+    """Configure vLLM's logging so that all engines of this process append their errors to one file; return its path.
 
-    Must be called before vLLM is imported: its processes find the file through ``VLLM_LOGGING_CONFIG_PATH``
+    Returns None, and changes nothing, if the environment already configures vLLM's logging. Must be called before vLLM
+    is imported: its processes find the file through ``VLLM_LOGGING_CONFIG_PATH``
     (https://docs.vllm.ai/en/latest/examples/others/logging_configuration.html).
     """
     if "VLLM_LOGGING_CONFIG_PATH" in os.environ or os.environ.get("VLLM_CONFIGURE_LOGGING") == "0":
@@ -102,11 +103,11 @@ def error_file() -> Path | None:
 
 
 def cause_of_death(exit_codes: Iterable[int], log: str) -> Death:
-    """What ended an engine.
+    """Determine the cause of an engine's death: a logged exception if there is one, otherwise the exit codes.
 
     Args:
-        exit_codes: of its processes, as ``multiprocessing`` has them: negative for a signal.
-        log: what they logged as errors.
+        exit_codes: exit codes of the engine's processes as in ``multiprocessing``: negative for a signal.
+        log: errors that the processes logged.
     """
     codes, raised = sorted(exit_codes), _RAISED.findall(log)
     if raised:

@@ -1,9 +1,8 @@
-"""The Generator protocol, and vLLM behind it.
+"""Implements the Generator protocol with vLLM.
 
-Every request asks for the log-probabilities of the same few tokens (the 13 reflection tokens, or the labels that
-stand for them) and of nothing else: at every position that is all that decisions and critiques read. All requests must
-ask for the same (vLLM's V1 runner silently answers -inf where such requests share a batch with top-k ones:
-vllm-project/vllm#51789).
+Every request fetches the log-probabilities of the same few tokens: the 13 reflection tokens, or the labels that stand
+for them. Decisions and critiques read nothing else. All requests must name the same tokens: vLLM's V1 runner silently
+returns -inf if such requests share a batch with top-k ones (vllm-project/vllm#51789).
 """
 
 import asyncio
@@ -27,19 +26,19 @@ from pipeline.engine.watchdog import guard
 
 log = logging.getLogger(__name__)
 
-# What vLLM takes from the environment only; a value that is set already stays.
+# Settings that vLLM reads only from the environment; variables that are already set take precedence.
 ENVIRONMENT = {
     "VLLM_NO_USAGE_STATS": "1",
     "VLLM_LOGGING_STREAM": "ext://sys.stderr",  # stdout is for results
     "VLLM_CPU_KVCACHE_SPACE": "2",  # GiB
-    # By default vLLM leaves one core idle and binds all its engines to the same others; unbound, an engine
-    # takes as many threads as its actor has CPUs (Ray sets OMP_NUM_THREADS).
+    # By default vLLM leaves one core idle and binds all engines to the same remaining cores. Unbound, an engine uses as
+    # many threads as its actor has CPUs (Ray sets OMP_NUM_THREADS).
     "VLLM_CPU_OMP_THREADS_BIND": "nobind",
 }
 
 
 class EngineDeadError(RuntimeError):
-    """The engine cannot answer any more; the process that holds it must be replaced."""
+    """Error of an engine that can serve no more requests; the process that started it must be replaced."""
 
     def __init__(self, death: Death) -> None:
         super().__init__(death.reason)
@@ -47,7 +46,7 @@ class EngineDeadError(RuntimeError):
 
 
 def prepare_environment() -> None:
-    """Set what vLLM reads from the environment when it is imported; call this before."""
+    """Set the environment variables that vLLM reads on import, and its error log; call this before the import."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
     error_file()
@@ -55,12 +54,20 @@ def prepare_environment() -> None:
 
 @dataclass
 class VllmGenerator:
-    """A vLLM replica in this process; its engine core is a process of its own.
+    """A vLLM replica: the front end in this process, the engine core in a process of its own.
+
+    Create one with :meth:`start` and end it with :meth:`shutdown`.
 
     Attributes:
-        load: an ``engine_load.EngineLoad``: how full its steps are.
-
-    Use :meth:`start` to make one and :meth:`shutdown` to end it.
+        engine: the ``AsyncLLM`` front end.
+        load: the ``step_stats.EngineLoad`` that receives the statistics of each step.
+        sampling: ``SamplingParams`` arguments that all requests share.
+        watched: token ids whose log-probabilities every request fetches.
+        max_model_len: maximum tokens of a prompt and its continuation together.
+        errors: log of the engine's errors.
+        guard: process that ends the engine core when this process ends.
+        lora: ``LoRARequest`` of the adapter; None without one.
+        numbers: source of request ids.
     """
 
     engine: Any
@@ -78,11 +85,11 @@ class VllmGenerator:
         """Load the model and start the engine.
 
         Args:
-            watched: ids whose log-probabilities every answer brings, in the places of the 13 reflection tokens.
+            watched: ids whose log-probabilities every generation includes, in the order of the 13 reflection tokens.
 
         Raises:
             ValueError: this is a Ray actor without a GPU, and vLLM needs one.
-            RuntimeError: the engine does not start; says why.
+            RuntimeError: the engine does not start; the message gives the reason.
         """
         prepare_environment()
         check_assigned_gpus()
@@ -100,12 +107,12 @@ class VllmGenerator:
             loads.append(EngineLoad(config, number))
             return loads[-1]
 
-        # With a logger of statistics answers bring their times as well. vLLM has larger steps for its own offline class
-        # than for servers, and the smallest ones for who does not say what he is.
+        # A statistics logger makes vLLM add timings to its outputs. The default step size (``max_num_batched_tokens``)
+        # depends on the usage context: largest for the offline class, smaller for servers, smallest without a context.
         arguments = AsyncEngineArgs(**engine_arguments(model))
         try:
             engine = AsyncLLM.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS, stat_loggers=[watch])
-        except RuntimeError as error:  # what vLLM says is that the cause stands above, in some log
+        except RuntimeError as error:  # vLLM's message only refers to the log above it
             reason = cause_of_death([], errors.text()).reason if errors.text() else str(error)
             raise RuntimeError(f"the engine of {model.name} does not start: {reason}") from error
         watcher = guard([process.pid for process in core_processes(engine)])
@@ -120,13 +127,18 @@ class VllmGenerator:
         return cls(engine, loads[0], sampling, watched, int(engine.model_config.max_model_len), errors, watcher, lora)
 
     async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
-        """See :meth:`Generator.generate`."""
+        """Continue a prompt greedily; see :meth:`Generator.generate`.
+
+        Raises:
+            EngineDeadError: the engine is gone.
+            ArithmeticError: log-probabilities are missing or not finite.
+        """
         return self._generation(await self._ask(prompt, max_tokens, stops))
 
     async def warm(self) -> None:
-        """Make a first request: only then does vLLM compile what log-probabilities need, whatever the batch.
+        """Send a warm-up request, so that vLLM compiles its log-probability kernel, once for all batch sizes.
 
-        It takes some two seconds (``batched_count_greater_than`` in ``vllm/v1/sample/sampler.py``).
+        Takes about two seconds (``batched_count_greater_than`` in ``vllm/v1/sample/ops/logprobs.py``).
 
         Raises:
             EngineDeadError: the engine is gone.
@@ -154,7 +166,7 @@ class VllmGenerator:
         return outputs[-1]
 
     async def _death(self) -> Death:
-        """How the engine ended; its process says that it dies before it has."""
+        """Return the cause of death; waits up to 5 s for exit codes, since an engine reports death before it exits."""
         processes = core_processes(self.engine)
         for _ in range(50):
             if all(process.exitcode is not None for process in processes):
@@ -178,44 +190,44 @@ class VllmGenerator:
         )
 
     def shutdown(self) -> None:
-        """End the engine core; without this the log fills with engine-dead errors at exit."""
+        """End the engine core; otherwise the log fills with engine-dead errors at exit."""
         handler = self.engine.output_handler
         if handler is not None:
-            # It would report the engine's end as a failure.
+            # The handler would report the engine's end as a failure.
             handler.get_loop().call_soon_threadsafe(handler.cancel)
         self.engine.shutdown()
         self.guard.communicate()
         self.abandon()
 
     def abandon(self) -> None:
-        """Leave the engine core to its guard, which ends it with this process.
+        """Leave the engine core to its guard process, which ends it when this process ends.
 
-        The engine's destructor would shut it down when vLLM's modules are gone.
+        Disables the engine's own shutdown, since its destructor may call it after vLLM's modules have been unloaded.
         """
         self.engine.shutdown = lambda: None
 
 
 def core_processes(engine: Any) -> Sequence[Any]:
-    """The processes of an engine's core; none where Ray holds them."""
+    """Return the processes of an engine core; empty if Ray manages them."""
     return tuple(getattr(engine.engine_core.resources.engine_manager, "processes", ()))
 
 
 def targeted_logprobs(
     flat: Any, token_ids: Sequence[int], wanted: tuple[int, ...]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
-    """Read vLLM's flat log-probabilities.
+    """Convert vLLM's flat log-probabilities to arrays.
 
     Args:
         flat: ``vllm.logprobs.FlatLogprobs`` over T positions; each holds the sampled token and the wanted ones.
         token_ids: the T sampled ids.
-        wanted: ids asked for; one may stand in several places.
+        wanted: requested ids, one for each column of the second result; an id may occur more than once.
 
     Returns:
-        float64 [T] of the sampled tokens, and float64 [T, len(wanted)].
+        Log-probabilities of the sampled tokens, float64 [T], and of the wanted ones, float64 [T, len(wanted)].
 
     Raises:
-        ArithmeticError: some of them are missing or not finite, as where the model's numbers overflow; this answer
-            cannot be judged.
+        ArithmeticError: a log-probability is missing or not finite, for example because the model's activations
+            overflow; the generation cannot be scored.
     """
     ids, logprobs = np.array(flat.token_ids, np.int64), np.array(flat.logprobs, np.float64)
     positions = np.repeat(np.arange(len(token_ids)), np.subtract(flat.end_indices, flat.start_indices))

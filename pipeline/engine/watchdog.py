@@ -1,15 +1,15 @@
-"""Ends the processes of an engine whose owner is gone.
+"""Kills the processes of an engine whose owner, the process that started it, has ended.
 
-vLLM's engine does not notice that the process that started it was killed, and goes on holding its memory, a GPU's too
-(vllm-project/vllm#55510); Ray ends the processes that it has started, not theirs.
+vLLM's engine does not notice that its owner was killed, and keeps its memory allocated, GPU memory included
+(vllm-project/vllm#55510). Ray ends the processes that it has started, but not their children.
 """
 
 import subprocess
 import sys
 from collections.abc import Sequence
 
-# Waits until the pipe from its owner ends, however that came about. ``psutil`` knows a process from another one that
-# has got its number.
+# Waits for the end of the pipe from its owner, which closes however the owner ends. ``psutil`` distinguishes a process
+# from a later one with the same pid.
 _WAIT_AND_END = """
 import sys, psutil
 watched = []
@@ -29,10 +29,10 @@ for process in watched:
 
 
 def guard(pids: Sequence[int]) -> subprocess.Popen[bytes]:
-    """Have processes, and those that they have started, killed when this process ends in whatever way.
+    """Start a guard process that kills the given processes and their children when this process ends in any way.
 
     Returns:
-        The process that waits for it; its ``stdin`` must stay open until then.
+        The guard process. Closing its ``stdin`` triggers it, so keep that open for as long as the processes are needed.
     """
     command = [sys.executable, "-c", _WAIT_AND_END, *map(str, pids)]
     return subprocess.Popen(command, stdin=subprocess.PIPE, start_new_session=True)  # noqa: S603  our own command

@@ -1,4 +1,4 @@
-"""After the run: answers scored against gold, and chosen again with other weights.
+"""Scores answers against gold answers, and chooses them again with other weights or thresholds.
 
-Needs no model.
+Works on annotated sets; needs no model.
 """

@@ -1,4 +1,4 @@
-"""An annotated set → figures: its rows judged one by one, added up overall and by a column."""
+"""Evaluates an annotated set: judges its rows and aggregates the metrics, overall and by the values of a column."""
 
 import logging
 from array import array
@@ -28,15 +28,15 @@ Row = dict[str, Any]
 
 @dataclass(frozen=True)
 class Figures:
-    """Figures of some rows.
+    """Aggregate figures of a set of rows.
 
     Attributes:
-        rows: answered rows.
-        errors: rows that failed; they are in none of the figures below.
+        rows: number of answered rows.
+        errors: number of failed rows; the other figures leave them out.
         retrieval_rate: share of the answered rows that used a passage.
-        metrics: by name, over the rows that have gold for them.
-        isrel: p(Relevant) against being the gold passage.
-        issup: s(IsSup) against the passage bearing a gold answer that the candidate gives.
+        metrics: estimates by metric, over the rows that have gold answers for it.
+        isrel: calibration of p(Relevant); true if the passage is the gold one.
+        issup: calibration of s(IsSup); true if the candidate gives a gold answer that its passage contains.
     """
 
     rows: int
@@ -49,10 +49,13 @@ class Figures:
 
 @dataclass
 class Tally:
-    """Judged rows added up: some numbers for each, and its id once, so that a set of millions fits.
+    """Accumulates judged rows; keeps a few numbers and the id of each, so that millions of rows fit in memory.
 
     Attributes:
-        metrics: for each, the ids of the rows that have it and its values.
+        errors: number of failed rows.
+        retrieved: whether each answered row used a passage.
+        metrics: ids of the rows and their values, by metric.
+        relevance, support: (truth, probability) pairs of IsRel and of IsSup, as in :class:`Judged`.
     """
 
     errors: int = 0
@@ -62,7 +65,7 @@ class Tally:
     support: list[tuple[bool, float]] = field(default_factory=list)
 
     def add(self, id_: str, row: Judged) -> None:
-        """Count one answered row."""
+        """Add one answered row."""
         self.retrieved.append(row.retrieved)
         self.relevance.extend(row.relevance)
         self.support.extend(row.support)
@@ -72,7 +75,7 @@ class Tally:
             values.append(value)
 
     def merge(self, other: "Tally") -> None:
-        """Count another tally's rows too."""
+        """Add the rows of another tally."""
         self.errors += other.errors
         self.retrieved.extend(other.retrieved)
         self.relevance.extend(other.relevance)
@@ -83,12 +86,12 @@ class Tally:
             own_values.extend(values)
 
     def values(self, metric: str) -> dict[str, float]:
-        """A metric by id."""
+        """Return the values of a metric by row id."""
         ids, values = self.metrics.get(metric, ([], array("d")))
         return dict(zip(ids, values, strict=True))
 
     def figures(self) -> Figures:
-        """The figures of all rows."""
+        """Compute the figures of all rows."""
         return Figures(
             rows=len(self.retrieved),
             errors=self.errors,
@@ -101,11 +104,11 @@ class Tally:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """An annotated set, judged.
+    """The judged rows of an annotated set.
 
     Attributes:
-        annotations: its URI.
-        groups: its rows by the value of a column.
+        annotations: URI of the annotated set.
+        groups: tallies by the value of the grouping column.
     """
 
     annotations: str
@@ -113,7 +116,7 @@ class Evaluation:
 
     @cached_property
     def all(self) -> Tally:
-        """All rows together."""
+        """The tally of all rows."""
         total = Tally()
         for tally in self.groups.values():
             total.merge(tally)
@@ -121,16 +124,16 @@ class Evaluation:
 
     @cached_property
     def overall(self) -> Figures:
-        """Figures of all rows."""
+        """The figures of all rows."""
         return self.all.figures()
 
     @cached_property
     def by_group(self) -> dict[str, Figures]:
-        """Figures of each group, by name."""
+        """The figures of each group, by name."""
         return {name: self.groups[name].figures() for name in sorted(self.groups)}
 
     def against(self, other: "Evaluation") -> dict[str, Difference]:
-        """Paired differences to another set's rows of the same ids, by metric."""
+        """Subtract another set's metrics: paired differences over the rows with equal ids, by metric."""
         found = {name: compare(self.all.values(name), other.all.values(name)) for name in self.all.metrics}
         return {name: difference for name, difference in found.items() if difference is not None}
 
@@ -139,22 +142,25 @@ View = Callable[[Row], Row | None]
 
 
 def as_it_is(row: Row) -> Row:
-    """The row that was annotated."""
+    """Return the row unchanged."""
     return row
 
 
 def first_passage(row: Row) -> Row | None:
-    """The row as it would be had the model believed the first passage found; None for answers of several segments."""
+    """Return the row with its answer from the top-ranked passage; None for answers of several segments."""
     return _instead(row, lambda c: c["rank"] == 1, retrieved=True)
 
 
 def without_retrieval(row: Row) -> Row | None:
-    """The row as it would be without any passage, where its run explored; None for answers of several segments."""
+    """Return the row with the answer without retrieval, if it was explored; None for answers of several segments."""
     return _instead(row, lambda c: c["opening"] == Retrieve.NO, retrieved=False)
 
 
 def _instead(row: Row, wanted: Callable[[Row], bool], retrieved: bool) -> Row | None:
-    """The row with another of its first candidates as its answer; as it is where there is none such."""
+    """Return the row with the first wanted candidate as its answer, unchanged if there is none.
+
+    None if a candidate continues another one.
+    """
     candidates = row.get("candidates") or []
     if any(c["parent"] is not None for c in candidates):
         return None
@@ -169,13 +175,15 @@ def evaluate_set(folder: Location, by: str | None = None, task: str | None = Non
     """Judge the annotated set in a folder.
 
     Args:
-        by: column to group by; the task's by default.
-        task: take the rows of this task only.
-        view: applied to each row first, such as :func:`first_passage`; rows that it has none for are left out.
+        by: column to group by; by default the column of the tasks.
+        task: task to evaluate; by default all rows are evaluated.
+        view: function applied to each row first, such as :func:`first_passage`; rows for which it returns None are
+            left out.
 
     Raises:
-        ValueError: no annotated set there, a column is missing or of the wrong type, or no rows of the task.
-        OSError: it cannot be read.
+        ValueError: the folder has no annotated set or no rows of the task, or a column is missing or of the wrong
+            type.
+        OSError: the set cannot be read.
     """
     manifest = OutputFolder(folder).manifest() or {}
     columns = columns_of(manifest)
@@ -205,7 +213,7 @@ def _group(row: Row, by: str) -> str:
 
 
 def _judged_as(row: Row, columns: Columns, tasks: Mapping[str, Any]) -> tuple[str, bool, bool]:
-    """The metric that the row's task is known by, whether it has a closed set, and whether it cites."""
+    """Return the headline metric of a row's task, whether its set of answers is closed, and whether answers cite."""
     name = row.get(columns.task) or ""
     if name in tasks:
         metric, choices, cites = tasks[name]["metric"], tasks[name]["choices"], tasks[name]["decoding"]["citations"]
@@ -216,13 +224,14 @@ def _judged_as(row: Row, columns: Columns, tasks: Mapping[str, Any]) -> tuple[st
 
 
 def rows_of(folder: Location, columns: list[str], required: list[str] | None) -> Iterator[Row]:
-    """Rows of a folder's Parquet files, with those of the columns that are there.
+    """Yield the rows of a folder's Parquet files; missing columns are left out.
 
     Args:
-        required: columns that must be there; None where the folder itself may be missing.
+        columns: columns to read.
+        required: columns that must exist; None if the folder may be missing as well.
 
     Raises:
-        ValueError: there are no files, a column is missing, or one of gold is of the wrong type.
+        ValueError: there are no files, a required column is missing, or a gold column is of the wrong type.
     """
     files = folder.files(".parquet")
     if not files:

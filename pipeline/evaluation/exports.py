@@ -1,7 +1,7 @@
-"""Annotated rows in the input formats of other projects' judges.
+"""Exports annotated rows in the input formats of ALCE and FActScore.
 
 ALCE (github.com/princeton-nlp/ALCE, ``eval.py``) reads one JSON object; FActScore (github.com/shmsw25/FActScore,
-``factscorer.py``) reads JSON Lines. Neither is run here: both need models of billions of weights, or an API.
+``factscorer.py``) reads JSON Lines. Neither is run here: both need models with billions of weights, or an API.
 """
 
 import json
@@ -13,13 +13,16 @@ EXPORTED = ("answer", "answers", "short_answers", "passages", "segments")
 
 
 def alce(rows: Iterable[Row], query: str = "query") -> str:
-    """Rows for ALCE: question, output with citations, cited passages in their order, and gold where there is some.
+    """Encode rows for ALCE: question, output with citations, cited passages in order, and gold answers.
 
-    ALCE looks at the first row to see what gold there is, so a kind of gold is written for all rows or for none; and it
-    compares with two long answers, so a single one stands there twice.
+    ALCE detects the kinds of gold answers from the first row, so a kind is written for all rows or for none. It
+    compares with two long answers, so a single one is written twice.
 
     Args:
-        query: the column of the question.
+        query: column of the question.
+
+    Returns:
+        One JSON object.
     """
     items = [_alce(row, query) for row in rows]
     for kind in ("qa_pairs", "annotations", "answer"):
@@ -42,7 +45,7 @@ def _alce(row: Row, query: str) -> dict[str, Any]:
 
 
 def cited_inside(segments: Iterable[Row]) -> str:
-    """The segments on one line, each with its citation before its last mark: ALCE cuts the text at such marks."""
+    """Join segments into one line, each with its citation before its final punctuation, where ALCE splits the text."""
     parts = []
     for segment in segments:
         text = " ".join(segment["text"].split())
@@ -54,10 +57,10 @@ def cited_inside(segments: Iterable[Row]) -> str:
 
 
 def factscore(rows: Iterable[Row], query: str = "query") -> str:
-    """Rows for FActScore: one line for each, with the topic (the query, a person's name) and the output.
+    """Encode rows for FActScore: one JSON line per row, with the topic (the query, a person's name) and the output.
 
     Args:
-        query: the column of the topic.
+        query: column of the topic.
     """
     lines = ({"topic": row[query], "output": row["answer"] or ""} for row in rows)
     return "".join(f"{json.dumps(line, ensure_ascii=False)}\n" for line in lines)

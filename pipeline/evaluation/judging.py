@@ -1,4 +1,4 @@
-"""One annotated row against its gold answers and gold passage."""
+"""Judges an annotated row against its gold answers and its gold passage."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
@@ -16,7 +16,7 @@ from pipeline.evaluation.metrics import (
 )
 from pipeline.queries.schema import GOLD_TYPES
 
-# What a row is judged by, as far as its set has it.
+# Columns that a row is judged by; a set may lack some of them.
 READ_COLUMNS = ("answer", "retrieved", "segments", "candidates", "evidence", *GOLD_TYPES)
 SHORT_FORM = ["match", "exact_match", "f1"]
 LONG_FORM = ("str_em", "rouge_l")
@@ -31,13 +31,13 @@ METRICS: Mapping[str, Callable[[str, str], float]] = {
 
 @dataclass(frozen=True)
 class Judged:
-    """What one annotated row is worth.
+    """The metrics of one annotated row.
 
     Attributes:
-        retrieved: whether the answer rests on a passage.
-        metrics: by name, in [0, 1]; those that the row has gold for.
-        relevance: for each critiqued passage, whether it is the gold one, and p(Relevant).
-        support: for each critiqued candidate, whether its passage bears a gold answer that it gives, and s(IsSup).
+        retrieved: whether the answer used a passage.
+        metrics: metrics by name, in [0, 1]; only those for which the row has gold data.
+        relevance: for each critiqued passage, whether it is the gold passage, and p(Relevant).
+        support: for each critiqued candidate, whether it gives a gold answer that its passage contains, and s(IsSup).
     """
 
     retrieved: bool
@@ -50,17 +50,17 @@ def judge(row: Mapping[str, Any], metric: str = "match", closed: bool = False, c
     """Judge an annotated row.
 
     Args:
-        row: as Arrow gives it; of the gold columns any may be absent or null.
-        metric: the one that the row's task is known by; it tells long-form answers apart.
-        closed: whether the answer comes from a closed set.
-        cites: whether citations were asked for.
+        row: row as read from Arrow; gold columns may be absent or null.
+        metric: headline metric of the row's task; ``str_em`` and ``rouge_l`` mark long-form answers.
+        closed: whether the answer is from a closed set.
+        cites: whether the answer was decoded with citations.
     """
     metrics = {**against_answers(row, metric, closed), **(_citations(row) if cites else {}), **_recall(row)}
     return Judged(bool(row["retrieved"]), metrics, tuple(_relevance(row)), tuple(_support(row)))
 
 
 def against_answers(row: Mapping[str, Any], metric: str, closed: bool) -> dict[str, float]:
-    """The metrics of the answer's text alone; empty where the row has no gold."""
+    """Compute the metrics of the answer's text; empty if the row has no gold answers."""
     golds, sets = golds_of(row), short_golds_of(row)
     names = ["str_em"] if sets else []
     if golds:
@@ -69,7 +69,7 @@ def against_answers(row: Mapping[str, Any], metric: str, closed: bool) -> dict[s
 
 
 def score(row: Mapping[str, Any], metric: str) -> float:
-    """One metric of a row's answer, which has gold for it."""
+    """Compute one metric of a row that has gold answers for it."""
     answer = without_citations(row["answer"] or "")
     if metric == "str_em":
         return string_em(answer, short_golds_of(row))
@@ -77,24 +77,24 @@ def score(row: Mapping[str, Any], metric: str) -> float:
 
 
 def golds_of(row: Mapping[str, Any]) -> list[str]:
-    """Gold answers of a row."""
+    """Return the gold answers of a row, without nulls."""
     return [gold for gold in row.get("answers") or () if gold is not None]
 
 
 def short_golds_of(row: Mapping[str, Any]) -> list[list[str]]:
-    """Sets of short gold answers of a row."""
+    """Return the sets of short gold answers of a row, without nulls and empty sets."""
     sets = [[gold for gold in golds or () if gold is not None] for golds in row.get("short_answers") or ()]
     return [golds for golds in sets if golds]
 
 
 def _citations(row: Mapping[str, Any]) -> dict[str, float]:
-    """Share of the answer's segments that name a passage."""
+    """Return the share of the answer's segments with text that cite a passage."""
     texts = [segment for segment in row.get("segments") or () if segment["text"]]
     return {"cited": sum(s["citation"] is not None for s in texts) / len(texts)} if texts else {}
 
 
 def _recall(row: Mapping[str, Any]) -> dict[str, float]:
-    """Whether the first passage read is the gold one, and whether any is, of those that the first search found."""
+    """Return recall@1 and recall@k of the first search: whether its first passage, or any of them, is the gold one."""
     gold, read = row.get("gold_passage_id"), _first_read(row)
     if gold is None or not read:
         return {}
@@ -103,7 +103,7 @@ def _recall(row: Mapping[str, Any]) -> dict[str, float]:
 
 
 def _first_read(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
-    """Candidates of the first segment that read a passage."""
+    """Return the candidates of the first segment that have a passage."""
     return [c for c in row.get("candidates") or () if c["passage_id"] is not None and c["parent"] is None]
 
 

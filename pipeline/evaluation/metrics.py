@@ -1,4 +1,4 @@
-"""An answer against gold answers. Pure; words are compared as SQuAD's own evaluation does."""
+"""Metrics of an answer against gold answers. Words are normalised as in SQuAD's own evaluation."""
 
 import re
 import string
@@ -14,23 +14,23 @@ _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
 def normalise(text: str) -> str:
-    """Lower case without ASCII punctuation and English articles, single spaces (Rajpurkar et al. 2016)."""
+    """Lower-case a text and remove ASCII punctuation, English articles and extra spaces (Rajpurkar et al. 2016)."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def contains(answer: str, gold: str) -> bool:
-    """Whether the gold answer's words stand in the answer, one after the other; parts of words do not count."""
+    """Whether the answer contains the gold answer as a sequence of whole words."""
     wanted = normalise(gold)
     return bool(wanted) and f" {wanted} " in f" {normalise(answer)} "
 
 
 def exact(answer: str, gold: str) -> bool:
-    """Whether both are the same after normalisation."""
+    """Whether both are equal after normalisation."""
     return normalise(answer) == normalise(gold)
 
 
 def token_f1(answer: str, gold: str) -> float:
-    """Harmonic mean of the precision and recall of the answer's words, in [0, 1]."""
+    """Return the harmonic mean of the precision and recall of the answer's words, in [0, 1]."""
     words, wanted = normalise(answer).split(), normalise(gold).split()
     if not words or not wanted:
         return float(words == wanted)
@@ -39,30 +39,30 @@ def token_f1(answer: str, gold: str) -> float:
 
 
 def best_over_golds(metric: Callable[[str, str], float], answer: str, golds: Sequence[str]) -> float:
-    """The metric against the gold answer that fits best."""
+    """Return the maximum of a metric over the gold answers."""
     return float(max(metric(answer, gold) for gold in golds))
 
 
 def same_choice(answer: str, gold: str) -> bool:
-    """Whether both are the same label: case and outer punctuation do not count, articles do ("A" is a label)."""
+    """Whether both are the same label, ignoring case and outer punctuation but not articles ("A" is a label)."""
     return label(answer).casefold() == label(gold).casefold()
 
 
 def string_em(answer: str, sets: Sequence[Sequence[str]]) -> float:
-    """Share of the sets of short answers of which one stands in the answer (STR-EM of ASQA, Stelmakh et al. 2022).
+    """Return the share of the sets of short answers of which the answer contains at least one.
 
-    Whole words count, where the original takes parts of words too.
+    This is STR-EM of ASQA (Stelmakh et al. 2022), but matches whole words only; the original matches parts of words.
     """
     return sum(any(contains(answer, gold) for gold in golds) for golds in sets) / len(sets)
 
 
 def rouge_l(answer: str, gold: str) -> float:
-    """F-measure of the longest common subsequences of stemmed words, sentence by sentence (ROUGE-Lsum), in [0, 1]."""
+    """Return ROUGE-Lsum: the F-measure of longest common subsequences of stemmed words, by sentence, in [0, 1]."""
     return float(_rouge().score(_sentences(gold), _sentences(answer))["rougeLsum"].fmeasure)
 
 
 def _sentences(text: str) -> str:
-    """One sentence to a line, as the scorer wants them."""
+    """Put each sentence on a line of its own, as the scorer expects."""
     return re.sub(r"(?<=[.!?])\s+", "\n", text)
 
 
@@ -74,5 +74,5 @@ def _rouge() -> Any:
 
 
 def without_citations(text: str) -> str:
-    """The text without ``[1]`` and the like."""
+    """Remove citations such as ``[1]``."""
     return re.sub(r"\s*\[\d+\]", "", text)

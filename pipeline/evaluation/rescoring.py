@@ -1,7 +1,7 @@
-"""Choose again without generating again: the same search, over the candidates that a row already has.
+"""Rescores annotated rows: runs the same beam search over their recorded candidates, without generating again.
 
-What was pruned in the run was never continued: where other weights would have kept it, it ends there. With the run's
-own settings the outcome is the run's own.
+The run never continued the paths that it pruned: a path that other weights keep ends there. With the run's own
+settings the answers are those of the run.
 """
 
 import asyncio
@@ -45,12 +45,12 @@ CHANGEABLE_NAMES = ", ".join(f"decoding.{name}" for name in sorted(CHANGEABLE))
 
 @dataclass(frozen=True)
 class Recorded:
-    """What an annotated row holds of its decoding.
+    """The decoding that an annotated row records.
 
     Attributes:
-        root: the empty path with the first decision.
-        candidates: as written by the run.
-        usage: what they cost.
+        root: empty path with the first decision.
+        candidates: scored candidates of the run, parents before their children.
+        usage: cost of decoding the row.
     """
 
     root: Path
@@ -58,7 +58,7 @@ class Recorded:
     usage: Usage
 
     async def rechoose(self, config: DecodingConfig, choices: Sequence[str] = ()) -> Answer:
-        """The answer under other weights, threshold, constraint or citations."""
+        """Choose the answer with other weights, threshold, constraint or citations."""
         candidates = tuple(rescored(candidate, config.weights) for candidate in self.candidates)
         children: defaultdict[Path, list[Path]] = defaultdict(list)
         paths: list[Path] = []
@@ -76,11 +76,11 @@ class Recorded:
 
 @dataclass(frozen=True)
 class Rescoring:
-    """How the rows of a run are chosen again.
+    """Settings with which the rows of a run are rescored.
 
     Attributes:
-        columns: of the query set.
-        tasks: settings and closed set by task; ``""`` is for rows without one.
+        columns: names of the columns of the query set.
+        tasks: decoding settings and closed set by task; ``""`` stands for rows without one.
     """
 
     columns: Columns
@@ -88,14 +88,14 @@ class Rescoring:
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any], changes: Mapping[str, Any]) -> "Rescoring":
-        """The settings of a run with some of them changed.
+        """Read the settings of a run and change some of them.
 
         Args:
-            manifest: of the run.
+            manifest: manifest of the run.
             changes: settings of the section ``decoding``, nested as in the configuration.
 
         Raises:
-            ValueError: a setting cannot be changed afterwards, or the run did not keep what that takes.
+            ValueError: a setting cannot be changed after the run, or the run did not keep the data that this needs.
         """
         if "tasks" not in manifest:
             raise ValueError("the run's manifest does not describe its tasks: it is of an earlier version")
@@ -103,12 +103,12 @@ class Rescoring:
         return cls(columns, {name: _changed(task, changes) for name, task in manifest["tasks"].items()})
 
     async def answer(self, row: Mapping[str, Any]) -> Answer:
-        """Choose one annotated row's answer again."""
+        """Rescore one annotated row."""
         config, choices = self.settings(row)
         return await recorded(row).rechoose(config, choices)
 
     def settings(self, row: Mapping[str, Any]) -> tuple[DecodingConfig, tuple[str, ...]]:
-        """Settings and closed set of a row."""
+        """Return the decoding settings and the closed set of a row."""
         config, choices = self.tasks[row.get(self.columns.task) or ""]
         choices = tuple(row.get(self.columns.choices) or ()) or choices
         return for_choices(config, choices), choices
@@ -132,19 +132,22 @@ def _changed(task: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Decod
 
 
 def any_threshold(decoding: Mapping[str, Any]) -> bool:
-    """Whether a run's candidates tell what any threshold would have answered: only its first decision is explored."""
+    """Whether a run can be rescored with any threshold.
+
+    Only the first decision is explored, so answers must have one segment.
+    """
     return bool(decoding["explore"]) and decoding["segments"] == 1
 
 
 def rescored(candidate: Candidate, weights: Weights) -> Candidate:
-    """The candidate with the score that other weights give it."""
+    """Return the candidate with its score under other weights."""
     judged = candidate.segment.critique
     score = segment_score(judged.sequence_probability, judged.is_rel, judged.is_sup, judged.is_use, weights)
     return replace(candidate, segment=replace(candidate.segment, critique=replace(judged, score=score)))
 
 
 def recorded(row: Mapping[str, Any]) -> Recorded:
-    """Read an annotated row, as Arrow gives it.
+    """Convert an annotated row, as read from Arrow.
 
     Raises:
         ValueError: the run did not keep its candidates.
@@ -174,7 +177,7 @@ def _candidate(row: Mapping[str, Any], passages: Mapping[str, Passage]) -> Candi
     return Candidate(segment, row["parent"], boundary, finish)
 
 
-# What choosing again writes anew; usage stays what the run cost.
+# Columns that rescoring replaces; ``usage`` stays that of the run.
 REWRITTEN = ("answer", "raw_output", "retrieved", "segments", "passages", "candidates")
 
 
@@ -183,7 +186,10 @@ class RescorePlan:
     """A checked rescoring.
 
     Attributes:
-        manifest: the run's, with the changed settings.
+        run: folder of the annotated set.
+        output: folder of the rescored set.
+        rescoring: settings by task.
+        manifest: manifest of the run, with the changed settings.
     """
 
     run: OutputFolder
@@ -195,21 +201,26 @@ class RescorePlan:
 def check_rescoring(
     run: str, output: str, changes: Mapping[str, Any], storage: StorageConfig, overwrite: bool
 ) -> RescorePlan:
-    """Check a rescoring.
+    """Check a rescoring and plan it.
 
     Args:
         run: URI of a finished annotated set.
-        changes: settings of the section ``decoding``.
+        output: URI of the folder for the rescored set.
+        changes: settings of the section ``decoding``, nested as in the configuration.
+        overwrite: whether a set in the output is replaced.
 
     Raises:
-        ValueError: there is no finished run, it did not keep what is needed, or the output is taken.
+        ValueError: there is no finished run, a setting cannot be changed, the run did not keep the data that this
+            needs, or the output contains a set or other files and ``overwrite`` is false.
     """
     source, target = OutputFolder(locate(run, storage)), OutputFolder(locate(output, storage))
     manifest = source.manifest()
     if manifest is None or not source.finished():
         raise ValueError(f"{run}: no finished annotated set there")
     check_apart(source.location, target.location)
-    if (target.foreign() or target.manifest()) and not overwrite:
+    if foreign := target.foreign():
+        raise ValueError(f"--output {output} holds files of something else ({foreign}); choose another")
+    if target.manifest() and not overwrite:
         raise ValueError(f"--output {output} is taken; choose another, or replace it with --overwrite")
     rescoring = Rescoring.of(manifest, changes)
     tasks = {
@@ -219,14 +230,14 @@ def check_rescoring(
     changed = {f"decoding.{key}": value for key, value in flatten(dict(changes)).items()}
     for key, value in changed.items():
         assign(manifest["configuration"], key, value)
-    # What it was made from is part of what it is: a run of the model must not continue it.
+    # The source is part of the identity, so that an annotation run does not resume a rescored set.
     settings = {**manifest["settings"], **changed, "rescored": source.location.uri}
     return RescorePlan(source, target, rescoring, {**manifest, "settings": settings, "tasks": tasks})
 
 
 @dataclass(frozen=True)
 class Rescored:
-    """The outcome: rows, those of them in ``errors/``, and answers that changed."""
+    """The outcome of a rescoring: number of rows, of rows in ``errors/``, and of answers that changed."""
 
     rows: int
     errors: int
@@ -234,7 +245,7 @@ class Rescored:
 
 
 def rescore_set(plan: RescorePlan) -> Rescored:
-    """Choose every row again."""
+    """Rescore every row and write the rescored set."""
     import ray
 
     connect(ExecutionConfig())
@@ -267,7 +278,7 @@ def _rescore_units(batch: pa.Table, plan: RescorePlan) -> pa.Table:
 
 
 def rescored_table(table: pa.Table, rescoring: Rescoring) -> pa.Table:
-    """The rows with their answers chosen again; same columns, same order."""
+    """Rescore the rows of a table; columns and order stay the same."""
 
     async def choose() -> list[dict[str, Any]]:
         return [answer_row(await rescoring.answer(row)) for row in table.to_pylist()]

@@ -1,14 +1,14 @@
-"""Figures of many rows: means with their uncertainty, calibration of probabilities, and paired comparisons."""
+"""Statistics over rows: means with confidence intervals, calibration of probabilities, and paired comparisons."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-# Percentile intervals are stable to half a point from here on.
+# From this number on, percentile intervals are stable to half a point.
 RESAMPLES = 1000
 CONFIDENCE = 0.95
-# Resamples drawn at once: bounds the memory for large sets.
+# Resamples drawn at once; bounds the memory for large sets.
 BATCH = 20
 BINS = 10
 
@@ -18,7 +18,9 @@ class Estimate:
     """A mean with its 95 % bootstrap interval (percentile).
 
     Attributes:
-        rows: that it is the mean of.
+        mean: mean of the values.
+        low, high: bounds of the interval.
+        rows: number of values.
     """
 
     mean: float
@@ -29,11 +31,11 @@ class Estimate:
 
 @dataclass(frozen=True)
 class Calibration:
-    """How well a probability tells true from false.
+    """Discrimination and calibration of a probability.
 
     Attributes:
-        auc: how often a true one is above a false one.
-        brier: mean squared difference from the truth.
+        auc: area under the ROC curve: the rate at which a true case has a higher probability than a false one.
+        brier: mean squared difference between probability and truth.
         ece: expected calibration error over ten bins of equal width.
         judged: number of probabilities.
     """
@@ -46,12 +48,13 @@ class Calibration:
 
 @dataclass(frozen=True)
 class Difference:
-    """A mean less another one, over the rows that both have.
+    """The mean paired difference of two sets, over the rows that both have.
 
     Attributes:
-        low, high: 95 % bootstrap interval of the mean difference.
-        p_value: two-sided, of a permutation test that flips the sign of each row's difference.
-        rows: compared.
+        mean: mean of the differences.
+        low, high: bounds of its 95 % bootstrap interval (percentile).
+        p_value: two-sided p-value of a permutation test that flips the signs of the rows' differences.
+        rows: number of rows compared.
     """
 
     mean: float
@@ -62,7 +65,7 @@ class Difference:
 
 
 def mean(values: Sequence[float]) -> float | None:
-    """The mean, or None of nothing."""
+    """Return the mean, or None if there are no values."""
     return float(np.mean(values)) if len(values) else None
 
 
@@ -84,13 +87,13 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
 
 
 def estimate(values: Sequence[float]) -> Estimate:
-    """The mean of at least one value, with its interval; the same for the same values."""
+    """Estimate the mean of at least one value; deterministic."""
     low, high = _interval(values)
     return Estimate(float(np.mean(values)), low, high, len(values))
 
 
 def calibration(judged: Sequence[tuple[bool, float]]) -> Calibration | None:
-    """Of (truth, probability) pairs; None unless both truths occur."""
+    """Compute the calibration of (truth, probability) pairs; None unless both true and false occur."""
     from sklearn.metrics import brier_score_loss, roc_auc_score
 
     truths = np.array([truth for truth, _ in judged], bool)
@@ -108,7 +111,7 @@ def calibration(judged: Sequence[tuple[bool, float]]) -> Calibration | None:
 
 
 def compare(values: Mapping[str, float], others: Mapping[str, float]) -> Difference | None:
-    """Values by id against others; None where no id has both."""
+    """Compare values with others by id, as values minus others; None if they share no id."""
     from scipy.stats import permutation_test
 
     shared = sorted(values.keys() & others.keys())
@@ -116,9 +119,9 @@ def compare(values: Mapping[str, float], others: Mapping[str, float]) -> Differe
         return None
     differences = [values[key] - others[key] for key in shared]
     low, high = _interval(differences)
-    # Equal rows do not change the test: a flipped zero is a zero.
+    # Differences of zero do not change the test: flipping their sign has no effect.
     unequal = np.array([d for d in differences if d], np.float64)
-    p_value = 1.0  # one unequal row or none proves nothing
+    p_value = 1.0  # fewer than two such differences are no evidence
     if len(unequal) > 1:
         flips = permutation_test((unequal,), np.sum, permutation_type="samples", batch=BATCH, rng=0)
         p_value = float(flips.pvalue)

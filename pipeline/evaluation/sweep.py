@@ -1,6 +1,6 @@
-"""What other weights, thresholds and constraints would have answered, from one run's candidates (paper, figure 3).
+"""Sweeps weights, thresholds and constraints over the recorded candidates of one run (paper, figure 3).
 
-Settings are recommended on one half of the rows and reported on the other.
+Settings are chosen on one half of the rows; their score is reported on the other half.
 """
 
 import asyncio
@@ -37,10 +37,13 @@ class GradedRow:
     """An annotated row with gold answers.
 
     Attributes:
-        gold: its gold columns.
-        metric: what its task is known by.
-        config: the settings that its answer was chosen with.
-        scores: of answers, as far as they were asked for.
+        id: id of the row.
+        recorded: decoding that the row records.
+        gold: gold columns of the row.
+        metric: metric that the row is graded by.
+        choices: closed set of answers; empty for open questions.
+        config: decoding settings of the run.
+        scores: scores by answer, cached.
     """
 
     id: str
@@ -52,7 +55,7 @@ class GradedRow:
     scores: dict[str, float] = field(default_factory=dict)
 
     def score(self, answer: str) -> float:
-        """The metric of an answer; most settings give one that was scored before."""
+        """Return the metric of an answer; cached, since most settings lead to the same few answers."""
         if answer not in self.scores:
             self.scores[answer] = score({**self.gold, "answer": answer}, self.metric)
         return self.scores[answer]
@@ -60,10 +63,11 @@ class GradedRow:
 
 @dataclass(frozen=True)
 class Point:
-    """What one value of a setting is worth, all others as in the run.
+    """The effect of one value of a setting, with all other settings as in the run.
 
     Attributes:
-        score: mean of the tasks' metrics.
+        value: value of the setting.
+        score: mean over the rows of the metrics of their tasks.
         retrieval_rate: share of the rows answered with a passage.
     """
 
@@ -77,11 +81,11 @@ class Sweep:
     """The outcome of a sweep.
 
     Attributes:
-        metric: names of what the scores are means of.
-        curves: by setting.
-        recommended: settings that differ from the run's, found on one half of the rows.
+        metric: comma-separated names of the metrics that the scores average.
+        curves: points by setting.
+        recommended: settings that differ from the run's, chosen on one half of the rows.
         before, after: scores of the other half with the run's settings and with the recommended ones.
-        difference: between them, row by row.
+        difference: paired difference of ``after`` minus ``before``.
     """
 
     metric: str
@@ -93,10 +97,15 @@ class Sweep:
 
 
 def graded_row(row: Mapping[str, Any], rescoring: Rescoring, metrics: Mapping[str, str]) -> GradedRow | None:
-    """A row to sweep over; None where it has nothing to be graded by.
+    """Convert an annotated row for a sweep; None if it has no gold answers for its metric.
 
     Args:
-        metrics: by task; ``""`` is for rows without one.
+        row: annotated row.
+        rescoring: settings of the run.
+        metrics: headline metric by task; ``""`` stands for rows without one.
+
+    Raises:
+        ValueError: the run did not keep its candidates.
     """
     config, choices = rescoring.settings(row)
     gold = {name: row.get(name) for name in ("answers", "short_answers")}
@@ -107,7 +116,12 @@ def graded_row(row: Mapping[str, Any], rescoring: Rescoring, metrics: Mapping[st
 
 
 def changed(config: DecodingConfig, settings: Mapping[str, Any]) -> DecodingConfig:
-    """A configuration with dotted settings changed."""
+    """Return the configuration with some settings changed.
+
+    Args:
+        config: configuration to change.
+        settings: values by dotted key.
+    """
     tree = config.model_dump()
     for key, value in settings.items():
         assign(tree, key, value)
@@ -115,7 +129,7 @@ def changed(config: DecodingConfig, settings: Mapping[str, Any]) -> DecodingConf
 
 
 async def _graded(examples: Sequence[GradedRow], settings: Mapping[str, Any]) -> tuple[dict[str, float], float]:
-    """Scores by id under other settings, and the retrieval rate."""
+    """Compute scores by id and the retrieval rate under other settings."""
     configs: dict[DecodingConfig, DecodingConfig] = {}
     scores, retrieved = {}, []
     for example in examples:
@@ -128,12 +142,12 @@ async def _graded(examples: Sequence[GradedRow], settings: Mapping[str, Any]) ->
 
 
 def grade(examples: Sequence[GradedRow], settings: Mapping[str, Any]) -> tuple[dict[str, float], float]:
-    """Scores by id under other settings, and the retrieval rate."""
+    """Compute scores by id and the retrieval rate under other settings."""
     return asyncio.run(_graded(examples, settings))
 
 
 def first_half(id_: str) -> bool:
-    """Whether a row belongs to the half that settings are chosen on: by its id's digest, so the same everywhere."""
+    """Whether a row is in the half on which settings are chosen; depends on the digest of its id alone."""
     return hashlib.sha256(id_.encode()).digest()[0] < 128
 
 
@@ -141,7 +155,8 @@ def sweep(examples: Sequence[GradedRow], keys: Sequence[str]) -> Sweep:
     """Try every value of every setting, and recommend a combination.
 
     Args:
-        keys: of :data:`GRID`; ``threshold`` only where the run explored.
+        examples: rows with gold answers.
+        keys: keys of :data:`GRID`; ``threshold`` needs a run that explored.
 
     Raises:
         ValueError: there are too few rows for two halves.
@@ -166,7 +181,7 @@ def _point(examples: Sequence[GradedRow], key: str, value: Any) -> Point:
 
 
 def _recommended(examples: Sequence[GradedRow], keys: Sequence[str]) -> dict[str, Any]:
-    """One setting after the other, each with those before it: the best value where it beats what is there."""
+    """Choose settings greedily, one after another: the best value of each if it improves the score so far."""
     settings: dict[str, Any] = {}
     best = sum(grade(examples, settings)[0].values())
     for key in keys:
@@ -177,12 +192,12 @@ def _recommended(examples: Sequence[GradedRow], keys: Sequence[str]) -> dict[str
     return settings
 
 
-# Enough to tell two points of accuracy apart; each row is chosen again a hundred times at most.
+# Enough to resolve two points of accuracy; each row is rescored at most a hundred times.
 MOST_ROWS = 5_000
 
 
 def sweep_set(folder: Location, task: str | None = None) -> Sweep:
-    """Sweep over the first rows of an annotated set, or of one of its tasks, that have gold answers.
+    """Sweep over the first ``MOST_ROWS`` rows with gold answers of an annotated set, or of one of its tasks.
 
     Raises:
         ValueError: the set has no manifest or no candidates, or too few rows have gold answers.
@@ -213,7 +228,7 @@ def save_sweep(found: Sweep, folder: Location) -> None:
 
 
 def draw_sweep(found: Sweep) -> bytes:
-    """Score against retrieval rate where δ was swept, and against each weight: an SVG."""
+    """Plot the score against the retrieval rate, if δ was swept, and against each weight; returns an SVG."""
     from matplotlib.figure import Figure
 
     curves = {key: points for key, points in found.curves.items() if key != "constraint"}

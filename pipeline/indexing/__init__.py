@@ -1,4 +1,4 @@
-"""Making an index: passages read and checked, encoded, added to shards, measured.
+"""Build an index: check passages, encode them, add them to shards, and measure the result.
 
-Work that was finished before a crash is kept.
+An interrupted build resumes: its finished shards are kept.
 """

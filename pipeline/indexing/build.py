@@ -1,4 +1,4 @@
-"""Building an index: what was asked for, what is done already, and how passages become vectors."""
+"""Plan the build of an index: check the request, keep the state of unfinished builds, and encode passages."""
 
 import json
 import shutil
@@ -29,17 +29,19 @@ Item = TypeVar("Item")
 
 @dataclass(frozen=True)
 class BuildRequest:
-    """What the command was asked for.
+    """The arguments of a build.
 
     Attributes:
-        passages, output: URIs.
-        encoder: Hugging Face name, local folder, or ``demo``.
-        style: how the encoder is used.
-        embeddings: column of the passages with their vectors; None has the encoder make them.
+        passages: URI of the passages.
+        output: URI of the folder for the index.
+        encoder: name on the Hugging Face hub, local folder, or ``demo``.
+        style: usage of the encoder: prefixes, normalization and data type.
+        embeddings: column of the passages with their vectors; None computes the vectors with the encoder.
         factory: FAISS factory string.
+        shards: number of shards.
         batch_size: passages encoded at once.
-        actors: encoders at work; None takes one for each GPU, or for each machine where there are none.
-        overwrite: replace an index that is there.
+        actors: number of actors, each with an encoder; None is one per GPU, or one per machine without GPUs.
+        overwrite: whether to replace an existing index.
         storage: access to object storage.
     """
 
@@ -58,7 +60,7 @@ class BuildRequest:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """A request whose inputs have been checked."""
+    """A build request whose inputs have been checked."""
 
     request: BuildRequest
     files: list[RowRange]
@@ -69,11 +71,14 @@ class BuildPlan:
 
     @property
     def passages(self) -> int:
-        """How many."""
+        """Number of passages."""
         return sum(shard.rows for shard in self.shards)
 
     def identity(self) -> dict[str, Any]:
-        """What decides the shards: a build goes on only with shards of the same. Files count by name, size and time."""
+        """Return everything that decides the shards; an interrupted build is resumed only if it has the same identity.
+
+        Files are identified by URI, size and modification time.
+        """
         source, paths = self.files[0].file, [part.file.path for part in self.files]
         infos = source.attempt(lambda: source.filesystem.get_file_info(paths))
         files = [[part.file.uri, info.size, info.mtime_ns] for part, info in zip(self.files, infos, strict=True)]
@@ -86,10 +91,10 @@ class BuildPlan:
         }
 
     def check_factory(self, index: Any) -> None:
-        """Refuse more inverted lists than there are passages.
+        """Check that there are at least as many passages as inverted lists.
 
         Raises:
-            ValueError: the factory string does not suit the passages.
+            ValueError: the factory string has more inverted lists than there are passages.
         """
         if centroids(index) > self.passages:
             raise ValueError(
@@ -98,7 +103,10 @@ class BuildPlan:
             )
 
     def encode(self, encoder: Encoder) -> Vectorise:
-        """Vectors of passages read as title and text."""
+        """Return a function that encodes the title and text of each passage of a batch.
+
+        That function raises a ValueError if a vector is not finite.
+        """
 
         def vectorise(batch: PassageBatch) -> Vectors:
             titles, texts = batch.passages["title"].to_pylist(), batch.passages["text"].to_pylist()
@@ -114,10 +122,10 @@ class BuildPlan:
         return vectorise
 
     def vectoriser(self) -> Vectorise:
-        """What makes vectors of passages, from their column or with the encoder, which it loads.
+        """Return the function that reads the vectors of passages from their column, or loads the encoder and encodes.
 
         Raises:
-            ValueError: this machine has another encoder than the one that was checked.
+            ValueError: the encoder on this machine differs from the one that was checked.
         """
         column, entry = self.request.embeddings, self.encoder
         if column is not None:
@@ -131,14 +139,14 @@ class BuildPlan:
 
 
 class BuildFolder:
-    """The output folder of a build, and below it, until the index is there, what an interrupted build has done."""
+    """The output folder of a build, with the state of an unfinished build in ``_build``."""
 
     def __init__(self, output: Location) -> None:
         self.output = output
         self._unfinished = output / "_build"
 
     def check(self, overwrite: bool) -> None:
-        """Refuse to touch an index unless that is asked for.
+        """Check that the output can be written.
 
         Raises:
             ValueError: the output is a file, or holds an index and ``overwrite`` is not set.
@@ -149,7 +157,7 @@ class BuildFolder:
             raise ValueError(f"output {self.output.uri}: already holds an index; say --overwrite to replace it")
 
     def begun(self, identity: dict[str, Any]) -> bool:
-        """Whether a build of the same identity was interrupted here."""
+        """Whether the folder holds an unfinished build of the same identity."""
         return self._before() == identity and not (self.output / MANIFEST).exists()
 
     def _before(self) -> dict[str, Any] | None:
@@ -158,10 +166,11 @@ class BuildFolder:
         return found
 
     def begin(self, identity: dict[str, Any], overwrite: bool) -> None:
-        """Go on with an interrupted build of the same identity, or begin one.
+        """Resume an unfinished build of the same identity, or begin a new one.
 
         Raises:
-            ValueError: another build was interrupted here and may not be overwritten; names what differs.
+            ValueError: the folder holds an unfinished build of another identity and ``overwrite`` is not set; names
+                the keys that differ.
         """
         self._sweep()
         if self.begun(identity):
@@ -178,22 +187,22 @@ class BuildFolder:
         (self._unfinished / "build.json").write(json.dumps(identity).encode())
 
     def _sweep(self) -> None:
-        """Remove the half-written shards of builders that were killed."""
+        """Remove the scratch folders of builders that were killed."""
         if self.output.local:
             for scratch in Path(self.output.path).glob(f"{SCRATCH_PREFIX}*"):
                 shutil.rmtree(scratch)
 
     def trained(self) -> Any | None:
-        """The empty, trained index of an interrupted build."""
+        """Read the empty, trained index of an unfinished build; None if there is none."""
         file = self._unfinished / "trained.faiss"
         return faiss.deserialize_index(np.frombuffer(file.read(), np.uint8)) if file.exists() else None
 
     def keep_trained(self, index: Any) -> None:
-        """Keep the trained index: shards of one index must share their training."""
+        """Store the trained, empty index: all shards of an index must start from the same one."""
         (self._unfinished / "trained.faiss").write(faiss.serialize_index(index).tobytes())
 
     def finished(self, shards: Iterable[ShardPlan]) -> dict[int, ShardEntry]:
-        """Entries of the shards that were built before and whose files are there in full."""
+        """Return the entries of the shards that are recorded as built and whose files have the recorded sizes."""
         found = {}
         for shard in shards:
             record = self._unfinished / f"shard-{shard.number:05d}.json"
@@ -213,7 +222,7 @@ class BuildFolder:
         (self._unfinished / f"shard-{number:05d}.json").write(entry.model_dump_json().encode())
 
     def forget(self) -> None:
-        """Remove what only an unfinished build needs; ``build.json`` last, so that this can be done again."""
+        """Remove the state of an unfinished build; ``build.json`` last, so that an interrupted call can be repeated."""
         self._sweep()
         names = [file.name for file in self._unfinished.files()]
         for name in sorted(names, key="build.json".__eq__):
@@ -222,7 +231,7 @@ class BuildFolder:
             self._unfinished.filesystem.delete_dir(self._unfinished.path)
 
     def clear(self) -> None:
-        """Delete an index that is here, its manifest first, and what an interrupted build left; nothing below."""
+        """Delete the index, its manifest first, and the state of an unfinished build; other subfolders stay."""
         if (self.output / MANIFEST).exists():
             (self.output / MANIFEST).delete()
         elif self._before() is None:
@@ -235,7 +244,7 @@ class BuildFolder:
 
 
 def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
-    """The same items, each of them fetched in a thread while the one before is worked on."""
+    """Yield the items; a thread prefetches the next one while the caller works on the current one."""
     with ThreadPoolExecutor(1) as thread:
         upcoming = thread.submit(next, items, None)
         while (item := upcoming.result()) is not None:
@@ -247,19 +256,19 @@ def check_build(request: BuildRequest) -> BuildPlan:
     """Check the inputs of a build, cheapest first.
 
     Raises:
-        ValueError: one line that says what to do.
-        StorageError: storage does not answer.
+        ValueError: an input is invalid; one line that explains the fix.
+        StorageError: the storage cannot be read.
     """
     output = locate(request.output, request.storage)
     folder = BuildFolder(output)
     folder.check(request.overwrite)
     files = find_passages(locate(request.passages, request.storage), request.embeddings)
     shards = plan_shards(files, request.shards)
-    # The cards belong to the builders; the driver only needs to know what the encoder is.
+    # On the CPU, since the GPUs belong to the builders; the driver only needs the encoder's identity and dimension.
     encoder = Encoder.load(absolute_name(request.encoder), "cpu", style=request.style)
     entry = EncoderEntry.of(encoder)
     plan = BuildPlan(request, files, shards, output, entry, encoder.dimension)
     plan.check_factory(empty_index(request.factory, encoder.dimension))
-    if not folder.begun(plan.identity()):  # or they have been checked before
+    if not folder.begun(plan.identity()):  # an unfinished build has already checked them
         check_passages(files)
     return plan

@@ -1,7 +1,7 @@
-"""The build's graph: a pool of Ray actors encodes a sample, then builds shards.
+"""Build an index with a pool of Ray actors: encode a sample, train on it, then build the shards.
 
-The driver trains the index and hands the same empty one to every shard, so that scores can be compared across them.
-Each actor has its own encoder and one shard in memory.
+The driver trains the index. Every shard starts from a copy of this empty index, so that scores are comparable across
+shards. Each actor has its own encoder and holds one shard in memory.
 """
 
 import logging
@@ -30,33 +30,34 @@ from pipeline.storage.lease import Lease
 
 log = logging.getLogger(__name__)
 
-# Seconds between progress lines.
+# Seconds between the progress lines of the log.
 LINE_INTERVAL = 10.0
-# A shard that kills its process this many times more fails the build.
+# Retries of a shard whose process dies; after these, the build fails.
 SHARD_RETRIES = 2
 
 
 class BuildProgress:
-    """A Ray actor that counts passages, so that a long shard shows its progress."""
+    """A Ray actor that counts passages, for progress within long shards."""
 
     def __init__(self) -> None:
         self.rows = 0
 
     def add(self, rows: int) -> None:
-        """Count passages."""
+        """Add passages to the count."""
         self.rows += rows
 
     def total(self) -> int:
-        """Passages so far."""
+        """Return the number of passages so far."""
         return self.rows
 
 
 class SampleEncoder:
-    """Makes vectors of the samples that an index is trained on.
+    """Encodes the samples that an index is trained on.
 
     Args:
-        samples: by number.
-        tally: Ray handle of a ``Tally``.
+        plan: plan of the build.
+        samples: all samples of the build.
+        tally: Ray handle of a :class:`BuildProgress`.
     """
 
     def __init__(self, plan: BuildPlan, samples: list[Sample], tally: Any) -> None:
@@ -64,7 +65,7 @@ class SampleEncoder:
         self.vectorise = plan.vectoriser()
 
     def __call__(self, batch: pa.Table) -> dict[str, Vectors]:
-        """Numbers of samples in, their vectors out: float32 [passages, dimension]."""
+        """Return the vectors of samples, given by their numbers: float32 [passages, dimension]."""
         read = (part for n in batch["item"].to_pylist() for part in self.samples[n].read(self.plan.request.embeddings))
         vectors = []
         for part in read_ahead(read):
@@ -75,11 +76,13 @@ class SampleEncoder:
 
 @dataclass(frozen=True)
 class ShardReport:
-    """A shard that was built.
+    """Report on a built shard.
 
     Attributes:
-        seconds: from its first passage to its files in place.
-        peak_bytes: most memory that the actor has had so far, libraries and encoder included.
+        number: number of the shard.
+        entry: entry of the shard in the manifest.
+        seconds: build time, from the first passage to the published files.
+        peak_bytes: peak memory of the actor so far, libraries and encoder included.
     """
 
     number: int
@@ -90,7 +93,12 @@ class ShardReport:
 
 @dataclass(frozen=True)
 class Built:
-    """A finished index, and the shards that this call has built."""
+    """A finished index.
+
+    Attributes:
+        manifest: manifest of the index.
+        reports: reports on the shards that this call has built.
+    """
 
     manifest: IndexManifest
     reports: tuple[ShardReport, ...]
@@ -100,8 +108,9 @@ class ShardBuilder:
     """Builds shards; loads the encoder once.
 
     Args:
-        template: the empty index, serialised by FAISS: uint8 [bytes].
-        tally: Ray handle of a ``Tally``.
+        plan: plan of the build.
+        template: Ray reference to the empty index, serialized by FAISS: uint8 [bytes].
+        tally: Ray handle of a :class:`BuildProgress`.
     """
 
     def __init__(self, plan: BuildPlan, template: Any, tally: Any) -> None:
@@ -113,12 +122,12 @@ class ShardBuilder:
         self.folder = BuildFolder(plan.output)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
-        """Shard numbers in, reports out, row by row."""
+        """Build the shards with the given numbers and return a row with the report of each."""
         reports = [self.build(self.plan.shards[number]) for number in batch["item"].to_pylist()]
         return pa.Table.from_pylist([{**vars(report), "entry": report.entry.model_dump_json()} for report in reports])
 
     def build(self, shard: ShardPlan) -> ShardReport:
-        """Make vectors of the passages of a shard, write its files, and record it."""
+        """Encode the passages of a shard, write its files, and record it as built."""
         begun = time.monotonic()
         # FAISS writes into the index it deserialises, and Ray's arrays are read-only.
         index = faiss.deserialize_index(self.template.copy())
@@ -134,10 +143,10 @@ class ShardBuilder:
 
 
 def trained_index(plan: BuildPlan, folder: BuildFolder) -> Any:
-    """The empty index that every shard starts from, trained where its kind needs that.
+    """Return the empty index that every shard starts from, trained if its kind needs training.
 
     Raises:
-        ValueError: too few passages for the factory.
+        ValueError: there are too few passages for the factory string.
         ray.exceptions.RayError: the sample could not be encoded.
     """
     index = empty_index(plan.request.factory, plan.dimension)
@@ -157,7 +166,12 @@ def trained_index(plan: BuildPlan, folder: BuildFolder) -> Any:
 
 
 def build_shards(plan: BuildPlan, index: Any, missing: list[ShardPlan]) -> list[ShardReport]:
-    """Build shards.
+    """Build the missing shards and return a report on each.
+
+    Args:
+        plan: plan of the build.
+        index: the empty index that every shard starts from.
+        missing: shards to build.
 
     Raises:
         ray.exceptions.RayError: a shard failed.
@@ -178,11 +192,17 @@ def build_shards(plan: BuildPlan, index: Any, missing: list[ShardPlan]) -> list[
 
 @contextmanager
 def worked(plan: BuildPlan, worker: type, argument: Any, numbers: Iterable[int], passages: int) -> Iterator[Any]:
-    """A Ray dataset of what a pool of actors makes of numbered pieces; progress lines while it is read.
+    """Map numbered work items over a pool of actors and yield the lazy Ray dataset of the results.
+
+    While the body reads the dataset, progress lines are logged.
 
     Args:
-        worker: class of the actors; is given plan, argument and the handle of a ``Tally``.
-        passages: in all pieces.
+        plan: plan of the build.
+        worker: class of the actors; constructed with the plan, ``argument`` and the handle of a
+            :class:`BuildProgress`.
+        argument: second argument of the class.
+        numbers: numbers of the work items.
+        passages: total number of passages in all work items.
     """
     import ray
 
@@ -207,14 +227,17 @@ def worked(plan: BuildPlan, worker: type, argument: Any, numbers: Iterable[int],
 
 
 def pool(rooms: Sequence[Room], asked: int | None, pieces: int) -> tuple[int, float, float]:
-    """Choose how many actors there are, and the CPUs and GPUs of each.
+    """Choose the number of actors, and the CPUs and GPUs of each.
 
-    Where there are GPUs, each has an encoder, or a share of them where more are asked for; otherwise each machine has.
+    With GPUs, the default is one actor per GPU, and more actors share the GPUs; without, it is one per machine.
 
     Args:
-        rooms: of the nodes that are up.
-        asked: actors, if any number was asked for.
-        pieces: of work; more actors are not needed.
+        rooms: resources of the nodes that are up.
+        asked: requested number of actors; None for the default.
+        pieces: number of work items, which limits the number of actors.
+
+    Returns:
+        Number of actors, CPUs of each, GPUs of each (at most 1).
     """
     machines = [room for room in rooms if room.cpus]
     gpus = sum(len(room.cards) for room in machines)
@@ -228,7 +251,7 @@ def pool(rooms: Sequence[Room], asked: int | None, pieces: int) -> tuple[int, fl
 
 @contextmanager
 def progress_lines(tally: Any, passages: int) -> Iterator[None]:
-    """Log a line every ``LINE_INTERVAL`` seconds while the body runs."""
+    """Log progress, throughput and remaining time every ``LINE_INTERVAL`` seconds while the body runs."""
     import ray
 
     begun, over = time.monotonic(), threading.Event()
@@ -236,9 +259,9 @@ def progress_lines(tally: Any, passages: int) -> Iterator[None]:
     def report() -> None:
         while not over.wait(LINE_INTERVAL):
             try:
-                done = min(ray.get(tally.total.remote()), passages)  # pieces that were done twice count twice
+                done = min(ray.get(tally.total.remote()), passages)  # retried work items count twice
             except ray.exceptions.RayError:
-                return  # its node is gone; the build goes on without lines
+                return  # the actor's node is gone; the build continues without progress lines
             rate = done / (time.monotonic() - begun)
             left = f", {(passages - done) / rate:.0f} s left" if done else ""
             log.info("%d/%d passages, %.1f passages/s%s", done, passages, rate, left)
@@ -256,13 +279,14 @@ def run_build(plan: BuildPlan) -> Built:
     """Build the missing shards of a checked plan, then write the manifest.
 
     Raises:
-        ValueError: an interrupted build of something else is there, or there are too few passages for the factory.
+        ValueError: the output holds an index or an unfinished build of another identity and may not be overwritten,
+            or there are too few passages for the factory string.
         OutputInUseError: another build is using the folder.
         ray.exceptions.RayError: a shard failed.
         StorageError: the output cannot be written.
     """
     with Lease(plan.output):
-        BuildFolder(plan.output).check(plan.request.overwrite)  # another build may have ended only now
+        BuildFolder(plan.output).check(plan.request.overwrite)  # another build may have finished meanwhile
         return _execute(plan)
 
 

@@ -1,4 +1,4 @@
-"""Whether an index is whole, and which search parameters reach a wanted recall."""
+"""Check that an index is complete, and find the search parameters that reach a target recall@k."""
 
 from dataclasses import dataclass
 
@@ -29,14 +29,16 @@ from pipeline.storage.parquet import list_parquet
 
 @dataclass(frozen=True)
 class CheckRequest:
-    """What the command was asked for.
+    """The arguments of a check.
 
     Attributes:
-        index: URI.
-        queries: URI of a query set; None takes passages of the index as queries.
-        sample: queries at most.
-        k: passages for each.
-        recall: share of the exact result that is wanted.
+        index: URI of the index.
+        storage: access to object storage.
+        retrieval: section ``retrieval`` of the configuration.
+        queries: URI of a query set; None searches for passages of the index.
+        sample: maximum number of queries.
+        k: passages retrieved for each query.
+        recall: target recall@k.
     """
 
     index: str
@@ -50,12 +52,20 @@ class CheckRequest:
 
 @dataclass(frozen=True)
 class Checked:
-    """What was found.
+    """The result of a check.
 
     Attributes:
-        own: whether passages of the index were the queries.
-        reference: what recall is measured against, in words.
-        advice: the fastest parameter that reaches the wanted recall; None where none does.
+        index: URI of the index.
+        passages: number of passages.
+        shards: number of shards.
+        factory: FAISS factory string.
+        queries: number of queries.
+        k: passages retrieved for each query.
+        own: whether the queries are passages of the index.
+        reference: description of the result that recall is measured against.
+        speeds: measurement for each search parameter, fastest parameter first.
+        wanted: target recall@k.
+        advice: fastest search parameter that reaches the target; None if no parameter reaches it.
     """
 
     index: str
@@ -72,11 +82,12 @@ class Checked:
 
 
 def check_index_folder(request: CheckRequest) -> Checked:
-    """Read and compare every file of an index, then measure it on a sample.
+    """Verify every file of an index, then measure recall, latency and throughput on a sample of queries.
 
     Raises:
-        ValueError: there is no index, or it is damaged; names the file.
-        StorageError: storage does not answer.
+        ValueError: there is no index, a file is damaged, the index has too few passages for k, or the queries or the
+            encoder do not suit it.
+        StorageError: the storage cannot be read.
     """
     folder, retrieval = locate(request.index, request.storage), request.retrieval
     manifest = read_manifest(folder)
@@ -113,7 +124,7 @@ def check_index_folder(request: CheckRequest) -> Checked:
 def _queries(
     request: CheckRequest, index: PassageIndex, encoder: Encoder | None
 ) -> tuple[Vectors, list[Hit] | list[None]]:
-    """Vectors to search for, and where the passages are that they were made of, if any."""
+    """Return the query vectors, and for each its own passage in the index, or None."""
     if request.queries is None or encoder is None:
         return stored_vectors(index, request.sample)
     texts: list[str] = []
@@ -136,7 +147,7 @@ def _exact(
     own: list[Hit] | list[None],
     encoder: Encoder | None,
 ) -> tuple[list[list[Hit]], str]:
-    """The k best for each query, and in words what makes them exact."""
+    """Return the reference top k of each query, and a description of how it was found."""
     k = request.k
     if not lossy(index):
         return without(exhaustive(index, queries, k + 1), own, k), "exact search over all vectors"

@@ -1,4 +1,4 @@
-"""Vectors that come with the passages, as a Parquet column."""
+"""Check and convert vectors that come with the passages in a Parquet column."""
 
 from dataclasses import dataclass
 
@@ -15,7 +15,7 @@ def check_embeddings(file: Location, schema: pa.Schema, column: str) -> None:
     """Check that a file has a column of vectors.
 
     Raises:
-        ValueError: it is missing, or is no list of floats.
+        ValueError: the column is missing, or is not a list of floats.
     """
     if column not in schema.names:
         raise ValueError(f"{file.uri}: column {column} is missing; --embeddings names the column of the vectors")
@@ -27,10 +27,12 @@ def check_embeddings(file: Location, schema: pa.Schema, column: str) -> None:
 
 @dataclass(frozen=True)
 class Place:
-    """Where vectors came from, for messages.
+    """The origin of vectors, for messages.
 
     Attributes:
-        rows: their numbers in the file, from 0: int64 [rows].
+        file: file of the vectors.
+        rows: row numbers in the file, from 0: int64 [rows].
+        column: column of the vectors.
     """
 
     file: Location
@@ -38,21 +40,33 @@ class Place:
     column: str
 
     def error(self, wrong: npt.NDArray[np.bool_], problem: str) -> ValueError:
-        """What is wrong with the first of the wrong ones."""
+        """Return an error about the first of the wrong rows.
+
+        Args:
+            wrong: mask of the wrong rows, of which at least one is set: bool [rows].
+            problem: continuation of the message after the column's name.
+        """
         return ValueError(f"{self.file.uri}: row {self.rows[np.argmax(wrong)]}: column {self.column} {problem}")
 
 
 def vectors_of(embeddings: pa.Array, dimension: int, normalised: bool, place: Place) -> Vectors:
-    """Vectors from a list array: float32 [rows, dimension], of unit length where they shall be normalised.
+    """Convert a list array to vectors: float32 [rows, dimension].
+
+    Args:
+        embeddings: array of lists of floats.
+        dimension: dimension of the encoder's vectors.
+        normalised: whether to scale the vectors to unit length.
+        place: origin of the vectors, for messages.
 
     Raises:
-        ValueError: a vector is null, of another size, not finite, or has no direction; names file, row and column.
+        ValueError: a vector is null, of another dimension, not finite, or zero where it must be normalized; names
+            file, row and column.
     """
     sizes = pc.fill_null(pc.list_value_length(embeddings), 0).to_numpy(zero_copy_only=False)
     if (wrong := sizes != dimension).any():
         raise place.error(wrong, f"has {sizes[np.argmax(wrong)]} numbers where the encoder's vectors have {dimension}")
     flat = embeddings.flatten().cast(pa.float32())
-    vectors: Vectors = flat.to_numpy(zero_copy_only=False).reshape(-1, dimension)  # a null inside becomes NaN
+    vectors: Vectors = flat.to_numpy(zero_copy_only=False).reshape(-1, dimension)  # a null in a vector becomes NaN
     if (wrong := np.logical_not(np.isfinite(vectors).all(axis=1))).any():
         raise place.error(wrong, "holds a number that is not finite")
     if not normalised:

@@ -1,4 +1,4 @@
-"""Passages in Parquet: found, checked, cut into shards, read."""
+"""Find, check, sample and read passages in Parquet files, and divide them into shards."""
 
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -21,12 +21,13 @@ from pipeline.storage.parquet import RowRange, list_parquet, map_in_threads, rea
 
 @dataclass(frozen=True)
 class PassageBatch:
-    """Consecutive passages of a file, or some of them.
+    """Passages of a file, in the order of its rows.
 
     Attributes:
-        rows: their numbers in the file, from 0: int64 [rows].
-        passages: in ``PASSAGE_SCHEMA``.
-        embeddings: their vectors as the file has them, a list array; None where they were not asked for.
+        file: file of the passages.
+        rows: row numbers in the file, from 0: int64 [rows].
+        passages: passages in ``PASSAGE_SCHEMA``.
+        embeddings: vectors as stored in the file, a list array; None if no column was requested.
     """
 
     file: Location
@@ -35,7 +36,7 @@ class PassageBatch:
     embeddings: pa.Array | None
 
     def take(self, rows: npt.NDArray[np.int64]) -> "PassageBatch":
-        """Some of them, counted from the first."""
+        """Return a batch of some of the passages, given by their positions in this batch."""
         places = pa.array(rows)
         embeddings = None if self.embeddings is None else self.embeddings.take(places)
         return PassageBatch(self.file, self.rows[rows], self.passages.take(places), embeddings)
@@ -43,26 +44,27 @@ class PassageBatch:
 
 @dataclass(frozen=True)
 class ShardPlan:
-    """The passages of a shard: consecutive ones, possibly from several files."""
+    """The passages of a shard: consecutive rows, possibly of several files."""
 
     number: int
     ranges: tuple[RowRange, ...]
 
     @property
     def rows(self) -> int:
-        """How many."""
+        """Number of passages."""
         return sum(part.rows for part in self.ranges)
 
 
 def find_passages(source: Location, embeddings: str | None = None) -> list[RowRange]:
-    """Every Parquet file of a source, whole, in the order of names; only footers are read.
+    """List the non-empty Parquet files of a source, in the order of names, as ranges of all rows; reads only footers.
 
     Args:
+        source: file or folder of passages.
         embeddings: column that must hold vectors.
 
     Raises:
-        ValueError: nothing there, not Parquet, no passages, or a column is missing or of another type.
-        StorageError: storage does not answer.
+        ValueError: there are no files or no passages, a file is not Parquet, or a column is missing or of another type.
+        StorageError: the storage cannot be read.
     """
     files = list_parquet(source)
     rows = map_in_threads(lambda file: _checked_rows(file, embeddings), files)
@@ -88,10 +90,10 @@ def _checked_rows(file: Location, embeddings: str | None) -> int:
 
 
 def plan_shards(files: list[RowRange], shards: int) -> tuple[ShardPlan, ...]:
-    """Cut the passages, in their order, into shards whose sizes differ by one at most.
+    """Divide the passages, in their order, into shards whose sizes differ by at most one.
 
     Raises:
-        ValueError: fewer passages than shards.
+        ValueError: there are fewer passages than shards.
     """
     total = sum(part.rows for part in files)
     if total < shards:
@@ -111,13 +113,15 @@ def _cut(files: list[RowRange], start: int, stop: int) -> tuple[RowRange, ...]:
 
 
 def read_passages(parts: Iterable[RowRange], embeddings: str | None = None) -> Iterator[PassageBatch]:
-    """The passages of ranges, at most ``BATCH_ROWS`` at a time; a null title is empty.
+    """Read the passages of ranges, at most ``BATCH_ROWS`` at a time; null titles become empty.
 
     Args:
-        embeddings: column with their vectors, where it is wanted.
+        parts: ranges to read.
+        embeddings: column of vectors to read too.
 
     Raises:
-        ValueError: a file cannot be read; names it.
+        ValueError: a file is not Parquet, or damaged; names it.
+        StorageError: a file cannot be read.
     """
     columns = [*PASSAGE_SCHEMA.names, *([embeddings] if embeddings else [])]
     for part in parts:
@@ -132,13 +136,18 @@ def read_passages(parts: Iterable[RowRange], embeddings: str | None = None) -> I
 
 @dataclass(frozen=True)
 class Sample:
-    """Some rows of a range, counted from its start: int64 [rows]."""
+    """A sample of the rows of a range.
+
+    Attributes:
+        part: range that is sampled.
+        rows: sampled rows, counted from the start of the range: int64 [rows].
+    """
 
     part: RowRange
     rows: npt.NDArray[np.int64]
 
     def read(self, embeddings: str | None = None) -> Iterator[PassageBatch]:
-        """Its passages, as :func:`read_passages`."""
+        """Read the sampled passages, like :func:`read_passages`."""
         for batch in read_passages([self.part], embeddings):
             start = batch.rows[0] - self.part.start
             taken = self.rows[(self.rows >= start) & (self.rows < start + batch.passages.num_rows)] - start
@@ -147,10 +156,11 @@ class Sample:
 
 
 def spread_samples(files: list[RowRange], size: int) -> list[Sample]:
-    """Evenly spaced passages, ``size`` of them or all.
+    """Sample ``size`` evenly spaced passages, or all if there are fewer.
 
-    Of a corpus much larger than the sample they are taken in runs of neighbours, so that only some row groups are
-    read: about eight rows for each one taken, but 64 runs at least.
+    In a corpus more than eight times larger than the sample, evenly spaced runs of consecutive passages are sampled, so
+    that only some row groups are read: about eight rows for each sampled one. There are at least 64 runs,
+    unless the sample itself is smaller.
     """
     groups = map_in_threads(_row_groups, files)
     parts = [group for several in groups for group in several]
@@ -161,12 +171,12 @@ def spread_samples(files: list[RowRange], size: int) -> list[Sample]:
 
 
 def _spread(total: int, size: int, groups: int) -> npt.NDArray[np.int64]:
-    """Numbers of evenly spaced rows, in runs where they are few among many."""
+    """Return the sorted numbers of the sampled rows."""
     size = min(size, total)
     runs = size if total <= 8 * size else min(size, max(64, 8 * size * groups // total))
     places = np.arange(size)
     run = places * runs // size
-    first = -(-run * size // runs)  # the first place of the same run
+    first = -(-run * size // runs)  # the first position in the same run
     rows: npt.NDArray[np.int64] = run * total // runs + places - first
     return rows
 
@@ -178,26 +188,27 @@ def _row_groups(part: RowRange) -> list[RowRange]:
     return [RowRange(part.file, start, stop) for start, stop in pairwise(ends) if start < stop]
 
 
-# Rows checked at a time.
+# Rows that are checked at a time.
 CHECKED_ROWS = 1 << 13
 
 
-# One repeated id is enough to refuse; several may turn out to be different ids with equal hashes.
+# Repeated hashes to look up at most. One repeated id suffices, but different ids can have equal hashes.
 MOST_REPEATED = 1000
 
 
-# Ids compared at a time: 8 bytes each, and as much again to sort them.
+# Ids compared at a time: 8 bytes each, and as much again for sorting.
 COMPARED_IDS = 1 << 23
 
 
 def check_passages(files: list[RowRange], compared: int = COMPARED_IDS) -> None:
-    """Read ids and texts once: an id must be there and unique, a text must not be empty.
+    """Check that every passage has a unique id and a text that is not blank.
 
-    Memory stays the same whatever the corpus: the ids' 64-bit hashes go to temporary files of about ``compared``
-    each, by their value, so that equal ones meet in one file. Ids with equal hashes are compared themselves.
+    Memory does not grow with the corpus: 64-bit hashes of the ids are partitioned by value into temporary files of
+    about ``compared`` hashes each, so that equal hashes are in the same file. Ids with equal hashes are then compared
+    in full.
 
     Raises:
-        ValueError: names file, column and row (from 0).
+        ValueError: an id is null or not unique, or a text is null or blank; names file, column and row (from 0).
     """
     parts = 1 + sum(part.rows for part in files) // compared
     with tempfile.TemporaryDirectory(prefix="selfrag-ids-") as folder:

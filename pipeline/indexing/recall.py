@@ -1,4 +1,4 @@
-"""How much of the exact result an index finds, and how fast, by search parameter."""
+"""Measure recall@k, latency and throughput of an index for each search parameter."""
 
 import time
 from collections.abc import Callable, Sequence
@@ -13,23 +13,24 @@ from pipeline.retrieval.encoder import Vectors
 from pipeline.retrieval.index import Hit, PassageIndex
 from pipeline.retrieval.shard_files import faiss_reason
 
-# Passages looked at for each one wanted when codes stand for vectors: their exact order decides.
+# Candidates per result that are reranked with exact vectors if the index stores codes.
 CANDIDATES = 10
-# Vectors read back and compared at a time.
+# Stored vectors that are reconstructed and compared at a time.
 BLOCK = 1 << 16
-# Searches one by one for the latency, and together for the throughput.
+# Queries searched one by one for the latency, and batch size for the throughput.
 SINGLE_QUERIES, BATCH = 50, 64
 
 
 @dataclass(frozen=True)
 class Speed:
-    """What a search parameter gives.
+    """The measurement of a search parameter.
 
     Attributes:
-        search: as ``retrieval.search``; empty where the index has no parameter.
-        recall: share of the exact k best that are among the k found.
-        median_ms, p95_ms: of queries searched one by one.
-        queries_per_s: of queries searched 64 at a time.
+        search: search parameters in the form of ``retrieval.search``; empty if the index has none.
+        recall: recall@k, the share of the exact top k that is found.
+        median_ms: median latency of queries searched one by one, in milliseconds.
+        p95_ms: 95th percentile of the latency of queries searched one by one, in milliseconds.
+        queries_per_s: throughput in batches of 64 queries.
     """
 
     search: str
@@ -40,7 +41,11 @@ class Speed:
 
 
 def stored_vectors(index: PassageIndex, size: int) -> tuple[Vectors, list[Hit]]:
-    """Evenly spaced vectors of an index as it has them, and where they are: float32 [size or fewer, dimension]."""
+    """Reconstruct evenly spaced vectors of an index.
+
+    Returns:
+        Vectors, float32 [size or fewer, dimension], and the shard and row of each, as hits with score 0.
+    """
     ends = np.cumsum([len(index.shards[number].passages) for number in sorted(index.shards)])
     chosen = np.unique(np.linspace(0, ends[-1] - 1, min(size, int(ends[-1]))).astype(np.int64))
     vectors, places = [], []
@@ -55,7 +60,11 @@ def stored_vectors(index: PassageIndex, size: int) -> tuple[Vectors, list[Hit]]:
 
 
 def parameters(index: PassageIndex) -> list[str]:
-    """Search parameters worth trying, from the fastest: powers of two for lists and graphs, none for a flat index."""
+    """List the search parameters to measure, fastest first.
+
+    Inverted lists get ``nprobe`` in powers of two up to all lists, at most 1,024; HNSW graphs get ``efSearch`` in
+    powers of two from 16 to 1,024; other indexes get an empty string.
+    """
     some = _inner(next(iter(index.shards.values())).index)
     if isinstance(some, faiss.IndexIVF):
         lists = int(some.nlist)
@@ -66,7 +75,7 @@ def parameters(index: PassageIndex) -> list[str]:
 
 
 def _inner(index: Any) -> Any:
-    """What lists or links an index has, behind transformations and refinements."""
+    """Unwrap transformations and refinements down to the index that has the inverted lists or graph links."""
     kind = faiss.downcast_index(index)
     if isinstance(kind, faiss.IndexPreTransform):
         return _inner(kind.index)
@@ -74,16 +83,16 @@ def _inner(index: Any) -> Any:
 
 
 def lossy(index: PassageIndex) -> bool:
-    """Whether codes stand for the vectors: product and scalar quantisers, and whatever is transformed first."""
+    """Whether the index stores codes instead of vectors: any quantizer, and any index behind a transformation."""
     kind = faiss.downcast_index(next(iter(index.shards.values())).index)
     return not isinstance(kind, faiss.IndexFlat | faiss.IndexIVFFlat | faiss.IndexHNSWFlat | faiss.IndexRefineFlat)
 
 
 def exhaustive(index: PassageIndex, queries: Vectors, k: int) -> list[list[Hit]]:
-    """The k best when every vector of the index is looked at, as it is stored; search parameters play no part.
+    """Return the exact top k of each query over all vectors as stored, whatever the search parameters.
 
     Raises:
-        ValueError: this kind of index does not give its vectors back.
+        ValueError: FAISS cannot reconstruct the vectors of this kind of index.
     """
     faiss.omp_set_num_threads(index.threads)
     found: list[list[Hit]] = [[] for _ in queries]
@@ -108,7 +117,7 @@ def reranked(
     passages: Callable[[Hit], Passage],
     encode: Callable[[list[Passage]], Vectors],
 ) -> list[list[Hit]]:
-    """The k best of each query's candidates by the exact vectors of their passages."""
+    """Return the top k of each query's candidates by the exact vectors of their passages."""
     best = []
     for query, hits in zip(queries, candidates, strict=True):
         scores = encode([passages(hit) for hit in hits]) @ query
@@ -118,13 +127,13 @@ def reranked(
 
 
 def recall(found: Sequence[list[Hit]], exact: Sequence[list[Hit]]) -> float:
-    """Share of the exact hits that were found, over all queries."""
+    """Return the share of the exact hits that were found, over all queries."""
     pairs = [({(h.shard, h.row) for h in f}, {(h.shard, h.row) for h in e}) for f, e in zip(found, exact, strict=True)]
     return sum(len(f & e) for f, e in pairs) / sum(len(e) for _, e in pairs)
 
 
 def without(found: Sequence[list[Hit]], own: Sequence[Hit | None], k: int) -> list[list[Hit]]:
-    """The first k hits of each query that are not the passage it was made of."""
+    """Return the first k hits of each query, leaving out the query's own passage."""
     return [
         [hit for hit in hits if me is None or (hit.shard, hit.row) != (me.shard, me.row)][:k]
         for hits, me in zip(found, own, strict=True)
@@ -134,19 +143,21 @@ def without(found: Sequence[list[Hit]], own: Sequence[Hit | None], k: int) -> li
 def measure_search(
     index: PassageIndex, queries: Vectors, own: Sequence[Hit | None], exact: Sequence[list[Hit]], search: str
 ) -> Speed:
-    """Recall and speed with a search parameter.
+    """Measure recall, latency and throughput with a search parameter.
 
     Args:
-        queries: float32 [n, dimension].
-        own: where each query's own passage is, which does not count; None where there is none.
-        exact: the hits to find, k for each query.
+        index: index to search; keeps the search parameter.
+        queries: query vectors, float32 [n, dimension].
+        own: passage from which each query was made, which is left out of the results; None for other queries.
+        exact: reference hits, k for each query.
+        search: search parameters in the form of ``retrieval.search``; empty keeps the current ones.
     """
     if search:
         for shard in index.shards.values():
             shard.tune(search)
     k = max(map(len, exact))
     asked = k + any(me is not None for me in own)
-    index.search(queries[:1], asked)  # the first search of a thread starts OpenMP's
+    index.search(queries[:1], asked)  # warm-up: the first search starts the OpenMP threads
     single = []
     for query in queries[:SINGLE_QUERIES]:
         begun = time.perf_counter()

@@ -1,4 +1,4 @@
-"""What an index takes, before it is built: bytes by FAISS factory, worked out from FAISS's own structures."""
+"""Compute the size of an index before it is built, from FAISS's own structures, and the machines that it needs."""
 
 import math
 import time
@@ -17,26 +17,26 @@ from pipeline.storage.parquet import RowRange, map_in_threads, read_footer
 
 FLOAT = 4
 ID = 8
-# HNSW keeps for each vector its level (4) and where its links begin (8).
+# Bytes that HNSW keeps for each vector: its level (4) and the offset of its links (8).
 HNSW_FIXED = 12
-# What plans show side by side; list counts follow the number of passages.
+# The factories that a plan compares by default; ``{lists}`` follows from the number of passages.
 USUAL_FACTORIES = ("Flat", "SQ8", "HNSW32", "IVF{lists},Flat", "IVF{lists},SQ8", "OPQ64,IVF{lists},PQ64")
 
 
 @dataclass(frozen=True)
 class IndexSize:
-    """Bytes of an index.
+    """The size of an index.
 
     Attributes:
-        per_vector: for each vector: code, id and links.
-        fixed: centroids, codebooks and rotation matrices.
+        per_vector: bytes per vector: code, id and links.
+        fixed: bytes of centroids, codebooks and rotation matrices.
     """
 
     per_vector: float
     fixed: int
 
     def total(self, vectors: int) -> int:
-        """Bytes for so many vectors."""
+        """Return the bytes of an index of this many vectors."""
         return round(self.per_vector * vectors) + self.fixed
 
     def __add__(self, other: "IndexSize") -> "IndexSize":
@@ -44,18 +44,18 @@ class IndexSize:
 
 
 def index_size(factory: str, dimension: int) -> IndexSize:
-    """The size of an index by its factory string.
+    """Compute the size of an index from its factory string.
 
     Raises:
-        ValueError: FAISS does not understand the string, or it is of a kind whose size is not known here.
+        ValueError: FAISS does not understand the string, or the size of this kind of index is not known here.
     """
     return _size(empty_index(factory, dimension), factory)
 
 
 def _size(index: Any, factory: str) -> IndexSize:
-    kind = faiss.downcast_index(index)  # a view: ``index`` stays the owner
+    kind = faiss.downcast_index(index)  # a view: ``index`` owns the memory
     if isinstance(kind, faiss.IndexPreTransform):
-        chain: Any = kind.chain  # a C++ vector, whatever the stubs say
+        chain: Any = kind.chain  # a C++ vector; FAISS's type stubs are wrong here
         matrices = [faiss.downcast_VectorTransform(chain.at(n)) for n in range(chain.size())]
         return _size(kind.index, factory) + IndexSize(0, sum(m.d_in * m.d_out * FLOAT for m in matrices))
     if isinstance(kind, faiss.IndexRefine):
@@ -70,26 +70,33 @@ def _size(index: Any, factory: str) -> IndexSize:
 
 
 def _codebook(index: Any) -> int:
-    """Product quantisers hold 2^bits centroids for each part of a vector."""
+    """Return the bytes of a product quantizer's codebook, 2^bits centroids per subquantizer; 0 for other indexes."""
     quantiser = getattr(index, "pq", None)
     return 0 if quantiser is None else int(quantiser.ksub * index.d * FLOAT)
 
 
 def _links(hnsw: Any) -> float:
-    """Links that a vector has on average: twice M below, M on each level above that it reaches."""
+    """Return a vector's mean number of links: 2 M on the lowest level, M on each higher level that it reaches."""
     shares = faiss.vector_to_array(hnsw.assign_probas)
     links = faiss.vector_to_array(hnsw.cum_nneighbor_per_level)
     return float(sum(share * links[level + 1] for level, share in enumerate(shares)))
 
 
 def usual_lists(passages: int) -> int:
-    """Inverted lists for so many passages: about 4 √n (FAISS says 4 to 16 √n), to the nearest power of two."""
+    """Return the usual number of inverted lists: 4 √n (FAISS recommends 4 to 16 √n), to the nearest power of two."""
     return int(2 ** max(4, round(math.log2(4 * passages**0.5))))
 
 
 @dataclass(frozen=True)
 class SizePlan:
-    """One line of a plan: bytes of all shards together, of one, and for each passage."""
+    """The sizes of an index with one factory string.
+
+    Attributes:
+        factory: FAISS factory string.
+        per_vector: bytes per passage.
+        index: bytes of all shards.
+        largest_shard: bytes of the largest shard.
+    """
 
     factory: str
     per_vector: float
@@ -98,13 +105,19 @@ class SizePlan:
 
 
 def size_plan(passages: int, dimension: int, shards: int, factories: Iterable[str] = USUAL_FACTORIES) -> list[SizePlan]:
-    """Sizes for several factories; ``{lists}`` in one stands for the usual number of inverted lists of a shard.
+    """Compute the sizes of an index with several factory strings.
+
+    Usual factories that FAISS does not support for this dimension are left out.
 
     Args:
-        passages: in all shards.
+        passages: number of passages in all shards.
+        dimension: dimension of the vectors.
+        shards: number of shards.
+        factories: FAISS factory strings; ``{lists}`` is replaced by the usual number of inverted lists of a shard.
 
     Raises:
-        ValueError: FAISS does not understand one that is not among the usual ones.
+        ValueError: a factory string is not among the usual ones, and FAISS does not understand it or its size is not
+            known.
     """
     largest = -(-passages // shards)
     lines = []
@@ -114,7 +127,7 @@ def size_plan(passages: int, dimension: int, shards: int, factories: Iterable[st
             size = index_size(named, dimension)
         except ValueError:
             if factory in USUAL_FACTORIES:
-                continue  # not for this dimension
+                continue  # FAISS does not support it for this dimension
             raise
         lines.append(
             SizePlan(named, size.per_vector, size.total(passages) + (shards - 1) * size.fixed, size.total(largest))
@@ -124,20 +137,32 @@ def size_plan(passages: int, dimension: int, shards: int, factories: Iterable[st
 
 @dataclass(frozen=True)
 class SearchCost:
-    """What one query costs: vectors compared with it, and bytes read for that."""
+    """The cost of one query.
+
+    Attributes:
+        compared: number of vectors compared with the query.
+        bytes: bytes read for these comparisons.
+    """
 
     compared: int
     bytes: int
 
 
 def search_cost(factory: str, dimension: int, vectors: int, nprobe: int = 32, ef_search: int = 64) -> SearchCost:
-    """The cost of a query in one shard of so many vectors.
+    """Estimate the cost of a query in one shard.
 
-    Flat indexes compare all; inverted lists their centroids and ``nprobe`` of equally long lists; graphs at most
-    ``ef_search`` vectors' links on the lowest level.
+    Flat indexes compare all vectors; inverted lists compare all centroids and the vectors of ``nprobe`` lists, assumed
+    to be equally long; graphs compare at most the neighbors of ``ef_search`` vectors on the lowest level.
+
+    Args:
+        factory: FAISS factory string.
+        dimension: dimension of the vectors.
+        vectors: number of vectors in the shard.
+        nprobe: inverted lists searched for each query.
+        ef_search: candidates that a graph search keeps.
 
     Raises:
-        ValueError: as :func:`index_size`.
+        ValueError: FAISS does not understand the string, or the size of this kind of index is not known here.
     """
     size = index_size(factory, dimension)
     index = empty_index(factory, dimension)
@@ -150,57 +175,80 @@ def search_cost(factory: str, dimension: int, vectors: int, nprobe: int = 32, ef
     return SearchCost(compared, round(compared * size.per_vector))
 
 
-# A 7B model of Llama 2's shape: 6.74 · 10^9 parameters in half precision; keys and values of 32 layers, 4,096 wide.
+# A 7B model with the architecture of Llama 2: 6.74 · 10^9 parameters in half precision, 32 layers, hidden size 4,096.
 MODEL_BYTES = 13_480_000_000
 KV_BYTES_PER_TOKEN = 2 * 32 * 4096 * 2
-# Enough for some eight rows of five passages at once; vLLM's activations and graphs.
+# KV cache for about eight concurrent rows of five passages each.
 KV_TOKENS = 8192
+# vLLM's activations and CUDA graphs.
 ENGINE_BYTES = 1_500_000_000
-# The encoder, and what is kept free and for FAISS's working memory.
+# The encoder (512 MiB), the reserve and FAISS's working memory.
 BESIDE_BYTES = (512 << 20) + RESERVED_BYTES + WORKING_BYTES
 CARDS = (24_000_000_000, 40_000_000_000, 80_000_000_000)
-# Of a machine's memory, shards may take this share: the rest is for the system, Ray and passages.
+# Share of a machine's memory for shards; the rest is for the system, Ray and passages.
 MEMORY_SHARE = 0.8
 
 
 def gpu_need(factory: str, dimension: int) -> str:
-    """What GPUs ask of an index: nothing, ``float16`` (``retrieval.float16``), or ``none`` where they have no such."""
+    """Return the setting with which GPUs can search an index.
+
+    Returns:
+        An empty string if none is needed, ``float16`` if ``retrieval.float16`` is, and ``none`` if GPUs cannot search
+        this kind of index.
+    """
     index = empty_index(factory, dimension)
     return "" if gpu_form(index, False) else "float16" if gpu_form(index, True) else "none"
 
 
 def beside_7b(card: int) -> int:
-    """Bytes of a card that an index may take beside a 7B model in half precision."""
+    """Return the bytes of a GPU of ``card`` bytes that are left for an index beside a 7B model in half precision."""
     engine = MODEL_BYTES + KV_TOKENS * KV_BYTES_PER_TOKEN + ENGINE_BYTES
     return max(0, card - engine - BESIDE_BYTES)
 
 
 def share_beside(index: int, card: int) -> float:
-    """``gpu_memory_utilization`` that leaves room for an index of so many bytes on a card, rounded down to 1 %."""
+    """Return the ``gpu_memory_utilization`` that leaves room for an index on a GPU, rounded down to 1 %.
+
+    Args:
+        index: bytes of the index.
+        card: bytes of the GPU.
+    """
     return math.floor(100 * (card - index - BESIDE_BYTES) / card) / 100
 
 
 def cards_needed(index: int, card: int) -> int:
-    """Cards of shard servers, without a model on them, that hold an index together."""
+    """Return the number of GPUs, without a model on them, whose shard servers together hold an index.
+
+    Args:
+        index: bytes of the index.
+        card: bytes of each GPU.
+    """
     return -(-index // (card - BESIDE_BYTES))
 
 
 def machines_needed(index: int, memory: int) -> int:
-    """Machines of so many bytes of memory that hold an index together, in CPU memory."""
+    """Return the number of machines that together hold an index in CPU memory.
+
+    Args:
+        index: bytes of the index.
+        memory: bytes of memory of each machine.
+    """
     return -(-index // int(memory * MEMORY_SHARE))
 
 
-# Encoded to see how fast this machine is: a few seconds on a CPU.
+# Passages encoded to measure the throughput of this machine: a few seconds on a CPU.
 SAMPLE = 64
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """What the passages' files say.
+    """The properties of a corpus that decide the size and the build time of its index.
 
     Attributes:
-        text_bytes: of ids, titles and texts, uncompressed: what the passages files will have.
-        rate: passages per second of one encoder on this machine.
+        passages: number of passages.
+        text_bytes: uncompressed bytes of ids, titles and texts: the size of the index's passage files.
+        dimension: dimension of the encoder's vectors.
+        rate: throughput of one encoder on this machine, in passages per second.
     """
 
     passages: int
@@ -210,10 +258,10 @@ class Corpus:
 
 
 def survey(files: list[RowRange], encoder: Encoder, batch_size: int) -> Corpus:
-    """Read the footers, and encode a sample."""
+    """Count passages and bytes from the footers, and measure the encoder's throughput on a sample."""
     batches = [batch.passages for sample in spread_samples(files, SAMPLE) for batch in sample.read()]
     texts = [passage_text(row["title"], row["text"]) for batch in batches for row in batch.to_pylist()]
-    encoder.encode(texts[:batch_size], batch_size)  # the first batch warms up
+    encoder.encode(texts[:batch_size], batch_size)  # warm-up
     begun = time.monotonic()
     encoder.encode(texts, batch_size)
     rate = len(texts) / (time.monotonic() - begun)

@@ -1,4 +1,4 @@
-"""What comes out: unit files, manifest, success marker and dataset card of an annotated set.
+"""The files of an annotated set: unit files, manifest, success marker and dataset card.
 
 The visible data files are the commit log.
 """

@@ -1,7 +1,7 @@
-"""The dataset card of an annotated set: what produced it, what its columns mean, how to open it.
+"""Write the dataset card of an annotated set: its origin, the meanings of its columns, and how to load it.
 
-Its front matter is that of https://huggingface.co/docs/hub/datasets-manual-configuration: ``datasets.load_dataset`` on
-the folder, or on its copy on the hub, gives the answers, and the rows that failed as a second configuration.
+The front matter follows https://huggingface.co/docs/hub/datasets-manual-configuration: ``datasets.load_dataset`` on the
+folder, or on its copy on the hub, returns the answers; the failed rows are a second configuration.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ from pipeline.output.folder import OutputFolder
 from pipeline.output.schema import MEANINGS
 from pipeline.storage.parquet import read_footer
 
-# Hexadecimal digits of a digest that are shown.
+# Hexadecimal digits to which digests are shortened.
 SHOWN = 12
 SIZES = ("n<1K", "1K<n<10K", "10K<n<100K", "100K<n<1M", "1M<n<10M", "10M<n<100M", "100M<n<1B", "1B<n<10B")
 
@@ -24,7 +24,8 @@ class FinishedSet:
     """A finished annotated set, as its manifest and files describe it.
 
     Attributes:
-        schemas: of the configurations ``data`` and, where a row failed, ``errors``.
+        manifest: content of the manifest.
+        schemas: schemas of the configurations ``data`` and, if a row failed, ``errors``.
     """
 
     manifest: Mapping[str, Any]
@@ -32,11 +33,11 @@ class FinishedSet:
 
     @classmethod
     def of(cls, folder: OutputFolder) -> "FinishedSet":
-        """Look at a folder.
+        """Read the manifest and the schemas of a folder.
 
         Raises:
-            ValueError: no finished set is there.
-            StorageError: storage does not answer.
+            ValueError: the folder holds no finished set.
+            StorageError: the storage cannot be read.
         """
         manifest = folder.manifest()
         if manifest is None or not folder.finished():
@@ -47,16 +48,17 @@ class FinishedSet:
 
     @property
     def answered(self) -> int:
-        """Rows of ``data``."""
+        """Number of rows in ``data``."""
         return int(self.manifest["counts"]["rows"] - self.manifest["counts"]["errors"])
 
 
 def dataset_card(found: FinishedSet, title: str, licence: str | None) -> str:
-    """The card, as Markdown with a YAML front matter.
+    """Return the card as Markdown with a YAML front matter.
 
     Args:
-        title: the set's name, on the hub if it is there.
-        licence: an identifier of https://huggingface.co/docs/hub/repositories-licenses.
+        found: the annotated set.
+        title: name of the set, on the hub if it is published there.
+        licence: identifier from https://huggingface.co/docs/hub/repositories-licenses.
     """
     parts = [
         f"---\n{_front_matter(found, title, licence)}\n---",
@@ -128,7 +130,7 @@ def _origin(manifest: Mapping[str, Any]) -> dict[str, str]:
 
 
 def finished(manifest: Mapping[str, Any]) -> str:
-    """When the run ended, as the card says it: a card is of the run whose time it holds."""
+    """Return the run's end time as the card shows it, which identifies the run that a card describes."""
     return str(manifest.get("finished", ""))[:19]
 
 
@@ -144,7 +146,7 @@ def _settings(manifest: Mapping[str, Any]) -> str:
 
 
 def columns_table(schema: pa.Schema) -> str:
-    """What the columns mean, those of the query set together."""
+    """Return a table of the meanings of columns; the columns of the query set share one line."""
     known = {name for names in MEANINGS for name in names}
     own = [name for name in schema.names if name not in known]
     rows = {_listed(own): "as the query set has them"} if own else {}
@@ -159,7 +161,7 @@ def _listed(names: list[str]) -> str:
 
 
 def _code(name: str) -> str:
-    """A name of somebody's data, as code: nothing in it is Markdown."""
+    """Format a name from the user's data as code, so that nothing in it is read as Markdown."""
     return f"`{' '.join(name.replace('`', chr(39)).split())}`"
 
 

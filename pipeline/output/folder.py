@@ -1,7 +1,7 @@
-"""The output folder: atomic unit files, manifest, success marker, and what an earlier run left.
+"""Read and write the output folder: atomic unit files, manifest and success marker.
 
-The visible data files are the commit log. A unit writes its errors file first and its data file last and
-always, both under names that follow from the unit, so a unit that runs twice writes the same files.
+The visible data files are the commit log. A unit writes its errors file first, if it has errors, and always its data
+file last. Both names are derived from the unit id, so a unit that runs twice writes the same files.
 """
 
 import json
@@ -23,21 +23,24 @@ FORMAT_VERSION = 1
 REPORT = "report.html"
 CARD = "README.md"
 UNIT_FILE = re.compile(r"part-[0-9a-f]{20}\.parquet")
-# Where a data file keeps when its unit was begun and ended.
+# Metadata key of a data file for the start and end times of its unit.
 TIMES = b"selfrag.times"
 
 
 @dataclass(frozen=True)
 class UnitSummary:
-    """What became of one unit.
+    """Counts of a finished unit.
 
     Attributes:
-        rows: all of its rows, failed ones included.
-        errors: failed rows by error type.
-        retrieved: answered rows that used a passage.
-        generated_tokens, prompt_tokens: of its answered rows.
-        began, ended: when an actor took it up, after its engine's first request, and had annotated it, in seconds
-            since the epoch; None where unknown.
+        unit: id of the unit.
+        rows: number of rows, failed ones included.
+        errors: number of failed rows by error type.
+        retrieved: number of answered rows that used a passage.
+        generated_tokens: tokens generated for answered rows.
+        prompt_tokens: prompt tokens of answered rows.
+        began: time when an actor started the unit, after the engine's first request, in seconds since the epoch;
+            None if unknown.
+        ended: time when all rows were annotated, in seconds since the epoch; None if unknown.
     """
 
     unit: str
@@ -50,13 +53,13 @@ class UnitSummary:
     ended: float | None = None
 
     def record(self) -> dict[str, Any]:
-        """What the manifest says of it."""
+        """Return the unit's entry in the manifest."""
         return {"rows": self.rows, "errors": sum(self.errors.values()), "began": self.began, "ended": self.ended}
 
 
 @dataclass(frozen=True)
 class OutputFolder:
-    """One annotated set."""
+    """The folder of an annotated set."""
 
     location: Location
 
@@ -69,10 +72,10 @@ class OutputFolder:
         return self.location / "_SUCCESS"
 
     def manifest(self) -> dict[str, Any] | None:
-        """The manifest; None where no run has begun here.
+        """Read the manifest; None if no run has started here.
 
         Raises:
-            ValueError: it is not one of ours.
+            ValueError: the file is not a manifest of this format version.
         """
         if not self._manifest.exists():
             return None
@@ -89,25 +92,25 @@ class OutputFolder:
         return self._success.exists()
 
     def data_files(self) -> list[Location]:
-        """Finished units' files."""
+        """List the data files, one for each finished unit."""
         return (self.location / "data").files(".parquet")
 
     def done_units(self) -> frozenset[str]:
-        """Ids of the units whose data file is there."""
+        """Return the ids of the finished units: those that have a data file."""
         return frozenset(unit_of(file) for file in self.data_files())
 
     def foreign(self) -> str | None:
-        """A file that no run of ours has written, in a folder without manifest; None where there is none.
+        """Return the URI of a file that no run has written, in a folder without a manifest; None if there is none.
 
-        A dataset card may be of a set that was cleared away.
+        A dataset card does not count: it may be left over from a set that was deleted.
         """
         found = [file for file in self.location.files() if file.path != (self.location / CARD).path]
         return found[0].uri if found and not self._manifest.exists() else None
 
     def clear(self) -> None:
-        """Delete what a run has written and nothing else; the success marker first, the manifest last.
+        """Delete the files that runs have written and nothing else; the success marker first, the manifest last.
 
-        Until the manifest is gone the folder can be told from somebody else's.
+        As long as the manifest exists, the folder is recognized as an annotated set.
         """
         if self._success.exists():
             self._success.delete()
@@ -120,13 +123,13 @@ class OutputFolder:
                 file.delete()
 
     def begin(self, manifest: dict[str, Any]) -> None:
-        """Record what is about to run; a success marker of before no longer holds."""
+        """Write the manifest of a run that starts; removes a stale ``_SUCCESS``."""
         if self._success.exists():
             self._success.delete()
         self._write_manifest({**manifest, "status": "running"})
 
     def finish(self, manifest: dict[str, Any]) -> None:
-        """Record what ran, then mark success."""
+        """Write the manifest of a finished run, then ``_SUCCESS``."""
         self._write_manifest({**manifest, "status": "finished"})
         self._success.write(b"")
 
@@ -142,11 +145,16 @@ class OutputFolder:
         keep_candidates: bool,
         times: tuple[float, float] | None = None,
     ) -> UnitSummary:
-        """Write a unit's two files; one that is finished is left as it is, since two files cannot be replaced at once.
+        """Write the data file of a unit, and its errors file if rows failed.
+
+        The files of a finished unit are kept, since two files cannot be replaced atomically.
 
         Args:
-            annotated: input, answer and error columns together; a row is an error where ``error_type`` is set.
-            times: when the unit was begun and ended; kept in the data file's metadata, so that they survive a resume.
+            unit: id of the unit.
+            annotated: input, answer and error columns; rows with an ``error_type`` have failed.
+            inputs: schema of the query set.
+            keep_candidates: whether to write the columns of candidates.
+            times: start and end of the unit; kept in the data file's metadata, so that they survive a resume.
         """
         errors_file = self.location / "errors" / f"part-{unit}.parquet"
         if self._data_file(unit).exists():
@@ -158,7 +166,7 @@ class OutputFolder:
         if errors.num_rows:
             errors_file.write(encode_parquet(errors))
         elif errors_file.exists():
-            errors_file.delete()  # of an attempt that died before its data file
+            errors_file.delete()  # left by an attempt that died before it wrote the data file
         self._data_file(unit).write(encode_parquet(answers))
         return summarise_unit(unit, answers, errors)
 
@@ -166,17 +174,17 @@ class OutputFolder:
         return self.location / "data" / f"part-{unit}.parquet"
 
     def withdraw(self, unit: str) -> None:
-        """Make a finished unit unfinished, so that it is annotated again."""
+        """Delete the unit's data file, so that it is annotated again."""
         self._data_file(unit).delete()
 
     def error_rows(self, units: Iterable[str]) -> int:
-        """Rows of these units that are in ``errors/``."""
+        """Count the rows of units in ``errors/``."""
         wanted = frozenset(units)
         files = [file for file in (self.location / "errors").files(".parquet") if unit_of(file) in wanted]
         return sum(table.num_rows for table in map_in_threads(lambda file: read_columns(file, ["error_type"]), files))
 
     def summaries(self, units: Iterable[str]) -> list[UnitSummary]:
-        """What the files of these units hold; a unit without a data file is left out.
+        """Count the rows of finished units; units without a data file are left out.
 
         Raises:
             StorageError: a file cannot be read.
@@ -212,16 +220,16 @@ def summarise_unit(unit: str, answers: pa.Table, errors: pa.Table) -> UnitSummar
 
 
 def is_unit_file(file: Location, folder: str) -> bool:
-    """Whether a file is a unit's, in ``data`` or ``errors``."""
+    """Whether a file is a unit file in ``folder``, which is ``data`` or ``errors``."""
     *_, parent, _ = ["", *file.path.split("/")]
     return parent == folder and UNIT_FILE.fullmatch(file.name) is not None
 
 
 def unit_of(file: Location) -> str:
-    """The unit id in a unit file's name."""
+    """Return the unit id in the name of a unit file."""
     return file.name.removeprefix("part-").removesuffix(".parquet")
 
 
 def columns_of(manifest: Mapping[str, Any]) -> Columns:
-    """Which column of an annotated set holds what."""
+    """Return the names of the query set's columns that an annotated set was made with."""
     return Columns.model_validate(manifest.get("configuration", {}).get("columns", {}))

@@ -1,4 +1,4 @@
-"""Arrow at the border: rows in → Query, Answer → rows out. The output's nested types are constants."""
+"""Define the Arrow schemas of an annotated set, and convert answers to its rows."""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -24,7 +24,7 @@ SEGMENT = pa.struct(
         *CRITIQUE_FIELDS,
     ]
 )
-# Everything that choosing again needs: candidates are a tree, and ``parent`` is a place in the same list.
+# Everything that rescoring needs. Candidates are a tree: ``parent`` is an index into the same list.
 CANDIDATE = pa.struct(
     [
         pa.field("parent", pa.int32()),
@@ -77,14 +77,14 @@ ANSWER_FIELDS = [
     pa.field("passages", pa.list_(PASSAGE)),
     pa.field("usage", USAGE),
 ]
-# On request: every scored candidate, and every passage that was read, once.
+# With ``decoding.keep_candidates``: every scored candidate, and every passage that was read, once.
 CANDIDATE_FIELDS = [pa.field("candidates", pa.list_(CANDIDATE)), pa.field("evidence", pa.list_(PASSAGE))]
 ERROR_FIELDS = [
     pa.field("error_type", pa.string()),
     pa.field("error_message", pa.string()),
     pa.field("attempts", pa.int32()),
 ]
-# Meanings of the output columns: the dataset card shows them, and a test compares infra/DATA.md with them.
+# Shown in the dataset card; a test compares infra/DATA.md with them.
 MEANINGS: Mapping[tuple[str, ...], str] = {
     ("answer", "raw_output"): "without and with reflection tokens",
     ("retrieved", "retrieve_probability"): (
@@ -113,30 +113,30 @@ RESERVED = frozenset(f.name for f in [*ANSWER_FIELDS, *CANDIDATE_FIELDS, *ERROR_
 
 
 def columns_digest() -> str:
-    """Digest of the columns that a run adds: rows of other columns do not go into one output."""
+    """Return a digest of the columns that a run adds; a run is resumed only if its output has the same."""
     fields = pa.schema([*ANSWER_FIELDS, *CANDIDATE_FIELDS, *ERROR_FIELDS])
     return hashlib.sha256(str(fields).encode()).hexdigest()[:12]
 
 
 def passed_through(schema: pa.Schema) -> pa.Schema:
-    """Input columns as the output has them: one whose name the output needs becomes ``input_NAME``."""
+    """Return the input columns as the output names them: a reserved name becomes ``input_NAME``."""
     names = [f"input_{name}" if name in RESERVED else name for name in schema.names]
     return pa.schema([field.with_name(name) for field, name in zip(schema, names, strict=True)])
 
 
 def data_schema(inputs: pa.Schema, keep_candidates: bool) -> pa.Schema:
-    """Schema of ``data/*.parquet``."""
+    """Return the schema of ``data/*.parquet``."""
     extra = CANDIDATE_FIELDS if keep_candidates else []
     return pa.schema([*passed_through(inputs), *ANSWER_FIELDS, *extra])
 
 
 def error_schema(inputs: pa.Schema) -> pa.Schema:
-    """Schema of ``errors/*.parquet``."""
+    """Return the schema of ``errors/*.parquet``."""
     return pa.schema([*passed_through(inputs), *ERROR_FIELDS])
 
 
 def answer_row(answer: Answer) -> dict[str, Any]:
-    """An answer as the values of the output columns."""
+    """Convert an answer to the values of the output columns."""
     return {
         "answer": answer.answer,
         "raw_output": answer.raw_output,

@@ -1,4 +1,1 @@
-"""What comes in: query sets, checked and cut into units, and what they are imported from.
-
-A row becomes a query here.
-"""
+"""Query sets: import from other sources, validation, selection of new rows, and division into units."""

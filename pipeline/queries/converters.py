@@ -1,4 +1,4 @@
-"""A source's row → a row of the query set. Datasets whose columns are known are in ``imports.yaml``."""
+"""Convert a source's rows to rows of a query set. The columns of known datasets are in ``converters.yaml``."""
 
 import hashlib
 import json
@@ -19,14 +19,14 @@ from pipeline.config.sections import Columns
 from pipeline.queries.schema import QUERY_FIELDS, query_of
 
 BUILT_IN = Path(__file__).with_suffix(".yaml")
-# A list that is written out, as in PopQA's possible_answers; [1] alone is text.
+# A list in JSON within a string, as in PopQA's possible_answers; a string such as [1] is text.
 WRITTEN_LIST = re.compile(r"""\s*\[\s*(["'\]])""")
 
 Row = dict[str, Any]
 
 
 class KnownDataset(Frozen):
-    """A dataset whose columns are known; attributes as in ``imports.yaml``."""
+    """A dataset whose columns are known; attributes as in ``converters.yaml``."""
 
     source: str
     name: str | None = None
@@ -37,22 +37,22 @@ class KnownDataset(Frozen):
 
 @cache
 def known_datasets() -> dict[str, KnownDataset]:
-    """The datasets that come with the project, by name."""
+    """Return the datasets that come with the project, by name."""
     return {name: KnownDataset.model_validate(d) for name, d in yaml.safe_load(BUILT_IN.read_text("utf-8")).items()}
 
 
 @dataclass(frozen=True)
 class ColumnMapping:
-    """How a row becomes a query.
+    """The mapping from a source's columns to those of a query set.
 
     Attributes:
-        columns: for columns of the query set, the source's column or a dotted path into a nested one; others have
-            their own names.
-        task: of every row; by default what the source says.
-        drop: columns of the source that are left out, once ``columns`` has had what it wants of them.
+        columns: maps columns of the query set to columns of the source, or to dotted paths into nested ones; columns
+            that are not mapped are read under their own names.
+        task: task of every row; by default the source's column ``task``.
+        drop: columns of the source that are left out of the result; ``columns`` may still read them.
 
     Raises:
-        ValueError: a column is none of the query set's.
+        ValueError: ``columns`` maps a column that query sets do not have.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
@@ -65,10 +65,10 @@ class ColumnMapping:
                 raise ValueError(f"--column {column}=…: a query set has the columns {', '.join(CONVERTERS)}")
 
     def apply(self, values: Mapping[str, Any]) -> Row:
-        """The row: the query set's columns, null where the source has nothing, then the others as they are.
+        """Convert a row: the query set's columns, null if the source has no value, then its other columns unchanged.
 
         Raises:
-            ValueError: a value is not what its column holds; names the column.
+            ValueError: a value cannot be converted to its column's type; names the column.
         """
         row: Row = dict.fromkeys(CONVERTERS)
         for column, path in self._paths.items():
@@ -85,18 +85,18 @@ class ColumnMapping:
 
     @cached_property
     def _paths(self) -> dict[str, str]:
-        """Where each column is; what another column is made of has no second meaning of its own."""
+        """The source's path of each column; a column that is mapped or dropped is not also read under its own name."""
         taken = {*self.columns.values(), *self.drop}
         return {**{column: column for column in CONVERTERS if column not in taken}, **self.columns}
 
     @cached_property
     def _taken(self) -> frozenset[str]:
-        """Columns of the source that do not pass through."""
+        """The columns of the source that do not pass through."""
         return frozenset([*self.columns.values(), *self.drop, *CONVERTERS])
 
 
 def value_at(values: Mapping[str, Any], path: str) -> Any:
-    """What stands at a dotted path; from a list, what each of its items has there; None where there is nothing."""
+    """Return the value at a dotted path, or None; a list on the path yields the list of its items' values."""
     if path in values:
         return values[path]
     found: Any = values
@@ -112,10 +112,10 @@ def _member(value: Any, name: str) -> Any:
 
 
 def text(value: Any) -> str | None:
-    """Text; a number or truth value as JSON writes it; None where it is blank.
+    """Convert a value to text: a number or boolean to its JSON form, null or blank text to None.
 
     Raises:
-        ValueError: it is something else, or not UTF-8.
+        ValueError: the value is of another type, or not UTF-8.
     """
     if value is None:
         return None
@@ -131,9 +131,9 @@ def text(value: Any) -> str | None:
 
 
 def texts(value: Any) -> list[str] | None:
-    """All texts of a list, of lists in it, or of one written in JSON; a text alone is a list of one.
+    """Flatten a list, nested lists, or a list in JSON to its texts; a single text becomes a list of one.
 
-    Blank ones and repetitions are left out.
+    Blank and repeated texts are left out.
     """
     if isinstance(value, str) and WRITTEN_LIST.match(value):
         value = _written(value)
@@ -150,17 +150,17 @@ def _flat(value: Any) -> Iterator[Any]:
 
 
 def sets_of_texts(value: Any) -> list[list[str]] | None:
-    """Sets of short answers."""
+    """Convert a list to sets of short answers; empty sets are left out."""
     return [found for found in map(texts, _items(value)) if found] or None
 
 
 def options(value: Any) -> list[Any] | None:
-    """Choices: texts, or objects with a label and a text, which :func:`with_letters` takes up."""
+    """Convert a list to choices: texts, or objects with a label and a text, which :func:`with_letters` replaces."""
     return [item if _is_labelled(item) else text(item) for item in _items(value)] or None
 
 
 def passages(value: Any) -> list[Row] | None:
-    """Given passages; their other fields are left out."""
+    """Convert a list to given passages; fields other than id, title and text are left out."""
     found = _items(value)
     for item in found:
         if not isinstance(item, dict):
@@ -169,7 +169,7 @@ def passages(value: Any) -> list[Row] | None:
 
 
 def _items(value: Any) -> list[Any]:
-    """The items of a list, of one written in JSON, or of an object of equally long lists."""
+    """Return the items of a list, of a list in JSON, or of an object of equally long lists."""
     if isinstance(value, str) and value.strip():
         value = _written(value)
     if isinstance(value, dict) and value and all(isinstance(member, list) for member in value.values()):
@@ -198,13 +198,14 @@ def _kind(value: Any) -> str:
 
 
 def with_letters(row: Row) -> Row:
-    """A row whose choices have labels, as in ARC: they become A, B, …, and the query ends in what these stand for.
+    """Replace labelled choices, as in ARC, by the letters A, B, …, and append their texts to the query.
 
-    The labels, which are A to E or 1 to 4 in ARC, become letters in the answers too. So asks the released script
-    (github.com/AkariAsai/self-rag, ``run_short_form.py``), and so the profile ``arc_challenge`` wants it.
+    Labels in the answers are replaced too; in ARC they are A to E or 1 to 4. The released script
+    (github.com/AkariAsai/self-rag, ``run_short_form.py``) prompts in this form, and the profile ``arc_challenge``
+    expects it. Rows without labelled choices are returned unchanged.
 
     Raises:
-        ValueError: a choice has no label, or another's.
+        ValueError: a choice has no label, two have the same, or there are more than 26 choices.
     """
     choices = row["choices"] or []
     if not row["query"] or not any(map(_is_labelled, choices)):
@@ -236,13 +237,17 @@ assert list(CONVERTERS) == QUERY_FIELDS.names
 
 @dataclass
 class Ids:
-    """Gives every row an id of its own. Its first row says whether a source has ids.
+    """Assigns a unique id to every row. The first row decides whether the source has ids.
 
-    Where it has none, an id is the digest of what is asked: query, input, choices and given passages. It stays the same
-    when rows are added, left out or sorted, and when gold answers are mended, which a row's number or a digest of the
-    whole row would not. What is asked again has the same digest; from the second time on it ends in -2, -3, …
+    If it has none, the id is a digest of query, input, choices and given passages. Unlike a row number or a digest of
+    the whole row, it stays the same if rows are added, removed or sorted, or gold answers are corrected. Rows with
+    equal digests are numbered: from the second on, the id ends in -2, -3, …
 
     Memory: all ids.
+
+    Attributes:
+        seen: number of rows so far with each id, before numbering.
+        made: whether ids are generated; None before the first row.
     """
 
     seen: Counter[str] = field(default_factory=Counter)
@@ -252,7 +257,7 @@ class Ids:
         """Set the row's id.
 
         Raises:
-            ValueError: it has none where others have, or the reverse, or another row has the same.
+            ValueError: this row has an id and the first has none, or the reverse, or an earlier row has the same id.
         """
         if self.made is None:
             self.made = row["id"] is None
@@ -271,25 +276,25 @@ class Ids:
 
 
 def content_id(row: Mapping[str, Any]) -> str:
-    """20 hexadecimal digits that follow from what is asked."""
+    """Return a digest of query, input, choices and given passages: 20 hexadecimal digits."""
     asked = [row[name] for name in ("query", "input", "choices", "passages")]
     return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()[:20]
 
 
 def check_row(row: Mapping[str, Any]) -> None:
-    """Refuse what ``jobs.annotate`` would answer with an error row, whatever the model.
+    """Reject a row that ``jobs.annotate`` would write to ``errors/`` with any model.
 
     Raises:
-        ValueError: the query is empty, a choice is null, or a given passage has no id or another's.
+        ValueError: the query is empty, a choice is null, a given passage has no id, or two have the same.
     """
     query_of(row, Columns()).check()
 
 
 def checked_columns(options: Iterable[str]) -> dict[str, str]:
-    """``NAME=PATH`` options by name.
+    """Parse options of the form ``NAME=PATH`` to paths by name.
 
     Raises:
-        ValueError: one has another form.
+        ValueError: an option has another form.
     """
     pairs = {option: option.partition("=") for option in options}
     for option, (name, _, path) in pairs.items():

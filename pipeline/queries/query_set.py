@@ -1,4 +1,4 @@
-"""The query set: checked from its footers and its ids, and cut into work units."""
+"""Check a query set and divide it into units."""
 
 import hashlib
 import threading
@@ -18,19 +18,22 @@ from pipeline.storage.location import Location, locate, one_line
 from pipeline.storage.parquet import list_parquet, read_footer, read_parquet
 
 READ_BYTES = 8 * 2**20
-# An actor's units begin together, and a row group may be large: the first one reads it, the others wait for it.
+# The units of an actor start at the same time, and a row group may be large: only one of them reads it.
 READING = threading.Lock()
 
 
 @dataclass(frozen=True)
 class Unit:
-    """A range of rows of one row group: one read, one actor call, one output file.
+    """A range of rows of one row group: one actor call, one output file.
 
     Attributes:
         id: hexadecimal digest of the file's content and the range; the same in every run on the same files.
-        uri: of the Parquet file.
+        uri: URI of the Parquet file.
+        row_group: number of the row group in the file, from 0.
         offset: first row within the row group.
-        size, digest: the file's bytes, and the hexadecimal digest of its content.
+        rows: number of rows.
+        size: size of the file in bytes.
+        digest: hexadecimal digest of the file's content.
     """
 
     id: str
@@ -47,10 +50,13 @@ class QuerySet:
     """A checked query set.
 
     Attributes:
-        schema: of every file.
-        digest: of all units together: the identity of the query set as cut.
-        given: whether it has a column of given passages.
-        tasks: rows by task; those without one are not among them.
+        schema: schema of every file.
+        units: all units, in the order of files and rows.
+        files: number of files.
+        rows: number of rows.
+        digest: digest of all unit ids: the identity of the query set and of its division into units.
+        given: whether there is a column of given passages.
+        tasks: number of rows by task; rows without a task are not counted.
     """
 
     schema: pa.Schema
@@ -63,14 +69,14 @@ class QuerySet:
 
 
 def inspect_queries(location: Location, columns: Columns, unit_rows: int) -> QuerySet:
-    """Check a query set and plan its work units.
+    """Check a query set and divide it into units.
 
-    Every file is read once, since its content is its identity: a resumed run must not mix the answers of two sets.
+    Every file is read in full, since its content is its identity: a resumed run must not mix the answers of two sets.
     Driver memory: all ids of the set at once while they are compared.
 
     Raises:
-        ValueError: there is no Parquet, a file is unreadable or of another schema, a column is missing or of
-            the wrong type, an id is null or appears twice, or there are no rows.
+        ValueError: there are no Parquet files, a file is unreadable or has another schema, a column is missing or of
+            the wrong type, an id is null or not unique, or there are no rows.
         StorageError: the storage cannot be read.
     """
     files = list_parquet(location)
@@ -94,7 +100,7 @@ def inspect_queries(location: Location, columns: Columns, unit_rows: int) -> Que
 
 
 def query_ids(queries: QuerySet, column: str, storage: StorageConfig) -> pa.ChunkedArray:
-    """All ids, in the order of the units: large_string.
+    """Read all ids, in the order of the units: large_string.
 
     Raises:
         StorageError: the storage cannot be read.
@@ -172,7 +178,7 @@ def _content_digest(file: Location) -> tuple[int, str]:
 
 
 def _decode(stream: Any) -> None:
-    """Read every page: a damaged one shall not end a run in its middle."""
+    """Read every page, so that a damaged one is found before the run starts."""
     for _ in pq.ParquetFile(stream).iter_batches():
         pass
 
@@ -192,7 +198,7 @@ def _units(file: Location, footer: pq.FileMetaData, unit_rows: int) -> Iterator[
 def _row_group(
     uri: str,
     size: int,
-    digest: str,  # noqa: ARG001  a process may outlive a run, and the file be another one in the next
+    digest: str,  # noqa: ARG001  part of the cache key: a process may outlive a run, and the file may change
     group: int,
     storage: StorageConfig,
 ) -> pa.Table:
@@ -208,11 +214,13 @@ def _row_group(
 
 
 def read_unit(unit: Unit, storage: StorageConfig) -> pa.Table:
-    """The rows of a unit. The last row group stays in memory, since its other units tend to follow. Safe from threads.
+    """Read the rows of a unit; thread-safe.
+
+    The last row group stays in memory, since the other units of it tend to follow.
 
     Raises:
-        ValueError: the file has another size than when the run was planned. One that was replaced by another of the
-            same size is not noticed: that would take a digest of all of it, in every process.
+        ValueError: the size of the file has changed since the run was planned. A change that keeps the size is not
+            detected: every process would have to compute the digest of the whole file.
         StorageError: the storage cannot be read.
     """
     with READING:

@@ -1,4 +1,4 @@
-"""The columns of a query set: their types, and a row as a query."""
+"""Check the columns of a query set, and convert its rows to queries."""
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -32,7 +32,7 @@ def _is_texts(kind: pa.DataType) -> bool:
     return _is_list(kind) and _is_text(kind.value_type)
 
 
-# What a query set may hold; other columns pass through.
+# Other columns pass through.
 QUERY_FIELDS = pa.schema(
     [
         pa.field("id", pa.string()),
@@ -51,7 +51,7 @@ QUERY_FIELDS = pa.schema(
 TypeCheck = tuple[Callable[[pa.DataType], bool], str]
 
 
-# What answers are judged by; the evaluation reads these columns.
+# Columns that the evaluation reads.
 GOLD_TYPES: Mapping[str, TypeCheck] = {
     "answers": (_is_texts, "list<string>"),
     "short_answers": (lambda kind: _is_list(kind) and _is_texts(kind.value_type), "list<list<string>>"),
@@ -60,10 +60,15 @@ GOLD_TYPES: Mapping[str, TypeCheck] = {
 
 
 def check_types(schema: pa.Schema, wanted: Mapping[str, TypeCheck], source: str) -> None:
-    """Check the columns that are there; a column of nulls has no type yet.
+    """Check the types of columns; missing columns, and columns of Arrow's null type, pass.
+
+    Args:
+        schema: schema to check.
+        wanted: test of the type, and its name for messages, by column.
+        source: URI of the file, for messages.
 
     Raises:
-        ValueError: one is of another type than wanted.
+        ValueError: a column has another type.
     """
     for column, (fits, name) in wanted.items():
         if column in schema.names and not pa.types.is_null(kind := schema.field(column).type) and not fits(kind):
@@ -71,10 +76,15 @@ def check_types(schema: pa.Schema, wanted: Mapping[str, TypeCheck], source: str)
 
 
 def check_query_schema(schema: pa.Schema, columns: Columns, source: str) -> None:
-    """Check a query set's columns.
+    """Check the columns of a query set.
+
+    Args:
+        schema: schema of a file.
+        columns: names of the columns.
+        source: URI of the file, for messages.
 
     Raises:
-        ValueError: a column is missing, of the wrong type, or stands where an output column must go.
+        ValueError: a column is missing or of the wrong type, or two have the same name or would have it in the output.
     """
     for column in (columns.id, columns.query):
         if column not in schema.names:
@@ -104,7 +114,7 @@ Row = dict[str, Any] | UnicodeDecodeError
 
 
 def read_rows(table: pa.Table) -> list[Row]:
-    """Rows as Python has them; an error in the place of one whose text is not UTF-8, which Arrow does not check."""
+    """Convert a table to rows; a row whose text is not UTF-8, which Arrow does not check, is replaced by the error."""
     try:
         return list(table.to_pylist())
     except UnicodeDecodeError:
@@ -120,10 +130,10 @@ def _read_row(table: pa.Table) -> Row:
 
 
 def query_of(row: Mapping[str, Any], columns: Columns) -> Query:
-    """One input row as a query; absent columns and nulls mean the same.
+    """Convert an input row to a query; a missing column is treated as null.
 
     Raises:
-        ValueError: a choice is null, or a given passage cannot be told from another.
+        ValueError: a choice is null, a given passage is null or has no id, or two have the same id.
     """
     given = row.get(columns.passages)
     choices = tuple(row.get(columns.choices) or ())
@@ -141,10 +151,10 @@ def query_of(row: Mapping[str, Any], columns: Columns) -> Query:
 
 
 def _given(rows: Sequence[Mapping[str, Any] | None]) -> tuple[Passage, ...]:
-    """Given passages.
+    """Convert given passages.
 
     Raises:
-        ValueError: one is null, has no id, or has another's.
+        ValueError: a passage is null or has no id, or two have the same id.
     """
     passages: dict[str, Passage] = {}
     for place, row in enumerate(rows):

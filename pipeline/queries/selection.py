@@ -1,7 +1,7 @@
-"""Queries that no earlier run has dealt with: what a run every night over a growing query set has to do.
+"""Select the queries that no earlier run has finished, for recurring runs over a growing query set.
 
-The choice is made once, and kept beside the output before anything is annotated: the same command goes on with the same
-rows, whatever is asked or answered meanwhile.
+The selection is made once and stored in the output folder before any row is annotated, so that the same command resumes
+with the same rows, whatever has been added to the query set or annotated in the meantime.
 """
 
 import json
@@ -18,24 +18,24 @@ from pipeline.queries.writer import FILE_ROWS, GROUP_ROWS
 from pipeline.storage.location import Location
 from pipeline.storage.parquet import encode_parquet, map_in_threads, read_columns
 
-# An error of the row itself: it would fail again.
+# The error type of invalid rows, which would fail again.
 OWN_FAULT = "ValueError"
-# A row that failed in so many sets for other reasons is not tried again.
+# Number of sets in which a row must have failed, for any reason, to be left out.
 TRIES = 2
 
 
 class NothingNewError(Exception):
-    """Earlier sets have dealt with all queries."""
+    """Earlier annotated sets have finished all queries."""
 
 
 @dataclass(frozen=True)
 class Earlier:
-    """Annotated sets of before.
+    """The annotated sets of earlier runs.
 
     Attributes:
-        folder: they lie somewhere below it.
-        apart_from: the set of this run, which does not count.
-        id_column: of the query sets.
+        folder: folder that holds the sets, at any depth.
+        apart_from: annotated set of this run, which is not read.
+        id_column: column of ids in the query sets.
     """
 
     folder: Location
@@ -43,10 +43,10 @@ class Earlier:
     id_column: str
 
     def known(self) -> pa.ChunkedArray:
-        """Ids that are dealt with: answered, failed by their own fault, or failed twice. large_string.
+        """Read the ids that are finished: answered, invalid, or failed in two sets. large_string.
 
         Raises:
-            ValueError: a set has no such column.
+            ValueError: a set has no column of ids.
             StorageError: a file cannot be read; names it.
         """
         own = f"{self.apart_from.path.rstrip('/')}/"
@@ -72,11 +72,11 @@ class Earlier:
 
 @dataclass(frozen=True)
 class Selection:
-    """The queries of a run that are new.
+    """The new queries of a run.
 
     Attributes:
-        folder: a query set.
-        known: queries that were left out.
+        folder: query set of the new queries.
+        known: number of queries that were left out.
     """
 
     folder: Location
@@ -84,13 +84,14 @@ class Selection:
 
     @classmethod
     def kept(cls, output: Location, queries: str) -> "Selection | None":
-        """That of a run that has begun; None where there is none.
+        """Return the selection that is stored in an output, or None.
 
         Args:
+            output: output folder of the run.
             queries: URI of the query set.
 
         Raises:
-            ValueError: it was chosen from another query set.
+            ValueError: the stored selection was made from another query set.
         """
         folder = output / "_queries"
         if not _record(folder).exists():
@@ -105,17 +106,20 @@ class Selection:
 
     @classmethod
     def choose(cls, queries: QuerySet, earlier: Earlier, storage: StorageConfig, scratch: Location) -> "Selection":
-        """Choose the queries that are new.
+        """Select the new queries and write them to a folder.
 
         Driver memory: the ids of all sets at once, and the rows of a file.
 
         Args:
-            scratch: an empty folder for them.
+            queries: query set to select from.
+            earlier: earlier annotated sets.
+            storage: access to object storage.
+            scratch: empty folder for the selected queries.
 
         Raises:
-            NothingNewError: there are none.
+            NothingNewError: there are no new queries.
             ValueError: an earlier set has no column of ids.
-            StorageError: storage does not answer.
+            StorageError: the storage cannot be read.
         """
         new = pc.invert(pc.is_in(query_ids(queries, earlier.id_column, storage), value_set=earlier.known()))
         if not (count := pc.sum(new).as_py()):
@@ -127,7 +131,7 @@ class Selection:
         return cls(scratch, queries.rows - count)
 
     def keep(self, output: Location, queries: str) -> "Selection":
-        """Put it beside the output, in the place of another one; its record comes last."""
+        """Store the selection in the output folder, replacing another one; the record is written last."""
         folder = output / "_queries"
         for file in [_record(folder), *folder.files(".parquet")]:
             if file.exists():
@@ -152,7 +156,7 @@ def _rows(queries: QuerySet, new: pa.ChunkedArray, storage: StorageConfig) -> It
 
 
 def _files(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """The rows of many tables in few."""
+    """Concatenate small tables into tables of at least ``FILE_ROWS`` rows; the last one may be smaller."""
     waiting: list[pa.Table] = []
     rows = 0
     for table in tables:

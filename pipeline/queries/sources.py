@@ -1,4 +1,7 @@
-"""Where queries come from: Hugging Face datasets, and files of rows. Read row by row, never whole but for ``.json``."""
+"""Read the rows of Hugging Face datasets and of files.
+
+Rows are streamed; only ``.json`` files are read into memory as a whole.
+"""
 
 import csv
 import io
@@ -22,19 +25,20 @@ from pipeline.storage.location import Location, locate, one_line
 from pipeline.storage.parquet import RowRange, read_footer, read_range
 
 HUB = "hf:"
-# Rows that a dataset gives at once.
+# Rows of a Hugging Face dataset that are read at a time.
 BATCH_ROWS = 1024
-# What ``save_to_disk`` leaves: of a dataset, of several splits.
+# Files that ``save_to_disk`` writes for a single dataset and for several splits.
 SAVED = ("state.json", "dataset_dict.json")
 
 
 @dataclass(frozen=True)
 class SourceRow:
-    """A row as its source has it.
+    """A row of a source.
 
     Attributes:
-        place: its file and number, from 0, for messages.
-        problem: why it cannot be read; then it has no values.
+        place: file and row number, from 0, for messages.
+        values: values by column; empty if the row cannot be read.
+        problem: reason why the row cannot be read.
     """
 
     place: str
@@ -44,7 +48,7 @@ class SourceRow:
 
 @dataclass(frozen=True)
 class Source:
-    """Rows, and the types of their columns as far as they are declared."""
+    """The rows of a source, and the declared types of its columns."""
 
     rows: Iterator[SourceRow]
     types: Mapping[str, pa.DataType]
@@ -52,11 +56,13 @@ class Source:
 
 @dataclass(frozen=True)
 class SourceRequest:
-    """What shall be read.
+    """A source to read.
 
     Attributes:
-        uri: ``hf:`` and the name of a dataset on the Hugging Face hub, or a file or folder anywhere.
-        name, split, revision: of a dataset; files have none.
+        uri: ``hf:`` and the name of a dataset on the Hugging Face hub, or the URI of a file or folder.
+        name: configuration of a Hugging Face dataset; None for files.
+        split: split of a Hugging Face dataset; None for files.
+        revision: revision of a dataset on the Hugging Face hub; None for files.
     """
 
     uri: str
@@ -66,13 +72,14 @@ class SourceRequest:
 
 
 def open_source(request: SourceRequest, storage: StorageConfig) -> Source:
-    """Find a source; its rows are read as they are asked for.
+    """Open a source; its rows are read lazily.
 
-    A folder that ``save_to_disk`` has left is a dataset; of any other, every file of a known kind is read. After
-    ``hf:`` may also stand a local folder: it is read as the hub would, by its card and by the names of its files.
+    A local folder that ``save_to_disk`` has written is read as a dataset; in any other folder, every file of a known
+    kind is read. ``hf:`` may also be followed by a local folder, which is then read like a repository on the hub, by
+    its dataset card and its file names.
 
     Raises:
-        ValueError: there is none, or it has no such configuration or split; one line.
+        ValueError: the source does not exist, or has no such configuration or split; one line.
         StorageError: the storage cannot be read.
     """
     if request.uri.startswith(HUB):
@@ -107,7 +114,7 @@ def _dataset_source(request: SourceRequest, opened: Callable[[SourceRequest], An
 
     with _datasets_errors(request.uri):
         dataset = _split(opened(request), request.split)
-    if dataset.features is None:  # nothing is known before it is read
+    if dataset.features is None:  # a streamed dataset without declared features
         return Source(_dataset_rows(request.uri, dataset, {}), {})
     names = {column: kind.names for column, kind in dataset.features.items() if isinstance(kind, ClassLabel)}
     types = {column.name: column.type for column in dataset.features.arrow_schema}
@@ -128,7 +135,7 @@ def _split(found: Any, wanted: str | None) -> Any:
 
 
 def _dataset_rows(uri: str, dataset: Any, names: Mapping[str, list[str]]) -> Iterator[SourceRow]:
-    """Rows of a dataset; a class by its name, -1 (no class) as null."""
+    """Yield the rows of a dataset; class labels become their names, and -1 (no class) becomes null."""
     first = 0
     with _datasets_errors(uri):
         for table in dataset.with_format("arrow").iter(batch_size=BATCH_ROWS):
@@ -198,7 +205,7 @@ def _file_rows(file: Location) -> Iterator[SourceRow]:
 
 @contextmanager
 def _open_text(file: Location) -> Iterator[IO[bytes]]:
-    """A text file, unpacked; a remote one as a temporary copy, so that it can be asked for again when that fails."""
+    """Open a text file, decompressed; a remote one is downloaded first, so that transient errors can be retried."""
     with tempfile.TemporaryDirectory(prefix="selfrag-import-") as folder:
         path = Path(file.path)
         if not file.local:
@@ -223,7 +230,7 @@ def _json_lines(stream: IO[bytes], uri: str) -> Iterator[SourceRow]:
 
 
 def _json(stream: IO[bytes], uri: str) -> Iterator[SourceRow]:
-    """A list of objects; where the file as a whole is not JSON, an object in each line."""
+    """Yield the objects of a list; a file that is not JSON as a whole is read as JSON Lines."""
     content = stream.read()
     try:
         values = json.loads(content.decode("utf-8-sig"))
@@ -241,9 +248,9 @@ def _json_row(place: str, values: Any) -> SourceRow:
 
 
 def _csv(stream: IO[bytes], uri: str, delimiter: str = ",") -> Iterator[SourceRow]:
-    """Rows of text under a header; an empty cell is null."""
+    """Yield the rows below the header; an empty cell is null."""
     csv.field_size_limit(sys.maxsize)
-    # What is not UTF-8 becomes surrogates, so that the row can be named.
+    # Bytes that are not UTF-8 become surrogates, so that the error can name the row.
     text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
     lines = csv.reader(text, delimiter=delimiter)
     header = next(lines, [])

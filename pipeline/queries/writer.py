@@ -1,4 +1,4 @@
-"""Rows → a query set: spooled on this machine, brought to one schema, checked whole, and only then published."""
+"""Write rows as a query set: spool them locally, unify their schema, check the whole set, then publish it."""
 
 import bisect
 import logging
@@ -20,13 +20,13 @@ from pipeline.storage.location import Location, one_line
 
 log = logging.getLogger(__name__)
 
-# Rows of a file, and of a row group, which a reader of the set has in memory as a whole.
+# Rows of a file, and of a row group; a reader holds whole row groups in memory.
 FILE_ROWS = 1 << 14
 GROUP_ROWS = 1 << 11
-# Stands in the folder while files come and go, and is no Parquet: half of a set cannot be taken for a whole one.
+# In the folder while its files are replaced. It is not valid Parquet, so a partial set is rejected by every reader.
 UNFINISHED = "import-unfinished.parquet"
 OWN_FILE = re.compile(rf"queries-\d{{5}}\.parquet|{re.escape(UNFINISHED)}")
-# What pyarrow raises where values do not fit a type, or each other.
+# Errors that pyarrow raises for values that do not fit a type, or each other.
 UNFIT = (pa.ArrowException, TypeError, ValueError, OverflowError)
 
 PlacedRow = tuple[str, Mapping[str, Any]]
@@ -34,12 +34,13 @@ PlacedRow = tuple[str, Mapping[str, Any]]
 
 @dataclass
 class Spool:
-    """Rows on their way, in files of ``FILE_ROWS``, each with the types that its values have.
+    """Local files of up to ``FILE_ROWS`` rows each; undeclared types are inferred for each file.
 
     Attributes:
-        types: of columns whose types are declared.
-        schemas: of the files so far.
-        filled: columns of the query set that some row has.
+        folder: local folder of the files.
+        types: declared types by column.
+        schemas: schemas of the files so far.
+        filled: columns of the query set that are not null in some row.
     """
 
     folder: Path
@@ -48,10 +49,10 @@ class Spool:
     filled: set[str] = field(default_factory=set)
 
     def write(self, rows: Iterable[PlacedRow]) -> None:
-        """Take all rows up.
+        """Write all rows to files.
 
         Raises:
-            ValueError: a column does not fit one type; names it and the row.
+            ValueError: the values of a column do not fit one type; names the column and the row.
         """
         rows, written = iter(rows), 0
         while batch := list(islice(rows, FILE_ROWS)):
@@ -63,10 +64,10 @@ class Spool:
             log.info("%d rows read", written)
 
     def tables(self) -> Iterator[pa.Table]:
-        """The files in one schema; a column of the query set that no row fills is left out.
+        """Read the files, cast to a common schema; columns of the query set without any value are left out.
 
         Raises:
-            ValueError: a column has values of types that do not go together; names it.
+            ValueError: the types of a column cannot be unified; names the column.
         """
         names = dict.fromkeys(name for schema in self.schemas for name in schema.names)
         kept = [name for name in names if name not in QUERY_FIELDS.names or name in self.filled]
@@ -116,13 +117,15 @@ def _common(name: str, schemas: Sequence[pa.Schema]) -> pa.Field:
 
 
 def write_query_set(spool: Spool, folder: Path, output: Location) -> QuerySet:
-    """Write the set to a local folder and check it as ``jobs.annotate`` will.
+    """Write the query set to a local folder and check it as ``jobs.annotate`` does.
 
     Args:
-        output: where it will lie, for messages.
+        spool: rows to write.
+        folder: local folder for the set.
+        output: folder to which the set will be published, for messages.
 
     Raises:
-        ValueError: it is no query set.
+        ValueError: Parquet cannot hold a column, or the rows are not a valid query set.
     """
     for number, table in enumerate(spool.tables()):
         try:
@@ -136,10 +139,11 @@ def write_query_set(spool: Spool, folder: Path, output: Location) -> QuerySet:
 
 
 def check_free(output: Location, overwrite: bool) -> None:
-    """Refuse an output where something lies.
+    """Check that an output can be written.
 
     Raises:
-        ValueError: it holds other files than an import's, or those, and they shall not be replaced.
+        ValueError: the output is a file, holds files that no import has written, or holds a query set and ``overwrite``
+            is not set.
     """
     if output.kind() == fs.FileType.File:
         raise ValueError(f"--output {output.uri} is a file; name a folder")
@@ -156,10 +160,10 @@ def _name(file: Location, folder: Location) -> str:
 
 
 def publish_query_set(folder: Path, output: Location) -> None:
-    """Put the set in its place, whole files one by one, and make what lay there go.
+    """Replace the files in the output by those of the set, one by one.
 
     Raises:
-        StorageError: the storage does not take it; the folder cannot be read as a query set then.
+        StorageError: a file cannot be written or deleted; a half-replaced folder is rejected as a query set.
     """
     old, mark = output.files(), output / UNFINISHED
     mark.write(b"This query set is being written, or its import was killed: run it again with --overwrite.\n")

@@ -1,4 +1,1 @@
-"""After the run: one page that shows what came out and what it cost.
-
-Reads the annotated set and writes one HTML file.
-"""
+"""Reports on a finished run: reads the annotated set and writes one HTML page of its results, throughput and cost."""

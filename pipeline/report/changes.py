@@ -1,4 +1,4 @@
-"""How many answers of a set are others than in an earlier one, in bounded memory however many rows there are."""
+"""Counts the answers that differ between an annotated set and an earlier one, in bounded memory."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -9,15 +9,20 @@ import numpy.typing as npt
 import pandas as pd
 import pyarrow as pa
 
-# Rows of each set that are compared, at 16 bytes a row; of larger sets, a sample of their ids.
+# Rows compared in each set, at 16 bytes per row. If a set is larger, only a sample of the ids is compared.
 MOST_COMPARED = 4_000_000
 
 
 @dataclass(frozen=True, eq=False)
 class Answers:
-    """Hashes of ids and answers, uint64 [N] each.
+    """Hashes of the ids and answers of N rows.
 
-    Equal texts have equal ones; that any two of four million others have is less likely than one in a million.
+    Equal texts have equal hashes. Among four million different texts, the probability of any collision is below one in
+    a million.
+
+    Attributes:
+        ids: uint64 [N], hashes of the ids.
+        answers: uint64 [N], hashes of the answers.
     """
 
     ids: npt.NDArray[np.uint64]
@@ -26,12 +31,12 @@ class Answers:
 
 @dataclass(frozen=True)
 class Changes:
-    """Answers beside those of an earlier set.
+    """The result of comparing the answers of two sets.
 
     Attributes:
-        shared: ids that both have answered, of those that were compared.
-        changed: of them with another answer.
-        sample: one id in how many was compared.
+        shared: number of compared ids that both sets have answered.
+        changed: number of these ids whose answers differ.
+        sample: sampling interval; one id in ``sample`` was compared.
     """
 
     shared: int
@@ -40,13 +45,13 @@ class Changes:
 
 
 def sample_of(*manifests: Mapping[str, Any]) -> int:
-    """One id in how many is compared: every one in sets of up to ``MOST_COMPARED`` rows."""
+    """Return the sampling interval for sets with these manifests; 1 if none has more than ``MOST_COMPARED`` rows."""
     rows: int = max(manifest.get("queries", {}).get("rows", 0) for manifest in manifests)
     return max(1, -(-rows // MOST_COMPARED))
 
 
 def hashed(ids: pa.ChunkedArray, answers: pa.ChunkedArray, sample: int) -> Answers:
-    """Ids and answers of some rows, those of the sample: which ids are in it follows from the ids alone."""
+    """Hash the ids and answers of the rows in the sample; the id alone decides whether a row is in it."""
     names = _hashes(ids)
     chosen = names % np.uint64(sample) == 0
     return Answers(names[chosen], _hashes(answers)[chosen])
@@ -58,7 +63,7 @@ def _hashes(texts: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
 
 
 def changes(ours: Sequence[Answers], theirs: Sequence[Answers], sample: int) -> Changes:
-    """Compare the answers of all units of two sets, by id."""
+    """Compare the answers of two sets by id, given the hashes of all their units."""
     now, before = _together(ours), _together(theirs)
     _, mine, other = np.intersect1d(now.ids, before.ids, assume_unique=True, return_indices=True)
     return Changes(len(mine), int((now.answers[mine] != before.answers[other]).sum()), sample)

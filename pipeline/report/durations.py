@@ -1,4 +1,4 @@
-"""When a set was annotated and how fast, and how long its rows took."""
+"""Computes when an annotated set was produced, its throughput over time, and the latencies of its rows."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,17 +11,23 @@ from pipeline.output.folder import UnitSummary
 
 Floats = npt.NDArray[np.float64]
 
-# With no unit at work for longer than this (seconds), the run stood still; an engine alone takes longer to start.
+# A gap of more seconds than this with no unit in progress is a pause. Starting an engine alone takes longer.
 PAUSE = 10.0
-# Parts that the working time is cut into, however long it was.
+# Number of parts that the time without pauses is cut into, however long it is.
 PARTS = 120
-# Seconds, a hundredth apart: quantiles are exact to half a percent, whatever the number of rows.
+# Bin edges in seconds, one percent apart: quantiles are exact to half a percent, whatever the number of rows.
 EDGES = np.geomspace(1e-3, 1e6, 2084)
 
 
 @dataclass(frozen=True)
 class Rate:
-    """How fast a part of a stretch was: rows and generated tokens per second; times in seconds since the epoch."""
+    """Throughput in a part of a stretch.
+
+    Attributes:
+        began, ended: start and end of the part, in seconds since the epoch.
+        rows: rows per second.
+        tokens: generated tokens per second.
+    """
 
     began: float
     ended: float
@@ -31,12 +37,13 @@ class Rate:
 
 @dataclass(frozen=True)
 class Stretch:
-    """A time without pauses.
+    """A period without pauses.
 
     Attributes:
-        began, ended: seconds since the epoch.
-        rows, tokens: annotated and generated in it.
-        rates: of its parts, in order.
+        began, ended: start and end of the stretch, in seconds since the epoch.
+        rows: number of rows annotated in the stretch.
+        tokens: number of tokens generated in the stretch.
+        rates: throughput in each part of the stretch, in order.
     """
 
     began: float
@@ -47,16 +54,19 @@ class Stretch:
 
     @property
     def seconds(self) -> float:
-        """How long it was."""
+        """Length of the stretch in seconds."""
         return self.ended - self.began
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """All stretches of a set, in order; none where its files say no times.
+    """The stretches in which a set was annotated.
 
     Attributes:
-        rows, prompt_tokens, generated_tokens: of the units whose times are known.
+        stretches: all stretches, in order; empty if no file records times.
+        rows: number of rows in the units whose times are known.
+        prompt_tokens: number of prompt tokens in these units.
+        generated_tokens: number of generated tokens in these units.
     """
 
     stretches: tuple[Stretch, ...]
@@ -66,21 +76,21 @@ class Timeline:
 
     @property
     def busy(self) -> float:
-        """Seconds with a unit at work, pauses left out."""
+        """Total seconds of all stretches, without the pauses between them."""
         return sum(stretch.seconds for stretch in self.stretches)
 
     @property
     def pauses(self) -> list[float]:
-        """Seconds between one stretch and the next."""
+        """Seconds between each stretch and the next."""
         return [after.began - before.ended for before, after in pairwise(self.stretches)]
 
     def per_second(self, amount: float) -> float | None:
-        """An amount of the whole set per busy second; None where that is unknown."""
+        """Divide an amount of the whole set by the busy seconds; None if no times are known."""
         return amount / self.busy if self.busy else None
 
 
 def timeline(units: Sequence[UnitSummary]) -> Timeline:
-    """When the units were annotated; those without times are left out."""
+    """Group units into stretches by their times; units without times are left out."""
     timed = sorted((unit for unit in units if unit.began and unit.ended), key=_began)
     together: list[list[UnitSummary]] = []
     end = -np.inf
@@ -111,7 +121,15 @@ def _span(units: Sequence[UnitSummary]) -> float:
 
 
 def _stretch(units: Sequence[UnitSummary], busy: float) -> Stretch:
-    """Units whose times touch; a unit's rows are spread evenly over its time."""
+    """Build the stretch of units that have no pause between them.
+
+    The rows and tokens of a unit are spread evenly over its time. The stretch is cut into parts in proportion to its
+    length: ``PARTS`` for all stretches together.
+
+    Args:
+        units: the units of the stretch, by start.
+        busy: total seconds of all stretches.
+    """
     began, ended = _began(units[0]), max(map(_ended, units))
     parts = max(1, round(PARTS * (ended - began) / busy)) if busy else 1
     edges = np.linspace(began, ended, parts + 1)
@@ -129,11 +147,11 @@ def _stretch(units: Sequence[UnitSummary], busy: float) -> Stretch:
 
 @dataclass(frozen=True, eq=False)
 class Durations:
-    """How long rows took, in bins a hundredth apart.
+    """A histogram of the seconds that rows took, in bins one percent wide.
 
     Attributes:
-        counts: int64 [len(EDGES) + 1], rows between two edges; what is below the first counts as 0.
-        total: seconds of all rows together.
+        counts: int64 [len(EDGES) + 1], number of rows between two edges; rows below the first edge count as 0 seconds.
+        total: sum of the seconds of all rows.
     """
 
     counts: npt.NDArray[np.int64]
@@ -141,7 +159,7 @@ class Durations:
 
     @classmethod
     def of(cls, seconds: Floats) -> "Durations":
-        """Of some rows; NaN is left out."""
+        """Count the seconds of rows; NaN is left out."""
         known = seconds[np.isfinite(seconds)]
         places = np.searchsorted(EDGES, known, side="right")
         return cls(np.bincount(places, minlength=len(EDGES) + 1), float(known.sum()))
@@ -151,11 +169,11 @@ class Durations:
 
     @property
     def rows(self) -> int:
-        """Rows that say how long they took."""
+        """Number of rows with a known duration."""
         return int(self.counts.sum())
 
     def quantile(self, share: float) -> float | None:
-        """Seconds that this share of the rows did not exceed; None of no rows."""
+        """Return a quantile in seconds, such as the median for a share of 0.5; None if there are no rows."""
         if not self.rows:
             return None
         place = int(np.searchsorted(np.cumsum(self.counts), np.ceil(share * self.rows)))

@@ -1,4 +1,4 @@
-"""Best, worst and random rows of an annotated set, with their evidence."""
+"""Selects the best, worst and random rows of an annotated set, and reads them with their evidence."""
 
 import heapq
 import re
@@ -18,18 +18,19 @@ from pipeline.storage.parquet import read_columns
 Floats = npt.NDArray[np.float64]
 
 BEST, WORST, RANDOM = KINDS = ("best", "worst", "random")
-# Of each kind, shared between the tasks that have any.
+# Examples of each kind, divided among the tasks that have answered rows.
 EXAMPLES = 8
 MOST_TASKS = 8
 SEED = 7
-# No score lies so far out: rows with evidence go before the others, which lack two of the four parts of the score.
+# Exceeds every score, so that rows with evidence rank before the others: without evidence, two of the four parts of
+# the score are missing.
 FAR = 1e6
 LONGEST_TEXT = 2_000
 LONGEST_PASSAGE = 1_200
-# Characters of a shortened passage before its first marked word.
+# Maximum characters of a shortened passage before its first marked word.
 LEAD = 300
 WORD = re.compile(r"\w+")
-# Marked only between others: on their own they tell nothing.
+# Marked only between other marked words: on their own they mean nothing.
 SMALL_WORDS = frozenset(
     WORD.findall("a an and are as at be by for from has have in is it its of on or that the this to was were with")
 )
@@ -37,11 +38,14 @@ SMALL_WORDS = frozenset(
 
 @dataclass(frozen=True)
 class Pick:
-    """A row that may become an example.
+    """A candidate for an example.
 
     Attributes:
-        key: those with the smallest become it.
-        row: its place in the file.
+        task: task of the row.
+        kind: one of ``KINDS``.
+        key: sort key; the candidates with the smallest keys become examples.
+        file: data file that holds the row.
+        row: position of the row in the file.
     """
 
     task: str
@@ -54,10 +58,13 @@ class Pick:
 def picks_of(
     file: Location, tasks: npt.NDArray[np.object_], scores: Floats, retrieved: npt.NDArray[np.bool_]
 ) -> tuple[Pick, ...]:
-    """The candidates among a file's rows; the same ones each time.
+    """Choose the candidates of each task and kind among the N rows of a file; deterministic.
 
     Args:
-        tasks, scores, retrieved: of the rows, [N] each.
+        file: data file that holds the rows.
+        tasks: [N], task of each row.
+        scores: float64 [N], score of each row.
+        retrieved: bool [N], whether each row used a passage.
     """
     draws = np.random.default_rng([SEED, zlib.crc32(file.name.encode())]).random(len(tasks))
     keys = {BEST: -(scores + FAR * retrieved), WORST: scores + FAR * ~retrieved, RANDOM: draws}
@@ -71,10 +78,12 @@ def picks_of(
 
 
 def keep(kept: dict[tuple[str, str], list[Pick]], more: Sequence[Pick], names: Mapping[str, str]) -> None:
-    """Keep the best of what is kept and of some more, by task and kind.
+    """Add candidates to ``kept``, which keeps the best ``EXAMPLES`` of each task and kind.
 
     Args:
-        names: of the tasks as they are counted, by their own.
+        kept: candidates by task and kind; changed in place.
+        more: candidates to add.
+        names: reported name of each task; several tasks may share one.
     """
     found = defaultdict(list)
     for pick in more:
@@ -85,7 +94,7 @@ def keep(kept: dict[tuple[str, str], list[Pick]], more: Sequence[Pick], names: M
 
 @dataclass(frozen=True)
 class Piece:
-    """A part of a text, marked where its words are the answer's."""
+    """A part of a passage; ``marked`` if its words also occur in the answer."""
 
     text: str
     marked: bool
@@ -93,7 +102,7 @@ class Piece:
 
 @dataclass(frozen=True)
 class SourcePassage:
-    """A passage that an answer rests on; ``number`` is what citations call it."""
+    """A passage that an answer is based on; ``number`` is its number in citations."""
 
     number: int
     id: str
@@ -105,7 +114,7 @@ class SourcePassage:
 
 @dataclass(frozen=True)
 class Scored:
-    """A segment of an answer; scores as in the output's column ``segments``."""
+    """A segment of an answer, with the scores from the output's column ``segments``."""
 
     text: str
     citation: int | None
@@ -118,7 +127,7 @@ class Scored:
 
 @dataclass(frozen=True)
 class ExampleRow:
-    """A row of the set, its texts shortened.
+    """An example: a row of the set with shortened texts.
 
     Attributes:
         kind: one of ``KINDS``.
@@ -137,7 +146,7 @@ class ExampleRow:
 
     @property
     def score(self) -> float | None:
-        """The mean of its segments' scores; None without any."""
+        """Mean score of the segments, or None if no segment has a score."""
         scores = [segment.score for segment in self.segments if segment.score is not None]
         return sum(scores) / len(scores) if scores else None
 
@@ -145,10 +154,12 @@ class ExampleRow:
 def examples(
     picks: Mapping[tuple[str, str], Sequence[Pick]], rows: Mapping[str, int], columns: Columns
 ) -> list[ExampleRow]:
-    """Read the rows that were picked: of the largest tasks, and of each kind about as many.
+    """Choose examples from the candidates of the ``MOST_TASKS`` largest tasks, and read their rows.
 
     Args:
-        rows: answered ones, by task.
+        picks: candidates by task and kind, best first.
+        rows: number of answered rows of each task.
+        columns: names of the columns of the query set.
 
     Raises:
         StorageError: a file cannot be read.
@@ -166,7 +177,10 @@ def examples(
 
 
 def _chosen(picks: Mapping[tuple[str, str], Sequence[Pick]], rows: Mapping[str, int]) -> Iterator[tuple[str, Pick]]:
-    """Each row once, with its task's name."""
+    """Yield the chosen candidates with their reported tasks; no row is chosen for two kinds.
+
+    Each kind gets at most a third of a task's rows, rounded up, so that a small task can show rows of all kinds.
+    """
     tasks = sorted((task for task in rows if rows[task]), key=lambda task: (-rows[task], task))[:MOST_TASKS]
     seen: set[tuple[str, int]] = set()
     for kind in KINDS:
@@ -201,12 +215,12 @@ def _example(kind: str, task: str, row: Mapping[str, Any], columns: Columns) -> 
 
 
 def shorten(text: str, longest: int = LONGEST_TEXT) -> str:
-    """At most so many characters, the last of them an ellipsis where there are more."""
+    """Cut a text to at most ``longest`` characters; a cut text ends with an ellipsis."""
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
 def pieces(text: str, answer: str) -> tuple[Piece, ...]:
-    """A passage with the answer's words marked; a long one shortened around the first of them."""
+    """Mark the words of the answer in a passage; a long passage is shortened around the first marked word."""
     spans = _spans(text, answer)
     start = max(0, spans[0][0] - LEAD) if spans and len(text) > LONGEST_PASSAGE else 0
     end = min(len(text), start + LONGEST_PASSAGE)
@@ -219,7 +233,7 @@ def pieces(text: str, answer: str) -> tuple[Piece, ...]:
 
 
 def _spans(text: str, answer: str) -> list[tuple[int, int]]:
-    """From where to where words of the answer follow one another, small words only between others."""
+    """Return start and end of each run of consecutive answer words; small words neither begin nor end a run."""
     words = {word.casefold() for word in WORD.findall(answer)}
     spans: list[tuple[int, int]] = []
     follows = False

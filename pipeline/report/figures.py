@@ -1,7 +1,7 @@
-"""An annotated set's files → the figures of its report, in one pass that reads only the columns it counts.
+"""Computes the figures of a report from the files of an annotated set, in one pass over the columns they need.
 
-Held at once: some kilobytes for each unit and for each task, and the columns of the units that are being read.
-Texts are read for the examples alone, and where answers are compared with another set's.
+Memory holds a few kilobytes per unit and per task, and the columns of the units that are being read. Texts are read
+only for the examples; ids and answers also for a comparison with another set.
 """
 
 from collections.abc import Iterator, Mapping
@@ -25,7 +25,7 @@ from pipeline.storage.parquet import THREADS, map_in_threads, read_columns
 
 SEGMENT_SCORES = ("is_rel", "is_sup", "is_use", "score")
 SCORES = ("retrieve_probability", *SEGMENT_SCORES)
-# What a row's seconds hold beside deciding and waiting for passages.
+# Name of a derived duration: the seconds of a row without those of the first decision and of waiting for passages.
 WRITING = "write_seconds"
 COUNTED = [
     "retrieved",
@@ -34,7 +34,8 @@ COUNTED = [
     *(f"usage.{name}" for name in (*ROW_SECONDS, *REQUEST_SECONDS, *USAGE_COUNTS)),
 ]
 BINS = 20
-# Tasks that are told apart; a column of other things than tasks must not fill the memory or the page.
+# Maximum number of tasks reported separately; later ones are merged into ``OTHERS``. A task column that holds something
+# else, such as ids, must not fill the memory or the page.
 MOST_TASKS = 30
 OTHERS = "(others)"
 LONGEST_MESSAGE = 500
@@ -42,13 +43,13 @@ LONGEST_MESSAGE = 500
 
 @dataclass(frozen=True, eq=False)
 class Spread:
-    """How values are spread.
+    """A histogram of values, with their sum.
 
     Attributes:
-        low, high: of all bins together; what lies outside is in the first or the last one.
-        counts: int64 [BINS], values in bins of equal width.
+        low, high: limits of the histogram; values outside are counted in the first or the last bin.
+        counts: int64 [BINS], number of values in each bin; all bins have the same width.
         total: sum of the values.
-        missing: places without a value.
+        missing: number of missing values.
     """
 
     low: float
@@ -59,7 +60,7 @@ class Spread:
 
     @classmethod
     def of(cls, values: Floats, low: float, high: float) -> "Spread":
-        """Of some values; NaN counts as missing."""
+        """Count values in bins from ``low`` to ``high``; NaN and infinities count as missing."""
         known = values[np.isfinite(values)]
         counts, _ = np.histogram(np.clip(known, low, high), bins=BINS, range=(low, high))
         return cls(low, high, counts, float(known.sum()), len(values) - len(known))
@@ -75,19 +76,20 @@ class Spread:
 
     @property
     def mean(self) -> float | None:
-        """None of no values."""
+        """Mean, or None if there are no values."""
         return self.total / self.values if self.values else None
 
 
 @dataclass(frozen=True)
 class GroupFigures:
-    """Figures of some rows.
+    """The figures of a group of rows, such as a task.
 
     Attributes:
-        rows: answered ones.
-        errors: in ``errors/``.
-        retrieved: answered with a passage.
-        spreads: of :data:`SCORES`; ``retrieve_probability`` of rows, the others of the segments of their answers.
+        rows: number of answered rows.
+        errors: number of rows in ``errors/``.
+        retrieved: number of answered rows that used a passage.
+        spreads: histograms by the names in :data:`SCORES`; ``retrieve_probability`` counts rows, the others count
+            segments of answers.
     """
 
     rows: int = 0
@@ -105,18 +107,18 @@ class GroupFigures:
 
     @property
     def retrieval_rate(self) -> float | None:
-        """Share of the answered rows that used a passage; None of no rows."""
+        """Share of the answered rows that used a passage, or None if no row is answered."""
         return self.retrieved / self.rows if self.rows else None
 
     @property
     def error_rate(self) -> float | None:
-        """Share of all rows that failed; None of no rows."""
+        """Share of all rows that failed, or None if there are no rows."""
         return self.errors / (self.rows + self.errors) if self.rows + self.errors else None
 
 
 @dataclass(frozen=True)
 class Failure:
-    """Error rows of one type and task, and what one of them says."""
+    """The failed rows of one error type and task: their number, and the message of one of them."""
 
     rows: int
     message: str
@@ -127,15 +129,16 @@ class Failure:
 
 @dataclass(frozen=True)
 class UnitFigures:
-    """What the files of one unit hold.
+    """The figures of one unit, counted from its files.
 
     Attributes:
-        groups: by task.
-        durations: of its answered rows, by column of ``usage``.
-        counts: columns of ``usage`` added up.
-        failures: by error type and task.
-        picks: rows that may become examples.
-        answers: where they are to be compared.
+        unit: summary of the unit.
+        groups: figures of the unit's rows, by task.
+        durations: durations of the answered rows, by field of ``usage``, and ``WRITING``.
+        counts: sums over the answered rows, by field of ``usage``.
+        failures: failed rows, by error type and task.
+        picks: candidates for the examples.
+        answers: hashes for a comparison with another set, or None without one.
     """
 
     unit: UnitSummary
@@ -149,7 +152,11 @@ class UnitFigures:
 
 @dataclass
 class SetFigures:
-    """What the files of a set hold; attributes as those of :class:`UnitFigures`, over all units."""
+    """The figures of a set, added up over its units.
+
+    The attributes are those of :class:`UnitFigures` with two differences: tasks beyond ``MOST_TASKS`` are merged into
+    ``OTHERS``, and ``picks`` holds only the best candidates, by task and kind.
+    """
 
     units: list[UnitSummary] = field(default_factory=list)
     groups: dict[str, GroupFigures] = field(default_factory=dict)
@@ -160,7 +167,7 @@ class SetFigures:
     answers: list[Answers] = field(default_factory=list)
 
     def add(self, part: UnitFigures) -> None:
-        """Count one more unit."""
+        """Add the figures of one more unit."""
         self.units.append(part.unit)
         names = {}
         for task, group in part.groups.items():
@@ -179,22 +186,24 @@ class SetFigures:
 
     @property
     def overall(self) -> GroupFigures:
-        """All rows together."""
+        """Figures of all rows."""
         return sum(self.groups.values(), GroupFigures())
 
 
 def add_up(ours: Mapping[Any, Any], theirs: Mapping[Any, Any]) -> dict[Any, Any]:
-    """Values of both, added up where both have one."""
+    """Merge two mappings; the values of a key that is in both are added."""
     return {**ours, **{key: ours[key] + value if key in ours else value for key, value in theirs.items()}}
 
 
 @dataclass(frozen=True)
 class ReadOptions:
-    """How a set's files are read.
+    """Options for reading the files of a set.
 
     Attributes:
+        columns: names of the columns of the query set.
         scores: lowest and highest score that the weights allow.
-        compared: hash the answers of the ids whose hash this number divides; of none at 0.
+        compared: sampling interval of a comparison; answers whose id has a hash divisible by it are hashed. With 0, no
+            answers are hashed.
     """
 
     columns: Columns
@@ -203,16 +212,16 @@ class ReadOptions:
 
     @classmethod
     def of(cls, manifest: Mapping[str, Any], compared: int = 0) -> "ReadOptions":
-        """As a run's manifest says."""
+        """Derive the options from a run's manifest."""
         return cls(columns_of(manifest), score_range(manifest), compared)
 
     def limits(self, score: str) -> tuple[float, float]:
-        """Between which values a score lies."""
+        """Return the lowest and highest possible value of one of ``SCORES``."""
         return self.scores if score == "score" else (-1.0, 1.0) if score == "is_use" else (0.0, 1.0)
 
 
 def score_range(manifest: Mapping[str, Any]) -> tuple[float, float]:
-    """Lowest and highest score of a segment under the weights of the run and of its tasks (paper, equation 4)."""
+    """Return the lowest and highest segment score under the weights of the run and its tasks (paper, equation 4)."""
     settings = [task["decoding"] for task in manifest.get("tasks", {}).values()]
     settings.append(manifest.get("configuration", {}).get("decoding", {}))
     weights = [Weights.model_validate(decoding.get("weights", {})) for decoding in settings]
@@ -221,7 +230,7 @@ def score_range(manifest: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def read_set(output: OutputFolder, reading: ReadOptions) -> SetFigures:
-    """Add up what an annotated set holds; units without a data file are not finished, and do not count.
+    """Read an annotated set and add up its figures; units without a data file are unfinished and left out.
 
     Raises:
         ValueError: a column of the output is missing.
@@ -235,13 +244,18 @@ def read_set(output: OutputFolder, reading: ReadOptions) -> SetFigures:
 
 
 def _read(files: list[Location], failed: Mapping[str, Location], reading: ReadOptions) -> Iterator[UnitFigures]:
-    for start in range(0, len(files), 4 * THREADS):  # bounds how many units' figures are in memory
+    for start in range(0, len(files), 4 * THREADS):  # bounds the number of units in memory
         some = files[start : start + 4 * THREADS]
         yield from map_in_threads(lambda file: count_unit(file, failed.get(unit_of(file)), reading), some)
 
 
 def count_unit(data: Location, errors: Location | None, reading: ReadOptions) -> UnitFigures:
-    """Count one unit's files.
+    """Compute the figures of one unit from its files.
+
+    Args:
+        data: data file of the unit.
+        errors: error file of the unit, if it has one.
+        reading: options for reading.
 
     Raises:
         ValueError: a column of the output is missing.
@@ -271,14 +285,14 @@ def count_unit(data: Location, errors: Location | None, reading: ReadOptions) ->
 
 
 def _tasks(rows: pa.Table, column: str) -> npt.NDArray[np.object_]:
-    """The task of each row, by name."""
+    """Return the task of each row, object [N]; ``NOTHING`` for rows without one."""
     if column not in rows.column_names:
         return np.full(rows.num_rows, NOTHING, object)
     return np.array([name or NOTHING for name in rows[column].to_pylist()], object)
 
 
 def numbers(structures: pa.StructArray, name: str) -> Floats:
-    """A field as float64 [N]; NaN where it is null, or missing altogether."""
+    """Return a field as float64 [N]; NaN where it is null, and everywhere if there is no such field."""
     if name not in [f.name for f in structures.type]:
         return np.full(len(structures), np.nan)
     values = pc.cast(pc.struct_field(structures, name), pa.float64())
@@ -286,7 +300,7 @@ def numbers(structures: pa.StructArray, name: str) -> Floats:
 
 
 def row_scores(rows: pa.Table) -> Floats:
-    """The score of each answer, float64 [N]: the mean of its segments' scores; 0 without any."""
+    """Return the score of each answer, float64 [N]: the mean score of its segments, or 0 if it has none."""
     segments, parents = _segments(rows)
     scores = np.nan_to_num(numbers(segments, "score"))
     count = np.bincount(parents, minlength=rows.num_rows)
@@ -295,7 +309,7 @@ def row_scores(rows: pa.Table) -> Floats:
 
 
 def _segments(rows: pa.Table) -> tuple[pa.StructArray, npt.NDArray[np.int64]]:
-    """All segments, and the row that each is of."""
+    """Return the segments of all rows, and the row number of each segment."""
     lists = rows["segments"].combine_chunks()
     return lists.flatten(), np.asarray(pc.list_parent_indices(lists), np.int64)
 

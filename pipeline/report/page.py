@@ -1,4 +1,4 @@
-"""The figures of an annotated set → its page: one HTML file that asks for nothing and runs nothing."""
+"""Renders the figures of an annotated set as one HTML file without scripts that makes no requests."""
 
 import base64
 import hashlib
@@ -21,7 +21,7 @@ from pipeline.report.figures import BINS, SetFigures, Spread
 
 HERE = Path(__file__).parent
 NONE = "–"
-# Of the headlines, those at the head of the page.
+# Number of headlines shown at the head of the page.
 AT_THE_HEAD = 6
 TITLES = {
     "retrieve_probability": "p(Retrieve)",
@@ -34,10 +34,13 @@ TITLES = {
 
 @dataclass(frozen=True)
 class ReportedSet:
-    """An annotated set.
+    """An annotated set and its figures.
 
     Attributes:
-        finished: whether it has its success marker.
+        output: folder of the set.
+        manifest: manifest of the run.
+        finished: whether the set has its success marker.
+        figures: figures counted from the files.
     """
 
     output: OutputFolder
@@ -47,28 +50,29 @@ class ReportedSet:
 
     @cached_property
     def timeline(self) -> Timeline:
-        """When its units were annotated."""
+        """Stretches of time in which the units were annotated."""
         return timeline(self.figures.units)
 
     @property
     def actors(self) -> int:
-        """Of the last call that worked on it."""
+        """Number of actors in the last run that worked on the set."""
         return int(self.manifest.get("configuration", {}).get("execution", {}).get("actors", 1))
 
     @property
     def rows(self) -> int:
-        """Rows that are done, failed ones included."""
+        """Number of annotated rows, including failed ones."""
         return sum(unit.rows for unit in self.figures.units)
 
 
 @dataclass(frozen=True)
 class Cost:
-    """What the machines of a run cost.
+    """The cost of a run's machines.
 
     Attributes:
-        price: of one actor's machine for an hour.
-        hours: that units were at work, pauses left out.
-        rows: annotated in them.
+        price: price of one actor's machine per hour, in any currency.
+        actors: number of actors.
+        hours: hours with a unit in progress, without pauses.
+        rows: number of rows annotated in these hours.
     """
 
     price: float
@@ -78,18 +82,18 @@ class Cost:
 
     @classmethod
     def of(cls, annotated: ReportedSet, price: float | None) -> "Cost | None":
-        """None where the price or the times are unknown."""
+        """Compute the cost of a set; None if the price or the times are unknown."""
         times = annotated.timeline
         return cls(price, annotated.actors, times.busy / 3600, times.rows) if price and times.busy else None
 
     @property
     def total(self) -> float:
-        """In the currency of the price."""
+        """Total cost in the currency of the price."""
         return self.price * self.actors * self.hours
 
     @property
     def per_thousand(self) -> float:
-        """Of a thousand rows."""
+        """Cost of a thousand rows in the currency of the price."""
         return 1000 * self.total / self.rows
 
 
@@ -103,7 +107,7 @@ class Headline:
 
 
 def headlines(annotated: ReportedSet, price: float | None) -> list[Headline]:
-    """The figures that tell a run from another; None where one is unknown."""
+    """Return the figures by which runs are compared; the value of an unknown figure is None."""
     figures, times, overall = annotated.figures, annotated.timeline, annotated.figures.overall
     cost = Cost.of(annotated, price)
     seconds = figures.durations.get("seconds")
@@ -124,12 +128,12 @@ def headlines(annotated: ReportedSet, price: float | None) -> list[Headline]:
 
 
 def divide(part: float | None, whole: float) -> float | None:
-    """A quotient; None where there is none."""
+    """Divide; None if the part is unknown or the whole is zero."""
     return part / whole if part is not None and whole else None
 
 
 def facts(annotated: ReportedSet) -> dict[str, dict[str, Any]]:
-    """What ran and on what: names and values, by heading; values that are None are left out."""
+    """Describe the run, model, index, decoding and versions: names and values by heading, without None values."""
     manifest, times = annotated.manifest, annotated.timeline.stretches
     config = manifest.get("configuration", {})
     model, execution, retrieval = (config.get(name, {}) for name in ("model", "execution", "retrieval"))
@@ -169,7 +173,7 @@ def facts(annotated: ReportedSet) -> dict[str, dict[str, Any]]:
 
 
 def thresholds(annotated: ReportedSet) -> dict[str, float]:
-    """δ of each task in which the model decides; ``""`` is for rows without one."""
+    """Return the threshold δ of each task in adaptive mode; ``""`` is for rows without a task."""
     tasks = annotated.manifest.get("tasks", {})
     decoding = {name: task["decoding"] for name, task in tasks.items()}
     return {name: d["threshold"] for name, d in decoding.items() if d.get("mode") == "adaptive"}
@@ -177,7 +181,13 @@ def thresholds(annotated: ReportedSet) -> dict[str, float]:
 
 @dataclass(frozen=True)
 class Compared:
-    """An earlier set beside this one; ``figures`` are its headlines, in the order of ours."""
+    """An earlier set as the baseline of a report.
+
+    Attributes:
+        annotated: the earlier set.
+        figures: headlines of the earlier set, in the same order as those of the report's own set.
+        changes: differences between the answers of both sets.
+    """
 
     annotated: ReportedSet
     figures: Sequence[Headline]
@@ -187,9 +197,9 @@ class Compared:
 def page(
     annotated: ReportedSet, examples: Sequence[ExampleRow], price: float | None = None, baseline: Compared | None = None
 ) -> str:
-    """The page of an annotated set.
+    """Render the page of an annotated set.
 
-    Its policy allows one style sheet, by its hash, and nothing else: no script, no request.
+    The page's content security policy allows one style sheet, by its hash, and nothing else: no script, no request.
     https://developer.mozilla.org/docs/Web/HTTP/Reference/Headers/Content-Security-Policy
     """
     style = (HERE / "report.css").read_text("utf-8")
@@ -228,7 +238,13 @@ def page(
 
 @dataclass(frozen=True)
 class Bar:
-    """A bar of a histogram: from where to where, how many values, and its height in percent of the highest one."""
+    """A bar of a histogram.
+
+    Attributes:
+        low, high: limits of the bin.
+        count: number of values in the bin.
+        height: height in percent of the highest bar.
+    """
 
     low: float
     high: float
@@ -237,7 +253,7 @@ class Bar:
 
 
 def bars(spread: Spread) -> list[Bar]:
-    """The bars of a histogram; a bin of few values is still seen."""
+    """Return the bars of a histogram; a bin with few values still gets a visible bar."""
     width, most = (spread.high - spread.low) / BINS, max(1, int(spread.counts.max()))
     return [
         Bar(
@@ -248,7 +264,7 @@ def bars(spread: Spread) -> list[Bar]:
 
 
 def shown(value: float | None, unit: str) -> str:
-    """A headline's value in words."""
+    """Format the value of a headline by its unit."""
     if value is None:
         return NONE
     if unit == "share":
@@ -263,14 +279,17 @@ def shown(value: float | None, unit: str) -> str:
 
 
 def fact(value: Any) -> str:
-    """A value of what ran in words."""
+    """Format a value from :func:`facts`."""
     if isinstance(value, bool):
         return "yes" if value else "no"
     return number(value) if isinstance(value, int | float) else str(value)
 
 
 def change(now: Headline, before: Headline) -> str:
-    """A difference between two headlines: of shares in points, of scores as it is, of all else in percent."""
+    """Format the difference between two headlines.
+
+    Shares differ by percentage points, scores by their plain difference, and all others by percent.
+    """
     if now.value is None or before.value is None:
         return NONE
     if now.unit == "share":
@@ -281,7 +300,7 @@ def change(now: Headline, before: Headline) -> str:
 
 
 def number(value: float | None, digits: int = 3) -> str:
-    """A number to so many digits, thousands set apart."""
+    """Format a number: integers and large ones with thousands separators, others with ``digits`` significant digits."""
     if value is None:
         return NONE
     if abs(value) >= 10**digits or float(value).is_integer():
@@ -290,7 +309,7 @@ def number(value: float | None, digits: int = 3) -> str:
 
 
 def duration(seconds: float | None, digits: int = 3) -> str:
-    """Seconds in words."""
+    """Format seconds with suitable units, such as ``2 h 5 min``."""
     if seconds is None:
         return NONE
     if seconds < 60:
@@ -303,10 +322,10 @@ def duration(seconds: float | None, digits: int = 3) -> str:
 
 
 def when(seconds: float) -> str:
-    """A time of day in UTC."""
+    """Format seconds since the epoch as date and time in UTC."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
 def brief(digest: str | None) -> str | None:
-    """Enough of a digest to recognise it."""
+    """Shorten a digest to its first 12 characters."""
     return digest and digest[:12]

@@ -1,4 +1,4 @@
-"""The report written: read, drawn, and left beside the annotated set."""
+"""Writes the report of an annotated set, by default into the folder of the set."""
 
 import logging
 from typing import Any
@@ -16,16 +16,17 @@ log = logging.getLogger(__name__)
 def write_report(
     folder: Location, file: Location | None = None, baseline: Location | None = None, price: float | None = None
 ) -> Location:
-    """Write the report of an annotated set; where it was written.
+    """Write the report of an annotated set and return its location.
 
     Args:
-        file: ``report.html`` in the folder by default.
-        baseline: an earlier set to compare with.
-        price: of one actor's machine for an hour.
+        folder: folder of the annotated set.
+        file: file to write; ``report.html`` in the folder by default.
+        baseline: folder of an earlier set to compare with.
+        price: price of one actor's machine per hour, in any currency.
 
     Raises:
-        ValueError: no annotated set there, or a column is missing.
-        OSError: it cannot be read or written.
+        ValueError: a folder holds no annotated set, or a column is missing.
+        OSError: a file cannot be read or written.
     """
     sample = sample_of(_manifest(folder), _manifest(baseline)) if baseline else 0
     annotated, compared = _read(folder, sample), None
@@ -56,8 +57,8 @@ def _manifest(folder: Location) -> dict[str, Any]:
 
 
 def leave_report(folder: Location) -> None:
-    """Write the report at the end of a run, which is good without it: whatever goes wrong is a warning."""
+    """Write the report at the end of a run; errors become a warning, since the run is complete without it."""
     try:
         write_report(folder)
-    except Exception as error:  # noqa: BLE001  the run is finished, and its page can be written later
+    except Exception as error:  # noqa: BLE001  the run is finished; the report can be written later
         log.warning("no report was written (%s); python -m jobs.report --annotations %s", one_line(error), folder.uri)

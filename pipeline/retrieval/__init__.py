@@ -1,4 +1,4 @@
-"""Search: an index of FAISS shards, opened, kept and asked, on one machine or over shard servers.
+"""Opens and searches an index of FAISS shards, in one process or over shard servers.
 
-Offers one call, the top passages for a text.
+The interface is one call that returns the best passages for a text.
 """

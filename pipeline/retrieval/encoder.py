@@ -1,4 +1,4 @@
-"""Text → vectors."""
+"""Encodes text as vectors, with a model whose files are identified by a digest."""
 
 import hashlib
 import json
@@ -16,7 +16,7 @@ from pipeline.gpus import choose_gpu
 
 Vectors = npt.NDArray[np.float32]
 
-# What decides the vectors, in any folder of a model. Read-mes, training logs and exports to other runtimes do not.
+# Files that affect the vectors, in any folder of a model. READMEs, training logs and exports to other runtimes do not.
 _CONFIGURATION = (
     "modules.json",
     "config.json",
@@ -25,19 +25,19 @@ _CONFIGURATION = (
     "tokenizer.json",
     "tokenizer_config.json",
 )
-# The first kind that a folder has is the one that is loaded.
+# The first of these formats that a folder has is the one that is loaded.
 _WEIGHTS = ("*.safetensors", "*.bin")
 _OTHER_RUNTIMES = ["*.onnx", "*.h5", "*.ot", "*.msgpack", "onnx/*", "openvino/*"]
 
 
 class EncoderStyle(Frozen):
-    """How a model wants to be used; its card says so.
+    """The usage of an encoder, as recommended by its model card.
 
     Attributes:
-        query_prefix, passage_prefix: put before every text, such as E5's ``query: `` and ``passage: ``; without them
-            the prompts of the model's own configuration count.
-        normalised: vectors get unit length, so that inner products are cosines; Contriever's stay as they are.
-        dtype: of the weights on a GPU; CPUs compute in float32.
+        query_prefix, passage_prefix: strings put before every query or passage, such as E5's ``query: `` and
+            ``passage: ``; if empty, the prompts in the model's own configuration apply.
+        normalised: scale vectors to unit length, so that inner products are cosines; false for Contriever.
+        dtype: data type of the weights on a GPU; CPUs compute in float32.
     """
 
     query_prefix: str = ""
@@ -50,10 +50,11 @@ class Encoder:
     """A sentence-transformers model; plain transformers get mean pooling.
 
     Attributes:
-        name: as asked for: a Hugging Face name, a local folder or ``demo``.
-        revision: commit of the Hugging Face repository; None for a folder.
-        digest: SHA-256 in hex of the model's configuration and weights, names and contents.
-        dimension: of its vectors.
+        name: configured name: on the Hugging Face hub, a local folder, or ``demo``.
+        revision: commit on the Hugging Face hub; None for a folder.
+        digest: SHA-256, in hex, over names and contents of the model's configuration and weight files.
+        dimension: number of dimensions of the vectors.
+        style: usage of the model.
     """
 
     def __init__(self, model: Any, name: str, revision: str | None, digest: str, style: EncoderStyle) -> None:
@@ -63,7 +64,7 @@ class Encoder:
         self.dimension = int(model.get_embedding_dimension())
         self.style = style
         self._model = model
-        # Rust tokenizers refuse two threads at once ("Already borrowed").
+        # Tokenizers in Rust raise "Already borrowed" if two threads use one at once.
         self._lock = threading.Lock()
 
     @classmethod
@@ -73,14 +74,14 @@ class Encoder:
         """Load a model.
 
         Args:
-            name: Hugging Face name, local folder, or ``demo``.
-            revision: commit of the Hugging Face repository; the newest by default.
-            device: ``auto`` takes a GPU where there is one, in a Ray actor one that Ray assigned to it; ``cpu`` or
-                ``gpu``.
-            style: how it is used; as a model with unit length and no prefixes by default.
+            name: name on the Hugging Face hub, local folder, or ``demo``.
+            device: ``cpu``, ``gpu``, or ``auto``, which uses a GPU if there is one. In Ray tasks and actors only GPUs
+                that Ray assigned count.
+            revision: branch, tag or commit on the Hugging Face hub; the newest commit by default.
+            style: usage of the model; by default vectors of unit length, without prefixes.
 
         Raises:
-            ValueError: no such model, or no GPU where one is asked for.
+            ValueError: there is no such model, or ``device`` is ``gpu`` and there is no GPU.
         """
         torch_device = _torch_device(device)
         folder = _folder(name) or _fetch(name, revision)
@@ -101,15 +102,15 @@ class Encoder:
 
     @property
     def device(self) -> str:
-        """Device of the weights, as PyTorch calls its kind: ``cpu`` or ``cuda``."""
+        """PyTorch's device type of the weights: ``cpu`` or ``cuda``."""
         return str(self._model.device.type)
 
     def encode(self, texts: list[str], batch_size: int = 32) -> Vectors:
-        """Vectors of passages: float32 [len(texts), dimension]. Safe to call from threads."""
+        """Encode passages as float32 [len(texts), dimension]; thread-safe."""
         return self._encode(self._model.encode_document, texts, batch_size, self.style.passage_prefix)
 
     def encode_queries(self, texts: list[str], batch_size: int = 32) -> Vectors:
-        """Vectors of queries, as ``encode``; they differ where queries have a prefix or prompt of their own."""
+        """Encode queries as float32 [len(texts), dimension], with the prefix or prompt of queries; thread-safe."""
         return self._encode(self._model.encode_query, texts, batch_size, self.style.query_prefix)
 
     def _encode(self, encode: Any, texts: list[str], batch_size: int, prefix: str) -> Vectors:
@@ -122,13 +123,14 @@ class Encoder:
 
 
 def encoder_digest(name: str, revision: str | None = None) -> str | None:
-    """Digest of a model without loading it; None for a Hugging Face model that is not in the local cache.
+    """Return the digest of a model without loading it; None for a Hugging Face model that is not in the local cache.
 
     Args:
+        name: as in :meth:`Encoder.load`.
         revision: as in :meth:`Encoder.load`.
 
     Raises:
-        ValueError: no such folder.
+        ValueError: there is no such folder, or the demo encoder cannot be downloaded.
     """
     folder = _folder(name)
     if folder is None:
@@ -140,7 +142,7 @@ def encoder_digest(name: str, revision: str | None = None) -> str | None:
 
 
 def _folder(name: str) -> Path | None:
-    """The local folder that a name means; None for a Hugging Face name."""
+    """Return the local folder of a model; None for a name on the Hugging Face hub."""
     if name == "demo":
         from pipeline.demo_models import demo_encoder
 
@@ -157,7 +159,7 @@ def _folder(name: str) -> Path | None:
 
 
 def _fetch(name: str, revision: str | None) -> Path:
-    """Download a model into the Hugging Face cache, or find it there."""
+    """Return a model's folder in the Hugging Face cache, downloading missing files; ``*.bin`` only as a fallback."""
     disable_progress_bars()
     try:
         for left_out in ([*_OTHER_RUNTIMES, "*.bin"], _OTHER_RUNTIMES):
@@ -206,6 +208,6 @@ def _line(error: Exception) -> str:
 
 
 def absolute_name(encoder: str) -> str:
-    """Return a folder's absolute path, since actors and later runs work in other folders; other names as they are."""
+    """Return the absolute path of a folder, since actors and later runs use other folders; other names unchanged."""
     folder = Path(encoder).expanduser()
     return str(folder.resolve()) if encoder != "demo" and folder.is_dir() else encoder

@@ -1,4 +1,4 @@
-"""How FAISS searches: on the CPU or on a GPU that it may share with vLLM, and with which parameters."""
+"""Chooses the device of FAISS, a CPU or a GPU that vLLM may share, and sets search parameters."""
 
 import logging
 import time
@@ -15,24 +15,25 @@ from pipeline.retrieval.shard_files import empty_index, faiss_reason
 
 log = logging.getLogger(__name__)
 
-# FAISS's working memory on a card. Its own default takes up to 1.5 GiB for each set of resources.
+# FAISS's working memory on a GPU, in bytes. Its own default takes up to 1.5 GiB for each set of resources.
 WORKING_BYTES = 512 << 20
-# What starts after the index has been placed: the CUDA context of vLLM's process.
+# Bytes left free for the CUDA context of vLLM's process, which starts after the index has been placed.
 RESERVED_BYTES = 1 << 30
-# A product quantiser's tables must fit into a block's shared memory: 256 numbers for each part of a vector.
+# Shared memory of a CUDA block, in bytes. A product quantizer's tables, 256 numbers per subquantizer, must fit into it.
 SHARED_MEMORY = 48 << 10
-# GPU lists hold multiples of this many vectors.
+# FAISS pads inverted lists on GPUs to a multiple of this many vectors.
 LIST_PADDING = 32
-# An engine whose actor was killed is gone when free memory has not grown for so long.
+# A killed actor's engine is assumed to have released all its memory once free memory has not grown for this long.
 RELEASE_SECONDS = 5.0
 GB = 1e9
 
 
 def gpu_form(index: Any, float16: bool) -> bool:
-    """Whether FAISS has this kind of index on GPUs: flat, and inverted lists of plain, scalar or product codes.
+    """Whether FAISS supports this kind of index on GPUs: flat, or IVF with flat, scalar or product codes.
 
     Args:
-        float16: whether tables of product quantisers are in half precision.
+        index: a FAISS index; it may be empty.
+        float16: whether the tables of product quantizers are in half precision.
     """
     kind = faiss.downcast_index(index)
     if isinstance(kind, faiss.IndexPreTransform):
@@ -46,10 +47,10 @@ def gpu_form(index: Any, float16: bool) -> bool:
 
 
 def check_gpu_form(manifest: IndexManifest, float16: bool) -> None:
-    """Refuse an index that FAISS cannot search on GPUs.
+    """Reject an index that FAISS cannot search on GPUs.
 
     Raises:
-        ValueError: names its factory string.
+        ValueError: FAISS does not support the index on GPUs; the message names its factory string.
     """
     if not gpu_form(empty_index(manifest.factory, manifest.dimension), float16):
         raise ValueError(
@@ -58,10 +59,10 @@ def check_gpu_form(manifest: IndexManifest, float16: bool) -> None:
 
 
 def gpu_bytes(manifest: IndexManifest, numbers: list[int], float16: bool) -> int:
-    """Memory that shards take on a card, with FAISS's working memory.
+    """Estimate the bytes that shards take on a GPU, including FAISS's working memory.
 
-    Vectors are as on disk; lists are padded. Half precision halves ``Flat`` ones, and takes a shard and a half in
-    single precision on the way there.
+    Vectors take as much as on disk; inverted lists are padded in addition. With half precision ``Flat`` vectors take
+    half as much, but the conversion temporarily needs 1.5 times the size of the largest shard on disk.
     """
     stored = [manifest.shards[number].bytes for number in numbers]
     ivf = faiss.try_extract_index_ivf(index := empty_index(manifest.factory, manifest.dimension))
@@ -75,13 +76,13 @@ def gpu_bytes(manifest: IndexManifest, numbers: list[int], float16: bool) -> int
 
 @dataclass(frozen=True)
 class CardMemory:
-    """The memory of a card, and how much of it an index may take beside an engine.
+    """The memory of a GPU, and the part of it that an index may take in addition to an engine.
 
     Attributes:
-        free, total: bytes that are free now, and bytes of the card.
-        share: share of the card that belongs to this process.
-        engine: vLLM's ``gpu_memory_utilization`` of this process's engine, which starts after the index has been
-            placed; 0 where there is none.
+        free, total: free bytes at the time of reading, and all bytes of the GPU.
+        share: share of the GPU that belongs to this process.
+        engine: ``gpu_memory_utilization`` of this process's vLLM engine, which starts after the index has been placed;
+            0 without an engine.
     """
 
     free: int
@@ -91,22 +92,22 @@ class CardMemory:
 
     @property
     def budget(self) -> int:
-        """Bytes for the index once everything else on the card has ended or taken its own share."""
+        """Bytes that this process's share of the GPU leaves for the index, whatever is free now."""
         return int(self.total * (self.share - self.engine)) - RESERVED_BYTES
 
     @property
     def left(self) -> int:
-        """Bytes for the index now."""
+        """Bytes that the index may take now: the budget, or less if too little memory is free."""
         return min(self.budget, self.free - int(self.total * self.engine) - RESERVED_BYTES)
 
     def check(self, needed: int) -> None:
-        """Refuse an index that does not fit.
+        """Reject an index that does not fit.
 
         Args:
-            needed: bytes.
+            needed: bytes that the index takes.
 
         Raises:
-            ValueError: names what is needed and what is left.
+            ValueError: the index does not fit; the message gives the needed and the remaining memory.
         """
         if needed > self.left:
             raise ValueError(
@@ -118,7 +119,7 @@ class CardMemory:
 
 
 def read_memory(engine_share: float) -> CardMemory:
-    """Read the memory of the card that this process searches on."""
+    """Read the memory of the GPU that this process searches on."""
     import torch
 
     free, total = torch.cuda.mem_get_info()
@@ -127,10 +128,11 @@ def read_memory(engine_share: float) -> CardMemory:
 
 
 def await_memory(needed: int, engine_share: float) -> None:
-    """Wait until the card has room for an index; an actor's predecessor that was killed may still hold memory there.
+    """Wait until the GPU has room for an index, since a killed predecessor of this actor may still occupy memory.
 
     Raises:
-        ValueError: it has no room, or none becomes free any more; names what is needed and what is left.
+        ValueError: the index exceeds the budget, or free memory has stopped growing before the index fits; the message
+            gives the needed and the remaining memory.
     """
     memory = read_memory(engine_share)
     give_up = time.monotonic() + RELEASE_SECONDS
@@ -143,20 +145,22 @@ def await_memory(needed: int, engine_share: float) -> None:
 
 
 def has_gpu() -> bool:
-    """Ask whether FAISS can use a GPU: PyTorch first, since FAISS aborts the process where the driver is too old."""
+    """Whether FAISS can use a GPU; checks PyTorch first, since FAISS aborts the process if the driver is too old."""
     import torch
 
-    # The CPU build of FAISS has none of the GPU names.
+    # The CPU build of FAISS lacks all names of its GPU classes.
     return hasattr(faiss, "StandardGpuResources") and torch.cuda.is_available() and faiss.get_num_gpus() > 0
 
 
 @dataclass(frozen=True)
 class Device:
-    """Where the shards of one process are searched.
+    """The device that the shards of one process are searched on.
 
     Attributes:
-        resources: FAISS's, one for all shards since each has working memory of its own; None on the CPU.
-        required: whether a shard without a place on the GPU is an error; otherwise the CPU searches it.
+        resources: FAISS's GPU resources, shared by all shards since each such object allocates its own working memory;
+            None on the CPU.
+        float16: half precision on the GPU, as ``retrieval.float16``.
+        required: whether failing to place a shard on the GPU is an error; otherwise it is searched on the CPU.
     """
 
     resources: Any | None
@@ -167,15 +171,15 @@ class Device:
     def choose(
         cls, retrieval: RetrievalConfig, manifest: IndexManifest, numbers: list[int], engine_share: float
     ) -> "Device":
-        """Choose the device that a configuration asks for.
+        """Choose the device as ``retrieval.device`` requires.
 
         Args:
-            numbers: shards that will be placed on it.
-            engine_share: see :class:`CardMemory`.
+            numbers: numbers of the shards to be placed on the device.
+            engine_share: share of the GPU's memory for vLLM, as ``engine`` of :class:`CardMemory`.
 
         Raises:
-            ValueError: ``retrieval.device`` is ``gpu``, and there is none, or FAISS has no such index on GPUs, or too
-                little memory is left.
+            ValueError: ``retrieval.device`` is ``gpu``, but there is no GPU, FAISS does not support the index on GPUs,
+                or too little memory is left.
         """
         if not choose_gpu(retrieval.device):
             return cls(None)
@@ -197,10 +201,13 @@ class Device:
         return cls(resources, retrieval.float16, required)
 
     def place(self, index: Any) -> tuple[Any, Any]:
-        """Put an index on this device; returns it with the FAISS parameter space that belongs to it.
+        """Place an index on this device.
+
+        Returns:
+            The placed index, and the FAISS parameter space for its device.
 
         Raises:
-            ValueError: FAISS cannot place it on a GPU that is required.
+            ValueError: the GPU is required, and FAISS cannot place the index on it.
         """
         if self.resources is None:
             return index, faiss.ParameterSpace()
@@ -220,8 +227,9 @@ def set_search(index: Any, space: Any, search: str) -> None:
     """Set search parameters on an index.
 
     Args:
-        space: FAISS's ``ParameterSpace`` for the device that the index is on.
-        search: as ``retrieval.search``.
+        index: a FAISS index.
+        space: FAISS's ``ParameterSpace`` for the device of the index.
+        search: parameters, as in ``retrieval.search``.
 
     Raises:
         ValueError: the index has no such parameter.

@@ -1,4 +1,4 @@
-"""Search over the shards of an index as if they were one."""
+"""Opens the shards of an index and searches them as one."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -19,13 +19,13 @@ from pipeline.retrieval.manifest import IndexManifest, ShardEntry, read_manifest
 from pipeline.retrieval.shard_files import PassageFile, read_faiss
 from pipeline.storage.location import Location
 
-# Equal scores beyond this many places keep the order FAISS gives them. Its GPU search stops at 2,048.
+# Maximum results per query when breaking ties: equal scores beyond keep FAISS's order. Its GPU search allows 2,048.
 _MOST_PLACES = 1024
 
 
 @dataclass(frozen=True)
 class Hit:
-    """A vector found: its inner product with the query, its shard and its row there."""
+    """A search result: the inner product of a vector with the query, the vector's shard, and its row there."""
 
     score: float
     shard: int
@@ -33,7 +33,7 @@ class Hit:
 
     @property
     def order(self) -> tuple[float, int, int]:
-        """Sort key: best first; equal scores in the order of the passages, as one index over all would have it."""
+        """Sort key: best first; ties are in the order of the passages, as in a single index over all of them."""
         return -self.score, self.shard, self.row
 
 
@@ -44,7 +44,8 @@ class Shard:
     """An opened shard.
 
     Attributes:
-        index: FAISS's, on the CPU until it is placed elsewhere.
+        index: FAISS index, on the CPU until :meth:`place` moves it.
+        passages: passages of the shard by row.
     """
 
     def __init__(self, index: Any, passages: PassageFile) -> None:
@@ -54,10 +55,11 @@ class Shard:
 
     @classmethod
     def open(cls, folder: Location, entry: ShardEntry, dimension: int, retrieval: RetrievalConfig) -> "Shard":
-        """Fetch the files where they are remote, check them, map them.
+        """Fetch the files if they are remote, check them, and map them into memory.
 
         Raises:
-            ValueError: a file is missing or is not what the manifest says.
+            DamagedIndexError: a file is missing, or differs from the manifest.
+            StorageError: a file cannot be fetched.
         """
         index_file, passages_file = (
             obtain(folder / name, size, sha256, retrieval) for name, size, sha256 in entry.files()
@@ -71,15 +73,15 @@ class Shard:
         return cls(index, passages)
 
     def place(self, device: Device) -> None:
-        """Put the vectors on a device.
+        """Place the vectors on a device.
 
         Raises:
-            ValueError: they have no place there.
+            ValueError: a GPU is required, and FAISS cannot place them on it.
         """
         self.index, self._space = device.place(self.index)
 
     def tune(self, search: str) -> None:
-        """Set search parameters, as ``retrieval.search``.
+        """Set search parameters, given as in ``retrieval.search``.
 
         Raises:
             ValueError: this kind of index has no such parameter.
@@ -87,10 +89,16 @@ class Shard:
         set_search(self.index, self._space, search)
 
     def top(self, queries: Vectors, k: int) -> tuple[Vectors, npt.NDArray[np.int64]]:
-        """The best rows: scores float32 and rows int64, both [queries, k or fewer]; row -1 where FAISS found none.
+        """Search for the k best rows of each query; ties go to the lowest rows.
 
-        FAISS leaves open which of several equal scores it returns. Looking one place beyond k shows whether the
-        last place is contested; then the search widens until all who contest it are there, and the first rows win.
+        FAISS does not define which of several equal scores it returns. One result beyond k shows whether the last score
+        is tied; if so, the search is widened until it includes all ties, up to ``_MOST_PLACES`` results.
+
+        Args:
+            queries: float32 [n, dimension].
+
+        Returns:
+            Scores, float32, and rows, int64, both [n, k or fewer]; the row is -1 where FAISS found none.
         """
         total = self.index.ntotal
         width = min(k + 1, total)
@@ -105,11 +113,12 @@ class Shard:
 
 
 class PassageIndex:
-    """Shards of an index, all of them or some, searched as if they were one.
+    """Some or all shards of an index, searched as one.
 
     Args:
-        shards: by their number in the manifest.
-        threads: of FAISS.
+        manifest: manifest of the whole index.
+        shards: opened shards by their number in the manifest.
+        threads: number of FAISS threads.
     """
 
     def __init__(self, manifest: IndexManifest, shards: dict[int, Shard], threads: int = 1) -> None:
@@ -127,16 +136,17 @@ class PassageIndex:
         engine_share: float = 0.0,
         digest: str | None = None,
     ) -> "PassageIndex":
-        """Open an index: in place from a local disk, by way of ``retrieval.cache`` from elsewhere.
+        """Open an index: in place on a local disk, otherwise through ``retrieval.cache``.
 
         Args:
-            numbers: of the shards to open; all by default.
-            engine_share: of the GPU's memory, that vLLM takes on the same card.
-            digest: that the manifest must have.
+            numbers: numbers of the shards to open; all by default.
+            engine_share: share of the GPU's memory that vLLM takes on the same GPU.
+            digest: required digest of the manifest; any by default.
 
         Raises:
-            ValueError: no usable index; one line that names the file.
-            StorageError: storage does not answer.
+            ValueError: the index or the required device cannot be used, ``retrieval.search`` does not apply to the
+                index, or the files exceed ``retrieval.cache_gb``; the message is one line.
+            StorageError: the storage cannot be read.
         """
         manifest = read_manifest(folder, digest)
         chosen = sorted(range(len(manifest.shards)) if numbers is None else numbers)
@@ -151,21 +161,21 @@ class PassageIndex:
         return cls(manifest, shards, retrieval.threads)
 
     def search(self, queries: Vectors, k: int) -> list[list[Hit]]:
-        """The k best of these shards for each query, best first; equal scores by shard, then row.
+        """Search for the k best hits of each query, best first; ties are ordered by shard, then row.
 
         Args:
             queries: float32 [n, dimension].
 
         Returns:
-            n lists of k hits, or fewer where the index has or finds no more.
+            n lists of k hits, or of fewer if the search finds no more.
         """
-        # OpenMP keeps this number per thread, so it has to be set in the thread that searches.
+        # OpenMP keeps this setting per calling thread, so it must be set in the thread that searches.
         faiss.omp_set_num_threads(self.threads)
         found = [self.shards[number].top(queries, k) for number in self._numbers]
         scores = np.concatenate([scores for scores, _ in found], axis=1)
         rows = np.concatenate([rows for _, rows in found], axis=1)
         shards = np.repeat(self._numbers, [scores.shape[1] for scores, _ in found])
-        # Within a shard equal scores are in the order of their rows already.
+        # Ties within a shard are already ordered by row.
         best = np.argsort(-scores, axis=1, kind="stable")
         return [
             [Hit(float(scores[n, i]), int(shards[i]), int(rows[n, i])) for i in best[n] if rows[n, i] >= 0][:k]
@@ -173,21 +183,21 @@ class PassageIndex:
         ]
 
     def find(self, queries: Vectors, k: int) -> list[list[Found]]:
-        """As ``search``, with the passages."""
+        """Search as :meth:`search`, and return each hit with its passage."""
         return [
             [(hit, self.shards[hit.shard].passages.passage(hit.row)) for hit in hits]
             for hits in self.search(queries, k)
         ]
 
     def retrieve(self, queries: Vectors, k: int) -> list[list[RetrievedPassage]]:
-        """As ``search``, with the passages and their ranks from 1."""
+        """Search as :meth:`search`, and return passages with scores and ranks, which start at 1."""
         return [ranked(found) for found in self.find(queries, k)]
 
 
 def _in_cache(
     folder: Location, manifest: IndexManifest, retrieval: RetrievalConfig, chosen: Sequence[int]
 ) -> AbstractContextManager[None]:
-    """Room in the cache for some shards, where they come from elsewhere."""
+    """Reserve room in the cache for the chosen shards; a local index needs none."""
     if folder.local:
         return nullcontext()
     wanted = [file for number in chosen for file in manifest.shards[number].files()]
@@ -196,5 +206,5 @@ def _in_cache(
 
 
 def ranked(found: Sequence[Found]) -> list[RetrievedPassage]:
-    """Hits with their passages, best first, as what a query gets."""
+    """Convert the hits of a query, best first, to retrieved passages with ranks, which start at 1."""
     return [RetrievedPassage(passage, hit.score, rank) for rank, (hit, passage) in enumerate(found, start=1)]

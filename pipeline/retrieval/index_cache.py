@@ -1,4 +1,4 @@
-"""Index files on this machine: in place where they are local, otherwise fetched once and kept up to a limit."""
+"""Provides index files on this machine: local ones in place, remote ones from a cache with a maximum size."""
 
 import fcntl
 import hashlib
@@ -20,27 +20,29 @@ CachedFile = tuple[str, int, str]
 
 
 class DamagedIndexError(ValueError):
-    """A file of an index is missing or is not what the manifest says."""
+    """Error for an index file that is missing, unreadable, or not the expected one."""
 
 
 def file_digest(path: Path) -> str:
-    """SHA-256 of a file in hex."""
+    """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def obtain(source: Location, size: int, sha256: str, retrieval: RetrievalConfig) -> Path:
-    """A local path of an index file: itself where it is local, otherwise a copy that is fetched once per machine.
+    """Return the local path of an index file: its own, or that of a copy that is fetched once per machine.
 
-    A copy is named by its digest, so a changed index is another file. With ``retrieval.verify`` the whole file is
-    read to check its digest each time; a copy that has just come always is.
+    Copies are named by digest, so a changed index gets new ones. The size is checked at every call. The digest, which
+    takes reading the whole file, is checked after fetching, and at every call with ``retrieval.verify``.
 
     Args:
-        size: in bytes, as the manifest says.
+        source: the index file.
+        size: size in bytes according to the manifest.
+        sha256: digest in hex according to the manifest.
 
     Raises:
-        DamagedIndexError: the file is missing or is not what the manifest says.
-        StorageError: it cannot be fetched.
+        DamagedIndexError: the file is missing, or differs from the manifest.
+        StorageError: the file cannot be fetched.
     """
     if source.local:
         check_file(Path(source.path), source.uri, size, sha256 if retrieval.verify else None)
@@ -48,13 +50,13 @@ def obtain(source: Location, size: int, sha256: str, retrieval: RetrievalConfig)
     cache = Path(retrieval.cache).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
     copy = cache / f"{sha256}-{Path(source.path).name}"
-    # The lock makes several readers on one machine fetch a file once.
+    # The lock ensures that concurrent readers on one machine fetch a file only once.
     with _locked(copy.with_name(f"{copy.name}.lock")):
         fetched = not copy.exists()
         if fetched:
             _fetch(source, copy, size, sha256)
         os.utime(copy)
-    if not fetched:  # outside the lock: the readers of a machine check it side by side
+    if not fetched:  # outside the lock, so that readers check concurrently
         check_file(copy, str(copy), size, sha256 if retrieval.verify else None)
     return copy
 
@@ -68,17 +70,17 @@ def _locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
 
 @contextmanager
 def room_for(retrieval: RetrievalConfig, wanted: list[CachedFile], others: list[CachedFile]) -> Iterator[None]:
-    """Keep the cache below its limit, and nothing of this index is deleted while the body opens it.
+    """Make room in the cache for the files that the body opens; meanwhile no other process evicts files.
 
-    Copies of other indexes are deleted, the longest unused first. Who has one mapped keeps reading it: its blocks
-    are freed when the last reader is gone.
+    Does nothing unless ``retrieval.cache_gb`` is set. Copies of other indexes are evicted, least recently used first. A
+    process that has mapped an evicted file can still read it: its blocks are freed when the last process has closed it.
 
     Args:
-        wanted: name, size in bytes and digest of every file that the body opens.
-        others: of the same index, which servers on this machine may have.
+        wanted: files that the body opens.
+        others: other files of the same index, which are never evicted: shard servers on this machine may use them.
 
     Raises:
-        ValueError: they are larger together than ``retrieval.cache_gb``.
+        ValueError: the wanted files, and those of the others that are in the cache, exceed ``retrieval.cache_gb``.
     """
     if retrieval.cache_gb is None:
         yield
@@ -120,7 +122,7 @@ def _is_copy(file: Path) -> bool:
 
 
 def _fetch(source: Location, copy: Path, size: int, sha256: str) -> None:
-    """Fetch a file; the caller has its lock, so what lies at the temporary name is of a fetch that was killed."""
+    """Fetch a file. The caller holds its lock, so a file at the temporary name is left from a killed process."""
     arriving = copy.with_name(f".{copy.name}.arriving")
     try:
         source.fetch(arriving)
@@ -133,10 +135,10 @@ def _fetch(source: Location, copy: Path, size: int, sha256: str) -> None:
 
 
 def check_file(path: Path, uri: str, size: int, sha256: str | None) -> None:
-    """Compare a local file with the manifest; its digest too where one is given.
+    """Compare a local file with the manifest by size, and by digest unless ``sha256`` is None.
 
     Raises:
-        DamagedIndexError: missing, of another size or content; names the file.
+        DamagedIndexError: the file is missing, or its size or digest differs; the message names the file.
     """
     if not path.is_file():
         raise DamagedIndexError(f"{uri}: missing; {REMEDY}")
@@ -149,7 +151,7 @@ def check_size(uri: str, found: int, size: int) -> None:
     """Compare a file's size with the manifest's.
 
     Raises:
-        DamagedIndexError: they differ.
+        DamagedIndexError: the sizes differ; the message names the file.
     """
     if found != size:
         raise DamagedIndexError(f"{uri}: has {found} bytes where index.json says {size}; {REMEDY}")

@@ -1,4 +1,4 @@
-"""What an index folder says about itself, and whether a run may use it."""
+"""Reads and writes the manifest of an index, and checks whether a run can use the index."""
 
 import hashlib
 from typing import Annotated, Literal
@@ -14,18 +14,19 @@ from pipeline.storage.location import Location
 
 MANIFEST = "index.json"
 
-# A plain name: an index that somebody else has written must not lead out of its folder, nor out of the cache.
+# A plain file name, so that an untrusted index cannot refer to files outside its folder or the cache.
 FileName = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 class ShardEntry(Frozen):
-    """What the manifest says of a shard.
+    """The manifest's entry of a shard.
 
     Attributes:
-        file, bytes, sha256: of the FAISS index.
-        passages_file, passages_bytes, passages_sha256: of the passages, an Arrow IPC file.
-        rows: of both.
+        file, bytes, sha256: name, size in bytes and digest in hex of the FAISS index.
+        passages_file, passages_bytes, passages_sha256: name, size in bytes and digest in hex of the passages, an Arrow
+            IPC file.
+        rows: number of vectors, and of passages.
     """
 
     file: FileName
@@ -37,13 +38,13 @@ class ShardEntry(Frozen):
     passages_sha256: Digest
 
     def files(self) -> tuple[tuple[str, int, str], tuple[str, int, str]]:
-        """Name, size in bytes and digest of the two files."""
+        """Return name, size in bytes and digest of the FAISS index, and of the passages."""
         index = (self.file, self.bytes, self.sha256)
         return index, (self.passages_file, self.passages_bytes, self.passages_sha256)
 
 
 class EncoderEntry(EncoderStyle):
-    """The encoder that an index was built with; attributes as those of ``Encoder``, and how it was used."""
+    """The encoder that an index was built with, and its usage; attributes as in :class:`Encoder`."""
 
     name: str
     revision: str | None
@@ -51,25 +52,28 @@ class EncoderEntry(EncoderStyle):
 
     @classmethod
     def of(cls, encoder: Encoder) -> "EncoderEntry":
-        """The entry of a loaded encoder."""
+        """Return the entry of a loaded encoder."""
         style = encoder.style.model_dump()
         return cls(name=encoder.name, revision=encoder.revision, digest=encoder.digest, **style)
 
     @property
     def style(self) -> EncoderStyle:
-        """How it was used."""
+        """Usage of the encoder when the index was built."""
         return EncoderStyle(**self.model_dump(include=set(EncoderStyle.model_fields)))
 
 
 class IndexManifest(Frozen):
-    """``index.json``: everything about an index but its vectors and passages.
+    """The content of ``index.json``: all data of an index except its vectors and passages.
 
     Attributes:
-        embeddings: column that the vectors came from; None where the encoder made them.
-        metric: always the inner product, which is the cosine where ``encoder.normalised``.
+        format_version: version of this format.
+        encoder: encoder of the queries, and of the passages unless ``embeddings`` is set.
+        embeddings: column that the vectors were read from; None if the encoder computed them.
+        dimension: number of dimensions of the vectors.
+        metric: always the inner product, which is the cosine if ``encoder.normalised``.
         factory: FAISS factory string of every shard.
-        passages: in all shards.
-        shards: in the order of the passages.
+        passages: number of passages in all shards.
+        shards: entries of the shards in the order of the passages.
     """
 
     format_version: Literal[1] = 1
@@ -83,11 +87,11 @@ class IndexManifest(Frozen):
 
     @property
     def bytes(self) -> int:
-        """Of the FAISS files of all shards."""
+        """Size of the FAISS files of all shards, in bytes."""
         return sum(shard.bytes for shard in self.shards)
 
     def digest(self) -> str:
-        """SHA-256, in hex, of everything above: with the shards' own digests, the identity of the whole index."""
+        """Return the SHA-256, in hex, of the manifest; it identifies the whole index, as it covers all file digests."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     @model_validator(mode="after")
@@ -98,7 +102,7 @@ class IndexManifest(Frozen):
 
 
 def write_manifest(folder: Location, manifest: IndexManifest) -> None:
-    """Write ``index.json``, which makes the folder an index: the last step of a build."""
+    """Write ``index.json``, the last step of a build: a folder without it is not an index."""
     (folder / MANIFEST).write(manifest.model_dump_json(indent=2).encode() + b"\n")
 
 
@@ -106,12 +110,12 @@ def read_manifest(folder: Location, digest: str | None = None) -> IndexManifest:
     """Read ``index.json``.
 
     Args:
-        digest: that it must have: that of the index which the run began with.
+        digest: required digest, that of the index at the start of the run; any by default.
 
     Raises:
-        ValueError: there is none, or it is damaged or of another version; names file and key.
-        DamagedIndexError: it has another digest.
-        StorageError: it cannot be read.
+        ValueError: there is no manifest, or it is damaged or of another version; the message names file and key.
+        DamagedIndexError: the manifest has another digest.
+        StorageError: the manifest cannot be read.
     """
     file = folder / MANIFEST
     if file.kind() != fs.FileType.File:
@@ -132,10 +136,10 @@ def read_manifest(folder: Location, digest: str | None = None) -> IndexManifest:
 
 
 def check_encoder(encoder: Encoder, manifest: IndexManifest) -> None:
-    """Refuse an encoder other than the one an index was built with; its name may differ, its content may not.
+    """Reject an encoder other than the one that an index was built with; the name may differ, the content may not.
 
     Raises:
-        ValueError: digest or dimension differ.
+        ValueError: the digest or the dimension differs.
     """
     if encoder.dimension != manifest.dimension:
         raise ValueError(
@@ -159,20 +163,20 @@ def _encoder_advice(manifest: IndexManifest) -> str:
 
 
 def check_index_manifest(folder: Location, retrieval: RetrievalConfig, digest: str | None = None) -> IndexManifest:
-    """Check what can be checked without opening an index: manifest, encoder, file sizes.
+    """Check an index without opening it: manifest, encoder and file sizes.
 
     Args:
-        digest: as :func:`read_manifest`.
+        digest: required digest of the manifest; any by default.
 
     Raises:
-        ValueError: no usable index, or one that the configuration does not match; one line with advice.
-        StorageError: storage does not answer.
+        ValueError: the index cannot be used, or does not match the configuration; the message is one line with advice.
+        StorageError: the storage cannot be read.
     """
     manifest = read_manifest(folder, digest)
     wanted, revision = wanted_encoder(manifest, retrieval)
     digest = encoder_digest(wanted, revision)
     if digest is not None or wanted != manifest.encoder.name:
-        _check_digest(wanted, digest, manifest)  # a model not downloaded yet is compared when it is
+        _check_digest(wanted, digest, manifest)  # without a download yet, checked on loading
     check_files(folder, manifest)
     return manifest
 
@@ -182,7 +186,7 @@ def check_files(folder: Location, manifest: IndexManifest) -> None:
 
     Raises:
         DamagedIndexError: a file is missing or has another size.
-        StorageError: storage does not answer.
+        StorageError: the storage cannot be read.
     """
     files = [file for shard in manifest.shards for file in shard.files()]
     paths = [(folder / name).path for name, _, _ in files]
@@ -194,7 +198,7 @@ def check_files(folder: Location, manifest: IndexManifest) -> None:
 
 
 def wanted_encoder(manifest: IndexManifest, retrieval: RetrievalConfig) -> tuple[str, str | None]:
-    """Name and revision of the encoder to search with: the configured one, or the one that the index was built with."""
+    """Return name and revision of the encoder of the queries: as configured, or as the index was built."""
     if retrieval.encoder in (None, manifest.encoder.name):
         return manifest.encoder.name, manifest.encoder.revision
     return str(retrieval.encoder), None

@@ -1,4 +1,4 @@
-"""Query → passages: from the index, or those that came with the query."""
+"""Retrieves passages for concurrent queries, which are encoded and searched in batches."""
 
 import asyncio
 import time
@@ -18,15 +18,15 @@ from pipeline.storage.location import Location
 
 
 class SearchableIndex(Protocol):
-    """All shards of an index, wherever they are."""
+    """All shards of an index, in this process or in shard servers."""
 
     @property
     def manifest(self) -> IndexManifest:
-        """What the index says about itself."""
+        """Manifest of the index."""
         ...
 
     def retrieve(self, queries: Vectors, k: int) -> list[list[RetrievedPassage]]:
-        """The k best passages for each query, best first; may block."""
+        """Retrieve the k best passages of each query, best first; may block."""
         ...
 
 
@@ -41,10 +41,10 @@ Outcome = list[RetrievedPassage] | Exception
 
 
 class IndexRetriever:
-    """Encodes and searches concurrent requests together, in a thread beside the event loop.
+    """A retriever that encodes and searches concurrent requests in batches, in a thread of its own.
 
-    The first request of a batch waits ``retrieval.wait_ms`` for others. While a batch is being searched, requests
-    gather for the next.
+    The first request of a batch waits up to ``retrieval.wait_ms`` for others. While a batch is being searched, new
+    requests are collected for the next one.
 
     Attributes:
         on_search: callback with the latency of each batch in seconds, called in the search thread.
@@ -71,16 +71,16 @@ class IndexRetriever:
         servers: Sequence[Any] = (),
         digest: str | None = None,
     ) -> "IndexRetriever":
-        """Open an index with the encoder it names, or with ``retrieval.encoder``.
+        """Open an index with ``retrieval.encoder``, or else with the encoder that it was built with.
 
         Args:
-            engine_share: of the GPU's memory, that vLLM takes on the same card.
-            servers: handles of the shard servers; without any, all shards are opened here.
-            digest: that the index must have.
+            engine_share: share of the GPU's memory that vLLM takes on the same GPU.
+            servers: Ray handles of the shard servers; if empty, all shards are opened in this process.
+            digest: required digest of the index's manifest; any by default.
 
         Raises:
-            ValueError: no usable index or encoder, or they do not belong together.
-            StorageError: storage does not answer.
+            ValueError: the index, the encoder or the required device cannot be used, or index and encoder do not match.
+            StorageError: the storage cannot be read.
         """
         manifest = check_index_manifest(folder, retrieval, digest)
         name, revision = wanted_encoder(manifest, retrieval)
@@ -92,11 +92,11 @@ class IndexRetriever:
         return cls(encoder, PassageIndex.open(folder, retrieval, None, engine_share, digest), retrieval)
 
     async def retrieve(self, query: str, k: int) -> list[RetrievedPassage]:
-        """The k best passages, best first; fewer where the index has no more.
+        """Retrieve the k best passages, best first; fewer if the search finds no more.
 
         Raises:
-            IndexLostError: a shard server is gone; no query is to blame.
-            Whatever the encoder or FAISS raised for this query alone.
+            IndexLostError: a shard server is lost, whatever the query.
+            Exception: the encoder or FAISS raised it for this query alone.
         """
         loop = asyncio.get_running_loop()
         request = _Request(query, k, loop.create_future())
@@ -108,15 +108,15 @@ class IndexRetriever:
         return await request.answer
 
     def close(self) -> None:
-        """End the thread once the batch at work is done."""
+        """End the thread after the current batch."""
         self._thread.shutdown()
 
     def _start(self) -> None:
-        """Search for the requests that wait, unless a batch is at work: its end starts the next."""
+        """Start to search the next batch, unless one is being searched; its end then starts the next."""
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        # Who was cancelled while waiting needs no search.
+        # Drop requests that were cancelled while they waited.
         self._waiting = [request for request in self._waiting if not request.answer.done()]
         if self._searching or not self._waiting:
             return
@@ -126,7 +126,7 @@ class IndexRetriever:
         found.add_done_callback(lambda done: self._deliver(batch, done))
 
     def _search(self, batch: list[_Request]) -> list[Outcome]:
-        """What is found for each request; a query that cannot be searched for spoils nothing for its neighbours."""
+        """Search a batch; if that fails, search its requests one by one, so that only faulty queries fail."""
         try:
             began = time.monotonic()
             vectors = self._encoder.encode_queries([request.query for request in batch])
@@ -135,7 +135,7 @@ class IndexRetriever:
                 self.on_search(time.monotonic() - began)
         except IndexLostError as error:
             return [error] * len(batch)
-        except Exception as error:  # noqa: BLE001  whoever asked raises it
+        except Exception as error:  # noqa: BLE001  raised again in retrieve
             return [error] if len(batch) == 1 else [self._search([request])[0] for request in batch]
         return [passages[: request.k] for request, passages in zip(batch, found, strict=True)]
 

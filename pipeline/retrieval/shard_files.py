@@ -1,4 +1,4 @@
-"""One shard of an index: a FAISS index and, row by row, the passages it is about."""
+"""Builds and reads the two files of a shard: a FAISS index, and the passages with the same row numbers."""
 
 import os
 import re
@@ -22,17 +22,18 @@ from pipeline.storage.location import Location
 
 PASSAGE_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "title", "text")])
 
-# FAISS asks for 39 to 256 training vectors per centroid; more of them cost encoding time and gain little.
+# FAISS recommends 39 to 256 training vectors per centroid; more than these take encoding time and gain little.
 _TRAINING_PER_CENTROID = 64
-# Product quantisers learn 256 centroids in each part.
+# Product quantizers learn 256 centroids per subquantizer.
 _SMALLEST_TRAINING = 256 * _TRAINING_PER_CENTROID
 
 
 def empty_index(factory: str, dimension: int) -> Any:
-    """An empty FAISS index for inner products, from a factory string such as ``Flat`` or ``IVF256,SQ8``.
+    """Create an empty FAISS index for inner products from a factory string such as ``Flat`` or ``IVF256,SQ8``.
 
     Raises:
-        ValueError: FAISS does not understand the string, or cannot build it for this dimension and metric.
+        ValueError: FAISS does not know the factory string or does not support it for this dimension and metric, or it
+            begins with ``IDMap``.
     """
     if factory.startswith("IDMap"):
         raise ValueError(f"factory {factory}: row numbers are the ids here; leave IDMap out")
@@ -43,12 +44,12 @@ def empty_index(factory: str, dimension: int) -> Any:
 
 
 def training_rows(index: Any) -> int:
-    """How many vectors to train an index on; 0 where it needs no training."""
+    """Return the number of vectors to train an index on; 0 if it needs no training."""
     return 0 if index.is_trained else max(_SMALLEST_TRAINING, _TRAINING_PER_CENTROID * centroids(index))
 
 
 def centroids(index: Any) -> int:
-    """Inverted lists of an index; 0 where it has none. It cannot be trained on fewer vectors."""
+    """Count the inverted lists of an index, the minimum of training vectors; 0 if it has none."""
     ivf = faiss.try_extract_index_ivf(index)
     return int(ivf.nlist) if ivf is not None else 0
 
@@ -57,10 +58,11 @@ def train_index(index: Any, vectors: Vectors) -> None:
     """Train an index in place.
 
     Args:
+        index: a FAISS index.
         vectors: float32 [n, dimension].
 
     Raises:
-        ValueError: too few vectors for this kind of index.
+        ValueError: FAISS cannot train the index, for example on too few vectors.
     """
     try:
         index.train(vectors)
@@ -69,25 +71,28 @@ def train_index(index: Any, vectors: Vectors) -> None:
 
 
 def faiss_reason(error: RuntimeError) -> str:
-    """What a FAISS error says, without where in its source it was said."""
+    """Return the message of a FAISS error without the location in its source."""
     return " ".join(str(error).rpartition("failed: ")[2].rpartition(".cpp:")[2].split()).lstrip("0123456789: ")
 
 
-# The names that ``shard_files`` gives.
+# Matches the names that :func:`shard_files` returns.
 SHARD_FILE = re.compile(r"shard-\d{5,}\.(faiss|passages\.arrow)")
 
 
 def shard_files(number: int) -> tuple[str, str]:
-    """Names of a shard's FAISS index and of its passages."""
+    """Return the file names of a shard's FAISS index and of its passages."""
     return f"shard-{number:05d}.faiss", f"shard-{number:05d}.passages.arrow"
 
 
 def build_shard(
     folder: Location, number: int, index: Any, batches: Iterable[tuple[pa.RecordBatch, Vectors]]
 ) -> ShardEntry:
-    """Fill a trained, empty index and write the shard's two files, each of which appears whole or not at all.
+    """Fill an index and write the two files of the shard, each atomically.
 
     Args:
+        folder: folder of the index.
+        number: number of the shard.
+        index: a trained, empty FAISS index.
         batches: passages in ``PASSAGE_SCHEMA`` with their vectors, float32 [rows, dimension]; not empty.
 
     Raises:
@@ -120,7 +125,7 @@ def _entry(index: Path, passages: Path, rows: int) -> ShardEntry:
 
 @contextmanager
 def _scratch(folder: Location) -> Iterator[Path]:
-    """A temporary folder: on the target's own disk where that is local, so that files can be renamed into place."""
+    """Create a temporary folder, inside a local target folder so that files can be renamed into place."""
     if folder.local:
         Path(folder.path).mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=folder.path if folder.local else None) as scratch:
@@ -128,7 +133,7 @@ def _scratch(folder: Location) -> Iterator[Path]:
 
 
 def publish_shard(source: Path, target: Location) -> None:
-    """Move a finished local file to its place: synced and renamed on local disks, uploaded elsewhere.
+    """Publish a finished local file: sync and rename it if the target is local, otherwise upload it.
 
     Raises:
         StorageError: the target cannot be written.
@@ -146,7 +151,7 @@ def publish_shard(source: Path, target: Location) -> None:
 
 
 class PassageFile:
-    """The passages of a shard, read from the memory-mapped file one by one."""
+    """The passages of a shard, read one by one from a memory-mapped file."""
 
     def __init__(self, path: Path) -> None:
         try:
@@ -155,7 +160,7 @@ class PassageFile:
             raise DamagedIndexError(f"{path}: not an Arrow IPC file ({error}); {REMEDY}") from None
         if table.schema != PASSAGE_SCHEMA:
             raise DamagedIndexError(f"{path}: expected the columns id, title and text; {REMEDY}")
-        # These are views of the map: a page is read when a passage on it is.
+        # The batches are views of the mapped file; pages are loaded when their passages are read.
         self._batches = table.to_batches()
         self._ends: npt.NDArray[np.int64] = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
 
@@ -163,7 +168,7 @@ class PassageFile:
         return int(self._ends[-1]) if len(self._ends) else 0
 
     def passage(self, row: int) -> Passage:
-        """The passage of a row."""
+        """Return the passage of a row."""
         number = int(np.searchsorted(self._ends, row, side="right"))
         batch = self._batches[number]
         place = row - (int(self._ends[number]) - batch.num_rows)
@@ -171,7 +176,7 @@ class PassageFile:
 
 
 def read_faiss(path: Path) -> Any:
-    """Map a FAISS index into memory, so that the actors of a machine share its pages.
+    """Map a FAISS index into memory, so that all actors on a machine share its pages.
 
     Raises:
         DamagedIndexError: FAISS cannot read it.

@@ -1,8 +1,8 @@
-"""The partitioned topology: shard servers, each with some shards of the index, searched as if they were one.
+"""Searches an index that is partitioned over shard servers, Ray actors with some of its shards each.
 
-A query batch is sent to all servers, each answers with the best of its own shards, and the best of those are kept:
-the same ones in the same order as one index over all passages would give. Ray restarts a server that dies, on
-another node if need be, and sends it again what it had not answered.
+A batch of queries is sent to all servers. Each returns the best hits of its own shards, and merging them gives the same
+hits in the same order as a single index over all passages. Ray restarts a server that dies, on another node if
+necessary, and retries its unfinished searches.
 """
 
 import heapq
@@ -21,21 +21,24 @@ from pipeline.storage.location import locate
 
 log = logging.getLogger(__name__)
 
-# Seconds between two lines of who waits for a server.
+# Seconds between two warnings about waiting for servers.
 WARN_EVERY_S = 60.0
 
 
 class IndexLostError(RuntimeError):
-    """A shard server is gone for good; no row is to blame."""
+    """Permanent loss of a shard server, not caused by any row."""
 
 
 @dataclass(frozen=True)
 class ServedIndex:
-    """What a server has to know of an index, also when it is restarted.
+    """The data from which a shard server opens its shards when it is started or restarted.
 
     Attributes:
-        digest: of the manifest that the run began with.
-        shards: how many there are.
+        uri: URI of the index folder.
+        digest: digest of the manifest at the start of the run.
+        shards: number of shards of the index.
+        retrieval: search settings.
+        storage: access to the storage of the index.
     """
 
     uri: str
@@ -46,10 +49,11 @@ class ServedIndex:
 
 
 class ShardServer:
-    """A Ray actor that holds some shards.
+    """A Ray actor that searches some shards.
 
     Args:
-        numbers: of its shards.
+        index: the index that the shards belong to.
+        numbers: numbers of its shards.
     """
 
     def __init__(self, index: ServedIndex, numbers: Sequence[int]) -> None:
@@ -57,19 +61,20 @@ class ShardServer:
         self._index = PassageIndex.open(folder, index.retrieval, numbers, digest=index.digest)
 
     def vectors(self) -> int:
-        """How many it holds; answers once they are loaded."""
+        """Return the number of vectors; a call returns only after all shards are loaded."""
         return sum(len(shard.passages) for shard in self._index.shards.values())
 
     def find(self, queries: Vectors, k: int) -> list[list[Found]]:
-        """The k best of its shards for each query, best first."""
+        """Return the k best hits of each query in its shards with their passages, best first."""
         return self._index.find(queries, k)
 
 
 class PartitionedIndex:
-    """All shards of an index, in servers.
+    """All shards of an index, in shard servers.
 
     Args:
-        servers: Ray handles that hold every shard once.
+        manifest: manifest of the index.
+        servers: Ray handles of servers that together hold every shard exactly once.
     """
 
     def __init__(self, manifest: IndexManifest, servers: Sequence[Any]) -> None:
@@ -77,13 +82,14 @@ class PartitionedIndex:
         self._servers = servers
 
     def retrieve(self, queries: Vectors, k: int) -> list[list[RetrievedPassage]]:
-        """The k best of all shards for each query, best first; waits while a server is restarted.
+        """Retrieve the k best passages of each query from all shards, best first; waits while a server restarts.
 
         Args:
             queries: float32 [n, dimension].
 
         Raises:
             IndexLostError: a server cannot be restarted.
+            ray.exceptions.RayTaskError: the search itself failed on a server.
         """
         import ray
 
@@ -91,14 +97,14 @@ class PartitionedIndex:
         try:
             answers = _answers([server.find.remote(batch, k) for server in self._servers], "a search")
         except ray.exceptions.RayTaskError:
-            raise  # what is wrong with these queries, not with the server
+            raise  # caused by these queries, not by a lost server
         except ray.exceptions.RayError as error:
             raise IndexLostError(f"a shard server is gone: {' '.join(str(error).split())}") from error
         return [ranked(merge_hits(parts, k)) for parts in zip(*answers, strict=True)]
 
 
 def _answers(references: list[Any], who: str) -> list[Any]:
-    """What servers answer, however long that takes; the log says who is waiting."""
+    """Wait without limit for the servers' results, with a warning every ``WARN_EVERY_S`` that names the waiter."""
     import ray
 
     while missing := len(references) - len(ray.wait(references, num_returns=len(references), timeout=WARN_EVERY_S)[0]):
@@ -108,24 +114,24 @@ def _answers(references: list[Any], who: str) -> list[Any]:
 
 
 def merge_hits(parts: Sequence[Sequence[Found]], k: int) -> list[Found]:
-    """The k best of several lists that are in order themselves; equal scores by shard, then row."""
+    """Merge sorted lists of hits and return the k best; ties are ordered by shard, then row."""
     return list(islice(heapq.merge(*parts, key=lambda found: found[0].order), k))
 
 
 def assign_shards(shards: int, servers: int) -> list[list[int]]:
-    """Shard numbers for each server, whose counts differ by one at most."""
+    """Return the shard numbers of each server; their counts differ by at most one."""
     return [list(range(first, shards, servers)) for first in range(servers)]
 
 
 def start_servers(index: ServedIndex, nodes: Sequence[str | None], execution: ExecutionConfig) -> list[Any]:
-    """Start shard servers and wait until all shards are loaded; they end with the job.
+    """Start shard servers, which end with the job, and wait until all shards are loaded.
 
     Args:
-        nodes: for each server the id of the Ray node that has room for it; None leaves it to Ray. After the death of
-            its node a server goes to any other.
+        nodes: Ray node id for each server; None lets Ray choose the node. If the node dies, the server restarts on any
+            other node.
 
     Raises:
-        ray.exceptions.RayError: one cannot open its shards; its message says why.
+        ray.exceptions.RayError: a server cannot open its shards; the message gives the reason.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy

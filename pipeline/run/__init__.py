@@ -1,4 +1,4 @@
-"""A run from top to bottom: planned, annotated by actors, counted, finished.
+"""Runs an annotation job: checks and plans it, annotates its units in Ray actors, verifies and finishes the output.
 
-Ray is driven from here.
+Sends progress to stderr, metrics to Prometheus, and notifications of failed runs.
 """

@@ -1,4 +1,4 @@
-"""The Ray Data actor: engine and index once, then units from file to file, one coroutine for each row."""
+"""The Ray Data actor: opens the engine and the index once, then annotates units, with one coroutine per row."""
 
 import asyncio
 import dataclasses
@@ -35,7 +35,6 @@ from pipeline.retrieval.shard_servers import IndexLostError
 from pipeline.run.attempts import (
     BESIDE_OTHERS,
     ROW_DEATHS,
-    START,
     OutOfMemoryError,
     ProcessDiedError,
     SharedExclusiveLock,
@@ -47,16 +46,16 @@ log = logging.getLogger(__name__)
 
 
 def annotated_schema(inputs: pa.Schema, keep_candidates: bool) -> pa.Schema:
-    """What an annotated unit has before its rows part: input, answer and error columns."""
+    """Return the schema of an annotated unit, whose answers and errors are not separated yet: columns of both."""
     extra = CANDIDATE_FIELDS if keep_candidates else []
     return pa.schema([*passed_through(inputs), *ANSWER_FIELDS, *extra, *ERROR_FIELDS])
 
 
 async def annotate_row(system: Answering, row: Row, config: RunConfig) -> dict[str, Any]:
-    """Answer one row; whatever goes wrong with it alone becomes its error columns.
+    """Answer one row; an error that concerns this row alone becomes its error columns.
 
     Raises:
-        EngineDeadError, IndexLostError: the row is not to blame.
+        EngineDeadError, IndexLostError: the row did not cause the error.
     """
     if isinstance(row, UnicodeDecodeError):
         return failed(ValueError(f"its text is not UTF-8: {row}"))
@@ -67,7 +66,7 @@ async def annotate_row(system: Answering, row: Row, config: RunConfig) -> dict[s
             return answer_row(await system.answer(query_of(row, config.columns)))
     except (EngineDeadError, IndexLostError):
         raise
-    except Exception as error:  # noqa: BLE001  a bad row must not sink its neighbours, whatever is wrong with it
+    except Exception as error:  # noqa: BLE001  no error of one row may fail the other rows
         if clock.expired():
             return failed(TimeoutError(f"no answer within execution.row_timeout_s = {limit:g} s"))
         log.warning("row %r failed: %s: %s", row.get(config.columns.id), type(error).__name__, error)
@@ -75,45 +74,45 @@ async def annotate_row(system: Answering, row: Row, config: RunConfig) -> dict[s
 
 
 def failed(error: Exception, attempts: int = 1) -> dict[str, Any]:
-    """The error columns of a row."""
+    """Return the error columns of a row."""
     return {"error_type": type(error).__name__, "error_message": str(error), "attempts": attempts}
 
 
 @dataclass(frozen=True)
 class OneByOne:
-    """Annotates a unit's rows with nothing beside them, so that one that kills its process is found.
+    """Annotates the rows of a unit one at a time, to find a row that kills its process.
 
     Args:
         attempts: Ray handle of ``Attempts``.
-        unit: its id, under which attempts at its rows are counted.
+        unit: id of the unit, under which attempts at its rows are counted.
     """
 
     attempts: Any
     unit: str
 
     async def annotate(self, system: Answering, row: Row, config: RunConfig, number: int) -> dict[str, Any]:
-        """Annotate one row, unless processes have died of it before."""
-        name, attempts = f"{self.unit}:{number}", self.attempts
-        deaths = await attempts.deaths.remote(name)
+        """Annotate one row; after ``ROW_DEATHS`` crashes of its process, return its error columns instead."""
+        attempts, unit = self.attempts, self.unit
+        deaths = await attempts.deaths.remote(unit, number)
         if deaths >= ROW_DEATHS:
-            return failed(cause(deaths, await attempts.engines.remote(name)), deaths)
-        await attempts.begin.remote(name)
+            return failed(cause(deaths, await attempts.engines.remote(unit, number)), deaths)
+        await attempts.begin.remote(unit, number)
         try:
             outcome = await annotate_row(system, row, config)
         except EngineDeadError as error:
-            await attempts.died.remote(name, error.death)
+            await attempts.record_death.remote(error.death, unit, number)
             raise
-        await attempts.end.remote(name)
+        await attempts.end.remote(unit, number)
         return outcome
 
 
 async def annotate_table(
     system: Answering, inputs: pa.Table, config: RunConfig, one_by_one: OneByOne | None = None
 ) -> pa.Table:
-    """Annotate a unit's rows; rows stay in order, one out for each one in.
+    """Annotate the rows of a unit; returns one row for each input row, in the same order.
 
     Args:
-        one_by_one: where they shall not be concurrent.
+        one_by_one: annotates the rows one at a time; without it they run concurrently.
     """
     read = [name for name in vars(config.columns).values() if name in inputs.schema.names]
     rows = read_rows(inputs.select(read))
@@ -133,10 +132,11 @@ async def annotate_table(
 
 
 def cause(deaths: int, engines: Sequence[Death]) -> Exception:
-    """Why a row is given up that so many processes have died of.
+    """Return the error of a row that is not tried again, since its processes crashed.
 
     Args:
-        engines: how those ended of which it is known.
+        deaths: number of processes that crashed while they decoded only this row.
+        engines: known causes of death of their engines.
     """
     if not engines:
         return ProcessDiedError(f"{deaths} processes died while this row alone was decoded")
@@ -150,15 +150,15 @@ def cause(deaths: int, engines: Sequence[Death]) -> Exception:
 
 
 class SelfRagActor:
-    """Holds a vLLM replica, and an opened index or the handles of its shard servers.
+    """Holds a vLLM replica, and an open index or the handles of its shard servers.
 
-    When the engine dies the process ends with it: Ray starts a new actor and runs the unit again, which an
-    exception would not bring about.
+    When the engine dies, the actor ends its own process: Ray then starts a new actor and runs the unit again, which it
+    would not do after an exception.
 
     Args:
         attempts: Ray handle of ``Attempts``.
-        servers: handles of the shard servers, if there are any.
-        index_digest: that the index must have.
+        servers: handles of the shard servers of a partitioned index.
+        index_digest: digest that the index must have.
     """
 
     def __init__(
@@ -169,10 +169,10 @@ class SelfRagActor:
         self.attempts = attempts
         self.lock = SharedExclusiveLock()
         self.telemetry = ActorTelemetry(config.output)
-        # Ray restarts a process that is killed while it starts without limit.
-        ray.get(attempts.begin.remote(START))
+        # Ray restarts an actor that is killed during its start, and sets no limit; Attempts does.
+        ray.get(attempts.begin_start.remote())
         self._open(servers, index_digest)
-        ray.get(attempts.end.remote(START))
+        ray.get(attempts.end_start.remote())
 
     def _open(self, servers: Sequence[Any], index_digest: str | None) -> None:
         prepare_environment()
@@ -197,13 +197,13 @@ class SelfRagActor:
         return generator
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
-        """Take one unit from its file to its files; reading and writing happen beside the decoding of others.
+        """Read, annotate and write one unit; reading and writing overlap with the decoding of other units.
 
         Args:
-            batch: the fields of a ``Unit``, in its only row.
+            batch: a table with a single row, the fields of a ``Unit``.
 
         Returns:
-            Its ``UnitSummary`` as JSON, in the column ``summary``.
+            The ``UnitSummary`` of the unit as JSON, in the column ``summary``.
         """
         (planned,) = batch.to_pylist()
         unit, config = Unit(**planned), self.config
@@ -214,7 +214,7 @@ class SelfRagActor:
             with self.telemetry.flying(unit.rows):
                 annotated = await annotate_table(self.system, rows, config, one_by_one)
             times, keep_candidates = (began, time.time()), config.decoding.keep_candidates
-            await self.attempts.writing.remote(unit.id)
+            await self.attempts.begin_writing.remote(unit.id)
             summary = await asyncio.to_thread(
                 self.output.write_unit, unit.id, annotated, rows.schema, keep_candidates, times
             )
@@ -223,24 +223,26 @@ class SelfRagActor:
 
     @cached_property
     def _warm(self) -> asyncio.Task[None]:
-        """The engine's first request, which all units wait for, no longer than a row may take."""
+        """The engine's warm-up request, which all units await, for at most ``execution.row_timeout_s``."""
 
         async def warm() -> None:
             try:
                 await asyncio.wait_for(self.generator.warm(), self.config.execution.row_timeout_s)
             except EngineDeadError:
                 raise
-            except Exception as error:  # noqa: BLE001  rows that meet it say so themselves
+            except Exception as error:  # noqa: BLE001  rows with the same error go to errors/
                 log.warning("the engine's first request failed: %s: %s", type(error).__name__, error)
 
         return asyncio.create_task(warm())
 
     @asynccontextmanager
     async def _attempt(self, unit: str) -> AsyncIterator[OneByOne | None]:
-        """An attempt at a unit: beside others, or alone where processes have died under it.
+        """Run the body as an attempt at a unit: concurrently with others, or alone after ``BESIDE_OTHERS`` crashes.
+
+        If the engine dies, record its death and end this process.
 
         Yields:
-            How its rows are to be annotated, where they must not be concurrent.
+            After more crashes, an object that annotates the rows one at a time; None if they may run concurrently.
         """
         deaths = await self.attempts.deaths.remote(unit)
         place = self.lock.shared() if deaths < BESIDE_OTHERS else self.lock.exclusive()
@@ -251,15 +253,15 @@ class SelfRagActor:
         except EngineDeadError as error:
             memory = " (out of memory)" if error.death.out_of_memory else ""
             log.critical("the engine is dead%s: %s; this actor ends and is started again", memory, error)
-            await self.attempts.died.remote(unit, error.death)
+            await self.attempts.record_death.remote(error.death, unit)
             os._exit(1)
         await self.attempts.end.remote(unit)
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
-        """End engine and index; Ray Data deletes the object when the pool shuts down, and calls nothing else."""
-        # The engine first: its processes end with this one, and what they say then is noise.
+        """Shut down the engine and close the index: Ray Data deletes the object on shutdown and calls no other hook."""
+        # Engine first: its processes end with this one, and would then log irrelevant errors.
         if (generator := getattr(self, "generator", None)) is not None:
-            if finalizing():  # vLLM's modules are gone
+            if finalizing():  # vLLM's modules have been unloaded
                 generator.abandon()
                 return
             generator.shutdown()

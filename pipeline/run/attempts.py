@@ -5,14 +5,15 @@ by row: a row that is alone in a process that dies is the cause.
 """
 
 import asyncio
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 
 from pipeline.engine.postmortem import Death
 from pipeline.run.telemetry import DeathTelemetry
 
-# Attempts of a unit beside others; the next attempt has the process to itself and runs its rows one by one.
+# Attempts of a unit beside others; the next one has the process to itself, and those after it run row by row.
 BESIDE_OTHERS = 2
 # Crashes of a row that was alone in its process after which it is not tried again.
 ROW_DEATHS = 2
@@ -21,8 +22,6 @@ ROW_DEATHS = 2
 MAX_CONSECUTIVE_CRASHES = 10
 # Crashes while the files of one unit are written after which the run ends: no row is the cause.
 WRITING_DEATHS = 3
-# Name under which starts of actors are counted.
-START = "an actor's start"
 
 
 class ProcessDiedError(RuntimeError):
@@ -37,11 +36,25 @@ class CrashLoopError(RuntimeError):
     """Processes crash one after another, and nothing is finished in between."""
 
 
+@dataclass
+class UnitRecord:
+    """Attempts at a unit and at its rows that have not ended.
+
+    Attributes:
+        begun: attempts by row number; None stands for the unit as a whole.
+        writing: attempts to write the unit's files.
+        engines: causes of death of the engines that decoded it, by row number.
+    """
+
+    begun: Counter[int | None] = field(default_factory=Counter)
+    writing: int = 0
+    engines: defaultdict[int | None, list[Death]] = field(default_factory=lambda: defaultdict(list))
+
+
 class Attempts:
     """Counts attempts that were begun and have not ended; a Ray actor that survives crashes of the others.
 
-    Names of a unit's rows begin with the unit's name and a colon. Their counts are kept until the unit ends, since a
-    unit that is retried starts with its first row.
+    Counts of rows are kept until their unit ends, since a unit that is retried starts with its first row.
 
     Args:
         max_crashes: consecutive crashes, with nothing finished in between, after which the run ends.
@@ -49,60 +62,76 @@ class Attempts:
     """
 
     def __init__(self, max_crashes: int, run: str) -> None:
-        self._patience = max_crashes
+        self._max_crashes = max_crashes
         self._telemetry = DeathTelemetry(run)
-        self._begun: Counter[str] = Counter()
-        self._engines: dict[str, list[Death]] = {}
+        self._units: defaultdict[str, UnitRecord] = defaultdict(UnitRecord)
         self._last: Death | None = None
+        self._starting = 0
         self._crashes = 0
 
-    def deaths(self, what: str) -> int:
-        """Number of attempts that were begun and did not end."""
-        return self._begun[what]
-
-    def begin(self, what: str) -> None:
-        """Count an attempt.
+    def begin_start(self) -> None:
+        """Count an actor that starts; a start counts as a crash if another one has not ended.
 
         Raises:
             CrashLoopError: too many attempts crashed one after another.
         """
-        if what == START:
-            self._telemetry.started()
-        if self._begun[what]:
-            self._crashes += 1
-        self._begun[what] += 1
-        if self._crashes > self._patience:
+        self._telemetry.started()
+        self._starting += 1
+        self._count_crash(self._starting > 1)
+
+    def end_start(self) -> None:
+        """Clear the count of starts; a start is no progress."""
+        self._starting = 0
+
+    def deaths(self, unit: str, row: int | None = None) -> int:
+        """Return the number of attempts that were begun and did not end."""
+        return self._units[unit].begun[row] if unit in self._units else 0
+
+    def begin(self, unit: str, row: int | None = None) -> None:
+        """Count an attempt at a unit or at one of its rows.
+
+        Raises:
+            CrashLoopError: too many attempts crashed one after another.
+        """
+        begun = self._units[unit].begun
+        begun[row] += 1
+        self._count_crash(begun[row] > 1)
+
+    def _count_crash(self, crashed: bool) -> None:
+        self._crashes += crashed
+        if self._crashes > self._max_crashes:
             last = f"; the last engine's end: {self._last.reason}" if self._last else ""
             raise CrashLoopError(f"{self._crashes} attempts ended with their process, with nothing done{last}")
 
-    def writing(self, unit: str) -> None:
+    def begin_writing(self, unit: str) -> None:
         """Count an attempt to write a unit's files; actors that outlive their run cannot write, since this one is gone.
 
         Raises:
             CrashLoopError: too many processes crashed while writing them.
         """
-        name = f"{unit}:files"
-        if self._begun[name] >= WRITING_DEATHS:
+        record = self._units[unit]
+        if record.writing >= WRITING_DEATHS:
             raise CrashLoopError(f"{WRITING_DEATHS} processes died while they wrote the files of unit {unit}")
-        self._begun[name] += 1
+        record.writing += 1
 
-    def died(self, what: str, death: Death) -> None:
+    def record_death(self, death: Death, unit: str, row: int | None = None) -> None:
         """Record the death of the engine that decoded this unit or row."""
-        self._engines.setdefault(what, []).append(death)
+        self._units[unit].engines[row].append(death)
         self._last = death
         self._telemetry.died(death.out_of_memory)
 
-    def engines(self, what: str) -> list[Death]:
-        """Known causes of death of the engines that decoded it; empty if the whole process was killed."""
-        return self._engines.get(what, [])
+    def engines(self, unit: str, row: int | None = None) -> list[Death]:
+        """Return the known causes of death of its engines; empty if whole processes were killed."""
+        return list(self._units[unit].engines[row]) if unit in self._units else []
 
-    def end(self, what: str) -> None:
-        """Clear the counts of a finished unit or row; a start does not count as progress."""
-        for name in [name for name in self._begun if name == what or name.startswith(f"{what}:")]:
-            del self._begun[name]
-            self._engines.pop(name, None)
-        if what != START:
-            self._crashes = 0
+    def end(self, unit: str, row: int | None = None) -> None:
+        """Clear the counts of a finished unit, rows included, or of a finished row."""
+        self._crashes = 0
+        if row is None:
+            self._units.pop(unit, None)
+        elif unit in self._units:
+            self._units[unit].begun.pop(row, None)
+            self._units[unit].engines.pop(row, None)
 
 
 class SharedExclusiveLock:

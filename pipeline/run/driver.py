@@ -1,4 +1,4 @@
-"""A run carried out: actors annotate what is left, the files are counted, the output is finished."""
+"""Carries out a planned run: annotates the remaining units in actors, verifies the files and finishes the output."""
 
 import contextlib
 import dataclasses
@@ -22,21 +22,24 @@ from pipeline.run.telemetry import RunTelemetry
 from pipeline.storage.lease import Lease
 from pipeline.versions import versions
 
-# So many errors end no run early, however small it is.
+# A run is not stopped early with this many errors or fewer, however small it is.
 FEWEST_ERRORS = 100
 
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
-    """How an annotated set ended up, over all calls that worked on it.
+    """The outcome of a run; counts cover the whole annotated set, earlier calls included.
 
     Attributes:
-        rows: of the query set.
-        errors: of them in ``errors/``.
-        error_types: those by type.
+        output: URI of the output.
+        rows: rows of the query set.
+        errors: rows in ``errors/``.
+        error_types: rows in ``errors/`` by error type.
         retrieved: rows answered with a passage.
-        annotated: rows that this call worked on; the others were done before.
-        seconds: of this call, engine start included.
+        prompt_tokens, generated_tokens: tokens of the answered rows.
+        annotated: rows that this call annotated; the others were done before.
+        seconds: duration from the checked plan to the verified files, engine start included.
+        max_error_rate: ``execution.max_error_rate``.
     """
 
     output: str
@@ -52,39 +55,43 @@ class Summary:
 
     @property
     def exit_status(self) -> int:
-        """0 all rows answered, 3 some in ``errors/``, 1 more of them than ``max_error_rate`` allows."""
+        """0 if all rows are answered, 3 if some are in ``errors/``, 1 if their share exceeds ``max_error_rate``."""
         if not self.errors:
             return 0
         return 3 if self.errors <= self.max_error_rate * self.rows else 1
 
 
 def annotate_set(config: RunConfig, overwrite: bool = False) -> Summary:
-    """Check, annotate what is left to annotate, and finish the output.
+    """Check a run, annotate the remaining units and finish the output.
 
     Raises:
-        ValueError, StorageError: from the checks, before anything has started.
-        RuntimeError: rows are missing at the end; running again continues.
+        NothingNewError: earlier sets cover all queries.
+        ValueError, StorageError: the checks failed; nothing has started.
+        RuntimeError: too many rows failed; or rows are missing at the end, and the same command continues the run.
     """
     plan = check_run(config, overwrite)
     return run_plan(plan, None if plan.finished else allot_resources(plan))
 
 
 def allot_resources(plan: RunPlan) -> Resources:
-    """Connect to Ray and find out what each actor gets.
+    """Connect to Ray and compute the resources of each actor.
 
     Raises:
-        ValueError: the cluster's nodes do not hold the actors.
+        ValueError: the settings contradict each other, or the actors do not fit on the cluster's nodes.
     """
     connect(plan.config.execution)
     return actor_resources(plan.config, plan.index["shards"] if plan.index else 0)
 
 
 def run_plan(plan: RunPlan, resources: Resources | None, actor: type[SelfRagActor] = SelfRagActor) -> Summary:
-    """Carry a plan out.
+    """Carry out a plan.
 
     Args:
-        resources: None where nothing is left to do.
-        actor: what annotates the units; another one where the engine is a scripted one.
+        resources: resources of each actor; None if the plan is finished, so that only the files are verified.
+        actor: class of the actors; tests and benchmarks pass a subclass with a scripted engine.
+
+    Raises:
+        RuntimeError: too many rows failed, or rows are missing at the end.
     """
     started, begun = time.monotonic(), datetime.now(UTC)
     record = {"configuration": plan.config.recorded(), **plan.identity(), "tasks": plan.tasks()}
@@ -92,7 +99,7 @@ def run_plan(plan: RunPlan, resources: Resources | None, actor: type[SelfRagActo
     if resources is None:
         return summarise_run(plan, verify_units(plan), 0, time.monotonic() - started)
     with Lease(plan.output.location):
-        plan = inspect_output(store_selection(plan))  # another run may have been at work until now
+        plan = inspect_output(store_selection(plan))  # another run may have held the lease until now
         annotated = 0 if plan.finished else annotate_todo(plan, resources, record, actor)
         units = verify_units(plan)
         summary = summarise_run(plan, units, annotated, time.monotonic() - started)
@@ -107,10 +114,10 @@ def run_plan(plan: RunPlan, resources: Resources | None, actor: type[SelfRagActo
 def annotate_todo(
     plan: RunPlan, resources: Resources, record: dict[str, Any], actor: type[SelfRagActor] = SelfRagActor
 ) -> int:
-    """Annotate what is left; how many rows that were.
+    """Annotate the remaining units and return the number of their rows.
 
     Raises:
-        RuntimeError: so many rows fail that the run cannot end well; what is done stays.
+        RuntimeError: more rows failed than ``execution.max_error_rate`` allows of the whole set; finished units stay.
     """
     if plan.overwrite:
         plan.output.clear()
@@ -136,7 +143,7 @@ def annotate_todo(
 
 
 def annotate_units(plan: RunPlan, resources: Resources, actor: type[SelfRagActor]) -> Generator[UnitSummary]:
-    """The job's graph; yields a summary as each unit's files appear."""
+    """Run the Ray Data job; yields the summary of each unit once its files are written."""
     if not plan.todo:
         return
     import ray
@@ -144,13 +151,13 @@ def annotate_units(plan: RunPlan, resources: Resources, actor: type[SelfRagActor
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     config = plan.config
-    # Ray Data restarts an actor that dies, and repeats its units, without limit; Attempts ends it.
+    # Ray Data restarts dead actors and retries their units, and sets no limit; Attempts does.
     pool = ActorPoolStrategy(
         size=config.execution.actors,
         max_concurrent_calls_per_actor=config.execution.units_in_flight,
         max_tasks_in_flight_per_actor=2 * config.execution.units_in_flight,
     )
-    # Where the driver is, since both end together; soft affinity may place it on a node that dies.
+    # On the driver's node, since both end together; soft affinity might place it on a node that dies.
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     lasting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
     max_crashes = MAX_CONSECUTIVE_CRASHES * config.execution.actors * config.execution.units_in_flight
@@ -159,7 +166,7 @@ def annotate_units(plan: RunPlan, resources: Resources, actor: type[SelfRagActor
     summaries = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
         actor,
         fn_constructor_args=[config, attempts, start_partitions(plan, resources), plan.index and plan.index["digest"]],
-        batch_size=1,  # a unit is the one row of its block; with GPUs Ray Data accepts no None
+        batch_size=1,  # one unit, the only row of its block; Ray Data refuses None with GPUs
         batch_format="pyarrow",
         compute=pool,
         num_cpus=resources.cpus,
@@ -170,12 +177,12 @@ def annotate_units(plan: RunPlan, resources: Resources, actor: type[SelfRagActor
             for row in batch["summary"].to_pylist():
                 yield UnitSummary(**json.loads(row))
     finally:
-        # Units in flight of a run that ends early go on; without it they write nothing.
+        # When a run ends early, its units in flight continue; without Attempts they cannot write files.
         ray.kill(attempts)
 
 
 def start_partitions(plan: RunPlan, resources: Resources) -> list[Any]:
-    """Handles of the shard servers of a partitioned index; none in the local topology."""
+    """Start the shard servers of a partitioned index and return their handles; empty in the local topology."""
     config = plan.config
     if not (resources.servers and plan.index and config.index):
         return []
@@ -185,10 +192,11 @@ def start_partitions(plan: RunPlan, resources: Resources) -> list[Any]:
 
 
 def verify_units(plan: RunPlan) -> list[UnitSummary]:
-    """What the files of all units hold.
+    """Summarise the files of all units and check that they contain every row of the query set.
 
     Raises:
-        RuntimeError: they do not hold every row of the query set; units with wrong counts are withdrawn.
+        RuntimeError: rows are missing; the data files of units with wrong counts are deleted, so that these units are
+            annotated again.
     """
     units, rows = plan.output.summaries(unit.id for unit in plan.queries.units), plan.rows
     whole = [unit for unit in units if unit.rows == rows[unit.unit]]
@@ -204,7 +212,7 @@ def verify_units(plan: RunPlan) -> list[UnitSummary]:
 
 
 def summarise_run(plan: RunPlan, units: list[UnitSummary], annotated: int, seconds: float) -> Summary:
-    """Add up what the files hold."""
+    """Add up the summaries of all units."""
     error_types: Counter[str] = sum((Counter(unit.errors) for unit in units), Counter())
     return Summary(
         output=plan.config.output,

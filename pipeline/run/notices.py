@@ -1,4 +1,4 @@
-"""Notify of a failed run: run a command, call a webhook, or both (``on_failure`` in the configuration)."""
+"""Sends notifications of a failed run: runs a command, calls a webhook, or both (``on_failure``)."""
 
 import json
 import logging
@@ -16,10 +16,14 @@ COMMAND_SECONDS, WEBHOOK_SECONDS = 60, 10
 
 
 def notify_failure(config: RunConfig, status: int, message: str) -> None:
-    """Run the command and call the webhook; that they fail is a warning, since the status says it all.
+    """Run the command and call the webhook; if one fails, log a warning, since the exit status reports the failed run.
 
-    Both get the same JSON object, the command on its stdin: ``text`` (one line, which Slack and its like show),
-    ``output``, ``status`` and ``error``.
+    Both receive the same JSON object, the command on its stdin: ``text`` (one line, which Slack and similar services
+    display), ``output``, ``status`` and ``error``.
+
+    Args:
+        status: exit status of the run.
+        message: the error, in one line.
     """
     record = {"output": config.output, "status": status, "error": message}
     record["text"] = f"selfrag-batch: {config.output} failed with status {status}: {message}"
@@ -27,8 +31,8 @@ def notify_failure(config: RunConfig, status: int, message: str) -> None:
     for way in (_run, _post):
         try:
             way(config.on_failure, content)
-        except Exception as error:  # noqa: BLE001  whatever it is, the run's own status counts
-            # Neither the address nor the command's arguments: they may hold secrets.
+        except Exception as error:  # noqa: BLE001  no error here may change the run's exit status
+            # Without the URL and the command's arguments, which may contain secrets.
             log.warning("on_failure: nobody was told: %s", _why(error))
 
 
@@ -40,14 +44,14 @@ def _why(error: Exception) -> str:
 
 def _run(whom: OnFailure, content: bytes) -> None:
     if whom.command:
-        # What to run is the user's own setting.
+        # The user's own configuration sets the command.
         subprocess.run(whom.command, input=content, timeout=COMMAND_SECONDS, check=True)  # noqa: S603
 
 
 def _post(whom: OnFailure, content: bytes) -> None:
     if whom.webhook is None:
         return
-    request = urllib.request.Request(  # noqa: S310  only http and https pass the configuration
+    request = urllib.request.Request(  # noqa: S310  the configuration accepts http and https only
         whom.webhook.get_secret_value(), content, {"Content-Type": "application/json"}
     )
     for attempt in Retrying(stop=stop_after_attempt(3), wait=wait_exponential(1), reraise=True):

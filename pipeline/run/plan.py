@@ -1,4 +1,4 @@
-"""Everything that can be checked before an engine starts, and the plan that comes out of it."""
+"""Checks a run before any engine starts, and plans the units that are left to annotate."""
 
 import atexit
 import shutil
@@ -26,13 +26,17 @@ class RunPlan:
     """A checked run.
 
     Attributes:
-        done: units that an earlier run finished.
-        model, index: what they are, for the manifest; index is None where none is used.
-        encoder: what the index was built with.
+        config: configuration with absolute paths and the model's commit.
+        queries: query set, without the queries that are skipped.
+        output: folder of the annotated set.
+        model: identity of the model, for the manifest.
+        index: identity of the index, for the manifest; None if no index is used.
+        encoder: encoder that the index was built with; None if no index is used.
+        overwrite: whether an earlier run in the output is deleted.
+        done: ids of the units that an earlier run finished.
         succeeded: whether the output has its success marker.
-        overwrite: whether what is there shall go.
-        known: queries that earlier sets have dealt with, and that were left out.
-        chosen: those that are left, as long as they are on this machine only.
+        known: number of queries that are skipped, since earlier sets cover them.
+        chosen: selection of the remaining queries while it is stored on this machine only; otherwise None.
     """
 
     config: RunConfig
@@ -49,12 +53,12 @@ class RunPlan:
 
     @cached_property
     def todo(self) -> list[Unit]:
-        """Units that are left."""
+        """The units that are left to annotate."""
         return [unit for unit in self.queries.units if unit.id not in self.done]
 
     @cached_property
     def rows(self) -> dict[str, int]:
-        """Rows of every unit, by its id."""
+        """The number of rows of every unit, by unit id."""
         return {unit.id: unit.rows for unit in self.queries.units}
 
     @property
@@ -63,7 +67,7 @@ class RunPlan:
         return self.succeeded and not self.todo
 
     def identity(self) -> dict[str, Any]:
-        """What decides the results: an output holds rows of one identity only."""
+        """Return everything that decides the results; an output holds rows of one identity only."""
         return {
             "settings": {
                 **self.config.decisive(),
@@ -77,7 +81,7 @@ class RunPlan:
         }
 
     def lines(self) -> list[str]:
-        """The plan in words."""
+        """Describe the plan in lines of text."""
         config, rows = self.config, sum(unit.rows for unit in self.todo)
         return [
             f"queries  {config.queries}: {self.queries.rows} rows in {self.queries.files} files",
@@ -98,7 +102,7 @@ class RunPlan:
         return {"critic.prompts": prompts_digest()} if self.config.decoding.critic == "prompted" else {}
 
     def tasks(self) -> dict[str, dict[str, Any]]:
-        """How the rows of each task are asked, decoded and judged, by the task's name; ``""`` is for none."""
+        """Describe each task: rows, profile, metric, choices, decoding settings; ``""`` stands for rows without one."""
         tasks = Tasks(self.config.decoding, self.config.profiles, self.config.task)
         rows = {"": self.queries.rows - sum(self.queries.tasks.values()), **self.queries.tasks}
         return {name: {"rows": count, **tasks.described(name)} for name, count in rows.items() if count}
@@ -112,13 +116,13 @@ class RunPlan:
 
 
 def check_run(config: RunConfig, overwrite: bool = False) -> RunPlan:
-    """Check a run, cheapest things first; nothing is written.
+    """Check a run, cheapest checks first, without writing to the output.
 
     Raises:
-        NothingNewError: earlier sets have dealt with all queries.
-        ValueError: bad input or configuration; one line that names it.
+        NothingNewError: earlier sets cover all queries.
+        ValueError: bad input or configuration; the message is one line that names it.
         StorageError: a URI cannot be read.
-        RuntimeError: the embedded default cannot be had.
+        RuntimeError: the embedded model is not available.
     """
     config = with_absolute_paths(config)
     queries_location, output = locate(config.queries, config.storage), locate(config.output, config.storage)
@@ -154,20 +158,21 @@ def _only_new(plan: RunPlan, folder: str) -> RunPlan:
 
 
 def _scratch() -> Location:
-    """A folder that goes with this process."""
+    """Make a temporary folder that is deleted when this process exits."""
     folder = tempfile.mkdtemp(prefix="selfrag-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     return locate(folder, StorageConfig())
 
 
 def store_selection(plan: RunPlan) -> RunPlan:
-    """The plan with its choice of queries beside the output, where all machines can read it.
+    """Store the plan's selection of queries in the output, where all machines can read it, and return the new plan.
 
-    One that another run has left there meanwhile stays, and :func:`inspect_output` compares.
+    A selection that another run has stored there meanwhile is used instead; :func:`inspect_output` then compares the
+    runs.
 
     Raises:
-        ValueError: that one was chosen from another query set.
-        StorageError: storage does not answer.
+        ValueError: that selection was made from another query set.
+        StorageError: the storage cannot be reached.
     """
     if plan.chosen is None:
         return plan
@@ -179,11 +184,11 @@ def store_selection(plan: RunPlan) -> RunPlan:
 
 
 def inspect_output(plan: RunPlan) -> RunPlan:
-    """The plan with what its output holds now, which another run may have changed since it was checked.
+    """Return the plan with the current state of its output, which another run may have changed since the check.
 
     Raises:
-        ValueError: somebody else's files are there, or another run's rows.
-        StorageError: storage does not answer.
+        ValueError: the output contains files that no run wrote, or rows of a run with another identity.
+        StorageError: the storage cannot be reached.
     """
     _check_output(plan)
     if plan.overwrite:
@@ -206,10 +211,11 @@ def _check_retrieval(config: RunConfig, queries: QuerySet) -> IndexManifest | No
 
 
 def _check_output(plan: RunPlan) -> None:
-    """An output belongs to one run: the same run may continue it, another may replace it if told so.
+    """Check that the output is free, has the same identity as the run, or is overwritten.
 
     Raises:
-        ValueError: somebody else's files are there, or another run's rows; names what differs.
+        ValueError: the output contains files that no run wrote, or rows of a run with another identity; the message
+            names the differing keys.
     """
     if foreign := plan.output.foreign():
         raise ValueError(f"--output {plan.config.output} holds files of something else ({foreign}); choose another")

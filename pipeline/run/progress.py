@@ -1,4 +1,4 @@
-"""Progress of a run on stderr: a live bar on a terminal, plain lines elsewhere."""
+"""Reports the progress of a run on stderr: a live bar on a terminal, plain lines elsewhere."""
 
 import sys
 import time
@@ -10,12 +10,16 @@ from rich.progress import Progress as Bar
 
 from pipeline.output.folder import UnitSummary
 
-# Seconds between plain lines: often enough to see that it lives, seldom enough for a log of a whole night.
+# Minimum seconds between plain lines: short enough to show that the run is alive, long enough for a log of one night.
 LINE_INTERVAL = 10.0
 
 
 class Progress:
-    """Rows done, rows/s, time left, retrieval rate and errors; counts what it is told."""
+    """Shows rows done, rows/s, time left, retrieval rate and errors.
+
+    Args:
+        rows: total number of rows.
+    """
 
     def __init__(self, rows: int) -> None:
         self.rows, self.done, self.retrieved, self.errors = rows, 0, 0, 0
@@ -44,7 +48,7 @@ class Progress:
         self.bar.stop()
 
     def add(self, unit: UnitSummary) -> None:
-        """Count a finished unit."""
+        """Count a finished unit and update the display."""
         self.done += unit.rows
         self.retrieved += unit.retrieved
         self.errors += sum(unit.errors.values())
@@ -55,12 +59,12 @@ class Progress:
             self._say(f"{self.done}/{self.rows} rows, {self.figures()}, {self._left():.0f} s left")
 
     def _say(self, line: str) -> None:
-        """A line, where there is no bar; logs of several nights stand in one file, so it has its date."""
+        """Write a line if there is no bar; it is dated, since one log file may cover several nights."""
         if self.bar.disable:
             sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
     def figures(self) -> str:
-        """Rate and shares so far."""
+        """Format throughput, retrieval rate and errors so far."""
         rate = self.done / max(time.monotonic() - self.started, 1e-9)
         share = self.retrieved / max(self.done - self.errors, 1)
         return f"{rate:.2f} rows/s, {share:.0%} retrieved, {self.errors} errors"

@@ -1,9 +1,9 @@
-"""What a run counts while it is at work, for Prometheus.
+"""Exports metrics of a running job to Prometheus.
 
-``ray.util.metrics`` puts it on the metrics port of each node, as ``ray_selfrag_…`` with the label ``run``, beside Ray's
-own (https://docs.ray.io/en/latest/ray-observability/user-guides/add-app-metrics.html). Names follow
-https://prometheus.io/docs/practices/naming/. Ray's histograms keep no exact sums, so times that are to be added up are
-counters; and it forgets a gauge that was not set for some seconds, but keeps the counters of processes that have ended.
+``ray.util.metrics`` exports them on the metrics port of each node, as ``ray_selfrag_…`` with the label ``run``, beside
+Ray's own (https://docs.ray.io/en/latest/ray-observability/user-guides/add-app-metrics.html). Names follow
+https://prometheus.io/docs/practices/naming/. Ray's histograms have no exact sums, so times that are added up are
+counters. Ray drops a gauge that has not been set for some seconds, but keeps the counters of ended processes.
 """
 
 import threading
@@ -18,10 +18,10 @@ from ray.util.metrics import Counter, Gauge, Histogram
 
 from pipeline.decoding.types import REQUEST_SECONDS, ROW_SECONDS
 
-# Seconds, from a short answer on a fast card to a long one on a slow machine.
+# Bucket bounds in seconds, from a short answer on a fast GPU to a long one on a slow machine.
 ROW_BUCKETS = [0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0]
 SEARCH_BUCKETS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]
-# Columns of ``usage`` that are counted, by metric.
+# Descriptions of the counters, by field of ``usage``.
 COUNTED = {
     "prompt_tokens": "Tokens of prompts, cached ones included.",
     "cached_tokens": "Tokens of prompts that were in the engine's prefix cache.",
@@ -29,7 +29,7 @@ COUNTED = {
     "engine_requests": "Requests to the engine.",
     "retrievals": "Searches of the index.",
 }
-# Ray forgets a gauge sooner than a unit is done.
+# Seconds between updates of the driver's gauges: a unit may take longer than Ray keeps a gauge that is not set.
 REPEAT_SECONDS = 5.0
 STAGES = [name.removesuffix("_seconds") for name in (*ROW_SECONDS, *REQUEST_SECONDS) if name != "seconds"]
 
@@ -47,15 +47,15 @@ def _histogram(run: str, name: str, text: str, buckets: list[float]) -> Histogra
 
 
 def _add(counter: Counter, value: float | None, **labels: str) -> None:
-    if value:  # Ray's counters refuse 0
+    if value:  # Ray's counters reject 0
         counter.inc(value, labels)
 
 
 class ActorTelemetry:
-    """What one actor counts; rows and tokens when their unit ends.
+    """Metrics of one actor; rows and tokens are counted at the end of their unit.
 
     Args:
-        run: the output's URI.
+        run: URI of the output.
     """
 
     def __init__(self, run: str) -> None:
@@ -75,7 +75,7 @@ class ActorTelemetry:
 
     @contextmanager
     def flying(self, rows: int) -> Iterator[None]:
-        """The rows of a unit are being decoded."""
+        """Count the rows of a unit as in flight while the body runs."""
         self._flying += rows
         try:
             yield
@@ -83,7 +83,7 @@ class ActorTelemetry:
             self._flying -= rows
 
     def unit(self, annotated: pa.Table) -> None:
-        """Count the rows of a unit that ends; see ``actor.annotated_schema`` for the columns."""
+        """Count the rows of a finished unit, a table of ``actor.annotated_schema``."""
         _add(self._rows, annotated.num_rows)
         _add(self._retrieved, pc.sum(annotated["retrieved"]).as_py())
         for kind, count in Tally(annotated["error_type"].drop_null().to_pylist()).items():
@@ -97,22 +97,22 @@ class ActorTelemetry:
             self._seconds.observe(seconds)
 
     def step(self, running: int, waiting: int, _: int) -> None:
-        """A step of the engine: requests that keep their slots, requests that wait, requests that ended."""
+        """Set the gauges after a step of the engine; see ``EngineLoad.on_step``."""
         self._in_flight.set(self._flying)
         self._running.set(running)
         self._waiting.set(waiting)
 
     def search(self, seconds: float) -> None:
-        """A search for a batch of queries."""
+        """Record the latency in seconds of one batch of queries."""
         self._searches.observe(seconds)
 
 
 class RunTelemetry:
-    """What the driver knows of a run, while the context is held.
+    """Metrics of the driver, exported while the context is open.
 
     Args:
-        run: the output's URI.
-        rows: that this call has to do.
+        run: URI of the output.
+        rows: number of rows that this call has to annotate.
     """
 
     def __init__(self, run: str, rows: int) -> None:
@@ -134,7 +134,7 @@ class RunTelemetry:
         self._thread.join()
 
     def written(self, rows: int) -> None:
-        """So many more rows are written."""
+        """Add rows whose files are written."""
         self._written += rows
 
     def _repeat(self) -> None:
@@ -147,10 +147,10 @@ class RunTelemetry:
 
 
 class DeathTelemetry:
-    """Starts of actors and deaths of engines, counted in a process that outlives them.
+    """Counters of actor starts and engine deaths, kept in a process that outlives both.
 
     Args:
-        run: the output's URI.
+        run: URI of the output.
     """
 
     def __init__(self, run: str) -> None:
@@ -158,9 +158,9 @@ class DeathTelemetry:
         self._deaths = _counter(run, "engine_deaths", "Engines that died.", "out_of_memory")
 
     def started(self) -> None:
-        """An actor begins to start."""
+        """Count an actor that starts."""
         self._starts.inc()
 
     def died(self, out_of_memory: bool) -> None:
-        """An engine is dead."""
+        """Count an engine that died."""
         self._deaths.inc(1, {"out_of_memory": str(out_of_memory).lower()})

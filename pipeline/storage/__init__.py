@@ -1,4 +1,4 @@
-"""Where bytes lie: locations at any URI, and the lease that keeps two runs off one output.
+"""Storage: locations at any URI, Parquet files, and the lease that keeps a second run off an output.
 
-Retries transient errors; files appear whole or not at all.
+Transient errors are retried, and files are written atomically.
 """

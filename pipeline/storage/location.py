@@ -1,4 +1,7 @@
-"""URIs → file systems. Files appear whole or not at all; what passes on object stores is waited for."""
+"""Files and folders at any URI.
+
+A written file appears whole or not at all. Transient errors of object stores are retried with exponential backoff.
+"""
 
 import logging
 import os
@@ -18,7 +21,7 @@ log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# What no waiting mends: the request, the credentials or the name is wrong.
+# Errors that a retry cannot fix: the request, the credentials or the name is wrong.
 _PERMANENT = re.compile(
     r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID|SIGNATURE_DOES_NOT_MATCH|UNRECOGNIZED_CLIENT|"
     r"EXPIRED_TOKEN|MISSING_AUTHENTICATION_TOKEN|NO_SUCH_|RESOURCE_NOT_FOUND|VALIDATION|INVALID_|HTTP status 4(?!08|29)"
@@ -26,21 +29,22 @@ _PERMANENT = re.compile(
 
 
 class StorageError(OSError):
-    """A storage operation failed for good; the message names the URI."""
+    """A storage operation failed and is not retried any more; the message names the URI."""
 
 
 class MissingFileError(StorageError):
-    """There is no such file."""
+    """The file does not exist."""
 
 
 @dataclass(frozen=True)
 class Location:
-    """A place in a file system.
+    """A file or folder, which need not exist.
 
     Attributes:
-        uri: as the user wrote it, for messages and manifests.
-        path: the same within ``filesystem``.
-        patience_s: how long faults that pass are waited for.
+        uri: URI or path as the user wrote it, for messages and manifests.
+        filesystem: file system of the URI.
+        path: path within the file system.
+        patience_s: seconds for which transient errors are retried.
     """
 
     uri: str
@@ -50,12 +54,12 @@ class Location:
 
     @property
     def name(self) -> str:
-        """Last part of the path: the file's or folder's own name."""
+        """Last part of the path: the name of the file or folder."""
         return self.path.rstrip("/").rpartition("/")[2]
 
     @property
     def local(self) -> bool:
-        """Whether it lies on a local disk."""
+        """Whether the location is on a local disk."""
         return isinstance(self.filesystem, fs.LocalFileSystem)
 
     def __truediv__(self, name: str) -> "Location":
@@ -63,13 +67,13 @@ class Location:
         return Location(uri, self.filesystem, path, self.patience_s)
 
     def attempt(self, work: Callable[[], Result]) -> Result:
-        """Do something with what is here; on object stores, again and again while a fault may pass.
+        """Call a function that uses this location; retries transient errors of object stores with backoff.
 
-        The SDK's own retries take some two seconds; outages, restarts and throttling take longer.
+        The SDK's own retries cover about two seconds; outages, restarts and throttling last longer.
 
         Raises:
-            MissingFileError: there is nothing here.
-            StorageError: it failed for good; names the URI.
+            MissingFileError: the file does not exist.
+            StorageError: the error is permanent, or lasted longer than ``patience_s``; the message names the URI.
         """
         retrying = tenacity.Retrying(
             retry=tenacity.retry_if_exception(passing),
@@ -92,17 +96,23 @@ class Location:
         log.warning("%s: %s; trying again in %.1f s", self.uri, one_line(error), state.upcoming_sleep)
 
     def kind(self) -> fs.FileType:
-        """File, directory or not found."""
+        """Return the type of the location: file, directory or not found."""
         return self.attempt(lambda: self.filesystem.get_file_info(self.path).type)
 
     def exists(self) -> bool:
-        """Whether there is a file or a folder."""
+        """Whether the file or folder exists."""
         return bool(self.kind() != fs.FileType.NotFound)
 
     def files(self, suffix: str = "") -> list["Location"]:
-        """All files below this folder by name, hidden and underscored ones left out; none where it is missing."""
+        """List the files below this folder, sorted by name; empty if the folder is missing.
+
+        Files and folders whose names start with a dot or an underscore are left out.
+
+        Args:
+            suffix: end of the names of the files to list.
+        """
         selector = fs.FileSelector(self.path, recursive=True, allow_not_found=True)
-        # Another run may remove a folder between pyarrow's look at it and its listing of it.
+        # Another run may delete a folder between the moments when pyarrow finds and lists it.
         again = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(FileNotFoundError), stop=tenacity.stop_after_attempt(9), reraise=True
         )
@@ -116,7 +126,7 @@ class Location:
         ]
 
     def read(self) -> bytes:
-        """The whole file."""
+        """Read the whole file."""
 
         def work() -> bytes:
             with self.filesystem.open_input_stream(self.path) as stream:
@@ -125,11 +135,15 @@ class Location:
         return self.attempt(work)
 
     def fetch(self, copy: Path) -> None:
-        """Copy the file to this machine."""
+        """Copy the file to a local path."""
         self.attempt(lambda: fs.copy_files(self.path, str(copy), self.filesystem, fs.LocalFileSystem()))
 
     def write(self, content: bytes) -> None:
-        """Write a file at once: under a temporary name, synced and renamed on local disks; one PUT elsewhere."""
+        """Write a file atomically.
+
+        On a local disk the file is written under a temporary name, synced and renamed; on an object store it appears
+        when its upload completes, which is one PUT for a small file.
+        """
 
         def work() -> None:
             if self.local:
@@ -141,13 +155,13 @@ class Location:
         self.attempt(work)
 
     def delete(self) -> None:
-        """Delete a file; one that is not there is deleted already, by an attempt whose answer was lost perhaps."""
+        """Delete the file; a missing file is no error: an earlier attempt may have deleted it and lost the response."""
 
         def work() -> None:
             try:
                 self.filesystem.delete_file(self.path)
             except OSError:
-                # Arrow puts a marker where a folder's last file was, which some stores refuse.
+                # Arrow replaces a folder's last file by a directory marker, which some stores refuse.
                 if self.filesystem.get_file_info(self.path).type != fs.FileType.NotFound:
                     raise
 
@@ -155,20 +169,20 @@ class Location:
 
 
 def passing(error: BaseException) -> bool:
-    """Whether a fault of an object store may pass: no answer, an internal error, throttling, a broken connection.
+    """Whether an error of an object store is transient: no response, internal error, throttling, broken connection.
 
-    Arrow also raises ``OSError`` for damaged Parquet; what S3 itself says begins otherwise.
+    Arrow also raises ``OSError`` for damaged Parquet; only errors from S3 contain "AWS Error".
     """
     said = str(error)
     if type(error) is not OSError or "AWS Error" not in said:
         return False
-    # Its answer may have been lost: then it is refused the second time, and the file is written once more.
+    # If the response to a completed upload is lost, its repetition is refused; a retry writes the whole file again.
     completing = "CompleteMultipartUpload" in said and "ACCESS_DENIED" not in said
     return completing or not _PERMANENT.search(said)
 
 
 def one_line(error: BaseException | None) -> str:
-    """What an error says, in one line."""
+    """Return the message of an error on one line."""
     return " ".join(str(error).split())
 
 
@@ -186,10 +200,10 @@ def _write_and_rename(path: Path, content: bytes) -> None:
 
 
 def locate(uri: str, storage: StorageConfig) -> Location:
-    """Find the file system of a URI or local path.
+    """Resolve a URI or local path to its file system and the path in it.
 
     Raises:
-        ValueError: no file system for the URI's scheme.
+        ValueError: there is no file system for the URI's scheme, or it cannot be opened.
     """
     if "://" not in uri:
         return Location(uri, fs.LocalFileSystem(), str(Path(uri).expanduser().absolute()))
@@ -218,15 +232,15 @@ def _s3(storage: StorageConfig) -> fs.S3FileSystem:
         retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=4),
         connect_timeout=10,
         request_timeout=60,
-        allow_delayed_open=True,  # small files go in one PUT, not in three requests
+        allow_delayed_open=True,  # writes a small file in one PUT instead of three requests
     )
 
 
 def check_apart(source: Location, output: Location) -> None:
-    """Refuse an output inside of what is read, and the reverse.
+    """Check that neither the source nor the output contains the other.
 
     Raises:
-        ValueError: one lies in the other.
+        ValueError: one contains the other, or they are the same.
     """
     one, other = f"{source.path.rstrip('/')}/", f"{output.path.rstrip('/')}/"
     if source.local == output.local and (one.startswith(other) or other.startswith(one)):
@@ -234,10 +248,10 @@ def check_apart(source: Location, output: Location) -> None:
 
 
 def check_bucket(output: Location) -> None:
-    """A missing folder is made when it is written to; a missing bucket is not.
+    """Check that the bucket of the output exists, since a write creates missing folders but no bucket.
 
     Raises:
-        ValueError: the output's bucket is missing.
+        ValueError: the bucket does not exist.
     """
     bucket = output.path.split("/", 1)[0]
     if not output.local and not Location(output.uri, output.filesystem, bucket).exists():

@@ -1,4 +1,4 @@
-"""Before the model: an adapter that teaches a small model the reflection tokens.
+"""Trains a LoRA adapter with which a small model writes the reflection tokens.
 
-Training rows are trees whose branches share their prompt.
+Training examples are trees whose branches share their prompt.
 """

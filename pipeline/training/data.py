@@ -1,12 +1,12 @@
-"""The data folder that a model is taught from, and wrong passages for its questions.
+"""Reads the training data from a folder, and ranks passages as candidates for wrong passages.
 
-Four JSON Lines files, each optional but the first:
+The folder holds four JSON Lines files, of which only the first is required:
 
-- ``rc.jsonl``: ``question``, ``passage``, ``title`` (may be empty), ``answer`` (a substring of the passage);
-- ``no_retrieval.jsonl``: ``instruction``, ``output``, ``source`` (optional: sources are drawn evenly);
+- ``rc.jsonl``: ``question``, ``passage``, ``title`` (may be empty or missing), ``answer`` (a substring of the passage);
+- ``no_retrieval.jsonl``: ``instruction``, ``output``, ``source`` (optional; training draws evenly from the sources);
 - ``question_sentence_pairs.jsonl``: ``question``, ``answer_sentence``;
-- ``fact_verification.jsonl``: ``question`` (a claim), ``choices``, ``answers``,
-  ``gold_passages`` (``title``, ``text``).
+- ``fact_verification.jsonl``: ``question`` (a claim), ``choices``, ``answers`` (the first is used),
+  ``gold_passages`` (``title``, ``text``; the first is used).
 """
 
 import json
@@ -24,7 +24,7 @@ Encode = Callable[[Sequence[str]], npt.NDArray[np.float32]]
 
 @dataclass(frozen=True)
 class ReadingTriple:
-    """A question, a passage that answers it, and the words of the passage that do."""
+    """A question, a passage that answers it, and the answer as it stands in the passage."""
 
     question: str
     title: str
@@ -34,7 +34,7 @@ class ReadingTriple:
 
 @dataclass(frozen=True)
 class Instruction:
-    """A task that needs no passage, and the collection that it is from."""
+    """An instruction that needs no passage, its output, and the collection it comes from."""
 
     instruction: str
     output: str
@@ -51,7 +51,7 @@ class Pair:
 
 @dataclass(frozen=True)
 class Claim:
-    """A claim, the labels to choose from, the right one, and evidence."""
+    """A claim, the possible labels, the correct label, and title and text of an evidence passage."""
 
     claim: str
     choices: tuple[str, ...]
@@ -62,7 +62,7 @@ class Claim:
 
 @dataclass(frozen=True)
 class TeachingData:
-    """Everything a model is taught from."""
+    """The training data by kind of row."""
 
     readings: tuple[ReadingTriple, ...]
     instructions: tuple[Instruction, ...] = ()
@@ -70,7 +70,12 @@ class TeachingData:
     claims: tuple[Claim, ...] = ()
 
     def split(self, held_out: float, seed: int) -> tuple["TeachingData", "TeachingData"]:
-        """Training and held-out parts; all readings of one passage fall on the same side."""
+        """Split into a training and a held-out part; all readings of one passage are in the same part.
+
+        Args:
+            held_out: share of the held-out part.
+            seed: seed of the random choice of held-out passages; of other rows, the first are held out.
+        """
         passages = sorted({reading.passage for reading in self.readings})
         random.Random(seed).shuffle(passages)
         kept_out = set(passages[: int(len(passages) * held_out)])
@@ -101,7 +106,7 @@ def read_data(folder: Path) -> TeachingData:
     """Read a data folder.
 
     Raises:
-        ValueError: it has no ``rc.jsonl``, or a row lacks a field; names the file.
+        ValueError: the folder has no ``rc.jsonl``, or a row lacks a field; the message names the path.
     """
     readings = folder / "rc.jsonl"
     if not readings.exists():
@@ -127,7 +132,16 @@ def read_data(folder: Path) -> TeachingData:
 
 
 def nearest(encode: Encode, questions: Sequence[str], texts: Sequence[str], k: int) -> npt.NDArray[np.int64]:
-    """The texts that a retriever would put before each question: int64 [questions, k], best first."""
+    """Return the indices of the k texts most similar to each question: int64 [questions, k], best first.
+
+    With fewer than k texts, all are returned.
+
+    Args:
+        encode: encoder of texts; similarity is the inner product of the vectors.
+        questions: questions to search with.
+        texts: texts to search in.
+        k: number of texts for each question.
+    """
     vectors = encode(texts)
     similarity = encode(questions) @ vectors.T
     k = min(k, len(texts))

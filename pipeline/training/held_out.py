@@ -1,6 +1,6 @@
-"""The held-out part of teaching data as a query set: what a taught model is worth when it decodes by itself.
+"""Makes a query set from the held-out part of the training data, to evaluate a trained model with full decoding.
 
-Every row brings its passages, so no index is needed: the right one among others that the encoder ranks high.
+Every row has its own passages, so that no index is needed: the gold passage and others that the encoder ranks high.
 """
 
 import hashlib
@@ -27,17 +27,24 @@ SCHEMA = pa.schema(
         ("gold_passage_id", pa.string()),
     ]
 )
-# Passages of a row, the right ones among them: what decoding reads by default.
+# Passages of a row, including the gold ones; the number that decoding reads by default.
 PASSAGES = 5
 
 Row = dict[str, Any]
 
 
 def held_out_queries(data: TeachingData, negatives: Negatives, rows: int, seed: int = 0) -> pa.Table:
-    """Questions, questions of two parts, claims and instructions, at most so many rows of each.
+    """Build a query set of questions, two-part questions, claims and instructions.
 
-    The column ``task`` is ``reading``, ``two_questions``, ``claim`` or ``instruction``; gold answers are in
-    ``answers``, of two-part questions in ``short_answers``; instructions need no passage and have no gold.
+    The column ``task`` is ``reading``, ``two_questions``, ``claim`` or ``instruction``. Gold answers are in
+    ``answers``, those of two-part questions in ``short_answers``. Instructions need no passage and have no gold
+    answers.
+
+    Args:
+        data: held-out data.
+        negatives: source of the wrong passages.
+        rows: maximum rows of each task; half of it for two-part questions.
+        seed: seed of the random choice and order of the passages.
     """
     rng = random.Random(seed)
     found = [
@@ -60,12 +67,21 @@ def _passage(title: str, text: str) -> Row:
 def _among_others(
     right: list[Row], question: str, answer: str, titled: bool, negatives: Negatives, rng: random.Random
 ) -> list[Row]:
-    """The right passages and others without the answer, each once, in any order."""
+    """Mix the gold passages with distinct wrong ones, up to ``PASSAGES``, in random order.
+
+    Args:
+        right: gold passages.
+        question: question whose own list of wrong passages is drawn from first.
+        answer: text that wrong passages should not contain.
+        titled: whether the wrong passages have titles.
+        negatives: source of the wrong passages.
+        rng: source of randomness.
+    """
     passages = {passage["id"]: passage for passage in right}
     for attempt in range(10 * PASSAGES):
         if len(passages) == PASSAGES:
             break
-        # A question's own list may hold too few without the answer: then any passage will do.
+        # The question's own list may hold too few passages without the answer; later attempts draw from all passages.
         hard = 1.0 if attempt < 5 * PASSAGES else 0.0
         other = _passage(*negatives.draw(question, answer, titled, rng, hard))
         passages.setdefault(other["id"], other)
@@ -81,7 +97,10 @@ def _reading(row: ReadingTriple, negatives: Negatives, rng: random.Random) -> Ro
 
 
 def _pairs(readings: tuple[ReadingTriple, ...], negatives: Negatives, pairs: int, rng: random.Random) -> Iterator[Row]:
-    """Neighbours asked in one go: about half of them share their passage, as the data has several for each."""
+    """Yield two-part questions, each joined from two neighbouring rows.
+
+    About half of the pairs share their passage, since the data has several questions for each passage.
+    """
     for first, second in list(zip(readings[::2], readings[1::2], strict=False))[:pairs]:
         gold = [_passage(row.title, row.passage) for row in (first, second)]
         question = f"{first.question} {second.question}"

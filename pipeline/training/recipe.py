@@ -1,4 +1,7 @@
-"""How a model is taught: sizes, rates and lengths. Apart from the training itself, so that reading it is quick."""
+"""Defines the hyperparameters of the training and their schedules.
+
+Separate from the training itself, so that importing it is fast.
+"""
 
 import math
 from dataclasses import dataclass
@@ -6,19 +9,20 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Recipe:
-    """How to train.
+    """The hyperparameters of a training run.
 
     Attributes:
-        tokens: tokens to read in all; the learning rate decays over them.
-        minutes: time limit; the learning rate decays over it where it is nearer than the end of the tokens.
-        tokens_per_step: tokens between optimiser steps.
-        rank: of the adapter; alpha is twice that.
-        frozen_layers: lowest layers left as they are; nothing is propagated back into them, which makes
-            a step about a third cheaper when a third is frozen.
-        learning_rate: peak, after a warm-up over the first 3 % of the tokens.
-        first_words, last_words: longest passage window at the start and from two thirds of the training on.
-        checkpoint_minutes: between two saves and held-out measurements.
-        seed: of everything random.
+        tokens: total number of training tokens; the learning rate decays over them.
+        minutes: time limit; the learning rate decays over it if it is reached before ``tokens``.
+        tokens_per_step: minimum tokens of an optimiser step.
+        rank: LoRA rank of the adapter; alpha is twice the rank.
+        frozen_layers: number of lowest layers without adapter; gradients are not propagated into them. With a third of
+            the layers frozen, a step is about a third cheaper.
+        learning_rate: peak learning rate, reached after a warm-up over the first 3 % of the training.
+        first_words: longest passage window at the start, in words.
+        last_words: longest passage window from two thirds of the training on, in words.
+        checkpoint_minutes: training minutes between checkpoints, each with an evaluation on held-out trees.
+        seed: seed of all random numbers.
     """
 
     tokens: int = 1_000_000
@@ -33,11 +37,11 @@ class Recipe:
     seed: int = 0
 
     def rate(self, done: float) -> float:
-        """Learning rate when the share ``done`` of the training is over: linear warm-up, cosine decay to a tenth."""
+        """Return the learning rate at the share ``done`` of the training: linear warm-up, cosine decay to a tenth."""
         if done < 0.03:
             return self.learning_rate * max(done, 1e-3) / 0.03
         return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done))))
 
     def longest_window(self, done: float) -> int:
-        """Longest passage window, in words: short ones first teach more for the same time."""
+        """Return the longest passage window, in words; at the start, short windows teach more in the same time."""
         return round(self.first_words + (self.last_words - self.first_words) * min(1.0, 1.5 * done))

@@ -1,4 +1,4 @@
-"""Teaching data → training trees in the Self-RAG format."""
+"""Builds training trees in the Self-RAG format from the training data."""
 
 import random
 import re
@@ -14,16 +14,22 @@ from pipeline.training.trees import Branch, given, taught
 
 CLAIM_INSTRUCTION = "Is the following claim supported by evidence? Answer with one of: {choices}."
 
-# Shares of the kinds of trees: reading first, since spans are the hardest to learn.
+# Shares of the kinds of trees. Reading has the largest, since answer spans are the hardest to learn.
 READING, PAIR, INSTRUCTION, TWO_SEGMENTS, CLAIM = 0.62, 0.06, 0.16, 0.08, 0.08
 
 
 @dataclass(frozen=True)
 class LossWeights:
-    """Loss weight of a token by what it is. Relevance is one token among a dozen, hence its weight.
+    """Loss weights of tokens by their role.
 
-    A guess is what follows ``[Irrelevant]``: words that look like an answer, so that the model does not fall
-    silent there, and lightly weighted, so that it does not learn to be wrong.
+    Attributes:
+        decide: weight of the first retrieval token.
+        relevance: weight of IsRel; high, since it is one token among a dozen.
+        critique: weight of IsSup, IsUse and later retrieval tokens.
+        text: weight of answers and of the end token.
+        guess: weight of the text after ``[Irrelevant]``: words that look like an answer. It is trained so that the
+            model does not stop writing there, but with a low weight, so that it does not learn wrong answers.
+        output: weight of the output of an instruction.
     """
 
     decide: float = 2.0
@@ -36,15 +42,22 @@ class LossWeights:
 
 @dataclass(frozen=True)
 class Negatives:
-    """Passages (title, text) that a retriever ranks high for a question, by question, and all passages."""
+    """Wrong passages as pairs of title and text.
+
+    Attributes:
+        by_question: passages that a retriever ranks high, by question.
+        everywhere: all passages.
+    """
 
     by_question: dict[str, list[tuple[str, str]]]
     everywhere: Sequence[tuple[str, str]]
 
     def draw(self, question: str, answer: str, titled: bool, rng: random.Random, hard: float = 0.8) -> tuple[str, str]:
-        """One passage without the answer: with probability ``hard`` from the question's own list, otherwise any.
+        """Draw a passage without the answer: from the question's list with probability ``hard``, else from all.
 
-        It has a title just when ``titled``, or a missing title would give a wrong passage away.
+        Also draws from all passages if no passage of the list fits. The passage has a title if and only if ``titled``,
+        since otherwise the title would reveal which passage is wrong. If 30 draws find no such passage, any passage is
+        returned.
         """
         ranked = self.by_question.get(question, []) if rng.random() < hard else []
         fitting = [p for p in ranked if bool(p[0]) == titled and answer.casefold() not in p[1].casefold()]
@@ -58,7 +71,7 @@ class Negatives:
 
 
 def window(text: str, words: int, rng: random.Random, around: str = "") -> str:
-    """A run of about ``words`` words of the text that holds ``around``, at a random place in it."""
+    """Cut a random window of about ``words`` words out of a text; it contains ``around``, if given."""
     spans = [match.span() for match in re.finditer(r"\S+", text)]
     if len(spans) <= words:
         return text
@@ -74,7 +87,10 @@ def window(text: str, words: int, rng: random.Random, around: str = "") -> str:
 
 
 def wrong_span(passage: str, answer: str, rng: random.Random) -> str:
-    """Words of the passage that look like the answer (numbers for numbers, names for names) and are not it."""
+    """Draw words of the passage that look like the answer but are not it: numbers for numbers, names for names.
+
+    Falls back to a fixed text if eight draws find none.
+    """
     words = passage.split()
     length = max(1, len(answer.split()) + rng.choice((-1, 0, 0, 1)))
 
@@ -97,7 +113,7 @@ def wrong_span(passage: str, answer: str, rng: random.Random) -> str:
 
 @dataclass(frozen=True)
 class TreeBuilder:
-    """Builds training trees from teaching data."""
+    """Builds training trees from the rows of the training data."""
 
     tokenizer: PromptTokenizer
     negatives: Negatives
@@ -125,7 +141,7 @@ class TreeBuilder:
         return relevant + self._supported(answer, self.weights.text) + self._end(IsUse.FIVE)
 
     def _judged(self, text: str, support: IsSup, use: IsUse) -> Branch:
-        """An answer that the model did not choose to give: only its critique is taught."""
+        """Build a given answer, of which only the critique is trained."""
         answer = self._control(0.0, IsRel.RELEVANT) + given(self.tokenizer.text(text))
         return answer + self._control(self.weights.critique, support) + self._end(use)
 
@@ -138,9 +154,10 @@ class TreeBuilder:
         return self._passage(title, text).then(self._irrelevant(span), self._judged(span, IsSup.NONE, IsUse.ONE))
 
     def reading(self, row: ReadingTriple, words: int, rng: random.Random) -> Branch:
-        """A question with its gold passage, right and wrong answers to it, and wrong passages.
+        """Build a question with its gold passage, right and wrong answers to it, and wrong passages.
 
-        Nearly half have no wrong passage: relevance is soon learned, reading is not, and costs the same tokens.
+        Nearly half of the trees have no wrong passage: relevance is learned sooner than reading, and wrong passages
+        cost as many tokens as gold ones.
         """
         text = window(row.passage, words, rng, around=row.answer)
         answers = [self._right(row.answer)]
@@ -157,7 +174,7 @@ class TreeBuilder:
         return self._question(row.question).then(*passages)
 
     def _distractor(self, row: ReadingTriple, words: int, rng: random.Random) -> Branch:
-        """A passage without the answer: the rest of the gold passage, or a retriever's choice."""
+        """Build a passage without the answer: the longest part of the gold one without it, or a drawn one."""
         rest = max(row.passage.split(row.answer), key=len)
         clean = row.answer.casefold() not in rest.casefold()
         if clean and len(rest.split()) >= 35 and rng.random() < 0.25:
@@ -166,7 +183,7 @@ class TreeBuilder:
         return self._wrong_passage(title, window(text, words, rng), row.answer, rng)
 
     def pair(self, row: Pair, rng: random.Random) -> Branch:
-        """A question with the sentence that answers it and sentences that do not: relevance only."""
+        """Build a question with a sentence that answers it and two that do not; trains only the decision and IsRel."""
         right = self._passage("", row.sentence) + self._control(self.weights.relevance, IsRel.RELEVANT)
         wrong = [
             self._passage("", self.negatives.draw(row.question, row.sentence, False, rng)[1])
@@ -176,7 +193,7 @@ class TreeBuilder:
         return self._question(row.question).then(right, *wrong)
 
     def instruction(self, row: Instruction) -> Branch:
-        """A task that needs no retrieval, with the beginning of its output."""
+        """Build an instruction that needs no retrieval, with at most ``max_output_tokens`` of its output."""
         prompt = given(self.tokenizer.prompt(row.instruction))
         start = prompt + self._control(self.weights.decide, Retrieve.NO)
         output = self.tokenizer.text(row.output)
@@ -185,7 +202,7 @@ class TreeBuilder:
         return start + taught(output, self.weights.output) + self._end(IsUse.FIVE)
 
     def two_segments(self, first: ReadingTriple, second: ReadingTriple, words: int, rng: random.Random) -> Branch:
-        """Two questions at once: the second answer continues with the same passage, or retrieves its own."""
+        """Build two questions in one prompt; the second answer continues with the passage, or retrieves another."""
         start = self._question(f"{first.question} {second.question}")
         relevant = self._control(self.weights.relevance, IsRel.RELEVANT)
         answers = [self._supported(row.answer, self.weights.text) for row in (first, second)]
@@ -199,7 +216,11 @@ class TreeBuilder:
         return head + boundary + answers[1] + self._end(IsUse.FIVE)
 
     def claim(self, row: Claim, other: Claim, rng: random.Random) -> Branch:
-        """A closed set: a claim, its evidence with the label, and another claim's evidence."""
+        """Build a claim with a closed set of answers.
+
+        Its passages are its own evidence, followed by the right and a wrong label, and the evidence of another claim as
+        a wrong passage, unless both have the same title or text.
+        """
         instruction = CLAIM_INSTRUCTION.format(choices=", ".join(row.choices))
         start = self._question(instruction, row.claim)
         wrong = [choice for choice in row.choices if choice != row.label][:1]
@@ -210,7 +231,16 @@ class TreeBuilder:
         return start.then(evidence, self._passage(other.title, other.text) + self._irrelevant(rng.choice(row.choices)))
 
     def stream(self, data: TeachingData, rng: random.Random, longest: Callable[[], int]) -> Iterator[Branch]:
-        """Endless trees of all kinds; passages are cut to windows of 40 to ``longest()`` words at most."""
+        """Yield random trees of all kinds that have data, without end.
+
+        Passages of readings are cut to windows of about n words, with n drawn between 40 and ``longest()``. Evidence of
+        claims is not cut, nor is a passage that two segments share.
+
+        Args:
+            data: rows to build trees from.
+            rng: source of randomness.
+            longest: returns the current longest window, in words.
+        """
         by_passage = defaultdict(list)
         for reading in data.readings:
             by_passage[reading.passage].append(reading)

@@ -25,7 +25,15 @@ LINEAR_LAYERS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj",
 
 @dataclass
 class HeldOut:
-    """What a model does on trees it was not trained on; teacher-forced, so each figure costs one pass."""
+    """Predictions of a model on held-out trees, with teacher forcing, so that each tree costs one forward pass.
+
+    Attributes:
+        decisions: for each tree, whether the right retrieval token is the most probable one at the start.
+        answers: for each answer, whether greedy decoding writes all of its tokens.
+        relevance: for each IsRel target, whether it is ``[Relevant]``, and the model's log-odds of it.
+        support: for each IsSup target, whether it is ``[Fully supported]``, and the model's log-odds of it against
+            ``[No support / Contradictory]``.
+    """
 
     decisions: list[bool] = field(default_factory=list)
     answers: list[bool] = field(default_factory=list)
@@ -33,7 +41,7 @@ class HeldOut:
     support: list[tuple[bool, float]] = field(default_factory=list)
 
     def summary(self) -> dict[str, float]:
-        """Decision accuracy, share of answers that greedy decoding gets right, and the AUCs of both judgements."""
+        """Compute the decision accuracy, the share of answers that greedy decoding gets right, and two ROC AUCs."""
         return {
             "decision_accuracy": float(np.mean(self.decisions)),
             "answer_exact": float(np.mean(self.answers)),
@@ -43,7 +51,7 @@ class HeldOut:
 
 
 def add_reflection_tokens(model: Any, tokenizer: Any) -> None:
-    """Add the control tokens; each embedding starts as the mean of the words of its own text."""
+    """Add the control tokens; each embedding starts as the mean embedding of the token's text, with a little noise."""
     pieces = {token: tokenizer(token, add_special_tokens=False)["input_ids"] for token in CONTROL_TOKENS}
     tokenizer.add_special_tokens({"additional_special_tokens": list(CONTROL_TOKENS)})
     model.resize_token_embeddings(len(tokenizer), mean_resizing=False)
@@ -55,7 +63,7 @@ def add_reflection_tokens(model: Any, tokenizer: Any) -> None:
 
 
 def attach_adapter(model: Any, tokenizer: Any, recipe: Recipe, adapter: Path | None) -> PeftModel:
-    """A trainable adapter on the model: a new one, or an earlier one to go on from."""
+    """Attach a trainable LoRA adapter to the model: a new one, or the one in the folder ``adapter``."""
     if adapter is not None:
         peft = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     else:
@@ -69,13 +77,14 @@ def attach_adapter(model: Any, tokenizer: Any, recipe: Recipe, adapter: Path | N
         )
         peft = get_peft_model(model, config)
     if recipe.frozen_layers:
-        # The tied embeddings learn as outputs; as inputs they follow, without a gradient through frozen layers.
+        # The embeddings are tied: they are trained as outputs, and the inputs change along, without a gradient through
+        # the frozen layers.
         peft.get_input_embeddings().register_forward_hook(lambda _module, _args, output: output.detach())
     return peft
 
 
 def log_probabilities(model: Any, tree: TokenTree) -> torch.Tensor:
-    """Log-probabilities at the N predictions of a tree: float32 [N, vocabulary]."""
+    """Compute the log-probabilities at the N predictions of a tree: float32 [N, vocabulary]."""
     device = next(model.parameters()).device
     sources, places = np.unique(tree.sources, return_inverse=True)
     logits = model(
@@ -89,7 +98,7 @@ def log_probabilities(model: Any, tree: TokenTree) -> torch.Tensor:
 
 
 def loss(model: Any, tree: TokenTree) -> torch.Tensor:
-    """Sum of the weighted negative log-likelihoods of a tree's targets."""
+    """Compute the sum of the weighted negative log-likelihoods of a tree's targets."""
     logprobs = log_probabilities(model, tree)
     targets = torch.from_numpy(tree.targets).to(logprobs.device)
     weights = torch.from_numpy(tree.weights).to(logprobs.device)
@@ -97,7 +106,7 @@ def loss(model: Any, tree: TokenTree) -> torch.Tensor:
 
 
 def measure_held_out(model: Any, trees: list[TokenTree], tokenizer: PromptTokenizer) -> HeldOut:
-    """Judge a model on held-out trees."""
+    """Evaluate a model on held-out trees."""
     ids, held_out = tokenizer.reflection, HeldOut()
     retrieve, relevance, support = (set(ids.group(group)) for group in (Retrieve, IsRel, IsSup))
     control = {token for group in GROUPS for token in ids.group(group)}
@@ -128,7 +137,9 @@ def save_adapter(model: PeftModel, base: str, output: Path) -> None:
     """Write the adapter in half precision: LoRA matrices and the 15 new embeddings, without the other embeddings.
 
     Args:
-        base: name that the adapter gives as its base model's.
+        model: model with the adapter.
+        base: name of the base model to record in the adapter's configuration.
+        output: folder to write to.
     """
     for config in model.peft_config.values():
         config.base_model_name_or_path = base
@@ -139,7 +150,7 @@ def save_adapter(model: PeftModel, base: str, output: Path) -> None:
 
 
 def step(model: Any, batch: list[TokenTree], optimiser: torch.optim.Optimizer) -> float:
-    """One optimiser step; returns the mean weighted loss of the batch's predictions."""
+    """Take one optimiser step and return the weighted mean loss of the batch's predictions."""
     weight = sum(float(tree.weights.sum()) for tree in batch)
     total = 0.0
     for tree in batch:
@@ -160,11 +171,14 @@ def train_adapter(
     progress: Callable[[float], None],
     checkpoint: Callable[[], object],
 ) -> None:
-    """Train until ``recipe.tokens`` are read or ``recipe.minutes`` are over.
+    """Train for ``recipe.tokens`` tokens or ``recipe.minutes`` minutes, whichever ends first.
 
     Args:
-        progress: called with the share done, before each step; the tree source uses it to lengthen windows.
-        checkpoint: called every ``recipe.checkpoint_minutes``; its time does not count.
+        model: model with a trainable adapter.
+        trees: training trees, without end.
+        recipe: hyperparameters.
+        progress: callback before each step with the share of the training done, by which the caller lengthens windows.
+        checkpoint: callback every ``recipe.checkpoint_minutes``; its time does not count as training time.
     """
     torch.manual_seed(recipe.seed)
     parameters = [p for p in model.parameters() if p.requires_grad]

@@ -1,9 +1,9 @@
-"""Training examples as trees: one question, several passages, several answers to each.
+"""Represents training examples as trees: one question, several passages, and several answers to each passage.
 
-Decoding reads a question once, then every passage as a continuation of it, then answers as continuations of
-a passage. Training mirrors that: shared beginnings stand once in the sequence, and a mask lets each token see
-its own ancestors only. On a CPU this makes critique of a wrong answer almost free, since its passage is read
-for the right one already.
+Decoding reads a question once, then each passage as a continuation of the question, then answers as continuations of a
+passage. Training mirrors this: a shared prefix is in the sequence only once, and with the attention mask each token
+attends only to its ancestors and itself. On a CPU this makes the critique of a wrong answer almost free, since its
+passage is already read for the right answer.
 """
 
 from collections.abc import Iterable, Iterator
@@ -15,12 +15,12 @@ import numpy.typing as npt
 
 @dataclass(frozen=True)
 class Branch:
-    """Tokens that follow their parent's, and what may follow them.
+    """A node of a tree: a run of tokens and its alternative continuations.
 
     Attributes:
         ids: token ids.
-        weights: loss weight of predicting each of them; 0 for what the model reads.
-        children: alternative continuations.
+        weights: loss weight of each token; 0 for tokens that the model only reads.
+        children: alternative continuations of the tokens.
     """
 
     ids: tuple[int, ...]
@@ -31,12 +31,12 @@ class Branch:
         assert len(self.ids) == len(self.weights)
 
     def __add__(self, other: "Branch") -> "Branch":
-        """This branch's tokens, then the other's, on one branch with the other's children."""
+        """Concatenate the tokens of two branches; the result has the children of the second."""
         assert not self.children
         return Branch(self.ids + other.ids, self.weights + other.weights, other.children)
 
     def then(self, *children: "Branch") -> "Branch":
-        """This branch with continuations."""
+        """Return this branch with other children."""
         return Branch(self.ids, self.weights, children)
 
     def __len__(self) -> int:
@@ -44,17 +44,17 @@ class Branch:
 
 
 def taught(ids: list[int], weight: float) -> Branch:
-    """Tokens that the model shall learn to write."""
+    """Make a branch of tokens that the model learns to write."""
     return Branch(tuple(ids), (weight,) * len(ids))
 
 
 def given(ids: list[int]) -> Branch:
-    """Tokens that the model only reads."""
+    """Make a branch of tokens that the model only reads."""
     return taught(ids, 0.0)
 
 
 def forest(trees: Iterable[Branch]) -> Branch:
-    """Independent trees as one: each starts at position 0 and sees nothing of the others."""
+    """Join independent trees in one: each starts at position 0, and its tokens do not attend to other trees."""
     return Branch((), (), tuple(trees))
 
 
@@ -63,13 +63,13 @@ class TokenTree:
     """A tree laid out as one sequence of L tokens with N weighted predictions.
 
     Attributes:
-        ids: int64 [L].
-        positions: int64 [L], each token's distance from the root.
+        ids: int64 [L], the token ids.
+        positions: int64 [L], the number of ancestors of each token.
         visible: bool [L, L]; row i marks the tokens that token i attends to: its ancestors and itself.
-        sources: int64 [N], the position in the sequence whose output predicts the target.
-        targets: int64 [N], the predicted ids.
-        weights: float32 [N], their loss weights, all positive.
-        branches: int64 [N], the number of the branch that a target belongs to.
+        sources: int64 [N], the index in the sequence of the token whose output predicts each target.
+        targets: int64 [N], the token ids to predict.
+        weights: float32 [N], the loss weights of the targets, all positive.
+        branches: int64 [N], the number of the branch that each target belongs to.
     """
 
     ids: npt.NDArray[np.int64]
@@ -82,7 +82,7 @@ class TokenTree:
 
 
 def walk(branch: Branch, past: tuple[int, ...] = (), start: int = 0) -> Iterator[tuple[Branch, tuple[int, ...], int]]:
-    """Yield each branch with its ancestors' places in the sequence and its own first place, parents first."""
+    """Yield each branch with its ancestors' indices in the sequence and its own first index, parents first."""
     yield branch, past, start
     own = past + tuple(range(start, start + len(branch.ids)))
     start += len(branch.ids)
@@ -119,7 +119,10 @@ def lay_out(root: Branch) -> TokenTree:
 
 
 def packed(trees: Iterable[Branch], tokens: int) -> Iterator[TokenTree]:
-    """Lay trees out together, about ``tokens`` at a time: fixed costs of a pass are shared."""
+    """Lay out trees in packs of at least ``tokens`` tokens, which share the fixed costs of a pass.
+
+    Trees that do not fill the last pack are dropped.
+    """
     waiting: list[Branch] = []
     for tree in trees:
         waiting.append(tree)

@@ -142,7 +142,11 @@ def test_a_taken_output_is_refused(tmp_path: Path) -> None:
         assert "lie in one another" in rescore(run, inside).stderr
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "file").write_text("mine")
-    assert "is taken" in rescore(run, tmp_path / "new").stderr
+    assert f"holds files of something else ({tmp_path}/new/file)" in rescore(run, tmp_path / "new").stderr
+    options = ["--annotations", str(run), "--output", str(tmp_path / "new"), "--overwrite"]
+    assert "holds files of something else" in CliRunner().invoke(APP, options).stderr
+    annotated_set(tmp_path / "other", rows=2)
+    assert "is taken" in rescore(run, tmp_path / "other").stderr
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:

@@ -263,7 +263,7 @@ async def test_a_row_that_kills_its_process_is_set_aside_and_its_neighbours_fini
     assert (row["query"], row["error_type"]) == ("poison", "ProcessDiedError")
     assert row["error_message"] == "2 processes died while this row alone was decoded"
     assert deaths == 2 + 1 + 2  # beside others, alone, and its own
-    assert attempts.inner._begun == {}
+    assert attempts.inner._units == {}
 
 
 def dies(*_: Any) -> None:
@@ -296,7 +296,7 @@ async def test_a_process_that_dies_once_while_it_writes_costs_an_attempt(tmp_pat
         assert await folder.annotate(actor(LocalHandle(attempts), [])) is None
     assert attempts.deaths(folder.unit.id) == 1
     assert (await folder.annotate(actor(LocalHandle(attempts), []))).rows == 1
-    assert attempts._begun == {}
+    assert attempts._units == {}
 
 
 async def test_an_actor_that_outlives_its_run_writes_nothing(tmp_path, monkeypatch):
@@ -305,7 +305,7 @@ async def test_an_actor_that_outlives_its_run_writes_nothing(tmp_path, monkeypat
     def gone(_unit):
         raise ConnectionError("the run is over")
 
-    monkeypatch.setattr(attempts, "writing", gone)
+    monkeypatch.setattr(attempts, "begin_writing", gone)
     with pytest.raises(ConnectionError):
         await folder.annotate(actor(LocalHandle(attempts), []))
     assert not (tmp_path / "out").exists()

@@ -4,7 +4,7 @@ import random
 import pytest
 
 from pipeline.engine.postmortem import Death
-from pipeline.run.attempts import MAX_CONSECUTIVE_CRASHES, START, Attempts, CrashLoopError, SharedExclusiveLock
+from pipeline.run.attempts import MAX_CONSECUTIVE_CRASHES, Attempts, CrashLoopError, SharedExclusiveLock
 
 
 def test_attempts_count_until_they_end() -> None:
@@ -18,12 +18,15 @@ def test_attempts_count_until_they_end() -> None:
 
 def test_counts_of_rows_last_until_their_unit_ends() -> None:
     attempts = Attempts(MAX_CONSECUTIVE_CRASHES, "run")
-    for what in ("u", "u:1", "u:10", "u1", "u1:1"):
-        attempts.begin(what)
-    attempts.end("u:1")
-    assert [attempts.deaths(what) for what in ("u", "u:1", "u:10")] == [1, 0, 1]
+    attempts.begin("u")
+    attempts.begin("u", 1)
+    attempts.begin("u", 10)
+    attempts.begin("v", 1)
+    attempts.end("u", 1)
+    assert [attempts.deaths("u", row) for row in (None, 1, 10)] == [1, 0, 1]
     attempts.end("u")
-    assert [attempts.deaths(what) for what in ("u", "u:10", "u1", "u1:1")] == [0, 0, 1, 1]
+    assert [attempts.deaths("u", row) for row in (None, 10)] == [0, 0]
+    assert [attempts.deaths("v", row) for row in (None, 1)] == [0, 1]
 
 
 def test_deaths_with_nothing_done_in_between_end_the_run() -> None:
@@ -34,17 +37,17 @@ def test_deaths_with_nothing_done_in_between_end_the_run() -> None:
     attempts.end("b")
     for _ in range(3):
         attempts.begin("a")
-    attempts.died("a", Death("CUDA error: device lost", out_of_memory=False))
+    attempts.record_death(Death("CUDA error: device lost", out_of_memory=False), "a")
     with pytest.raises(CrashLoopError, match=r"^4 attempts .* nothing done; the last .*: CUDA error: device lost$"):
         attempts.begin("a")
 
 
-def test_a_start_alone_gets_nothing_done() -> None:
+def test_a_start_is_no_progress() -> None:
     attempts = Attempts(max_crashes=3, run="run")
     attempts.begin("a")
     for _ in range(3):
-        attempts.begin(START)
-        attempts.end(START)
+        attempts.begin_start()
+        attempts.end_start()
         attempts.begin("a")
     with pytest.raises(CrashLoopError, match=r"^4 attempts"):
         attempts.begin("a")
@@ -54,22 +57,30 @@ def test_deaths_over_a_units_files_are_counted_until_it_ends() -> None:
     attempts = Attempts(MAX_CONSECUTIVE_CRASHES, "run")
     for _ in range(2):
         for _ in range(3):
-            attempts.writing("u")
+            attempts.begin_writing("u")
         attempts.end("u")
     for _ in range(3):
-        attempts.writing("u")
-        attempts.end("u:1")
+        attempts.begin_writing("u")
+        attempts.end("u", 1)
     with pytest.raises(CrashLoopError, match=r"^3 processes died while they wrote the files of unit u$"):
-        attempts.writing("u")
+        attempts.begin_writing("u")
 
 
 def test_how_engines_ended_is_known_until_their_row_ends() -> None:
     attempts, death = Attempts(MAX_CONSECUTIVE_CRASHES, "run"), Death("killed", out_of_memory=True)
     attempts.begin("a")
-    attempts.died("a", death)
+    attempts.record_death(death, "a")
     assert (attempts.engines("a"), attempts.engines("b")) == ([death], [])
     attempts.end("a")
     assert attempts.engines("a") == []
+
+
+def test_a_start_that_does_not_end_is_a_crash() -> None:
+    attempts = Attempts(max_crashes=2, run="run")
+    for _ in range(3):
+        attempts.begin_start()
+    with pytest.raises(CrashLoopError, match=r"^3 attempts"):
+        attempts.begin_start()
 
 
 @pytest.mark.parametrize("seed", range(20))
