@@ -41,7 +41,7 @@ def annotate(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan only.")] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite/--resume", help="Replace an existing output instead of continuing it.")
+        bool, typer.Option("--overwrite/--resume", help="Replace an existing output, or continue it (the default).")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a machine-readable summary on stdout.")] = False,
     day: Annotated[
@@ -55,6 +55,8 @@ def annotate(
     Exit status: 0 all rows answered, 3 some rows in errors/, 1 failed, 2 bad usage.
     """
     if old_rescore is not None:
+        if queries or index or model:
+            raise typer.BadParameter("--rescore reads a run: --queries, --index and --model do not go with it")
         hint_at_new_form("annotate --rescore RUN", "rescore --annotations RUN")
         if output is None:
             raise typer.BadParameter("--rescore needs --output, the folder for the new annotated set")
@@ -65,8 +67,8 @@ def annotate(
     with checking():
         run_config = load_config(config, settings or [], flags, day and day.date())
     if dry_run:
-        plan_run(run_config, overwrite)
-        typer.echo("nothing was written and no engine started (--dry-run)", err=True)
+        if plan_run(run_config, overwrite) is not None:
+            typer.echo("nothing was written and no engine started (--dry-run)", err=True)
         return
     with notifying(run_config), checking(), locking(run_config):
         raise typer.Exit(annotate_queries(run_config, overwrite, as_json))
@@ -111,7 +113,7 @@ def annotate_queries(config: RunConfig, overwrite: bool, as_json: bool) -> int:
     planned = plan_run(config, overwrite)
     if planned is None:
         return 0
-    with working("the run failed; the same command continues it", bad_input=OutputInUseError):
+    with working("the run failed; the same command continues it", bad_input=(OutputInUseError,)):
         summary = run_plan(*planned)
     print_summary(summary, as_json)
     if summary.exit_status == 1:

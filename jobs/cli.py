@@ -14,22 +14,22 @@ from typer.main import get_command
 from pipeline.versions import versions
 
 JOBS = {
-    "doctor": "Can this machine or cluster run the job, and what to do where not.",
-    "import_queries": "Datasets and files to a query set.",
-    "annotate": "Queries to answers with evidence and critique.",
-    "build_index": "Passages to a FAISS index.",
-    "plan_index": "What an index of your passages takes: bytes, cards, machines, hours.",
-    "check_index": "Is an index whole, and which search parameters reach a wanted recall.",
+    "doctor": "Check whether this machine or cluster can run the job, and suggest fixes.",
+    "import_queries": "Convert datasets and files to a query set.",
+    "build_index": "Build a FAISS index of passages.",
+    "plan_index": "Show what an index of your passages takes: bytes, cards, machines, hours.",
+    "check_index": "Check that an index is whole, and find the search parameters for a wanted recall.",
+    "annotate": "Annotate queries with answers, evidence and critique.",
     "rescore": "Choose an annotated set's answers again with other settings, without a model.",
-    "benchmark": "A row's cost beside other implementations' shapes and the bare engine.",
-    "benchmark_scaling": "How a run grows with its rows and its actors.",
-    "benchmark_index": "The index beside the bare encoder and bare FAISS.",
-    "benchmark_savings": "What each way of saving work saves.",
-    "share": "A dataset card for an annotated set, and its way to the Hugging Face hub.",
     "evaluate": "Compare annotated answers with gold answers.",
-    "report": "A page about an annotated set: speed, cost, scores, examples.",
+    "report": "Write a page about an annotated set: speed, cost, scores, examples.",
+    "share": "Write a dataset card, and upload an annotated set to the Hugging Face hub.",
+    "demo": "Run the built-in example from start to end.",
     "teach": "Teach a language model the reflection tokens.",
-    "demo": "The embedded default, start to end.",
+    "benchmark": "Compare speed with other implementations' request patterns and the bare engine.",
+    "benchmark_scaling": "Measure how a run grows with its rows and its actors.",
+    "benchmark_index": "Compare the index with the bare encoder and bare FAISS.",
+    "benchmark_savings": "Measure what each optimisation saves.",
 }
 
 
@@ -71,7 +71,13 @@ app = typer.Typer(cls=Jobs, no_args_is_help=True)
 @app.callback()
 def selfrag(
     version: Annotated[
-        bool, typer.Option("--version", callback=show_versions, is_eager=True, help="Versions of what decides results.")
+        bool,
+        typer.Option(
+            "--version",
+            callback=show_versions,
+            is_eager=True,
+            help="Print the versions of the packages that affect results.",
+        ),
     ] = False,
 ) -> None:
     """Offline Self-RAG at scale. Each command is also a module: python -m jobs.NAME."""

@@ -9,6 +9,7 @@ from typing import Annotated, NoReturn
 import typer
 
 from pipeline.cluster import reason
+from pipeline.storage.location import one_line
 
 log = logging.getLogger(__name__)
 
@@ -55,12 +56,11 @@ class FailedError(typer.Exit):
         self.message = message
 
 
-def fail(error: BaseException | str, status: int) -> NoReturn:
+def fail(message: object, status: int) -> NoReturn:
     """Print an error as one line on stderr and end the command with a status."""
-    message = reason(error) if isinstance(error, BaseException) and status == 1 else str(error)
-    message = " ".join(message.split())
-    typer.echo(f"error: {message}", err=True)
-    raise FailedError(status, message) from None
+    line = one_line(message)
+    typer.echo(f"error: {line}", err=True)
+    raise FailedError(status, line) from None
 
 
 @contextmanager
@@ -78,23 +78,33 @@ def checking(*others: type[Exception]) -> Iterator[None]:
 
 
 @contextmanager
-def working(hint: str | None = None, bad_input: type[ValueError] = ValueError) -> Iterator[None]:
+def working(
+    hint: str | None = None,
+    bad_input: tuple[type[ValueError], ...] = (ValueError,),
+    subject: str | None = None,
+) -> Iterator[None]:
     """End the command if its work fails: status 2 for bad input that only the work could find, otherwise 1.
 
     Args:
-        hint: message logged with the traceback of a failure, with the way to continue.
-        bad_input: type of the exceptions that mean bad input.
+        hint: message logged with the traceback of a failure, with the way to continue. Work with a hint runs on Ray,
+            whose messages are reduced to their cause.
+        bad_input: exceptions that mean bad input.
+        subject: name that the message begins with.
     """
     try:
         yield
     except typer.Exit:
         raise
     except Exception as error:
+        message = f"{subject}: {error}" if subject else str(error)
         if isinstance(error, bad_input) and not _is_failure(error):
-            fail(error, 2)
+            fail(message, 2)
         if hint:
             log.exception(hint)
-        fail(error, 1)
+            fail(reason(error), 1)
+        if not isinstance(error, (ValueError, OSError, RuntimeError)):
+            log.exception("unexpected error")
+        fail(message, 1)
 
 
 def _is_failure(error: Exception) -> bool:

@@ -41,7 +41,7 @@ def rescore(
         units = len(plan.manifest["units"])
         typer.echo(f"to do    {units} units of {annotations}; nothing was written (--dry-run)", err=True)
         return
-    with working("the rescoring failed; rerun with --overwrite"):
+    with working("the rescoring failed; rerun with --overwrite", bad_input=()):
         done = rescore_set(plan)
     typer.echo(f"{done.changed} of {done.rows} answers changed; annotated set: {output}", err=True)
     if as_json:

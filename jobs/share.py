@@ -107,7 +107,7 @@ def share(
         folder = locate(annotations, load_storage(config, settings or []))
         found = FinishedSet.of(OutputFolder(folder))
     title = hub_name or folder.name
-    with working():
+    with working(subject=title):
         page = reserve(hub_name) if hub_name else None
         write_card(folder, found, title, licence, overwrite)
         if hub_name:

@@ -75,9 +75,9 @@ def is_fixed(key: str) -> bool:
     section: type[Frozen] | None = RunConfig
     effect, names = Effect.FIXED, iter(key.split("."))
     for name in names:
-        if section is None:
+        field = section.model_fields.get(name) if section else None
+        if field is None:  # below a plain value, or in the name of an entry, which may hold dots
             break
-        field = section.model_fields[name]
         effect = next((mark for mark in field.metadata if isinstance(mark, Effect)), effect)
         section = section_of(field.annotation)
         if section is not None and section is not field.annotation:

@@ -26,6 +26,7 @@ class Effect(Enum):
 FREE_ENGINE_ARGUMENTS = frozenset(
     {
         "data_parallel_size",
+        "data_parallel_size_local",
         "pipeline_parallel_size",
         "prefill_context_parallel_size",
         "tensor_parallel_size",

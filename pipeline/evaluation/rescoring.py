@@ -211,7 +211,7 @@ def check_rescoring(
 
     Raises:
         ValueError: there is no finished run, a setting cannot be changed, the run did not keep the data that this
-            needs, or the output contains a set or other files and ``overwrite`` is false.
+            needs, the output contains other files, or it contains a set and ``overwrite`` is false.
     """
     source, target = OutputFolder(locate(run, storage)), OutputFolder(locate(output, storage))
     manifest = source.manifest()

@@ -80,7 +80,7 @@ class BuildPlan:
         Files are identified by URI, size and modification time.
         """
         source, paths = self.files[0].file, [part.file.path for part in self.files]
-        infos = source.attempt(lambda: source.filesystem.get_file_info(paths))
+        infos = source.retrying(lambda: source.filesystem.get_file_info(paths))
         files = [[part.file.uri, info.size, info.mtime_ns] for part, info in zip(self.files, infos, strict=True)]
         return {
             "passages": files,
@@ -214,7 +214,7 @@ class BuildFolder:
 
     def _size(self, name: str) -> int | None:
         file = self.output / name
-        size: int | None = file.attempt(lambda: file.filesystem.get_file_info(file.path).size)
+        size: int | None = file.retrying(lambda: file.filesystem.get_file_info(file.path).size)
         return size
 
     def keep(self, number: int, entry: ShardEntry) -> None:

@@ -66,7 +66,10 @@ def find_passages(source: Location, embeddings: str | None = None) -> list[RowRa
         ValueError: there are no files or no passages, a file is not Parquet, or a column is missing or of another type.
         StorageError: the storage cannot be read.
     """
-    files = list_parquet(source)
+    try:
+        files = list_parquet(source)
+    except ValueError as error:
+        raise ValueError(f"passages {error}") from None
     rows = map_in_threads(lambda file: _checked_rows(file, embeddings), files)
     found = [RowRange(file, 0, count) for file, count in zip(files, rows, strict=True)]
     if not any(part.rows for part in found):

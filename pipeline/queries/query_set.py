@@ -174,7 +174,7 @@ def _content_digest(file: Location) -> tuple[int, str]:
                 size += len(block)
         return size, digest.hexdigest()
 
-    return file.attempt(work)
+    return file.retrying(work)
 
 
 def _decode(stream: Any) -> None:

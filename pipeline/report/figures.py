@@ -42,7 +42,7 @@ LONGEST_MESSAGE = 500
 
 
 @dataclass(frozen=True, eq=False)
-class Spread:
+class Histogram:
     """A histogram of values, with their sum.
 
     Attributes:
@@ -59,15 +59,15 @@ class Spread:
     missing: int
 
     @classmethod
-    def of(cls, values: Floats, low: float, high: float) -> "Spread":
+    def of(cls, values: Floats, low: float, high: float) -> "Histogram":
         """Count values in bins from ``low`` to ``high``; NaN and infinities count as missing."""
         known = values[np.isfinite(values)]
         counts, _ = np.histogram(np.clip(known, low, high), bins=BINS, range=(low, high))
         return cls(low, high, counts, float(known.sum()), len(values) - len(known))
 
-    def __add__(self, other: "Spread") -> "Spread":
+    def __add__(self, other: "Histogram") -> "Histogram":
         counts, total = self.counts + other.counts, self.total + other.total
-        return Spread(self.low, self.high, counts, total, self.missing + other.missing)
+        return Histogram(self.low, self.high, counts, total, self.missing + other.missing)
 
     @property
     def values(self) -> int:
@@ -95,7 +95,7 @@ class GroupFigures:
     rows: int = 0
     errors: int = 0
     retrieved: int = 0
-    spreads: Mapping[str, Spread] = field(default_factory=dict)
+    spreads: Mapping[str, Histogram] = field(default_factory=dict)
 
     def __add__(self, other: "GroupFigures") -> "GroupFigures":
         return GroupFigures(
@@ -328,8 +328,8 @@ def _groups(
     for task in dict.fromkeys(tasks):
         here = tasks == task
         chosen = here[parents]
-        spreads = {"retrieve_probability": Spread.of(probability[here], *reading.limits("retrieve_probability"))}
-        spreads |= {name: Spread.of(found[chosen], *reading.limits(name)) for name, found in values.items()}
+        spreads = {"retrieve_probability": Histogram.of(probability[here], *reading.limits("retrieve_probability"))}
+        spreads |= {name: Histogram.of(found[chosen], *reading.limits(name)) for name, found in values.items()}
         groups[task] = GroupFigures(int(here.sum()), 0, int(retrieved[here].sum()), spreads)
     for (_, task), failure in failures.items():
         groups[task] = groups.get(task, GroupFigures()) + GroupFigures(errors=failure.rows)

@@ -17,7 +17,7 @@ from pipeline.output.folder import OutputFolder
 from pipeline.report.changes import Changes
 from pipeline.report.durations import Timeline, timeline
 from pipeline.report.examples import ExampleRow
-from pipeline.report.figures import BINS, SetFigures, Spread
+from pipeline.report.figures import BINS, Histogram, SetFigures
 
 HERE = Path(__file__).parent
 NONE = "–"
@@ -252,7 +252,7 @@ class Bar:
     height: float
 
 
-def bars(spread: Spread) -> list[Bar]:
+def bars(spread: Histogram) -> list[Bar]:
     """Return the bars of a histogram; a bin with few values still gets a visible bar."""
     width, most = (spread.high - spread.low) / BINS, max(1, int(spread.counts.max()))
     return [

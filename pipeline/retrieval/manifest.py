@@ -190,7 +190,7 @@ def check_files(folder: Location, manifest: IndexManifest) -> None:
     """
     files = [file for shard in manifest.shards for file in shard.files()]
     paths = [(folder / name).path for name, _, _ in files]
-    found = folder.attempt(lambda: folder.filesystem.get_file_info(paths))
+    found = folder.retrying(lambda: folder.filesystem.get_file_info(paths))
     for (name, size, _), info in zip(files, found, strict=True):
         if info.type != fs.FileType.File:
             raise DamagedIndexError(f"{(folder / name).uri}: missing; {REMEDY}")

@@ -147,7 +147,7 @@ def publish_shard(source: Path, target: Location) -> None:
             os.fsync(file.fileno())
         source.replace(target.path)
 
-    target.attempt(work)
+    target.retrying(work)
 
 
 class PassageFile:

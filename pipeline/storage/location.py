@@ -66,7 +66,7 @@ class Location:
         uri, path = f"{self.uri.rstrip('/')}/{name}", f"{self.path.rstrip('/')}/{name}"
         return Location(uri, self.filesystem, path, self.patience_s)
 
-    def attempt(self, work: Callable[[], Result]) -> Result:
+    def retrying(self, work: Callable[[], Result]) -> Result:
         """Call a function that uses this location; retries transient errors of object stores with backoff.
 
         The SDK's own retries cover about two seconds; outages, restarts and throttling last longer.
@@ -75,15 +75,15 @@ class Location:
             MissingFileError: the file does not exist.
             StorageError: the error is permanent, or lasted longer than ``patience_s``; the message names the URI.
         """
-        retrying = tenacity.Retrying(
-            retry=tenacity.retry_if_exception(passing),
+        attempts = tenacity.Retrying(
+            retry=tenacity.retry_if_exception(is_transient),
             stop=tenacity.stop_after_delay(0 if self.local else self.patience_s),
             wait=tenacity.wait_exponential_jitter(multiplier=0.5, max=30),
             before_sleep=self._say,
             reraise=True,
         )
         try:
-            return retrying(work)
+            return attempts(work)
         except StorageError:
             raise
         except FileNotFoundError as error:
@@ -97,7 +97,7 @@ class Location:
 
     def kind(self) -> fs.FileType:
         """Return the type of the location: file, directory or not found."""
-        return self.attempt(lambda: self.filesystem.get_file_info(self.path).type)
+        return self.retrying(lambda: self.filesystem.get_file_info(self.path).type)
 
     def exists(self) -> bool:
         """Whether the file or folder exists."""
@@ -116,7 +116,7 @@ class Location:
         again = tenacity.Retrying(
             retry=tenacity.retry_if_exception_type(FileNotFoundError), stop=tenacity.stop_after_attempt(9), reraise=True
         )
-        found = self.attempt(lambda: again(self.filesystem.get_file_info, selector))
+        found = self.retrying(lambda: again(self.filesystem.get_file_info, selector))
         base = self.path.rstrip("/")
         names = sorted(info.path[len(base) + 1 :] for info in found if info.type == fs.FileType.File)
         return [
@@ -132,11 +132,11 @@ class Location:
             with self.filesystem.open_input_stream(self.path) as stream:
                 return bytes(stream.read())
 
-        return self.attempt(work)
+        return self.retrying(work)
 
     def fetch(self, copy: Path) -> None:
         """Copy the file to a local path."""
-        self.attempt(lambda: fs.copy_files(self.path, str(copy), self.filesystem, fs.LocalFileSystem()))
+        self.retrying(lambda: fs.copy_files(self.path, str(copy), self.filesystem, fs.LocalFileSystem()))
 
     def write(self, content: bytes) -> None:
         """Write a file atomically.
@@ -152,7 +152,7 @@ class Location:
             with self.filesystem.open_output_stream(self.path) as stream:
                 stream.write(content)
 
-        self.attempt(work)
+        self.retrying(work)
 
     def delete(self) -> None:
         """Delete the file; a missing file is no error: an earlier attempt may have deleted it and lost the response."""
@@ -165,10 +165,10 @@ class Location:
                 if self.filesystem.get_file_info(self.path).type != fs.FileType.NotFound:
                     raise
 
-        self.attempt(work)
+        self.retrying(work)
 
 
-def passing(error: BaseException) -> bool:
+def is_transient(error: BaseException) -> bool:
     """Whether an error of an object store is transient: no response, internal error, throttling, broken connection.
 
     Arrow also raises ``OSError`` for damaged Parquet; only errors from S3 contain "AWS Error".
@@ -181,8 +181,8 @@ def passing(error: BaseException) -> bool:
     return completing or not _PERMANENT.search(said)
 
 
-def one_line(error: BaseException | None) -> str:
-    """Return the message of an error on one line."""
+def one_line(error: object) -> str:
+    """Return the message of an error, or any text, on one line."""
     return " ".join(str(error).split())
 
 

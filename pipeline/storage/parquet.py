@@ -78,7 +78,7 @@ def read_parquet(file: Location, work: Callable[[Any], Result]) -> Result:
             return work(stream)
 
     with _naming(file):
-        return file.attempt(attempt)
+        return file.retrying(attempt)
 
 
 @contextmanager
@@ -86,6 +86,8 @@ def _naming(file: Location) -> Iterator[None]:
     """Turn what Arrow raises for damaged Parquet into one line that names the file."""
     try:
         yield
+    except MemoryError:  # also an ArrowException
+        raise
     except pa.ArrowException as error:
         raise ValueError(f"{file.uri}: not a readable Parquet file: {one_line(error)}") from None
     except StorageError as error:
@@ -127,7 +129,7 @@ def read_range(
 
     while left.rows:
         with _naming(part.file):
-            row, batch = part.file.attempt(following)
+            row, batch = part.file.retrying(following)
         left = RowRange(part.file, row + batch.num_rows, part.stop)
         yield row, batch
 

@@ -167,3 +167,6 @@ def test_the_old_form_still_works_with_a_hint(tmp_path: Path) -> None:
         "annotate --rescore RUN is deprecated and goes in version 0.3; use: rescore --annotations RUN" in result.stderr
     )
     assert "nothing was written" in result.stderr
+    result = CliRunner().invoke(app, ["--rescore", str(run), "--output", str(tmp_path / "new"), "--model", "demo"])
+    assert result.exit_code == 2
+    assert not (tmp_path / "new").exists()

@@ -12,7 +12,9 @@ def leave_lease(output: Path, **changes: object) -> Path:
     holder = {**vars(Holder.me()), "id": "0" * 32, "started": 1.0, **changes}
     file = output / "_running" / f"{holder['id']}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text(json.dumps(holder))
+    unfinished = file.with_suffix(".unfinished")  # a reader must not see half a file
+    unfinished.write_text(json.dumps(holder))
+    unfinished.rename(file)
     return file
 
 

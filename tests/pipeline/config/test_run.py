@@ -154,3 +154,13 @@ def test_a_misspelt_key_is_told_what_it_may_mean_and_another_is_not(setting, pro
 def test_what_a_resumed_run_may_change(changes, same):
     changed = load_config(None, [], NEEDED | changes)
     assert (changed.decisive() == load_config(None, [], NEEDED).decisive()) == same
+
+
+def test_a_profile_with_dots_in_its_name_is_fixed():
+    tree = {**NEEDED, "profiles": {"nq.v2": {"metric": "match"}}}
+    assert load_config(None, [], tree).decisive()["profiles.nq.v2.metric"] == "match"
+
+
+def test_an_engine_spread_over_local_replicas_may_change():
+    replicas = ["model.engine.data_parallel_size=2", "model.engine.data_parallel_size_local=2"]
+    assert load_config(None, replicas, NEEDED).decisive() == load_config(None, [], NEEDED).decisive()

@@ -6,7 +6,7 @@ import pytest
 from pyarrow import fs
 
 from pipeline.config.sections import StorageConfig
-from pipeline.storage.location import MissingFileError, StorageError, locate, passing
+from pipeline.storage.location import MissingFileError, StorageError, is_transient, locate
 from tests.support.flaky import BUSY, flaky
 
 HERE = StorageConfig()
@@ -132,7 +132,7 @@ def test_what_no_waiting_mends_is_said_at_once(tmp_path, waits, code):
     ],
 )
 def test_faults_that_may_pass_are_told_from_others(error, expected):
-    assert passing(error) is expected
+    assert is_transient(error) is expected
 
 
 def test_local_disks_are_not_waited_for(tmp_path, waits, monkeypatch):
