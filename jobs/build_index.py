@@ -10,7 +10,7 @@ build that was killed leaves no index, and the same command continues with the m
 
 import logging
 import time
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
@@ -29,17 +29,16 @@ from jobs.common import (
     QueryPrefix,
     Shards,
     checking,
+    encoder_style,
     hint_at_new_form,
+    load_index_storage,
+    require,
     start_logging,
     working,
 )
 from jobs.plan_index import plan_index
-from pipeline.config.loading import validated
-from pipeline.config.run import load_sections
-from pipeline.config.sections import StorageConfig
 from pipeline.indexing.build import BuildRequest, check_build
 from pipeline.indexing.build_pool import run_build
-from pipeline.retrieval.encoder import EncoderStyle
 
 log = logging.getLogger(__name__)
 
@@ -75,35 +74,30 @@ def build_index(
     Run the same command again to continue an interrupted build.
     Exit status: 0 built, 1 failed, 2 bad usage.
     """
-    style = {"query_prefix": query_prefix, "passage_prefix": passage_prefix, "normalised": normalise, "dtype": dtype}
     if old_check is not None:
         hint_at_new_form("build_index --check INDEX", "check_index --index INDEX")
         check_index(old_check, queries, sample, k, recall, as_json, config, settings)
         return
     if old_plan:
         hint_at_new_form("build_index --plan", "plan_index")
-        prefixes = query_prefix, passage_prefix
-        plan_index(
-            passages, encoder, *prefixes, normalise, dtype, embeddings, factory, shards, batch_size, config, settings
-        )
+        style = query_prefix, passage_prefix, normalise, dtype
+        plan_index(passages, encoder, *style, embeddings, factory, shards, batch_size, config, settings)
         return
     start_logging(progress=[__name__, "pipeline.indexing.build_pool"], timestamps=True)
     begun = time.monotonic()
     with checking():
         request = BuildRequest(
-            passages=_required(passages, "--passages"),
-            output=_required(output, "--output"),
+            passages=require(passages, "--passages"),
+            output=require(output, "--output"),
             encoder=encoder,
-            style=validated(EncoderStyle, style, "encoder"),
+            style=encoder_style(query_prefix, passage_prefix, normalise, dtype),
             embeddings=embeddings,
             factory=factory,
             shards=shards,
             batch_size=batch_size,
             actors=actors,
             overwrite=overwrite,
-            storage=validated(
-                StorageConfig, load_sections(config, settings or [], ["storage", "retrieval"])["storage"], "storage"
-            ),
+            storage=load_index_storage(config, settings),
         )
         plan = check_build(request)
     log.info("%d passages into %d shards of %s", plan.passages, shards, factory)
@@ -111,12 +105,6 @@ def build_index(
         run_build(plan)
     seconds = time.monotonic() - begun
     typer.echo(f"index: {output}, {plan.passages} passages, {shards} shards, {seconds:.1f} s", err=True)
-
-
-def _required(value: Any, option: str) -> Any:
-    if not value:
-        raise ValueError(f"{option} is missing")
-    return value
 
 
 if __name__ == "__main__":

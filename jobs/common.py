@@ -9,6 +9,10 @@ from typing import Annotated, NoReturn
 import typer
 
 from pipeline.cluster import reason
+from pipeline.config.loading import validated
+from pipeline.config.run import load_sections
+from pipeline.config.sections import StorageConfig
+from pipeline.retrieval.encoder import EncoderStyle
 from pipeline.storage.location import one_line
 
 log = logging.getLogger(__name__)
@@ -42,6 +46,37 @@ Embeddings = Annotated[
 Factory = Annotated[str, typer.Option(help="FAISS factory string, such as IVF4096,SQ8 or HNSW32.")]
 Shards = Annotated[int, typer.Option(min=1, help="Files to cut the index into.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Passages encoded at once.")]
+
+
+def load_index_storage(config: str | None, settings: list[str] | None) -> StorageConfig:
+    """Read the section ``storage`` for a command on indexes, which accepts settings of ``retrieval`` too.
+
+    Raises:
+        ValueError: a setting is of another section, or wrong.
+    """
+    sections = load_sections(config, settings or [], ["storage", "retrieval"])
+    return validated(StorageConfig, sections["storage"], "storage")
+
+
+def encoder_style(query_prefix: str, passage_prefix: str, normalise: bool, dtype: str) -> EncoderStyle:
+    """Build the style of an encoder from the options of a command.
+
+    Raises:
+        ValueError: an option is wrong.
+    """
+    style = {"query_prefix": query_prefix, "passage_prefix": passage_prefix, "normalised": normalise, "dtype": dtype}
+    return validated(EncoderStyle, style, "encoder")
+
+
+def require(value: str, option: str) -> str:
+    """Return an option's value.
+
+    Raises:
+        ValueError: it is missing.
+    """
+    if not value:
+        raise ValueError(f"{option} is missing")
+    return value
 
 
 class FailedError(typer.Exit):

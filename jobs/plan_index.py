@@ -21,11 +21,11 @@ from jobs.common import (
     QueryPrefix,
     Shards,
     checking,
+    encoder_style,
+    load_index_storage,
+    require,
     start_logging,
 )
-from pipeline.config.loading import validated
-from pipeline.config.run import load_sections
-from pipeline.config.sections import StorageConfig
 from pipeline.indexing.passages import find_passages
 from pipeline.indexing.sizing import (
     CARDS,
@@ -41,7 +41,7 @@ from pipeline.indexing.sizing import (
     size_plan,
     survey,
 )
-from pipeline.retrieval.encoder import Encoder, EncoderStyle, absolute_name
+from pipeline.retrieval.encoder import Encoder, absolute_name
 from pipeline.storage.location import locate
 
 GB, MB = 1e9, 1e6
@@ -69,18 +69,10 @@ def plan_index(
     """
     start_logging(timestamps=True)
     with checking():
-        sections = load_sections(config, settings or [], ["storage", "retrieval"])
-        storage = validated(StorageConfig, sections["storage"], "storage")
-        style = {
-            "query_prefix": query_prefix,
-            "passage_prefix": passage_prefix,
-            "normalised": normalise,
-            "dtype": dtype,
-        }
-        if not passages:
-            raise ValueError("--passages is missing")
-        files = find_passages(locate(passages, storage), embeddings)
-        loaded = Encoder.load(absolute_name(encoder), style=validated(EncoderStyle, style, "encoder"))
+        source = locate(require(passages, "--passages"), load_index_storage(config, settings))
+        files = find_passages(source, embeddings)
+        style = encoder_style(query_prefix, passage_prefix, normalise, dtype)
+        loaded = Encoder.load(absolute_name(encoder), style=style)
         tables = plan_tables(survey(files, loaded, batch_size), factory, shards)
     for table in tables:
         Console().print(table)
