@@ -6,6 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(EXTRAS)
 LOCK := infra/locks/$(EXTRAS).txt
 UV_VERSION := 0.13.9
+FAST := -m "not slow and not gpu" --numprocesses 2 --dist loadfile
 
 # The CPU build of vLLM needs PyTorch's "+cpu" wheel, which PyPI does not carry: it comes from the folder that
 # PIP_FIND_LINKS names, otherwise from PyTorch's own index. The GPU build takes everything from PyPI.
@@ -29,13 +30,15 @@ demo: $(READY) ## annotate 122 queries with the embedded model and show the resu
 	$(BIN)/python -m jobs.demo
 
 test: $(READY) ## run the tests that need no GPU and finish soon
-	$(BIN)/python -m pytest -m "not slow and not gpu"
+	$(BIN)/python -m pytest $(FAST)
 
-check: $(READY) ## lint, types and tests
+check: $(READY) ## lint, spelling, types, tests and their coverage
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/codespell
 	$(BIN)/mypy
-	$(MAKE) test
+	$(BIN)/python -m pytest $(FAST) --cov --cov-report=
+	@echo "lines covered by tests: $$($(BIN)/coverage report --format=total) %"
 
 bench: $(READY) ## compare with other implementations' shapes and the bare engine, side by side
 	$(BIN)/python -m jobs.benchmark --json bench.json --plot bench.png

@@ -41,12 +41,12 @@ def annotate(
     ] = None,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan only.")] = False,
     overwrite: Annotated[
-        bool, typer.Option("--overwrite/--resume", help="Replace an existing output, or continue it (the default).")
+        bool, typer.Option("--overwrite/--resume", help="Replace an existing output, or resume it (the default).")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a machine-readable summary on stdout.")] = False,
     day: Annotated[
         datetime | None,
-        typer.Option("--date", formats=["%Y-%m-%d"], help="What {date} in URIs stands for; today (UTC) by default."),
+        typer.Option("--date", formats=["%Y-%m-%d"], help="Date that replaces {date} in URIs; today (UTC) by default."),
     ] = None,
     old_rescore: Annotated[str | None, typer.Option("--rescore", hidden=True)] = None,
 ) -> None:
@@ -56,10 +56,10 @@ def annotate(
     """
     if old_rescore is not None:
         if queries or index or model:
-            raise typer.BadParameter("--rescore reads a run: --queries, --index and --model do not go with it")
+            raise typer.BadParameter("--rescore cannot be combined with --queries, --index or --model")
         hint_at_new_form("annotate --rescore RUN", "rescore --annotations RUN")
         if output is None:
-            raise typer.BadParameter("--rescore needs --output, the folder for the new annotated set")
+            raise typer.BadParameter("--rescore requires --output, the folder for the new annotated set")
         rescore(old_rescore, output, config, settings, dry_run, overwrite, as_json)
         return
     start_logging(logging.INFO, timestamps=True)
@@ -113,7 +113,7 @@ def annotate_queries(config: RunConfig, overwrite: bool, as_json: bool) -> int:
     planned = plan_run(config, overwrite)
     if planned is None:
         return 0
-    with working("the run failed; the same command continues it", bad_input=(OutputInUseError,)):
+    with working("the run failed; rerun the same command to continue", bad_input=(OutputInUseError,)):
         summary = run_plan(*planned)
     print_summary(summary, as_json)
     if summary.exit_status == 1:
@@ -124,7 +124,7 @@ def annotate_queries(config: RunConfig, overwrite: bool, as_json: bool) -> int:
 def print_summary(summary: Summary, as_json: bool) -> None:
     """Print the summary of the run: one line on stderr and, if ``as_json`` is set, JSON on stdout."""
     if not summary.annotated:
-        typer.echo(f"{summary.output} is finished; nothing was left to do", err=True)
+        typer.echo(f"{summary.output} is already complete; nothing to do", err=True)
     answered = summary.rows - summary.errors
     typer.echo(
         f"{answered} of {summary.rows} rows answered, {summary.errors} in errors/; "

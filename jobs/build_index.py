@@ -56,7 +56,7 @@ def build_index(
     shards: Shards = 1,
     batch_size: BatchSize = 32,
     actors: Annotated[
-        int | None, typer.Option(min=1, help="Actors that encode; by default one per GPU or machine.")
+        int | None, typer.Option(min=1, help="Number of encoding actors; by default one per GPU or machine.")
     ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing index.")] = False,
     config: IndexFile = None,
@@ -100,8 +100,8 @@ def build_index(
             storage=load_index_storage(config, settings),
         )
         plan = check_build(request)
-    log.info("%d passages into %d shards of %s", plan.passages, shards, factory)
-    with working("the build failed; the same command continues it"):
+    log.info("indexing %d passages into %d shards of %s", plan.passages, shards, factory)
+    with working("the build failed; rerun the same command to continue"):
         run_build(plan)
     seconds = time.monotonic() - begun
     typer.echo(f"index: {output}, {plan.passages} passages, {shards} shards, {seconds:.1f} s", err=True)

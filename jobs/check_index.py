@@ -23,17 +23,19 @@ from pipeline.indexing.check import Checked, CheckRequest, check_index_folder
 
 def check_index(
     index: Annotated[str, typer.Option(help="Index folder made by jobs.build_index.")],
-    queries: Annotated[str | None, typer.Option(help="Query set to search with; by default, passages.")] = None,
+    queries: Annotated[
+        str | None, typer.Option(help="Query set to search with; by default, passages of the index.")
+    ] = None,
     sample: Annotated[int, typer.Option(min=1, help="Number of queries to search with.")] = 200,
-    k: Annotated[int, typer.Option("--k", min=1, help="Passages for each query.")] = 10,
-    recall: Annotated[float, typer.Option(min=0.0, max=1.0, help="Wanted recall.")] = 0.95,
+    k: Annotated[int, typer.Option("--k", min=1, help="Passages per query.")] = 10,
+    recall: Annotated[float, typer.Option(min=0.0, max=1.0, help="Target recall.")] = 0.95,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
     config: IndexFile = None,
     settings: IndexSettings = None,
 ) -> None:
     """Check that every file of an index is intact, and measure its recall, latency and throughput.
 
-    Exit status: 0 whole, 1 damaged or not readable, 2 bad usage.
+    Exit status: 0 intact, 1 damaged or not readable, 2 bad usage.
     """
     start_logging(timestamps=True)
     with checking():
@@ -54,11 +56,11 @@ def summary(checked: Checked) -> list[str]:
     """Summarise the check in a few lines: index, queries, and the recommended search parameters."""
     source = "passages of the index, which are easier to find than questions" if checked.own else "the query set"
     lines = [
-        f"{checked.index}: whole, {checked.passages} passages in {checked.shards} shards of {checked.factory}",
-        f"queries are {source}; recall is against {checked.reference}",
+        f"{checked.index}: intact, {checked.passages} passages in {checked.shards} shards of {checked.factory}",
+        f"queries: {source}; recall measured against {checked.reference}",
     ]
     if checked.advice is None:
-        lines.append(f"nothing reaches a recall of {checked.wanted:g}; build it with another factory")
+        lines.append(f"no search setting reaches a recall of {checked.wanted:g}; build the index with another factory")
     elif checked.advice:
         lines.append(f"for a recall of {checked.wanted:g}: --set retrieval.search={checked.advice}")
     return lines
@@ -67,7 +69,7 @@ def summary(checked: Checked) -> list[str]:
 def speeds_table(checked: Checked) -> Table:
     """Return a table with a line for each search setting; those that reach the target recall are marked."""
     table = Table(title=f"{checked.queries} queries, {checked.k} passages each")
-    for heading in ("search", f"recall@{checked.k}", "", "ms, median", "ms, 95 %", "queries/s in batches of 64"):
+    for heading in ("search", f"recall@{checked.k}", "", "ms, median", "ms, p95", "queries/s in batches of 64"):
         table.add_column(heading, justify="left" if heading == "search" else "right")
     for speed in checked.speeds:
         mark = "✓" if speed.recall >= checked.wanted else ""

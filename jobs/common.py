@@ -17,13 +17,16 @@ from pipeline.storage.location import one_line
 
 log = logging.getLogger(__name__)
 
-RunFile = Annotated[str | None, typer.Option("--config", help="YAML file of a run, for its section 'storage'.")]
+RunFile = Annotated[
+    str | None, typer.Option("--config", help="YAML file of a run; only its section 'storage' is used.")
+]
 StorageSettings = Annotated[
     list[str] | None,
     typer.Option("--set", help="A storage setting, such as storage.endpoint_url=http://host:9000."),
 ]
 IndexFile = Annotated[
-    str | None, typer.Option("--config", help="YAML file of a run, for its sections 'storage' and 'retrieval'.")
+    str | None,
+    typer.Option("--config", help="YAML file of a run; only its sections 'storage' and 'retrieval' are used."),
 ]
 IndexSettings = Annotated[
     list[str] | None,
@@ -38,14 +41,14 @@ Normalise = Annotated[
     bool, typer.Option("--normalise/--no-normalise", help="Scale vectors to unit length; not for Contriever.")
 ]
 EncoderType = Annotated[
-    str, typer.Option("--dtype", help="Type of the encoder's weights on a GPU: float32, float16, bfloat16.")
+    str, typer.Option("--dtype", help="Data type of the encoder's weights on a GPU: float32, float16, bfloat16.")
 ]
 Embeddings = Annotated[
-    str | None, typer.Option(help="Column with the passages' vectors, if that encoder has made them already.")
+    str | None, typer.Option(help="Column with precomputed vectors of the passages, made by the same encoder.")
 ]
 Factory = Annotated[str, typer.Option(help="FAISS factory string, such as IVF4096,SQ8 or HNSW32.")]
-Shards = Annotated[int, typer.Option(min=1, help="Files to cut the index into.")]
-BatchSize = Annotated[int, typer.Option(min=1, help="Passages encoded at once.")]
+Shards = Annotated[int, typer.Option(min=1, help="Number of shards of the index.")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Passages per batch of the encoder.")]
 
 
 def load_index_storage(config: str | None, settings: list[str] | None) -> StorageConfig:
@@ -167,4 +170,4 @@ def start_logging(level: int = logging.WARNING, progress: Iterable[str] = (), ti
 
 def hint_at_new_form(old: str, new: str) -> None:
     """Print a hint that a form of a command is deprecated, with its replacement."""
-    typer.echo(f"hint: {old} is deprecated and goes in version 0.3; use: {new}", err=True)
+    typer.echo(f"hint: {old} is deprecated and will be removed in version 0.3; use: {new}", err=True)

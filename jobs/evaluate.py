@@ -40,7 +40,7 @@ def comparison(named: Mapping[str, Evaluation], only: Collection[str] = ()) -> T
     """
     found = dict.fromkeys(name for evaluation in named.values() for name in evaluation.overall.metrics)
     metrics = [name for name in found if name in (only or found)]
-    table = Table(title="Evaluation (%, ± half of the 95 % interval)")
+    table = Table(title="Evaluation (%, ± half-width of the 95 % interval)")
     several = len(named) > 1
     for heading in (["set"] if several else []) + ["group"]:
         table.add_column(heading)
@@ -69,9 +69,9 @@ def _percent(found: Estimate | None) -> str:
 
 def differences(main: Evaluation, baselines: Mapping[str, Evaluation]) -> Table:
     """Return a table of the set's metrics minus each baseline's, over the rows that both sets have."""
-    table = Table(title="Difference to each set (percentage points, 95 % interval, paired permutation test)")
-    for heading in ("to", "metric", "rows", "difference", "interval", "p"):
-        table.add_column(heading, justify="left" if heading in ("to", "metric") else "right")
+    table = Table(title="Difference from each baseline (percentage points, 95 % interval, paired permutation test)")
+    for heading in ("baseline", "metric", "rows", "difference", "interval", "p"):
+        table.add_column(heading, justify="left" if heading in ("baseline", "metric") else "right")
     for name, other in baselines.items():
         for metric, found in main.against(other).items():
             interval = f"{100 * found.low:+.1f} … {100 * found.high:+.1f}"
@@ -86,7 +86,7 @@ def _baselines(options: list[str]) -> dict[str, str]:
     pairs = [option.partition("=") for option in options]
     for (name, _, uri), option in zip(pairs, options, strict=True):
         if not name or not uri or name == MAIN:
-            raise ValueError(f"--baseline {option}: expected NAME=URI, and another name than {MAIN!r}")
+            raise ValueError(f"--baseline {option}: expected NAME=URI with a name other than {MAIN!r}")
     return {name: uri for name, _, uri in pairs}
 
 
@@ -114,20 +114,26 @@ def _export(folder: Location, task: str | None, export: Callable[[Iterable[Row],
 
 def evaluate(
     annotations: Annotated[str, typer.Option(help="Folder of an annotated set: the --output of jobs.annotate.")],
-    task: Annotated[str | None, typer.Option(help="Only the rows of this task.")] = None,
-    by: Annotated[str | None, typer.Option(help="Column to show figures by; the task by default.")] = None,
+    task: Annotated[str | None, typer.Option(help="Evaluate only the rows of this task.")] = None,
+    by: Annotated[str | None, typer.Option(help="Column to group the figures by; the task by default.")] = None,
     json_file: Annotated[
-        str | None, typer.Option("--json", help="Write the figures here; - is stdout, instead of the table.")
+        str | None,
+        typer.Option(
+            "--json", help="Write the figures to this JSON file; - prints them on stdout instead of the table."
+        ),
     ] = None,
     baseline: Annotated[
         list[str] | None, typer.Option(help="NAME=URI of another set of the same queries to compare with; repeatable.")
     ] = None,
     sweep: Annotated[
-        str | None, typer.Option(help="Try other weights, δ and constraints on its candidates; writes to this folder.")
+        str | None,
+        typer.Option(help="Sweep weights, δ and constraints over the candidates; write the results to this folder."),
     ] = None,
-    alce_file: Annotated[str | None, typer.Option("--alce", help="Write the rows for ALCE's judge here.")] = None,
+    alce_file: Annotated[
+        str | None, typer.Option("--alce", help="Write the rows in ALCE's input format to this file.")
+    ] = None,
     factscore_file: Annotated[
-        str | None, typer.Option("--factscore", help="Write the rows for FActScore's judge here.")
+        str | None, typer.Option("--factscore", help="Write the rows in FActScore's input format to this file.")
     ] = None,
     config: RunFile = None,
     settings: StorageSettings = None,
@@ -167,7 +173,7 @@ def sweep_tables(found: Sweep) -> list[Table]:
         ordered = sorted(points, key=lambda point: point.score)
         best, worst = ordered[-1], ordered[0]
         curves.add_row(key, str(best.value), f"{100 * best.score:.1f}", str(worst.value), f"{100 * worst.score:.1f}")
-    advice = Table(title="Recommended on one half of the rows, measured on the other")
+    advice = Table(title="Recommended settings (chosen on one half of the rows, measured on the other)")
     for heading in ("settings", "run", "recommended", "difference", "p"):
         advice.add_column(heading, justify="left" if heading == "settings" else "right")
     settings = "\n".join(f"--set decoding.{key}={value}" for key, value in found.recommended.items())

@@ -67,9 +67,9 @@ class Import:
                 query = self._query(row)
             except ValueError as error:
                 if not self.skip_bad:
-                    columns = f" (it has {', '.join(row.values)}; --column maps them)" if row.values else ""
+                    columns = f" (columns: {', '.join(row.values)}; map them with --column)" if row.values else ""
                     raise ValueError(
-                        f"{row.place}: {error}{columns}; mend it, or leave it out with --skip-bad"
+                        f"{row.place}: {error}{columns}; fix the row, or skip it with --skip-bad"
                     ) from None
                 log.warning("skipped: %s: %s", row.place, error)
                 self.skipped += 1
@@ -97,10 +97,10 @@ class Import:
         spool = Spool(spooled, self.source.types)
         spool.write(islice(self.rows(), self.limit))
         if not spool.schemas:
-            raise ValueError(f"no rows to import ({self.skipped} bad ones)")
+            raise ValueError(f"no rows to import ({self.skipped} bad rows skipped)")
         for column, path in self.recipe.columns.items():
             if column not in spool.filled:
-                raise ValueError(f"--column {column}={path}: no row has anything there")
+                raise ValueError(f"--column {column}={path}: empty in every row")
         return write_query_set(spool, written, self.output)
 
 
@@ -117,10 +117,12 @@ def requested(
     """
     if dataset is None:
         if source is None:
-            raise ValueError("--source or --dataset is missing")
+            raise ValueError("--source or --dataset is required")
         return SourceRequest(source, name, split, revision), None
     if dataset not in known_datasets():
-        raise ValueError(f"--dataset {dataset}: known are {', '.join(known_datasets())}; others come by --source")
+        raise ValueError(
+            f"--dataset {dataset}: expected one of {', '.join(known_datasets())}; import others with --source"
+        )
     known = known_datasets()[dataset]
     if source is not None and not source.startswith(HUB):
         return SourceRequest(source, name, split, revision), known
@@ -160,25 +162,30 @@ def carry_out(job: Import, target: Location, overwrite: bool) -> QuerySet:
 def import_queries(
     output: Annotated[str, typer.Option(help="Folder for the query set.")],
     source: Annotated[
-        str | None, typer.Option(help="hf:OWNER/NAME, a folder of save_to_disk, or a file or folder, also on S3.")
+        str | None,
+        typer.Option(help="hf:OWNER/NAME, a folder written by save_to_disk, or a file or folder, also on S3."),
     ] = None,
-    dataset: Annotated[str | None, typer.Option(help="A dataset whose columns are known, such as popqa.")] = None,
+    dataset: Annotated[
+        str | None, typer.Option(help="A dataset with a built-in column mapping, such as popqa.")
+    ] = None,
     name: Annotated[str | None, typer.Option(help="Configuration of a Hugging Face dataset.")] = None,
     split: Annotated[str | None, typer.Option(help="Split of a Hugging Face dataset.")] = None,
     revision: Annotated[str | None, typer.Option(help="Revision of a dataset on the hub.")] = None,
     column: Annotated[
         list[str] | None,
         typer.Option(
-            help="NAME=COLUMN: where a column of the query set is, such as answers=answer.aliases; repeatable."
+            help="NAME=COLUMN: source of a column of the query set, such as answers=answer.aliases; repeatable."
         ),
     ] = None,
-    task: Annotated[str | None, typer.Option(help="Task of every row: a task profile.")] = None,
+    task: Annotated[str | None, typer.Option(help="Task of all rows: the name of a task profile.")] = None,
     drop: Annotated[list[str] | None, typer.Option(help="A column to leave out; repeatable.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Take so many rows, the first good ones.")] = None,
+    limit: Annotated[
+        int | None, typer.Option(min=1, help="Import at most this many rows; bad rows do not count.")
+    ] = None,
     skip_bad: Annotated[
-        bool, typer.Option("--skip-bad", help="List bad rows and leave them out; by default the first ends the import.")
+        bool, typer.Option("--skip-bad", help="Log and skip bad rows; by default the first one ends the import.")
     ] = False,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a query set that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing query set.")] = False,
     config: RunFile = None,
     settings: StorageSettings = None,
 ) -> None:
@@ -196,7 +203,7 @@ def import_queries(
         job = Import(open_import(request, target, storage, overwrite), recipe, target, skip_bad, limit)
     with working():
         written = carry_out(job, target, overwrite)
-    skipped = f", {job.skipped} bad ones left out" if job.skipped else ""
+    skipped = f", {job.skipped} bad rows skipped" if job.skipped else ""
     typer.echo(f"query set: {output}, {written.rows} rows in {written.files} files{skipped}", err=True)
     raise typer.Exit(3 if job.skipped else 0)
 

@@ -35,6 +35,7 @@ from pipeline.indexing.sizing import (
     beside_7b,
     cards_needed,
     gpu_need,
+    index_size,
     machines_needed,
     search_cost,
     share_beside,
@@ -73,6 +74,7 @@ def plan_index(
         files = find_passages(source, embeddings)
         style = encoder_style(query_prefix, passage_prefix, normalise, dtype)
         loaded = Encoder.load(absolute_name(encoder), style=style)
+        index_size(factory, loaded.dimension)  # rejects a bad factory before the sample is encoded
         tables = plan_tables(survey(files, loaded, batch_size), factory, shards)
     for table in tables:
         Console().print(table)
@@ -83,10 +85,10 @@ def plan_tables(corpus: Corpus, factory: str, shards: int) -> list[Table]:
     about = Table(title="Passages", show_header=False)
     hours = corpus.passages / corpus.rate / 3600
     about.add_row("passages", f"{corpus.passages:,}")
-    about.add_row("their text, memory-mapped", f"{corpus.text_bytes / GB:.2f} GB")
+    about.add_row("text, memory-mapped", f"{corpus.text_bytes / GB:.2f} GB")
     about.add_row("dimensions", str(corpus.dimension))
-    about.add_row("one encoder on this machine", f"{corpus.rate:.0f} passages/s, {hours:.1f} h for all")
-    sizes = Table(title=f"The FAISS index in {shards} shards: bytes in memory of who searches it")
+    about.add_row("one encoder on this machine", f"{corpus.rate:.0f} passages/s, {hours:.1f} h in total")
+    sizes = Table(title=f"FAISS index in {shards} shards: memory of the process that searches it")
     for heading in ("factory", "bytes per passage", "all shards", "largest shard"):
         sizes.add_column(heading, justify="left" if heading == "factory" else "right")
     lines = size_plan(corpus.passages, corpus.dimension, shards, dict.fromkeys([factory, *USUAL_FACTORIES]))
@@ -99,9 +101,9 @@ def plan_tables(corpus: Corpus, factory: str, shards: int) -> list[Table]:
 
 def placements(corpus: Corpus, lines: list[SizePlan], shards: int) -> Table:
     """Return a table of where the index fits: beside a 7B model on its GPU, on its own GPUs, or in CPU memory."""
-    table = Table(title="Where it fits (topology local, or partitioned over so many servers), and what a query costs")
-    headings = [f"beside a 7B model, {card / GB:.0f} GB" for card in CARDS]
-    headings += [f"servers, {CARDS[-1] / GB:.0f} GB cards", f"servers, {MACHINE / GB:.0f} GB memory"]
+    table = Table(title="Placement (local topology, or number of servers of a partitioned one), and cost of a query")
+    headings = [f"beside a 7B model, {card / GB:.0f} GB GPU" for card in CARDS]
+    headings += [f"servers, {CARDS[-1] / GB:.0f} GB GPUs", f"servers, {MACHINE / GB:.0f} GB memory"]
     headings += ["compared", "read"]
     for heading in ("factory", *headings):
         table.add_column(heading, justify="left" if heading == "factory" else "right")

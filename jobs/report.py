@@ -27,7 +27,8 @@ def report(
         str | None, typer.Option(help="Folder of an earlier annotated set of the same queries, to compare with.")
     ] = None,
     price_per_hour: Annotated[
-        float | None, typer.Option(min=0.0, help="Of one actor's machine, in any currency: shows what queries cost.")
+        float | None,
+        typer.Option(min=0.0, help="Price of one actor's machine, in any currency; adds the cost of queries."),
     ] = None,
     config: RunFile = None,
     settings: StorageSettings = None,

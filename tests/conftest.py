@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import settings
 from pyarrow import fs
 
 from pipeline.config.sections import StorageConfig
@@ -18,6 +19,9 @@ from tests.support.s3 import S3Server, serving_s3
 
 # A Ray cluster that happens to run on this machine is none of the tests' business.
 os.environ["RAY_ADDRESS"] = "local"
+# Tests judge values, never the time that they take.
+settings.register_profile("untimed", deadline=None)
+settings.load_profile("untimed")
 DEMO = Path(__file__).parents[1] / "infra" / "demo"
 
 

@@ -216,33 +216,39 @@ def run_comparison(plan: ComparisonPlan, file: Path | None) -> Report:
 
 def benchmark(
     quick: Annotated[bool, typer.Option("--quick", help="One workload, few rows, one repeat.")] = False,
-    rows: Annotated[int | None, typer.Option(min=4, help="Queries of a workload, for each repeat.")] = None,
+    rows: Annotated[int | None, typer.Option(min=4, help="Queries per workload and repeat.")] = None,
     repeats: Annotated[int | None, typer.Option(min=1)] = None,
-    only: Annotated[list[str] | None, typer.Option(help="Workloads whose name begins so; all by default.")] = None,
+    only: Annotated[
+        list[str] | None, typer.Option(help="Start of the names of the workloads to run; all by default.")
+    ] = None,
     without: Annotated[
         list[str] | None,
-        typer.Option(help=f"A variant to leave out: {', '.join(OPTIONAL)}; 'ours' and 'direct' are always measured."),
+        typer.Option(help=f"A variant to skip: {', '.join(OPTIONAL)}; 'ours' and 'direct' are always measured."),
     ] = None,
     model: Annotated[str | None, typer.Option(help="Model: hub name, folder, or 'demo', which is the default.")] = None,
-    shape: Annotated[Shape | None, typer.Option(help="A size in place of a model: dummy weights, a script.")] = None,
-    tokens: Annotated[int, typer.Option(min=5, help="Tokens of a scripted segment and critique.")] = SEGMENT_TOKENS,
-    passages: Annotated[int, typer.Option(min=1, help="Passages for each query.")] = 3,
+    shape: Annotated[Shape | None, typer.Option(help="Model size, with dummy weights and scripted output.")] = None,
+    tokens: Annotated[
+        int, typer.Option(min=5, help="Tokens of a scripted segment, critique included.")
+    ] = SEGMENT_TOKENS,
+    passages: Annotated[int, typer.Option(min=1, help="Passages per query.")] = 3,
     serial_rows: Annotated[
         int | None,
-        typer.Option(min=1, help=f"Queries that 'released' answers, one by one; {SHAPE_SERIAL_ROWS} with --shape."),
+        typer.Option(
+            min=1, help=f"Queries for 'released', which answers one at a time; {SHAPE_SERIAL_ROWS} with --shape."
+        ),
     ] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", help="An engine argument of all variants, such as dtype=bfloat16.")
+        list[str] | None, typer.Option("--set", help="An engine argument for all variants, such as dtype=bfloat16.")
     ] = None,
     json_file: Annotated[
-        Path | None, typer.Option("--json", help="Write the figures here, after each variant.")
+        Path | None, typer.Option("--json", help="Write the figures to this file after each variant.")
     ] = None,
-    plot_file: Annotated[Path | None, typer.Option("--plot", help="Write a plot here.")] = None,
+    plot_file: Annotated[Path | None, typer.Option("--plot", help="Write a plot to this file.")] = None,
 ) -> None:
     """Compare our job with other implementations and with the bare engine, side by side in one run."""
     start_logging()
     if shape and model:
-        raise typer.BadParameter("--shape stands in the place of a model: --model does not go with it")
+        raise typer.BadParameter("--shape replaces the model and cannot be combined with --model")
     count = rows or (24 if quick else 64)
     serial = serial_rows or (SHAPE_SERIAL_ROWS if shape else QUICK_SERIAL_ROWS if quick else SERIAL_ROWS)
     with tempfile.TemporaryDirectory() as folder:
@@ -271,7 +277,7 @@ def left_out(names: Sequence[str]) -> frozenset[str]:
     """
     for name in names:
         if name not in OPTIONAL:
-            raise ValueError(f"--without {name!r}: what may be left out is {', '.join(OPTIONAL)}")
+            raise ValueError(f"--without {name!r}: expected one of {', '.join(OPTIONAL)}")
     return frozenset(names)
 
 

@@ -109,7 +109,7 @@ def compare_encoding(source: str, rows: int, shards: int, repeats: int, folder: 
         Comparison(
             "encode and build", "passages/s", working, bare, f"{len(texts)} passages, {shards} shards, one actor"
         ),
-        Comparison("the same with checks and start", "passages/s", whole, bare),
+        Comparison("encode and build, with checks and startup", "passages/s", whole, bare),
     ]
 
 
@@ -158,8 +158,8 @@ def compare_adding(
         index.add(vectors)
         bare.append(rows / (time.perf_counter() - begun))
     shard = max(shard.bytes + shard.passages_bytes for shard in built.manifest.shards) / MB
-    note = f"{shards} shards of {shard:,.0f} MB; a builder took {peak:,.0f} MB at most"
-    return [Comparison(f"{factory}: build from given vectors", "vectors/s", ours, bare, note)], index
+    note = f"{shards} shards of {shard:,.0f} MB; peak memory of a builder {peak:,.0f} MB"
+    return [Comparison(f"{factory}: build from precomputed vectors", "vectors/s", ours, bare, note)], index
 
 
 def compare_searching(index: Any, search: str, factory: str, repeats: int, threads: int, folder: Path) -> Comparison:
@@ -178,13 +178,13 @@ def compare_searching(index: Any, search: str, factory: str, repeats: int, threa
     rows = [[int(starts[hit.shard]) + hit.row for hit in hits] for hits in found]
     same = statistics.mean(ours == bare for ours, bare in zip(rows, wanted.tolist(), strict=True))
     recall = statistics.mean(len(set(a) & set(b)) / K for a, b in zip(rows, wanted.tolist(), strict=True))
-    note = f"{len(starts) - 1} shards against one; same for {100 * same:.0f} % of queries, {100 * recall:.1f} % of hits"
+    note = f"{len(starts) - 1} shards vs. one; same for {100 * same:.0f} % of queries, {100 * recall:.1f} % of hits"
     return Comparison(f"{factory} {search}".strip() + ": search", "queries/s", ours_rates, bare_rates, note)
 
 
 def figures_table(lines: list[Comparison]) -> Table:
     """Return a table of all lines with their medians and ratios."""
-    table = Table(title="Against the bare parts")
+    table = Table(title="Compared with the bare components")
     for heading in ("", "ours", "bare", "unit", "ours / bare", "min … max", ""):
         table.add_column(heading, justify="right" if "ours" in heading or heading == "bare" else "left")
     for line in lines:
@@ -197,18 +197,21 @@ def figures_table(lines: list[Comparison]) -> Table:
 
 
 def benchmark_index(
-    passages: Annotated[str, typer.Option(help="Passages to encode: Parquet.")],
-    encoded: Annotated[int, typer.Option(min=64, help="Of them, so many.")] = 2000,
-    vectors: Annotated[int, typer.Option(min=10_000, help="Synthetic vectors for the other comparisons.")] = 2_000_000,
-    dimension: Annotated[int, typer.Option(min=8, help="Of these vectors: that of the demo encoder.")] = 384,
-    factory: Annotated[str, typer.Option(help="A factory to compare beside Flat.")] = "IVF1024,SQ8",
-    search: Annotated[str, typer.Option(help="Its search parameters.")] = "nprobe=16",
+    passages: Annotated[str, typer.Option(help="Passages to encode, as Parquet.")],
+    encoded: Annotated[int, typer.Option(min=64, help="Number of passages to encode.")] = 2000,
+    vectors: Annotated[
+        int, typer.Option(min=10_000, help="Synthetic vectors to index in the other comparisons.")
+    ] = 2_000_000,
+    dimension: Annotated[
+        int, typer.Option(min=8, help="Dimension of these vectors; by default that of the demo encoder.")
+    ] = 384,
+    factory: Annotated[str, typer.Option(help="FAISS factory string to compare in addition to Flat.")] = "IVF1024,SQ8",
+    search: Annotated[str, typer.Option(help="Search parameters for this factory.")] = "nprobe=16",
     shards: Annotated[int, typer.Option(min=1)] = 4,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
-    threads: Annotated[int, typer.Option(min=1, help="FAISS threads of both sides of the search.")] = os.cpu_count()
-    or 1,
-    scratch: Annotated[Path | None, typer.Option(help="Folder for the indexes, some gigabytes.")] = None,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="FAISS threads for search, on both sides.")] = os.cpu_count() or 1,
+    scratch: Annotated[Path | None, typer.Option(help="Folder for temporary indexes of several gigabytes.")] = None,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this JSON file.")] = None,
 ) -> None:
     """Compare the index with its bare parts, side by side in one run."""
     start_logging()

@@ -74,7 +74,7 @@ class Job:
         script = {} if self.script is None else {SCRIPT: json.dumps(dataclasses.asdict(self.script))}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | script)  # noqa: S603  our own
         if done.returncode != 0:
-            raise RuntimeError(f"{module} ended with status {done.returncode}: {done.stderr[-2000:]}")
+            raise RuntimeError(f"{module} exited with status {done.returncode}: {done.stderr[-2000:]}")
         return done
 
     def _inputs(self) -> tuple[Path, Path]:
@@ -110,10 +110,10 @@ def measured_seconds(units: Mapping[str, Mapping[str, Any]], finished: float) ->
     """
     failed = sum(unit["errors"] for unit in units.values())
     if failed:
-        raise RuntimeError(f"{failed} rows of the job failed; its rate would mean nothing")
+        raise RuntimeError(f"{failed} rows of the job failed, so its rate would be meaningless")
     names = sorted(units, key=lambda name: float(units[name]["began"]))
     if any(units[after]["began"] < units[before]["ended"] for before, after in pairwise(names)):
-        raise RuntimeError(f"the job's units did not come one after the other: {dict(units)}")
+        raise RuntimeError(f"the job's units overlapped: {dict(units)}")
     begins = [*(units[name]["began"] for name in names), finished]
     return {name: end - begin for name, (begin, end) in zip(names[1:], pairwise(begins[1:]), strict=True)}
 

@@ -167,7 +167,7 @@ class Report:
 
     def table(self, workload: str) -> Table:
         """Return a table of the variants of one workload."""
-        script = "; a script says what is written" if workload in self.scripted else ""
+        script = "; scripted output" if workload in self.scripted else ""
         title = f"{workload} ({self.results[workload]['ours'].rows} queries{script})"
         table = Table(title=title, caption=self.caption(workload))
         for heading in ("variant", "queries/s", "ours / variant", "min … max", "same decision", "same answer"):
@@ -186,24 +186,24 @@ class Report:
         if tokens := self.tokens.get(workload):
             rate = self.results[workload]["ours"].rate
             parts.append(
-                f"{tokens['prompt']:.0f} tokens read and {tokens['written']:.0f} written for a query: ours does "
-                f"{rate * tokens['prompt']:,.0f} and {rate * tokens['written']:,.0f} a second"
+                f"{tokens['prompt']:.0f} prompt tokens and {tokens['written']:.0f} generated tokens per query: ours "
+                f"processes {rate * tokens['prompt']:,.0f} and generates {rate * tokens['written']:,.0f} per second"
             )
         if load := self.results[workload].get("direct", Measured(0)).load:
             parts.append(
-                f"the engine in our decoding: {100 * load['half_full']:.0f} % of its busy time with more than half of "
-                f"{load['slots']:.0f} slots taken ({100 * load['steady']:.0f} % before the batch ran down), "
-                f"{100 * load['fed']:.0f} % with that or requests waiting"
+                f"engine in our decoding: {100 * load['half_full']:.0f} % of its busy time with more than half of "
+                f"{load['slots']:.0f} slots in use ({100 * load['steady']:.0f} % before the batch drained), "
+                f"{100 * load['fed']:.0f} % with that or with requests waiting"
             )
         return "; ".join(parts)
 
     def times(self) -> Table:
         """Return a table of the seconds of a row by workload and stage."""
-        table = Table(title="Seconds of a row (means; requests of a row run side by side, and beside other rows')")
+        table = Table(title="Mean seconds per row (requests run concurrently, within a row and across rows)")
         table.add_column("workload")
         for name in (
-            *("whole", "decide", "retrieve", "critique", "requests: queue", "prefill", "decode"),
-            *("files written", "retrieve, share"),
+            *("total", "decide", "retrieve", "critique", "requests: queue", "prefill", "decode"),
+            *("files written", "retrieve share"),
         ):
             table.add_column(name, justify="right")
         for workload, stages in self.stages.items():

@@ -282,7 +282,7 @@ def ratio_of(one: Sequence[float], other: Sequence[float]) -> list[str]:
 
 def savings_tables(figures: SavingsFigures) -> list[Table]:
     """Return tables of the optimisations and of the engine arguments; empty ones are left out."""
-    savings = Table(title=f"Savings (at most {SLOTS} requests at once)")
+    savings = Table(title=f"Savings (at most {SLOTS} concurrent requests)")
     for heading in ("saving", "workload", "with, queries/s", "without", "with / without", "min … max"):
         savings.add_column(heading, justify="left" if heading in ("saving", "workload") else "right")
     for saving in figures.savings:
@@ -291,11 +291,11 @@ def savings_tables(figures: SavingsFigures) -> list[Table]:
         savings.add_row(saving.name, saving.workload.name, *cells, *ratio_of(rates["with"], rates["without"]))
     if (bound := figures.pruning) is not None:
         savings.caption = (
-            f"Pruning by IsRel would save {bound.hopeless} of {bound.written} written tokens "
-            f"({100 * bound.hopeless / bound.written:.1f} %), beside {bound.read} read ones."
+            f"Pruning by IsRel would save {bound.hopeless} of {bound.written} generated tokens "
+            f"({100 * bound.hopeless / bound.written:.1f} %); the prompts have {bound.read} tokens."
         )
     arguments = Table(title=f"Engine arguments ({SHORT.name})")
-    for heading in ("argument", "queries/s", f"it / {DEFAULTS}", "min … max"):
+    for heading in ("argument", "queries/s", f"argument / {DEFAULTS}", "min … max"):
         arguments.add_column(heading, justify="left" if heading == "argument" else "right")
     for name, rates_ in figures.engines.items():
         arguments.add_row(name, f"{statistics.median(rates_):.2f}", *ratio_of(rates_, figures.engines[DEFAULTS]))
@@ -303,16 +303,17 @@ def savings_tables(figures: SavingsFigures) -> list[Table]:
 
 
 def benchmark_savings(
-    rows: Annotated[int, typer.Option(min=4, help="Queries; a third of them in the long form.")] = 48,
+    rows: Annotated[int, typer.Option(min=4, help="Number of queries; a third of it in the long form.")] = 48,
     repeats: Annotated[int, typer.Option(min=1)] = 3,
     only: Annotated[
-        list[str] | None, typer.Option(help="Savings and engine arguments that begin so; all by default.")
+        list[str] | None,
+        typer.Option(help="Start of the names of the savings and engine arguments to measure; all by default."),
     ] = None,
     engine: Annotated[
-        list[str] | None, typer.Option(help=f"Engine arguments to compare, by default {', '.join(ENGINE)}.")
+        list[str] | None, typer.Option(help=f"Engine arguments to compare; by default {', '.join(ENGINE)}.")
     ] = None,
     json_file: Annotated[
-        pathlib.Path | None, typer.Option("--json", help="Write all figures here, after each repeat.")
+        pathlib.Path | None, typer.Option("--json", help="Write all figures to this JSON file after each repeat.")
     ] = None,
 ) -> None:
     """Measure what each optimisation saves: queries/s with it and without it."""

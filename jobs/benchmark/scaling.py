@@ -157,13 +157,13 @@ def time_run(rows: int, execution: ExecutionConfig, folder: Path) -> Run:
 
 def scaling_tables(sizes: Sequence[Run], pools: Sequence[Run], latency: float) -> list[Table]:
     """Return a table of the runs by rows, and one of the runs by actors."""
-    by_rows = Table(title="One actor, an engine that answers at once")
+    by_rows = Table(title="One actor, engine without latency")
     for heading in ("rows", "ms/row", "rows/s", "whole call, s", "driver, MB"):
         by_rows.add_column(heading, justify="right")
     for one in sizes:
         cells = [f"{1000 / one.rate:.2f}", f"{one.rate:.0f}", f"{one.call_seconds:.1f}", f"{one.driver_mb:.0f}"]
         by_rows.add_row(f"{one.rows:,}", *cells)
-    by_actors = Table(title=f"An engine that takes {latency:g} s for an answer, {ROWS_PER_ACTOR} rows for each actor")
+    by_actors = Table(title=f"Engine latency of {latency:g} s per request, {ROWS_PER_ACTOR} rows per actor")
     for heading in ("actors", "rows/s", "efficiency"):
         by_actors.add_column(heading, justify="right")
     for one in pools:
@@ -173,10 +173,12 @@ def scaling_tables(sizes: Sequence[Run], pools: Sequence[Run], latency: float) -
 
 
 def benchmark_scaling(
-    rows: Annotated[list[int] | None, typer.Option(help="Sizes of a run of one actor.")] = None,
-    actors: Annotated[list[int] | None, typer.Option(help="Sizes of the pool.")] = None,
-    latency: Annotated[float, typer.Option(help="Seconds for an answer, where pools are compared.")] = 2.0,
-    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures here.")] = None,
+    rows: Annotated[list[int] | None, typer.Option(help="Rows of a run with one actor; repeatable.")] = None,
+    actors: Annotated[list[int] | None, typer.Option(help="Number of actors of a run; repeatable.")] = None,
+    latency: Annotated[
+        float, typer.Option(help="Seconds per engine request when numbers of actors are compared.")
+    ] = 2.0,
+    json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this JSON file.")] = None,
 ) -> None:
     """Measure how a run scales with its rows and its actors."""
     start_logging()

@@ -76,7 +76,7 @@ def chosen(parts: Sequence[str] | None, names: Sequence[str]) -> list[str]:
     """
     for part in parts or ():
         if not any(name.startswith(part) for name in names):
-            raise ValueError(f"--only {part!r}: nothing begins so; there are {'; '.join(names)}")
+            raise ValueError(f"--only {part!r}: no name starts with this; known names: {'; '.join(names)}")
     return [name for name in names if name.startswith(tuple(parts or [""]))]
 
 

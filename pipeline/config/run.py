@@ -134,7 +134,7 @@ def load_sections(file: str | None, settings: Sequence[str], allowed: Sequence[s
     """
     for setting in settings:
         if setting.split(".", 1)[0].strip() not in allowed:
-            raise ValueError(f"--set {setting}: here only {' and '.join(f'{name}.*' for name in allowed)} can be set")
+            raise ValueError(f"--set {setting}: only {' and '.join(f'{name}.*' for name in allowed)} can be set here")
     found = read_yaml(file) if file else {}
     tree = {name: found.get(name) or {} for name in allowed}
     apply_settings(tree, settings)

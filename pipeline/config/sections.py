@@ -161,7 +161,7 @@ class Profile(Frozen):
     @classmethod
     def _asks(cls, instruction: str) -> str:
         if "{query}" not in instruction:
-            raise ValueError("the instruction must hold {query}")
+            raise ValueError("the instruction must contain {query}")
         return instruction
 
 

@@ -49,7 +49,9 @@ class Tasks:
 
     def __post_init__(self) -> None:
         if self.default is not None and self.default not in self.known:
-            raise ValueError(f"configuration key task: no profile {self.default!r}; there are {', '.join(self.known)}")
+            raise ValueError(
+                f"configuration key task: no profile {self.default!r}; expected one of {', '.join(self.known)}"
+            )
 
     @cached_property
     def known(self) -> dict[str, Profile]:

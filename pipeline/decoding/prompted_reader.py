@@ -77,11 +77,13 @@ class PromptedCritic:
 
     def __post_init__(self) -> None:
         if not self.tokenizer.chat_template:
-            raise ValueError(f"model {self.name}: it has no chat template, which decoding.critic=prompted needs")
+            raise ValueError(f"model {self.name}: no chat template, which decoding.critic=prompted requires")
         for question in QUESTIONS.values():
             ids = [self._label(label) for label in PROMPTS[question]["labels"]]
             if len(set(ids)) < len(ids):
-                raise ValueError(f"model {self.name}: its tokenizer begins two answers to {question!r} alike")
+                raise ValueError(
+                    f"model {self.name}: two labels of the question {question!r} start with the same token"
+                )
 
     def reader(self, generator: Generator, config: DecodingConfig, query: Query) -> Reader:
         """See :meth:`Critic.reader`."""
@@ -124,7 +126,9 @@ class PromptedCritic:
 
     def _around(self, rendered: str) -> tuple[str, str]:
         if rendered.count(PLACE) != 1:
-            raise ValueError(f"model {self.name}: its chat template does not show a turn's text once, as it is")
+            raise ValueError(
+                f"model {self.name}: its chat template does not render a turn's text exactly once and unchanged"
+            )
         before, _, after = rendered.partition(PLACE)
         return before, after
 
@@ -184,7 +188,7 @@ class PromptedReader:
         """See :meth:`Reader.decide`."""
         fixed = max(len(self._prompt(PROMPTS[name]["prompt"])) for name in QUESTIONS.values())
         if fixed > self.room:
-            raise ValueError(f"the query needs {fixed} tokens and the model takes {self.room}; shorten it")
+            raise ValueError(f"the query needs {fixed} tokens, but the model accepts {self.room}; shorten it")
         return await self._boundary("") if self.config.mode == "adaptive" else Boundary()
 
     async def _boundary(self, answer: str) -> Boundary:

@@ -82,7 +82,7 @@ class ReflectionIds:
             raise ValueError(
                 f"model {model}: its tokenizer lacks {len(missing)} of {len(CONTROL_TOKENS)} reflection tokens "
                 f"({', '.join(missing)}); use a model trained for Self-RAG, such as "
-                "selfrag/selfrag_llama2_7b, or teach one with python -m jobs.teach"
+                "selfrag/selfrag_llama2_7b, or train one with python -m jobs.teach"
             )
         return cls({token: vocabulary[token] for token in CONTROL_TOKENS})
 

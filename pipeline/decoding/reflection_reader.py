@@ -84,7 +84,7 @@ class ReflectionReader:
         room = self.room - len(Paragraph) - 1
         if len(self.prompt) > room:
             raise ValueError(
-                f"the query has {len(self.prompt)} tokens and the model takes {room} before an answer of "
+                f"the query has {len(self.prompt)} tokens, but the model accepts {room} before an answer of "
                 f"{self.config.max_tokens}; shorten it, or raise model.engine.max_model_len"
             )
         if self.config.mode != "adaptive":

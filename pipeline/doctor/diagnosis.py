@@ -45,7 +45,7 @@ def judge_versions(machines: Sequence[Machine]) -> Iterator[Finding]:
     for machine in machines:
         names = ", ".join(f"{package} {version}" for package, version in machine.versions.items())
         if machine.misfits:
-            advice = "make setup (EXTRAS=gpu on GPU machines) installs the tested versions into a new environment"
+            advice = "run make setup (EXTRAS=gpu on GPU machines) to install the tested versions in a new environment"
             yield Finding("versions", machine.host, Verdict.WARNING, "; ".join(machine.misfits), advice)
         else:
             yield Finding("versions", machine.host, Verdict.OK, names)
@@ -87,8 +87,8 @@ def judge_gpu_memory(machine: Machine, engine_share: float) -> Iterator[Finding]
         if card.free >= engine_share * card.total:
             yield Finding("GPU memory", machine.host, Verdict.OK, sizes)
             continue
-        found = f"{sizes}, but an engine takes {engine_share:g} of it"
-        advice = "end what holds it (nvidia-smi), or set model.engine.gpu_memory_utilization lower"
+        found = f"{sizes}, but an engine takes {engine_share:g} of the total"
+        advice = "end the processes that hold it (nvidia-smi), or lower model.engine.gpu_memory_utilization"
         yield Finding("GPU memory", machine.host, Verdict.FAILED, found, advice)
 
 
@@ -96,32 +96,32 @@ def _compare_counts(machine: Machine, declared: float) -> tuple[Verdict, str]:
     if not machine.torch_gpus:
         return Verdict.FAILED, _explain_torch(machine)
     if not declared:
-        advice = "Ray has none, so that jobs would not use them: ray start --num-gpus, or CUDA_VISIBLE_DEVICES"
+        advice = "Ray has none, so jobs would not use them: set ray start --num-gpus, or CUDA_VISIBLE_DEVICES"
         return Verdict.FAILED, advice
     if declared > machine.torch_gpus:
         return (
             Verdict.FAILED,
-            "Ray would assign GPUs that are not there: ray start --num-gpus, without more than there are",
+            "Ray would assign GPUs that do not exist: lower ray start --num-gpus",
         )
     if not machine.faiss_gpus:
-        return Verdict.WARNING, "FAISS is a CPU build and searches on the CPU: make setup EXTRAS=gpu"
+        return Verdict.WARNING, "FAISS is a CPU build and searches on the CPU: run make setup EXTRAS=gpu"
     if not machine.cards:
         return (
             Verdict.WARNING,
-            "the driver's GPUs cannot be read, and their memory was not checked: pip install nvidia-ml-py",
+            "the driver's GPUs cannot be read, so their memory was not checked: run pip install nvidia-ml-py",
         )
     if len({len(machine.cards), machine.torch_gpus, machine.faiss_gpus, declared}) > 1:
-        return Verdict.WARNING, "jobs use fewer than there are: CUDA_VISIBLE_DEVICES, or ray start --num-gpus"
+        return Verdict.WARNING, "jobs would not use all GPUs: check CUDA_VISIBLE_DEVICES and ray start --num-gpus"
     return Verdict.OK, ""
 
 
 def _explain_torch(machine: Machine) -> str:
     if machine.torch_cuda is None:
-        return "PyTorch is a CPU build: make setup EXTRAS=gpu; to run on the CPU, set execution.gpus_per_actor=0"
+        return "PyTorch is a CPU build: run make setup EXTRAS=gpu; to run on the CPU, set execution.gpus_per_actor=0"
     return (
         f"PyTorch is built for CUDA {machine.torch_cuda}; driver {machine.driver or 'missing'} may be too old for it "
-        "(nvidia-smi shows the newest CUDA that it supports), CUDA_VISIBLE_DEVICES may hide the cards, a container may "
-        "lack docker run --gpus all; for a machine without a GPU: make setup EXTRAS=cpu"
+        "(nvidia-smi shows the newest CUDA that it supports), CUDA_VISIBLE_DEVICES may hide the GPUs, or a container "
+        "may lack docker run --gpus all; on a machine without a GPU, run make setup EXTRAS=cpu"
     )
 
 
@@ -129,7 +129,9 @@ def judge_shared_memory(machine: Machine) -> Finding:
     """Judge whether there is enough shared memory for Ray's object store and the workers of one engine."""
     sizes = f"{machine.shared_free / GB:.1f} of {machine.shared_total / GB:.1f} GB of /dev/shm free"
     if machine.shared_free < LEAST_SHARED:
-        advice = "give containers more: docker run --shm-size=8g, or an emptyDir of medium Memory at /dev/shm"
+        advice = (
+            "give containers more shared memory: docker run --shm-size=8g, or an emptyDir of medium Memory at /dev/shm"
+        )
         return Finding("shared memory", machine.host, Verdict.WARNING, sizes, advice)
     return Finding("shared memory", machine.host, Verdict.OK, sizes)
 
@@ -145,11 +147,12 @@ def judge_search(searched: Searched, expected: str, where: str) -> Finding:
     found = f"FAISS beside PyTorch on the {searched.device}: {1000 * searched.seconds:.1f} ms"
     if not searched.agreed:
         advice = (
-            "PyTorch's and FAISS's CUDA libraries may not go together: make setup EXTRAS=gpu, or retrieval.device=cpu"
+            "the CUDA libraries of PyTorch and FAISS may conflict: run make setup EXTRAS=gpu, or set "
+            "retrieval.device=cpu"
         )
-        return Finding("search", where, Verdict.FAILED, f"{found}, with other neighbours than PyTorch's", advice)
+        return Finding("search", where, Verdict.FAILED, f"{found}, but the neighbors differ from PyTorch's", advice)
     if searched.device != expected:
-        advice = "see the warnings above; retrieval.device=cpu accepts it, gpu says why not"
+        advice = "see the warnings above; set retrieval.device=cpu to accept this, or gpu for an error with the reason"
         return Finding("search", where, Verdict.WARNING, f"{found}, not on the {expected}", advice)
     return Finding("search", where, Verdict.OK, found)
 
@@ -167,8 +170,12 @@ def judge_answer(answered: Answered, gpus: float, where: str) -> Finding:
         f"{answered.seconds:.1f} s with {answered.answer!r}"
     )
     if not answered.answer.strip():
-        return Finding("engine", where, Verdict.FAILED, found, "the embedded model answers nothing here: report this")
+        return Finding(
+            "engine", where, Verdict.FAILED, found, "the embedded model returned an empty answer: report this as a bug"
+        )
     if (answered.device == "cpu") == bool(gpus):
-        advice = "the installed vLLM does not use what Ray assigns: make setup with EXTRAS=gpu, or with EXTRAS=cpu"
+        advice = (
+            "the installed vLLM does not use the device that Ray assigned: run make setup with EXTRAS=gpu or EXTRAS=cpu"
+        )
         return Finding("engine", where, Verdict.FAILED, f"{found}, but the actor has {gpus:g} GPU(s)", advice)
     return Finding("engine", where, Verdict.OK, found)

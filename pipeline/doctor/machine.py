@@ -110,14 +110,14 @@ def find_misfits() -> list[str]:
     try:
         required = importlib.metadata.requires(PROJECT) or []
     except importlib.metadata.PackageNotFoundError:
-        return [*misfits, f"{PROJECT} is not installed as a package, so that its requirements are not known"]
+        return [*misfits, f"{PROJECT} is not installed as a package, so its requirements are unknown"]
     extra = "gpu" if "vllm" in there else "cpu"
     for requirement in map(Requirement, required):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
             continue
         version = _installed(requirement.name)
         if version is None or not requirement.specifier.contains(version, prereleases=True):
-            misfits.append(f"{requirement.name} {version or 'is missing'}, not {requirement.specifier}")
+            misfits.append(f"{requirement.name} {version or 'is missing'}, expected {requirement.specifier}")
     return misfits
 
 

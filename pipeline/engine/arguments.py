@@ -62,7 +62,7 @@ def check_one_node(model: ModelConfig) -> None:
         if name in model.engine and model.engine[name] not in values:
             raise ValueError(
                 f"model.engine.{name}={model.engine[name]}: an actor's GPUs are on one node, and Ray assigns them to "
-                "the actor; leave the key out"
+                "the actor; remove the key"
             )
 
 
@@ -138,5 +138,5 @@ def lora_rank(adapter: str) -> int:
         raise ValueError(f"model.lora {adapter}: {' '.join(str(error).split())[:300]}") from None
     fitting = [most for most in LORA_RANKS if most >= rank]
     if not fitting:
-        raise ValueError(f"model.lora {adapter}: its rank is {rank}, vLLM takes {LORA_RANKS[-1]} at most")
+        raise ValueError(f"model.lora {adapter}: its rank is {rank}, but vLLM accepts at most {LORA_RANKS[-1]}")
     return fitting[0]

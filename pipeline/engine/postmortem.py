@@ -113,5 +113,5 @@ def cause_of_death(exit_codes: Iterable[int], log: str) -> Death:
     if raised:
         return Death(raised[-1], out_of_memory=bool(_MEMORY.search(raised[-1])))
     if -9 in codes:
-        return Death("killed by signal 9, as by a machine that runs out of memory", out_of_memory=False)
-    return Death(f"ended with status {codes[0]}" if codes else "no sign of life", out_of_memory=False)
+        return Death("killed by signal 9, possibly because the machine ran out of memory", out_of_memory=False)
+    return Death(f"exited with status {codes[0]}" if codes else "no exit code and no logged error", out_of_memory=False)

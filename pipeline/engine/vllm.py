@@ -114,7 +114,7 @@ class VllmGenerator:
             engine = AsyncLLM.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS, stat_loggers=[watch])
         except RuntimeError as error:  # vLLM's message only refers to the log above it
             reason = cause_of_death([], errors.text()).reason if errors.text() else str(error)
-            raise RuntimeError(f"the engine of {model.name} does not start: {reason}") from error
+            raise RuntimeError(f"the engine of {model.name} failed to start: {reason}") from error
         watcher = guard([process.pid for process in core_processes(engine)])
         sampling = {
             "temperature": 0.0,
@@ -240,5 +240,5 @@ def targeted_logprobs(
     table = np.full((len(token_ids), len(known)), -np.inf)
     table[positions[hits], places[hits]] = logprobs[hits]
     if not (np.isfinite(chosen).all() and np.isfinite(table).all()):
-        raise ArithmeticError("the engine answered without finite log-probabilities of the reflection tokens")
+        raise ArithmeticError("the engine returned missing or non-finite log-probabilities of the reflection tokens")
     return chosen, table[:, columns]

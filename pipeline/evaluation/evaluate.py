@@ -201,9 +201,11 @@ def evaluate_set(folder: Location, by: str | None = None, task: str | None = Non
     if not groups:
         raise ValueError(f"{folder.uri}: no rows of task {task!r}" if task else f"{folder.uri}: no rows")
     if not (folder / "_SUCCESS").exists():
-        log.warning("%s has no _SUCCESS: the run that writes it is not finished", folder.uri)
+        log.warning("%s has no _SUCCESS: its run is not finished", folder.uri)
     if not any(tally.metrics for tally in groups.values()):
-        log.warning("%s has no gold (columns %s): nothing can be graded", folder.uri, ", ".join(GOLD_TYPES))
+        log.warning(
+            "%s has no gold answers or passages (columns %s): nothing can be graded", folder.uri, ", ".join(GOLD_TYPES)
+        )
     return Evaluation(folder.uri, groups)
 
 
@@ -236,7 +238,7 @@ def rows_of(folder: Location, columns: list[str], required: list[str] | None) ->
     files = folder.files(".parquet")
     if not files:
         if required is not None:
-            raise ValueError(f"{folder.uri}: no Parquet files; --annotations names the --output of jobs.annotate")
+            raise ValueError(f"{folder.uri}: no Parquet files; pass the --output of jobs.annotate as --annotations")
         return
     data = dataset.dataset([file.path for file in files], filesystem=folder.filesystem, format="parquet")
     missing = [name for name in required or () if name not in data.schema.names]

@@ -98,7 +98,7 @@ class Rescoring:
             ValueError: a setting cannot be changed after the run, or the run did not keep the data that this needs.
         """
         if "tasks" not in manifest:
-            raise ValueError("the run's manifest does not describe its tasks: it is of an earlier version")
+            raise ValueError("the run's manifest does not describe its tasks: it was written by an earlier version")
         columns = Columns.model_validate(manifest["configuration"]["columns"])
         return cls(columns, {name: _changed(task, changes) for name, task in manifest["tasks"].items()})
 
@@ -117,14 +117,14 @@ class Rescoring:
 def _changed(task: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[DecodingConfig, tuple[str, ...]]:
     before = task["decoding"]
     if not isinstance(changes.get("weights", {}), dict):
-        raise ValueError("decoding.weights: expected settings of its own, such as decoding.weights.support=2")
+        raise ValueError("decoding.weights: expected nested settings, such as decoding.weights.support=2")
     if fixed := sorted(changes.keys() - CHANGEABLE):
-        raise ValueError(f"decoding.{fixed[0]} cannot be changed without generating again, only {CHANGEABLE_NAMES}")
+        raise ValueError(f"decoding.{fixed[0]} cannot be changed without generating again; only {CHANGEABLE_NAMES} can")
     if not before["keep_candidates"]:
-        raise ValueError("the run holds no candidates; annotate with decoding.keep_candidates=true")
+        raise ValueError("the run recorded no candidates; annotate with decoding.keep_candidates=true")
     if changes.get("threshold", before["threshold"]) != before["threshold"] and not any_threshold(before):
         raise ValueError(
-            "decoding.threshold cannot be changed: that needs a run with decoding.explore=true and "
+            "decoding.threshold cannot be changed: this requires a run with decoding.explore=true and "
             "answers of one segment"
         )
     weights = {**before["weights"], **changes.get("weights", {})}
@@ -153,7 +153,7 @@ def recorded(row: Mapping[str, Any]) -> Recorded:
         ValueError: the run did not keep its candidates.
     """
     if row.get("candidates") is None or row.get("evidence") is None:
-        raise ValueError("the rows hold no candidates; annotate with decoding.keep_candidates=true")
+        raise ValueError("the rows contain no candidates; annotate with decoding.keep_candidates=true")
     passages = {p["id"]: Passage(p["id"], p["title"], p["text"]) for p in row["evidence"]}
     root = Path((), Boundary(row["retrieve_probability"]))
     return Recorded(root, tuple(_candidate(c, passages) for c in row["candidates"]), Usage(**row["usage"]))
@@ -216,12 +216,16 @@ def check_rescoring(
     source, target = OutputFolder(locate(run, storage)), OutputFolder(locate(output, storage))
     manifest = source.manifest()
     if manifest is None or not source.finished():
-        raise ValueError(f"{run}: no finished annotated set there")
+        raise ValueError(f"{run}: not a finished annotated set")
     check_apart(source.location, target.location)
     if foreign := target.foreign():
-        raise ValueError(f"--output {output} holds files of something else ({foreign}); choose another")
+        raise ValueError(
+            f"--output {output} contains files that are not part of an annotated set ({foreign}); choose another"
+        )
     if target.manifest() and not overwrite:
-        raise ValueError(f"--output {output} is taken; choose another, or replace it with --overwrite")
+        raise ValueError(
+            f"--output {output} already contains an annotated set; choose another, or replace it with --overwrite"
+        )
     rescoring = Rescoring.of(manifest, changes)
     tasks = {
         name: {**task, "decoding": rescoring.tasks[name][0].model_dump(mode="json")}

@@ -164,7 +164,7 @@ def sweep(examples: Sequence[GradedRow], keys: Sequence[str]) -> Sweep:
     chosen_on = [example for example in examples if first_half(example.id)]
     reported_on = [example for example in examples if not first_half(example.id)]
     if len(chosen_on) < 2 or len(reported_on) < 2:
-        raise ValueError(f"{len(examples)} rows with gold answers are too few to sweep over")
+        raise ValueError(f"{len(examples)} rows with gold answers are too few for a sweep")
     curves = {key: [_point(examples, key, value) for value in GRID[key]] for key in keys}
     recommended = _recommended(chosen_on, keys)
     before, after = grade(reported_on, {})[0], grade(reported_on, recommended)[0]
@@ -204,7 +204,7 @@ def sweep_set(folder: Location, task: str | None = None) -> Sweep:
     """
     manifest = OutputFolder(folder).manifest()
     if not manifest:
-        raise ValueError(f"{folder.uri}: no manifest of a run, which --sweep needs")
+        raise ValueError(f"{folder.uri}: no manifest of a run, which --sweep requires")
     rescoring = Rescoring.of(manifest, {})
     metrics = {name: task["metric"] for name, task in manifest["tasks"].items()}
     columns = rescoring.columns

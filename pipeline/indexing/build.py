@@ -98,8 +98,8 @@ class BuildPlan:
         """
         if centroids(index) > self.passages:
             raise ValueError(
-                f"factory {self.request.factory}: {centroids(index)} inverted lists need as many passages, "
-                f"there are {self.passages}; use Flat or fewer lists"
+                f"factory {self.request.factory}: {centroids(index)} inverted lists need at least as many "
+                f"passages, but there are {self.passages}; use Flat or fewer lists"
             )
 
     def encode(self, encoder: Encoder) -> Vectorise:
@@ -114,8 +114,8 @@ class BuildPlan:
             vectors = encoder.encode([passage_text(title, text) for title, text in pairs], self.request.batch_size)
             if (wrong := np.logical_not(np.isfinite(vectors).all(axis=1))).any():
                 raise ValueError(
-                    f"{batch.file.uri}: row {batch.rows[np.argmax(wrong)]}: the encoder's vector holds a number "
-                    "that is not finite; try another --dtype"
+                    f"{batch.file.uri}: row {batch.rows[np.argmax(wrong)]}: the encoder's vector has a "
+                    "non-finite value; try another --dtype"
                 )
             return vectors
 
@@ -134,7 +134,7 @@ class BuildPlan:
             )
         encoder = Encoder.load(entry.name, revision=entry.revision, style=entry.style)
         if encoder.digest != entry.digest:
-            raise ValueError(f"encoder {entry.name} differs between machines; put the same files on all")
+            raise ValueError(f"encoder {entry.name} differs between machines; copy the same files to all of them")
         return self.encode(encoder)
 
 
@@ -154,7 +154,7 @@ class BuildFolder:
         if self.output.kind() == fs.FileType.File:
             raise ValueError(f"output {self.output.uri}: is a file; name a folder")
         if (self.output / MANIFEST).exists() and not overwrite:
-            raise ValueError(f"output {self.output.uri}: already holds an index; say --overwrite to replace it")
+            raise ValueError(f"output {self.output.uri}: already holds an index; pass --overwrite to replace it")
 
     def begun(self, identity: dict[str, Any]) -> bool:
         """Whether the folder holds an unfinished build of the same identity."""
@@ -180,7 +180,7 @@ class BuildFolder:
             differing = sorted(key for key in identity if before.get(key) != identity[key])
             raise ValueError(
                 f"output {self.output.uri}: holds an unfinished build that differs in {', '.join(differing)}; "
-                "say --overwrite to begin anew"
+                "pass --overwrite to start over"
             )
         if overwrite:
             self.clear()

@@ -186,7 +186,7 @@ def build_shards(plan: BuildPlan, index: Any, missing: list[ShardPlan]) -> list[
             report = ShardReport(**{**row, "entry": ShardEntry.model_validate_json(row["entry"])})
             reports.append(report)
             what = (report.number, report.entry.rows, report.seconds, report.peak_bytes / 1e9)
-            log.info("shard %d: %d passages in %.1f s, at most %.2f GB of memory", *what)
+            log.info("shard %d: %d passages in %.1f s, peak memory %.2f GB", *what)
     return reports
 
 
@@ -209,7 +209,7 @@ def worked(plan: BuildPlan, worker: type, argument: Any, numbers: Iterable[int],
     pieces = list(numbers)
     rooms = [Room.of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
     actors, cpus, gpus = pool(rooms, plan.request.actors, len(pieces))
-    log.info("%d actor(s) at work, each with %g CPUs and %g GPUs", actors, cpus, gpus)
+    log.info("starting %d actor(s), each with %g CPUs and %g GPUs", actors, cpus, gpus)
     tally = ray.remote(num_cpus=0)(BuildProgress).remote()
     dataset = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
         worker,
@@ -295,7 +295,7 @@ def _execute(plan: BuildPlan) -> Built:
     folder.begin(plan.identity(), plan.request.overwrite)
     entries = folder.finished(plan.shards)
     if entries:
-        log.info("%d of %d shards are there from an interrupted build", len(entries), len(plan.shards))
+        log.info("resuming an interrupted build: %d of %d shards are done", len(entries), len(plan.shards))
     connect(ExecutionConfig())
     missing = [shard for shard in plan.shards if shard.number not in entries]
     reports = build_shards(plan, trained_index(plan, folder), missing) if missing else []

@@ -93,7 +93,7 @@ def check_index_folder(request: CheckRequest) -> Checked:
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     if manifest.passages <= request.k:
-        raise ValueError(f"{folder.uri}: {manifest.passages} passages are too few to look for {request.k} among them")
+        raise ValueError(f"{folder.uri}: {manifest.passages} passages are too few to retrieve {request.k}")
     index = PassageIndex.open(folder, retrieval.model_copy(update={"verify": True, "device": "cpu"}))
     encoder = None
     if request.queries or (lossy(index) and manifest.embeddings is None):
@@ -134,7 +134,7 @@ def _queries(
                 raise ValueError(f"{file.uri}: column query is missing, found {', '.join(names)}")
             texts += pq.read_table(stream, columns=["query"])["query"].cast(pa.string()).drop_null().to_pylist()
     if not texts:
-        raise ValueError(f"{request.queries}: no queries in it")
+        raise ValueError(f"{request.queries}: contains no queries")
     chosen = np.unique(np.linspace(0, len(texts) - 1, min(request.sample, len(texts))).astype(int))
     vectors = encoder.encode_queries([texts[n] for n in chosen])
     return vectors, [None] * len(vectors)
@@ -152,7 +152,7 @@ def _exact(
     if not lossy(index):
         return without(exhaustive(index, queries, k + 1), own, k), "exact search over all vectors"
     if encoder is None:
-        words = "search over all codes; what these lose is not seen, since the index has no other vectors"
+        words = "exhaustive search over the codes; quantization loss is not measured, as the index has no other vectors"
         return without(exhaustive(index, queries, k + 1), own, k), words
     candidates = without(exhaustive(index, queries, CANDIDATES * k + 1), own, CANDIDATES * k)
 
@@ -162,5 +162,5 @@ def _exact(
     def encode(passages: list[Passage]) -> Vectors:
         return encoder.encode([passage_text(p.title, p.text) for p in passages])
 
-    words = f"the exact order of the {CANDIDATES * k} best codes of each query, encoded anew"
+    words = f"the {CANDIDATES * k} best codes of each query, reranked by exact vectors"
     return reranked(candidates, queries, k, passage, encode), words

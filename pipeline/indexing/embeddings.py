@@ -18,11 +18,11 @@ def check_embeddings(file: Location, schema: pa.Schema, column: str) -> None:
         ValueError: the column is missing, or is not a list of floats.
     """
     if column not in schema.names:
-        raise ValueError(f"{file.uri}: column {column} is missing; --embeddings names the column of the vectors")
+        raise ValueError(f"{file.uri}: column {column} is missing; set --embeddings to the column of the vectors")
     kind = schema.field(column).type
     listed = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_fixed_size_list(kind)
     if not (listed and pa.types.is_floating(kind.value_type)):
-        raise ValueError(f"{file.uri}: column {column} is {kind}; make it a list of float")
+        raise ValueError(f"{file.uri}: column {column} is {kind}; convert it to a list of floats")
 
 
 @dataclass(frozen=True)
@@ -64,15 +64,15 @@ def vectors_of(embeddings: pa.Array, dimension: int, normalised: bool, place: Pl
     """
     sizes = pc.fill_null(pc.list_value_length(embeddings), 0).to_numpy(zero_copy_only=False)
     if (wrong := sizes != dimension).any():
-        raise place.error(wrong, f"has {sizes[np.argmax(wrong)]} numbers where the encoder's vectors have {dimension}")
+        raise place.error(wrong, f"has {sizes[np.argmax(wrong)]} values, but the encoder's vectors have {dimension}")
     flat = embeddings.flatten().cast(pa.float32())
     vectors: Vectors = flat.to_numpy(zero_copy_only=False).reshape(-1, dimension)  # a null in a vector becomes NaN
     if (wrong := np.logical_not(np.isfinite(vectors).all(axis=1))).any():
-        raise place.error(wrong, "holds a number that is not finite")
+        raise place.error(wrong, "has a non-finite value")
     if not normalised:
         return np.ascontiguousarray(vectors)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     if (wrong := lengths[:, 0] == 0).any():
-        raise place.error(wrong, "is all zeros, which has no direction")
+        raise place.error(wrong, "is all zeros and cannot be normalized")
     unit: Vectors = vectors / lengths
     return unit

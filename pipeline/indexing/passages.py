@@ -86,7 +86,7 @@ def _checked_rows(file: Location, embeddings: str | None) -> int:
         kind = schema.field(name).type
         values = kind.value_type if pa.types.is_dictionary(kind) else kind
         if not (pa.types.is_string(values) or pa.types.is_large_string(values) or pa.types.is_string_view(values)):
-            raise ValueError(f"{file.uri}: column {name} is {kind}; make it string")
+            raise ValueError(f"{file.uri}: column {name} is {kind}; convert it to string")
     if embeddings:
         check_embeddings(file, schema, embeddings)
     return int(footer.num_rows)
@@ -100,7 +100,7 @@ def plan_shards(files: list[RowRange], shards: int) -> tuple[ShardPlan, ...]:
     """
     total = sum(part.rows for part in files)
     if total < shards:
-        raise ValueError(f"--shards {shards}: there are only {total} passages; ask for fewer shards")
+        raise ValueError(f"--shards {shards}: there are only {total} passages; use fewer shards")
     borders = [number * total // shards for number in range(shards + 1)]
     return tuple(ShardPlan(number, _cut(files, start, stop)) for number, (start, stop) in enumerate(pairwise(borders)))
 

@@ -102,7 +102,7 @@ def exhaustive(index: PassageIndex, queries: Vectors, k: int) -> list[list[Hit]]
             try:
                 block = shard.index.reconstruct_n(first, size)
             except RuntimeError as error:
-                raise ValueError(f"its vectors cannot be read back: {faiss_reason(error)}") from None
+                raise ValueError(f"the index's vectors cannot be reconstructed: {faiss_reason(error)}") from None
             scores, rows = faiss.knn(queries, block, min(k, size), metric=faiss.METRIC_INNER_PRODUCT)
             for n in range(len(queries)):
                 hits = [Hit(float(s), number, first + int(r)) for s, r in zip(scores[n], rows[n], strict=True)]

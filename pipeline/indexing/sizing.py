@@ -66,7 +66,9 @@ def _size(index: Any, factory: str) -> IndexSize:
         return _size(kind.storage, factory) + IndexSize(_links(kind.hnsw) * FLOAT + HNSW_FIXED, 0)
     if isinstance(kind, faiss.IndexFlatCodes):
         return IndexSize(kind.code_size, _codebook(kind))
-    raise ValueError(f"factory {factory}: the size of a {type(kind).__name__} is not known; build a small one to see")
+    raise ValueError(
+        f"factory {factory}: the size of a {type(kind).__name__} is not known; build a small index to measure it"
+    )
 
 
 def _codebook(index: Any) -> int:

@@ -41,7 +41,7 @@ class FinishedSet:
         """
         manifest = folder.manifest()
         if manifest is None or not folder.finished():
-            raise ValueError(f"{folder.location.uri}: no finished annotated set there; run jobs.annotate to its end")
+            raise ValueError(f"{folder.location.uri}: not a finished annotated set; run jobs.annotate to completion")
         first = {part: (folder.location / part).files(".parquet")[:1] for part in ("data", "errors")}
         schemas = {part: read_footer(file).schema.to_arrow_schema() for part, files in first.items() for file in files}
         return cls(manifest, schemas)
@@ -66,9 +66,9 @@ def dataset_card(found: FinishedSet, title: str, licence: str | None) -> str:
         f"{found.answered:,} queries, answered with evidence and critique by "
         "[Self-RAG](https://arxiv.org/abs/2310.11511) decoding (selfrag-batch).",
         _opening(found, title),
-        "## What produced it",
+        "## Provenance",
         _table(_origin(found.manifest)),
-        f"Settings: {_settings(found.manifest)}. Those of single tasks, and the rest, are in `_manifest.json`.",
+        f"Settings: {_settings(found.manifest)}. Task-specific and other settings are in `_manifest.json`.",
         "## Columns",
         *(f"`{part}`:\n\n{columns_table(schema)}" for part, schema in found.schemas.items()),
         "## Caveats",
@@ -149,7 +149,7 @@ def columns_table(schema: pa.Schema) -> str:
     """Return a table of the meanings of columns; the columns of the query set share one line."""
     known = {name for names in MEANINGS for name in names}
     own = [name for name in schema.names if name not in known]
-    rows = {_listed(own): "as the query set has them"} if own else {}
+    rows = {_listed(own): "unchanged from the query set"} if own else {}
     for names, meaning in MEANINGS.items():
         if present := [name for name in names if name in schema.names]:
             rows[_listed(present)] = meaning
@@ -178,10 +178,10 @@ def _caveats(found: FinishedSet, licence: str | None) -> str:
     counts = found.manifest["counts"]
     failed = ", ".join(f"{name} {count:,}" for name, count in counts.get("error_types", {}).items())
     caveats = [
-        "The answers are a language model's. Their scores are that model's own probabilities; nobody has checked them.",
-        "Passages are quoted from the corpus that was searched, whose licence goes with them; so may those of the "
-        "query set and of the model." + ("" if licence else " No licence is stated here."),
+        "A language model generated the answers; they are not verified. The scores are the model's own probabilities.",
+        "Passages are quoted from the searched corpus and remain under its license; the licenses of the query set and "
+        "the model may also apply." + ("" if licence else " This card does not state a license."),
         f"{counts['errors']:,} rows failed and have no answer{f' ({failed})' if failed else ''}.",
-        "Seconds in `usage` depend on the machines and on what ran beside a row.",
+        "Seconds in `usage` depend on the machines and on the rows that ran concurrently.",
     ]
     return "\n".join(f"- {caveat}" for caveat in caveats)

@@ -86,16 +86,16 @@ ERROR_FIELDS = [
 ]
 # Shown in the dataset card; a test compares infra/DATA.md with them.
 MEANINGS: Mapping[tuple[str, ...], str] = {
-    ("answer", "raw_output"): "without and with reflection tokens",
+    ("answer", "raw_output"): "the answer without and with reflection tokens",
     ("retrieved", "retrieve_probability"): (
-        "whether a passage was used; p(Retrieval) over p(Retrieval) + p(No Retrieval), null where the mode decided"
+        "whether a passage was used; p(Retrieval) / (p(Retrieval) + p(No Retrieval)), null if the mode decided"
     ),
-    ("finish_reason",): "why it ends there: `stop`, `segments`, `length`, `room` or `constraint`",
+    ("finish_reason",): "why the answer ended: `stop`, `segments`, `length`, `room` or `constraint`",
     ("segments",): (
         "`text`, `passage_id`, `citation` (place in `passages`), `is_rel` = p(Relevant), `is_sup` = p(Fully) + 0.5 "
-        "p(Partially), `is_use` in −1 … 1, `sequence_probability`, `score`; a group that the model never wrote is null"
+        "p(Partially), `is_use` in −1 … 1, `sequence_probability`, `score`; null if the model wrote no token of a group"
     ),
-    ("passages",): "those the answer used: `id`, `title`, `text`, `retrieval_score`, `rank`",
+    ("passages",): "passages that the answer used: `id`, `title`, `text`, `retrieval_score`, `rank`",
     ("candidates", "evidence"): (
         "with `decoding.keep_candidates`: every scored segment (`parent` is its place in the tree) and every "
         "passage read"
@@ -104,10 +104,10 @@ MEANINGS: Mapping[tuple[str, ...], str] = {
         "`prompt_tokens`, `cached_tokens`, `generated_tokens`, `retrievals` (searches of the index), "
         "`engine_requests`, `truncated_tokens` (cut from passages that did not fit), `seconds`, of which "
         "`decide_seconds`, `retrieve_seconds` and `critique_seconds`; `queue_seconds`, `prefill_seconds` and "
-        "`decode_seconds` summed over its requests, which run side by side; all but `seconds` 0 where an equal query "
-        "had been answered before"
+        "`decode_seconds` summed over its requests, which run concurrently; all but `seconds` are 0 if an identical "
+        "query was answered before"
     ),
-    ("error_type", "error_message", "attempts"): "why a row failed, and how often it was tried",
+    ("error_type", "error_message", "attempts"): "why a row failed, and the number of attempts",
 }
 RESERVED = frozenset(f.name for f in [*ANSWER_FIELDS, *CANDIDATE_FIELDS, *ERROR_FIELDS])
 

@@ -122,7 +122,7 @@ def text(value: Any) -> str | None:
     if isinstance(value, (bool, int, float)):
         return json.dumps(value)
     if not isinstance(value, str):
-        raise ValueError(f"{_kind(value)} where text is needed (map it, such as --column answers=answer.aliases)")
+        raise ValueError(f"expected text, found {_kind(value)} (map a field, such as --column answers=answer.aliases)")
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -164,7 +164,7 @@ def passages(value: Any) -> list[Row] | None:
     found = _items(value)
     for item in found:
         if not isinstance(item, dict):
-            raise ValueError(f"{_kind(item)} where a passage with id, title and text is needed")
+            raise ValueError(f"expected a passage with id, title and text, found {_kind(item)}")
     return [{name: text(item.get(name)) for name in ("id", "title", "text")} for item in found] or None
 
 
@@ -177,7 +177,7 @@ def _items(value: Any) -> list[Any]:
     if value in (None, ""):
         return []
     if not isinstance(value, list):
-        raise ValueError(f"{_kind(value)} where a list is needed")
+        raise ValueError(f"expected a list, found {_kind(value)}")
     return value
 
 
@@ -185,7 +185,7 @@ def _written(value: str) -> Any:
     try:
         return json.loads(value)
     except ValueError:
-        raise ValueError(f"a list is needed, and {value[:60]!r} is not one in JSON") from None
+        raise ValueError(f"expected a list, found {value[:60]!r}, which is not JSON") from None
 
 
 def _is_labelled(item: Any) -> bool:
@@ -211,10 +211,10 @@ def with_letters(row: Row) -> Row:
     if not row["query"] or not any(map(_is_labelled, choices)):
         return row
     if not all(map(_is_labelled, choices)) or len(choices) > len(ascii_uppercase):
-        raise ValueError("column 'choices': every one needs a label and a text, and there are 26 letters")
+        raise ValueError("column 'choices': every choice needs a label and a text, and at most 26 are supported")
     letters = {text(choice["label"]): letter for choice, letter in zip(choices, ascii_uppercase, strict=False)}
     if len(letters) < len(choices):
-        raise ValueError("column 'choices': two have the same label")
+        raise ValueError("column 'choices': two choices have the same label")
     lines = [f"{letters[text(choice['label'])]}: {text(choice['text']) or ''}" for choice in choices]
     answers = row["answers"] and [letters.get(answer, answer) for answer in row["answers"]]
     query = "\n".join([row["query"], *lines])
@@ -262,15 +262,15 @@ class Ids:
         if self.made is None:
             self.made = row["id"] is None
         if self.made and row["id"] is not None:
-            raise ValueError(f"it has an id ({row['id']!r}) and the first row has none; --drop id makes them for all")
+            raise ValueError(f"has an id ({row['id']!r}), but the first row has none; --drop id generates all ids")
         if self.made:
             row["id"] = content_id(row)
         elif row["id"] is None:
-            raise ValueError("it has no id and the first row has one; --drop id makes them for all")
+            raise ValueError("has no id, but the first row has one; --drop id generates all ids")
         self.seen[row["id"]] += 1
         times = self.seen[row["id"]]
         if times > 1 and not self.made:
-            raise ValueError(f"id {row['id']!r} is not unique: an earlier row has it")
+            raise ValueError(f"id {row['id']!r} is not unique: an earlier row has the same id")
         if times > 1:
             row["id"] = f"{row['id']}-{times}"
 

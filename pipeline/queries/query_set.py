@@ -119,7 +119,7 @@ def _difference(one: pa.Schema, other: pa.Schema) -> str:
         types = [str(s.field(name).type) if name in s.names else "missing" for s in (one, other)]
         if types[0] != types[1]:
             return f"column {name!r} is {types[1]}, not {types[0]}"
-    return "the columns stand in another order, or differ in what may be null"
+    return "the columns are in another order, or differ in nullability"
 
 
 def _check_ids(files: list[Location], column: str) -> None:
@@ -205,8 +205,8 @@ def _row_group(
     def work(stream: Any) -> pa.Table:
         if stream.size() != size:
             raise ValueError(
-                f"{uri}: has changed since the run began, from {size} to {stream.size()} bytes; its new rows need "
-                "another output, or --overwrite"
+                f"{uri}: has changed since the run began, from {size} to {stream.size()} bytes; choose another "
+                "output, or pass --overwrite"
             )
         return pq.ParquetFile(stream).read_row_group(group).replace_schema_metadata(None)
 
@@ -226,5 +226,5 @@ def read_unit(unit: Unit, storage: StorageConfig) -> pa.Table:
     with READING:
         group = _row_group(unit.uri, unit.size, unit.digest, unit.row_group, storage)
     rows = group.slice(unit.offset, unit.rows)
-    assert rows.num_rows == unit.rows, f"unit {unit.id} has {unit.rows} rows and {rows.num_rows} were read"
+    assert rows.num_rows == unit.rows, f"unit {unit.id} has {unit.rows} rows, but {rows.num_rows} were read"
     return rows

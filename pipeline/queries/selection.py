@@ -66,7 +66,7 @@ class Earlier:
     def _columns(self, file: Location, names: list[str]) -> pa.Table:
         table = read_columns(file, names)
         if self.id_column not in table.column_names:
-            raise ValueError(f"{file.uri}: no column {self.id_column!r} of ids (columns.id)")
+            raise ValueError(f"{file.uri}: no id column {self.id_column!r} (columns.id)")
         return table.select(names).rename_columns(["id", *names[1:]]).replace_schema_metadata(None)
 
 
@@ -99,7 +99,7 @@ class Selection:
         record = json.loads(_record(folder).read())
         if record["queries"] != queries:
             raise ValueError(
-                f"{folder.uri} was chosen from {record['queries']}; choose another output, "
+                f"{folder.uri} was selected from {record['queries']}; choose another output, "
                 "or replace it with --overwrite"
             )
         return cls(folder, record["known"])
@@ -124,7 +124,8 @@ class Selection:
         new = pc.invert(pc.is_in(query_ids(queries, earlier.id_column, storage), value_set=earlier.known()))
         if not (count := pc.sum(new).as_py()):
             raise NothingNewError(
-                f"all {queries.rows} queries are dealt with below {earlier.folder.uri}; nothing is left to do"
+                f"all {queries.rows} queries are already answered or failed below {earlier.folder.uri}; "
+                "nothing is left to do"
             )
         for number, table in enumerate(_files(_rows(queries, new, storage))):
             (scratch / f"part-{number:05d}.parquet").write(encode_parquet(table, GROUP_ROWS))

@@ -105,7 +105,7 @@ def _saved_dataset(request: SourceRequest) -> Any:
     from datasets import load_from_disk
 
     if request.name or request.revision:
-        raise ValueError("what save_to_disk has left has neither --name nor --revision")
+        raise ValueError("a dataset saved by save_to_disk has neither --name nor --revision")
     return load_from_disk(request.uri)
 
 
@@ -124,7 +124,7 @@ def _dataset_source(request: SourceRequest, opened: Callable[[SourceRequest], An
 def _split(found: Any, wanted: str | None) -> Any:
     if not isinstance(found, dict):
         if wanted not in (None, str(found.split)):
-            raise ValueError(f"no split {wanted!r}; it is one dataset without splits")
+            raise ValueError(f"no split {wanted!r}; the dataset has no splits")
         return found
     if wanted is None and len(found) == 1:
         return next(iter(found.values()))
@@ -171,7 +171,7 @@ def _file_source(location: Location) -> Source:
     try:
         schema = pa.unify_schemas(schemas, promote_options="permissive") if schemas else ()
     except pa.ArrowException as error:
-        raise ValueError(f"{location.uri}: its Parquet files do not fit together: {one_line(error)}") from None
+        raise ValueError(f"{location.uri}: its Parquet files have incompatible schemas: {one_line(error)}") from None
     rows = (row for file in files for row in _file_rows(file))
     return Source(rows, {column.name: column.type for column in schema})
 
@@ -184,7 +184,7 @@ def _files(location: Location) -> list[Location]:
     known = [file for file in files if _kind(file) in (*TEXT_KINDS, "parquet")]
     if not known:
         kinds = ", ".join(f".{kind}" for kind in (*TEXT_KINDS, "parquet"))
-        raise ValueError(f"{location.uri}: nothing that can be imported; files end in {kinds}, text also in .gz")
+        raise ValueError(f"{location.uri}: no files to import; supported are {kinds}, text also with .gz")
     return known
 
 
@@ -244,7 +244,7 @@ def _json(stream: IO[bytes], uri: str) -> Iterator[SourceRow]:
 def _json_row(place: str, values: Any) -> SourceRow:
     if isinstance(values, dict):
         return SourceRow(place, values)
-    return SourceRow(place, problem=f"{type(values).__name__} where an object with named fields is needed")
+    return SourceRow(place, problem=f"expected a JSON object, found {type(values).__name__}")
 
 
 def _csv(stream: IO[bytes], uri: str, delimiter: str = ",") -> Iterator[SourceRow]:
@@ -255,11 +255,11 @@ def _csv(stream: IO[bytes], uri: str, delimiter: str = ",") -> Iterator[SourceRo
     lines = csv.reader(text, delimiter=delimiter)
     header = next(lines, [])
     if len(set(header)) < len(header) or not _is_utf8("".join(header)):
-        raise ValueError(f"{uri}: in its first line, the header, every column needs a name of its own in UTF-8")
+        raise ValueError(f"{uri}: every column in the header (the first line) needs a unique name in UTF-8")
     for row, cells in enumerate(line for line in lines if line):
         place = f"{uri} row {row}"
         if len(cells) != len(header):
-            yield SourceRow(place, problem=f"{len(cells)} cells under a header of {len(header)}")
+            yield SourceRow(place, problem=f"{len(cells)} cells, but the header has {len(header)}")
         elif not _is_utf8("".join(cells)):
             yield SourceRow(place, problem="not UTF-8")
         else:

@@ -93,7 +93,7 @@ def _array(name: str, rows: Sequence[PlacedRow], kind: pa.DataType | None) -> pa
     except UNFIT as error:
         first = bisect.bisect_left(range(len(values)), True, key=lambda n: not _fit(values[: n + 1], kind))
         raise ValueError(
-            f"{rows[first][0]}: column {name!r} does not fit the rows before it ({one_line(error)}); "
+            f"{rows[first][0]}: column {name!r} does not match its declared or inferred type ({one_line(error)}); "
             f"leave it out with --drop {name}"
         ) from None
 
@@ -112,7 +112,7 @@ def _common(name: str, schemas: Sequence[pa.Schema]) -> pa.Field:
         merged = pa.unify_schemas([pa.schema([column]) for column in fields], promote_options="permissive")
     except pa.ArrowException:
         kinds = " and ".join(sorted({str(column.type) for column in fields}))
-        raise ValueError(f"column {name!r} holds {kinds}; leave it out with --drop {name}") from None
+        raise ValueError(f"column {name!r} has the types {kinds}; leave it out with --drop {name}") from None
     return merged.field(name)
 
 
@@ -133,7 +133,7 @@ def write_query_set(spool: Spool, folder: Path, output: Location) -> QuerySet:
                 table, folder / f"queries-{number:05}.parquet", row_group_size=GROUP_ROWS, compression="zstd"
             )
         except pa.ArrowException as error:
-            raise ValueError(f"Parquet cannot hold a column ({one_line(error)}); leave it out with --drop") from None
+            raise ValueError(f"Parquet cannot store a column ({one_line(error)}); leave it out with --drop") from None
     here = Location(output.uri, fs.LocalFileSystem(), str(folder))
     return inspect_queries(here, Columns(), ExecutionConfig().unit_rows)
 
@@ -150,7 +150,9 @@ def check_free(output: Location, overwrite: bool) -> None:
     names = [_name(file, output) for file in output.files()]
     foreign = [name for name in names if not OWN_FILE.fullmatch(name)]
     if foreign:
-        raise ValueError(f"--output {output.uri} holds files of something else ({foreign[0]}); choose another")
+        raise ValueError(
+            f"--output {output.uri} contains files that are not part of a query set ({foreign[0]}); choose another"
+        )
     if names and not overwrite:
         raise ValueError(f"--output {output.uri} holds a query set; choose another, or replace it with --overwrite")
 

@@ -265,7 +265,7 @@ def count_unit(data: Location, errors: Location | None, reading: ReadOptions) ->
     rows = read_columns(data, [task, *COUNTED, *texts])
     for name in ("retrieved", "retrieve_probability", "segments", "usage", *texts):
         if name not in rows.column_names:
-            raise ValueError(f"{data.uri}: no column {name!r}; --annotations names the --output of jobs.annotate")
+            raise ValueError(f"{data.uri}: no column {name!r}; pass the --output of jobs.annotate as --annotations")
     failed = read_columns(errors, [task, "error_type", "error_message"]) if errors else NO_ERRORS
     tasks, scores = _tasks(rows, task), row_scores(rows)
     spent = rows["usage"].combine_chunks()

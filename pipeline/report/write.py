@@ -50,9 +50,7 @@ def _read(folder: Location, sample: int) -> ReportedSet:
 def _manifest(folder: Location) -> dict[str, Any]:
     manifest = OutputFolder(folder).manifest()
     if manifest is None:
-        raise ValueError(
-            f"{folder.uri}: no annotated set there (it has no _manifest.json); name the --output of jobs.annotate"
-        )
+        raise ValueError(f"{folder.uri}: not an annotated set (no _manifest.json); pass the --output of jobs.annotate")
     return manifest
 
 
@@ -61,4 +59,6 @@ def leave_report(folder: Location) -> None:
     try:
         write_report(folder)
     except Exception as error:  # noqa: BLE001  the run is finished; the report can be written later
-        log.warning("no report was written (%s); python -m jobs.report --annotations %s", one_line(error), folder.uri)
+        log.warning(
+            "no report was written (%s); run python -m jobs.report --annotations %s", one_line(error), folder.uri
+        )

@@ -168,7 +168,7 @@ def _fetch(name: str, revision: str | None) -> Path:
                 break
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"encoder {name}: neither a local folder nor to be had from the Hugging Face hub ({_line(error)})"
+            f"encoder {name}: neither a local folder nor available from the Hugging Face hub ({_line(error)})"
         ) from None
     return folder
 
@@ -199,7 +199,7 @@ def _torch_device(device: str) -> str:
     if choose_gpu(device) and torch.cuda.is_available():
         return "cuda"
     if device == "gpu":
-        raise ValueError("device gpu: this machine has none that torch can use; set device auto or cpu")
+        raise ValueError("device gpu: PyTorch finds no usable GPU on this machine; set device to auto or cpu")
     return "cpu"
 
 

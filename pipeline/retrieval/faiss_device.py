@@ -54,7 +54,7 @@ def check_gpu_form(manifest: IndexManifest, float16: bool) -> None:
     """
     if not gpu_form(empty_index(manifest.factory, manifest.dimension), float16):
         raise ValueError(
-            f"FAISS has no {manifest.factory} on GPUs: set retrieval.device=cpu, or build with another factory"
+            f"FAISS does not support {manifest.factory} on GPUs: set retrieval.device=cpu, or use another factory"
         )
 
 
@@ -112,7 +112,7 @@ class CardMemory:
         if needed > self.left:
             raise ValueError(
                 f"the index needs {needed / GB:.1f} GB on the GPU, but {max(self.left, 0) / GB:.1f} GB are left: of "
-                f"its {self.total / GB:.1f} GB {self.free / GB:.1f} GB are free, this process may use {self.share:g}, "
+                f"{self.total / GB:.1f} GB, {self.free / GB:.1f} GB are free, this process may use {self.share:g}, "
                 f"and vLLM takes {self.engine:g}; set retrieval.device=cpu, lower model.engine.gpu_memory_utilization, "
                 "choose a smaller factory, or retrieval.topology=partitioned"
             )
@@ -186,7 +186,7 @@ class Device:
         required = retrieval.device == "gpu"
         if not has_gpu():
             if required:
-                raise ValueError("retrieval.device gpu: FAISS sees none; install the gpu extra, or set auto or cpu")
+                raise ValueError("retrieval.device gpu: FAISS finds no GPU; install the gpu extra, or set auto or cpu")
             return cls(None)
         try:
             check_gpu_form(manifest, retrieval.float16)
@@ -218,8 +218,8 @@ class Device:
         except RuntimeError as error:
             reason = faiss_reason(error)
         if self.required:
-            raise ValueError(f"retrieval.device gpu: no place on the GPU ({reason}); set auto or cpu")
-        log.warning("a shard is searched on the CPU: no place on the GPU (%s)", reason)
+            raise ValueError(f"retrieval.device gpu: a shard cannot be placed on the GPU ({reason}); set auto or cpu")
+        log.warning("a shard is searched on the CPU: it cannot be placed on the GPU (%s)", reason)
         return index, faiss.ParameterSpace()
 
 

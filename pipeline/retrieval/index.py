@@ -68,7 +68,7 @@ class Shard:
         if (index.d, index.ntotal, len(passages)) != (dimension, entry.rows, entry.rows):
             raise DamagedIndexError(
                 f"{(folder / entry.file).uri}: {index.ntotal} vectors of {index.d} dimensions and {len(passages)} "
-                f"passages where index.json says {entry.rows} and {dimension}; build the index anew"
+                f"passages, but index.json records {entry.rows} and {dimension}; rebuild the index"
             )
         return cls(index, passages)
 

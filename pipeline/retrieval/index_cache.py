@@ -12,7 +12,7 @@ from pipeline.storage.location import Location, MissingFileError
 
 SCRATCH_PREFIX = ".building-"
 
-REMEDY = "copy the whole index again, or build it anew"
+REMEDY = "copy the whole index again, or rebuild it"
 
 
 # Name, size in bytes, SHA-256 in hex.
@@ -99,7 +99,7 @@ def _make_room(cache: Path, limit: int, wanted: list[CachedFile], others: list[C
     needed = present + sum(size for _, size, _ in wanted)
     if needed > limit:
         raise ValueError(
-            f"retrieval.cache_gb {limit / 1e9:g}: the files of this index on this machine have {needed / 1e9:.2f} GB; "
+            f"retrieval.cache_gb {limit / 1e9:g}: the files of this index on this machine take {needed / 1e9:.2f} GB; "
             "raise it, or set retrieval.topology to partitioned, so that each machine holds a part"
         )
     foreign = [file for file in cache.iterdir() if file.name not in own and _is_copy(file)]
@@ -144,7 +144,7 @@ def check_file(path: Path, uri: str, size: int, sha256: str | None) -> None:
         raise DamagedIndexError(f"{uri}: missing; {REMEDY}")
     check_size(uri, path.stat().st_size, size)
     if sha256 is not None and file_digest(path) != sha256:
-        raise DamagedIndexError(f"{uri}: its SHA-256 is not what index.json says; {REMEDY}")
+        raise DamagedIndexError(f"{uri}: its SHA-256 differs from index.json; {REMEDY}")
 
 
 def check_size(uri: str, found: int, size: int) -> None:
@@ -154,4 +154,4 @@ def check_size(uri: str, found: int, size: int) -> None:
         DamagedIndexError: the sizes differ; the message names the file.
     """
     if found != size:
-        raise DamagedIndexError(f"{uri}: has {found} bytes where index.json says {size}; {REMEDY}")
+        raise DamagedIndexError(f"{uri}: has {found} bytes, but index.json records {size}; {REMEDY}")

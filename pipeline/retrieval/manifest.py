@@ -97,7 +97,7 @@ class IndexManifest(Frozen):
     @model_validator(mode="after")
     def _counts_agree(self) -> "IndexManifest":
         if sum(shard.rows for shard in self.shards) != self.passages:
-            raise ValueError(f"the shards do not hold {self.passages} passages together")
+            raise ValueError(f"the shards do not add up to {self.passages} passages")
         return self
 
 
@@ -128,10 +128,10 @@ def read_manifest(folder: Location, digest: str | None = None) -> IndexManifest:
         found = f", found {problem['input']!r}" if problem["type"] == "literal_error" else ""
         where = f"key {key}: " if key else ""
         raise ValueError(
-            f"{file.uri}: {where}{problem['msg'].lower()}{found}; build the index anew with this version"
+            f"{file.uri}: {where}{problem['msg'].lower()}{found}; rebuild the index with this version"
         ) from None
     if digest not in (None, manifest.digest()):
-        raise DamagedIndexError(f"{file.uri}: the index was replaced while the run is at work; start the run anew")
+        raise DamagedIndexError(f"{file.uri}: the index was replaced during the run; restore it, or start a new run")
     return manifest
 
 
@@ -143,7 +143,7 @@ def check_encoder(encoder: Encoder, manifest: IndexManifest) -> None:
     """
     if encoder.dimension != manifest.dimension:
         raise ValueError(
-            f"encoder {encoder.name} gives {encoder.dimension} dimensions, the index has {manifest.dimension}: "
+            f"encoder {encoder.name} has {encoder.dimension} dimensions, but the index has {manifest.dimension}: "
             f"{_encoder_advice(manifest)}"
         )
     _check_digest(encoder.name, encoder.digest, manifest)
@@ -159,7 +159,7 @@ def _check_digest(name: str, digest: str | None, manifest: IndexManifest) -> Non
 
 
 def _encoder_advice(manifest: IndexManifest) -> str:
-    return f"set retrieval.encoder to {manifest.encoder.name} as it was then, or build the index anew"
+    return f"set retrieval.encoder to the original version of {manifest.encoder.name}, or rebuild the index"
 
 
 def check_index_manifest(folder: Location, retrieval: RetrievalConfig, digest: str | None = None) -> IndexManifest:

@@ -36,7 +36,7 @@ def empty_index(factory: str, dimension: int) -> Any:
             begins with ``IDMap``.
     """
     if factory.startswith("IDMap"):
-        raise ValueError(f"factory {factory}: row numbers are the ids here; leave IDMap out")
+        raise ValueError(f"factory {factory}: ids are row numbers; leave IDMap out")
     try:
         return faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:

@@ -99,7 +99,7 @@ class PartitionedIndex:
         except ray.exceptions.RayTaskError:
             raise  # caused by these queries, not by a lost server
         except ray.exceptions.RayError as error:
-            raise IndexLostError(f"a shard server is gone: {' '.join(str(error).split())}") from error
+            raise IndexLostError(f"a shard server was lost: {' '.join(str(error).split())}") from error
         return [ranked(merge_hits(parts, k)) for parts in zip(*answers, strict=True)]
 
 

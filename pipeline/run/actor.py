@@ -139,14 +139,14 @@ def cause(deaths: int, engines: Sequence[Death]) -> Exception:
         engines: known causes of death of their engines.
     """
     if not engines:
-        return ProcessDiedError(f"{deaths} processes died while this row alone was decoded")
+        return ProcessDiedError(f"{deaths} processes died while decoding only this row")
     last = engines[-1].reason
     if len(engines) == deaths and all(death.out_of_memory for death in engines):
         return OutOfMemoryError(
-            f"the engine ran out of memory {deaths} times while this row alone was decoded ({last}); "
-            "lower model.engine.gpu_memory_utilization, decoding.passages or the lengths"
+            f"the engine ran out of memory {deaths} times while decoding only this row ({last}); "
+            "lower model.engine.gpu_memory_utilization, decoding.passages or model.engine.max_model_len"
         )
-    return ProcessDiedError(f"{deaths} processes died while this row alone was decoded; the last engine: {last}")
+    return ProcessDiedError(f"{deaths} processes died while decoding only this row; last engine failure: {last}")
 
 
 class SelfRagActor:
@@ -252,7 +252,7 @@ class SelfRagActor:
                 yield OneByOne(self.attempts, unit) if deaths > BESIDE_OTHERS else None
         except EngineDeadError as error:
             memory = " (out of memory)" if error.death.out_of_memory else ""
-            log.critical("the engine is dead%s: %s; this actor ends and is started again", memory, error)
+            log.critical("the engine died%s: %s; this actor exits and Ray restarts it", memory, error)
             await self.attempts.record_death.remote(error.death, unit)
             os._exit(1)
         await self.attempts.end.remote(unit)

@@ -100,8 +100,8 @@ class Attempts:
     def _count_crash(self, crashed: bool) -> None:
         self._crashes += crashed
         if self._crashes > self._max_crashes:
-            last = f"; the last engine's end: {self._last.reason}" if self._last else ""
-            raise CrashLoopError(f"{self._crashes} attempts ended with their process, with nothing done{last}")
+            last = f"; last engine failure: {self._last.reason}" if self._last else ""
+            raise CrashLoopError(f"{self._crashes} consecutive attempts crashed without progress{last}")
 
     def begin_writing(self, unit: str) -> None:
         """Count an attempt to write a unit's files; actors that outlive their run cannot write, since this one is gone.
@@ -111,7 +111,7 @@ class Attempts:
         """
         record = self._units[unit]
         if record.writing >= WRITING_DEATHS:
-            raise CrashLoopError(f"{WRITING_DEATHS} processes died while they wrote the files of unit {unit}")
+            raise CrashLoopError(f"{WRITING_DEATHS} processes died while writing the files of unit {unit}")
         record.writing += 1
 
     def record_death(self, death: Death, unit: str, row: int | None = None) -> None:

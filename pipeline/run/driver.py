@@ -136,8 +136,8 @@ def annotate_todo(
             if failed + progress.errors > allowed:
                 raise RuntimeError(
                     f"{failed + progress.errors} of {done + progress.done} rows failed ({', '.join(unit.errors)}), "
-                    "more than execution.max_error_rate allows of all; look into errors/, mend the cause, and say "
-                    "--overwrite"
+                    "more than execution.max_error_rate allows for the whole set; inspect errors/, fix the cause, "
+                    "and pass --overwrite"
                 )
     return progress.done
 
@@ -205,8 +205,8 @@ def verify_units(plan: RunPlan) -> list[UnitSummary]:
             plan.output.withdraw(unit.unit)
     if len(whole) != len(rows):
         raise RuntimeError(
-            f"{plan.config.output}: {sum(unit.rows for unit in whole)} of {plan.queries.rows} rows are there, in "
-            f"{len(whole)} of {len(rows)} units; run the same command again to continue"
+            f"{plan.config.output}: {sum(unit.rows for unit in whole)} of {plan.queries.rows} rows are complete, in "
+            f"{len(whole)} of {len(rows)} units; rerun the same command to continue"
         )
     return units
 

@@ -33,7 +33,7 @@ def notify_failure(config: RunConfig, status: int, message: str) -> None:
             way(config.on_failure, content)
         except Exception as error:  # noqa: BLE001  no error here may change the run's exit status
             # Without the URL and the command's arguments, which may contain secrets.
-            log.warning("on_failure: nobody was told: %s", _why(error))
+            log.warning("on_failure: notification failed: %s", _why(error))
 
 
 def _why(error: Exception) -> str:

@@ -86,7 +86,7 @@ class RunPlan:
         return [
             f"queries  {config.queries}: {self.queries.rows} rows in {self.queries.files} files",
             *(
-                [f"skipped  {self.known} rows that were dealt with below {config.skip_annotated}"]
+                [f"skipped  {self.known} rows already answered or failed below {config.skip_annotated}"]
                 if config.skip_annotated
                 else []
             ),
@@ -94,7 +94,7 @@ class RunPlan:
             f"model    {config.model.name}",
             f"decoding {config.decoding.mode}, δ = {config.decoding.threshold}, k = {config.decoding.passages}",
             *self._task_lines(),
-            f"output   {config.output}: {len(self.done)} of {len(self.queries.units)} units done before",
+            f"output   {config.output}: {len(self.done)} of {len(self.queries.units)} units already done",
             f"to do    {rows} rows in {len(self.todo)} units on {config.execution.actors} actor(s)",
         ]
 
@@ -110,7 +110,7 @@ class RunPlan:
     def _task_lines(self) -> list[str]:
         return [
             f"task     {name or '(none)'}: {task['rows']} rows, "
-            + (f"profile {task['profile']}" if task["profile"] else "asked as they are")
+            + (f"profile {task['profile']}" if task["profile"] else "no profile")
             for name, task in self.tasks().items()
         ]
 
@@ -203,7 +203,7 @@ def _check_retrieval(config: RunConfig, queries: QuerySet) -> IndexManifest | No
     if config.index is None:
         if not queries.given:
             raise ValueError(
-                f"--index is missing: {config.queries} has no column {config.columns.passages!r} of given passages, "
+                f"--index is missing: {config.queries} has no column {config.columns.passages!r} with given passages, "
                 f"and decoding.mode is {config.decoding.mode}"
             )
         return None
@@ -218,7 +218,10 @@ def _check_output(plan: RunPlan) -> None:
             names the differing keys.
     """
     if foreign := plan.output.foreign():
-        raise ValueError(f"--output {plan.config.output} holds files of something else ({foreign}); choose another")
+        raise ValueError(
+            f"--output {plan.config.output} contains files that are not part of an annotated set ({foreign}); "
+            "choose another"
+        )
     manifest = plan.output.manifest()
     if manifest is None or plan.overwrite:
         return
@@ -228,6 +231,6 @@ def _check_output(plan: RunPlan) -> None:
     differing += [part for part in ("queries", "model", "index") if manifest.get(part) != identity[part]]
     if differing:
         raise ValueError(
-            f"--output {plan.config.output} holds a run that differs in {', '.join(differing)}; "
+            f"--output {plan.config.output} contains a run that differs in {', '.join(differing)}; "
             "choose another output, or replace it with --overwrite"
         )

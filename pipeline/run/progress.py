@@ -39,7 +39,7 @@ class Progress:
 
     def __enter__(self) -> "Progress":
         self.bar.start()
-        self._say("engines start; a line follows when units end")
+        self._say("starting engines; progress follows as units finish")
         return self
 
     def __exit__(

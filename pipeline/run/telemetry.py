@@ -23,9 +23,9 @@ ROW_BUCKETS = [0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 50
 SEARCH_BUCKETS = [0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0]
 # Descriptions of the counters, by field of ``usage``.
 COUNTED = {
-    "prompt_tokens": "Tokens of prompts, cached ones included.",
-    "cached_tokens": "Tokens of prompts that were in the engine's prefix cache.",
-    "generated_tokens": "Tokens written.",
+    "prompt_tokens": "Prompt tokens, including cached ones.",
+    "cached_tokens": "Prompt tokens found in the engine's prefix cache.",
+    "generated_tokens": "Generated tokens.",
     "engine_requests": "Requests to the engine.",
     "retrievals": "Searches of the index.",
 }
@@ -67,9 +67,11 @@ class ActorTelemetry:
         self._seconds = _histogram(run, "row_seconds", "Seconds from a row's first step to its last.", ROW_BUCKETS)
         self._in_flight = _gauge(run, "rows_in_flight", "Rows of the units that an actor is decoding.")
         self._running = _gauge(run, "engine_running_requests", "Requests in the engine after its last step.")
-        self._waiting = _gauge(run, "engine_waiting_requests", "Requests that waited for a slot in it.")
+        self._waiting = _gauge(
+            run, "engine_waiting_requests", "Requests waiting for a slot in the engine after its last step."
+        )
         self._searches = _histogram(
-            run, "search_seconds", "Seconds of a search for a batch of queries.", SEARCH_BUCKETS
+            run, "search_seconds", "Seconds of a search with a batch of queries.", SEARCH_BUCKETS
         )
         self._flying = 0
 
@@ -118,8 +120,8 @@ class RunTelemetry:
     def __init__(self, run: str, rows: int) -> None:
         self._rows = rows
         self._written = 0
-        self._planned_gauge = _gauge(run, "run_rows", "Rows that this call has to do.")
-        self._written_gauge = _gauge(run, "run_rows_written", "Rows of them whose files are written.")
+        self._planned_gauge = _gauge(run, "run_rows", "Rows that this call has to annotate.")
+        self._written_gauge = _gauge(run, "run_rows_written", "Rows of this call whose files are written.")
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._repeat, name="telemetry", daemon=True)
 

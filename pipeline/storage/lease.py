@@ -165,7 +165,7 @@ class Lease:
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(other.started))
         return OutputInUseError(
             f"{self._output.uri}: another run is using this output (process {other.pid} on {other.host}, "
-            f"since {since}); wait for its end"
+            f"since {since}); wait for it to finish"
         )
 
 

@@ -93,7 +93,7 @@ class Location:
 
     def _say(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        log.warning("%s: %s; trying again in %.1f s", self.uri, one_line(error), state.upcoming_sleep)
+        log.warning("%s: %s; retrying in %.1f s", self.uri, one_line(error), state.upcoming_sleep)
 
     def kind(self) -> fs.FileType:
         """Return the type of the location: file, directory or not found."""
@@ -244,7 +244,7 @@ def check_apart(source: Location, output: Location) -> None:
     """
     one, other = f"{source.path.rstrip('/')}/", f"{output.path.rstrip('/')}/"
     if source.local == output.local and (one.startswith(other) or other.startswith(one)):
-        raise ValueError(f"--output {output.uri} and {source.uri} lie in one another; choose another output")
+        raise ValueError(f"--output {output.uri} and {source.uri}: one contains the other; choose another output")
 
 
 def check_bucket(output: Location) -> None:
@@ -255,4 +255,4 @@ def check_bucket(output: Location) -> None:
     """
     bucket = output.path.split("/", 1)[0]
     if not output.local and not Location(output.uri, output.filesystem, bucket).exists():
-        raise ValueError(f"--output {output.uri}: no bucket {bucket!r} there")
+        raise ValueError(f"--output {output.uri}: the store has no bucket {bucket!r}")

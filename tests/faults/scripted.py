@@ -91,9 +91,11 @@ def assigned() -> dict[str, Any]:
 
 def main() -> None:
     """Run the command."""
-    jobs.annotate.run_plan = functools.partial(jobs.annotate.run_plan, actor=ScriptedActor)
-    pipeline.run.plan.critic_of = lambda _config: None  # type: ignore[assignment]
-    jobs.annotate.main()
+    job: Any = jobs.annotate
+    plan: Any = pipeline.run.plan
+    job.run_plan = functools.partial(job.run_plan, actor=ScriptedActor)
+    plan.critic_of = lambda _config: None
+    job.main()
 
 
 if __name__ == "__main__":

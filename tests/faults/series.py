@@ -132,7 +132,7 @@ def storage_faults(job: Job, queries: Path, s3: S3Server, rng: random.Random, ru
     base = f"s3://{s3.bucket}/faults"
     job = replace(job, queries=f"{base}/queries", output=f"{base}/out", filesystem=store)
     for _, run in zip(range(runs), outputs(job), strict=False):
-        shares = {kind: rng.uniform(0, 0.1) for kind in ("refused", "failed", "cut", "lost", "slow")}
+        shares: dict[str, Any] = {kind: rng.uniform(0, 0.1) for kind in ("refused", "failed", "cut", "lost", "slow")}
         faults = Faults(**shares)
         with FaultProxy(s3.endpoint, faults, rng.randrange(10**6)) as proxy:
             at = {"endpoint_url": proxy.url, "access_key": s3.access_key, "secret_key": s3.secret_key}

@@ -89,7 +89,7 @@ def test_a_run_whose_actors_never_start_ends_and_says_so(job: Job, tmp_path: Pat
     status, said = job.finish()
     assert status == 1
     (line,) = (line for line in said.splitlines() if line.startswith("error: "))
-    assert "11 attempts ended with their process, with nothing done" in line
+    assert "11 consecutive attempts crashed without progress" in line
     assert (job.model / "dies_at_start").read_text() == str(1000 - 11)
 
 
@@ -107,7 +107,8 @@ def test_answers_do_not_depend_on_what_happened(job: Job, tmp_path: Path) -> Non
 def test_of_two_runs_on_one_output_one_stops_with_a_clear_line(job: Job, tmp_path: Path) -> None:
     write_queries(tmp_path / "queries", 300)
     first, second = job.start(), job.start()
-    statuses, said = zip(first.ended(), second.ended(), strict=True)
+    ended = [first.ended(), second.ended()]
+    statuses, said = [status for status, _ in ended], [text for _, text in ended]
     assert sorted(statuses) == [0, 2], said
     assert "another run is using this output (process" in said[statuses.index(2)].strip().splitlines()[-1]
     assert broken(job.output, tmp_path / "queries") == []

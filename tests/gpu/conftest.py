@@ -13,9 +13,10 @@ import pyarrow.dataset as ds
 import pytest
 import torch
 
+from jobs.demo import QUERIES
 from pipeline.config.sections import RetrievalConfig
 from pipeline.doctor.machine import read_cards
-from tests.gpu.cpu_answers import DECODING, QUERIES, SETTINGS, first_queries
+from tests.gpu.cpu_answers import DECODING, SETTINGS, first_queries
 
 REHEARSAL = bool(os.environ.get("SELFRAG_GPU_REHEARSAL"))
 # Set where a card must be there: a suite that skips everything has shown nothing.

@@ -216,4 +216,4 @@ def test_an_index_is_built_on_the_card(small_corpus: Path, tmp_path: Path) -> No
     index = PassageIndex.open(locate(str(tmp_path / "index"), StorageConfig()), RetrievalConfig(device="cpu"))
     found = index.retrieve(queries, 1)
     assert [hits[0].passage.id for hits in found] == [row["id"] for row in rows]
-    np.testing.assert_allclose([hits[0].score for hits in found], 1.0, atol=1e-3)
+    np.testing.assert_allclose(np.asarray([hits[0].score for hits in found], float), 1.0, atol=1e-3)

@@ -2,9 +2,10 @@
 
 import tomllib
 from pathlib import Path
+from typing import cast
 
 import pytest
-from packaging.markers import Environment, default_environment
+from packaging.markers import default_environment
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -12,8 +13,8 @@ ROOT = Path(__file__).parents[2]
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 
 
-def machine(python: str) -> Environment:
-    environment = default_environment()
+def machine(python: str) -> dict[str, str]:
+    environment = cast("dict[str, str]", default_environment())
     environment.update({"python_version": python, "python_full_version": f"{python}.0", "platform_machine": "x86_64"})
     return environment
 
@@ -22,7 +23,7 @@ def pins(extra: str, python: str) -> dict[str, str]:
     """The version that the lock gives each package on Linux with this Python."""
     lines = (ROOT / "infra" / "locks" / f"{extra}.txt").read_text().splitlines()
     wanted = [Requirement(line) for line in lines]
-    taken = [item for item in wanted if item.marker is None or item.marker.evaluate(dict(machine(python)))]
+    taken = [item for item in wanted if item.marker is None or item.marker.evaluate(machine(python))]
     assert len({canonicalize_name(item.name) for item in taken}) == len(taken)
     return {canonicalize_name(item.name): str(item.specifier).removeprefix("==") for item in taken}
 

@@ -26,7 +26,7 @@ def function_lengths() -> dict[str, int]:
         for node in ast.walk(ast.parse(file.read_text())):
             if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
                 body = node.body[1:] if ast.get_docstring(node) else node.body
-                lines = body[-1].end_lineno - body[0].lineno + 1 if body else 0
+                lines = (body[-1].end_lineno or 0) - body[0].lineno + 1 if body else 0
                 lengths[f"{file.relative_to(ROOT)}:{node.lineno} {node.name}"] = lines
     return lengths
 

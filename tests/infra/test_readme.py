@@ -78,6 +78,7 @@ def test_most_commands_can_be_run_here() -> None:
     assert [job for job, words in found if not runs(words)] == elsewhere
 
 
+@pytest.mark.slow
 def test_the_documents_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(tmp_path)
     bucket = tmp_path / "store" / "bucket"

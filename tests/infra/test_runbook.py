@@ -25,7 +25,9 @@ def said() -> list[str]:
         docstrings = [node.value for node in nodes if isinstance(node, ast.Expr)]
         for node in nodes:
             if isinstance(node, ast.JoinedStr):
-                texts.append("".join(part.value if isinstance(part, ast.Constant) else "…" for part in node.values))
+                texts.append(
+                    "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in node.values)
+                )
             elif isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in docstrings:
                 texts.append(node.value)
     return texts

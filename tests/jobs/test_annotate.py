@@ -75,7 +75,7 @@ def test_output_over_the_queries_is_refused(place, flag, options, tmp_path):
     query_set(folder, id=["a"], query=["x"])
     output = folder.parent if place == "/.." else f"{folder}{place}"
     options |= {"--queries": str(folder), "--output": str(output)}
-    assert "lie in one another" in refused(call(options, flag))
+    assert "one contains the other" in refused(call(options, flag))
     assert (folder / "queries.parquet").exists()
 
 
@@ -142,7 +142,7 @@ def test_an_output_of_other_columns_is_not_continued(options, finished):
     manifest = json.loads((finished / "_manifest.json").read_text())
     manifest["settings"]["output.columns"] = "of yore"
     (finished / "_manifest.json").write_text(json.dumps(manifest))
-    assert "holds a run that differs in output.columns; choose another output" in refused(call(options))
+    assert "contains a run that differs in output.columns; choose another output" in refused(call(options))
 
 
 def test_a_run_that_another_one_finishes_while_it_waits_does_nothing(options, finished, tmp_path, monkeypatch):
@@ -153,7 +153,7 @@ def test_a_run_that_another_one_finishes_while_it_waits_does_nothing(options, fi
     other.join()
     assert result.exit_code == 0, result.output
     assert "1 units on 1 actor(s)" in result.stderr  # so it looked when it began
-    assert "is finished; nothing was left to do" in result.stderr
+    assert "is already complete; nothing to do" in result.stderr
 
 
 def failing(tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch, *errors: int) -> tuple[RunPlan, list[int]]:
@@ -198,7 +198,7 @@ def test_a_unit_without_all_of_its_rows_is_withdrawn_and_the_run_says_so(tmp_pat
     for file, rows in zip(files, (10, 9), strict=True):
         usage = pa.array([{"generated_tokens": 1, "prompt_tokens": 1}] * rows)
         pq.write_table(pa.table({"retrieved": [True] * rows, "usage": usage}), file)
-    with pytest.raises(RuntimeError, match="10 of 30 rows are there, in 1 of 3 units; run the same command again"):
+    with pytest.raises(RuntimeError, match="10 of 30 rows are complete, in 1 of 3 units; rerun the same command"):
         verify_units(plan)
     assert [file.exists() for file in files] == [True, False]
 

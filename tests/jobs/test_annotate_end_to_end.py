@@ -240,7 +240,7 @@ def test_second_run_has_nothing_to_do(finished, queries, small_index):
     options = ["--queries", queries, "--index", small_index, "--output", output]
     result = annotate(*options, "--set", "execution.max_error_rate=0.1")
     assert result.returncode == 3
-    assert "is finished; nothing was left to do" in result.stderr
+    assert "is already complete; nothing to do" in result.stderr
     assert {file: file.stat().st_mtime_ns for file in output.rglob("*") if file.is_file()} == before
 
 
@@ -281,7 +281,7 @@ def test_from_and_to_s3_by_way_of_shard_servers(s3, queries, small_index, answer
     result = annotate(*options, "--set", "execution.max_error_rate=0.1", **s3.environment)
     assert result.returncode == 3, result.stderr[-3000:]
 
-    assert "2 shard server(s) beside the actors" in result.stderr
+    assert "2 shard server(s) in addition to the actors" in result.stderr
     table = ds.dataset(f"{s3.bucket}/out/data", filesystem=store).to_table()
     found = {row["id"]: row["answer"] for row in table.to_pylist()}
     assert found == {key: row["answer"] for key, row in answers.items()}

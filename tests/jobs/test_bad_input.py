@@ -195,7 +195,7 @@ CONFIGURATION: dict[str, tuple[Spoil, str]] = {
     "no patience": (lambda c: c.set("execution.row_timeout_s=0"), "configuration key execution.row_timeout_s"),
     "empty units": (lambda c: c.set("execution.unit_rows=0"), "configuration key execution.unit_rows"),
     "all may fail": (lambda c: c.set("execution.max_error_rate=2"), "configuration key execution.max_error_rate"),
-    "unknown profile": (lambda c: c.set("task=popqua"), "task: no profile .popqua.; there are .*popqa"),
+    "unknown profile": (lambda c: c.set("task=popqua"), "task: no profile .popqua.; expected one of .*popqa"),
     "unknown engine argument": (lambda c: c.set("model.engine.tensor_paralel_size=2"), "tensor_paralel_size"),
     "unknown key in the file": (lambda c: c.yaml("decoding:\n  depth: 3\n"), "unknown .* key decoding.depth"),
     "file without keys": (lambda c: c.yaml("- decoding\n"), "run.yaml"),
@@ -211,8 +211,8 @@ INDEX: dict[str, tuple[Spoil, str]] = {
     "manifest is not JSON": (lambda c: c.damage("index.json", cut), "index.json: "),
     "another version": (lambda c: c.manifest(lambda m: m.update(format_version=9)), "format_version.*found 9"),
     "missing shard": (lambda c: c.damage("shard-00001.faiss", lambda _: None), "shard-00001.faiss: missing"),
-    "truncated shard": (lambda c: c.damage("shard-00000.faiss", cut), "shard-00000.faiss: has .* bytes where"),
-    "truncated passages": (lambda c: c.damage("shard-00000.passages.arrow", cut), "passages.arrow: has .* bytes where"),
+    "truncated shard": (lambda c: c.damage("shard-00000.faiss", cut), "shard-00000.faiss: has .* bytes, but"),
+    "truncated passages": (lambda c: c.damage("shard-00000.passages.arrow", cut), "passages.arrow: has .* bytes, but"),
     "shard outside": (
         lambda c: c.manifest(lambda m: m["shards"][0].update(file="../../etc/passwd")),
         "index.json: key shards.0.file: string should match pattern",
@@ -221,7 +221,7 @@ INDEX: dict[str, tuple[Spoil, str]] = {
         lambda c: c.manifest(lambda m: m["shards"][0].update(passages_file="..")),
         "index.json: key shards.0.passages_file: string should match pattern",
     ),
-    "counts disagree": (lambda c: c.manifest(lambda m: m.update(passages=9)), "do not hold 9 passages together"),
+    "counts disagree": (lambda c: c.manifest(lambda m: m.update(passages=9)), "do not add up to 9 passages"),
     "another encoder": (
         lambda c: c.manifest(lambda m: m["encoder"].update(digest="0" * 64)),
         "is not the one that the index was built with",
@@ -234,7 +234,7 @@ STORAGE: dict[str, tuple[Spoil, str]] = {
     ),
     "no bucket to write": (
         lambda c: (c.use(output="s3://no-such-bucket/out"), c.environment.update(c.s3.environment)),
-        "--output s3://no-such-bucket/out: no bucket 'no-such-bucket' there",
+        "--output s3://no-such-bucket/out: the store has no bucket 'no-such-bucket'",
     ),
     "wrong credentials": (
         lambda c: (
@@ -246,15 +246,15 @@ STORAGE: dict[str, tuple[Spoil, str]] = {
     "unknown scheme": (lambda c: c.use(queries="ftp://host/q.parquet"), "ftp://host/q.parquet"),
     "output is a file": (lambda c: c.use(output=c.folder / "queries.parquet"), "queries.parquet"),
     "output below a file": (lambda c: c.use(output=c.folder / "queries.parquet" / "out"), "queries.parquet"),
-    "output in the input": (lambda c: c.use(output=c.write(**ONE).parent / "out"), "lie in one another"),
-    "input in the output": (lambda c: c.use(output=c.write(**ONE).parent.parent), "lie in one another"),
+    "output in the input": (lambda c: c.use(output=c.write(**ONE).parent / "out"), "one contains the other"),
+    "input in the output": (lambda c: c.use(output=c.write(**ONE).parent.parent), "one contains the other"),
     "output of something else": (
         lambda c: ((c.folder / "out").mkdir(), (c.folder / "out" / "thesis.txt").write_text("years of work")),
-        "out holds files of something else .*thesis.txt",
+        "out contains files that are not part of an annotated set .*thesis.txt",
     ),
     "a set that no run has written": (
         lambda c: ((c.folder / "out").mkdir(), pq.write_table(pa.table(ONE), c.folder / "out" / "mine.parquet")),
-        "out holds files of something else .*mine.parquet",
+        "out contains files that are not part of an annotated set .*mine.parquet",
     ),
 }
 REFUSED = {

@@ -63,7 +63,7 @@ def test_an_interrupted_build_goes_on_with_the_missing_shards(
     with caplog.at_level(logging.INFO, "pipeline.indexing.build_pool"):
         result = run(source, out, *options)
     assert result.exit_code == 0, result.stderr
-    assert "2 of 3 shards are there from an interrupted build" in caplog.text
+    assert "resuming an interrupted build: 2 of 3 shards are done" in caplog.text
     after = {file.name: file.stat().st_mtime_ns for file in out.glob("shard-*")}
     assert {name for name in after if after[name] != before.get(name)} == {
         "shard-00001.faiss",
@@ -117,7 +117,7 @@ def test_an_interrupted_build_of_something_else_is_not_mixed(
     (out, options), (source, _) = interrupted, with_vectors
     pq.write_table(given_vectors(10, 300)[0], source / "c.parquet")
     changed = [option if option != "IVF8,Flat" else "Flat" for option in options]
-    refused_last(run(source, out, *changed), "holds an unfinished build that differs in factory, passages; say --over")
+    refused_last(run(source, out, *changed), "holds an unfinished build that differs in factory, passages; pass --over")
     assert run(source, out, *changed, "--overwrite").exit_code == 0
     assert read_manifest(place(out)).passages == 310
     assert not (out / "_build").exists()
@@ -146,6 +146,8 @@ def test_a_build_that_another_one_finishes_while_it_waits_leaves_the_index_alone
     assert run(with_vectors[0], tmp_path / "out", "--embeddings", "vector").exit_code == 0
     before = {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()}
     other = finishing_elsewhere(tmp_path / "out", tmp_path / "aside")
-    refused_last(run(with_vectors[0], tmp_path / "out", "--embeddings", "vector"), "already holds an index; say --over")
+    refused_last(
+        run(with_vectors[0], tmp_path / "out", "--embeddings", "vector"), "already holds an index; pass --overwrite"
+    )
     other.join()
     assert {file.name: file.stat().st_mtime_ns for file in (tmp_path / "out").iterdir()} == before

@@ -32,8 +32,8 @@ def probed(folder: Location) -> Location:
 def test_the_check_names_the_fastest_setting_that_finds_enough(probed: Location) -> None:
     result = check(probed, "--recall", "1.0", "--sample", "50")
     assert result.exit_code == 0, result.output
-    assert "whole, 500 passages in 2 shards of IVF8,Flat" in result.stdout
-    assert "recall is against exact search over all vectors" in result.stdout
+    assert "intact, 500 passages in 2 shards of IVF8,Flat" in result.stdout
+    assert "recall measured against exact search over all vectors" in result.stdout
     assert "for a recall of 1: --set retrieval.search=nprobe=8" in result.stdout
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
     assert [row[0] for row in cells] == ["nprobe=1", "nprobe=2", "nprobe=4", "nprobe=8"]
@@ -57,7 +57,9 @@ def test_codes_without_vectors_are_said_to_be_the_reference(folder: Location) ->
     assert read_manifest(folder).embeddings == "vector"
     result = check(folder)
     assert result.exit_code == 0, result.output
-    assert "recall is against search over all codes; what these lose is not seen" in result.stdout
+    assert (
+        "recall measured against exhaustive search over the codes; quantization loss is not measured" in result.stdout
+    )
 
 
 @pytest.mark.parametrize("name", ["shard-00000.faiss", "shard-00001.passages.arrow"])
@@ -67,7 +69,7 @@ def test_damage_is_named(probed: Location, name: str) -> None:
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
     result = check(probed)
     assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
-    assert f"{name}: its SHA-256 is not what index.json says" in result.stderr
+    assert f"{name}: its SHA-256 differs from index.json" in result.stderr
     file.unlink()
     assert f"{name}: missing" in check(probed).stderr
 
@@ -83,7 +85,7 @@ def test_too_few_passages_or_queries_to_measure_are_said(folder: Location, tmp_p
     save(folder, [unit_vectors(10)])
     result = check(folder)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
-    assert "10 passages are too few to look for 10 among them" in result.stderr
+    assert "10 passages are too few to retrieve 10" in result.stderr
 
 
 def test_no_index_is_bad_usage(tmp_path: Path) -> None:
@@ -116,7 +118,7 @@ def test_real_codes_are_checked_against_the_encoder(small_corpus: Path, tmp_path
     options = ["--queries", str(tmp_path / "q.parquet"), "--k", "2", "--json"]
     found = json.loads(check(folder, *options).stdout)
     assert found["queries"] == 2
-    assert found["reference"].startswith("the exact order of the 20 best codes")
+    assert found["reference"].startswith("the 20 best codes of each query, reranked")
     asked = encoder.encode_queries(["Who ruled?", "What is it?"])
     exact = np.argsort(-(asked @ vectors.T), axis=1)[:, :2]
     coded = template.search(asked, 2)[1]
@@ -129,5 +131,7 @@ def test_the_old_form_still_works_with_a_hint(probed: Location) -> None:
     app.command()(build_index)
     result = CliRunner().invoke(app, ["--check", probed.uri, "--sample", "50", "--json"])
     assert result.exit_code == 0, result.output
-    assert "build_index --check INDEX is deprecated and goes in version 0.3; use: check_index" in result.stderr
+    assert (
+        "build_index --check INDEX is deprecated and will be removed in version 0.3; use: check_index" in result.stderr
+    )
     assert json.loads(result.stdout)["queries"] == 50

@@ -190,4 +190,4 @@ def test_machines_may_come_after_the_run_has_begun(
             said = build(with_vectors[0], tmp_path / "index", made.address)
         assert workers(asked, "ShardBuilder") == [{"CPU": 2.0, "GPU": 1.0}]
         assert json.loads((tmp_path / "index" / "index.json").read_text())["passages"] == 300
-        assert re.search(r"1 actor\(s\) at work, each with 2 CPUs and 1 GPUs", said)
+        assert re.search(r"starting 1 actor\(s\), each with 2 CPUs and 1 GPUs", said)

@@ -57,7 +57,7 @@ def test_the_conclusion_compares_with_the_baselines(tmp_path: Path) -> None:
     evaluated = {name: evaluation(*right) for name, right in grades.items()}
     counts = {"rows": 4, "annotated": 4, "retrieved": 3, "seconds": 8.0}
     first, second, folder, page = conclusion(DemoSet(tmp_path, 0, counts), evaluated)
-    assert first == "Gold answer in the answer: 75.0 % adaptive; 50.0 % first passage, 0.0 % never."
+    assert first == "Answers that contain a gold answer: 75.0 % adaptive; 50.0 % first passage, 0.0 % never."
     assert second.startswith("3 of 4 rows used a passage. 4 rows in 8 s, 0.50 rows/s")
     assert folder == f"annotated set: {tmp_path}"
     assert page == f"report: {tmp_path}/report.html"
@@ -96,7 +96,7 @@ def test_the_table_shows_answers_with_evidence_and_without(tmp_path: Path) -> No
 def test_the_demo_from_start_to_end(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jobs.demo", "--rows", "6", "--output", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=550, check=True)
-    assert "Gold answer in the answer" in result.stdout
+    assert "Answers that contain a gold answer" in result.stdout
     evaluated = evaluations(tmp_path / "adaptive")
     assert [(e.overall.rows, e.overall.errors) for e in evaluated.values()] == [(6, 0)] * 3
     assert evaluated["never"].overall.retrieval_rate == 0.0

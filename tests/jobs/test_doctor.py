@@ -55,7 +55,7 @@ class QuickProbe:
 
     def search(self) -> Searched:
         if self.device == "gpu":
-            raise ValueError("retrieval.device gpu: FAISS sees none; install the gpu extra, or set auto or cpu")
+            raise ValueError("retrieval.device gpu: FAISS finds no GPU; install the gpu extra, or set auto or cpu")
         return Searched("CPU", True, 0.001)
 
     def answer(self) -> Answered:
@@ -114,8 +114,8 @@ def test_what_a_run_would_be_refused_for_fails_with_the_same_line(tmp_path: Path
 @pytest.mark.usefixtures("quick")
 def test_a_gpu_that_is_required_and_missing_fails_with_the_actors_line() -> None:
     findings = failed(call("--json", "--set", "retrieval.device=gpu"))
-    assert findings["search"]["found"].startswith("retrieval.device gpu: FAISS sees none")
-    assert findings["search"]["advice"] == "retrieval.device=cpu searches without the GPU"
+    assert findings["search"]["found"].startswith("retrieval.device gpu: FAISS finds no GPU")
+    assert findings["search"]["advice"] == "set retrieval.device=cpu to search without the GPU"
 
 
 @pytest.mark.usefixtures("quick")

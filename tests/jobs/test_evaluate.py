@@ -57,7 +57,7 @@ FIRST_FILE = [
         "candidates": candidates(("p2", 0.3), ("p1", 0.2)),
     },
 ]
-SECOND_FILE = [
+SECOND_FILE: list[dict[str, Any]] = [
     {"id": "3", "task": "instruction", "answer": "Hello!", "retrieved": False},
     {"id": "4", "task": None, "answer": None, "retrieved": False, "answers": ["x"], "gold_passage_id": None},
 ]
@@ -170,7 +170,7 @@ def test_command_shows_a_table_with_baselines_and_writes_json(annotated: Path, t
     assert result.exit_code == 0
     assert "first" in result.stdout
     assert "33.3 ±" in result.stdout
-    assert "Difference to each set" in result.stdout
+    assert "Difference from each baseline" in result.stdout
     figures = json.loads(file.read_text())
     assert figures["groups"]["qa"]["isrel"]["auc"] == 0.75
     assert figures["baselines"]["first"]["difference"]["match"]["mean"] == 0.0
@@ -203,7 +203,7 @@ def test_a_set_without_gold_is_counted_with_a_warning(tmp_path: Path, caplog: py
     plain = pa.schema([SCHEMA.field(name) for name in ("id", "answer", "retrieved")])
     write_rows(tmp_path / "data" / "part.parquet", [{"id": "1", "answer": "x", "retrieved": True}], plain)
     assert judged(tmp_path).overall.metrics == {}
-    assert "has no gold (columns answers, short_answers, gold_passage_id)" in caplog.text
+    assert "has no gold answers or passages (columns answers, short_answers, gold_passage_id)" in caplog.text
 
 
 def test_gold_of_the_wrong_type_is_refused(tmp_path: Path) -> None:

@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from jobs.import_queries import import_queries
 from pipeline.config.sections import Columns, StorageConfig
@@ -140,7 +139,7 @@ def test_the_first_bad_row_ends_an_import_and_nothing_is_written(tmp_path: Path)
     result = run(file, tmp_path / "set")
     assert result.exit_code == 2
     (line,) = result.stderr.splitlines()
-    assert line.startswith(f"error: {file} row 1: the query is empty (it has id, query; --column maps them); ")
+    assert line.startswith(f"error: {file} row 1: the query is empty (columns: id, query; map them with --column); ")
     assert not (tmp_path / "set").exists()
 
 
@@ -153,7 +152,7 @@ def test_bad_rows_are_listed_and_left_out_on_request(tmp_path: Path, caplog: pyt
     assert f"skipped: {file} row 1: the query is empty" in caplog.text
     assert f"skipped: {file} row 2: id '1' is not unique" in caplog.text
     assert f"skipped: {file} row 4: not JSON" in caplog.text
-    assert "2 rows in 1 files, 3 bad ones left out" in result.stderr
+    assert "2 rows in 1 files, 3 bad rows skipped" in result.stderr
 
 
 @pytest.mark.parametrize(
@@ -161,18 +160,18 @@ def test_bad_rows_are_listed_and_left_out_on_request(tmp_path: Path, caplog: pyt
     [
         (["--source", "nowhere.jsonl"], "nowhere.jsonl: not found"),
         (["--source", "IN", "--split", "test"], "--split is for Hugging Face datasets"),
-        (["--source", "IN", "--dataset", "popqua"], "--dataset popqua: known are popqa, triviaqa"),
-        ([], "--source or --dataset is missing"),
+        (["--source", "IN", "--dataset", "popqua"], "--dataset popqua: expected one of popqa, triviaqa"),
+        ([], "--source or --dataset is required"),
         (["--source", "IN", "--column", "query"], "--column query: expected NAME=COLUMN"),
         (["--source", "IN", "--column", "question=query"], "a query set has the columns id, query"),
-        (["--source", "IN", "--column", "answers=gold"], "--column answers=gold: no row has anything there"),
+        (["--source", "IN", "--column", "answers=gold"], "--column answers=gold: empty in every row"),
         (
             ["--source", "IN", "--column", "query=question"],
-            "row 0: the query is empty (it has query, n; --column maps them)",
+            "row 0: the query is empty (columns: query, n; map them with --column)",
         ),
-        (["--source", "EMPTY"], "no rows to import (0 bad ones)"),
-        (["--source", "FOLDER"], "lie in one another"),
-        (["--source", "IN", "--set", "model.name=x"], "here only storage.* can be set"),
+        (["--source", "EMPTY"], "no rows to import (0 bad rows skipped)"),
+        (["--source", "FOLDER"], "one contains the other"),
+        (["--source", "IN", "--set", "model.name=x"], "only storage.* can be set here"),
     ],
 )
 def test_bad_usage_is_one_line_and_status_2(options: list[str], problem: str, tmp_path: Path) -> None:

@@ -88,7 +88,7 @@ def test_a_night_has_what_is_new_and_what_has_failed(nightly, queries, tmp_path)
     ask(queries, a="one", b="bad", c="three", d="four")
     second = call(nightly, "--date", "2026-01-31")
     assert second.exit_code == 0, second.output
-    assert f"skipped  3 rows that were dealt with below {tmp_path}/sets" in second.stderr
+    assert f"skipped  3 rows already answered or failed below {tmp_path}/sets" in second.stderr
     assert rows(tmp_path / "sets/2026-01-31") == {"d": "FOUR"}
     manifest = json.loads((tmp_path / "sets/2026-01-31/_manifest.json").read_text())
     assert (manifest["counts"]["rows"], manifest["counts"]["errors"], manifest["known"]) == (1, 0, 3)
@@ -96,7 +96,8 @@ def test_a_night_has_what_is_new_and_what_has_failed(nightly, queries, tmp_path)
     ask(queries, a="one", c="three", d="four")
     third = call(nightly, "--date", "2026-02-01")
     assert third.exit_code == 0, third.output
-    assert third.stderr.splitlines() == [f"all 3 queries are dealt with below {tmp_path}/sets; nothing is left to do"]
+    line = f"all 3 queries are already answered or failed below {tmp_path}/sets; nothing is left to do"
+    assert third.stderr.splitlines() == [line]
     assert not (tmp_path / "sets/2026-02-01").exists()
 
 
@@ -112,11 +113,11 @@ def test_a_night_that_was_killed_goes_on_with_its_own_rows(nightly, tmp_path, mo
         assert call(nightly, "--date", "2026-01-30").exit_code == 1
     assert rows(tmp_path / "sets/2026-01-30") == {"a": "ONE"}
     again = call(nightly, "--date", "2026-01-30")
-    assert "1 of 3 units done before" in again.stderr
+    assert "1 of 3 units already done" in again.stderr
     assert rows(tmp_path / "sets/2026-01-30") == {"a": "ONE", "c": "THREE"}
     finished = call(nightly, "--date", "2026-01-30")
     assert finished.exit_code == 3
-    assert "is finished; nothing was left to do" in finished.stderr
+    assert "is already complete; nothing to do" in finished.stderr
 
 
 def test_queries_that_come_in_meanwhile_are_the_next_nights(nightly, queries, tmp_path):
@@ -124,7 +125,7 @@ def test_queries_that_come_in_meanwhile_are_the_next_nights(nightly, queries, tm
     ask(queries, a="one", z="new")
     again = call(nightly, "--date", "2026-01-30")
     assert again.exit_code == 3
-    assert "is finished; nothing was left to do" in again.stderr
+    assert "is already complete; nothing to do" in again.stderr
     assert call(nightly, "--date", "2026-01-31").exit_code == 0
     assert rows(tmp_path / "sets/2026-01-31") == {"z": "NEW"}
 
@@ -134,7 +135,7 @@ def test_another_query_set_is_not_mixed_into_a_night(nightly, tmp_path):
     ask(tmp_path / "other.parquet", a="one")
     result = call(nightly | {"queries": f"{tmp_path}/other.parquet"}, "--date", "2026-01-30")
     assert result.exit_code == 2
-    assert f"2026-01-30/_queries was chosen from {tmp_path}/queries.parquet; choose another" in result.stderr
+    assert f"2026-01-30/_queries was selected from {tmp_path}/queries.parquet; choose another" in result.stderr
 
 
 def test_beginning_anew_chooses_anew_once_it_can_begin(nightly, queries, tmp_path, monkeypatch):
@@ -158,7 +159,7 @@ def test_somebody_elses_folder_is_left_as_it_is(nightly, tmp_path):
     (tmp_path / "sets/2026-01-30/theirs.txt").write_text("x")
     result = call(nightly, "--date", "2026-01-30")
     assert result.exit_code == 2
-    assert "holds files of something else" in result.stderr
+    assert "contains files that are not part of an annotated set" in result.stderr
     assert [file.name for file in (tmp_path / "sets/2026-01-30").iterdir()] == ["theirs.txt"]
 
 
@@ -276,7 +277,7 @@ def test_who_cannot_be_told_changes_nothing(told, tmp_path, caplog, path, kind):
     assert result.exit_code == 2
     warnings = [record.message for record in caplog.records if record.name == "pipeline.run.notices"]
     whys = ("FileNotFoundError: /no/such/program", kind)
-    assert warnings == [f"on_failure: nobody was told: {why}" for why in whys]
+    assert warnings == [f"on_failure: notification failed: {why}" for why in whys]
     assert "key-abc" not in result.output
 
 

@@ -1,10 +1,12 @@
 from pathlib import Path
 
+import pytest
 import typer
 from typer.testing import CliRunner
 
 from jobs.build_index import build_index
 from jobs.plan_index import plan_index
+from pipeline.retrieval.encoder import Encoder
 from tests.conftest import DEMO
 
 APP = typer.Typer()
@@ -22,7 +24,8 @@ def test_the_plan_names_what_it_will_take_and_writes_nothing(tmp_path: Path) -> 
     assert not (tmp_path / "index").exists()
 
 
-def test_a_wrong_factory_is_one_line(tmp_path: Path) -> None:
+def test_a_wrong_factory_is_refused_in_one_line_before_anything_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(Encoder, "encode")
     flags = ["--passages", str(DEMO / "passages.parquet"), "--factory", "Flatt"]
     result = CliRunner().invoke(APP, flags)
     assert result.exit_code == 2
@@ -36,5 +39,5 @@ def test_the_old_form_still_works_with_a_hint(tmp_path: Path) -> None:
     flags = ["--passages", str(DEMO / "passages.parquet"), "--factory", "SQfp16", "--plan"]
     result = CliRunner().invoke(app, flags, env={"COLUMNS": "120"})
     assert result.exit_code == 0, result.output
-    assert "build_index --plan is deprecated and goes in version 0.3; use: plan_index" in result.stderr
+    assert "build_index --plan is deprecated and will be removed in version 0.3; use: plan_index" in result.stderr
     assert "SQfp16" in result.stdout

@@ -75,7 +75,7 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def test_it_renders_and_says_nothing_to_the_console(page: Path, tmp_path: Path) -> None:
     document = browse(page, tmp_path)
-    for words in ("Run report", "Tokens written per second", "Where the time went", "have answered no id in common"):
+    for words in ("Run report", "Generated tokens per second", "Where the time went", "have no answered id in common"):
         assert words in document
 
 

@@ -10,8 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import typer
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from jobs.annotate import annotate
 from jobs.rescore import rescore as command
@@ -111,10 +110,10 @@ def test_own_settings_give_the_same_set_and_others_another(tmp_path: Path) -> No
     ("decoding", "setting", "problem"),
     [
         ({"keep_candidates": True}, "decoding.passages=3", "decoding.passages cannot be changed without generating"),
-        ({"keep_candidates": True}, "decoding.threshold=0.9", "needs a run with decoding.explore=true"),
-        ({}, "decoding.weights.support=2", "holds no candidates"),
-        ({"keep_candidates": True}, "model.name=x", "here only decoding.* can be set"),
-        ({"keep_candidates": True}, "decoding.weights=2", "decoding.weights: expected settings of its own"),
+        ({"keep_candidates": True}, "decoding.threshold=0.9", "requires a run with decoding.explore=true"),
+        ({}, "decoding.weights.support=2", "recorded no candidates"),
+        ({"keep_candidates": True}, "model.name=x", "only decoding.* can be set here"),
+        ({"keep_candidates": True}, "decoding.weights=2", "decoding.weights: expected nested settings"),
         ({"keep_candidates": True, "explore": True, "segments": 3}, "decoding.threshold=0.9", "answers of one segment"),
         ({"keep_candidates": True}, "decoding.weights.support=-1", "key decoding.weights.support: input should be"),
     ],
@@ -133,20 +132,23 @@ def test_what_cannot_be_changed_is_refused(
 def test_a_run_that_is_not_finished_is_refused(tmp_path: Path) -> None:
     run = annotated_set(tmp_path / "run", rows=2, keep_candidates=True)
     (run / "_SUCCESS").unlink()
-    assert "no finished annotated set" in rescore(run, tmp_path / "new").stderr
+    assert "not a finished annotated set" in rescore(run, tmp_path / "new").stderr
 
 
 def test_a_taken_output_is_refused(tmp_path: Path) -> None:
     run = annotated_set(tmp_path / "run", rows=2, keep_candidates=True)
     for inside in (run, run / "data"):
-        assert "lie in one another" in rescore(run, inside).stderr
+        assert "one contains the other" in rescore(run, inside).stderr
     (tmp_path / "new").mkdir()
     (tmp_path / "new" / "file").write_text("mine")
-    assert f"holds files of something else ({tmp_path}/new/file)" in rescore(run, tmp_path / "new").stderr
+    assert (
+        f"contains files that are not part of an annotated set ({tmp_path}/new/file)"
+        in rescore(run, tmp_path / "new").stderr
+    )
     options = ["--annotations", str(run), "--output", str(tmp_path / "new"), "--overwrite"]
-    assert "holds files of something else" in CliRunner().invoke(APP, options).stderr
+    assert "contains files that are not part of an annotated set" in CliRunner().invoke(APP, options).stderr
     annotated_set(tmp_path / "other", rows=2)
-    assert "is taken" in rescore(run, tmp_path / "other").stderr
+    assert "already contains an annotated set" in rescore(run, tmp_path / "other").stderr
 
 
 def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
@@ -164,7 +166,8 @@ def test_the_old_form_still_works_with_a_hint(tmp_path: Path) -> None:
     result = CliRunner().invoke(app, ["--rescore", str(run), "--output", str(tmp_path / "new"), "--dry-run"])
     assert result.exit_code == 0, result.output
     assert (
-        "annotate --rescore RUN is deprecated and goes in version 0.3; use: rescore --annotations RUN" in result.stderr
+        "annotate --rescore RUN is deprecated and will be removed in version 0.3; use: rescore --annotations RUN"
+        in result.stderr
     )
     assert "nothing was written" in result.stderr
     result = CliRunner().invoke(app, ["--rescore", str(run), "--output", str(tmp_path / "new"), "--model", "demo"])

@@ -9,8 +9,7 @@ import huggingface_hub
 import pyarrow as pa
 import pytest
 import typer
-from click.testing import Result
-from typer.testing import CliRunner
+from typer.testing import CliRunner, Result
 
 from jobs.share import share
 from pipeline.output.dataset_card import columns_table
@@ -82,7 +81,7 @@ def test_an_edited_card_is_kept(annotated: Path) -> None:
     assert "## Caveats" in card.read_text()
 
 
-@pytest.mark.parametrize(("options", "what"), [([], "run"), (["--license", "mit"], "licence")])
+@pytest.mark.parametrize(("options", "what"), [([], "run"), (["--license", "mit"], "license")])
 def test_a_card_of_something_else_is_not_shared(annotated: Path, hub: Hub, options: list[str], what: str) -> None:
     run(annotated)
     if what == "run":
@@ -90,15 +89,15 @@ def test_a_card_of_something_else_is_not_shared(annotated: Path, hub: Hub, optio
         (annotated / "_manifest.json").write_text(json.dumps(manifest | {"finished": "2031-01-01T00:00:00"}))
     result = run(annotated, "--push-to-hub", "me/answers", *options)
     assert result.exit_code == 2
-    assert f"README.md is of another {what} (" in result.stderr
-    assert "--overwrite makes it anew" in result.stderr
+    assert f"README.md is for another {what} (" in result.stderr
+    assert "pass --overwrite to replace it" in result.stderr
     assert hub.files == set()
     assert run(annotated, "--push-to-hub", "me/answers", *options, "--overwrite").exit_code == 0
 
 
 def test_names_of_somebodys_data_are_no_markdown() -> None:
     table = columns_table(pa.schema([("a|`b`\n![x](https://e.org/i)", pa.string()), ("answer", pa.string())]))
-    assert table.splitlines()[2] == r"| `a\|'b' ![x](https://e.org/i)` | as the query set has them |"
+    assert table.splitlines()[2] == r"| `a\|'b' ![x](https://e.org/i)` | unchanged from the query set |"
 
 
 def test_a_set_is_pushed_with_card_and_manifest_and_nothing_else(annotated: Path, hub: Hub) -> None:
@@ -131,10 +130,10 @@ def test_a_set_on_object_storage_is_pushed_too(
 @pytest.mark.parametrize(
     ("arguments", "status", "problem"),
     [
-        (["--annotations", "NOWHERE"], 2, "no finished annotated set there"),
+        (["--annotations", "NOWHERE"], 2, "not a finished annotated set"),
         (["--annotations", "SET", "--push-to-hub", "me/a/b"], 2, "me/a/b: Repo id must be in the form"),
         (["--annotations", "SET", "--push-to-hub", "me/a"], 1, "me/a: Cannot reach https://huggingface.co"),
-        (["--annotations", "SET", "--set", "model.name=x"], 2, "here only storage.* can be set"),
+        (["--annotations", "SET", "--set", "model.name=x"], 2, "only storage.* can be set here"),
     ],
 )
 def test_what_cannot_be_shared_is_one_line_and_no_card(

@@ -78,7 +78,7 @@ def test_a_run_that_was_stopped_goes_on_when_it_is_submitted_again(server: Serve
     assert 2 <= len(before) < 300
     status, said = server.submit(folder)
     assert status == 0, said[-3000:]
-    assert f"{len(before)} of 300 units done before" in said
+    assert f"{len(before)} of 300 units already done" in said
     assert "3000 of 3000 rows answered, 0 in errors/" in said
     assert redone(before, f"{folder}/out") == []
     assert broken(f"{folder}/out", folder / "queries") == []

@@ -25,7 +25,7 @@ def test_sweep_draws_and_recommends(tmp_path: Path) -> None:
     assert rates == sorted(rates, reverse=True)
     drawing = ElementTree.parse(tmp_path / "sweep" / "sweep.svg")
     assert len([node for node in drawing.iter() if (node.get("id") or "").startswith("axes_")]) == 5
-    assert "Recommended on one half" in result.stdout
+    assert "Recommended settings (chosen on one half" in result.stdout
 
 
 def test_without_exploring_the_threshold_is_not_swept(tmp_path: Path) -> None:
@@ -35,7 +35,7 @@ def test_without_exploring_the_threshold_is_not_swept(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("candidates", "problem"), [(True, "no manifest of a run"), (False, "the run holds no candidates")]
+    ("candidates", "problem"), [(True, "no manifest of a run"), (False, "the run recorded no candidates")]
 )
 def test_sets_that_cannot_be_swept_are_refused(tmp_path: Path, candidates: bool, problem: str) -> None:
     run = annotated_set(tmp_path / "run", rows=2, keep_candidates=candidates)

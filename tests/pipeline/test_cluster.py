@@ -57,17 +57,17 @@ def test_actors_share_the_nodes_that_can_hold_them(rooms, run, expected):
 @pytest.mark.parametrize(
     ("rooms", "run", "held"),
     [
-        (LAPTOP, config(actors=3), "each with 1 CPUs and 0 GPUs, and the cluster's 1 node(s) hold 2"),
-        (LAPTOP, config(gpus_per_actor=1), "hold 0"),
+        (LAPTOP, config(actors=3), "each with 1 CPUs and 0 GPUs, but the cluster's 1 node(s) have room for 2"),
+        (LAPTOP, config(gpus_per_actor=1), "have room for 0"),
         (
             GPU_NODES,
             config({"tensor_parallel_size": 4}),
-            "each with 1 CPUs and 4 GPUs, and the cluster's 3 node(s) hold 0",
+            "each with 1 CPUs and 4 GPUs, but the cluster's 3 node(s) have room for 0",
         ),
-        (GPU_NODES, config(actors=5), "hold 4"),
+        (GPU_NODES, config(actors=5), "have room for 4"),
         # Two cards have 2.0 GPUs, and hold one share of 0.6 each.
-        ([Room(8.0, (1.0, 1.0))], config(actors=3, gpus_per_actor=0.6), "hold 2"),
-        ([Room(8.0, (0.5, 0.5))], config(), "each with 1 CPUs and 1 GPUs, and the cluster's 1 node(s) hold 0"),
+        ([Room(8.0, (1.0, 1.0))], config(actors=3, gpus_per_actor=0.6), "have room for 2"),
+        ([Room(8.0, (0.5, 0.5))], config(), "each with 1 CPUs and 1 GPUs, but the cluster's 1 node(s) have room for 0"),
     ],
 )
 def test_actors_that_do_not_fit_are_refused(rooms, run, held):
@@ -144,7 +144,7 @@ def test_engines_that_fit_into_their_shares_are_accepted(run, gpus):
         ),
         (config({"gpu_memory_utilization": 0.9}, gpus_per_server=0.25), 0.75, "utilization to 0.70 or less"),
         (config(), 0.5, "to 0.45 or less"),  # the other half belongs to another process
-        (config(), 0.04, "is 0.04, and an actor's processes need 0.05; set it higher"),
+        (config(), 0.04, "is 0.04, but an actor's processes alone need 0.05; increase it"),
     ],
 )
 def test_engines_that_would_take_more_than_their_cards_have_are_refused(run, gpus, line):
@@ -206,7 +206,7 @@ def test_shares_of_servers_fill_a_card_before_they_break_another():
     assert homes == [0, 0, 0]
     assert left[0].cpus == 1.0
     assert share_of(left, config(), 0.5).gpus == 0.5
-    with pytest.raises(ValueError, match="hold 0"):
+    with pytest.raises(ValueError, match="have room for 0"):
         share_of(left, config(), 1.0)
 
 

@@ -12,7 +12,7 @@ Asked = list[tuple[str, dict[str, float]]]
 def asked_of(address: str) -> dict[str, tuple[str, dict[str, float]]]:
     """Read the class and the required resources of every actor that a cluster has had, by the actor's id."""
     from ray._private.state import GlobalStateAccessor
-    from ray._raylet import GcsClientOptions
+    from ray._raylet import GcsClientOptions  # type: ignore[attr-defined]
     from ray.core.generated.gcs_pb2 import ActorTableData
 
     accessor = GlobalStateAccessor(

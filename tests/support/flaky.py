@@ -10,7 +10,7 @@ from pipeline.storage.location import Location
 BUSY = "When reading: AWS Error SLOW_DOWN during GetObject operation: Reduce your request rate"
 
 
-class FlakyFiles(fs.FileSystemHandler):
+class FlakyFiles(fs.FileSystemHandler):  # type: ignore[misc]
     """A folder whose next operations fail, so many of them as ``failures`` holds; notes what is opened for reading."""
 
     def __init__(self, root: Path, failures: list[str]) -> None:

@@ -44,7 +44,7 @@ def segment(score: float, text: str = "Frank Herbert", **scores: float | None) -
 
 def answered(id_: str, score: float = 2.0, task: str | None = None, **values: Any) -> Row:
     """A row answered from one passage."""
-    row = {"id": id_, "query": f"Who wrote {id_}?", "task": task, "answer": "Frank Herbert", "raw_output": ""}
+    row: Row = {"id": id_, "query": f"Who wrote {id_}?", "task": task, "answer": "Frank Herbert", "raw_output": ""}
     row |= {"retrieved": True, "retrieve_probability": 0.9, "finish_reason": "stop", "segments": [segment(score)]}
     return {**row, "passages": [PASSAGE], "usage": USAGE, **values}
 
@@ -94,7 +94,8 @@ def write_set(
     output.begin(manifest)
     for number, rows in enumerate(units):
         table = pa.Table.from_pylist(list(rows), schema=schema)
-        output.write_unit(f"{number:020x}", table, INPUTS, keep_candidates=False, times=times and times[number])
+        when = times[number] if times else None
+        output.write_unit(f"{number:020x}", table, INPUTS, keep_candidates=False, times=when)
     if finished:
         output.finish(manifest)
     return output

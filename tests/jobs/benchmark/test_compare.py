@@ -4,6 +4,7 @@ import math
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import typer
@@ -80,7 +81,7 @@ FOUND = [RetrievedPassage(Passage(name, "", name), None, n) for n, name in enume
 @pytest.mark.parametrize("shape", ["serially", "in_waves"])
 async def test_released_steps_decide_read_and_choose(shape):
     tokenizer = word_tokenizer()
-    engine = WordEngine(tokenizer)
+    engine: Any = WordEngine(tokenizer)
     released = Released(engine, tokenizer, DecodingConfig(max_tokens=9))
     queries = [Query("a", "question one"), Query("b", "task two")]
     outcomes = await getattr(released, shape)(queries, [FOUND, FOUND])
@@ -93,7 +94,7 @@ async def test_released_steps_decide_read_and_choose(shape):
 
 async def test_a_decision_may_be_one_token_and_a_lone_answer_asks_for_no_log_probabilities():
     tokenizer = word_tokenizer()
-    engine = WordEngine(tokenizer)
+    engine: Any = WordEngine(tokenizer)
     shape = Released(engine, tokenizer, DecodingConfig(max_tokens=9), decision=20, candidate=5, decision_tokens=1)
     queries = [Query("a", "question one"), Query("b", "task two")]
     assert await shape.in_waves(queries, [FOUND, FOUND]) == [Outcome(True, "yes"), Outcome(False, "plain")]
@@ -151,10 +152,13 @@ def test_tables_say_what_a_query_is_made_of_and_where_its_time_went(report):
     stages = {**dict.fromkeys(STAGES, 0.0), **whole, FILES: 0.001, CALL: 9.0}
     report = dataclasses.replace(report, stages={"w": stages}, tokens={"w": {"prompt": 200.0, "written": 20.0}})
     report.results["w"]["direct"] = Measured(8, [3.0], load={"slots": 8, "half_full": 0.7, "steady": 0.8, "fed": 0.9})
-    assert "200 tokens read and 20 written for a query: ours does 600 and 60 a second" in report.caption("w")
+    assert (
+        "200 prompt tokens and 20 generated tokens per query: ours processes 600 and generates 60 per second"
+        in report.caption("w")
+    )
     caption = report.caption("w")
-    assert "70 % of its busy time with more than half of 8 slots taken (80 % before the batch ran down)" in caption
-    assert "90 % with that or requests waiting" in caption
+    assert "70 % of its busy time with more than half of 8 slots in use (80 % before the batch drained)" in caption
+    assert "90 % with that or with requests waiting" in caption
     cells = [cell for column in report.times().columns for cell in column.cells]
     assert cells == ["w", "2", "0.5", "0.1", "0.00025", "0", "0", "0", "0.001", "5.0 %"]
 
@@ -162,12 +166,12 @@ def test_tables_say_what_a_query_is_made_of_and_where_its_time_went(report):
 @pytest.mark.parametrize(
     ("options", "part"),
     [
-        (["--only", "long form", "--only", "nothing"], "--only 'nothing': nothing begins so"),
+        (["--only", "long form", "--only", "nothing"], "--only 'nothing': no name starts with this"),
         (["--set", "dtype"], "--set dtype: expected KEY=VALUE"),
         (["--set", "dtipe=x"], "unknown configuration key model.engine.dtipe"),
         (
             ["--without", "naive", "--without", "direct"],
-            "error: --without 'direct': what may be left out is ceiling, scored, released, naive, flashrag",
+            "error: --without 'direct': expected one of ceiling, scored, released, naive, flashrag",
         ),
     ],
 )
@@ -198,9 +202,7 @@ def test_a_script_writes_for_models_without_weights_and_for_the_embedded_ones_be
 
 def test_tables_say_where_a_script_says_what_is_written(report):
     assert report.table("w").title == "w (8 queries)"
-    assert dataclasses.replace(report, scripted=["w"]).table("w").title == (
-        "w (8 queries; a script says what is written)"
-    )
+    assert dataclasses.replace(report, scripted=["w"]).table("w").title == ("w (8 queries; scripted output)")
 
 
 def test_the_plot_is_drawn(report, tmp_path):

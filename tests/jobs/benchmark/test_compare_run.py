@@ -1,5 +1,6 @@
 import json
 from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import typer
@@ -29,7 +30,8 @@ class OwnPassages:
 @pytest.mark.parametrize("workload", [SHORT_FORM, next(w for w in WORKLOADS if w.body is lengthened)])
 async def test_no_query_comes_twice_in_a_run(tmp_path, rows, warm, workload):
     plan = ComparisonPlan([], rows, 4, 3, ModelConfig(name="demo"), tmp_path, passages=2)
-    prepared = await prepare_inputs(SimpleNamespace(retriever=OwnPassages()), workload, plan)
+    bench = cast("Bench", SimpleNamespace(retriever=OwnPassages()))
+    prepared = await prepare_inputs(bench, workload, plan)
     assert [len(part) for part in (prepared.warming, *prepared.repeats)] == [warm, rows, rows, rows]
     everything = [row for part in (prepared.warming, *prepared.repeats) for row in part]
     assert len({row["query"] for row in everything}) == len({row["id"] for row in everything}) == warm + 3 * rows

@@ -43,10 +43,10 @@ def test_every_line_compares_the_same_work(tmp_path: Path) -> None:
     figures = {figure["name"]: figure for figure in json.loads(file.read_text())["figures"]}
     assert list(figures) == [
         "encode and build",
-        "the same with checks and start",
-        "Flat: build from given vectors",
+        "encode and build, with checks and startup",
+        "Flat: build from precomputed vectors",
         "Flat: search",
-        "IVF16,Flat: build from given vectors",
+        "IVF16,Flat: build from precomputed vectors",
         "IVF16,Flat nprobe=16: search",
     ]
     for name in ("Flat: search", "IVF16,Flat nprobe=16: search"):

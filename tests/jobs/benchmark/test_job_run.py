@@ -71,7 +71,7 @@ def test_the_job_gets_the_settings_and_the_engine_arguments(tmp_path, called):
 
 def test_a_run_that_fails_says_why(tmp_path, called):
     called["status"] = 1
-    with pytest.raises(RuntimeError, match=r"jobs\.annotate ended with status 1: why"):
+    with pytest.raises(RuntimeError, match=r"jobs\.annotate exited with status 1: why"):
         job(tmp_path).run()
 
 
@@ -89,8 +89,8 @@ def test_the_unit_that_comes_first_is_not_measured_whatever_its_place_in_the_que
     ("units", "problem"),
     [
         ({"a": unit(1, 2), "b": unit(3, 4, errors=1)}, "1 rows of the job failed"),
-        ({"a": unit(1, 3.5), "b": unit(3, 4)}, "one after the other"),
-        ({"a": unit(3, 4), "b": unit(1, 3.5)}, "one after the other"),
+        ({"a": unit(1, 3.5), "b": unit(3, 4)}, "units overlapped"),
+        ({"a": unit(3, 4), "b": unit(1, 3.5)}, "units overlapped"),
     ],
 )
 def test_units_that_are_not_what_shall_be_measured_are_refused(units, problem):

@@ -3,6 +3,7 @@ import json
 import subprocess
 import sys
 from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -70,7 +71,7 @@ class Engine:
 
 def setting(script: Script, **decoding) -> tuple[Setting, Engine]:
     tokenizer = word_tokenizer()
-    bench = SimpleNamespace(generator=Engine(tokenizer, script), tokenizer=tokenizer, retriever=None)
+    bench: Any = SimpleNamespace(generator=Engine(tokenizer, script), tokenizer=tokenizer, retriever=None)
     queries = [Query("q", "what", passages=GIVEN), Query("r", "what else then", passages=GIVEN)]
     config = DecodingConfig(passages=2, max_tokens=MAX_TOKENS, **decoding)
     return Setting(bench, queries, config, bench.generator), bench.generator
@@ -146,7 +147,7 @@ async def test_dictionaries_hold_the_same_log_probabilities():
         )
 
     sampling = {"temperature": 0.0, "logprob_token_ids": list(watched), "flat_logprobs": True, "detokenize": False}
-    replica = SimpleNamespace(engine=SimpleNamespace(generate=generate), sampling=sampling, watched=watched)
+    replica: Any = SimpleNamespace(engine=SimpleNamespace(generate=generate), sampling=sampling, watched=watched)
     found = await DictLogprobs(BareEngine(replica)).generate([1], 5, [2])
     assert (found.token_ids, found.logprobs.tolist()) == ((999,), [0.0])
     assert found.reflection_logprobs.tolist() == [[-float(n) for n in range(1, 14)]]
@@ -168,7 +169,7 @@ def test_the_tables_compare_medians():
     savings, arguments = savings_tables(figures)
     assert list(savings.columns[4].cells) == ["2.00"] * len(SAVINGS)
     assert list(savings.columns[5].cells) == ["1.00 … 4.00"] * len(SAVINGS)
-    assert "10 of 200 written tokens (5.0 %)" in str(savings.caption)
+    assert "10 of 200 generated tokens (5.0 %)" in str(savings.caption)
     assert list(arguments.columns[2].cells) == ["1.00", "0.38"]
 
 
@@ -197,7 +198,7 @@ def test_only_what_is_chosen_is_measured_and_shown(monkeypatch, only, savings, e
     ("options", "part"),
     [
         (["--engine", "dtipe=x"], "unknown configuration key model.engine.dtipe"),
-        (["--only", "later", "--only", "no such"], "--only 'no such': nothing begins so"),
+        (["--only", "later", "--only", "no such"], "--only 'no such': no name starts with this"),
     ],
 )
 def test_bad_options_are_refused_before_anything_starts(options, part):

@@ -46,6 +46,7 @@ def test_all_problems_are_told_in_one_line():
 def test_credentials_are_never_recorded():
     settings = ["storage.access_key=KEY-ID", "storage.secret_key=SECRET", "storage.endpoint_url=http://127.0.0.1:9"]
     config = load_config(None, settings, NEEDED)
+    assert config.storage.secret_key is not None
     assert config.storage.secret_key.get_secret_value() == "SECRET"
     for text in (str(config), repr(config), str(config.recorded()), str(config.decisive())):
         assert "SECRET" not in text
@@ -103,13 +104,14 @@ def test_storage_comes_from_a_runs_file_and_settings(tmp_path):
     file.write_text("queries: q\nstorage: {region: eu-1, secret_key: hush}\n")
     storage = load_storage(str(file), ["storage.endpoint_url=http://127.0.0.1:9000"])
     assert (storage.region, storage.endpoint_url) == ("eu-1", "http://127.0.0.1:9000")
+    assert storage.secret_key is not None
     assert storage.secret_key.get_secret_value() == "hush"
 
 
 @pytest.mark.parametrize(
     ("setting", "problem"),
     [
-        ("decoding.threshold=1", r"here only storage.\* can be set"),
+        ("decoding.threshold=1", r"only storage.\* can be set here"),
         ("storage.regoin=x", "unknown configuration key storage.regoin; did you mean storage.region?"),
         ("storage.region", "expected KEY=VALUE"),
     ],

@@ -62,6 +62,8 @@ async def test_where_the_first_fails_the_others_are_asked_for_themselves_at_once
         *(once.answer(Query(name, "same")) for name in "abc"), return_exceptions=True
     )
     assert isinstance(first, ValueError)
+    assert isinstance(second, Answer)
+    assert isinstance(third, Answer)
     assert (second.answer, third.answer) == ("same", "same")
     assert [query.id for query in asked.queries] == ["a", "b", "c"]
     assert asked.most == 2  # of those under way at once

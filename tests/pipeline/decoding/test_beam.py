@@ -109,7 +109,7 @@ TREE: dict[str, list[tuple[str, float, Boundary | None]]] = {
 }
 
 
-def expander(tree: dict[str, list[tuple[str, float, Boundary | None]]], asked: list[str], rng: random.Random):  # type: ignore[no-untyped-def]
+def expander(tree: dict[str, list[tuple[str, float, Boundary | None]]], asked: list[str], rng: random.Random):
     async def expand(parent: Path) -> list[Path]:
         (name,) = texts([parent])
         asked.append(name)
@@ -133,7 +133,7 @@ async def test_beam_of_two_over_three_levels(seed: int) -> None:
 
 
 async def test_a_finished_path_wins_over_longer_ones() -> None:
-    tree = {**TREE, "b f": [("g", 0.8, None), ("i", 0.3, None)]}
+    tree: dict[str, list[tuple[str, float, Boundary | None]]] = {**TREE, "b f": [("g", 0.8, None), ("i", 0.3, None)]}
     tree["a"] = [("d", 1.0, ASKS), ("e", 1.9, None)]
     found = await search(path(), expander(tree, [], random.Random(0)), DecodingConfig(segments=7, beam_width=2))
     assert texts([choose(found)[0]]) == ["a e"]  # 1.95 against (1.8 + 2.2 + 0.8) / 3 = 1.6
@@ -167,7 +167,7 @@ def test_with_one_passage_and_width_one_the_beam_is_greedy(scores: list[float]) 
 
 @given(LEVELS, st.integers(1, 3), st.randoms(use_true_random=False))
 def test_order_of_siblings_never_changes_the_winner(levels: list[list[float]], width: int, rng: random.Random) -> None:
-    def expander(shuffled: bool):  # type: ignore[no-untyped-def]
+    def expander(shuffled: bool):
         async def expand(parent: Path) -> list[Path]:
             depth = len(parent.segments)
             end = None if depth == len(levels) - 1 else ASKS

@@ -118,5 +118,5 @@ def test_score_is_monotone_in_each_group(one, other, rest):
         scores = []
         for value in (low, high):
             values[place] = value
-            scores.append(segment_score(*values, 0.0, Weights()))
+            scores.append(segment_score(values[0], values[1], values[2], 0.0, Weights()))
         assert scores[0] <= scores[1]

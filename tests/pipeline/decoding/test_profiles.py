@@ -89,7 +89,7 @@ def test_a_users_profile_may_replace_a_built_in_one() -> None:
 @pytest.mark.parametrize(
     ("tree", "problem"),
     [
-        ({"instruction": "Answer."}, "must hold {query}"),
+        ({"instruction": "Answer."}, "must contain {query}"),
         ({"decoding": {"explore": True}}, "explore can only be set for the whole run"),
         ({"decoding": {"treshold": 0.1}}, "treshold"),
         ({"metric": "bleu"}, "metric"),

@@ -45,7 +45,7 @@ class Clerk:
             p = 0.9 if about_paris else 0.1
             return "Yes", {IsRel.RELEVANT: p, IsRel.IRRELEVANT: 1 - p}
         if "How much of the following" in prompt:
-            labels = {IsSup.FULLY: 0.5, IsSup.PARTIALLY: 0.25, IsSup.NONE: 0.25}
+            labels: dict[str, float] = {IsSup.FULLY: 0.5, IsSup.PARTIALLY: 0.25, IsSup.NONE: 0.25}
             return "A", labels if about_paris else {IsSup.FULLY: 0.1, IsSup.PARTIALLY: 0.1, IsSup.NONE: 0.8}
         if "How useful" in prompt:
             return "5", {IsUse.ONE: 0.1, IsUse.TWO: 0.1, IsUse.THREE: 0.1, IsUse.FOUR: 0.1, IsUse.FIVE: 0.6}
@@ -119,7 +119,7 @@ def test_a_segment_is_a_line_and_the_next_one_goes_on_after_it(critic: PromptedC
     answer = ask(clerk, segments=3, citations=True, beam_width=1)
     assert answer.answer == "Paris [1] It is old. [1]"
     assert any(prompt.endswith("assistant\nParis\n") for prompt in clerk.prompts)
-    assert any("The answer so far: Paris\n" in prompt for prompt in clerk.prompts)
+    assert any("Answer so far: Paris\n" in prompt for prompt in clerk.prompts)
 
 
 def test_hard_constraints_hold(critic: PromptedCritic) -> None:
@@ -152,7 +152,7 @@ def test_a_query_that_does_not_fit_is_an_error_of_its_row(critic: PromptedCritic
 def test_a_model_without_chat_template_is_refused(critic: PromptedCritic) -> None:
     tokenizer = load_tokenizer(ModelConfig(name=str(demo_base_model())))
     tokenizer.chat_template = None
-    with pytest.raises(ValueError, match="model base: it has no chat template"):
+    with pytest.raises(ValueError, match="model base: no chat template"):
         PromptedCritic(tokenizer, "base")
 
 

@@ -125,7 +125,7 @@ async def test_long_passage_is_cut_at_its_end_and_the_row_says_so():
 
 async def test_question_is_never_cut():
     rag = system(config=DecodingConfig(max_tokens=10), max_model_len=20)
-    with pytest.raises(ValueError, match="the query has 24 tokens and the model takes 7"):
+    with pytest.raises(ValueError, match="the query has 24 tokens, but the model accepts 7"):
         await rag.answer(Query("q", " ".join(["word"] * 20)))
 
 

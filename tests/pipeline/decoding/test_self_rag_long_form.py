@@ -4,6 +4,7 @@ import asyncio
 import random
 from collections.abc import Mapping
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import pytest
 
@@ -34,7 +35,7 @@ class Finds:
     found: Mapping[str, list[Passage]]
     asked: list[str]
 
-    async def retrieve(self, query: str, k: int):  # type: ignore[no-untyped-def]
+    async def retrieve(self, query: str, k: int):
         self.asked.append(query)
         return [RetrievedPassage(p, 1.0 / n, n) for n, p in enumerate(self.found[query][:k], 1)]
 
@@ -229,7 +230,7 @@ def test_rows_in_flight_never_change_an_answer(seed: int) -> None:
         return list(await asyncio.gather(*map(rag.answer, queries)))
 
     def plain(answer: Answer) -> Answer:
-        times = {field.name: 0.0 for field in fields(answer.usage) if field.name.endswith("seconds")}
+        times: dict[str, Any] = {field.name: 0.0 for field in fields(answer.usage) if field.name.endswith("seconds")}
         return replace(answer, usage=replace(answer.usage, **times))
 
     alone = [plain(asyncio.run(rag.answer(query))) for query in queries]

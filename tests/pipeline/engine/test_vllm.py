@@ -44,7 +44,7 @@ def test_a_token_that_is_wanted_twice_stands_in_both_places():
 
 @pytest.mark.parametrize("position", [{50: -0.5, 7: -2.0}, {50: -0.5, 7: -2.0, 8: -math.inf}, {7: -1.0, 8: -1.0}])
 def test_answer_without_what_was_asked_for_is_an_error_of_its_row(position):
-    with pytest.raises(ArithmeticError, match="without finite log-probabilities"):
+    with pytest.raises(ArithmeticError, match="missing or non-finite log-probabilities"):
         targeted_logprobs(Flat().add(position), [50], (7, 8))
 
 
@@ -57,7 +57,8 @@ async def test_an_engine_is_warmed_by_a_request_for_log_probabilities():
 
     sampling = {"temperature": 0.0, "logprob_token_ids": [5, 6]}
     engine: Any = SimpleNamespace(generate=generate)
-    await VllmGenerator(engine, None, sampling, (5, 6), 512, errors=None, guard=None, lora="adapter").warm()
+    unused: Any = None
+    await VllmGenerator(engine, None, sampling, (5, 6), 512, errors=unused, guard=unused, lora="adapter").warm()
     assert asked == [([5], 1, [5, 6], "adapter")]
 
 

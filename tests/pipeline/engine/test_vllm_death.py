@@ -76,6 +76,7 @@ def test_an_engine_ends_with_the_process_that_owns_it(demo_model: Path, tmp_path
     (tmp_path / "owner.py").write_text(OWNER)
     command = [sys.executable, str(tmp_path / "owner.py"), str(demo_model)]
     owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."})
+    assert owner.stdout is not None
     pid = next(int(line.split()[1]) for line in owner.stdout if line.startswith("core"))
     owner.kill()
     owner.wait()
@@ -88,5 +89,5 @@ def test_an_engine_ends_with_the_process_that_owns_it(demo_model: Path, tmp_path
 @pytest.mark.slow
 def test_an_engine_that_does_not_start_says_why(demo_model: Path):
     engine = {"max_model_len": 2048, "num_gpu_blocks_override": 2}  # a cache for 64 tokens
-    with pytest.raises(RuntimeError, match="does not start: ValueError: .*KV cache"):
+    with pytest.raises(RuntimeError, match="failed to start: ValueError: .*KV cache"):
         VllmGenerator.start(ModelConfig(name=str(demo_model), engine=engine), (1, 2))

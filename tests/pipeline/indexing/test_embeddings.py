@@ -1,3 +1,5 @@
+from typing import Any
+
 import numpy as np
 import pyarrow as pa
 import pytest
@@ -17,7 +19,7 @@ TYPES = [
 ]
 
 
-def numbers(kind: pa.DataType, rows: list[list[float] | None]) -> pa.Array:
+def numbers(kind: pa.DataType, rows: list[list[Any] | None]) -> pa.Array:
     if kind.value_type == pa.float16():
         rows = [row and [np.float16(x) for x in row] for row in rows]
     return pa.array(rows, kind)
@@ -30,17 +32,17 @@ def test_vectors_come_out_as_they_are_or_with_unit_length(kind: pa.DataType) -> 
     np.testing.assert_array_equal(as_they_are, [[3, 4], [0, -2], [5, 12]])
     assert (as_they_are.dtype, as_they_are.flags.c_contiguous) == (np.float32, True)
     unit = vectors_of(rows, 2, True, PLACE)
-    np.testing.assert_allclose(unit, [[0.6, 0.8], [0, -1], [5 / 13, 12 / 13]], rtol=1e-6)
+    np.testing.assert_allclose(unit, np.array([[0.6, 0.8], [0, -1], [5 / 13, 12 / 13]]), rtol=1e-6)
 
 
 @pytest.mark.parametrize(
     ("rows", "problem"),
     [
-        ([[1, 0], [1], [1, 2, 3]], "row 41: column vector has 1 numbers where the encoder's vectors have 2"),
-        ([[1, 0], [1, 1], None], "row 47: column vector has 0 numbers"),
-        ([[1, 0], [1, float("nan")], [1, 1]], "row 41: column vector holds a number that is not finite"),
-        ([[float("inf"), 0], [1, 1], [1, 1]], "row 40: column vector holds a number that is not finite"),
-        ([[1, None], [1, 1], [1, 1]], "row 40: column vector holds a number that is not finite"),
+        ([[1, 0], [1], [1, 2, 3]], "row 41: column vector has 1 values, but the encoder's vectors have 2"),
+        ([[1, 0], [1, 1], None], "row 47: column vector has 0 values"),
+        ([[1, 0], [1, float("nan")], [1, 1]], "row 41: column vector has a non-finite value"),
+        ([[float("inf"), 0], [1, 1], [1, 1]], "row 40: column vector has a non-finite value"),
+        ([[1, None], [1, 1], [1, 1]], "row 40: column vector has a non-finite value"),
         ([[1, 0], [1, 1], [0, 0]], "row 47: column vector is all zeros"),
     ],
 )
@@ -62,9 +64,9 @@ def test_columns_of_float_lists_are_accepted(kind: pa.DataType) -> None:
 @pytest.mark.parametrize(
     ("schema", "problem"),
     [
-        ([("id", pa.string())], "column vector is missing; --embeddings names the column"),
-        ([("vector", pa.float32())], "column vector is float; make it a list of float"),
-        ([("vector", pa.list_(pa.int64()))], "column vector is list<.*int64>; make it a list of float"),
+        ([("id", pa.string())], "column vector is missing; set --embeddings to the column"),
+        ([("vector", pa.float32())], "column vector is float; convert it to a list of floats"),
+        ([("vector", pa.list_(pa.int64()))], "column vector is list<.*int64>; convert it to a list of floats"),
     ],
 )
 def test_other_columns_are_refused(schema: list[tuple[str, pa.DataType]], problem: str) -> None:

@@ -66,6 +66,7 @@ def test_vectors_come_with_their_passages_and_row_numbers(source: Path) -> None:
     read = list(read_passages(shard.ranges, "vector"))
     for batch in read:
         names = [int(name) for name in batch.passages["id"].to_pylist()]
+        assert batch.embeddings is not None
         assert batch.embeddings.to_pylist() == [[float(name)] for name in names]
         assert [batch.rows.tolist()] == [[name % 10 for name in names]]
     assert ids(read) == [str(n) for n in range(7, 15)]
@@ -85,6 +86,7 @@ def test_a_sample_brings_its_vectors_and_row_numbers(source: Path) -> None:
     part = RowRange(place(source / "a.parquet"), 4, 10)
     (batch,) = Sample(part, np.array([1, 5])).read("vector")
     assert batch.passages["id"].to_pylist() == ["5", "9"]
+    assert batch.embeddings is not None
     assert batch.embeddings.to_pylist() == [[5.0], [9.0]]
     assert batch.rows.tolist() == [5, 9]
 

@@ -1,5 +1,6 @@
 import re
 from pathlib import Path
+from typing import Any
 
 import faiss
 import numpy as np
@@ -80,12 +81,13 @@ def test_what_a_query_costs_by_hand(factory: str, expected: SearchCost) -> None:
 
 
 def test_a_graph_compares_no_more_than_its_width_times_its_links() -> None:
-    index = faiss.index_factory(64, "HNSW32", faiss.METRIC_INNER_PRODUCT)
+    cvar: Any = faiss.cvar
+    index: Any = faiss.index_factory(64, "HNSW32", faiss.METRIC_INNER_PRODUCT)
     index.add(VECTORS)
     index.hnsw.efSearch = 16
-    faiss.cvar.hnsw_stats.reset()
+    cvar.hnsw_stats.reset()
     index.search(VECTORS[:100], 10)
-    compared = faiss.cvar.hnsw_stats.ndis / 100
+    compared = cvar.hnsw_stats.ndis / 100
     assert compared <= search_cost("HNSW32", 64, 3000, ef_search=16).compared == 16 * 64
     assert search_cost("HNSW32", 64, 10).compared == 10
 

@@ -63,7 +63,7 @@ def test_without_errors_and_licence_there_is_no_word_of_them() -> None:
     assert [config["config_name"] for config in found["configs"]] == ["data"]
     assert "license" not in found
     assert '"errors"' not in text
-    assert "No licence is stated here." in text
+    assert "This card does not state a license." in text
 
 
 @pytest.mark.parametrize(
@@ -89,7 +89,7 @@ def test_the_card_says_what_produced_the_set() -> None:
         "- 3 rows failed and have no answer (TimeoutError 3).",
     ):
         assert f"{line}\n" in text
-    assert "`decoding.mode=adaptive`, `decoding.weights.support=2.0`, `rescored=s3://b/run`. Those" in text
+    assert "`decoding.mode=adaptive`, `decoding.weights.support=2.0`, `rescored=s3://b/run`. Task" in text
 
 
 def test_a_run_without_index_has_none_in_its_card() -> None:
@@ -115,5 +115,5 @@ def test_only_a_finished_set_has_a_card(tmp_path: Path) -> None:
     found = FinishedSet.of(OutputFolder(locate(str(folder), StorageConfig())))
     assert (found.answered, list(found.schemas)) == (2, ["data", "errors"])
     (folder / "_SUCCESS").unlink()
-    with pytest.raises(ValueError, match="run: no finished annotated set there"):
+    with pytest.raises(ValueError, match="run: not a finished annotated set"):
         FinishedSet.of(OutputFolder(locate(str(folder), StorageConfig())))

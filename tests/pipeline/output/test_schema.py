@@ -22,7 +22,7 @@ CRITIQUE = Critique(0.5, 0.75, None, 0.25, 1.375)
 
 
 def segment(passage: Passage | None, rank: int = 1) -> Segment:
-    evidence = passage and RetrievedPassage(passage, 0.9, rank)
+    evidence = RetrievedPassage(passage, 0.9, rank) if passage else None
     return Segment("text", "[Relevant]text", evidence, CRITIQUE)
 
 

@@ -57,13 +57,13 @@ def test_answers_become_a_list_of_texts(value: Any, answers: list[str] | None) -
 @pytest.mark.parametrize(
     ("column", "value", "problem"),
     [
-        ("answers", "['a', 'b']", r"column 'answers': a list is needed, and \"\['a', 'b'\]\" is not one in JSON"),
-        ("answers", {"text": ["a"]}, "column 'answers': an object where text is needed"),
-        ("choices", "A or B", "column 'choices': a list is needed"),
-        ("choices", {"a": 1}, "column 'choices': an object where a list is needed"),
-        ("passages", ["text"], "column 'passages': text where a passage with id, title and text is needed"),
+        ("answers", "['a', 'b']", r"column 'answers': expected a list, found \"\['a', 'b'\]\", which is not JSON"),
+        ("answers", {"text": ["a"]}, "column 'answers': expected text, found an object"),
+        ("choices", "A or B", "column 'choices': expected a list, found 'A or B'"),
+        ("choices", {"a": 1}, "column 'choices': expected a list, found an object"),
+        ("passages", ["text"], "column 'passages': expected a passage with id, title and text, found text"),
         ("query", "a \ud800", "column 'query': not UTF-8"),
-        ("query", ["a"], "column 'query': a list where text is needed"),
+        ("query", ["a"], "column 'query': expected text, found a list"),
     ],
 )
 def test_a_value_that_a_column_cannot_hold_is_named(column: str, value: Any, problem: str) -> None:
@@ -72,7 +72,7 @@ def test_a_value_that_a_column_cannot_hold_is_named(column: str, value: Any, pro
 
 
 def test_a_mapped_column_is_named_with_its_source() -> None:
-    with pytest.raises(ValueError, match=r"column 'query' \(from q\.text\): an object"):
+    with pytest.raises(ValueError, match=r"column 'query' \(from q\.text\): expected text, found an object"):
         ColumnMapping({"query": "q.text"}).apply({"q": {"text": {}}})
 
 
@@ -178,8 +178,8 @@ def test_what_is_asked_again_gets_a_number() -> None:
     ("rows", "problem"),
     [
         ([{"id": 1}, {"id": "1"}], "id '1' is not unique"),
-        ([{"id": 1}, {}], "it has no id and the first row has one"),
-        ([{}, {"id": 1}], r"it has an id \('1'\) and the first row has none"),
+        ([{"id": 1}, {}], "has no id, but the first row has one"),
+        ([{}, {"id": 1}], r"has an id \('1'\), but the first row has none"),
     ],
 )
 def test_ids_are_all_there_and_unique_or_all_made(rows: list[dict[str, Any]], problem: str) -> None:

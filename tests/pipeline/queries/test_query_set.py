@@ -12,6 +12,7 @@ from pipeline.config.sections import Columns, StorageConfig
 from pipeline.queries import query_set
 from pipeline.queries.query_set import inspect_queries, read_unit
 from pipeline.storage.location import locate
+from pipeline.storage.parquet import read_parquet
 
 HERE = StorageConfig()
 
@@ -26,7 +27,7 @@ def inspect(path, unit_rows=4):
 
 
 @given(st.lists(st.integers(0, 23), min_size=1, max_size=3), st.integers(1, 9), st.integers(1, 9))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 def test_units_cover_every_row_once(tmp_path_factory, sizes, group, unit_rows):
     folder = tmp_path_factory.mktemp("set")
     for n, size in enumerate([*sizes, 1]):
@@ -79,9 +80,8 @@ def test_units_that_begin_together_read_their_row_group_once(tmp_path, monkeypat
     def slowly(file, work):
         reads.append(file.uri)
         time.sleep(0.05)
-        return opened(file, work)
+        return read_parquet(file, work)
 
-    opened = query_set.read_parquet
     monkeypatch.setattr(query_set, "read_parquet", slowly)
     with ThreadPoolExecutor(4) as pool:
         tables = list(pool.map(lambda unit: read_unit(unit, HERE), units))

@@ -102,7 +102,7 @@ def test_a_selection_that_was_not_finished_is_made_again(asked: Path, tmp_path: 
 
 def test_another_query_set_than_the_one_chosen_from_is_refused(asked: Path, tmp_path: Path):
     select(asked, tmp_path / "sets")
-    with pytest.raises(ValueError, match="today/_queries was chosen from .*queries; choose another output"):
+    with pytest.raises(ValueError, match="today/_queries was selected from .*queries; choose another output"):
         select(tmp_path / "elsewhere", tmp_path / "sets")
 
 
@@ -117,7 +117,9 @@ def test_a_damaged_file_of_an_earlier_set_is_named(asked: Path, tmp_path: Path):
 def test_nothing_new_is_said_every_time(asked: Path, tmp_path: Path):
     earlier(tmp_path / "sets", "monday", *(f"q{n}" for n in range(10)))
     for _ in range(2):
-        with pytest.raises(NothingNewError, match="all 10 queries are dealt with below .*sets; nothing is left to do"):
+        with pytest.raises(
+            NothingNewError, match="all 10 queries are already answered or failed below .*sets; nothing is left to do"
+        ):
             select(asked, tmp_path / "sets")
     assert not (tmp_path / "sets" / "today").exists()
 
@@ -136,5 +138,5 @@ def test_a_set_without_the_column_of_ids_is_named(asked: Path, tmp_path: Path):
     earlier(tmp_path / "sets", "monday", "q0")
     table = pa.table({"key": ["a"], "query": ["?"]})
     pq.write_table(table, tmp_path / "other.parquet")
-    with pytest.raises(ValueError, match=r"monday/data/part-0+\.parquet: no column 'key' of ids \(columns.id\)"):
+    with pytest.raises(ValueError, match=r"monday/data/part-0+\.parquet: no id column 'key' \(columns.id\)"):
         select(tmp_path / "other.parquet", tmp_path / "sets", column="key")

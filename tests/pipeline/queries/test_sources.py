@@ -80,10 +80,10 @@ def test_parquet_keeps_its_types(tmp_path: Path) -> None:
     ("name", "content", "row", "problem"),
     [
         ("a.jsonl", b'{"q": 1}\n{"q": \n', 1, "not JSON"),
-        ("a.jsonl", b'{"q": 1}\n["q"]\n', 1, "list where an object with named fields is needed"),
+        ("a.jsonl", b'{"q": 1}\n["q"]\n', 1, "expected a JSON object, found list"),
         ("a.jsonl", b'{"q": 1}\n{"q": "\xe9"}\n', 1, "not JSON: 'utf-8' codec"),
-        ("a.json", b'[{"q": 1}, 3]', 1, "int where an object"),
-        ("a.csv", b"q,n\na,1\nb\n", 1, "1 cells under a header of 2"),
+        ("a.json", b'[{"q": 1}, 3]', 1, "expected a JSON object, found int"),
+        ("a.csv", b"q,n\na,1\nb\n", 1, "1 cells, but the header has 2"),
         ("a.csv", b"q,n\na,1\n\xe9,2\n", 1, "not UTF-8"),
     ],
 )
@@ -111,9 +111,9 @@ def test_parquet_text_that_is_not_utf8_is_told(tmp_path: Path) -> None:
     [
         ("a.jsonl.gz", gzip.compress(b'{"q": 1}\n' * 1000)[:-9], "a.jsonl.gz: cannot be read"),
         ("a.jsonl.gz", b'{"q": 1}', "a.jsonl.gz: cannot be read: Not a gzipped file"),
-        ("a.csv", b"q,q\n1,2\n", "a.csv: in its first line, the header, every column needs a name of its own"),
+        ("a.csv", b"q,q\n1,2\n", "a.csv: every column in the header .* needs a unique name"),
         ("a.parquet", b"PAR1", "a.parquet: not a readable Parquet file"),
-        ("a.txt", b"q", "nothing that can be imported; files end in .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
+        ("a.txt", b"q", "no files to import; supported are .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
     ],
 )
 def test_a_file_that_cannot_be_read_is_named(name: str, content: bytes, problem: str, tmp_path: Path) -> None:
@@ -125,7 +125,7 @@ def test_a_file_that_cannot_be_read_is_named(name: str, content: bytes, problem:
 def test_parquet_files_of_types_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"n": [1]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"n": ["1"]}), tmp_path / "b.parquet")
-    with pytest.raises(ValueError, match="its Parquet files do not fit together"):
+    with pytest.raises(ValueError, match="its Parquet files have incompatible schemas"):
         source(tmp_path)
 
 

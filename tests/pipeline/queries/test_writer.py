@@ -71,17 +71,19 @@ def test_declared_types_stay(tmp_path: Path, output: Location) -> None:
 
 
 def test_a_value_that_does_not_fit_its_column_is_named(tmp_path: Path, output: Location) -> None:
-    with pytest.raises(ValueError, match="f row 2: column 'n' does not fit the rows before it .* --drop n"):
+    with pytest.raises(
+        ValueError, match="f row 2: column 'n' does not match its declared or inferred type .* --drop n"
+    ):
         write(tmp_path, [{"n": 1}, {"n": 2}, {"n": "x"}], output)
 
 
 def test_files_whose_types_do_not_go_together_are_refused(tmp_path: Path, output: Location) -> None:
-    with pytest.raises(ValueError, match="column 'n' holds int64 and string; leave it out with --drop n"):
+    with pytest.raises(ValueError, match="column 'n' has the types int64 and string; leave it out with --drop n"):
         write(tmp_path, [{"n": 1}] * 3 + [{"n": "x"}], output)
 
 
 def test_what_parquet_cannot_hold_is_refused(tmp_path: Path, output: Location) -> None:
-    with pytest.raises(ValueError, match="Parquet cannot hold a column .*'meta'.* leave it out with --drop"):
+    with pytest.raises(ValueError, match="Parquet cannot store a column .*'meta'.* leave it out with --drop"):
         write(tmp_path, [{"meta": {}}], output)
 
 
@@ -127,7 +129,7 @@ def test_half_of_a_set_cannot_be_read(tmp_path: Path, output: Location, monkeypa
 def test_files_of_something_else_are_left(tmp_path: Path, output: Location, name: str) -> None:
     (tmp_path / "out" / name).parent.mkdir(parents=True)
     (tmp_path / "out" / name).write_text("years of work")
-    with pytest.raises(ValueError, match=f"holds files of something else .{name}.; choose another"):
+    with pytest.raises(ValueError, match=f"contains files that are not part of a query set .{name}.; choose another"):
         check_free(output, overwrite=True)
 
 

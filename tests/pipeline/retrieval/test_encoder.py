@@ -88,5 +88,5 @@ def test_folder_without_a_model_is_named(tmp_path: Path) -> None:
 
 def test_missing_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    with pytest.raises(ValueError, match="set device auto or cpu"):
+    with pytest.raises(ValueError, match="set device to auto or cpu"):
         Encoder.load("demo", "gpu")

@@ -107,7 +107,7 @@ def test_what_other_servers_hold_of_the_same_index_counts_and_stays(tmp_path: Pa
     with room_for(limited(tmp_path, 899), [MISSING], [OWN]):
         assert (siblings.exists(), other.exists()) == (True, False)
     with (
-        pytest.raises(ValueError, match="the files of this index on this machine have 0.00 GB"),
+        pytest.raises(ValueError, match="the files of this index on this machine take 0.00 GB"),
         room_for(limited(tmp_path, 499), [MISSING], [OWN]),
     ):
         pass

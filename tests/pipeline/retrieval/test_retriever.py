@@ -107,7 +107,7 @@ async def test_a_lost_index_fails_all_at_once() -> None:
     retriever, encoder, index = make()
 
     def lost(_queries: Vectors, _k: int) -> None:
-        raise IndexLostError("a shard server is gone")
+        raise IndexLostError("a shard server was lost")
 
     index.retrieve = lost  # type: ignore[assignment,method-assign]
     ended = await asyncio.gather(*(retriever.retrieve(q, 1) for q in ("a", "b")), return_exceptions=True)

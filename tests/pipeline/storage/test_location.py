@@ -1,6 +1,7 @@
 import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 from pyarrow import fs
@@ -160,7 +161,7 @@ def test_a_missing_file_is_told_apart(tmp_path, waits):
 
 
 def test_a_folder_that_goes_away_while_it_is_listed_is_listed_again(tmp_path):
-    answers = [FileNotFoundError(2, "Cannot list directory"), []]
+    answers: list[Any] = [FileNotFoundError(2, "Cannot list directory"), []]
 
     def listing(_: object) -> list[object]:
         answer = answers.pop(0)
