@@ -53,7 +53,7 @@ def check_index(
 
 
 def summary(checked: Checked) -> list[str]:
-    """Summarise the check in a few lines: index, queries, and the recommended search parameters."""
+    """Summarize the check in a few lines: index, queries, and the recommended search parameters."""
     source = "passages of the index, which are easier to find than questions" if checked.own else "the query set"
     lines = [
         f"{checked.index}: intact, {checked.passages} passages in {checked.shards} shards of {checked.factory}",

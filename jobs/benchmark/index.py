@@ -114,10 +114,10 @@ def compare_encoding(source: str, rows: int, shards: int, repeats: int, folder: 
 
 
 def clustered(rows: int, dimension: int, seed: int = 0) -> Vectors:
-    """Return unit vectors around 4,000 centres, like embeddings around topics: float32 [rows, dimension]."""
+    """Return unit vectors around 4,000 centers, like embeddings around topics: float32 [rows, dimension]."""
     rng = np.random.default_rng(seed)
-    centres = np.random.default_rng(99).normal(size=(4000, dimension)).astype(np.float32)
-    vectors = centres[rng.integers(0, len(centres), rows)]
+    centers = np.random.default_rng(99).normal(size=(4000, dimension)).astype(np.float32)
+    vectors = centers[rng.integers(0, len(centers), rows)]
     vectors += rng.normal(size=vectors.shape).astype(np.float32)
     vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
     return vectors

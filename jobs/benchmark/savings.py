@@ -1,8 +1,8 @@
-"""Run ablations: measure what each optimisation saves, on the same queries with it and without it, alternately.
+"""Run ablations: measure what each optimization saves, on the same queries with it and without it, alternately.
 
 ``python -m jobs.benchmark.savings [--rows N] [--repeats N] [--only NAME …] [--engine KEY=VALUE …] [--json FILE]``
 
-Each optimisation is removed by replacing the generator or the critic of the decoding
+Each optimization is removed by replacing the generator or the critic of the decoding
 (``jobs.benchmark.savings_variants``). Engine arguments are compared with the defaults, each on its own engine.
 """
 
@@ -91,10 +91,10 @@ Run = Callable[[Setting], Awaitable[int]]
 
 @dataclass(frozen=True)
 class Saving:
-    """An optimisation to measure.
+    """An optimization to measure.
 
     Attributes:
-        with_it, without: functions that answer the queries with and without the optimisation.
+        with_it, without: functions that answer the queries with and without the optimization.
     """
 
     name: str
@@ -121,7 +121,7 @@ SAVINGS = (
         ours,
         lambda s: s.answer(s.system(critic=AskingCritic)),
     ),
-    Saving("passages tokenised once for a row", LONG, ours, lambda s: s.answer(s.system(critic=ForgetfulCritic))),
+    Saving("passages tokenized once for a row", LONG, ours, lambda s: s.answer(s.system(critic=ForgetfulCritic))),
     Saving(
         "equal queries answered once (each comes twice)",
         SHORT,
@@ -185,7 +185,7 @@ class SavingsFigures:
     """The figures measured so far.
 
     Attributes:
-        rates: queries/s of each repeat, by optimisation, with it and without it.
+        rates: queries/s of each repeat, by optimization, with it and without it.
         engines: queries/s of each repeat, by engine argument.
         pruning: tokens that pruning would save, from the last repeat; None if not measured.
     """
@@ -196,13 +196,13 @@ class SavingsFigures:
 
     @classmethod
     def empty(cls, savings: Sequence[Saving], engine: Sequence[str]) -> "SavingsFigures":
-        """Return empty figures for the given optimisations and engine arguments."""
+        """Return empty figures for the given optimizations and engine arguments."""
         rates: dict[str, dict[str, list[float]]] = {saving.name: {"with": [], "without": []} for saving in savings}
         return cls(rates, {name: [] for name in (DEFAULTS, *engine)} if engine else {})
 
     @property
     def savings(self) -> list[Saving]:
-        """The optimisations to measure."""
+        """The optimizations to measure."""
         return [saving for saving in SAVINGS if saving.name in self.rates]
 
 
@@ -227,7 +227,7 @@ def setting_of(bench: Bench, workload: Workload, rows: int) -> Setting:
 
 
 async def measure_savings(rows: int, number: int, figures: SavingsFigures) -> None:
-    """Measure the optimisations on one full engine; the order of with and without alternates between repeats."""
+    """Measure the optimizations on one full engine; the order of with and without alternates between repeats."""
     bench = Bench.open(ModelConfig(name="demo", engine={"max_num_seqs": SLOTS}))
     try:
         used = {saving.workload.name: saving.workload for saving in figures.savings}
@@ -281,7 +281,7 @@ def ratio_of(one: Sequence[float], other: Sequence[float]) -> list[str]:
 
 
 def savings_tables(figures: SavingsFigures) -> list[Table]:
-    """Return tables of the optimisations and of the engine arguments; empty ones are left out."""
+    """Return tables of the optimizations and of the engine arguments; empty ones are left out."""
     savings = Table(title=f"Savings (at most {SLOTS} concurrent requests)")
     for heading in ("saving", "workload", "with, queries/s", "without", "with / without", "min … max"):
         savings.add_column(heading, justify="left" if heading in ("saving", "workload") else "right")
@@ -316,7 +316,7 @@ def benchmark_savings(
         pathlib.Path | None, typer.Option("--json", help="Write all figures to this JSON file after each repeat.")
     ] = None,
 ) -> None:
-    """Measure what each optimisation saves: queries/s with it and without it."""
+    """Measure what each optimization saves: queries/s with it and without it."""
     start_logging()
     with checking():
         names = chosen(only, [*(saving.name for saving in SAVINGS), *(engine or ENGINE)])

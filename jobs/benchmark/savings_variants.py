@@ -1,4 +1,4 @@
-"""Variants of our decoding for ``jobs.benchmark.savings``: each with one optimisation removed."""
+"""Variants of our decoding for ``jobs.benchmark.savings``: each with one optimization removed."""
 
 import asyncio
 import dataclasses
@@ -124,7 +124,7 @@ class AskingCritic(ReflectionCritic):
 
 
 class Forgetful(dict[Passage, list[int]]):
-    """A cache of passage tokens that reports every passage as missing, so that it is tokenised again."""
+    """A cache of passage tokens that reports every passage as missing, so that it is tokenized again."""
 
     def __contains__(self, key: object) -> bool:
         """Whether the cache holds a passage: never."""
@@ -132,7 +132,7 @@ class Forgetful(dict[Passage, list[int]]):
 
 
 class ForgetfulCritic(ReflectionCritic):
-    """The critic whose readers tokenise a passage each time that it is part of a prompt."""
+    """The critic whose readers tokenize a passage each time that it is part of a prompt."""
 
     def reader(self, generator: Generator, config: DecodingConfig, query: Query) -> Reader:
         """See :meth:`pipeline.decoding.protocols.Critic.reader`."""

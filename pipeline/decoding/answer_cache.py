@@ -45,7 +45,7 @@ class AnsweredOnce:
         if (first := self.known.get(key)) is None:
             return await self._first(query, key)
         self.known.move_to_end(key)
-        # Shielded: cancelling one waiting query must not cancel the future that others wait for.
+        # Shielded: canceling one waiting query must not cancel the future that others wait for.
         if (answer := await asyncio.shield(first)) is None:
             return await self.system.answer(query)
         return replace(answer, usage=Usage(seconds=time.monotonic() - started))

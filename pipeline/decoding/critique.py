@@ -5,7 +5,7 @@ Asai et al. 2023, section 3.3 (equations 3 and 4) and appendix A.3. The score of
     f = w_seq · exp(mean log p(text)) + w_rel · s(IsRel) + w_sup · s(IsSup) + w_use · s(IsUse)
 
 The score s of a group is the expected value of its tokens. Their probabilities are read at the position of the
-group's first token in the segment, and normalised over the group. A group without a token in the segment contributes 0.
+group's first token in the segment, and normalized over the group. A group without a token in the segment contributes 0.
 """
 
 import math

@@ -1,6 +1,6 @@
 """Prompts as token ids, in the format of the paper's models.
 
-Queries and passages are untrusted: they are tokenised with ``split_special_tokens``, so that a reflection token
+Queries and passages are untrusted: they are tokenized with ``split_special_tokens``, so that a reflection token
 written inside one of them stays plain characters. Control tokens enter a prompt only by id.
 """
 

@@ -116,7 +116,7 @@ def group_probabilities(logprobs: Sequence[float]) -> tuple[float, ...]:
         logprobs: natural-log probabilities of the group's tokens at one position; some may be ``-inf``, not all.
 
     Raises:
-        ValueError: no token of the group has a finite log-probability, so they cannot be normalised.
+        ValueError: no token of the group has a finite log-probability, so they cannot be normalized.
     """
     top = max(logprobs)
     if not math.isfinite(top):

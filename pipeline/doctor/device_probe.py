@@ -23,7 +23,7 @@ from pipeline.retrieval.manifest import EncoderEntry, IndexManifest, write_manif
 from pipeline.retrieval.shard_files import PASSAGE_SCHEMA, build_shard, empty_index
 from pipeline.storage.location import Location, locate
 
-VECTORS, DIMENSION, NEIGHBOURS = 1000, 64, 5
+VECTORS, DIMENSION, NEIGHBORS = 1000, 64, 5
 QUESTION = Query(
     "doctor",
     "Which river flows through Cologne?",
@@ -37,7 +37,7 @@ class Searched:
 
     Attributes:
         device: ``GPU`` or ``CPU``.
-        agreed: Whether FAISS found the neighbours that PyTorch computed on the same device.
+        agreed: Whether FAISS found the neighbors that PyTorch computed on the same device.
         seconds: Duration of the second search; the first one prepares the device.
     """
 
@@ -87,12 +87,12 @@ class DeviceProbe:
         queries = random.normal(size=(8, DIMENSION)).astype(np.float32)
         device = "cuda" if choose_gpu(self._config.retrieval.device) and torch.cuda.is_available() else "cpu"
         scores = torch.from_numpy(queries).to(device) @ torch.from_numpy(vectors).to(device).T
-        exact = scores.topk(NEIGHBOURS).indices.cpu().tolist()
+        exact = scores.topk(NEIGHBORS).indices.cpu().tolist()
         with tempfile.TemporaryDirectory() as folder:
             index = self._open(locate(folder, StorageConfig()), vectors)
-            index.search(queries, NEIGHBOURS)
+            index.search(queries, NEIGHBORS)
             began = time.monotonic()
-            found = index.search(queries, NEIGHBOURS)
+            found = index.search(queries, NEIGHBORS)
             seconds = time.monotonic() - began
         agreed = [[hit.row for hit in hits] for hits in found] == exact
         kind = type(faiss.downcast_index(index.shards[0].index)).__name__

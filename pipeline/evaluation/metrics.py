@@ -1,4 +1,4 @@
-"""Metrics of an answer against gold answers. Words are normalised as in SQuAD's own evaluation."""
+"""Metrics of an answer against gold answers. Words are normalized as in SQuAD's own evaluation."""
 
 import re
 import string
@@ -25,7 +25,7 @@ def contains(answer: str, gold: str) -> bool:
 
 
 def exact(answer: str, gold: str) -> bool:
-    """Whether both are equal after normalisation."""
+    """Whether both are equal after normalization."""
     return normalise(answer) == normalise(gold)
 
 

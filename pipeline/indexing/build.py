@@ -23,7 +23,7 @@ from pipeline.retrieval.shard_files import SHARD_FILE, centroids, empty_index
 from pipeline.storage.location import Location, locate
 from pipeline.storage.parquet import RowRange
 
-Vectorise = Callable[[PassageBatch], Vectors]
+Vectorize = Callable[[PassageBatch], Vectors]
 Item = TypeVar("Item")
 
 
@@ -102,13 +102,13 @@ class BuildPlan:
                 f"passages, but there are {self.passages}; use Flat or fewer lists"
             )
 
-    def encode(self, encoder: Encoder) -> Vectorise:
+    def encode(self, encoder: Encoder) -> Vectorize:
         """Return a function that encodes the title and text of each passage of a batch.
 
         That function raises a ValueError if a vector is not finite.
         """
 
-        def vectorise(batch: PassageBatch) -> Vectors:
+        def vectorize(batch: PassageBatch) -> Vectors:
             titles, texts = batch.passages["title"].to_pylist(), batch.passages["text"].to_pylist()
             pairs = zip(titles, texts, strict=True)
             vectors = encoder.encode([passage_text(title, text) for title, text in pairs], self.request.batch_size)
@@ -119,9 +119,9 @@ class BuildPlan:
                 )
             return vectors
 
-        return vectorise
+        return vectorize
 
-    def vectoriser(self) -> Vectorise:
+    def vectorizer(self) -> Vectorize:
         """Return the function that reads the vectors of passages from their column, or loads the encoder and encodes.
 
         Raises:

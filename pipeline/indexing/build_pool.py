@@ -62,14 +62,14 @@ class SampleEncoder:
 
     def __init__(self, plan: BuildPlan, samples: list[Sample], tally: Any) -> None:
         self.plan, self.samples, self.tally = plan, samples, tally
-        self.vectorise = plan.vectoriser()
+        self.vectorize = plan.vectorizer()
 
     def __call__(self, batch: pa.Table) -> dict[str, Vectors]:
         """Return the vectors of samples, given by their numbers: float32 [passages, dimension]."""
         read = (part for n in batch["item"].to_pylist() for part in self.samples[n].read(self.plan.request.embeddings))
         vectors = []
         for part in read_ahead(read):
-            vectors.append(self.vectorise(part))
+            vectors.append(self.vectorize(part))
             self.tally.add.remote(part.passages.num_rows)
         return {"vectors": np.concatenate(vectors)}
 
@@ -118,7 +118,7 @@ class ShardBuilder:
 
         self.plan, self.tally = plan, tally
         self.template: npt.NDArray[np.uint8] = ray.get(template)
-        self.vectorise = plan.vectoriser()
+        self.vectorize = plan.vectorizer()
         self.folder = BuildFolder(plan.output)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -129,7 +129,7 @@ class ShardBuilder:
     def build(self, shard: ShardPlan) -> ShardReport:
         """Encode the passages of a shard, write its files, and record it as built."""
         begun = time.monotonic()
-        # FAISS writes into the index it deserialises, and Ray's arrays are read-only.
+        # FAISS writes into the index it deserializes, and Ray's arrays are read-only.
         index = faiss.deserialize_index(self.template.copy())
         entry = build_shard(self.plan.output, shard.number, index, self._batches(shard))
         self.folder.keep(shard.number, entry)
@@ -138,7 +138,7 @@ class ShardBuilder:
 
     def _batches(self, shard: ShardPlan) -> Iterator[tuple[pa.RecordBatch, Vectors]]:
         for batch in read_ahead(read_passages(shard.ranges, self.plan.request.embeddings)):
-            yield batch.passages, self.vectorise(batch)
+            yield batch.passages, self.vectorize(batch)
             self.tally.add.remote(batch.passages.num_rows)
 
 

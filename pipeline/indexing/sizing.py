@@ -73,8 +73,8 @@ def _size(index: Any, factory: str) -> IndexSize:
 
 def _codebook(index: Any) -> int:
     """Return the bytes of a product quantizer's codebook, 2^bits centroids per subquantizer; 0 for other indexes."""
-    quantiser = getattr(index, "pq", None)
-    return 0 if quantiser is None else int(quantiser.ksub * index.d * FLOAT)
+    quantizer = getattr(index, "pq", None)
+    return 0 if quantizer is None else int(quantizer.ksub * index.d * FLOAT)
 
 
 def _links(hnsw: Any) -> float:

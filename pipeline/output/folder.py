@@ -168,7 +168,7 @@ class OutputFolder:
         elif errors_file.exists():
             errors_file.delete()  # left by an attempt that died before it wrote the data file
         self._data_file(unit).write(encode_parquet(answers))
-        return summarise_unit(unit, answers, errors)
+        return summarize_unit(unit, answers, errors)
 
     def _data_file(self, unit: str) -> Location:
         return self.location / "data" / f"part-{unit}.parquet"
@@ -197,13 +197,13 @@ class OutputFolder:
     def _summary(self, unit: str, failed: bool) -> UnitSummary:
         answers = read_columns(self._data_file(unit), ["retrieved", "usage"])
         errors = self.location / "errors" / f"part-{unit}.parquet"
-        return summarise_unit(unit, answers, read_columns(errors, ["error_type"]) if failed else NO_ERRORS)
+        return summarize_unit(unit, answers, read_columns(errors, ["error_type"]) if failed else NO_ERRORS)
 
 
 NO_ERRORS = pa.table({"error_type": pa.array([], pa.string())})
 
 
-def summarise_unit(unit: str, answers: pa.Table, errors: pa.Table) -> UnitSummary:
+def summarize_unit(unit: str, answers: pa.Table, errors: pa.Table) -> UnitSummary:
     """Count a unit's rows."""
     usage = answers["usage"].combine_chunks()
     began, ended = json.loads((answers.schema.metadata or {}).get(TIMES, b"[null, null]"))

@@ -198,11 +198,11 @@ def _kind(value: Any) -> str:
 
 
 def with_letters(row: Row) -> Row:
-    """Replace labelled choices, as in ARC, by the letters A, B, …, and append their texts to the query.
+    """Replace labeled choices, as in ARC, by the letters A, B, …, and append their texts to the query.
 
     Labels in the answers are replaced too; in ARC they are A to E or 1 to 4. The released script
     (github.com/AkariAsai/self-rag, ``run_short_form.py``) prompts in this form, and the profile ``arc_challenge``
-    expects it. Rows without labelled choices are returned unchanged.
+    expects it. Rows without labeled choices are returned unchanged.
 
     Raises:
         ValueError: a choice has no label, two have the same, or there are more than 26 choices.

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from pipeline.config.sections import Columns, Weights
 from pipeline.decoding.types import REQUEST_SECONDS, ROW_SECONDS, USAGE_COUNTS
 from pipeline.evaluation.evaluate import NOTHING
-from pipeline.output.folder import NO_ERRORS, OutputFolder, UnitSummary, columns_of, summarise_unit, unit_of
+from pipeline.output.folder import NO_ERRORS, OutputFolder, UnitSummary, columns_of, summarize_unit, unit_of
 from pipeline.report.changes import Answers, hashed
 from pipeline.report.durations import Durations, Floats
 from pipeline.report.examples import Pick, keep, picks_of
@@ -274,7 +274,7 @@ def count_unit(data: Location, errors: Location | None, reading: ReadOptions) ->
     times = {**{name: usage[name] for name in (*ROW_SECONDS, *REQUEST_SECONDS)}, WRITING: writing}
     failures = _failures(failed, task)
     return UnitFigures(
-        unit=summarise_unit(unit_of(data), rows, failed),
+        unit=summarize_unit(unit_of(data), rows, failed),
         groups=_groups(rows, tasks, failures, reading),
         durations={name: Durations.of(values) for name, values in times.items()},
         counts={name: int(np.nansum(usage[name])) for name in USAGE_COUNTS},

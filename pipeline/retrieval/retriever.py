@@ -116,7 +116,7 @@ class IndexRetriever:
         if self._timer is not None:
             self._timer.cancel()
             self._timer = None
-        # Drop requests that were cancelled while they waited.
+        # Drop requests that were canceled while they waited.
         self._waiting = [request for request in self._waiting if not request.answer.done()]
         if self._searching or not self._waiting:
             return

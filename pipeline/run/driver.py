@@ -97,12 +97,12 @@ def run_plan(plan: RunPlan, resources: Resources | None, actor: type[SelfRagActo
     record = {"configuration": plan.config.recorded(), **plan.identity(), "tasks": plan.tasks()}
     record |= {"encoder": plan.encoder, "known": plan.known, "versions": versions(), "started": begun.isoformat()}
     if resources is None:
-        return summarise_run(plan, verify_units(plan), 0, time.monotonic() - started)
+        return summarize_run(plan, verify_units(plan), 0, time.monotonic() - started)
     with Lease(plan.output.location):
         plan = inspect_output(store_selection(plan))  # another run may have held the lease until now
         annotated = 0 if plan.finished else annotate_todo(plan, resources, record, actor)
         units = verify_units(plan)
-        summary = summarise_run(plan, units, annotated, time.monotonic() - started)
+        summary = summarize_run(plan, units, annotated, time.monotonic() - started)
         if not plan.finished:
             files = {unit.unit: unit.record() for unit in units}
             times = {"finished": datetime.now(UTC).isoformat()}
@@ -192,7 +192,7 @@ def start_partitions(plan: RunPlan, resources: Resources) -> list[Any]:
 
 
 def verify_units(plan: RunPlan) -> list[UnitSummary]:
-    """Summarise the files of all units and check that they contain every row of the query set.
+    """Summarize the files of all units and check that they contain every row of the query set.
 
     Raises:
         RuntimeError: rows are missing; the data files of units with wrong counts are deleted, so that these units are
@@ -211,7 +211,7 @@ def verify_units(plan: RunPlan) -> list[UnitSummary]:
     return units
 
 
-def summarise_run(plan: RunPlan, units: list[UnitSummary], annotated: int, seconds: float) -> Summary:
+def summarize_run(plan: RunPlan, units: list[UnitSummary], annotated: int, seconds: float) -> Summary:
     """Add up the summaries of all units."""
     error_types: Counter[str] = sum((Counter(unit.errors) for unit in units), Counter())
     return Summary(

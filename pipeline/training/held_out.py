@@ -97,7 +97,7 @@ def _reading(row: ReadingTriple, negatives: Negatives, rng: random.Random) -> Ro
 
 
 def _pairs(readings: tuple[ReadingTriple, ...], negatives: Negatives, pairs: int, rng: random.Random) -> Iterator[Row]:
-    """Yield two-part questions, each joined from two neighbouring rows.
+    """Yield two-part questions, each joined from two neighboring rows.
 
     About half of the pairs share their passage, since the data has several questions for each passage.
     """

@@ -14,7 +14,7 @@ class Recipe:
     Attributes:
         tokens: total number of training tokens; the learning rate decays over them.
         minutes: time limit; the learning rate decays over it if it is reached before ``tokens``.
-        tokens_per_step: minimum tokens of an optimiser step.
+        tokens_per_step: minimum tokens of an optimizer step.
         rank: LoRA rank of the adapter; alpha is twice the rank.
         frozen_layers: number of lowest layers without adapter; gradients are not propagated into them. With a third of
             the layers frozen, a step is about a third cheaper.

@@ -149,18 +149,18 @@ def save_adapter(model: PeftModel, base: str, output: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def step(model: Any, batch: list[TokenTree], optimiser: torch.optim.Optimizer) -> float:
-    """Take one optimiser step and return the weighted mean loss of the batch's predictions."""
+def step(model: Any, batch: list[TokenTree], optimizer: torch.optim.Optimizer) -> float:
+    """Take one optimizer step and return the weighted mean loss of the batch's predictions."""
     weight = sum(float(tree.weights.sum()) for tree in batch)
     total = 0.0
     for tree in batch:
         share = loss(model, tree) / weight
         share.backward()  # type: ignore[no-untyped-call]
         total += share.item()
-    parameters = [p for group in optimiser.param_groups for p in group["params"]]
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
     torch.nn.utils.clip_grad_norm_(parameters, 1.0)
-    optimiser.step()
-    optimiser.zero_grad()
+    optimizer.step()
+    optimizer.zero_grad()
     return total
 
 
@@ -182,18 +182,18 @@ def train_adapter(
     """
     torch.manual_seed(recipe.seed)
     parameters = [p for p in model.parameters() if p.requires_grad]
-    optimiser = torch.optim.AdamW(parameters, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
+    optimizer = torch.optim.AdamW(parameters, lr=recipe.learning_rate, betas=(0.9, 0.98), weight_decay=0.0)
     read, steps, seconds, saved, done = 0, 0, 0.0, 0.0, 0.0
     model.train()
     while done < 1.0:
         started = time.monotonic()
         progress(done)
-        for group in optimiser.param_groups:
+        for group in optimizer.param_groups:
             group["lr"] = recipe.rate(done)
         batch: list[TokenTree] = []
         while sum(len(tree.ids) for tree in batch) < recipe.tokens_per_step:
             batch.append(next(trees))
-        mean = step(model, batch, optimiser)
+        mean = step(model, batch, optimizer)
         read += sum(len(tree.ids) for tree in batch)
         steps += 1
         seconds += time.monotonic() - started

@@ -34,7 +34,7 @@ def saved(folder: Path, factory: str, shards: int, vectors: Vectors) -> Location
 
 @pytest.fixture(scope="module")
 def built(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, int], Location]:
-    """Build each index once; training product quantisers takes long."""
+    """Build each index once; training product quantizers takes long."""
     folder = tmp_path_factory.mktemp("indexes")
 
     @functools.cache

@@ -96,7 +96,7 @@ def test_a_manifest_fits_the_published_schema_and_a_misspelt_field_does_not(file
     validator.validate(tree)
     for place in paths(tree, tree["kind"]):
         spoilt = copy.deepcopy(tree)
-        paths(spoilt, tree["kind"])[place]["mispelt"] = 1
+        paths(spoilt, tree["kind"])[place]["misspelt"] = 1
         with pytest.raises(jsonschema.ValidationError, match="'mispelt' was unexpected"):
             validator.validate(spoilt)
 

@@ -45,7 +45,7 @@ class Case:
         return CliRunner().invoke(APP, words, env=self.environment)
 
     def write(self, name: str = "queries.parquet", /, **columns: Any) -> Path:
-        """A query file that the call reads, alone or with its neighbours."""
+        """A query file that the call reads, alone or with its neighbors."""
         file = self.folder / "bad" / name
         file.parent.mkdir(exist_ok=True)
         pq.write_table(pa.table(columns), file)

@@ -208,7 +208,7 @@ def test_the_driver_leaves_the_gpus_to_the_builders(
     monkeypatch.setattr(Encoder, "load", recorded)
     plan = check_build(BuildRequest(str(source), str(tmp_path / "out")))
     assert devices == ["cpu"]
-    plan.vectoriser()
+    plan.vectorizer()
     assert devices == ["cpu", "auto"]
 
 

@@ -37,8 +37,8 @@ def test_missing_file_is_named():
 
 def test_all_problems_are_told_in_one_line():
     with pytest.raises(ValueError) as caught:
-        load_config(None, ["decoding.passages=0", "colour=red"], NEEDED)
-    assert "unknown configuration key colour" in str(caught.value)
+        load_config(None, ["decoding.passages=0", "color=red"], NEEDED)
+    assert "unknown configuration key color" in str(caught.value)
     assert "decoding.passages" in str(caught.value)
     assert "\n" not in str(caught.value)
 

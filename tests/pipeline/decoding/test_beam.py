@@ -184,13 +184,13 @@ def test_order_of_siblings_never_changes_the_winner(levels: list[list[float]], w
 
 
 async def test_when_one_step_fails_the_others_are_cancelled() -> None:
-    cancelled = asyncio.Event()
+    canceled = asyncio.Event()
 
     async def slow() -> None:
         try:
             await asyncio.sleep(60)
         except asyncio.CancelledError:
-            cancelled.set()
+            canceled.set()
             raise
 
     async def fails() -> None:
@@ -199,4 +199,4 @@ async def test_when_one_step_fails_the_others_are_cancelled() -> None:
 
     with pytest.raises(ValueError, match="no"):
         await gather_all(slow(), fails())
-    await asyncio.wait_for(cancelled.wait(), 1)
+    await asyncio.wait_for(canceled.wait(), 1)

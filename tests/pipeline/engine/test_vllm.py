@@ -85,7 +85,7 @@ def test_demo_tokenizer_writes_control_tokens_as_single_ids(tokenizer):
 
 
 def test_pieces_join_to_what_training_saw(tokenizer):
-    """Text tokenised in pieces around control ids equals the whole string tokenised with its control tokens."""
+    """Text tokenized in pieces around control ids equals the whole string tokenized with its control tokens."""
     prompt = "### Instruction:\nWho?\n\n### Response:\n"
     whole = tokenizer.tokenizer(f"{prompt}[Retrieval]<paragraph>Dune\nA novel.</paragraph>")["input_ids"]
     pieces = [*tokenizer.prompt("Who?"), *tokenizer.control(Retrieve.YES), *tokenizer.passage("Dune", "A novel.")]

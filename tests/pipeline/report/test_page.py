@@ -9,16 +9,16 @@ from pipeline.report.page import Headline, change, duration, fact, number, shown
 STYLE = Path(pipeline.report.page.__file__).with_name("report.css").read_text()
 
 
-def colours(style: str) -> list[dict[str, str]]:
+def colors(style: str) -> list[dict[str, str]]:
     """The variables of the light and the dark page."""
     return [
         dict(re.findall(r"--(\w+): (#\w{6});", block)) for block in re.findall(r":root \{(.*?)\}", style, re.DOTALL)
     ]
 
 
-def luminance(colour: str) -> float:
+def luminance(color: str) -> float:
     """https://www.w3.org/TR/WCAG22/#dfn-relative-luminance"""
-    parts = [int(colour[n : n + 2], 16) / 255 for n in (1, 3, 5)]
+    parts = [int(color[n : n + 2], 16) / 255 for n in (1, 3, 5)]
     linear = [part / 12.92 if part <= 0.04045 else ((part + 0.055) / 1.055) ** 2.4 for part in parts]
     return sum(weight * part for weight, part in zip((0.2126, 0.7152, 0.0722), linear, strict=True))
 
@@ -30,12 +30,12 @@ def contrast(one: str, other: str) -> float:
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
 def test_texts_and_bars_have_the_contrast_of_wcag_aa(scheme):
-    colour = colours(STYLE)[scheme]
+    color = colors(STYLE)[scheme]
     for text in ("text", "quiet", "accent", "warn"):
-        assert contrast(colour[text], colour["page"]) >= 4.5
-    assert contrast(colour["text"], colour["mark"]) >= 4.5
+        assert contrast(color[text], color["page"]) >= 4.5
+    assert contrast(color["text"], color["mark"]) >= 4.5
     for line in ("bar", "line"):
-        assert contrast(colour[line], colour["page"]) >= 3
+        assert contrast(color[line], color["page"]) >= 3
 
 
 @pytest.mark.parametrize(

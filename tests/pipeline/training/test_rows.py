@@ -130,15 +130,15 @@ def test_the_right_answer_is_taught_with_its_critique(builder: TreeBuilder) -> N
 
 
 def test_an_answer_that_is_not_right_is_judged_and_not_taught(builder: TreeBuilder) -> None:
-    judgements = set()
+    judgments = set()
     for seed in range(40):
         for answer in builder.reading(ROLLO, 100, random.Random(seed)).children[0].children[1:]:
             (relevance, *text, support, use, _) = weighted(builder, answer)
             assert relevance == (IsRel.RELEVANT, 0.0)
             assert {weight for _, weight in text} == {0.0}
             assert support[1] == use[1] == WEIGHTS.critique
-            judgements.add((support[0], use[0]))
-    assert judgements == {(IsSup.NONE, IsUse.ONE), (IsSup.PARTIALLY, IsUse.THREE)}
+            judgments.add((support[0], use[0]))
+    assert judgments == {(IsSup.NONE, IsUse.ONE), (IsSup.PARTIALLY, IsUse.THREE)}
 
 
 def test_a_wrong_passage_is_irrelevant_and_holds_no_answer(builder: TreeBuilder) -> None:
