@@ -103,7 +103,7 @@ def plan_run(config: RunConfig, overwrite: bool) -> tuple[RunPlan, Resources | N
             typer.echo(str(news), err=True)
             return None
         resources = None if plan.finished else allot_resources(plan)
-    for line in [*plan.lines(), *(resources.lines() if resources else [])]:
+    for line in [*plan.describe(), *(resources.describe() if resources else [])]:
         typer.echo(line, err=True)
     return plan, resources
 

@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.common import IndexFile, IndexSettings, checking, start_logging, working
-from pipeline.config.loading import validated
+from pipeline.config.loading import validate_section
 from pipeline.config.run import load_sections
 from pipeline.config.sections import RetrievalConfig, StorageConfig
 from pipeline.indexing.check import Checked, CheckRequest, check_index_folder
@@ -40,19 +40,19 @@ def check_index(
     start_logging(timestamps=True)
     with checking():
         sections = load_sections(config, settings or [], ["storage", "retrieval"])
-        storage = validated(StorageConfig, sections["storage"], "storage")
-        retrieval = validated(RetrievalConfig, sections["retrieval"], "retrieval")
+        storage = validate_section(StorageConfig, sections["storage"], "storage")
+        retrieval = validate_section(RetrievalConfig, sections["retrieval"], "retrieval")
     with working():
         checked = check_index_folder(CheckRequest(index, storage, retrieval, queries, sample, k, recall))
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(checked)))
         return
-    Console().print(speeds_table(checked))
-    for line in summary(checked):
+    Console().print(build_speeds_table(checked))
+    for line in summarize_check(checked):
         typer.echo(line)
 
 
-def summary(checked: Checked) -> list[str]:
+def summarize_check(checked: Checked) -> list[str]:
     """Summarize the check in a few lines: index, queries, and the recommended search parameters."""
     source = "passages of the index, which are easier to find than questions" if checked.own else "the query set"
     lines = [
@@ -66,7 +66,7 @@ def summary(checked: Checked) -> list[str]:
     return lines
 
 
-def speeds_table(checked: Checked) -> Table:
+def build_speeds_table(checked: Checked) -> Table:
     """Return a table with a line for each search setting; those that reach the target recall are marked."""
     table = Table(title=f"{checked.queries} queries, {checked.k} passages each")
     for heading in ("search", f"recall@{checked.k}", "", "ms, median", "ms, p95", "queries/s in batches of 64"):

@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
-from pipeline.versions import versions
+from pipeline.versions import read_versions
 
 JOBS = {
     "doctor": "Check whether this machine or cluster can run the job, and suggest fixes.",
@@ -46,11 +46,11 @@ def load_command(name: str) -> Any:
     """Import a job's module and make a command of its function of the same name."""
     job = name.replace("-", "_")
     command = typer.Typer(add_completion=False)
-    command.command(name)(getattr(import_module(module_of(job)), job))
+    command.command(name)(getattr(import_module(find_module(job)), job))
     return get_command(command)
 
 
-def module_of(job: str) -> str:
+def find_module(job: str) -> str:
     """Return the name of a job's module; benchmarks are in ``jobs.benchmark``."""
     if job == "benchmark":
         return "jobs.benchmark.compare"
@@ -60,7 +60,7 @@ def module_of(job: str) -> str:
 def show_versions(wanted: bool) -> None:
     """Print the versions of Python and of the packages that decide results, and exit."""
     if wanted:
-        for package, version in {**versions(), "python": platform.python_version()}.items():
+        for package, version in {**read_versions(), "python": platform.python_version()}.items():
             typer.echo(f"{package} {version}")
         raise typer.Exit
 

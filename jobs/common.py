@@ -8,12 +8,12 @@ from typing import Annotated, NoReturn
 
 import typer
 
-from pipeline.cluster import reason
-from pipeline.config.loading import validated
+from pipeline.cluster import extract_cause
+from pipeline.config.loading import validate_section
 from pipeline.config.run import load_sections
 from pipeline.config.sections import StorageConfig
 from pipeline.retrieval.encoder import EncoderStyle
-from pipeline.storage.location import one_line
+from pipeline.storage.location import join_lines
 
 log = logging.getLogger(__name__)
 
@@ -58,17 +58,17 @@ def load_index_storage(config: str | None, settings: list[str] | None) -> Storag
         ValueError: a setting is of another section, or wrong.
     """
     sections = load_sections(config, settings or [], ["storage", "retrieval"])
-    return validated(StorageConfig, sections["storage"], "storage")
+    return validate_section(StorageConfig, sections["storage"], "storage")
 
 
-def encoder_style(query_prefix: str, passage_prefix: str, normalise: bool, dtype: str) -> EncoderStyle:
+def build_encoder_style(query_prefix: str, passage_prefix: str, normalise: bool, dtype: str) -> EncoderStyle:
     """Build the style of an encoder from the options of a command.
 
     Raises:
         ValueError: an option is wrong.
     """
     style = {"query_prefix": query_prefix, "passage_prefix": passage_prefix, "normalised": normalise, "dtype": dtype}
-    return validated(EncoderStyle, style, "encoder")
+    return validate_section(EncoderStyle, style, "encoder")
 
 
 def require(value: str, option: str) -> str:
@@ -96,7 +96,7 @@ class FailedError(typer.Exit):
 
 def fail(message: object, status: int) -> NoReturn:
     """Print an error as one line on stderr and end the command with a status."""
-    line = one_line(message)
+    line = join_lines(message)
     typer.echo(f"error: {line}", err=True)
     raise FailedError(status, line) from None
 
@@ -139,7 +139,7 @@ def working(
             fail(message, 2)
         if hint:
             log.exception(hint)
-            fail(reason(error), 1)
+            fail(extract_cause(error), 1)
         if not isinstance(error, (ValueError, OSError, RuntimeError)):
             log.exception("unexpected error")
         fail(message, 1)

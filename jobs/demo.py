@@ -22,9 +22,9 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.common import start_logging, working
-from jobs.evaluate import comparison
-from pipeline.config.loading import validated
-from pipeline.config.run import RunConfig, cache_folder
+from jobs.evaluate import build_comparison_table
+from pipeline.config.loading import validate_section
+from pipeline.config.run import RunConfig, get_cache_folder
 from pipeline.config.sections import (
     DecodingConfig,
     ExecutionConfig,
@@ -33,8 +33,14 @@ from pipeline.config.sections import (
     RetrievalConfig,
     StorageConfig,
 )
-from pipeline.demo_models import built, demo_encoder, demo_model
-from pipeline.evaluation.evaluate import Evaluation, View, evaluate_set, first_passage, without_retrieval
+from pipeline.demo_models import build_demo_encoder, build_demo_model, build_once
+from pipeline.evaluation.evaluate import (
+    Evaluation,
+    View,
+    answer_from_first_passage,
+    answer_without_retrieval,
+    evaluate_set,
+)
 from pipeline.evaluation.metrics import best_over_golds, contains
 from pipeline.indexing.build import BuildRequest
 from pipeline.output.folder import REPORT
@@ -46,7 +52,7 @@ PASSAGES = DEMO / "passages.parquet"
 QUERIES = DEMO / "queries.parquet"
 
 MAIN = "adaptive"
-BASELINES: Mapping[str, View] = {"first passage": first_passage, "never": without_retrieval}
+BASELINES: Mapping[str, View] = {"first passage": answer_from_first_passage, "never": answer_without_retrieval}
 DECODING = DecodingConfig(passages=3, max_tokens=60, keep_candidates=True, explore=True)
 # Exploring reads passages for every row; instructions need none, so that one passage is enough.
 INSTRUCTION = Profile(decoding={"passages": 1})
@@ -76,14 +82,16 @@ class DemoSet:
     counts: Mapping[str, Any]
 
 
-def demo_index() -> Path:
+def get_demo_index() -> Path:
     """Return the demo index in the cache folder; build it on first use of these passages and this encoder.
 
     Raises:
         RuntimeError: the encoder must be downloaded and cannot be.
     """
-    digest = hashlib.sha256(PASSAGES.read_bytes() + f"{demo_encoder().name}, {SHARDS} shards".encode()).hexdigest()
-    return built(cache_folder() / f"demo-index-{digest[:12]}", _build_index)
+    digest = hashlib.sha256(
+        PASSAGES.read_bytes() + f"{build_demo_encoder().name}, {SHARDS} shards".encode()
+    ).hexdigest()
+    return build_once(get_cache_folder() / f"demo-index-{digest[:12]}", _build_index)
 
 
 def _build_index(target: Path) -> None:
@@ -93,7 +101,7 @@ def _build_index(target: Path) -> None:
     run_build(check_build(BuildRequest(str(PASSAGES), str(target), embeddings="vector", shards=SHARDS)))
 
 
-def first_rows(queries: Path, rows: int, file: Path) -> Path:
+def write_first_rows(queries: Path, rows: int, file: Path) -> Path:
     """Write the first rows of a query set to a file of their own."""
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pq.read_table(queries).slice(0, rows), file)
@@ -109,7 +117,7 @@ def annotate_demo(queries: Path, index: Path, folder: Path, overwrite: bool, top
         model=ModelConfig(name="demo"),
         decoding=DECODING,
         profiles={"two_questions": LONG_FORM, "instruction": INSTRUCTION},
-        retrieval=validated(RetrievalConfig, {"topology": topology}, "retrieval"),
+        retrieval=validate_section(RetrievalConfig, {"topology": topology}, "retrieval"),
         # On a machine with few cores the engine needs all of them; searching this small index takes almost none.
         execution=ExecutionConfig(unit_rows=UNIT_ROWS, shard_servers=SHARDS, cpus_per_server=0),
     )
@@ -117,13 +125,13 @@ def annotate_demo(queries: Path, index: Path, folder: Path, overwrite: bool, top
     return DemoSet(folder, status, json.loads((folder / "_manifest.json").read_text())["counts"])
 
 
-def evaluations(folder: Path) -> dict[str, Evaluation]:
+def evaluate_demo(folder: Path) -> dict[str, Evaluation]:
     """Evaluate the run and its baselines."""
     location = locate(str(folder), StorageConfig())
     return {MAIN: evaluate_set(location), **{name: evaluate_set(location, view=v) for name, v in BASELINES.items()}}
 
 
-def answers_table(folder: Path) -> Table:
+def build_answers_table(folder: Path) -> Table:
     """Return a table of some rows with evidence and scores: long answers, short ones, and some without retrieval."""
     rows = pa.concat_tables(map(pq.read_table, sorted((folder / "data").glob("*.parquet")))).to_pylist()
     long = [row for row in rows if len(row["segments"]) > 1]
@@ -136,17 +144,17 @@ def answers_table(folder: Path) -> Table:
         table.add_column(heading, justify="right")
     few = SHOWN // 4
     for row in long[:few] + read[: SHOWN - few - min(few, len(unread))] + unread[:few]:
-        table.add_row(*_answer_cells(row))
+        table.add_row(*_format_answer(row))
     return table
 
 
-def _answer_cells(row: Mapping[str, Any]) -> list[str]:
+def _format_answer(row: Mapping[str, Any]) -> list[str]:
     golds = row["answers"]
     mark = "" if not golds else "✓" if best_over_golds(contains, row["answer"], golds) else "✗"
     titles = ", ".join(dict.fromkeys(passage["title"] for passage in row["passages"])) or "–"
     scores = [_mean([s[name] for s in row["segments"]]) for name in ("is_rel", "is_sup", "is_use", "score")]
     figures = [row["retrieve_probability"], *scores]
-    return [_short(row["query"]), _short(row["answer"]), mark, titles, *map(_figure, figures)]
+    return [_shorten(row["query"]), _shorten(row["answer"]), mark, titles, *map(_format_figure, figures)]
 
 
 def _mean(values: Sequence[float | None]) -> float | None:
@@ -154,16 +162,16 @@ def _mean(values: Sequence[float | None]) -> float | None:
     return sum(present) / len(present) if present else None
 
 
-def _short(text: str, longest: int = 120) -> str:
+def _shorten(text: str, longest: int = 120) -> str:
     line = " ".join(text.split())
     return line if len(line) <= longest else line[: longest - 1] + "…"
 
 
-def _figure(value: float | None) -> str:
+def _format_figure(value: float | None) -> str:
     return "–" if value is None else f"{value:.2f}"
 
 
-def conclusion(annotated: DemoSet, evaluated: Mapping[str, Evaluation]) -> list[str]:
+def summarize_demo(annotated: DemoSet, evaluated: Mapping[str, Evaluation]) -> list[str]:
     """Summarize the run in a few lines: matches beside the baselines', retrievals, throughput and output files."""
     lines = []
     if "match" in evaluated[MAIN].overall.metrics:
@@ -194,15 +202,15 @@ def demo(
     """
     start_logging(progress=["pipeline.demo_models"])
     with working():
-        demo_model()
-        index = demo_index()
-        chosen = first_rows(queries, rows, output / "queries.parquet") if rows else queries
+        build_demo_model()
+        index = get_demo_index()
+        chosen = write_first_rows(queries, rows, output / "queries.parquet") if rows else queries
         annotated = annotate_demo(chosen, index, output / MAIN, overwrite, topology)
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-    console.print(answers_table(annotated.folder))
-    evaluated = evaluations(annotated.folder)
-    console.print(comparison(evaluated, SHOWN_METRICS))
-    for line in conclusion(annotated, evaluated):
+    console.print(build_answers_table(annotated.folder))
+    evaluated = evaluate_demo(annotated.folder)
+    console.print(build_comparison_table(evaluated, SHOWN_METRICS))
+    for line in summarize_demo(annotated, evaluated):
         console.print(line, highlight=False)
     raise typer.Exit(annotated.exit_status)
 

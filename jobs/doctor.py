@@ -22,7 +22,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.common import checking, start_logging
-from pipeline.cluster import Resources, actor_resources, connect, reason
+from pipeline.cluster import Resources, allocate_resources, connect, extract_cause
 from pipeline.config.loading import read_yaml
 from pipeline.config.run import RunConfig, load_config
 from pipeline.config.sections import StorageConfig
@@ -38,8 +38,8 @@ from pipeline.doctor.diagnosis import (
     judge_versions,
 )
 from pipeline.doctor.machine import Machine, inspect_machine
-from pipeline.engine.arguments import check_engine_arguments, gpu_share
-from pipeline.engine.models import critic_of
+from pipeline.engine.arguments import check_engine_arguments, get_gpu_share
+from pipeline.engine.models import load_critic
 from pipeline.retrieval.manifest import check_index_manifest
 from pipeline.storage.location import locate
 
@@ -87,13 +87,13 @@ def attempt(check: str, where: str, work: Callable[[], Iterator[Finding]], advic
     try:
         yield from work()
     except Exception as error:  # noqa: BLE001  any error is a finding about this machine
-        yield Finding(check, where, Verdict.FAILED, reason(error), advice)
+        yield Finding(check, where, Verdict.FAILED, extract_cause(error), advice)
 
 
 def examine_model(config: RunConfig) -> Iterator[Finding]:
     """Check the engine's arguments, the tokenizer and its reflection tokens, as ``annotate --dry-run`` does."""
     check_engine_arguments(config.model)
-    tokens = len(set(critic_of(config).watched))
+    tokens = len(set(load_critic(config).watched))
     found = f"valid engine arguments and tokenizer, {tokens} critique tokens"
     yield Finding("model", config.model.name, Verdict.OK, found)
 
@@ -129,14 +129,14 @@ def examine_machines(config: RunConfig, nodes: Sequence[Node]) -> Iterator[Findi
 
 
 def _examine_machine(config: RunConfig, node: Node, call: Any, machines: list[Machine]) -> Iterator[Finding]:
-    machine: Machine = result_of(call, MACHINE_SECONDS)
+    machine: Machine = wait_for_result(call, MACHINE_SECONDS)
     machines.append(machine)
     amounts = ", ".join(f"{node.resources.get(name, 0):g} {name}s" for name in ("CPU", "GPU"))
     yield Finding("node", machine.host, Verdict.OK, f"{node.address}: {amounts}")
     wanted = config.execution.gpus_per_actor != 0
     yield judge_gpus(machine, node.resources.get("GPU", 0.0), wanted)
     if machine.cards and wanted:
-        yield from judge_gpu_memory(machine, gpu_share(config.model))
+        yield from judge_gpu_memory(machine, get_gpu_share(config.model))
     yield judge_shared_memory(machine)
 
 
@@ -160,7 +160,7 @@ def examine_storage(uri: str, storage: StorageConfig, nodes: Sequence[Node]) -> 
 
 
 def _examine_storage(where: str, call: Any) -> Iterator[Finding]:
-    result_of(call, MACHINE_SECONDS)
+    wait_for_result(call, MACHINE_SECONDS)
     yield Finding("storage", where, Verdict.OK, "written, listed, read, deleted")
 
 
@@ -178,7 +178,7 @@ def use_storage(uri: str, storage: StorageConfig, drivers: str) -> None:
     ours, content = locate(uri, storage) / name, name.encode()
     ours.write(content)
     try:
-        listed, read = [file.uri for file in locate(uri, storage).files()], ours.read()
+        listed, read = [file.uri for file in locate(uri, storage).list_files()], ours.read()
     finally:
         ours.delete()
     if drivers not in listed:
@@ -197,7 +197,7 @@ def call_everywhere(nodes: Sequence[Node], work: Callable[..., Any], *arguments:
     return [remote.options(scheduling_strategy=place).remote(*arguments) for place in places]
 
 
-def result_of(call: Any, seconds: float) -> Any:
+def wait_for_result(call: Any, seconds: float) -> Any:
     """Wait for a Ray reference and return its result.
 
     Raises:
@@ -218,8 +218,8 @@ def examine_actor(config: RunConfig) -> Iterator[Finding]:
     shards = (
         len(check_index_manifest(locate(config.index, config.storage), config.retrieval).shards) if config.index else 0
     )
-    resources = actor_resources(config, shards)
-    for line in resources.lines():
+    resources = allocate_resources(config, shards)
+    for line in resources.describe():
         check, _, found = line.partition(" ")
         yield Finding(check, "cluster", Verdict.OK, found.strip())
     yield from probe_device(config, resources)
@@ -234,10 +234,10 @@ def probe_device(config: RunConfig, resources: Resources) -> Iterator[Finding]:
     expected = "GPU" if gpus and config.retrieval.device != "cpu" else "CPU"
 
     def search() -> Iterator[Finding]:
-        yield judge_search(result_of(probe.search.remote(), ENGINE_SECONDS), expected, "actor")
+        yield judge_search(wait_for_result(probe.search.remote(), ENGINE_SECONDS), expected, "actor")
 
     def answer() -> Iterator[Finding]:
-        yield judge_answer(result_of(probe.answer.remote(), ENGINE_SECONDS), gpus, "actor")
+        yield judge_answer(wait_for_result(probe.answer.remote(), ENGINE_SECONDS), gpus, "actor")
 
     try:
         yield from attempt("search", "actor", search, SEARCH_ADVICE)

@@ -21,18 +21,18 @@ from rich.table import Table
 
 from jobs.common import RunFile, StorageSettings, checking, start_logging
 from pipeline.config.run import load_storage
-from pipeline.evaluation.evaluate import Evaluation, Figures, Row, evaluate_set, rows_of
-from pipeline.evaluation.exports import EXPORTED, alce, factscore
+from pipeline.evaluation.evaluate import Evaluation, Figures, Row, evaluate_set, iterate_rows
+from pipeline.evaluation.exports import EXPORTED, encode_alce, encode_factscore
 from pipeline.evaluation.statistics import Estimate
 from pipeline.evaluation.sweep import Sweep, save_sweep, sweep_set
-from pipeline.output.folder import OutputFolder, columns_of
+from pipeline.output.folder import OutputFolder, get_columns
 from pipeline.storage.location import Location, locate
 
 MAIN = "annotations"
 TITLES = {"exact_match": "exact", "f1": "F1", "str_em": "str-EM", "rouge_l": "ROUGE-L"}
 
 
-def comparison(named: Mapping[str, Evaluation], only: Collection[str] = ()) -> Table:
+def build_comparison_table(named: Mapping[str, Evaluation], only: Collection[str] = ()) -> Table:
     """Return a table with a line for each set and group; metrics come with half the width of their 95 % interval.
 
     Args:
@@ -51,29 +51,29 @@ def comparison(named: Mapping[str, Evaluation], only: Collection[str] = ()) -> T
             evaluation.by_group if len(evaluation.groups) == 1 else {**evaluation.by_group, "all": evaluation.overall}
         )
         for group, figures in groups.items():
-            cells = _cells(figures, metrics)
+            cells = _format_figures(figures, metrics)
             table.add_row(*([name] if several else []), group, *cells, end_section=group == list(groups)[-1])
     return table
 
 
-def _cells(figures: Figures, metrics: list[str]) -> list[str]:
+def _format_figures(figures: Figures, metrics: list[str]) -> list[str]:
     retrieved = "–" if figures.retrieval_rate is None else f"{100 * figures.retrieval_rate:.1f}"
     areas = ["–" if judged is None else f"{judged.auc:.3f}" for judged in (figures.isrel, figures.issup)]
-    estimates = [_percent(figures.metrics.get(metric)) for metric in metrics]
+    estimates = [_format_percent(figures.metrics.get(metric)) for metric in metrics]
     return [f"{figures.rows:,}", f"{figures.errors:,}", retrieved, *estimates, *areas]
 
 
-def _percent(found: Estimate | None) -> str:
+def _format_percent(found: Estimate | None) -> str:
     return "–" if found is None else f"{100 * found.mean:.1f} ±{50 * (found.high - found.low):.1f}"
 
 
-def differences(main: Evaluation, baselines: Mapping[str, Evaluation]) -> Table:
+def build_differences_table(main: Evaluation, baselines: Mapping[str, Evaluation]) -> Table:
     """Return a table of the set's metrics minus each baseline's, over the rows that both sets have."""
     table = Table(title="Difference from each baseline (percentage points, 95 % interval, paired permutation test)")
     for heading in ("baseline", "metric", "rows", "difference", "interval", "p"):
         table.add_column(heading, justify="left" if heading in ("baseline", "metric") else "right")
     for name, other in baselines.items():
-        for metric, found in main.against(other).items():
+        for metric, found in main.compare_with(other).items():
             interval = f"{100 * found.low:+.1f} … {100 * found.high:+.1f}"
             p_value = f"{found.p_value:.4f}" if found.p_value >= 0.001 else "< 0.001"
             table.add_row(
@@ -82,7 +82,7 @@ def differences(main: Evaluation, baselines: Mapping[str, Evaluation]) -> Table:
     return table
 
 
-def _baselines(options: list[str]) -> dict[str, str]:
+def _parse_baselines(options: list[str]) -> dict[str, str]:
     pairs = [option.partition("=") for option in options]
     for (name, _, uri), option in zip(pairs, options, strict=True):
         if not name or not uri or name == MAIN:
@@ -90,7 +90,7 @@ def _baselines(options: list[str]) -> dict[str, str]:
     return {name: uri for name, _, uri in pairs}
 
 
-def _record(evaluation: Evaluation) -> dict[str, object]:
+def _to_record(evaluation: Evaluation) -> dict[str, object]:
     groups = {name: asdict(figures) for name, figures in evaluation.by_group.items()}
     return {"annotations": evaluation.annotations, "overall": asdict(evaluation.overall), "groups": groups}
 
@@ -98,15 +98,15 @@ def _record(evaluation: Evaluation) -> dict[str, object]:
 def encode_figures(main: Evaluation, baselines: Mapping[str, Evaluation]) -> str:
     """Encode all figures as JSON."""
     others = {
-        name: {**_record(other), "difference": {m: asdict(d) for m, d in main.against(other).items()}}
+        name: {**_to_record(other), "difference": {m: asdict(d) for m, d in main.compare_with(other).items()}}
         for name, other in baselines.items()
     }
-    return json.dumps({**_record(main), "baselines": others}, indent=2, ensure_ascii=False)
+    return json.dumps({**_to_record(main), "baselines": others}, indent=2, ensure_ascii=False)
 
 
 def _export(folder: Location, task: str | None, export: Callable[[Iterable[Row], str], str], file: Location) -> None:
-    columns = columns_of(OutputFolder(folder).manifest() or {})
-    rows = rows_of(folder / "data", [columns.query, columns.task, *EXPORTED], required=[columns.query, "passages"])
+    columns = get_columns(OutputFolder(folder).read_manifest() or {})
+    rows = iterate_rows(folder / "data", [columns.query, columns.task, *EXPORTED], required=[columns.query, "passages"])
     chosen = (row for row in rows if task in (None, row.get(columns.task)))
     file.write(export(chosen, columns.query).encode())
     logging.info("written: %s", file.uri)
@@ -142,13 +142,13 @@ def evaluate(
     start_logging(logging.INFO)
     with checking():
         storage = load_storage(config, settings or [])
-        sets = {MAIN: annotations, **_baselines(baseline or [])}
+        sets = {MAIN: annotations, **_parse_baselines(baseline or [])}
         evaluated = {name: evaluate_set(locate(uri, storage), by, task) for name, uri in sets.items()}
         main, others = evaluated[MAIN], {name: other for name, other in evaluated.items() if name != MAIN}
         found = sweep_set(locate(annotations, storage), task) if sweep else None
         if found and sweep:
             save_sweep(found, locate(sweep, storage))
-        for file, export in ((alce_file, alce), (factscore_file, factscore)):
+        for file, export in ((alce_file, encode_alce), (factscore_file, encode_factscore)):
             if file is not None:
                 _export(locate(annotations, storage), task, export, locate(file, storage))
         if json_file not in (None, "-"):
@@ -157,14 +157,14 @@ def evaluate(
         sys.stdout.write(encode_figures(main, others) + "\n")
         return
     console = Console()
-    console.print(comparison(evaluated))
-    for table in sweep_tables(found) if found else []:
+    console.print(build_comparison_table(evaluated))
+    for table in build_sweep_tables(found) if found else []:
         console.print(table)
     if others:
-        console.print(differences(main, others))
+        console.print(build_differences_table(main, others))
 
 
-def sweep_tables(found: Sweep) -> list[Table]:
+def build_sweep_tables(found: Sweep) -> list[Table]:
     """Return two tables: each setting's best and worst value, and the recommended settings."""
     curves = Table(title=f"Sweep: {found.metric} (%), one setting at a time")
     for heading in ("setting", "best", "", "worst", ""):

@@ -26,8 +26,8 @@ from pipeline.queries.converters import (
     KnownDataset,
     Row,
     check_row,
-    checked_columns,
-    known_datasets,
+    load_known_datasets,
+    parse_columns,
 )
 from pipeline.queries.query_set import QuerySet
 from pipeline.queries.sources import HUB, Source, SourceRequest, SourceRow, open_source
@@ -56,7 +56,7 @@ class Import:
     skipped: int = 0
     ids: Ids = field(default_factory=Ids)
 
-    def rows(self) -> Iterator[PlacedRow]:
+    def read_rows(self) -> Iterator[PlacedRow]:
         """Yield the good rows with their places.
 
         Raises:
@@ -64,7 +64,7 @@ class Import:
         """
         for row in self.source.rows:
             try:
-                query = self._query(row)
+                query = self._convert_row(row)
             except ValueError as error:
                 if not self.skip_bad:
                     columns = f" (columns: {', '.join(row.values)}; map them with --column)" if row.values else ""
@@ -76,7 +76,7 @@ class Import:
             else:
                 yield row.place, query
 
-    def _query(self, row: SourceRow) -> Row:
+    def _convert_row(self, row: SourceRow) -> Row:
         if row.problem is not None:
             raise ValueError(row.problem)
         query = self.recipe.apply(row.values)
@@ -95,7 +95,7 @@ class Import:
         for folder in (spooled, written):
             folder.mkdir()
         spool = Spool(spooled, self.source.types)
-        spool.write(islice(self.rows(), self.limit))
+        spool.write(islice(self.read_rows(), self.limit))
         if not spool.schemas:
             raise ValueError(f"no rows to import ({self.skipped} bad rows skipped)")
         for column, path in self.recipe.columns.items():
@@ -104,7 +104,7 @@ class Import:
         return write_query_set(spool, written, self.output)
 
 
-def requested(
+def build_request(
     dataset: str | None, source: str | None, name: str | None, split: str | None, revision: str | None
 ) -> tuple[SourceRequest, KnownDataset | None]:
     """Build the request for a source, and look up the known dataset that ``dataset`` names.
@@ -119,11 +119,11 @@ def requested(
         if source is None:
             raise ValueError("--source or --dataset is required")
         return SourceRequest(source, name, split, revision), None
-    if dataset not in known_datasets():
+    if dataset not in load_known_datasets():
         raise ValueError(
-            f"--dataset {dataset}: expected one of {', '.join(known_datasets())}; import others with --source"
+            f"--dataset {dataset}: expected one of {', '.join(load_known_datasets())}; import others with --source"
         )
-    known = known_datasets()[dataset]
+    known = load_known_datasets()[dataset]
     if source is not None and not source.startswith(HUB):
         return SourceRequest(source, name, split, revision), known
     return SourceRequest(source or known.source, name or known.name, split or known.split, revision), known
@@ -144,7 +144,7 @@ def open_import(request: SourceRequest, output: Location, storage: StorageConfig
     return open_source(request, storage)
 
 
-def carry_out(job: Import, target: Location, overwrite: bool) -> QuerySet:
+def run_import(job: Import, target: Location, overwrite: bool) -> QuerySet:
     """Write the query set to a temporary folder, and publish it once it is complete.
 
     Raises:
@@ -196,13 +196,13 @@ def import_queries(
     start_logging(progress=["pipeline.queries.writer"])
     with checking():
         storage = load_storage(config, settings or [])
-        request, known = requested(dataset, source, name, split, revision)
-        columns = {**(known.columns if known else {}), **checked_columns(column or [])}
+        request, known = build_request(dataset, source, name, split, revision)
+        columns = {**(known.columns if known else {}), **parse_columns(column or [])}
         recipe = ColumnMapping(columns, task or (known.task if known else None), frozenset(drop or []))
         target = locate(output, storage)
         job = Import(open_import(request, target, storage, overwrite), recipe, target, skip_bad, limit)
     with working():
-        written = carry_out(job, target, overwrite)
+        written = run_import(job, target, overwrite)
     skipped = f", {job.skipped} bad rows skipped" if job.skipped else ""
     typer.echo(f"query set: {output}, {written.rows} rows in {written.files} files{skipped}", err=True)
     raise typer.Exit(3 if job.skipped else 0)

@@ -20,8 +20,8 @@ from jobs.common import (
     Passages,
     QueryPrefix,
     Shards,
+    build_encoder_style,
     checking,
-    encoder_style,
     load_index_storage,
     require,
     start_logging,
@@ -32,17 +32,17 @@ from pipeline.indexing.sizing import (
     USUAL_FACTORIES,
     Corpus,
     SizePlan,
-    beside_7b,
-    cards_needed,
-    gpu_need,
-    index_size,
-    machines_needed,
-    search_cost,
-    share_beside,
-    size_plan,
-    survey,
+    compute_index_size,
+    compute_room_beside_7b,
+    compute_share_beside,
+    count_cards,
+    count_machines,
+    estimate_search_cost,
+    find_gpu_setting,
+    plan_sizes,
+    survey_corpus,
 )
-from pipeline.retrieval.encoder import Encoder, absolute_name
+from pipeline.retrieval.encoder import Encoder, resolve_encoder_name
 from pipeline.storage.location import locate
 
 GB, MB = 1e9, 1e6
@@ -72,15 +72,15 @@ def plan_index(
     with checking():
         source = locate(require(passages, "--passages"), load_index_storage(config, settings))
         files = find_passages(source, embeddings)
-        style = encoder_style(query_prefix, passage_prefix, normalise, dtype)
-        loaded = Encoder.load(absolute_name(encoder), style=style)
-        index_size(factory, loaded.dimension)  # rejects a bad factory before the sample is encoded
-        tables = plan_tables(survey(files, loaded, batch_size), factory, shards)
+        style = build_encoder_style(query_prefix, passage_prefix, normalise, dtype)
+        loaded = Encoder.load(resolve_encoder_name(encoder), style=style)
+        compute_index_size(factory, loaded.dimension)  # rejects a bad factory before the sample is encoded
+        tables = build_plan_tables(survey_corpus(files, loaded, batch_size), factory, shards)
     for table in tables:
         Console().print(table)
 
 
-def plan_tables(corpus: Corpus, factory: str, shards: int) -> list[Table]:
+def build_plan_tables(corpus: Corpus, factory: str, shards: int) -> list[Table]:
     """Return tables of the corpus, and of sizes and placements for the given factory and the usual ones."""
     about = Table(title="Passages", show_header=False)
     hours = corpus.passages / corpus.rate / 3600
@@ -91,15 +91,15 @@ def plan_tables(corpus: Corpus, factory: str, shards: int) -> list[Table]:
     sizes = Table(title=f"FAISS index in {shards} shards: memory of the process that searches it")
     for heading in ("factory", "bytes per passage", "all shards", "largest shard"):
         sizes.add_column(heading, justify="left" if heading == "factory" else "right")
-    lines = size_plan(corpus.passages, corpus.dimension, shards, dict.fromkeys([factory, *USUAL_FACTORIES]))
+    lines = plan_sizes(corpus.passages, corpus.dimension, shards, dict.fromkeys([factory, *USUAL_FACTORIES]))
     for line in lines:
         sizes.add_row(
             line.factory, f"{line.per_vector:,.0f}", f"{line.index / GB:.2f} GB", f"{line.largest_shard / GB:.2f} GB"
         )
-    return [about, sizes, placements(corpus, lines, shards)]
+    return [about, sizes, build_placement_table(corpus, lines, shards)]
 
 
-def placements(corpus: Corpus, lines: list[SizePlan], shards: int) -> Table:
+def build_placement_table(corpus: Corpus, lines: list[SizePlan], shards: int) -> Table:
     """Return a table of where the index fits: beside a 7B model on its GPU, on its own GPUs, or in CPU memory."""
     table = Table(title="Placement (local topology, or number of servers of a partitioned one), and cost of a query")
     headings = [f"beside a 7B model, {card / GB:.0f} GB GPU" for card in CARDS]
@@ -109,18 +109,22 @@ def placements(corpus: Corpus, lines: list[SizePlan], shards: int) -> Table:
         table.add_column(heading, justify="left" if heading == "factory" else "right")
     largest = -(-corpus.passages // shards)
     for line in lines:
-        cost = search_cost(line.factory, corpus.dimension, largest)
-        need = gpu_need(line.factory, corpus.dimension)
-        on_cards = [*(_beside(line.index, card, need) for card in CARDS), str(cards_needed(line.index, CARDS[-1]))]
+        cost = estimate_search_cost(line.factory, corpus.dimension, largest)
+        need = find_gpu_setting(line.factory, corpus.dimension)
+        on_cards = [*(_format_share(line.index, card, need) for card in CARDS), str(count_cards(line.index, CARDS[-1]))]
         if need == "none":
             on_cards = ["–"] * len(on_cards)
         costs = [f"{shards * cost.compared:,}", f"{shards * cost.bytes / MB:,.1f} MB"]
-        table.add_row(line.factory, *on_cards, str(machines_needed(line.index, MACHINE)), *costs)
+        table.add_row(line.factory, *on_cards, str(count_machines(line.index, MACHINE)), *costs)
     return table
 
 
-def _beside(index: int, card: int, need: str) -> str:
-    return " ".join(filter(None, [f"{share_beside(index, card):.2f}", need])) if index <= beside_7b(card) else "no"
+def _format_share(index: int, card: int, need: str) -> str:
+    return (
+        " ".join(filter(None, [f"{compute_share_beside(index, card):.2f}", need]))
+        if index <= compute_room_beside_7b(card)
+        else "no"
+    )
 
 
 if __name__ == "__main__":

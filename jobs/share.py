@@ -16,7 +16,7 @@ import typer
 
 from jobs.common import RunFile, StorageSettings, checking, start_logging, working
 from pipeline.config.run import load_storage
-from pipeline.output.dataset_card import FinishedSet, dataset_card, finished
+from pipeline.output.dataset_card import FinishedSet, format_end_time, render_card
 from pipeline.output.folder import CARD, OutputFolder
 from pipeline.storage.location import Location, locate
 
@@ -35,18 +35,18 @@ def write_card(folder: Location, found: FinishedSet, title: str, licence: str | 
     card = folder / CARD
     if card.exists() and not overwrite:
         text = card.read().decode()
-        for wanted, what in ((finished(found.manifest), "run"), (licence or "", "license")):
+        for wanted, what in ((format_end_time(found.manifest), "run"), (licence or "", "license")):
             if wanted not in text:
                 raise ValueError(
                     f"{card.uri} is for another {what} ({wanted} is not in it); pass --overwrite to replace it"
                 )
         log.info("card: %s exists and is kept (pass --overwrite to replace it)", card.uri)
         return
-    card.write(dataset_card(found, title, licence).encode())
+    card.write(render_card(found, title, licence).encode())
     log.info("card: %s", card.uri)
 
 
-def reserve(name: str) -> str:
+def reserve_dataset(name: str) -> str:
     """Create a private dataset of this name on the hub if there is none, and return the URL of its page.
 
     The token comes from ``HF_TOKEN`` or from ``hf auth login``.
@@ -61,7 +61,7 @@ def push(folder: Location, name: str) -> None:
     # https://huggingface.co/docs/huggingface_hub/guides/upload
     from huggingface_hub import HfApi
 
-    with _on_this_machine(folder) as path:
+    with _fetching_files(folder) as path:
         HfApi().upload_folder(
             repo_id=name,
             repo_type="dataset",
@@ -73,13 +73,13 @@ def push(folder: Location, name: str) -> None:
 
 
 @contextmanager
-def _on_this_machine(folder: Location) -> Iterator[Path]:
+def _fetching_files(folder: Location) -> Iterator[Path]:
     """Yield a local folder with the shared files: the set's own, or a temporary copy if it is on object storage."""
     if folder.local:
         yield Path(folder.path)
         return
     with tempfile.TemporaryDirectory(prefix="selfrag-share-") as scratch:
-        parts = {part: (folder / part).files(".parquet") for part in ("data", "errors")}
+        parts = {part: (folder / part).list_files(".parquet") for part in ("data", "errors")}
         files = {f"{part}/{file.path.rsplit('/', 1)[-1]}": file for part, several in parts.items() for file in several}
         for name, file in {**files, CARD: folder / CARD, "_manifest.json": folder / "_manifest.json"}.items():
             copy = Path(scratch) / name
@@ -112,7 +112,7 @@ def share(
         found = FinishedSet.of(OutputFolder(folder))
     title = hub_name or folder.name
     with working(subject=title):
-        page = reserve(hub_name) if hub_name else None
+        page = reserve_dataset(hub_name) if hub_name else None
         write_card(folder, found, title, licence, overwrite)
         if hub_name:
             push(folder, hub_name)

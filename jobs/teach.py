@@ -17,12 +17,12 @@ import typer
 
 from jobs.common import start_logging
 from pipeline.decoding.prompts import PromptTokenizer
-from pipeline.demo_models import BASE_MODEL, demo_base_model, demo_encoder
-from pipeline.training.data import Encode, TeachingData, nearest, read_data
-from pipeline.training.held_out import held_out_queries
+from pipeline.demo_models import BASE_MODEL, build_demo_base_model, build_demo_encoder
+from pipeline.training.data import Encode, TeachingData, find_nearest, read_data
+from pipeline.training.held_out import build_held_out_queries
 from pipeline.training.recipe import Recipe
 from pipeline.training.rows import Negatives, TreeBuilder
-from pipeline.training.trees import TokenTree, lay_out, packed
+from pipeline.training.trees import TokenTree, lay_out, pack_trees
 
 log = logging.getLogger(__name__)
 
@@ -37,17 +37,17 @@ def mine_negatives(encode: Encode, data: TeachingData, pool: TeachingData, k: in
     passages = sorted({(row.title, row.passage) for row in pool.readings})
     questions = sorted({row.question for row in data.readings})
     log.info("mining hard negatives for %d questions among %d passages", len(questions), len(passages))
-    ranked = nearest(encode, questions, [f"{title}\n{text}" for title, text in passages], k)
+    ranked = find_nearest(encode, questions, [f"{title}\n{text}" for title, text in passages], k)
     by_question = {q: [passages[i] for i in row] for q, row in zip(questions, ranked, strict=True)}
     if data.pairs:
         sentences = sorted({row.sentence for row in data.pairs})
         asked = sorted({row.question for row in data.pairs})
-        for question, row in zip(asked, nearest(encode, asked, sentences, k), strict=True):
+        for question, row in zip(asked, find_nearest(encode, asked, sentences, k), strict=True):
             by_question.setdefault(question, []).extend(("", sentences[i]) for i in row)
     return Negatives(by_question, passages)
 
 
-def sample(data: TeachingData, readings: int, pairs: int, seed: int) -> TeachingData:
+def sample_data(data: TeachingData, readings: int, pairs: int, seed: int) -> TeachingData:
     """Draw at most so many readings and pairs, since mining encodes each of them; keep all other rows."""
     rng = random.Random(seed)
 
@@ -57,11 +57,11 @@ def sample(data: TeachingData, readings: int, pairs: int, seed: int) -> Teaching
     return TeachingData(some(data.readings, readings), data.instructions, some(data.pairs, pairs), data.claims)
 
 
-def mined(encoder: str, *parts: tuple[TeachingData, TeachingData]) -> list[Negatives]:
+def mine_parts(encoder: str, *parts: tuple[TeachingData, TeachingData]) -> list[Negatives]:
     """Mine hard negatives for each part (rows, pool); the encoder's memory is freed afterwards."""
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(demo_encoder()) if encoder == "demo" else encoder)
+    model = SentenceTransformer(str(build_demo_encoder()) if encoder == "demo" else encoder)
 
     def encode(texts: Sequence[str]) -> npt.NDArray[np.float32]:
         return np.asarray(model.encode(list(texts), batch_size=32, normalize_embeddings=True), np.float32)
@@ -69,7 +69,7 @@ def mined(encoder: str, *parts: tuple[TeachingData, TeachingData]) -> list[Negat
     return [mine_negatives(encode, rows, pool) for rows, pool in parts]
 
 
-def student(base: str, adapter: Path | None, recipe: Recipe) -> tuple[Any, PromptTokenizer]:
+def load_student(base: str, adapter: Path | None, recipe: Recipe) -> tuple[Any, PromptTokenizer]:
     """Load the base model with a trainable adapter, and its tokenizer with the control tokens."""
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -77,7 +77,7 @@ def student(base: str, adapter: Path | None, recipe: Recipe) -> tuple[Any, Promp
     from pipeline.training.train import add_reflection_tokens, attach_adapter
 
     torch.manual_seed(recipe.seed)
-    folder = str(demo_base_model()) if base == "demo" else base
+    folder = str(build_demo_base_model()) if base == "demo" else base
     tokenizer = AutoTokenizer.from_pretrained(folder)
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     add_reflection_tokens(model, tokenizer)
@@ -87,13 +87,13 @@ def student(base: str, adapter: Path | None, recipe: Recipe) -> tuple[Any, Promp
     return peft, PromptTokenizer.of(tokenizer, base)
 
 
-def examination(builder: TreeBuilder, data: TeachingData, recipe: Recipe) -> list[TokenTree]:
+def build_held_out_trees(builder: TreeBuilder, data: TeachingData, recipe: Recipe) -> list[TokenTree]:
     """Return the held-out trees, the same in every run."""
-    trees = builder.stream(data, random.Random(1), lambda: recipe.last_words)
+    trees = builder.stream_trees(data, random.Random(1), lambda: recipe.last_words)
     return [lay_out(tree) for tree in islice(trees, EXAMINED)]
 
 
-def lessons(
+def build_lessons(
     builder: TreeBuilder, data: TeachingData, recipe: Recipe
 ) -> tuple[Iterator[TokenTree], Callable[[float], None]]:
     """Return an endless stream of packed training trees, and a callback that lengthens its passage windows.
@@ -104,10 +104,10 @@ def lessons(
 
     def progress(done: float) -> None:
         nonlocal longest
-        longest = recipe.longest_window(done)
+        longest = recipe.compute_longest_window(done)
 
-    trees = builder.stream(data, random.Random(recipe.seed), lambda: longest)
-    return packed(trees, tokens=300), progress
+    trees = builder.stream_trees(data, random.Random(recipe.seed), lambda: longest)
+    return pack_trees(trees, tokens=300), progress
 
 
 def run_teaching(
@@ -126,14 +126,14 @@ def run_teaching(
     """
     from pipeline.training.train import measure_held_out, save_adapter, train_adapter
 
-    negatives, test_negatives = mined(encoder, train_part, test_part)
-    model, prompts = student(base, adapter, recipe)
-    held_out = examination(TreeBuilder(prompts, test_negatives), test_part[0], recipe)
-    trees, progress = lessons(TreeBuilder(prompts, negatives), train_part[0], recipe)
+    negatives, test_negatives = mine_parts(encoder, train_part, test_part)
+    model, prompts = load_student(base, adapter, recipe)
+    held_out = build_held_out_trees(TreeBuilder(prompts, test_negatives), test_part[0], recipe)
+    trees, progress = build_lessons(TreeBuilder(prompts, negatives), train_part[0], recipe)
 
     def checkpoint() -> dict[str, float]:
         save_adapter(model, BASE_MODEL if base == "demo" else base, output)
-        figures = measure_held_out(model, held_out, prompts).summary()
+        figures = measure_held_out(model, held_out, prompts).summarize()
         log.info("held out: %s", figures)
         return figures
 
@@ -143,8 +143,8 @@ def run_teaching(
 
 def write_held_out(part: tuple[TeachingData, TeachingData], encoder: str, rows: int, file: Path) -> None:
     """Write held-out rows as a query set for ``jobs.annotate``."""
-    (negatives,) = mined(encoder, part)
-    pq.write_table(held_out_queries(part[0], negatives, rows), file)
+    (negatives,) = mine_parts(encoder, part)
+    pq.write_table(build_held_out_queries(part[0], negatives, rows), file)
     log.info("written: %s", file)
 
 
@@ -186,8 +186,8 @@ def teach(
     )
     parts = read_data(data).split(held_out=0.03, seed=20231017)
     train_part, test_part = (
-        (sample(parts[0], readings, pairs, seed), parts[0]),
-        (sample(parts[1], HELD_OUT_ROWS, 100, 0), parts[1]),
+        (sample_data(parts[0], readings, pairs, seed), parts[0]),
+        (sample_data(parts[1], HELD_OUT_ROWS, 100, 0), parts[1]),
     )
     if held_out is not None:
         write_held_out(test_part, encoder, HELD_OUT_ROWS, held_out)

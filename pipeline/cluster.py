@@ -9,7 +9,7 @@ from typing import Self
 
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import ExecutionConfig
-from pipeline.engine.arguments import gpu_share, replica_gpus
+from pipeline.engine.arguments import count_replica_gpus, get_gpu_share
 
 # Share of a GPU, with some margin, for the CUDA contexts of an actor and of its engine in addition to vLLM's share.
 CONTEXTS = 0.05
@@ -31,10 +31,12 @@ class Resources:
     gpus: float
     servers: tuple[str | None, ...] = ()
 
-    def lines(self) -> list[str]:
+    def describe(self) -> list[str]:
         """Describe the resources, one line for the actors and one for the shard servers, if any."""
-        servers = [f"shards   {len(self.servers)} shard server(s) in addition to the actors"] if self.servers else []
-        return [f"actors   {self.cpus:g} CPUs and {self.gpus:g} GPUs each", *servers]
+        lines = [f"actors   {self.cpus:g} CPUs and {self.gpus:g} GPUs each"]
+        if self.servers:
+            lines.append(f"shards   {len(self.servers)} shard server(s) in addition to the actors")
+        return lines
 
 
 def connect(execution: ExecutionConfig) -> None:
@@ -59,7 +61,7 @@ _RAISED = re.compile(r"^(?P<kind>[A-Za-z_][\w.]*(?:Error|Exception)): (?P<messag
 _WRAPPERS = ("ray.exceptions.RayTaskError", "ray.exceptions.UserCodeException")
 
 
-def reason(error: BaseException) -> str:
+def extract_cause(error: BaseException) -> str:
     """Return the cause of an error in one line.
 
     Ray's messages contain the worker's whole traceback, the original error first, followed by Ray's own advice.
@@ -103,7 +105,7 @@ class Room:
             return min(by_cpus, sum(math.floor(card / gpus + ROUNDING) for card in self.cards))
         return min(by_cpus, self.cards.count(1.0) // math.ceil(gpus))
 
-    def without(self, cpus: float, gpus: float) -> Self:
+    def subtract(self, cpus: float, gpus: float) -> Self:
         """Subtract the resources of an actor, which must fit.
 
         A share of a GPU comes from the fullest GPU with enough room, as in Ray.
@@ -117,7 +119,7 @@ class Room:
         return dataclasses.replace(self, cpus=self.cpus - cpus, cards=tuple(cards))
 
 
-def actor_resources(config: RunConfig, shards: int) -> Resources:
+def allocate_resources(config: RunConfig, shards: int) -> Resources:
     """Compute the CPUs and GPUs of each actor: as configured, otherwise a fair share of the live nodes.
 
     If both are configured, nothing is checked against the nodes, since an autoscaler may still add some.
@@ -133,33 +135,34 @@ def actor_resources(config: RunConfig, shards: int) -> Resources:
     execution = config.execution
     alive = [node for node in ray.nodes() if node["Alive"]]
     rooms = [Room.of(node["Resources"]) for node in alive]
-    gpus = actor_gpus(rooms, config)
-    servers = server_count(rooms, config, shards)
+    gpus = choose_actor_gpus(rooms, config)
+    servers = count_servers(rooms, config, shards)
     if shards:
         check_device(config, gpus, servers)
     check_sharing(config, gpus)
     if execution.cpus_per_actor is not None and execution.gpus_per_actor is not None:
         return Resources(execution.cpus_per_actor, gpus, (None,) * servers)
-    left, homes = beside_servers(rooms, execution, servers)
-    return dataclasses.replace(share_of(left, config, gpus), servers=tuple(alive[home]["NodeID"] for home in homes))
+    left, homes = place_servers(rooms, execution, servers)
+    nodes = tuple(alive[home]["NodeID"] for home in homes)
+    return dataclasses.replace(fit_actors(left, config, gpus), servers=nodes)
 
 
-def actor_gpus(rooms: Sequence[Room], config: RunConfig) -> float:
+def choose_actor_gpus(rooms: Sequence[Room], config: RunConfig) -> float:
     """Return the GPUs of an actor: as configured, otherwise those of a replica, or 0 if no node has GPUs.
 
     Raises:
         ValueError: ``execution.gpus_per_actor`` is neither 0, nor the GPUs of a replica, nor, for a replica of one GPU,
             a share of it.
     """
-    asked, needed = config.execution.gpus_per_actor, replica_gpus(config.model)
+    asked, needed = config.execution.gpus_per_actor, count_replica_gpus(config.model)
     if asked is None:
         return float(needed) if any(room.cards for room in rooms) else 0.0
     if asked in (0, needed) or (asked < 1 and needed == 1):
         return asked
+    sharing = ", or below 1 to share a GPU" if needed == 1 else ""
     raise ValueError(
         f"execution.gpus_per_actor is {asked:g}, but a replica of the model takes {needed} GPU(s) "
-        f"(tensor × pipeline × data parallel); set it to {needed}"
-        + (", or below 1 to share a GPU" if needed == 1 else "")
+        f"(tensor × pipeline × data parallel); set it to {needed}{sharing}"
     )
 
 
@@ -203,7 +206,7 @@ def check_sharing(config: RunConfig, gpus: float) -> None:
         raise ValueError(
             f"execution.gpus_per_actor is {gpus:g}, but an actor's processes alone need {CONTEXTS:g}; increase it"
         )
-    engine, most = gpu_share(config.model), gpus - CONTEXTS
+    engine, most = get_gpu_share(config.model), gpus - CONTEXTS
     if engine > most + ROUNDING:
         raise ValueError(
             f"execution.gpus_per_actor is {gpus:g}, but the engine takes {engine:g} of the GPU's memory and its "
@@ -212,7 +215,7 @@ def check_sharing(config: RunConfig, gpus: float) -> None:
         )
 
 
-def server_count(rooms: Sequence[Room], config: RunConfig, shards: int) -> int:
+def count_servers(rooms: Sequence[Room], config: RunConfig, shards: int) -> int:
     """Count the shard servers of a run: as configured, otherwise one per node with CPUs, and at most one per shard.
 
     The local topology has none.
@@ -223,7 +226,7 @@ def server_count(rooms: Sequence[Room], config: RunConfig, shards: int) -> int:
     return min(config.execution.shard_servers or max(1, nodes_with_cpus), shards)
 
 
-def beside_servers(rooms: Sequence[Room], execution: ExecutionConfig, servers: int) -> tuple[list[Room], list[int]]:
+def place_servers(rooms: Sequence[Room], execution: ExecutionConfig, servers: int) -> tuple[list[Room], list[int]]:
     """Spread the shard servers evenly over the nodes.
 
     Returns:
@@ -243,19 +246,19 @@ def beside_servers(rooms: Sequence[Room], execution: ExecutionConfig, servers: i
             )
         home = min(fitting, key=lambda n: (homes.count(n), -left[n].cpus))
         homes.append(home)
-        left[home] = left[home].without(cpus, gpus)
+        left[home] = left[home].subtract(cpus, gpus)
     return left, homes
 
 
-def share_of(rooms: Sequence[Room], config: RunConfig, gpus: float) -> Resources:
+def fit_actors(rooms: Sequence[Room], config: RunConfig, gpus: float) -> Resources:
     """Compute the CPUs of each actor, given its GPUs and the room on the nodes.
 
     Raises:
         ValueError: the actors do not fit on the nodes.
     """
     execution = config.execution
-    cpus = execution.cpus_per_actor or most_cpus(rooms, execution.actors, gpus)
-    count = sum(room.count(cpus, gpus) for room in rooms)
+    cpus = execution.cpus_per_actor or find_max_cpus(rooms, execution.actors, gpus)
+    count = _count_fitting(rooms, cpus, gpus)
     if count < execution.actors:
         raise ValueError(
             f"execution.actors is {execution.actors}, each with {cpus:g} CPUs and {gpus:g} GPUs, but the cluster's "
@@ -265,8 +268,15 @@ def share_of(rooms: Sequence[Room], config: RunConfig, gpus: float) -> Resources
     return Resources(cpus, gpus)
 
 
-def most_cpus(rooms: Sequence[Room], actors: int, gpus: float) -> float:
+def find_max_cpus(rooms: Sequence[Room], actors: int, gpus: float) -> float:
     """Return the maximum whole CPUs that each actor can have; 1 if the actors do not fit with more."""
     largest = int(max(room.cpus for room in rooms))
-    fitting = (c for c in range(largest, 1, -1) if sum(room.count(c, gpus) for room in rooms) >= actors)
-    return float(next(fitting, 1))
+    for cpus in range(largest, 1, -1):
+        if _count_fitting(rooms, cpus, gpus) >= actors:
+            return float(cpus)
+    return 1.0
+
+
+def _count_fitting(rooms: Sequence[Room], cpus: float, gpus: float) -> float:
+    """Count the actors that fit on the nodes together."""
+    return sum(room.count(cpus, gpus) for room in rooms)

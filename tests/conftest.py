@@ -9,6 +9,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from filelock import FileLock
 from hypothesis import settings
 from pyarrow import fs
 
@@ -27,9 +28,9 @@ DEMO = Path(__file__).parents[1] / "infra" / "demo"
 
 @pytest.fixture(scope="session")
 def demo_model() -> Path:
-    from pipeline.demo_models import demo_model
+    from pipeline.demo_models import build_demo_model
 
-    return demo_model()
+    return build_demo_model()
 
 
 @pytest.fixture(scope="session")
@@ -52,10 +53,13 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory, demo_rows: list[dict]
 
 @pytest.fixture(scope="session")
 def small_index(tmp_path_factory: pytest.TempPathFactory, small_corpus: Path) -> Path:
-    """A two-shard index of the small corpus, built by the job itself."""
-    folder = tmp_path_factory.mktemp("index") / "index"
+    """A two-shard index of the small corpus, built once by the job itself and shared by parallel test processes."""
+    base = tmp_path_factory.getbasetemp()
+    folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "small_index"
     command = [sys.executable, "-m", "jobs.build_index", "--passages", str(small_corpus), "--output", str(folder)]
-    subprocess.run([*command, "--shards", "2"], check=True, timeout=300)
+    with FileLock(f"{folder}.lock"):
+        if not (folder / "index.json").exists():
+            subprocess.run([*command, "--shards", "2"], check=True, timeout=300)
     return folder
 
 

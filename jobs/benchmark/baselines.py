@@ -30,18 +30,18 @@ from typing import Any
 import numpy as np
 
 from jobs.benchmark.results import Step
-from jobs.benchmark.scripted_model import Prompter, Script, ScriptedGenerator, endless
-from jobs.demo import demo_index
+from jobs.benchmark.scripted_model import Prompter, Script, ScriptedGenerator, make_endless
+from jobs.demo import get_demo_index
 from pipeline.config.sections import DecodingConfig, ModelConfig, RetrievalConfig, StorageConfig
-from pipeline.decoding.critique import critique, retrieve_probability
+from pipeline.decoding.critique import critique_segment, read_retrieve_probability
 from pipeline.decoding.profiles import Tasks
-from pipeline.decoding.prompts import PromptTokenizer, passage_text
+from pipeline.decoding.prompts import PromptTokenizer, format_passage
 from pipeline.decoding.protocols import Generator
 from pipeline.decoding.reflection import Retrieve
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Answer, Generation, Query, RetrievedPassage
-from pipeline.engine.arguments import gpu_share
+from pipeline.engine.arguments import get_gpu_share
 from pipeline.engine.models import load_tokenizer
 from pipeline.engine.vllm import VllmGenerator
 from pipeline.retrieval.retriever import IndexRetriever
@@ -74,12 +74,14 @@ class Bench:
     def open(cls, model: ModelConfig) -> "Bench":
         """Start the engine and open the demo's index."""
         tokenizer = PromptTokenizer.of(load_tokenizer(model), model.name)
-        free = [free_memory()]
-        retriever = IndexRetriever.open(locate(str(demo_index()), StorageConfig()), RetrievalConfig(), gpu_share(model))
-        free.append(free_memory())
+        free = [measure_free_memory()]
+        retriever = IndexRetriever.open(
+            locate(str(get_demo_index()), StorageConfig()), RetrievalConfig(), get_gpu_share(model)
+        )
+        free.append(measure_free_memory())
         wide = model.model_copy(update={"engine": {**model.engine, "max_logprobs": -1}})
         generator = VllmGenerator.start(wide, ReflectionCritic(tokenizer).watched)
-        free.append(free_memory())
+        free.append(measure_free_memory())
         taken = {name: a - b for name, a, b in zip(("index and encoder", "engine"), free, free[1:], strict=False) if a}
         return cls(generator, tokenizer, retriever, taken)
 
@@ -89,7 +91,7 @@ class Bench:
         self.retriever.close()
 
 
-def free_memory() -> float:
+def measure_free_memory() -> float:
     """Return the free GPU memory in MB; 0 without a GPU."""
     import torch
 
@@ -127,7 +129,7 @@ class Recorder:
         return generation
 
 
-async def direct(system: SelfRag, queries: Sequence[Query]) -> list[Answer]:
+async def answer_directly(system: SelfRag, queries: Sequence[Query]) -> list[Answer]:
     """Answer all queries concurrently with our decoding."""
     return list(await asyncio.gather(*(system.answer(query) for query in queries)))
 
@@ -152,7 +154,7 @@ class BareEngine:
         stream = self.generator.engine.generate(TokensPrompt(prompt_token_ids=list(prompt)), params, next(self.numbers))
         return [output async for output in stream][-1]
 
-    async def forget(self) -> None:
+    async def clear_cache(self) -> None:
         """Empty the prefix cache, so that no variant profits from another's prompts."""
         await self.generator.engine.reset_prefix_cache()
 
@@ -186,54 +188,60 @@ class Released:
     decision_tokens: int | None = None
     prompter: Prompter | None = None
 
-    async def serially(self, queries: Sequence[Query], found: Sequence[Sequence[RetrievedPassage]]) -> list[Outcome]:
+    async def answer_serially(
+        self, queries: Sequence[Query], found: Sequence[Sequence[RetrievedPassage]]
+    ) -> list[Outcome]:
         """Answer one query after the other; the passages of a query are read concurrently."""
         outcomes = []
         for query, passages in zip(queries, found, strict=True):
-            outcomes += await self.in_waves([query], [passages])
+            outcomes += await self.answer_in_waves([query], [passages])
         return outcomes
 
-    async def in_waves(self, queries: Sequence[Query], found: Sequence[Sequence[RetrievedPassage]]) -> list[Outcome]:
+    async def answer_in_waves(
+        self, queries: Sequence[Query], found: Sequence[Sequence[RetrievedPassage]]
+    ) -> list[Outcome]:
         """Make all decisions, then generate all answers."""
-        prompts = [self.tokenizer.prompt(query.query) for query in queries]
+        prompts = [self.tokenizer.encode_prompt(query.query) for query in queries]
         most = self.decision_tokens or self.config.max_tokens
         decisions = await asyncio.gather(*(self._ask(prompt, self.decision, most) for prompt in prompts))
-        wanted = [retrieve_probability(decision) > self.config.threshold for decision in decisions]
+        wanted = [read_retrieve_probability(decision) > self.config.threshold for decision in decisions]
         return list(await asyncio.gather(*(self._answer(*row) for row in zip(prompts, wanted, found, strict=True))))
 
     async def _answer(self, prompt: list[int], wanted: bool, passages: Sequence[RetrievedPassage]) -> Outcome:
         if not wanted:
-            alone = await self._ask(self._context(prompt, None), None, self.config.max_tokens)
-            return Outcome(wanted, self._text(alone))
-        asked = (self._ask(self._context(prompt, one), self.candidate, self.config.max_tokens) for one in passages)
+            alone = await self._ask(self._build_context(prompt, None), None, self.config.max_tokens)
+            return Outcome(wanted, self._decode_text(alone))
+        asked = (
+            self._ask(self._build_context(prompt, one), self.candidate, self.config.max_tokens) for one in passages
+        )
         generations = await asyncio.gather(*asked)
         reflection, eos = self.tokenizer.reflection, self.tokenizer.eos
-        segments = [self._first_segment(generation) for generation in generations]
-        scores = [critique(segment, reflection, eos, self.config.weights).score for segment in segments]
-        return Outcome(wanted, self._text(segments[int(np.argmax(scores))]))
+        segments = [self._cut_first_segment(generation) for generation in generations]
+        scores = [critique_segment(segment, reflection, eos, self.config.weights).score for segment in segments]
+        return Outcome(wanted, self._decode_text(segments[int(np.argmax(scores))]))
 
-    def _text(self, generation: Generation) -> str:
+    def _decode_text(self, generation: Generation) -> str:
         non_text_ids = self.tokenizer.reflection.control | {self.tokenizer.eos}
-        words = [token for token in self._first_segment(generation).token_ids if token not in non_text_ids]
+        words = [token for token in self._cut_first_segment(generation).token_ids if token not in non_text_ids]
         return self.tokenizer.decode(words).strip()
 
-    def _context(self, prompt: list[int], passage: RetrievedPassage | None) -> list[int]:
+    def _build_context(self, prompt: list[int], passage: RetrievedPassage | None) -> list[int]:
         if passage is None:
-            return prompt + self.tokenizer.control(Retrieve.NO)
-        body = self.tokenizer.text(passage_text(passage.passage.title, passage.passage.text))
-        return prompt + self.tokenizer.control(Retrieve.YES) + self.tokenizer.paragraph(body)
+            return prompt + self.tokenizer.encode_control(Retrieve.NO)
+        body = self.tokenizer.encode_text(format_passage(passage.passage.title, passage.passage.text))
+        return prompt + self.tokenizer.encode_control(Retrieve.YES) + self.tokenizer.wrap_paragraph(body)
 
     async def _ask(self, prompt: list[int], logprobs: int | None, max_tokens: int) -> Generation:
         sampling: dict[str, Any] = {"max_tokens": max_tokens, "logprobs": logprobs, "skip_special_tokens": False}
         if self.prompter is not None:
-            sampling |= {"max_tokens": self.prompter.script.length(max_tokens), "ignore_eos": True}
+            sampling |= {"max_tokens": self.prompter.script.get_length(max_tokens), "ignore_eos": True}
         output = await self.engine.ask(prompt, **sampling)
         generation = read_wide(output, self.tokenizer.reflection.reflection)
-        return generation if self.prompter is None else self.prompter.acted(generation, prompt)
+        return generation if self.prompter is None else self.prompter.apply_script(generation, prompt)
 
-    def _first_segment(self, generation: Generation) -> Generation:
+    def _cut_first_segment(self, generation: Generation) -> Generation:
         """Cut a generation after its first Retrieve token, where our decoding stops; the scripts generate beyond it."""
-        ends = self.tokenizer.reflection.group(Retrieve)
+        ends = self.tokenizer.reflection.get_group(Retrieve)
         places = [n for n, token in enumerate(generation.token_ids) if token in ends]
         if not places:
             return generation
@@ -273,9 +281,9 @@ class Trial:
     ) -> "Trial":
         """Answer the queries with our decoding: warms up the engine and records the requests."""
         prompter = Prompter(bench.tokenizer, script) if script else None
-        recorder = Recorder(ScriptedGenerator(endless(bench.generator), prompter) if prompter else bench.generator)
+        recorder = Recorder(ScriptedGenerator(make_endless(bench.generator), prompter) if prompter else bench.generator)
         system = SelfRag(recorder, ReflectionCritic(bench.tokenizer), Tasks(config), bench.retriever)
-        answers = await direct(system, queries)
+        answers = await answer_directly(system, queries)
         ours = [Outcome(one.retrieved, one.segments[0].text if one.segments else "") for one in answers]
         return cls(bench, config, prompter, queries, system, ours, tuple(recorder.work))
 
@@ -284,25 +292,25 @@ class Trial:
         """The vLLM engine without our own requests."""
         return BareEngine(self.bench.generator)
 
-    def tokens(self) -> dict[str, float]:
+    def count_tokens(self) -> dict[str, float]:
         """Return the mean number of prompt tokens and of generated tokens of a query in our decoding."""
         read, wrote = sum(len(prompt) for prompt, _ in self.work), sum(written for _, written in self.work)
         return {"prompt": read / len(self.queries), "written": wrote / len(self.queries)}
 
-    def own(self, backwards: bool) -> dict[str, tuple[int, Run]]:
+    def list_own_variants(self, backwards: bool) -> dict[str, tuple[int, Run]]:
         """Return the variants with exactly the tokens of our decoding: number of queries and run function of each.
 
         Args:
             backwards: whether to reverse the order; alternating it keeps drift from favoring a variant.
         """
         runs: dict[str, Run] = {
-            "direct": lambda: steps_of(self.bench.generator.load, direct(self.system, self.queries)),
+            "direct": lambda: record_steps(self.bench.generator.load, answer_directly(self.system, self.queries)),
             "ceiling": lambda: self.engine.replay(self.work),
             "scored": lambda: self.engine.replay(self.work, self.system.critic.watched),
         }
         return {name: (len(self.queries), runs[name]) for name in (reversed(runs) if backwards else runs)}
 
-    def shapes(self, found: Sequence[Sequence[RetrievedPassage]], few: int) -> dict[str, tuple[int, Run]]:
+    def list_other_variants(self, found: Sequence[Sequence[RetrievedPassage]], few: int) -> dict[str, tuple[int, Run]]:
         """Return the baselines of other implementations: number of queries and run function of each.
 
         Args:
@@ -316,20 +324,20 @@ class Trial:
             released, decision=FLASHRAG_DECISION, candidate=FLASHRAG_CANDIDATE, decision_tokens=1
         )
         return {
-            "released": (few, lambda: released.serially(queries[:few], found[:few])),
-            "naive": (some, lambda: naive.in_waves(queries[:some], found[:some])),
-            "flashrag": (len(queries), lambda: flashrag.in_waves(queries, found)),
+            "released": (few, lambda: released.answer_serially(queries[:few], found[:few])),
+            "naive": (some, lambda: naive.answer_in_waves(queries[:some], found[:some])),
+            "flashrag": (len(queries), lambda: flashrag.answer_in_waves(queries, found)),
         }
 
-    async def timed(self, rows: int, run: Run) -> tuple[float, Any]:
+    async def time_variant(self, rows: int, run: Run) -> tuple[float, Any]:
         """Run a variant from an empty prefix cache; return its queries/s and its result."""
-        await self.engine.forget()
+        await self.engine.clear_cache()
         began = time.perf_counter()
         outcome = await run()
         return rows / (time.perf_counter() - began), outcome
 
 
-async def steps_of(load: Any, work: Awaitable[Any]) -> list[Step]:
+async def record_steps(load: Any, work: Awaitable[Any]) -> list[Step]:
     """Await some work and return the steps that the engine takes meanwhile."""
     steps: list[Step] = []
     load.on_step = lambda *counts: steps.append(Step(time.perf_counter(), *counts))
@@ -338,7 +346,7 @@ async def steps_of(load: Any, work: Awaitable[Any]) -> list[Step]:
     return steps
 
 
-def agreement(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> dict[str, float]:
+def measure_agreement(ours: Sequence[Outcome], theirs: Sequence[Outcome]) -> dict[str, float]:
     """Return the share of queries with the same decision, and the share with the same decision and answer."""
     pairs = list(zip(ours, theirs, strict=False))
     return {

@@ -27,11 +27,11 @@ from typing import Annotated, Any
 import typer
 from rich.console import Console
 
-from jobs.benchmark.baselines import OPTIONAL, Bench, Trial, agreement
+from jobs.benchmark.baselines import OPTIONAL, Bench, Trial, measure_agreement
 from jobs.benchmark.job_run import Job
-from jobs.benchmark.results import Measured, Report, Results, load_of, plot, write_record
+from jobs.benchmark.results import Measured, Report, Results, compute_load, plot, write_record
 from jobs.benchmark.scripted_model import SHAPES, Script, write_shape
-from jobs.benchmark.workloads import WORKLOADS, Row, Workload, chosen
+from jobs.benchmark.workloads import WORKLOADS, Row, Workload, choose_names
 from jobs.common import checking, start_logging
 from pipeline.config.loading import apply_settings
 from pipeline.config.sections import DecodingConfig, ModelConfig
@@ -74,28 +74,28 @@ class ComparisonPlan:
     tokens: int = SEGMENT_TOKENS
     without: Collection[str] = ()
 
-    def decoding_of(self, workload: Workload) -> DecodingConfig:
+    def build_decoding(self, workload: Workload) -> DecodingConfig:
         """Return the decoding settings of a workload."""
-        longest = max(MAX_TOKENS, self.tokens if self.scripted(workload) else 0)
+        longest = max(MAX_TOKENS, self.tokens if self.is_scripted(workload) else 0)
         return DecodingConfig(**{"passages": self.passages, "max_tokens": longest, **workload.decoding})
 
-    def scripted(self, workload: Workload) -> bool:
+    def is_scripted(self, workload: Workload) -> bool:
         """Whether the output is scripted: with dummy weights, and in the embedded model's long form.
 
         The embedded model's own answers end after one segment, without a beam.
         """
         return self.shaped or (self.model.name == "demo" and not workload.short_form)
 
-    def script_of(self, workload: Workload) -> Script | None:
+    def build_script(self, workload: Workload) -> Script | None:
         """Return the script of a workload; None if the model's own output is used."""
-        if not self.scripted(workload):
+        if not self.is_scripted(workload):
             return None
-        return Script(workload.questions, self.tokens, self.decoding_of(workload).segments)
+        return Script(workload.questions, self.tokens, self.build_decoding(workload).segments)
 
-    def job_of(self, workload: Workload, prepared: "Prepared") -> Job:
+    def build_job(self, workload: Workload, prepared: "Prepared") -> Job:
         """Return the job that annotates the workload's rows."""
-        folder, decoding = Path(tempfile.mkdtemp(dir=self.folder)), self.decoding_of(workload)
-        return Job(folder, self.model, decoding, prepared.warming, prepared.repeats, self.script_of(workload))
+        folder, decoding = Path(tempfile.mkdtemp(dir=self.folder)), self.build_decoding(workload)
+        return Job(folder, self.model, decoding, prepared.warming, prepared.repeats, self.build_script(workload))
 
 
 @dataclass(frozen=True)
@@ -116,9 +116,9 @@ class Prepared:
 async def prepare_inputs(bench: Bench, workload: Workload, plan: ComparisonPlan) -> Prepared:
     """Retrieve the passages of all queries, and split the queries into warm-up and repeats."""
     warm = min(plan.rows, WARM_ROWS)
-    rows = workload.rows(warm + plan.repeats * plan.rows)
+    rows = workload.build_rows(warm + plan.repeats * plan.rows)
     searched = await asyncio.gather(*(bench.retriever.retrieve(row["query"], plan.passages) for row in rows))
-    found = [workload.bodies(passages) for passages in searched]
+    found = [workload.replace_bodies(passages) for passages in searched]
     if workload.body is not None:
         rows = [
             {**row, "passages": [vars(one.passage) for one in passages]}
@@ -128,7 +128,7 @@ async def prepare_inputs(bench: Bench, workload: Workload, plan: ComparisonPlan)
     return Prepared(rows[:warm], [rows[part] for part in parts], [found[part] for part in parts])
 
 
-def queries_of(rows: Sequence[Row]) -> list[Query]:
+def to_queries(rows: Sequence[Row]) -> list[Query]:
     """Convert rows to the queries that the decoding takes."""
     return [
         Query(
@@ -156,13 +156,13 @@ class Measurement:
 
     def run(self) -> Report:
         """Measure the variants on the shared engine and then the jobs, since one GPU does not hold two engines."""
-        prepared = asyncio.run(self.shapes())
+        prepared = asyncio.run(self.measure_shared())
         for workload in self.plan.workloads:
-            rates, self.report.stages[workload.name] = self.plan.job_of(workload, prepared[workload.name]).run()
-            self.note(workload, "ours", *rates)
-        return self.keep(finished=True)
+            rates, self.report.stages[workload.name] = self.plan.build_job(workload, prepared[workload.name]).run()
+            self.add_rates(workload, "ours", *rates)
+        return self.write_report(finished=True)
 
-    async def shapes(self) -> dict[str, Prepared]:
+    async def measure_shared(self) -> dict[str, Prepared]:
         """Measure all variants but *ours*; return the queries of each workload by its name."""
         bench = Bench.open(self.plan.model)
         try:
@@ -170,47 +170,50 @@ class Measurement:
             prepared = {w.name: await prepare_inputs(bench, w, self.plan) for w in self.plan.workloads}
             for number in range(self.plan.repeats):
                 for workload in self.plan.workloads:
-                    await self.repeat(bench, workload, number, prepared[workload.name])
+                    await self.measure_repeat(bench, workload, number, prepared[workload.name])
         finally:
             bench.close()
         return prepared
 
-    async def repeat(self, bench: Bench, workload: Workload, number: int, prepared: Prepared) -> None:
+    async def measure_repeat(self, bench: Bench, workload: Workload, number: int, prepared: Prepared) -> None:
         """Measure one repeat of a workload on the shared engine, one variant after the other."""
-        plan, queries = self.plan, queries_of(prepared.repeats[number])
-        trial = await Trial.begin(bench, plan.decoding_of(workload), plan.script_of(workload), queries)
-        self.report.tokens[workload.name] = trial.tokens()
-        own, shapes = trial.own(backwards=number % 2 == 1), trial.shapes(prepared.found[number], plan.serial_rows)
+        plan, queries = self.plan, to_queries(prepared.repeats[number])
+        trial = await Trial.begin(bench, plan.build_decoding(workload), plan.build_script(workload), queries)
+        self.report.tokens[workload.name] = trial.count_tokens()
+        own, shapes = (
+            trial.list_own_variants(backwards=number % 2 == 1),
+            trial.list_other_variants(prepared.found[number], plan.serial_rows),
+        )
         runs = {**own, **(shapes if workload.short_form else {})}
         for name in [name for name in runs if name not in plan.without]:
             rows, run = runs[name]
             measured = self.report.results[workload.name].setdefault(name, Measured(rows))
-            rate, outcome = await trial.timed(rows, run)
+            rate, outcome = await trial.time_variant(rows, run)
             if name == "direct":
-                measured.load = load_of(outcome, bench.generator.load.slots)
+                measured.load = compute_load(outcome, bench.generator.load.slots)
             elif name in shapes:
-                measured.agreement = agreement(trial.ours, outcome)
-            self.note(workload, name, rate)
+                measured.agreement = measure_agreement(trial.ours, outcome)
+            self.add_rates(workload, name, rate)
 
-    def note(self, workload: Workload, name: str, *rates: float) -> None:
+    def add_rates(self, workload: Workload, name: str, *rates: float) -> None:
         """Add a variant's rates to the report, print them and write the report."""
         self.report.results[workload.name][name].rates.extend(rates)
         told = ", ".join(f"{rate:.3f}" for rate in rates)
         Console(stderr=True, soft_wrap=True).print(f"{workload.name}: {name} {told} queries/s")
-        self.keep()
+        self.write_report()
 
-    def keep(self, finished: bool = False) -> Report:
+    def write_report(self, finished: bool = False) -> Report:
         """Write the report to the file, if there is one, and return it."""
         report = dataclasses.replace(self.report, finished=finished)
         if self.file:
-            write_record(report.record(self.plan.model), self.file)
+            write_record(report.to_record(self.plan.model), self.file)
         return report
 
 
 def run_comparison(plan: ComparisonPlan, file: Path | None) -> Report:
     """Run a comparison; write the report to ``file``, if given, after each variant and at the end."""
     results: Results = {workload.name: {"ours": Measured(plan.rows)} for workload in plan.workloads}
-    scripted = [workload.name for workload in plan.workloads if plan.scripted(workload)]
+    scripted = [workload.name for workload in plan.workloads if plan.is_scripted(workload)]
     return Measurement(plan, Report(results, scripted=scripted), file).run()
 
 
@@ -253,23 +256,23 @@ def benchmark(
     serial = serial_rows or (SHAPE_SERIAL_ROWS if shape else QUICK_SERIAL_ROWS if quick else SERIAL_ROWS)
     with tempfile.TemporaryDirectory() as folder:
         with checking():
-            names = chosen(only, [workload.name for workload in WORKLOADS])
+            names = choose_names(only, [workload.name for workload in WORKLOADS])
             plan = ComparisonPlan(
                 workloads=[w for w in WORKLOADS if w.name in names[: 1 if quick else None]],
                 rows=count,
                 serial_rows=min(count, serial),
                 repeats=repeats or (1 if quick else 3),
-                model=model_of(shape, model or "demo", settings or [], Path(folder)),
+                model=build_model_config(shape, model or "demo", settings or [], Path(folder)),
                 folder=Path(folder),
                 passages=passages,
                 shaped=shape is not None,
                 tokens=tokens,
-                without=left_out(without or []),
+                without=check_left_out(without or []),
             )
         print_tables(run_comparison(plan, json_file), plot_file)
 
 
-def left_out(names: Sequence[str]) -> frozenset[str]:
+def check_left_out(names: Sequence[str]) -> frozenset[str]:
     """Check and return the variants to leave out.
 
     Raises:
@@ -281,7 +284,7 @@ def left_out(names: Sequence[str]) -> frozenset[str]:
     return frozenset(names)
 
 
-def model_of(shape: Shape | None, name: str, settings: Sequence[str], folder: Path) -> ModelConfig:
+def build_model_config(shape: Shape | None, name: str, settings: Sequence[str], folder: Path) -> ModelConfig:
     """Return the model of all variants: a shape with dummy weights, or the model of that name.
 
     Raises:
@@ -298,7 +301,7 @@ def print_tables(report: Report, plot_file: Path | None) -> None:
     """Print all tables, and draw the plot if a file for it is given."""
     console = Console(width=None if os.isatty(1) else 140)
     for workload in report.results:
-        console.print(report.table(workload))
-    console.print(report.times())
+        console.print(report.build_table(workload))
+    console.print(report.build_times_table())
     if plot_file:
         plot(report, plot_file)

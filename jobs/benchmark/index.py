@@ -30,7 +30,7 @@ from rich.table import Table
 
 from jobs.common import start_logging
 from pipeline.config.sections import RetrievalConfig, StorageConfig
-from pipeline.decoding.prompts import passage_text
+from pipeline.decoding.prompts import format_passage
 from pipeline.indexing.build import BuildRequest, check_build
 from pipeline.indexing.build_pool import Built, run_build
 from pipeline.indexing.passages import find_passages, read_passages
@@ -66,14 +66,14 @@ class Comparison:
         return statistics.median(self.ours) / statistics.median(self.bare)
 
 
-def timed(work: Callable[[], object]) -> float:
+def time_call(work: Callable[[], object]) -> float:
     """Return the seconds that a call takes."""
     begun = time.perf_counter()
     work()
     return time.perf_counter() - begun
 
 
-def first_passages(source: str, rows: int, file: Path) -> list[str]:
+def write_first_passages(source: str, rows: int, file: Path) -> list[str]:
     """Write the first passages of a source to a file; return their texts as they are encoded."""
     batches, read = [], 0
     for batch in read_passages(find_passages(locate(source, StorageConfig()))):
@@ -83,10 +83,10 @@ def first_passages(source: str, rows: int, file: Path) -> list[str]:
             break
     table = pa.Table.from_batches(batches).slice(0, rows)
     pq.write_table(table, file)
-    return [passage_text(row["title"], row["text"]) for row in table.to_pylist()]
+    return [format_passage(row["title"], row["text"]) for row in table.to_pylist()]
 
 
-def build(passages: Path, output: Path, **request: Any) -> tuple[Built, float]:
+def time_build(passages: Path, output: Path, **request: Any) -> tuple[Built, float]:
     """Build an index from scratch; return it and the seconds that the call took."""
     shutil.rmtree(output, ignore_errors=True)
     begun = time.perf_counter()
@@ -96,13 +96,13 @@ def build(passages: Path, output: Path, **request: Any) -> tuple[Built, float]:
 
 def compare_encoding(source: str, rows: int, shards: int, repeats: int, folder: Path) -> list[Comparison]:
     """Compare the build with a bare encoder loop: the time of the shards alone, and the whole call."""
-    texts = first_passages(source, rows, folder / "passages.parquet")
+    texts = write_first_passages(source, rows, folder / "passages.parquet")
     model = Encoder.load("demo", "cpu")
     model.encode(texts[:64])  # warm-up
     bare, working, whole = [], [], []
     for _ in range(repeats):
-        bare.append(len(texts) / timed(lambda: model.encode(texts)))
-        built, seconds = build(folder / "passages.parquet", folder / "encoded", shards=shards)
+        bare.append(len(texts) / time_call(lambda: model.encode(texts)))
+        built, seconds = time_build(folder / "passages.parquet", folder / "encoded", shards=shards)
         working.append(len(texts) / sum(report.seconds for report in built.reports))
         whole.append(len(texts) / seconds)
     return [
@@ -113,7 +113,7 @@ def compare_encoding(source: str, rows: int, shards: int, repeats: int, folder: 
     ]
 
 
-def clustered(rows: int, dimension: int, seed: int = 0) -> Vectors:
+def draw_clustered(rows: int, dimension: int, seed: int = 0) -> Vectors:
     """Return unit vectors around 4,000 centers, like embeddings around topics: float32 [rows, dimension]."""
     rng = np.random.default_rng(seed)
     centers = np.random.default_rng(99).normal(size=(4000, dimension)).astype(np.float32)
@@ -128,17 +128,17 @@ def write_vectors(rows: int, dimension: int, folder: Path) -> None:
     folder.mkdir()
     for number, start in enumerate(range(0, rows, FILE_ROWS)):
         names = [str(row) for row in range(start, min(start + FILE_ROWS, rows))]
-        vectors = clustered(len(names), dimension, number)
+        vectors = draw_clustered(len(names), dimension, number)
         column = pa.FixedSizeListArray.from_arrays(vectors.ravel(), dimension)
         texts = [f"passage {name}" for name in names]
         table = pa.table({"id": names, "title": [""] * len(names), "text": texts, "vector": column})
         pq.write_table(table, folder / f"{number:03d}.parquet", row_group_size=50_000, compression="NONE")
 
 
-def all_vectors(rows: int, dimension: int) -> Vectors:
+def draw_all_vectors(rows: int, dimension: int) -> Vectors:
     """Return the vectors that ``write_vectors`` writes."""
     starts = enumerate(range(0, rows, FILE_ROWS))
-    return np.concatenate([clustered(min(FILE_ROWS, rows - start), dimension, n) for n, start in starts])
+    return np.concatenate([draw_clustered(min(FILE_ROWS, rows - start), dimension, n) for n, start in starts])
 
 
 def compare_adding(
@@ -146,10 +146,10 @@ def compare_adding(
 ) -> tuple[list[Comparison], Any]:
     """Compare the build from given vectors with ``faiss.add``; also return the bare index of all vectors."""
     request = {"embeddings": "vector", "factory": factory, "shards": shards}
-    vectors = all_vectors(rows, dimension)
+    vectors = draw_all_vectors(rows, dimension)
     ours, bare, peak, index = [], [], 0.0, None
     for _ in range(repeats):
-        built, _ = build(folder / "vectors", folder / "given", **request)
+        built, _ = time_build(folder / "vectors", folder / "given", **request)
         ours.append(rows / sum(report.seconds for report in built.reports))
         peak = max(report.peak_bytes for report in built.reports) / MB
         index = faiss.read_index(str(folder / "given" / built.manifest.shards[0].file))
@@ -167,13 +167,13 @@ def compare_searching(index: Any, search: str, factory: str, repeats: int, threa
     retrieval = RetrievalConfig(device="cpu", search=search, threads=threads, verify=False)
     sharded = PassageIndex.open(locate(str(folder / "given"), StorageConfig()), retrieval)
     set_search(index, faiss.ParameterSpace(), search)
-    queries = clustered(BATCH, index.d, 12345)
+    queries = draw_clustered(BATCH, index.d, 12345)
     faiss.omp_set_num_threads(threads)
     ours_rates, bare_rates = [], []
     found, wanted = sharded.search(queries, K), index.search(queries, K)[1]  # also the warm-up of both
     for _ in range(repeats):
-        bare_rates.append(BATCH / timed(lambda: index.search(queries, K)))
-        ours_rates.append(BATCH / timed(lambda: sharded.search(queries, K)))
+        bare_rates.append(BATCH / time_call(lambda: index.search(queries, K)))
+        ours_rates.append(BATCH / time_call(lambda: sharded.search(queries, K)))
     starts = np.cumsum([0, *(shard.rows for shard in sharded.manifest.shards)])
     rows = [[int(starts[hit.shard]) + hit.row for hit in hits] for hits in found]
     same = statistics.mean(ours == bare for ours, bare in zip(rows, wanted.tolist(), strict=True))
@@ -182,7 +182,7 @@ def compare_searching(index: Any, search: str, factory: str, repeats: int, threa
     return Comparison(f"{factory} {search}".strip() + ": search", "queries/s", ours_rates, bare_rates, note)
 
 
-def figures_table(lines: list[Comparison]) -> Table:
+def build_figures_table(lines: list[Comparison]) -> Table:
     """Return a table of all lines with their medians and ratios."""
     table = Table(title="Compared with the bare components")
     for heading in ("", "ours", "bare", "unit", "ours / bare", "min … max", ""):
@@ -222,7 +222,7 @@ def benchmark_index(
         for kind, parameters in (("Flat", ""), (factory, search)):
             adding, index = compare_adding(vectors, dimension, kind, shards, repeats, folder)
             lines += [*adding, compare_searching(index, parameters, kind, repeats, threads, folder)]
-    Console(width=None if os.isatty(1) else 200).print(figures_table(lines))
+    Console(width=None if os.isatty(1) else 200).print(build_figures_table(lines))
     if json_file:
         machine = {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "threads": threads}
         figures = [{**dataclasses.asdict(line), "ratio": line.ratio} for line in lines]

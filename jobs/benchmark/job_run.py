@@ -20,7 +20,7 @@ import yaml
 from jobs.benchmark.results import CALL, FILES, STAGES
 from jobs.benchmark.scripted_model import SCRIPT, Script
 from jobs.benchmark.workloads import Row
-from jobs.demo import demo_index
+from jobs.demo import get_demo_index
 from pipeline.config.sections import DecodingConfig, ModelConfig
 
 
@@ -61,14 +61,23 @@ class Job:
         manifest = json.loads((output / "_manifest.json").read_text())
         finished = datetime.fromisoformat(manifest["finished"]).timestamp()
         units = manifest["units"]
-        taken = measured_seconds(units, finished)
+        taken = compute_unit_seconds(units, finished)
         rates = [units[name]["rows"] / seconds for name, seconds in taken.items()]
-        seconds = stage_seconds(output / "data", {name: units[name] for name in taken})
+        seconds = compute_stage_seconds(output / "data", {name: units[name] for name in taken})
         return rates, {**seconds, CALL: float(json.loads(done.stdout)["seconds"])}
 
     def _call(self) -> "subprocess.CompletedProcess[str]":
-        queries, settings = self._inputs()
-        options = ["--config", settings, "--queries", queries, "--index", demo_index(), "--output", self.folder / "out"]
+        queries, settings = self._write_inputs()
+        options = [
+            "--config",
+            settings,
+            "--queries",
+            queries,
+            "--index",
+            get_demo_index(),
+            "--output",
+            self.folder / "out",
+        ]
         module = "jobs.annotate" if self.script is None else "jobs.benchmark.scripted_model"
         command = [sys.executable, "-m", module, *map(str, options), "--json"]
         script = {} if self.script is None else {SCRIPT: json.dumps(dataclasses.asdict(self.script))}
@@ -77,7 +86,7 @@ class Job:
             raise RuntimeError(f"{module} exited with status {done.returncode}: {done.stderr[-2000:]}")
         return done
 
-    def _inputs(self) -> tuple[Path, Path]:
+    def _write_inputs(self) -> tuple[Path, Path]:
         """Write the query set, with one file for each unit, and the settings; return their paths."""
         queries, settings = self.folder / "queries", self.folder / "run.yaml"
         queries.mkdir()
@@ -95,7 +104,7 @@ class Job:
         return queries, settings
 
 
-def measured_seconds(units: Mapping[str, Mapping[str, Any]], finished: float) -> dict[str, float]:
+def compute_unit_seconds(units: Mapping[str, Mapping[str, Any]], finished: float) -> dict[str, float]:
     """Return the seconds of each unit but the first: up to the start of the next one, or to the end of the run.
 
     Args:
@@ -118,7 +127,7 @@ def measured_seconds(units: Mapping[str, Mapping[str, Any]], finished: float) ->
     return {name: end - begin for name, (begin, end) in zip(names[1:], pairwise(begins[1:]), strict=True)}
 
 
-def stage_seconds(folder: Path, units: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+def compute_stage_seconds(folder: Path, units: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
     """Return the mean seconds of a row by stage, with its share of the seconds for writing its unit's files.
 
     Args:

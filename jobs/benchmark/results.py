@@ -15,7 +15,7 @@ from rich.table import Table
 
 from pipeline.config.sections import ModelConfig
 from pipeline.decoding.types import REQUEST_SECONDS, ROW_SECONDS
-from pipeline.versions import versions
+from pipeline.versions import read_versions
 
 STAGES = (*ROW_SECONDS, *REQUEST_SECONDS)
 # Figures beside the stages: a row's share of the seconds from the end of its unit's annotation to the last byte of the
@@ -33,7 +33,7 @@ class Measured:
         rates: queries/s of each measured repeat.
         agreement: shares of the last repeat's queries with our decision, and with our decision and answer; empty for
             variants that are not compared.
-        load: figures of :func:`load_of` in the last repeat; empty if the steps were not recorded.
+        load: figures of :func:`compute_load` in the last repeat; empty if the steps were not recorded.
     """
 
     rows: int
@@ -71,7 +71,7 @@ class Step:
         return self.running + self.finished
 
 
-def load_of(steps: Sequence[Step], slots: int) -> dict[str, float]:
+def compute_load(steps: Sequence[Step], slots: int) -> dict[str, float]:
     """Compute how full the engine was.
 
     A step begins when the one before it ends. A step that follows an idle engine is not counted.
@@ -124,13 +124,13 @@ class Report:
     scripted: Sequence[str] = ()
     finished: bool = False
 
-    def measured(self, workload: str) -> dict[str, Measured]:
+    def get_measured(self, workload: str) -> dict[str, Measured]:
         """Return the variants that have been measured at least once."""
         return {name: one for name, one in self.results[workload].items() if one.rates}
 
-    def ratios(self, workload: str) -> dict[str, dict[str, float]]:
+    def compute_ratios(self, workload: str) -> dict[str, dict[str, float]]:
         """Return the ratios of ours to each variant: of the medians, and the least and greatest of all pairs."""
-        measured = self.measured(workload)
+        measured = self.get_measured(workload)
         if (ours := measured.pop("ours", None)) is None:
             return {}
         return {
@@ -142,37 +142,37 @@ class Report:
             for name, other in measured.items()
         }
 
-    def record(self, model: ModelConfig) -> dict[str, Any]:
+    def to_record(self, model: ModelConfig) -> dict[str, Any]:
         """Return all figures as a JSON record; its ``ratios`` and ``absolute`` are those of the first workload."""
         first = next(iter(self.results))
         return {
             "finished": self.finished,
-            "ratios": {name: ratio["median"] for name, ratio in self.ratios(first).items()},
+            "ratios": {name: ratio["median"] for name, ratio in self.compute_ratios(first).items()},
             "workloads": {
                 name: {
-                    "ratios": self.ratios(name),
-                    "absolute": {variant: dataclasses.asdict(m) for variant, m in self.measured(name).items()},
+                    "ratios": self.compute_ratios(name),
+                    "absolute": {variant: dataclasses.asdict(m) for variant, m in self.get_measured(name).items()},
                     "stages": self.stages.get(name, {}),
                     "tokens": self.tokens.get(name, {}),
                     "scripted": name in self.scripted,
                 }
                 for name in self.results
             },
-            "absolute": {variant: m.rate for variant, m in self.measured(first).items()},
-            "machine": machine(),
-            "versions": versions(),
+            "absolute": {variant: m.rate for variant, m in self.get_measured(first).items()},
+            "machine": describe_machine(),
+            "versions": read_versions(),
             "memory": self.memory,
             "model": model.model_dump(mode="json"),
         }
 
-    def table(self, workload: str) -> Table:
+    def build_table(self, workload: str) -> Table:
         """Return a table of the variants of one workload."""
         script = "; scripted output" if workload in self.scripted else ""
         title = f"{workload} ({self.results[workload]['ours'].rows} queries{script})"
-        table = Table(title=title, caption=self.caption(workload))
+        table = Table(title=title, caption=self.build_caption(workload))
         for heading in ("variant", "queries/s", "ours / variant", "min … max", "same decision", "same answer"):
             table.add_column(heading, justify="left" if heading == "variant" else "right")
-        ratios = self.ratios(workload)
+        ratios = self.compute_ratios(workload)
         for name, measured in self.results[workload].items():
             ratio = ratios.get(name)
             shares = [f"{100 * s:.0f} %" for s in measured.agreement.values()] or ["", ""]
@@ -180,7 +180,7 @@ class Report:
             table.add_row(name, f"{measured.rate:.3f}", *spread, *shares)
         return table
 
-    def caption(self, workload: str) -> str:
+    def build_caption(self, workload: str) -> str:
         """Describe the tokens of a query, and how full the engine was in our decoding."""
         parts = []
         if tokens := self.tokens.get(workload):
@@ -197,7 +197,7 @@ class Report:
             )
         return "; ".join(parts)
 
-    def times(self) -> Table:
+    def build_times_table(self) -> Table:
         """Return a table of the seconds of a row by workload and stage."""
         table = Table(title="Mean seconds per row (requests run concurrently, within a row and across rows)")
         table.add_column("workload")
@@ -212,7 +212,7 @@ class Report:
         return table
 
 
-def machine() -> dict[str, Any]:
+def describe_machine() -> dict[str, Any]:
     """Describe the machine that the figures were measured on."""
     from vllm.platforms import current_platform
 

@@ -21,8 +21,8 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.benchmark.baselines import BareEngine, Bench, Recorder
-from jobs.benchmark.compare import MAX_TOKENS, SEGMENT_TOKENS, queries_of
-from jobs.benchmark.results import machine
+from jobs.benchmark.compare import MAX_TOKENS, SEGMENT_TOKENS, to_queries
+from jobs.benchmark.results import describe_machine
 from jobs.benchmark.savings_variants import (
     AskingCritic,
     DictLogprobs,
@@ -30,8 +30,8 @@ from jobs.benchmark.savings_variants import (
     Gathered,
     WholeDecisions,
 )
-from jobs.benchmark.scripted_model import Prompter, Script, ScriptedGenerator, endless
-from jobs.benchmark.workloads import Workload, chosen
+from jobs.benchmark.scripted_model import Prompter, Script, ScriptedGenerator, make_endless
+from jobs.benchmark.workloads import Workload, choose_names
 from jobs.common import checking, start_logging
 from pipeline.config.loading import apply_settings
 from pipeline.config.sections import DecodingConfig, ModelConfig, Weights
@@ -66,7 +66,9 @@ class Setting:
     config: DecodingConfig
     generator: Generator
 
-    def system(self, generator: Generator | None = None, critic: type[ReflectionCritic] = ReflectionCritic) -> SelfRag:
+    def build_system(
+        self, generator: Generator | None = None, critic: type[ReflectionCritic] = ReflectionCritic
+    ) -> SelfRag:
         """Return our decoding, with another generator or critic if given."""
         tasks, engine = Tasks(self.config), generator or self.generator
         return SelfRag(engine, critic(self.bench.tokenizer), tasks, self.bench.retriever)
@@ -76,12 +78,12 @@ class Setting:
         answers = await asyncio.gather(*(system.answer(query) for query in queries or self.queries))
         return len(answers)
 
-    def gathered(self, apart: bool) -> SelfRag:
+    def build_gathered(self, apart: bool) -> SelfRag:
         """Return our decoding with the passages of all rows submitted together, those of a row adjacent or apart."""
         siblings = self.config.passages
-        return self.system(Gathered(self.generator, siblings, siblings * len(self.queries), apart))
+        return self.build_system(Gathered(self.generator, siblings, siblings * len(self.queries), apart))
 
-    def doubled(self) -> list[Query]:
+    def double_queries(self) -> list[Query]:
         """Return every query twice, with different ids."""
         return [dataclasses.replace(query, id=f"{n}-{query.id}") for query in self.queries for n in range(2)]
 
@@ -103,42 +105,47 @@ class Saving:
     without: Run
 
 
-def ours(setting: Setting) -> Awaitable[int]:
+def answer_unchanged(setting: Setting) -> Awaitable[int]:
     """Answer all queries with our decoding, unchanged; return their number."""
-    return setting.answer(setting.system())
+    return setting.answer(setting.build_system())
 
 
 SAVINGS = (
     Saving(
         "a decision of one token, not a whole answer",
         SHORT,
-        ours,
-        lambda s: s.answer(s.system(WholeDecisions(s.generator))),
+        answer_unchanged,
+        lambda s: s.answer(s.build_system(WholeDecisions(s.generator))),
     ),
     Saving(
         "later decisions read where segments end, not asked for",
         LONG,
-        ours,
-        lambda s: s.answer(s.system(critic=AskingCritic)),
+        answer_unchanged,
+        lambda s: s.answer(s.build_system(critic=AskingCritic)),
     ),
-    Saving("passages tokenized once for a row", LONG, ours, lambda s: s.answer(s.system(critic=ForgetfulCritic))),
+    Saving(
+        "passages tokenized once for a row",
+        LONG,
+        answer_unchanged,
+        lambda s: s.answer(s.build_system(critic=ForgetfulCritic)),
+    ),
     Saving(
         "equal queries answered once (each comes twice)",
         SHORT,
-        lambda s: s.answer(AnsweredOnce(s.system()), s.doubled()),
-        lambda s: s.answer(s.system(), s.doubled()),
+        lambda s: s.answer(AnsweredOnce(s.build_system()), s.double_queries()),
+        lambda s: s.answer(s.build_system(), s.double_queries()),
     ),
     Saving(
         "flat log-probabilities, not dictionaries",
         SHORT,
-        ours,
-        lambda s: s.answer(s.system(DictLogprobs(BareEngine(s.bench.generator)))),
+        answer_unchanged,
+        lambda s: s.answer(s.build_system(DictLogprobs(BareEngine(s.bench.generator)))),
     ),
     Saving(
         "a row's passages beside one another in the queue",
         READING,
-        lambda s: s.answer(s.gathered(apart=False)),
-        lambda s: s.answer(s.gathered(apart=True)),
+        lambda s: s.answer(s.build_gathered(apart=False)),
+        lambda s: s.answer(s.build_gathered(apart=True)),
     ),
 )
 
@@ -152,7 +159,7 @@ class Pruning:
     hopeless: int
 
 
-def prunable(siblings: Sequence[Candidate], weights: Weights) -> int:
+def count_prunable(siblings: Sequence[Candidate], weights: Weights) -> int:
     """Count the tokens that aborting hopeless candidates would save.
 
     Siblings are assumed to be generated in step. A candidate is hopeless once a sibling has ended with a score that it
@@ -167,16 +174,16 @@ def prunable(siblings: Sequence[Candidate], weights: Weights) -> int:
     return saved
 
 
-async def pruning(setting: Setting) -> Pruning:
+async def measure_pruning(setting: Setting) -> Pruning:
     """Measure how many tokens pruning would save in the short form."""
     recorder = Recorder(setting.generator)
     config = setting.config.model_copy(update={"keep_candidates": True})
-    system = dataclasses.replace(setting.system(recorder), tasks=Tasks(config))
+    system = dataclasses.replace(setting.build_system(recorder), tasks=Tasks(config))
     answers = await asyncio.gather(*(system.answer(query) for query in setting.queries))
     return Pruning(
         read=sum(len(prompt) for prompt, _ in recorder.work),
         written=sum(written for _, written in recorder.work),
-        hopeless=sum(prunable(answer.candidates, config.weights) for answer in answers),
+        hopeless=sum(count_prunable(answer.candidates, config.weights) for answer in answers),
     )
 
 
@@ -195,7 +202,7 @@ class SavingsFigures:
     pruning: Pruning | None = None
 
     @classmethod
-    def empty(cls, savings: Sequence[Saving], engine: Sequence[str]) -> "SavingsFigures":
+    def create_empty(cls, savings: Sequence[Saving], engine: Sequence[str]) -> "SavingsFigures":
         """Return empty figures for the given optimizations and engine arguments."""
         rates: dict[str, dict[str, list[float]]] = {saving.name: {"with": [], "without": []} for saving in savings}
         return cls(rates, {name: [] for name in (DEFAULTS, *engine)} if engine else {})
@@ -206,24 +213,24 @@ class SavingsFigures:
         return [saving for saving in SAVINGS if saving.name in self.rates]
 
 
-async def rate(setting: Setting, run: Run) -> float:
+async def measure_rate(setting: Setting, run: Run) -> float:
     """Run from an empty prefix cache and return queries/s."""
-    await BareEngine(setting.bench.generator).forget()
+    await BareEngine(setting.bench.generator).clear_cache()
     began = time.perf_counter()
     return await run(setting) / (time.perf_counter() - began)
 
 
-def setting_of(bench: Bench, workload: Workload, rows: int) -> Setting:
+def build_setting(bench: Bench, workload: Workload, rows: int) -> Setting:
     """Return the setting of a workload; a long form has a third of the rows, and scripted output.
 
     The embedded model's own answers end after one segment.
     """
     config = DecodingConfig(**{"passages": 3, "max_tokens": MAX_TOKENS, **workload.decoding})
     if workload.short_form:
-        return Setting(bench, queries_of(workload.rows(rows)), config, bench.generator)
+        return Setting(bench, to_queries(workload.build_rows(rows)), config, bench.generator)
     prompter = Prompter(bench.tokenizer, Script(tokens=SEGMENT_TOKENS, segments=config.segments))
-    scripted = ScriptedGenerator(endless(bench.generator), prompter)
-    return Setting(bench, queries_of(workload.rows(max(4, rows // 3))), config, scripted)
+    scripted = ScriptedGenerator(make_endless(bench.generator), prompter)
+    return Setting(bench, to_queries(workload.build_rows(max(4, rows // 3))), config, scripted)
 
 
 async def measure_savings(rows: int, number: int, figures: SavingsFigures) -> None:
@@ -231,16 +238,16 @@ async def measure_savings(rows: int, number: int, figures: SavingsFigures) -> No
     bench = Bench.open(ModelConfig(name="demo", engine={"max_num_seqs": SLOTS}))
     try:
         used = {saving.workload.name: saving.workload for saving in figures.savings}
-        settings = {name: setting_of(bench, workload, rows) for name, workload in used.items()}
+        settings = {name: build_setting(bench, workload, rows) for name, workload in used.items()}
         for setting in settings.values():
-            await ours(setting)  # warms up
+            await answer_unchanged(setting)  # warms up
         for saving in figures.savings:
             setting, sides = settings[saving.workload.name], [("with", saving.with_it), ("without", saving.without)]
             for name, run in sides if number % 2 else reversed(sides):
-                figures.rates[saving.name][name].append(await rate(setting, run))
-                tell(number, f"{saving.name}, {name}", figures.rates[saving.name][name])
+                figures.rates[saving.name][name].append(await measure_rate(setting, run))
+                print_rate(number, f"{saving.name}, {name}", figures.rates[saving.name][name])
         if SHORT.name in settings:
-            figures.pruning = await pruning(settings[SHORT.name])
+            figures.pruning = await measure_pruning(settings[SHORT.name])
     finally:
         bench.close()
 
@@ -251,15 +258,15 @@ async def measure_engine(rows: int, number: int, argument: str, figures: Savings
     apply_settings(arguments, [] if argument == DEFAULTS else [argument])
     bench = Bench.open(ModelConfig(name="demo", engine=arguments))
     try:
-        setting = setting_of(bench, SHORT, rows)
-        await ours(setting)  # warms up
-        figures.engines[argument].append(await rate(setting, ours))
-        tell(number, argument, figures.engines[argument])
+        setting = build_setting(bench, SHORT, rows)
+        await answer_unchanged(setting)  # warms up
+        figures.engines[argument].append(await measure_rate(setting, answer_unchanged))
+        print_rate(number, argument, figures.engines[argument])
     finally:
         bench.close()
 
 
-def tell(number: int, what: str, rates: Sequence[float]) -> None:
+def print_rate(number: int, what: str, rates: Sequence[float]) -> None:
     """Print the rate that was measured last."""
     Console(stderr=True, soft_wrap=True).print(f"repeat {number}: {what}: {rates[-1]:.3f} queries/s")
 
@@ -274,13 +281,13 @@ def run_savings(rows: int, repeats: int, figures: SavingsFigures) -> Iterator[Sa
         yield figures
 
 
-def ratio_of(one: Sequence[float], other: Sequence[float]) -> list[str]:
+def format_ratio(one: Sequence[float], other: Sequence[float]) -> list[str]:
     """Format the ratio of the medians, and the least and greatest ratio of all pairs."""
     middle = statistics.median(one) / statistics.median(other)
     return [f"{middle:.2f}", f"{min(one) / max(other):.2f} … {max(one) / min(other):.2f}"]
 
 
-def savings_tables(figures: SavingsFigures) -> list[Table]:
+def build_savings_tables(figures: SavingsFigures) -> list[Table]:
     """Return tables of the optimizations and of the engine arguments; empty ones are left out."""
     savings = Table(title=f"Savings (at most {SLOTS} concurrent requests)")
     for heading in ("saving", "workload", "with, queries/s", "without", "with / without", "min … max"):
@@ -288,7 +295,7 @@ def savings_tables(figures: SavingsFigures) -> list[Table]:
     for saving in figures.savings:
         rates = figures.rates[saving.name]
         cells = [f"{statistics.median(rates[name]):.2f}" for name in ("with", "without")]
-        savings.add_row(saving.name, saving.workload.name, *cells, *ratio_of(rates["with"], rates["without"]))
+        savings.add_row(saving.name, saving.workload.name, *cells, *format_ratio(rates["with"], rates["without"]))
     if (bound := figures.pruning) is not None:
         savings.caption = (
             f"Pruning by IsRel would save {bound.hopeless} of {bound.written} generated tokens "
@@ -298,7 +305,7 @@ def savings_tables(figures: SavingsFigures) -> list[Table]:
     for heading in ("argument", "queries/s", f"argument / {DEFAULTS}", "min … max"):
         arguments.add_column(heading, justify="left" if heading == "argument" else "right")
     for name, rates_ in figures.engines.items():
-        arguments.add_row(name, f"{statistics.median(rates_):.2f}", *ratio_of(rates_, figures.engines[DEFAULTS]))
+        arguments.add_row(name, f"{statistics.median(rates_):.2f}", *format_ratio(rates_, figures.engines[DEFAULTS]))
     return [table for table in (savings, arguments) if table.row_count]
 
 
@@ -319,17 +326,17 @@ def benchmark_savings(
     """Measure what each optimization saves: queries/s with it and without it."""
     start_logging()
     with checking():
-        names = chosen(only, [*(saving.name for saving in SAVINGS), *(engine or ENGINE)])
+        names = choose_names(only, [*(saving.name for saving in SAVINGS), *(engine or ENGINE)])
         settings = [setting for setting in engine or ENGINE if setting in names]
-        figures = SavingsFigures.empty([saving for saving in SAVINGS if saving.name in names], settings)
+        figures = SavingsFigures.create_empty([saving for saving in SAVINGS if saving.name in names], settings)
         for setting in settings:
             arguments: dict[str, Any] = {}
             apply_settings(arguments, [setting])
             check_engine_arguments(ModelConfig(name="demo", engine=arguments))
     for measured in run_savings(rows, repeats, figures):
         if json_file:
-            json_file.write_text(json.dumps({**dataclasses.asdict(measured), "machine": machine()}, indent=2))
-    for table in savings_tables(figures):
+            json_file.write_text(json.dumps({**dataclasses.asdict(measured), "machine": describe_machine()}, indent=2))
+    for table in build_savings_tables(figures):
         Console(width=150).print(table)
 
 

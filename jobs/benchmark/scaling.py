@@ -64,9 +64,9 @@ class WaitingEngine:
     ) -> Generation:
         """See :meth:`pipeline.decoding.protocols.Generator.generate`."""
         await asyncio.sleep(self.seconds)
-        length = self.prompter.script.length(max_tokens)
+        length = self.prompter.script.get_length(max_tokens)
         blank = Generation((self.prompter.digits[0],) * length, np.full(length, WRITTEN), np.empty(0), len(prompt))
-        return self.prompter.acted(blank, prompt)
+        return self.prompter.apply_script(blank, prompt)
 
     async def warm(self) -> None:
         """Do nothing: there is nothing to compile."""
@@ -124,7 +124,7 @@ def write_queries(file: Path, rows: int) -> None:
     pq.write_table(table, file, row_group_size=10_000)
 
 
-def steady_rate(begins: Sequence[float], slots: int) -> float:
+def compute_steady_rate(begins: Sequence[float], slots: int) -> float:
     """Return the rate at which units start, in units/s, once all slots are in use.
 
     Args:
@@ -151,11 +151,11 @@ def time_run(rows: int, execution: ExecutionConfig, folder: Path) -> Run:
     units = json.loads((folder / "out" / "_manifest.json").read_text())["units"].values()
     seconds = max(unit["ended"] for unit in units) - min(unit["began"] for unit in units)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-    steady = steady_rate([unit["began"] for unit in units], execution.actors * execution.units_in_flight)
+    steady = compute_steady_rate([unit["began"] for unit in units], execution.actors * execution.units_in_flight)
     return Run(rows, execution.actors, seconds, summary.seconds, memory, steady * execution.unit_rows)
 
 
-def scaling_tables(sizes: Sequence[Run], pools: Sequence[Run], latency: float) -> list[Table]:
+def build_scaling_tables(sizes: Sequence[Run], pools: Sequence[Run], latency: float) -> list[Table]:
     """Return a table of the runs by rows, and one of the runs by actors."""
     by_rows = Table(title="One actor, engine without latency")
     for heading in ("rows", "ms/row", "rows/s", "whole call, s", "driver, MB"):
@@ -196,7 +196,7 @@ def benchmark_scaling(
                 actors=pool, cpus_per_actor=share, gpus_per_actor=0, unit_rows=UNIT_ROWS, units_in_flight=2
             )
             pools.append(time_run(ROWS_PER_ACTOR * pool, execution, Path(name)))
-    for table in scaling_tables(sizes, pools, latency):
+    for table in build_scaling_tables(sizes, pools, latency):
         Console().print(table)
     if json_file:
         json_file.write_text(json.dumps([dataclasses.asdict(one) for one in [*sizes, *pools]], indent=2))

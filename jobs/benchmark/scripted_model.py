@@ -29,7 +29,7 @@ from pipeline.decoding.reflection import REFLECTION_TOKENS, IsRel, IsSup, IsUse,
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Generation
-from pipeline.demo_models import demo_model
+from pipeline.demo_models import build_demo_model
 from pipeline.engine.models import load_tokenizer
 from pipeline.engine.vllm import VllmGenerator
 from pipeline.run.actor import SelfRagActor
@@ -55,7 +55,7 @@ def write_shape(name: str, folder: Path) -> Path:
     """Write a model folder with configuration and tokenizer but without weights; return it."""
     from transformers import AutoTokenizer, LlamaConfig
 
-    tokenizer = AutoTokenizer.from_pretrained(demo_model())
+    tokenizer = AutoTokenizer.from_pretrained(build_demo_model())
     tokenizer.save_pretrained(folder)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -84,7 +84,7 @@ class Script:
     tokens: int = 40
     segments: int = 1
 
-    def length(self, max_tokens: int) -> int:
+    def get_length(self, max_tokens: int) -> int:
         """Return the number of tokens that a request generates."""
         return min(self.tokens, max_tokens)
 
@@ -99,7 +99,7 @@ class Prompter:
     @cached_property
     def decided(self) -> frozenset[int]:
         """Ids of the Retrieve tokens; every prompt but that of the first decision contains one."""
-        return frozenset(self.tokenizer.reflection.group(Retrieve))
+        return frozenset(self.tokenizer.reflection.get_group(Retrieve))
 
     @cached_property
     def non_text_ids(self) -> frozenset[int]:
@@ -114,30 +114,30 @@ class Prompter:
     @cached_property
     def digits(self) -> list[int]:
         """Ids of the ten digits' tokens."""
-        return [self.tokenizer.text(digit)[-1] for digit in "0123456789"]
+        return [self.tokenizer.encode_text(digit)[-1] for digit in "0123456789"]
 
-    def decision(self, prompt: Sequence[int]) -> Retrieve:
+    def decide(self, prompt: Sequence[int]) -> Retrieve:
         """Return the first decision for a prompt."""
-        return Retrieve.YES if digest(prompt) < self.script.retrieve * 2**32 else Retrieve.NO
+        return Retrieve.YES if hash_prompt(prompt) < self.script.retrieve * 2**32 else Retrieve.NO
 
-    def frame(self, prompt: Sequence[int]) -> tuple[list[int], list[int]]:
+    def build_frame(self, prompt: Sequence[int]) -> tuple[list[int], list[int]]:
         """Return the ids with which the scripted output for a prompt begins, and those with which it ends."""
         ids = self.tokenizer.reflection
         if self.decided.isdisjoint(prompt):
-            return [ids[self.decision(prompt)]], [self.tokenizer.eos]
+            return [ids[self.decide(prompt)]], [self.tokenizer.eos]
         if not (read := list(prompt).count(ids[Paragraph.END])):
             return [], [ids[IsUse.FIVE], self.tokenizer.eos]
         end = ids[Retrieve.YES] if read < self.script.segments else self.tokenizer.eos
         return [ids[IsRel.RELEVANT]], [ids[IsSup.FULLY], ids[IsUse.FIVE], end]
 
-    def acted(self, generation: Generation, prompt: Sequence[int]) -> Generation:
+    def apply_script(self, generation: Generation, prompt: Sequence[int]) -> Generation:
         """Return the generation with the script's reflection tokens and end; all its other tokens become text.
 
         The text begins with digits of the prompt's digest, since the beam would merge equal texts.
         """
-        first, last = self.frame(prompt)
+        first, last = self.build_frame(prompt)
         length = len(generation.token_ids)
-        number = [self.digits[int(digit)] for digit in str(digest(prompt))[-DIGITS:]]
+        number = [self.digits[int(digit)] for digit in str(hash_prompt(prompt))[-DIGITS:]]
         text = [*number, *(number[0] if i in self.non_text_ids else i for i in generation.token_ids)]
         ids = [*first, *text[: max(0, length - len(first) - len(last))], *last][:length]
         table = np.full((length, len(REFLECTION_TOKENS)), OTHERS)
@@ -147,7 +147,7 @@ class Prompter:
         return dataclasses.replace(generation, token_ids=tuple(ids), reflection_logprobs=table)
 
 
-def digest(prompt: Sequence[int]) -> int:
+def hash_prompt(prompt: Sequence[int]) -> int:
     """Return the CRC-32 of a prompt: a number below 2^32."""
     return zlib.crc32(np.array(prompt, np.int32).tobytes())
 
@@ -157,7 +157,7 @@ class ScriptedGenerator:
     """A vLLM replica whose generations have the script's lengths and reflection tokens.
 
     Args:
-        replica: replica that :func:`endless` returned.
+        replica: replica that :func:`make_endless` returned.
     """
 
     replica: VllmGenerator
@@ -175,11 +175,11 @@ class ScriptedGenerator:
         stops: Sequence[int],  # noqa: ARG002  the script sets the length
     ) -> Generation:
         """See :meth:`pipeline.decoding.protocols.Generator.generate`."""
-        generation = await self.replica.generate(prompt, self.prompter.script.length(max_tokens), ())
-        return self.prompter.acted(generation, prompt)
+        generation = await self.replica.generate(prompt, self.prompter.script.get_length(max_tokens), ())
+        return self.prompter.apply_script(generation, prompt)
 
 
-def endless(replica: VllmGenerator) -> VllmGenerator:
+def make_endless(replica: VllmGenerator) -> VllmGenerator:
     """Return the replica with requests that end only at their maximum length."""
     return dataclasses.replace(replica, sampling={**replica.sampling, "ignore_eos": True})
 
@@ -191,7 +191,7 @@ class ScriptedActor(SelfRagActor):
         super()._open(servers, index_digest)
         tokenizer = PromptTokenizer.of(load_tokenizer(self.config.model), self.config.model.name)
         prompter = Prompter(tokenizer, Script(**json.loads(os.environ[SCRIPT])))
-        engine = ScriptedGenerator(endless(self.generator), prompter)
+        engine = ScriptedGenerator(make_endless(self.generator), prompter)
         self.system = SelfRag(engine, ReflectionCritic(tokenizer), Tasks(self.config.decoding), self.retriever)
 
 

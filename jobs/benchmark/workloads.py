@@ -41,23 +41,23 @@ class Workload:
         """Whether an answer is one segment, so that the released short-form steps apply."""
         return int(self.decoding.get("segments", 1)) == 1
 
-    def bodies(self, found: Sequence[RetrievedPassage]) -> list[RetrievedPassage]:
+    def replace_bodies(self, found: Sequence[RetrievedPassage]) -> list[RetrievedPassage]:
         """Return the found passages with the texts that the workload gives them."""
         if self.body is None:
             return list(found)
         passages = self.body([one.passage for one in found])
         return [replace(one, passage=passage) for one, passage in zip(found, passages, strict=True)]
 
-    def rows(self, count: int) -> list[Row]:
+    def build_rows(self, count: int) -> list[Row]:
         """Return so many rows, with questions and instructions spread evenly."""
         source = pq.read_table(DEMO / "queries_full.parquet", columns=["id", "query", "task", "answers"]).to_pylist()
         asked = [row for row in source if row["task"] == "qa"]
         told = [row for row in source if row["task"] == "instruction"]
         wanted = [round((n + 1) * self.questions) > round(n * self.questions) for n in range(count)]
-        rows = {True: self._rounds(asked), False: self._rounds(told)}
+        rows = {True: self._repeat_rounds(asked), False: self._repeat_rounds(told)}
         return [next(rows[question]) for question in wanted]
 
-    def _rounds(self, source: Sequence[Row]) -> Iterator[Row]:
+    def _repeat_rounds(self, source: Sequence[Row]) -> Iterator[Row]:
         """Yield all rows in endless rounds; from the second on, the round's number precedes id and query."""
         for place in itertools.count():
             round_, n = divmod(place, len(source))
@@ -68,7 +68,7 @@ class Workload:
             yield row
 
 
-def chosen(parts: Sequence[str] | None, names: Sequence[str]) -> list[str]:
+def choose_names(parts: Sequence[str] | None, names: Sequence[str]) -> list[str]:
     """Return the names that begin with one of the parts; all names if no part is given.
 
     Raises:
@@ -85,7 +85,7 @@ def trim_passages(passages: Sequence[Passage]) -> list[Passage]:
     return [Passage(p.id, p.title, " ".join(p.text.split()[:SHORT_WORDS])) for p in passages]
 
 
-def lengthened(passages: Sequence[Passage]) -> list[Passage]:
+def lengthen_passages(passages: Sequence[Passage]) -> list[Passage]:
     """Extend each passage with the next ones to ``LONG_PASSAGES`` whole passages."""
     texts = [p.text for p in passages]
     several = [" ".join((texts[n:] + texts[:n])[:LONG_PASSAGES]) for n in range(len(texts))]
@@ -97,7 +97,7 @@ WORKLOADS = (
     Workload("short form, 100 % retrieve"),
     Workload("short form, 0 % retrieve", questions=0.0),
     Workload("short passages", body=trim_passages),
-    Workload("long passages", body=lengthened),
+    Workload("long passages", body=lengthen_passages),
     Workload("closed set", choices=True),
     Workload("long form, beam of 2", decoding={"segments": 3, "beam_width": 2, "mode": "always"}),
 )

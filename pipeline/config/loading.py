@@ -1,5 +1,7 @@
 """Read configuration as plain values, from YAML files and settings with dotted keys, and validate it as models."""
 
+import hashlib
+import json
 import re
 from collections.abc import Iterator, Sequence
 from datetime import date
@@ -67,7 +69,12 @@ def read_yaml(uri: str) -> dict[str, Any]:
     return tree
 
 
-def dated(uri: str, day: date) -> str:
+def hash_tree(tree: Any) -> str:
+    """Return a digest of settings: 12 hexadecimal digits; comments and the order of keys do not count."""
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:12]
+
+
+def fill_date(uri: str, day: date) -> str:
     """Replace ``{date}`` in a URI by a day such as ``2026-01-31``; ``{date:%Y/%m/%d}`` uses another format."""
     return _DATE.sub(lambda found: day.strftime(found[1] or "%Y-%m-%d"), uri)
 
@@ -95,18 +102,21 @@ def parse_search(search: str) -> dict[str, float]:
         ValueError: the string does not have this form, or a number is not positive and finite.
     """
     parameters: dict[str, float] = {}
-    for item in filter(None, (part.strip() for part in search.split(","))):
-        name, _, value = item.partition("=")
+    for item in search.split(","):
+        if not item.strip():
+            continue
+        key, _, value = item.partition("=")
+        name = key.strip()
         try:
-            parameters[name.strip()] = float(value)
+            parameters[name] = float(value)
         except ValueError:
             raise ValueError("expected NAME=NUMBER,… such as nprobe=16") from None
-        if not 0 < parameters[name.strip()] < float("inf"):
-            raise ValueError(f"{name.strip()} must be above 0")
+        if not 0 < parameters[name] < float("inf"):
+            raise ValueError(f"{name} must be above 0")
     return parameters
 
 
-def validated(section: type[Section], tree: dict[str, Any], name: str = "") -> Section:
+def validate_section(section: type[Section], tree: dict[str, Any], name: str = "") -> Section:
     """Build a section of the configuration from plain values.
 
     Args:
@@ -121,31 +131,35 @@ def validated(section: type[Section], tree: dict[str, Any], name: str = "") -> S
     try:
         return section.model_validate(tree)
     except ValidationError as error:
-        known = list(keys_of(section, f"{name}." if name else ""))
-        raise ValueError("; ".join(_problem(dict(e), name, known) for e in error.errors())) from None
+        known = list(iterate_keys(section, f"{name}." if name else ""))
+        raise ValueError("; ".join(_describe_problem(dict(e), name, known) for e in error.errors())) from None
 
 
-def keys_of(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
+def iterate_keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Yield the dotted keys of a section and of the sections in it."""
     for name, entry in section.model_fields.items():
         yield prefix + name
         if isinstance(entry.annotation, type) and issubclass(entry.annotation, BaseModel):
-            yield from keys_of(entry.annotation, f"{prefix}{name}.")
+            yield from iterate_keys(entry.annotation, f"{prefix}{name}.")
 
 
-def alike(key: str, known: Sequence[str]) -> str | None:
+def suggest_key(key: str, known: Sequence[str]) -> str | None:
     """Suggest a key for a misspelt one: a similar key of its section, or one of the same name in another section."""
     section, _, name = key.rpartition(".")
     siblings = {k.rpartition(".")[2]: k for k in known if k.rpartition(".")[0] == section}
     close = get_close_matches(name, siblings, n=1, cutoff=0.75)
-    return siblings[close[0]] if close else next((k for k in known if k.endswith(f".{name}")), None)
+    if close:
+        return siblings[close[0]]
+    return next((k for k in known if k.endswith(f".{name}")), None)
 
 
-def _problem(error: dict[str, Any], section: str, known: Sequence[str]) -> str:
-    key = ".".join([section] * bool(section) + [str(part) for part in error["loc"]])
+def _describe_problem(error: dict[str, Any], section: str, known: Sequence[str]) -> str:
+    parts = [str(part) for part in error["loc"]]
+    key = ".".join([section, *parts] if section else parts)
     if error["type"] == "extra_forbidden":
-        meant = alike(key, known)
-        return f"unknown configuration key {key}" + (f"; did you mean {meant}?" if meant else "")
+        meant = suggest_key(key, known)
+        hint = f"; did you mean {meant}?" if meant else ""
+        return f"unknown configuration key {key}{hint}"
     if error["type"] == "missing":
         flag = {"model": "--model", "model.name": "--model"}.get(key, f"--{key}")
         return f"missing configuration key {key} (flag {flag})"

@@ -13,7 +13,7 @@ from itertools import groupby
 from typing import Any
 
 from pipeline.config.loading import Frozen
-from pipeline.config.run import RunConfig, is_fixed, section_of
+from pipeline.config.run import RunConfig, find_section, is_fixed
 
 HEAD = """<!-- Made from pipeline/config: python -m pipeline.config.reference > infra/CONFIGURATION.md -->
 # Configuration of a run
@@ -50,62 +50,69 @@ class Key:
     meaning: str
     fixed: bool
 
-    def row(self) -> str:
+    def format_row(self) -> str:
         """Format the key as a row of a Markdown table."""
         default = {None: "required", "null": ""}.get(self.default, f"`{self.default}`")
         cells = (f"`{self.name}`", self.kind, default, "fixed" if self.fixed else "", self.meaning)
         return f"| {' | '.join(cells)} |"
 
 
-def keys(section: type[Frozen] = RunConfig, prefix: str = "") -> Iterator[Key]:
+def describe_keys(section: type[Frozen] = RunConfig, prefix: str = "") -> Iterator[Key]:
     """Yield all keys of a section; those of the sections in it come last."""
-    properties, meanings = section.model_json_schema()["properties"], attributes(section)
+    properties, meanings = section.model_json_schema()["properties"], parse_attributes(section)
     within: dict[str, type[Frozen]] = {}
     for name, field in section.model_fields.items():
-        if inner := section_of(field.annotation):
+        if inner := find_section(field.annotation):
             within[name if field.annotation is inner else f"{name}.NAME"] = inner
         if field.annotation is not inner:
             default = None if field.is_required() else json.dumps(field.get_default(call_default_factory=True))
-            yield Key(prefix + name, words(properties[name]), default, meanings.get(name, ""), is_fixed(prefix + name))
+            kind, key = describe_type(properties[name]), prefix + name
+            yield Key(key, kind, default, meanings.get(name, ""), is_fixed(key))
     for name, inner in within.items():
-        yield from keys(inner, f"{prefix}{name}.")
+        yield from describe_keys(inner, f"{prefix}{name}.")
 
 
-def attributes(section: type[Frozen]) -> dict[str, str]:
+def parse_attributes(section: type[Frozen]) -> dict[str, str]:
     """Return the descriptions of a section's keys from its docstring, in Markdown."""
     entries = ENTRY.findall((inspect.getdoc(section) or "").partition("Attributes:\n")[2])
-    return {name: markdown(meaning) for names, meaning in entries for name in names.split(", ")}
+    return {name: to_markdown(meaning) for names, meaning in entries for name in names.split(", ")}
 
 
-def markdown(text: str) -> str:
+def to_markdown(text: str) -> str:
     """Convert the text of a docstring to one line of Markdown."""
     return " ".join(text.split()).replace("``", "`")
 
 
-def words(schema: dict[str, Any]) -> str:
+def describe_type(schema: dict[str, Any]) -> str:
     """Describe a type in words, from its JSON schema."""
     schema = next((one for one in schema.get("anyOf", []) if one["type"] != "null"), schema)
     if "enum" in schema:
         return " or ".join(f"`{value}`" for value in schema["enum"])
     if "items" in schema:
-        return f"list of {words(schema['items'])}s"
+        return f"list of {describe_type(schema['items'])}s"
     secret = "secret " if schema.get("format") == "password" else ""
     bounds = {"≥": schema.get("minimum"), ">": schema.get("exclusiveMinimum"), "≤": schema.get("maximum")}
     limits = [f"{sign} {bound:g}" for sign, bound in bounds.items() if bound is not None]
     return f"{secret}{WORDS.get(schema['type'], schema['type'])} {', '.join(limits)}".rstrip()
 
 
-def reference() -> str:
+def find_section_name(key: Key) -> str:
+    """Return the name of the section that a key belongs to; empty for a key of the run itself."""
+    section, dot, _ = key.name.partition(".")
+    return section if dot else ""
+
+
+def format_reference() -> str:
     """Return the whole reference page, in Markdown."""
     parts = [HEAD]
-    for name, group in groupby(keys(), lambda key: key.name.rpartition(".")[0] and key.name.split(".")[0]):
-        section = section_of(RunConfig.model_fields[name].annotation) if name else RunConfig
-        about = markdown((inspect.getdoc(section) or "").partition("Attributes:\n")[0])
+    for name, group in groupby(describe_keys(), find_section_name):
+        section = find_section(RunConfig.model_fields[name].annotation) if name else RunConfig
+        about = to_markdown((inspect.getdoc(section) or "").partition("Attributes:\n")[0])
         table = ["| key | type | default | | meaning |", "| --- | --- | --- | --- | --- |"]
-        rows = [key.row() for key in group]
+        rows = [key.format_row() for key in group]
         parts.append("\n".join([f"## {name or 'The run'}\n\n{about}\n", *table, *rows, ""]))
     return "\n".join(parts)
 
 
 if __name__ == "__main__":
-    sys.stdout.write(reference())
+    sys.stdout.write(format_reference())

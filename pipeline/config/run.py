@@ -8,7 +8,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import Field
 
-from pipeline.config.loading import Frozen, apply_settings, assign, dated, flatten, read_yaml, validated
+from pipeline.config.loading import Frozen, apply_settings, assign, fill_date, flatten, read_yaml, validate_section
 from pipeline.config.sections import (
     FREE_ENGINE_ARGUMENTS,
     Columns,
@@ -53,7 +53,7 @@ class RunConfig(Frozen):
     storage: Annotated[StorageConfig, Effect.FREE] = StorageConfig()
     on_failure: Annotated[OnFailure, Effect.FREE] = OnFailure()
 
-    def recorded(self) -> dict[str, Any]:
+    def to_record(self) -> dict[str, Any]:
         """Return the configuration for the manifest, as plain values without credentials and ``on_failure``."""
         exclude: dict[str, Any] = {
             "storage": {"access_key", "secret_key", "session_token"},
@@ -62,12 +62,12 @@ class RunConfig(Frozen):
         }
         return self.model_dump(mode="json", exclude=exclude)
 
-    def decisive(self) -> dict[str, Any]:
+    def get_fixed_settings(self) -> dict[str, Any]:
         """Return the fixed keys, dotted (``decoding.threshold``), with the values that a resumed run must share.
 
         Queries, index and model are not among them: they are compared by content, so that they may be moved.
         """
-        return {key: value for key, value in flatten(self.recorded()).items() if value != {} and is_fixed(key)}
+        return {key: value for key, value in flatten(self.to_record()).items() if value != {} and is_fixed(key)}
 
 
 def is_fixed(key: str) -> bool:
@@ -79,14 +79,14 @@ def is_fixed(key: str) -> bool:
         if field is None:  # below a plain value, or in the name of an entry, which may hold dots
             break
         effect = next((mark for mark in field.metadata if isinstance(mark, Effect)), effect)
-        section = section_of(field.annotation)
+        section = find_section(field.annotation)
         if section is not None and section is not field.annotation:
             next(names, None)  # skip the name of the entry
     engine_argument = key.startswith("model.engine.") and key.removeprefix("model.engine.") in FREE_ENGINE_ARGUMENTS
     return effect is Effect.FIXED and not engine_argument
 
 
-def section_of(annotation: Any) -> type[Frozen] | None:
+def find_section(annotation: Any) -> type[Frozen] | None:
     """Return the section that a field holds, alone or as entries of a mapping; None for a plain value."""
     kinds = (kind for kind in (annotation, *get_args(annotation)) if isinstance(kind, type))
     return next((kind for kind in kinds if issubclass(kind, Frozen)), None)
@@ -112,10 +112,14 @@ def load_config(file: str | None, settings: list[str], flags: dict[str, Any], da
     for key, value in flags.items():
         if value is not None:
             assign(tree, key, value)
-    config, day = validated(RunConfig, tree), day or datetime.now(UTC).date()
-    return config.model_copy(
-        update={name: dated(uri, day) for name in URIS if (uri := getattr(config, name)) is not None}
-    )
+    config, day = validate_section(RunConfig, tree), day or datetime.now(UTC).date()
+    return config.model_copy(update={name: fill_date(uri, day) for name, uri in _list_uris(config).items()})
+
+
+def _list_uris(config: RunConfig) -> dict[str, str]:
+    """Return the URIs that are set, by key."""
+    uris = {name: getattr(config, name) for name in URIS}
+    return {name: uri for name, uri in uris.items() if uri}
 
 
 def load_sections(file: str | None, settings: Sequence[str], allowed: Sequence[str]) -> dict[str, Any]:
@@ -148,20 +152,21 @@ def load_storage(file: str | None, settings: Sequence[str]) -> StorageConfig:
         ValueError: the file cannot be read, or a setting is malformed, wrong or of another section; the message names
             it.
     """
-    return validated(StorageConfig, load_sections(file, settings, ["storage"])["storage"], "storage")
+    return validate_section(StorageConfig, load_sections(file, settings, ["storage"])["storage"], "storage")
 
 
-def with_absolute_paths(config: RunConfig) -> RunConfig:
+def make_paths_absolute(config: RunConfig) -> RunConfig:
     """Make local paths in the configuration absolute, since Ray's workers have other working directories."""
-    places = {name: _absolute(uri) for name in URIS if (uri := getattr(config, name))}
-    model = config.model
-    folders = {
-        name: _absolute(path) for name in ("name", "lora") if (path := getattr(model, name)) and _is_folder(path)
-    }
-    return config.model_copy(update={**places, "model": model.model_copy(update=folders)})
+    places = {name: _make_absolute(uri) for name, uri in _list_uris(config).items()}
+    folders = {}
+    for name in ("name", "lora"):
+        path = getattr(config.model, name)
+        if path and _is_folder(path):
+            folders[name] = _make_absolute(path)
+    return config.model_copy(update={**places, "model": config.model.model_copy(update=folders)})
 
 
-def _absolute(uri: str) -> str:
+def _make_absolute(uri: str) -> str:
     return uri if "://" in uri else str(Path(uri).expanduser().absolute())
 
 
@@ -169,6 +174,6 @@ def _is_folder(name: str) -> bool:
     return name != "demo" and Path(name).expanduser().is_dir()
 
 
-def cache_folder() -> Path:
+def get_cache_folder() -> Path:
     """Return the folder in which the demo models are cached: ``SELFRAG_CACHE``, or ``~/.cache/selfrag``."""
     return Path(os.environ.get("SELFRAG_CACHE", "~/.cache/selfrag")).expanduser()

@@ -43,14 +43,14 @@ class AnsweredOnce:
         """See :meth:`Answering.answer`; the usage of a cached answer is only the seconds spent waiting for it."""
         started, key = time.monotonic(), replace(query, id="")
         if (first := self.known.get(key)) is None:
-            return await self._first(query, key)
+            return await self._answer_first(query, key)
         self.known.move_to_end(key)
         # Shielded: canceling one waiting query must not cancel the future that others wait for.
         if (answer := await asyncio.shield(first)) is None:
             return await self.system.answer(query)
         return replace(answer, usage=Usage(seconds=time.monotonic() - started))
 
-    async def _first(self, query: Query, key: Query) -> Answer:
+    async def _answer_first(self, query: Query, key: Query) -> Answer:
         future = self.known[key] = asyncio.get_running_loop().create_future()
         if len(self.known) > self.most:
             self.known.popitem(last=False)

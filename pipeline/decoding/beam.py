@@ -6,6 +6,7 @@ one segment this is the short form. The search is pure: the caller passes the fu
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine, Iterable, Sequence
+from itertools import chain
 from typing import Any, TypeVar
 
 from pipeline.config.sections import DecodingConfig
@@ -44,12 +45,14 @@ def is_permitted(segment: Segment, constraint: str) -> bool:
     if constraint == "none" or segment.evidence is None:
         return True
     support = segment.critique.support
-    return support is IsSup.FULLY if constraint == "full_support" else support is not IsSup.NONE
+    if constraint == "full_support":
+        return support is IsSup.FULLY
+    return support is not IsSup.NONE
 
 
 def rank_key(path: Path) -> tuple[float, tuple[str, ...]]:
     """Sort key: highest score first; ties are broken by passage ids, so that the order of the input does not matter."""
-    return -path.score, tuple(s.evidence.passage.id if s.evidence else "" for s in path.segments)
+    return -path.score, tuple(segment.passage_id or "" for segment in path.segments)
 
 
 def drop_duplicates(paths: Iterable[Path]) -> list[Path]:
@@ -69,7 +72,9 @@ def prune_children(path: Path, children: Sequence[Path], config: DecodingConfig,
     opening = decide_opening(path, config)
     branch = [child for child in children if child.segments[-1].opening is opening]
     allowed = [child for child in branch if is_permitted(child.segments[-1], config.constraint)]
-    return allowed or [path.ended(Finish.CONSTRAINT if branch else childless)]
+    if allowed:
+        return allowed
+    return [path.end(Finish.CONSTRAINT if branch else childless)]
 
 
 async def search(root: Path, expand: Expand, config: DecodingConfig, childless: Finish = Finish.ROOM) -> list[Path]:
@@ -86,7 +91,9 @@ async def search(root: Path, expand: Expand, config: DecodingConfig, childless: 
     """
 
     async def grow(path: Path) -> list[Path]:
-        return [path] if path.finished else prune_children(path, await expand(path), config, childless)
+        if path.finished:
+            return [path]
+        return prune_children(path, await expand(path), config, childless)
 
     paths = [root]
     for _ in range(config.segments):
@@ -94,5 +101,5 @@ async def search(root: Path, expand: Expand, config: DecodingConfig, childless: 
         if all(path.finished for path in beam):
             return beam
         children = await gather_all(*(grow(path) for path in beam))
-        paths = [child for siblings in children for child in siblings]
+        paths = list(chain.from_iterable(children))
     return paths

@@ -16,25 +16,26 @@ def choose(paths: Sequence[Path], choices: Sequence[str] = ()) -> tuple[Path, st
         The path and the choice that it names. The choice is None for open questions, or if no path names one.
     """
     ranked = sorted(paths, key=rank_key)
+    named = [match_choice(join_text(path.segments), choices) for path in ranked]
     scores: defaultdict[str, list[float]] = defaultdict(list)
-    for path in ranked:
-        if (answer := closed_answer(plain_text(path.segments), choices)) is not None:
-            scores[answer].append(path.score)
+    for path, choice in zip(ranked, named, strict=True):
+        if choice is not None:
+            scores[choice].append(path.score)
     if not scores:
         return ranked[0], None
     # Sums can be negative, since utility scores range from -1 to 1.
-    winner = max(sorted(scores), key=lambda answer: math.fsum(scores[answer]))
-    return next(path for path in ranked if closed_answer(plain_text(path.segments), choices) == winner), winner
+    winner = max(sorted(scores), key=lambda choice: math.fsum(scores[choice]))
+    return ranked[named.index(winner)], winner
 
 
-def closed_answer(text: str, choices: Sequence[str]) -> str | None:
+def match_choice(text: str, choices: Sequence[str]) -> str | None:
     """Return the choice that a text equals or begins with, ignoring case and surrounding punctuation.
 
     ``"b."`` and ``"B: because"`` name ``"B"``; ``"Because"`` does not. ``"A dog"`` does not name ``"A"``: more text
     may follow a one-letter choice only after a punctuation mark or on a new line. If several choices match, the
     longest is returned; if none does, None.
     """
-    fitting = [choice for choice in choices if label(choice) and _begins_with(text, label(choice))]
+    fitting = [choice for choice in choices if strip_label(choice) and _begins_with(text, strip_label(choice))]
     return max(fitting, key=len, default=None)
 
 
@@ -43,12 +44,12 @@ def _begins_with(text: str, choice: str) -> bool:
     return re.match(rf"[{OPENING}\s]*{re.escape(choice)}(?:[^\S\n]*$|{mark})", text, re.IGNORECASE) is not None
 
 
-def plain_text(segments: Sequence[Segment]) -> str:
+def join_text(segments: Sequence[Segment]) -> str:
     """Join the texts of the segments."""
     return " ".join(segment.text for segment in segments if segment.text)
 
 
-def cited_passages(segments: Sequence[Segment]) -> tuple[RetrievedPassage, ...]:
+def list_cited_passages(segments: Sequence[Segment]) -> tuple[RetrievedPassage, ...]:
     """Return each passage that the text rests on once, in the order of first use; citation n is at index n - 1."""
     used: dict[str, RetrievedPassage] = {}
     for segment in segments:
@@ -57,16 +58,25 @@ def cited_passages(segments: Sequence[Segment]) -> tuple[RetrievedPassage, ...]:
     return tuple(used.values())
 
 
-def citation_numbers(segments: Sequence[Segment]) -> list[int | None]:
-    """Return the citation number of each segment (see :func:`cited_passages`); None without passage or text."""
-    numbers = {used.passage.id: n for n, used in enumerate(cited_passages(segments), 1)}
-    return [numbers[s.evidence.passage.id] if s.evidence is not None and s.text else None for s in segments]
+def number_citations(segments: Sequence[Segment]) -> list[int | None]:
+    """Return the citation number of each segment (see :func:`list_cited_passages`); None without passage or text."""
+    numbers = {used.passage.id: n for n, used in enumerate(list_cited_passages(segments), 1)}
+    citations: list[int | None] = []
+    for segment in segments:
+        if segment.evidence is None or not segment.text:
+            citations.append(None)
+        else:
+            citations.append(numbers[segment.evidence.passage.id])
+    return citations
 
 
-def cited_text(segments: Sequence[Segment]) -> str:
+def join_cited_text(segments: Sequence[Segment]) -> str:
     """Join the texts of the segments, each followed by its citation number, as in ``Paris. [1]``."""
-    numbered = zip(segments, citation_numbers(segments), strict=True)
-    return " ".join(s.text if n is None else f"{s.text} [{n}]" for s, n in numbered if s.text)
+    texts = []
+    for segment, number in zip(segments, number_citations(segments), strict=True):
+        if segment.text:
+            texts.append(segment.text if number is None else f"{segment.text} [{number}]")
+    return " ".join(texts)
 
 
 # Punctuation around a label, as in (B) or "b."; OPENING is escaped because it is also used in a character class.
@@ -76,6 +86,6 @@ OPENING = "\"'`(\\[{*"
 CLOSING = "\"'`)]}*.,:;!?"
 
 
-def label(text: str) -> str:
+def strip_label(text: str) -> str:
     """Strip punctuation around a label; signs that may be part of it, as in "-1" and "C++", are kept."""
     return text.strip().lstrip(OPENING).rstrip(CLOSING).strip()

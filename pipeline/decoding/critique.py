@@ -20,7 +20,7 @@ from pipeline.decoding.reflection import (
     IsUse,
     ReflectionIds,
     Retrieve,
-    group_probabilities,
+    normalize_group,
 )
 from pipeline.decoding.types import Critique, Generation
 
@@ -37,23 +37,26 @@ def expected_value(probabilities: tuple[float, ...], values: tuple[float, ...]) 
     return sum(p * v for p, v in zip(probabilities, values, strict=True))
 
 
-def probabilities_at(generation: Generation, position: int, group: type[StrEnum]) -> tuple[float, ...]:
+def read_probabilities(generation: Generation, position: int, group: type[StrEnum]) -> tuple[float, ...]:
     """Return the probabilities of a group's tokens at one position, in the order of the group's definition."""
     first = REFLECTION_TOKENS.index(next(iter(group)))
-    return group_probabilities(generation.reflection_logprobs[position, first : first + len(group)].tolist())
+    return normalize_group(generation.reflection_logprobs[position, first : first + len(group)].tolist())
 
 
-def retrieve_probability(generation: Generation, position: int = 0) -> float:
+def read_retrieve_probability(generation: Generation, position: int = 0) -> float:
     """Return p(Yes) / (p(Yes) + p(No)) at a boundary, which is compared with the threshold δ (section 3.3)."""
     first = REFLECTION_TOKENS.index(Retrieve.YES)
     pair = generation.reflection_logprobs[position, first : first + 2]
-    return group_probabilities(pair.tolist())[0]
+    return normalize_group(pair.tolist())[0]
 
 
-def written(generation: Generation, group: type[Group], ids: ReflectionIds) -> tuple[int, Group] | None:
+def find_group_token(generation: Generation, group: type[Group], ids: ReflectionIds) -> tuple[int, Group] | None:
     """Find the first token of a group in the generation: its position and the token, or None."""
-    tokens = dict(zip(ids.group(group), group, strict=True))
-    return next(((n, tokens[i]) for n, i in enumerate(generation.token_ids) if i in tokens), None)
+    tokens = dict(zip(ids.get_group(group), group, strict=True))
+    for position, token_id in enumerate(generation.token_ids):
+        if token_id in tokens:
+            return position, tokens[token_id]
+    return None
 
 
 def sequence_probability(generation: Generation, non_text_ids: frozenset[int]) -> float:
@@ -78,14 +81,11 @@ def segment_score(
     )
 
 
-def critique(generation: Generation, ids: ReflectionIds, eos: int, weights: Weights) -> Critique:
+def critique_segment(generation: Generation, ids: ReflectionIds, eos: int, weights: Weights) -> Critique:
     """Score a segment by the reflection tokens in it."""
-    rel = written(generation, IsRel, ids)
-    sup = written(generation, IsSup, ids)
-    use = written(generation, IsUse, ids)
-    is_rel = rel and expected_value(probabilities_at(generation, rel[0], IsRel), IS_REL_VALUES)
-    is_sup = sup and expected_value(probabilities_at(generation, sup[0], IsSup), IS_SUP_VALUES)
-    is_use = use and expected_value(probabilities_at(generation, use[0], IsUse), IS_USE_VALUES)
+    is_rel, relevance = _score_group(generation, IsRel, IS_REL_VALUES, ids)
+    is_sup, support = _score_group(generation, IsSup, IS_SUP_VALUES, ids)
+    is_use, utility = _score_group(generation, IsUse, IS_USE_VALUES, ids)
     sequence = sequence_probability(generation, ids.control | {eos})
     return Critique(
         sequence_probability=sequence,
@@ -93,7 +93,18 @@ def critique(generation: Generation, ids: ReflectionIds, eos: int, weights: Weig
         is_sup=is_sup,
         is_use=is_use,
         score=segment_score(sequence, is_rel, is_sup, is_use, weights),
-        relevance=rel and rel[1],
-        support=sup and sup[1],
-        utility=use and use[1],
+        relevance=relevance,
+        support=support,
+        utility=utility,
     )
+
+
+def _score_group(
+    generation: Generation, group: type[Group], values: tuple[float, ...], ids: ReflectionIds
+) -> tuple[float | None, Group | None]:
+    """Return the score and the token of a group; None for both if the segment has no token of the group."""
+    found = find_group_token(generation, group, ids)
+    if found is None:
+        return None, None
+    position, token = found
+    return expected_value(read_probabilities(generation, position, group), values), token

@@ -3,7 +3,6 @@
 The built-in profiles are in ``profiles.yaml``.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cache, cached_property
@@ -12,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from pipeline.config.loading import assign, flatten, validated
+from pipeline.config.loading import assign, flatten, hash_tree, validate_section
 from pipeline.config.sections import DecodingConfig, Profile
 from pipeline.decoding.types import Query
 
@@ -20,14 +19,14 @@ BUILT_IN = Path(__file__).with_suffix(".yaml")
 
 
 @cache
-def built_in_profiles() -> dict[str, Profile]:
+def read_built_in_profiles() -> dict[str, Profile]:
     """Read the built-in profiles, by name."""
     return {name: Profile.model_validate(tree) for name, tree in yaml.safe_load(BUILT_IN.read_text("utf-8")).items()}
 
 
-def built_in_digest() -> str:
+def hash_built_in_profiles() -> str:
     """Return a digest of the built-in profiles: a run can only be resumed with the same ones."""
-    return hashlib.sha256(BUILT_IN.read_bytes()).hexdigest()[:12]
+    return hash_tree({name: tree.model_dump(exclude_unset=True) for name, tree in read_built_in_profiles().items()})
 
 
 @dataclass(frozen=True)
@@ -56,13 +55,13 @@ class Tasks:
     @cached_property
     def known(self) -> dict[str, Profile]:
         """All profiles by name, built-in and configured."""
-        return {**built_in_profiles(), **self.profiles}
+        return {**read_built_in_profiles(), **self.profiles}
 
     @cached_property
     def _settled(self) -> dict[str, DecodingConfig]:
         return {}
 
-    def _settings(self, name: str) -> DecodingConfig:
+    def _get_settings(self, name: str) -> DecodingConfig:
         if name not in self._settled:
             self._settled[name] = merge_settings(name, self.known[name], self.decoding)
         return self._settled[name]
@@ -73,26 +72,27 @@ class Tasks:
         Without a profile for its task, a query is left as it is and decoded with the settings of the run. In both
         cases a closed set is decoded as one segment.
         """
-        name = self._profile(query.task)
+        name = self._find_profile(query.task)
         if name is None:
-            return query, for_choices(self.decoding, query.choices)
+            return query, limit_segments(self.decoding, query.choices)
         profile = self.known[name]
         choices = query.choices or profile.choices
         instruction = profile.instruction.replace("{choices}", ", ".join(choices)).replace("{query}", query.query)
-        return replace(query, choices=choices, instruction=instruction), for_choices(self._settings(name), choices)
+        decoding = limit_segments(self._get_settings(name), choices)
+        return replace(query, choices=choices, instruction=instruction), decoding
 
-    def _profile(self, task: str | None) -> str | None:
+    def _find_profile(self, task: str | None) -> str | None:
         name = task or self.default
         return name if name in self.known else None
 
-    def described(self, task: str) -> dict[str, Any]:
+    def describe(self, task: str) -> dict[str, Any]:
         """Describe a task for the manifest of a run: profile, metric, choices and all decoding settings.
 
         Raises:
             ValueError: the settings of the profile and of the run contradict each other.
         """
-        name = self._profile(task)
-        decoding = self._settings(name) if name else self.decoding
+        name = self._find_profile(task)
+        decoding = self._get_settings(name) if name else self.decoding
         profile = self.known[name] if name else Profile()
         return {
             "profile": name,
@@ -112,9 +112,11 @@ def merge_settings(name: str, profile: Profile, decoding: DecodingConfig) -> Dec
     for settings in (profile.decoding, decoding.model_dump(exclude_unset=True)):
         for key, value in flatten(settings).items():
             assign(tree, key, value)
-    return validated(DecodingConfig, tree, f"decoding (with profile {name})")
+    return validate_section(DecodingConfig, tree, f"decoding (with profile {name})")
 
 
-def for_choices(decoding: DecodingConfig, choices: Sequence[str]) -> DecodingConfig:
+def limit_segments(decoding: DecodingConfig, choices: Sequence[str]) -> DecodingConfig:
     """Limit answers from a closed set to one segment: a choice is scored by the one-segment answers that name it."""
-    return decoding.model_copy(update={"segments": 1}) if choices and decoding.segments > 1 else decoding
+    if choices and decoding.segments > 1:
+        return decoding.model_copy(update={"segments": 1})
+    return decoding

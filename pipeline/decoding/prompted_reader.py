@@ -5,17 +5,18 @@ label. The probabilities of the labels stand in for those of the reflection toke
 beam are the same. In the long form a segment is a line; in the short form it is the whole answer.
 """
 
-import hashlib
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
+from itertools import chain
 from pathlib import Path as File
 from typing import Any, TypeVar
 
 import yaml
 
+from pipeline.config.loading import hash_tree
 from pipeline.config.sections import DecodingConfig
 from pipeline.decoding.beam import gather_all
 from pipeline.decoding.critique import (
@@ -23,15 +24,15 @@ from pipeline.decoding.critique import (
     IS_SUP_VALUES,
     IS_USE_VALUES,
     expected_value,
-    probabilities_at,
-    retrieve_probability,
+    read_probabilities,
+    read_retrieve_probability,
     segment_score,
     sequence_probability,
 )
-from pipeline.decoding.prompts import passage_text
+from pipeline.decoding.prompts import format_passage
 from pipeline.decoding.protocols import Generator, Reader
 from pipeline.decoding.reflection import IsRel, IsSup, IsUse, Retrieve
-from pipeline.decoding.reflection_reader import Requests, put
+from pipeline.decoding.reflection_reader import Requests, choose_opening_token
 from pipeline.decoding.types import (
     Boundary,
     Critique,
@@ -44,8 +45,7 @@ from pipeline.decoding.types import (
     Usage,
 )
 
-FILE = File(__file__).with_suffix(".yaml")
-PROMPTS: Mapping[str, Any] = yaml.safe_load(FILE.read_text("utf-8"))
+PROMPTS: Mapping[str, Any] = yaml.safe_load(File(__file__).with_suffix(".yaml").read_text("utf-8"))
 # The question of each group of reflection tokens; its labels are in the order of the group's tokens.
 QUESTIONS: Mapping[type[StrEnum], str] = {Retrieve: "retrieve", IsRel: "relevant", IsSup: "supported", IsUse: "useful"}
 VALUES = {IsRel: IS_REL_VALUES, IsSup: IS_SUP_VALUES, IsUse: IS_USE_VALUES}
@@ -54,9 +54,9 @@ Group = TypeVar("Group", bound=StrEnum)
 PLACE = "USERTEXTGOESHERE"
 
 
-def prompts_digest() -> str:
+def hash_prompts() -> str:
     """Return a digest of the prompts: a run can only be resumed with the same ones."""
-    return hashlib.sha256(FILE.read_bytes()).hexdigest()[:12]
+    return hash_tree(PROMPTS)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ class PromptedCritic:
         if not self.tokenizer.chat_template:
             raise ValueError(f"model {self.name}: no chat template, which decoding.critic=prompted requires")
         for question in QUESTIONS.values():
-            ids = [self._label(label) for label in PROMPTS[question]["labels"]]
+            ids = [self._encode_label(label) for label in PROMPTS[question]["labels"]]
             if len(set(ids)) < len(ids):
                 raise ValueError(
                     f"model {self.name}: two labels of the question {question!r} start with the same token"
@@ -97,15 +97,15 @@ class PromptedCritic:
         """
         labels = [PROMPTS[question]["labels"] for question in QUESTIONS.values()]
         labels[0] = [*labels[0], labels[0][-1]]
-        return tuple(self._label(label) for group in labels for label in group)
+        return tuple(self._encode_label(label) for label in chain.from_iterable(labels))
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
         """Ids that end an answer: the end of sequence, and any special token behind an answer in the chat template."""
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PLACE}]
-        _, after = self._around(self.tokenizer.apply_chat_template(turns, tokenize=False))
+        _, after = self._split_around(self.tokenizer.apply_chat_template(turns, tokenize=False))
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.get_added_vocab().values())
-        behind = [token for token in self._trusted(after)[:1] if token in special]
+        behind = [token for token in self._encode_trusted(after)[:1] if token in special]
         return tuple(dict.fromkeys([int(self.tokenizer.eos_token_id), *behind]))
 
     @cached_property
@@ -117,14 +117,14 @@ class PromptedCritic:
     def frame(self) -> tuple[list[int], list[int]]:
         """Ids of the chat template before and after the user's text, with the template's own control tokens."""
         before, after = self._frame_texts
-        return self._trusted(before), self._trusted(after)
+        return self._encode_trusted(before), self._encode_trusted(after)
 
     @cached_property
     def _frame_texts(self) -> tuple[str, str]:
         turn = [{"role": "user", "content": PLACE}]
-        return self._around(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        return self._split_around(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
 
-    def _around(self, rendered: str) -> tuple[str, str]:
+    def _split_around(self, rendered: str) -> tuple[str, str]:
         if rendered.count(PLACE) != 1:
             raise ValueError(
                 f"model {self.name}: its chat template does not render a turn's text exactly once and unchanged"
@@ -132,22 +132,24 @@ class PromptedCritic:
         before, _, after = rendered.partition(PLACE)
         return before, after
 
-    def _trusted(self, text: str) -> list[int]:
+    def _encode_trusted(self, text: str) -> list[int]:
         return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
 
-    def text(self, text: str) -> list[int]:
+    def encode_text(self, text: str) -> list[int]:
         """Encode untrusted text: control tokens in it stay plain characters."""
         return list(self.tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"])
 
-    def _label(self, label: str) -> int:
+    def _encode_label(self, label: str) -> int:
         """Return the first id of a label at the start of an answer.
 
         The label is encoded behind the chat template, since a tokenizer may encode it differently at the start of a
         text.
         """
         _, after = self._frame_texts
-        alone, answered = self._trusted(after), self._trusted(after + label)
-        return answered[len(alone)] if answered[: len(alone)] == alone else self.text(label)[0]
+        alone, answered = self._encode_trusted(after), self._encode_trusted(after + label)
+        if answered[: len(alone)] == alone:
+            return answered[len(alone)]
+        return self.encode_text(label)[0]
 
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids, without special tokens."""
@@ -186,41 +188,46 @@ class PromptedReader:
 
     async def decide(self) -> Boundary:
         """See :meth:`Reader.decide`."""
-        fixed = max(len(self._prompt(PROMPTS[name]["prompt"])) for name in QUESTIONS.values())
+        fixed = max(len(self._build_prompt(PROMPTS[name]["prompt"])) for name in QUESTIONS.values())
         if fixed > self.room:
             raise ValueError(f"the query needs {fixed} tokens, but the model accepts {self.room}; shorten it")
-        return await self._boundary("") if self.config.mode == "adaptive" else Boundary()
+        return await self._ask_boundary("") if self.config.mode == "adaptive" else Boundary()
 
-    async def _boundary(self, answer: str) -> Boundary:
+    async def _ask_boundary(self, answer: str) -> Boundary:
         if self.config.mode != "adaptive":
             return Boundary()
         asked = await self._ask("retrieve_again" if answer else "retrieve", answer=answer)
-        return Boundary(retrieve_probability(asked))
+        return Boundary(read_retrieve_probability(asked))
 
     def has_room(self, path: Path) -> bool:
         """See :meth:`Reader.has_room`."""
         written = sum(len(segment.token_ids) for segment in path.segments)
-        return len(self._prompt(PROMPTS["retrieve_again"]["prompt"])) + written <= self.room
+        return len(self._build_prompt(PROMPTS["retrieve_again"]["prompt"])) + written <= self.room
 
     async def write(self, path: Path, opening: Retrieve, evidence: RetrievedPassage | None) -> Path:
         """See :meth:`Reader.write`: generates a segment, then prompts for critique and next decision concurrently."""
         written = [token for segment in path.segments for token in segment.token_ids]
         template = PROMPTS["write_from_passage" if evidence else "write"]
-        prompt = self._prompt(template, evidence, written=len(written)) + written
+        prompt = self._build_prompt(template, evidence, written=len(written)) + written
         generation = await self.requests.ask(prompt, self.config.max_tokens, self._stops)
         ids, finish = self._split(generation)
         text = self.critic.decode(ids).strip()
-        so_far = self.critic.decode([*written, *ids]).strip()
-
-        async def boundary_after() -> Boundary | None:
-            last = len(path.segments) + 1 == self.config.segments
-            return None if finish else Boundary() if last else await self._boundary(so_far)
-
-        done: list[Any] = await gather_all(self._judge(generation, text, evidence), boundary_after())
+        answer = self.critic.decode([*written, *ids]).strip()
+        questions = (self._judge(generation, text, evidence), self._decide_next(path, answer, finish))
+        done: list[Any] = await gather_all(*questions)
         judged, boundary = done
-        raw = "".join(t for t in (put(opening, evidence), judged.relevance, text, judged.support, judged.utility) if t)
+        parts = (choose_opening_token(opening, evidence), judged.relevance, text, judged.support, judged.utility)
+        raw = "".join(part for part in parts if part)
         segment = Segment(text, raw, evidence, judged, opening, tuple(ids))
         return Path((*path.segments, segment), boundary, finish)
+
+    async def _decide_next(self, path: Path, answer: str, finish: Finish | None) -> Boundary | None:
+        """Return the boundary after a new segment of the path; None if the segment ends the answer."""
+        if finish is not None:
+            return None
+        if len(path.segments) + 1 == self.config.segments:
+            return Boundary()
+        return await self._ask_boundary(answer)
 
     @property
     def _stops(self) -> list[int]:
@@ -232,19 +239,20 @@ class PromptedReader:
         ids = list(generation.token_ids)
         if ids[-1] in self.critic.ends:
             return ids[:-1], Finish.STOP
-        line = ids[-1] in self.critic.newlines and self.config.segments > 1
-        return ids, None if line else Finish.LENGTH
+        if ids[-1] in self.critic.newlines and self.config.segments > 1:
+            return ids, None
+        return ids, Finish.LENGTH
 
     async def _judge(self, generation: Generation, text: str, evidence: RetrievedPassage | None) -> Critique:
         """Prompt the model to judge the utility of the text and, given a passage, its relevance and support."""
         groups = [IsRel, IsSup, IsUse] if evidence else [IsUse]
         answers = await gather_all(*(self._ask(QUESTIONS[group], evidence, text) for group in groups))
         with self.requests.critiquing():
-            return self._critique(generation, dict(zip(groups, answers, strict=True)))
+            return self._score_answers(generation, dict(zip(groups, answers, strict=True)))
 
-    def _critique(self, generation: Generation, answers: Mapping[type[StrEnum], Generation]) -> Critique:
+    def _score_answers(self, generation: Generation, answers: Mapping[type[StrEnum], Generation]) -> Critique:
         """Score a segment by the answers to the questions of each group."""
-        found = {group: probabilities_at(answer, 0, group) for group, answer in answers.items()}
+        found = {group: read_probabilities(answer, 0, group) for group, answer in answers.items()}
         scores = {group: expected_value(found[group], VALUES[group]) for group in answers}
         is_rel, is_sup, is_use = (scores.get(group) for group in (IsRel, IsSup, IsUse))
         sequence = sequence_probability(generation, self.critic.newlines | set(self.critic.ends))
@@ -254,38 +262,38 @@ class PromptedReader:
             is_sup=is_sup,
             is_use=is_use,
             score=segment_score(sequence, is_rel, is_sup, is_use, self.config.weights),
-            relevance=likeliest(IsRel, found),
-            support=likeliest(IsSup, found),
-            utility=likeliest(IsUse, found),
+            relevance=choose_likeliest(IsRel, found),
+            support=choose_likeliest(IsSup, found),
+            utility=choose_likeliest(IsUse, found),
         )
 
     async def _ask(self, question: str, evidence: RetrievedPassage | None = None, answer: str = "") -> Generation:
-        prompt = self._prompt(PROMPTS[question]["prompt"], evidence, answer)
+        prompt = self._build_prompt(PROMPTS[question]["prompt"], evidence, answer)
         return await self.requests.ask(prompt, 1, self.critic.ends)
 
-    def _prompt(
+    def _build_prompt(
         self, template: str, evidence: RetrievedPassage | None = None, answer: str = "", written: int = 0
     ) -> list[int]:
         """Encode a prompt as the user's turn; the end of the passage is cut to leave room for ``written`` more ids."""
         values = {"query": self.asked, "answer": answer}
         before, after = self.critic.frame
         head, place, tail = template.partition("{passage}")
-        start = [*before, *self.critic.text(filled(head, values))]
-        end = [*self.critic.text(filled(tail, values)), *after]
+        start = [*before, *self.critic.encode_text(fill_template(head, values))]
+        end = [*self.critic.encode_text(fill_template(tail, values)), *after]
         body: list[int] = []
         if place and evidence is not None:
-            body = self.critic.text(passage_text(evidence.passage.title, evidence.passage.text))
+            body = self.critic.encode_text(format_passage(evidence.passage.title, evidence.passage.text))
         kept = body[: max(0, self.room - written - len(start) - len(end))]
         self.lost += len(body) - len(kept)
         return [*start, *kept, *end]
 
 
-def filled(template: str, values: Mapping[str, str]) -> str:
+def fill_template(template: str, values: Mapping[str, str]) -> str:
     """Fill all placeholders of a template in one pass, since a value may itself look like a placeholder."""
     return re.sub(r"\{(\w+)\}", lambda place: values[place[1]], template)
 
 
-def likeliest(group: type[Group], found: Mapping[type[StrEnum], Sequence[float]]) -> Group | None:
+def choose_likeliest(group: type[Group], found: Mapping[type[StrEnum], Sequence[float]]) -> Group | None:
     """Return the most likely token of a group; None if the model was not prompted for the group."""
     if group not in found:
         return None

@@ -12,13 +12,13 @@ from typing import Any
 from pipeline.decoding.reflection import Paragraph, ReflectionIds
 
 
-def instruction_prompt(instruction: str, context: str | None = None) -> str:
+def format_instruction(instruction: str, context: str | None = None) -> str:
     """Format the prompt of the paper's models (appendix D): an instruction, optionally with an input."""
     middle = f"\n\n### Input:\n{context}" if context else ""
     return f"### Instruction:\n{instruction}{middle}\n\n### Response:\n"
 
 
-def passage_text(title: str, text: str) -> str:
+def format_passage(title: str, text: str) -> str:
     """Format a passage: its title, if any, on a line before its text."""
     return f"{title}\n{text}" if title else text
 
@@ -49,26 +49,26 @@ class PromptTokenizer:
         """Id of the end-of-sequence token."""
         return int(self.tokenizer.eos_token_id)
 
-    def prompt(self, instruction: str, context: str | None = None) -> list[int]:
+    def encode_prompt(self, instruction: str, context: str | None = None) -> list[int]:
         """Encode the instruction prompt, with the beginning-of-sequence token if the tokenizer adds one."""
-        text = instruction_prompt(instruction, context)
+        text = format_instruction(instruction, context)
         return list(self.tokenizer(text, split_special_tokens=True)["input_ids"])
 
-    def text(self, text: str) -> list[int]:
+    def encode_text(self, text: str) -> list[int]:
         """Encode untrusted text for the middle of a sequence."""
         return list(self.tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"])
 
-    def control(self, *tokens: StrEnum) -> list[int]:
+    def encode_control(self, *tokens: StrEnum) -> list[int]:
         """Return the ids of control tokens."""
         return [self.reflection[token] for token in tokens]
 
-    def paragraph(self, body: list[int]) -> list[int]:
+    def wrap_paragraph(self, body: list[int]) -> list[int]:
         """Put the ids of a passage between paragraph marks."""
-        return [*self.control(Paragraph.START), *body, *self.control(Paragraph.END)]
+        return [*self.encode_control(Paragraph.START), *body, *self.encode_control(Paragraph.END)]
 
-    def passage(self, title: str, text: str) -> list[int]:
+    def encode_passage(self, title: str, text: str) -> list[int]:
         """Encode a passage with its paragraph marks."""
-        return self.paragraph(self.text(passage_text(title, text)))
+        return self.wrap_paragraph(self.encode_text(format_passage(title, text)))
 
     def decode(self, ids: list[int]) -> str:
         """Decode ids, control tokens included."""

@@ -89,14 +89,17 @@ class ReflectionIds:
     def __getitem__(self, token: StrEnum) -> int:
         return self.ids[str(token)]
 
-    def group(self, group: type[StrEnum]) -> tuple[int, ...]:
+    def get_group(self, group: type[StrEnum]) -> tuple[int, ...]:
         """Return the ids of a group's tokens, in the order of the group's definition."""
         return self._groups[group]
 
     @cached_property
     def _groups(self) -> dict[type[StrEnum], tuple[int, ...]]:
         groups: tuple[type[StrEnum], ...] = (*GROUPS, Paragraph)
-        return {group: tuple(self[token] for token in group) for group in groups}
+        ids = {}
+        for group in groups:
+            ids[group] = tuple(self[token] for token in group)
+        return ids
 
     @cached_property
     def reflection(self) -> tuple[int, ...]:
@@ -109,8 +112,8 @@ class ReflectionIds:
         return frozenset(self.ids.values())
 
 
-def group_probabilities(logprobs: Sequence[float]) -> tuple[float, ...]:
-    """Normalise one group's log-probabilities over the group (softmax).
+def normalize_group(logprobs: Sequence[float]) -> tuple[float, ...]:
+    """Normalize one group's log-probabilities over the group (softmax).
 
     Args:
         logprobs: natural-log probabilities of the group's tokens at one position; some may be ``-inf``, not all.

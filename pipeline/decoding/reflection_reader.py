@@ -10,8 +10,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 
 from pipeline.config.sections import DecodingConfig
-from pipeline.decoding.critique import critique, retrieve_probability
-from pipeline.decoding.prompts import PromptTokenizer, passage_text
+from pipeline.decoding.critique import critique_segment, read_retrieve_probability
+from pipeline.decoding.prompts import PromptTokenizer, format_passage
 from pipeline.decoding.protocols import Generator, Reader
 from pipeline.decoding.reflection import Paragraph, Retrieve
 from pipeline.decoding.types import Boundary, Finish, Generation, Passage, Path, Query, RetrievedPassage, Segment, Usage
@@ -71,8 +71,8 @@ class ReflectionReader:
     bodies: dict[Passage, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
-        self.stops = [*self.tokenizer.reflection.group(Retrieve), self.tokenizer.eos]
-        self.prompt = self.tokenizer.prompt(self.query.instruction or self.query.query, self.query.input)
+        self.stops = [*self.tokenizer.reflection.get_group(Retrieve), self.tokenizer.eos]
+        self.prompt = self.tokenizer.encode_prompt(self.query.instruction or self.query.query, self.query.input)
 
     @property
     def usage(self) -> Usage:
@@ -89,7 +89,7 @@ class ReflectionReader:
             )
         if self.config.mode != "adaptive":
             return Boundary()
-        return Boundary(retrieve_probability(await self.requests.ask(self.prompt, 1, self.stops)))
+        return Boundary(read_retrieve_probability(await self.requests.ask(self.prompt, 1, self.stops)))
 
     @property
     def room(self) -> int:
@@ -104,12 +104,14 @@ class ReflectionReader:
 
     async def write(self, path: Path, opening: Retrieve, evidence: RetrievedPassage | None) -> Path:
         """See :meth:`Reader.write`."""
-        generation = await self.requests.ask(self._context(path, opening, evidence), self.config.max_tokens, self.stops)
+        generation = await self.requests.ask(
+            self._build_context(path, opening, evidence), self.config.max_tokens, self.stops
+        )
         with self.requests.critiquing():
             ids, boundary, finish = self._split(generation)
-            judged = critique(generation, self.tokenizer.reflection, self.tokenizer.eos, self.config.weights)
+            judged = critique_segment(generation, self.tokenizer.reflection, self.tokenizer.eos, self.config.weights)
             words = [token for token in ids if token not in self.tokenizer.reflection.control]
-            raw = f"{put(opening, evidence)}{self.tokenizer.decode(ids)}"
+            raw = f"{choose_opening_token(opening, evidence)}{self.tokenizer.decode(ids)}"
             text = self.tokenizer.decode(words).strip()
         return Path((*path.segments, Segment(text, raw, evidence, judged, opening, tuple(ids))), boundary, finish)
 
@@ -117,37 +119,45 @@ class ReflectionReader:
         """Return the ids of the segment, with its boundary if it ended at a Retrieve token, else its finish reason."""
         *ids, last = generation.token_ids
         reflection = self.tokenizer.reflection
-        if last in reflection.group(Retrieve):
+        if last in reflection.get_group(Retrieve):
             keep = last == reflection[Retrieve.CONTINUE]
-            return ids, Boundary(retrieve_probability(generation, len(ids)), keep), None
-        return (ids, None, Finish.STOP) if last == self.tokenizer.eos else ([*ids, last], None, Finish.LENGTH)
+            return ids, Boundary(read_retrieve_probability(generation, len(ids)), keep), None
+        if last == self.tokenizer.eos:
+            return ids, None, Finish.STOP
+        return [*ids, last], None, Finish.LENGTH
 
-    def _context(self, path: Path, opening: Retrieve, evidence: RetrievedPassage | None) -> list[int]:
+    def _build_context(self, path: Path, opening: Retrieve, evidence: RetrievedPassage | None) -> list[int]:
         """Build the ids before a new segment: the prompt, earlier segments with their passages, and the new passage.
 
         If they do not fit the model, passages are cut at their ends, the oldest first.
         """
-        steps = [(s.opening, s.evidence, s.token_ids) for s in path.segments] + [(opening, evidence, ())]
-        bodies = [self._body(e.passage) if e is not None and o is Retrieve.YES else [] for o, e, _ in steps]
-        read = sum(o is Retrieve.YES and e is not None for o, e, _ in steps)
-        fixed = len(self.prompt) + sum(1 + len(ids) for _, _, ids in steps) + len(Paragraph) * read
-        kept = cut_oldest([len(body) for body in bodies], self.room - fixed)
-        self.lost += sum(len(body) for body in bodies) - sum(kept)
+        steps = [(segment.opening, segment.evidence, segment.token_ids) for segment in path.segments]
+        steps.append((opening, evidence, ()))
+        bodies = [self._encode_body(opened, used) for opened, used, _ in steps]
+        marks = len(Paragraph) * sum(body is not None for body in bodies)
+        fixed = len(self.prompt) + sum(1 + len(ids) for _, _, ids in steps) + marks
+        lengths = [len(body or ()) for body in bodies]
+        kept = cut_oldest(lengths, self.room - fixed)
+        self.lost += sum(lengths) - sum(kept)
         context = list(self.prompt)
         for (opened, used, ids), body, length in zip(steps, bodies, kept, strict=True):
-            context += self.tokenizer.control(put(opened, used))
-            if used is not None and opened is Retrieve.YES:
-                context += self.tokenizer.paragraph(body[:length])
+            context += self.tokenizer.encode_control(choose_opening_token(opened, used))
+            if body is not None:
+                context += self.tokenizer.wrap_paragraph(body[:length])
             context += ids
         return context
 
-    def _body(self, passage: Passage) -> list[int]:
+    def _encode_body(self, opening: Retrieve, evidence: RetrievedPassage | None) -> list[int] | None:
+        """Return the ids of the passage that is read before a segment; None if no passage is read there."""
+        if evidence is None or opening is not Retrieve.YES:
+            return None
+        passage = evidence.passage
         if passage not in self.bodies:
-            self.bodies[passage] = self.tokenizer.text(passage_text(passage.title, passage.text))
+            self.bodies[passage] = self.tokenizer.encode_text(format_passage(passage.title, passage.text))
         return self.bodies[passage]
 
 
-def put(opening: Retrieve, evidence: RetrievedPassage | None) -> Retrieve:
+def choose_opening_token(opening: Retrieve, evidence: RetrievedPassage | None) -> Retrieve:
     """Return the token that opens a segment in the prompt: ``[No Retrieval]`` if the segment has no passage."""
     return opening if evidence is not None else Retrieve.NO
 

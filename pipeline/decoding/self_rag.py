@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.config.sections import DecodingConfig
 from pipeline.decoding.beam import decide_opening, gather_all, search
-from pipeline.decoding.choose import choose, cited_text, plain_text
+from pipeline.decoding.choose import choose, join_cited_text, join_text
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.protocols import Critic, Generator, Reader, Retriever
 from pipeline.decoding.reflection import Retrieve
@@ -74,7 +74,7 @@ class Decoding:
             decide_seconds=decided - started,
             retrieve_seconds=self.searching,
         )
-        candidates = tree(root, self.children) if self.config.keep_candidates else ()
+        candidates = list_candidates(root, self.children) if self.config.keep_candidates else ()
         return conclude(root, paths, self.query.choices, self.config, usage, candidates)
 
     async def expand(self, path: Path) -> Sequence[Path]:
@@ -82,21 +82,30 @@ class Decoding:
         if not self.reader.has_room(path):
             return []
         opening = decide_opening(path, self.config)
-        openings = {opening, Retrieve.YES, Retrieve.NO} if self.config.explore and not path.segments else {opening}
-        expansions = [expansion for o in Retrieve if o in openings for expansion in await self.expansions(path, o)]
-        self.children[path] = await gather_all(*(self.reader.write(path, o, evidence) for o, evidence in expansions))
+        openings = {opening}
+        if self.config.explore and not path.segments:
+            openings |= {Retrieve.YES, Retrieve.NO}
+        expansions: list[tuple[Retrieve, RetrievedPassage | None]] = []
+        for one in Retrieve:
+            if one in openings:
+                expansions += await self.list_expansions(path, one)
+        steps = [self.reader.write(path, one, evidence) for one, evidence in expansions]
+        self.children[path] = await gather_all(*steps)
         return self.children[path]
 
-    async def expansions(self, path: Path, opening: Retrieve) -> list[tuple[Retrieve, RetrievedPassage | None]]:
+    async def list_expansions(self, path: Path, opening: Retrieve) -> list[tuple[Retrieve, RetrievedPassage | None]]:
         """List the expansions of a decision: one for each retrieved passage, or a single one without a new passage."""
-        if opening is not Retrieve.YES:
-            return [(opening, path.evidence if opening is Retrieve.CONTINUE else None)]
-        return [(opening, evidence) for evidence in await self.retrieve(path)] or [(opening, None)]
+        if opening is Retrieve.CONTINUE:
+            return [(opening, path.evidence)]
+        found = await self.retrieve(path) if opening is Retrieve.YES else []
+        if not found:
+            return [(opening, None)]
+        return [(opening, evidence) for evidence in found]
 
     async def retrieve(self, path: Path) -> list[RetrievedPassage]:
         """Return the top k passages: the given ones, or the index's for the query and, later, the last segment."""
         if self.query.passages is not None:
-            return given_passages(self.query, self.config.passages)
+            return take_given_passages(self.query, self.config.passages)
         if self.retriever is None:
             raise ValueError("the query has no passages of its own and the run has no index (--index)")
         last = path.segments[-1].text if path.segments and self.config.search == "dynamic" else ""
@@ -117,12 +126,15 @@ def conclude(
     candidates: tuple[Candidate, ...],
 ) -> Answer:
     """Choose among the paths that compete, and build the answer."""
-    best, choice = choose(paths, choices)
-    text = cited_text if config.citations else plain_text
+    best, answer = choose(paths, choices)
+    if answer is None:
+        answer = join_cited_text(best.segments) if config.citations else join_text(best.segments)
+    raw_output = "".join(segment.raw for segment in best.segments)
+    retrieved = any(segment.evidence is not None for segment in best.segments)
     return Answer(
-        answer=text(best.segments) if choice is None else choice,
-        raw_output="".join(segment.raw for segment in best.segments),
-        retrieved=any(segment.evidence is not None for segment in best.segments),
+        answer=answer,
+        raw_output=raw_output,
+        retrieved=retrieved,
         retrieve_probability=root.boundary.probability if root.boundary else None,
         finish=best.finish or Finish.SEGMENTS,
         segments=best.segments,
@@ -131,7 +143,7 @@ def conclude(
     )
 
 
-def tree(root: Path, children: dict[Path, Sequence[Path]]) -> tuple[Candidate, ...]:
+def list_candidates(root: Path, children: dict[Path, Sequence[Path]]) -> tuple[Candidate, ...]:
     """List every written segment, parents before their children; the order does not depend on timing."""
     candidates: list[Candidate] = []
     waiting: list[tuple[Path, int | None]] = [(root, None)]
@@ -142,6 +154,6 @@ def tree(root: Path, children: dict[Path, Sequence[Path]]) -> tuple[Candidate, .
     return tuple(candidates)
 
 
-def given_passages(query: Query, k: int) -> list[RetrievedPassage]:
-    """The first k passages that a query brought along, in their order, without scores."""
+def take_given_passages(query: Query, k: int) -> list[RetrievedPassage]:
+    """Return the first k passages that a query brought along, in their order, without scores."""
     return [RetrievedPassage(passage, None, rank) for rank, passage in enumerate((query.passages or ())[:k], start=1)]

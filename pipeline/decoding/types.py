@@ -136,6 +136,11 @@ class Segment:
     opening: Retrieve = Retrieve.NO
     token_ids: tuple[int, ...] = ()
 
+    @property
+    def passage_id(self) -> str | None:
+        """Id of the passage that the segment was written from; None without retrieval."""
+        return self.evidence.passage.id if self.evidence else None
+
 
 @dataclass(frozen=True)
 class Boundary:
@@ -191,7 +196,7 @@ class Path:
         """The passage of the last segment; None if there is none."""
         return self.segments[-1].evidence if self.segments else None
 
-    def ended(self, finish: Finish) -> "Path":
+    def end(self, finish: Finish) -> "Path":
         """Return the same answer as a finished path."""
         return Path(self.segments, None, finish)
 

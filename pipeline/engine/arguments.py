@@ -5,8 +5,8 @@ import math
 from typing import Any
 
 from pipeline.config.sections import ModelConfig
-from pipeline.engine.models import model_path
-from pipeline.gpus import choose_gpu
+from pipeline.engine.models import resolve_model_path
+from pipeline.gpus import may_use_gpu
 
 # Tokens of a KV block, the unit that prefix caching shares. vLLM's default is 16 on GPUs. On CPUs it is 128, longer
 # than most prefixes shared here; CPUs accept multiples of 32.
@@ -38,7 +38,7 @@ def check_engine_arguments(model: ModelConfig) -> None:
             parallel size is not a whole number above 0, or vLLM cannot serve the adapter.
     """
     if model.lora:
-        lora_rank(model.lora)
+        choose_lora_rank(model.lora)
     if not model.engine:
         return  # importing vLLM takes seconds
     from vllm import AsyncEngineArgs
@@ -48,7 +48,7 @@ def check_engine_arguments(model: ModelConfig) -> None:
         if name not in known:
             raise ValueError(f"unknown configuration key model.engine.{name}: vLLM's engine has no such argument")
     check_one_node(model)
-    replica_gpus(model)
+    count_replica_gpus(model)
 
 
 def check_one_node(model: ModelConfig) -> None:
@@ -66,7 +66,7 @@ def check_one_node(model: ModelConfig) -> None:
             )
 
 
-def replica_gpus(model: ModelConfig) -> int:
+def count_replica_gpus(model: ModelConfig) -> int:
     """Count the GPUs of one replica of the model: tensor × pipeline × data × prefill-context parallel.
 
     Raises:
@@ -79,12 +79,12 @@ def replica_gpus(model: ModelConfig) -> int:
     return math.prod(sizes.values())
 
 
-def engine_arguments(model: ModelConfig) -> dict[str, Any]:
+def build_engine_arguments(model: ModelConfig) -> dict[str, Any]:
     """Return the arguments for ``vllm.AsyncEngineArgs``: the defaults here, overridden by the configuration."""
     from vllm.platforms import current_platform
 
     defaults: dict[str, Any] = {
-        "model": model_path(model.name),
+        "model": resolve_model_path(model.name),
         "revision": model.revision,
         "enable_prefix_caching": True,
         "disable_log_stats": True,
@@ -94,15 +94,15 @@ def engine_arguments(model: ModelConfig) -> dict[str, Any]:
     if current_platform.is_cpu():
         # On CPUs without bfloat16 instructions, bfloat16 is five times slower; float32 also separates close scores.
         defaults |= {"enforce_eager": True, "block_size": CPU_BLOCK_TOKENS, "dtype": "float32"}
-    if replica_gpus(model) > 1:
+    if count_replica_gpus(model) > 1:
         # Inside a Ray placement group vLLM would request GPUs from Ray in addition to those of its actor.
         defaults |= {"distributed_executor_backend": "mp"}
     if model.lora:
-        defaults |= {"enable_lora": True, "max_lora_rank": lora_rank(model.lora)}
+        defaults |= {"enable_lora": True, "max_lora_rank": choose_lora_rank(model.lora)}
     return defaults | model.engine
 
 
-def gpu_share(model: ModelConfig) -> float:
+def get_gpu_share(model: ModelConfig) -> float:
     """Return the share of a GPU's memory that the engine will take: ``gpu_memory_utilization``, or vLLM's default."""
     from vllm import AsyncEngineArgs
 
@@ -117,14 +117,14 @@ def check_assigned_gpus() -> None:
     """
     from vllm.platforms import current_platform
 
-    if current_platform.is_cuda_alike() and not choose_gpu("auto"):
+    if current_platform.is_cuda_alike() and not may_use_gpu("auto"):
         raise ValueError(
             "vLLM's GPU build is installed, but Ray assigned no GPU to this actor: set execution.gpus_per_actor to the "
             "GPUs of a replica, or install the cpu extra"
         )
 
 
-def lora_rank(adapter: str) -> int:
+def choose_lora_rank(adapter: str) -> int:
     """Return the smallest ``max_lora_rank`` that vLLM accepts and that admits a LoRA adapter.
 
     Raises:

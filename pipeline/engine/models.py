@@ -16,7 +16,7 @@ WHOLE_FILE_BYTES = 256 * 2**20
 PART_BYTES = 2**20
 
 
-def model_identity(model: ModelConfig, path: str) -> dict[str, Any]:
+def identify_model(model: ModelConfig, path: str) -> dict[str, Any]:
     """Return the identity of a model: digest of a local folder, or name and commit on the Hugging Face hub.
 
     The LoRA adapter is identified as ``lora``: by the digest of a local folder, otherwise by its name.
@@ -24,16 +24,18 @@ def model_identity(model: ModelConfig, path: str) -> dict[str, Any]:
     Args:
         path: local folder of the model, or its name on the hub.
     """
-    lora = model.lora and (folder_digest(Path(model.lora)) if Path(model.lora).is_dir() else model.lora)
+    lora = model.lora
+    if lora and Path(lora).is_dir():
+        lora = hash_folder(Path(lora))
     if Path(path).is_dir():
-        return {"digest": folder_digest(Path(path)), "lora": lora}
+        return {"digest": hash_folder(Path(path)), "lora": lora}
     from transformers import AutoConfig
 
     commit = getattr(AutoConfig.from_pretrained(path, revision=model.revision), "_commit_hash", None)
     return {"name": path, "commit": commit, "lora": lora}
 
 
-def folder_digest(folder: Path) -> str:
+def hash_folder(folder: Path) -> str:
     """Return the SHA-256, in hex, over names, sizes and contents of the files in a model folder.
 
     Hidden files and the middle of files larger than ``WHOLE_FILE_BYTES`` are skipped.
@@ -52,13 +54,13 @@ def folder_digest(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def model_path(name: str) -> str:
+def resolve_model_path(name: str) -> str:
     """Return the folder of the embedded model for ``demo``; other names (hub or local folder) unchanged."""
     if name != "demo":
         return name
-    from pipeline.demo_models import demo_model
+    from pipeline.demo_models import build_demo_model
 
-    return str(demo_model())
+    return str(build_demo_model())
 
 
 def load_tokenizer(model: ModelConfig) -> Any:
@@ -71,13 +73,13 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
     name = str(model.engine.get("tokenizer") or model.name)
     try:
-        return AutoTokenizer.from_pretrained(model_path(name), revision=model.revision)
+        return AutoTokenizer.from_pretrained(resolve_model_path(name), revision=model.revision)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"model {name}: its tokenizer cannot be loaded: {reason}") from None
 
 
-def critic_of(config: RunConfig) -> Critic:
+def load_critic(config: RunConfig) -> Critic:
     """Return the critic of a run, for which only the model's tokenizer is loaded.
 
     Raises:

@@ -13,6 +13,7 @@ import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 # The last line of a traceback, except for the ``EngineDeadError`` that vLLM's front end raises as a consequence.
 _RAISED = re.compile(r"^(?![\w.]*EngineDeadError)[A-Za-z_][\w.]*(?:Error|Exception)\b.*", re.MULTILINE)
@@ -58,11 +59,11 @@ class ErrorLog:
 
     @classmethod
     def from_now(cls) -> "ErrorLog":
-        """Return the log of an engine that is about to start; vLLM must not be imported yet (:func:`error_file`)."""
-        file = error_file()
+        """Return the log of an engine that is about to start; call it before vLLM is imported."""
+        file = configure_error_log()
         return cls(file, file.stat().st_size if file and file.exists() else 0)
 
-    def text(self) -> str:
+    def read(self) -> str:
         """Return the errors logged so far."""
         if self.file is None or not self.file.exists():
             return ""
@@ -70,7 +71,7 @@ class ErrorLog:
 
 
 @functools.cache
-def error_file() -> Path | None:
+def configure_error_log() -> Path | None:
     """Configure vLLM's logging so that all engines of this process append their errors to one file; return its path.
 
     Returns None, and changes nothing, if the environment already configures vLLM's logging. Must be called before vLLM
@@ -86,23 +87,27 @@ def error_file() -> Path | None:
         "stderr": {"class": "logging.StreamHandler", "stream": "ext://sys.stderr", "formatter": "plain"},
         "errors": {"class": "logging.FileHandler", "filename": str(folder / "errors"), "level": "ERROR", "delay": True},
     }
+    loggers: dict[str, dict[str, Any]] = {
+        "vllm": {"handlers": list(handlers), "level": level or "WARNING", "propagate": False}
+    }
+    for name in _FRONT_END:
+        loggers[name] = {"handlers": ["errors"], "propagate": False}
+    if level is None:
+        for name in _START_UP:
+            loggers[name] = {"level": "ERROR"}
     settings = {
         "version": 1,
         "disable_existing_loggers": False,
         "formatters": {"plain": {"format": "%(levelname)s %(asctime)s [%(name)s] %(message)s"}},
         "handlers": handlers,
-        "loggers": {
-            "vllm": {"handlers": list(handlers), "level": level or "WARNING", "propagate": False},
-            **{name: {"handlers": ["errors"], "propagate": False} for name in _FRONT_END},
-            **{name: {"level": "ERROR"} for name in _START_UP if level is None},
-        },
+        "loggers": loggers,
     }
     (folder / "logging.json").write_text(json.dumps(settings))
     os.environ["VLLM_LOGGING_CONFIG_PATH"] = str(folder / "logging.json")
     return folder / "errors"
 
 
-def cause_of_death(exit_codes: Iterable[int], log: str) -> Death:
+def diagnose_death(exit_codes: Iterable[int], log: str) -> Death:
     """Determine the cause of an engine's death: a logged exception if there is one, otherwise the exit codes.
 
     Args:
@@ -114,4 +119,5 @@ def cause_of_death(exit_codes: Iterable[int], log: str) -> Death:
         return Death(raised[-1], out_of_memory=bool(_MEMORY.search(raised[-1])))
     if -9 in codes:
         return Death("killed by signal 9, possibly because the machine ran out of memory", out_of_memory=False)
-    return Death(f"exited with status {codes[0]}" if codes else "no exit code and no logged error", out_of_memory=False)
+    reason = f"exited with status {codes[0]}" if codes else "no exit code and no logged error"
+    return Death(reason, out_of_memory=False)

@@ -20,9 +20,9 @@ import numpy.typing as npt
 
 from pipeline.config.sections import ModelConfig
 from pipeline.decoding.types import Generation
-from pipeline.engine.arguments import check_assigned_gpus, engine_arguments
-from pipeline.engine.postmortem import Death, ErrorLog, cause_of_death, error_file
-from pipeline.engine.watchdog import guard
+from pipeline.engine.arguments import build_engine_arguments, check_assigned_gpus
+from pipeline.engine.postmortem import Death, ErrorLog, configure_error_log, diagnose_death
+from pipeline.engine.watchdog import start_guard
 
 log = logging.getLogger(__name__)
 
@@ -49,7 +49,7 @@ def prepare_environment() -> None:
     """Set the environment variables that vLLM reads on import, and its error log; call this before the import."""
     for name, value in ENVIRONMENT.items():
         os.environ.setdefault(name, value)
-    error_file()
+    configure_error_log()
 
 
 @dataclass
@@ -109,13 +109,14 @@ class VllmGenerator:
 
         # A statistics logger makes vLLM add timings to its outputs. The default step size (``max_num_batched_tokens``)
         # depends on the usage context: largest for the offline class, smaller for servers, smallest without a context.
-        arguments = AsyncEngineArgs(**engine_arguments(model))
+        arguments = AsyncEngineArgs(**build_engine_arguments(model))
         try:
             engine = AsyncLLM.from_engine_args(arguments, usage_context=UsageContext.LLM_CLASS, stat_loggers=[watch])
         except RuntimeError as error:  # vLLM's message only refers to the log above it
-            reason = cause_of_death([], errors.text()).reason if errors.text() else str(error)
+            logged = errors.read()
+            reason = diagnose_death([], logged).reason if logged else str(error)
             raise RuntimeError(f"the engine of {model.name} failed to start: {reason}") from error
-        watcher = guard([process.pid for process in core_processes(engine)])
+        watcher = start_guard([process.pid for process in list_core_processes(engine)])
         sampling = {
             "temperature": 0.0,
             "logprob_token_ids": list(dict.fromkeys(watched)),
@@ -133,7 +134,7 @@ class VllmGenerator:
             EngineDeadError: the engine is gone.
             ArithmeticError: log-probabilities are missing or not finite.
         """
-        return self._generation(await self._ask(prompt, max_tokens, stops))
+        return self._convert_output(await self._ask(prompt, max_tokens, stops))
 
     async def warm(self) -> None:
         """Send a warm-up request, so that vLLM compiles its log-probability kernel, once for all batch sizes.
@@ -162,21 +163,22 @@ class VllmGenerator:
         try:
             outputs = [output async for output in stream]
         except VllmEngineDeadError as error:
-            raise EngineDeadError(await self._death()) from error
+            raise EngineDeadError(await self._diagnose_death()) from error
         return outputs[-1]
 
-    async def _death(self) -> Death:
+    async def _diagnose_death(self) -> Death:
         """Return the cause of death; waits up to 5 s for exit codes, since an engine reports death before it exits."""
-        processes = core_processes(self.engine)
+        processes = list_core_processes(self.engine)
         for _ in range(50):
             if all(process.exitcode is not None for process in processes):
                 break
             await asyncio.sleep(0.1)
-        return cause_of_death([p.exitcode for p in processes if p.exitcode is not None], self.errors.text())
+        codes = [process.exitcode for process in processes if process.exitcode is not None]
+        return diagnose_death(codes, self.errors.read())
 
-    def _generation(self, final: Any) -> Generation:
+    def _convert_output(self, final: Any) -> Generation:
         output = final.outputs[0]
-        chosen, reflection = targeted_logprobs(output.logprobs, output.token_ids, self.watched)
+        chosen, reflection = convert_logprobs(output.logprobs, output.token_ids, self.watched)
         times = final.metrics
         return Generation(
             token_ids=tuple(output.token_ids),
@@ -207,12 +209,12 @@ class VllmGenerator:
         self.engine.shutdown = lambda: None
 
 
-def core_processes(engine: Any) -> Sequence[Any]:
+def list_core_processes(engine: Any) -> Sequence[Any]:
     """Return the processes of an engine core; empty if Ray manages them."""
     return tuple(getattr(engine.engine_core.resources.engine_manager, "processes", ()))
 
 
-def targeted_logprobs(
+def convert_logprobs(
     flat: Any, token_ids: Sequence[int], wanted: tuple[int, ...]
 ) -> tuple[npt.NDArray[np.float64], npt.NDArray[np.float64]]:
     """Convert vLLM's flat log-probabilities to arrays.

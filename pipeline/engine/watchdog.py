@@ -28,7 +28,7 @@ for process in watched:
 """
 
 
-def guard(pids: Sequence[int]) -> subprocess.Popen[bytes]:
+def start_guard(pids: Sequence[int]) -> subprocess.Popen[bytes]:
     """Start a guard process that kills the given processes and their children when this process ends in any way.
 
     Returns:

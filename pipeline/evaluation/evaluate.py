@@ -11,12 +11,20 @@ from typing import Any
 from pyarrow import dataset
 
 from pipeline.config.sections import Columns, Profile
-from pipeline.decoding.choose import closed_answer
-from pipeline.decoding.profiles import built_in_profiles
+from pipeline.decoding.choose import match_choice
+from pipeline.decoding.profiles import read_built_in_profiles
 from pipeline.decoding.reflection import Retrieve
 from pipeline.evaluation.judging import READ_COLUMNS, Judged, judge
-from pipeline.evaluation.statistics import Calibration, Difference, Estimate, calibration, compare, estimate, mean
-from pipeline.output.folder import OutputFolder, columns_of
+from pipeline.evaluation.statistics import (
+    Calibration,
+    Difference,
+    Estimate,
+    compare,
+    estimate,
+    mean,
+    measure_calibration,
+)
+from pipeline.output.folder import OutputFolder, get_columns
 from pipeline.queries.schema import GOLD_TYPES, check_types
 from pipeline.storage.location import Location
 
@@ -85,20 +93,20 @@ class Tally:
             own_ids.extend(ids)
             own_values.extend(values)
 
-    def values(self, metric: str) -> dict[str, float]:
+    def get_values(self, metric: str) -> dict[str, float]:
         """Return the values of a metric by row id."""
         ids, values = self.metrics.get(metric, ([], array("d")))
         return dict(zip(ids, values, strict=True))
 
-    def figures(self) -> Figures:
+    def compute_figures(self) -> Figures:
         """Compute the figures of all rows."""
         return Figures(
             rows=len(self.retrieved),
             errors=self.errors,
             retrieval_rate=mean(self.retrieved),
             metrics={name: estimate(values) for name, (_, values) in self.metrics.items()},
-            isrel=calibration(self.relevance),
-            issup=calibration(self.support),
+            isrel=measure_calibration(self.relevance),
+            issup=measure_calibration(self.support),
         )
 
 
@@ -125,38 +133,38 @@ class Evaluation:
     @cached_property
     def overall(self) -> Figures:
         """The figures of all rows."""
-        return self.all.figures()
+        return self.all.compute_figures()
 
     @cached_property
     def by_group(self) -> dict[str, Figures]:
         """The figures of each group, by name."""
-        return {name: self.groups[name].figures() for name in sorted(self.groups)}
+        return {name: self.groups[name].compute_figures() for name in sorted(self.groups)}
 
-    def against(self, other: "Evaluation") -> dict[str, Difference]:
+    def compare_with(self, other: "Evaluation") -> dict[str, Difference]:
         """Subtract another set's metrics: paired differences over the rows with equal ids, by metric."""
-        found = {name: compare(self.all.values(name), other.all.values(name)) for name in self.all.metrics}
+        found = {name: compare(self.all.get_values(name), other.all.get_values(name)) for name in self.all.metrics}
         return {name: difference for name, difference in found.items() if difference is not None}
 
 
 View = Callable[[Row], Row | None]
 
 
-def as_it_is(row: Row) -> Row:
+def keep_answer(row: Row) -> Row:
     """Return the row unchanged."""
     return row
 
 
-def first_passage(row: Row) -> Row | None:
+def answer_from_first_passage(row: Row) -> Row | None:
     """Return the row with its answer from the top-ranked passage; None for answers of several segments."""
-    return _instead(row, lambda c: c["rank"] == 1, retrieved=True)
+    return _replace_answer(row, lambda c: c["rank"] == 1, retrieved=True)
 
 
-def without_retrieval(row: Row) -> Row | None:
+def answer_without_retrieval(row: Row) -> Row | None:
     """Return the row with the answer without retrieval, if it was explored; None for answers of several segments."""
-    return _instead(row, lambda c: c["opening"] == Retrieve.NO, retrieved=False)
+    return _replace_answer(row, lambda c: c["opening"] == Retrieve.NO, retrieved=False)
 
 
-def _instead(row: Row, wanted: Callable[[Row], bool], retrieved: bool) -> Row | None:
+def _replace_answer(row: Row, wanted: Callable[[Row], bool], retrieved: bool) -> Row | None:
     """Return the row with the first wanted candidate as its answer, unchanged if there is none.
 
     None if a candidate continues another one.
@@ -168,36 +176,38 @@ def _instead(row: Row, wanted: Callable[[Row], bool], retrieved: bool) -> Row | 
     if text is None:
         return row
     read: Row = {} if retrieved else {"candidates": []}
-    return {**row, "answer": closed_answer(text, row.get("choices") or ()) or text, "retrieved": retrieved, **read}
+    return {**row, "answer": match_choice(text, row.get("choices") or ()) or text, "retrieved": retrieved, **read}
 
 
-def evaluate_set(folder: Location, by: str | None = None, task: str | None = None, view: View = as_it_is) -> Evaluation:
+def evaluate_set(
+    folder: Location, by: str | None = None, task: str | None = None, view: View = keep_answer
+) -> Evaluation:
     """Judge the annotated set in a folder.
 
     Args:
         by: column to group by; by default the column of the tasks.
         task: task to evaluate; by default all rows are evaluated.
-        view: function applied to each row first, such as :func:`first_passage`; rows for which it returns None are
-            left out.
+        view: function applied to each row first, such as :func:`answer_from_first_passage`; rows for which it returns
+            None are left out.
 
     Raises:
         ValueError: the folder has no annotated set or no rows of the task, or a column is missing or of the wrong
             type.
         OSError: the set cannot be read.
     """
-    manifest = OutputFolder(folder).manifest() or {}
-    columns = columns_of(manifest)
+    manifest = OutputFolder(folder).read_manifest() or {}
+    columns = get_columns(manifest)
     groups: defaultdict[str, Tally] = defaultdict(Tally)
     group = by or columns.task
     wanted = [columns.id, columns.task, columns.choices, group, *READ_COLUMNS]
     required = [columns.id, "answer", "retrieved", *([by] if by else [])]
-    for row in rows_of(folder / "data", wanted, required):
+    for row in iterate_rows(folder / "data", wanted, required):
         if task in (None, row.get(columns.task)) and (seen := view(row)) is not None:
-            judged = judge(seen, *_judged_as(row, columns, manifest.get("tasks", {})))
-            groups[_group(row, group)].add(row[columns.id], judged)
-    for row in rows_of(folder / "errors", [columns.task, group], required=None):
+            judged = judge(seen, *_find_grading(row, columns, manifest.get("tasks", {})))
+            groups[_get_group(row, group)].add(row[columns.id], judged)
+    for row in iterate_rows(folder / "errors", [columns.task, group], required=None):
         if task in (None, row.get(columns.task)):
-            groups[_group(row, group)].errors += 1
+            groups[_get_group(row, group)].errors += 1
     if not groups:
         raise ValueError(f"{folder.uri}: no rows of task {task!r}" if task else f"{folder.uri}: no rows")
     if not (folder / "_SUCCESS").exists():
@@ -209,23 +219,23 @@ def evaluate_set(folder: Location, by: str | None = None, task: str | None = Non
     return Evaluation(folder.uri, groups)
 
 
-def _group(row: Row, by: str) -> str:
+def _get_group(row: Row, by: str) -> str:
     value = row.get(by)
     return NOTHING if value is None else str(value)
 
 
-def _judged_as(row: Row, columns: Columns, tasks: Mapping[str, Any]) -> tuple[str, bool, bool]:
+def _find_grading(row: Row, columns: Columns, tasks: Mapping[str, Any]) -> tuple[str, bool, bool]:
     """Return the headline metric of a row's task, whether its set of answers is closed, and whether answers cite."""
     name = row.get(columns.task) or ""
     if name in tasks:
         metric, choices, cites = tasks[name]["metric"], tasks[name]["choices"], tasks[name]["decoding"]["citations"]
     else:
-        profile = built_in_profiles().get(name, Profile())
+        profile = read_built_in_profiles().get(name, Profile())
         metric, choices, cites = profile.metric, profile.choices, bool(profile.decoding.get("citations"))
     return metric, bool(row.get(columns.choices) or choices), cites
 
 
-def rows_of(folder: Location, columns: list[str], required: list[str] | None) -> Iterator[Row]:
+def iterate_rows(folder: Location, columns: list[str], required: list[str] | None) -> Iterator[Row]:
     """Yield the rows of a folder's Parquet files; missing columns are left out.
 
     Args:
@@ -235,7 +245,7 @@ def rows_of(folder: Location, columns: list[str], required: list[str] | None) ->
     Raises:
         ValueError: there are no files, a required column is missing, or a gold column is of the wrong type.
     """
-    files = folder.files(".parquet")
+    files = folder.list_files(".parquet")
     if not files:
         if required is not None:
             raise ValueError(f"{folder.uri}: no Parquet files; pass the --output of jobs.annotate as --annotations")

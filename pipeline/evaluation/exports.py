@@ -12,7 +12,7 @@ Row = Mapping[str, Any]
 EXPORTED = ("answer", "answers", "short_answers", "passages", "segments")
 
 
-def alce(rows: Iterable[Row], query: str = "query") -> str:
+def encode_alce(rows: Iterable[Row], query: str = "query") -> str:
     """Encode rows for ALCE: question, output with citations, cited passages in order, and gold answers.
 
     ALCE detects the kinds of gold answers from the first row, so a kind is written for all rows or for none. It
@@ -24,7 +24,7 @@ def alce(rows: Iterable[Row], query: str = "query") -> str:
     Returns:
         One JSON object.
     """
-    items = [_alce(row, query) for row in rows]
+    items = [_convert_row(row, query) for row in rows]
     for kind in ("qa_pairs", "annotations", "answer"):
         if not all(item[kind] for item in items):
             for item in items:
@@ -32,11 +32,11 @@ def alce(rows: Iterable[Row], query: str = "query") -> str:
     return json.dumps({"data": items}, ensure_ascii=False)
 
 
-def _alce(row: Row, query: str) -> dict[str, Any]:
+def _convert_row(row: Row, query: str) -> dict[str, Any]:
     references = list(row.get("answers") or ())
     return {
         "question": row[query],
-        "output": cited_inside(row["segments"] or ()),
+        "output": join_cited(row["segments"] or ()),
         "docs": [{"id": p["id"], "title": p["title"], "text": p["text"]} for p in row["passages"] or ()],
         "qa_pairs": [{"short_answers": golds} for golds in row.get("short_answers") or ()],
         "annotations": [{"long_answer": answer} for answer in (references * 2)[: max(2, len(references))]],
@@ -44,7 +44,7 @@ def _alce(row: Row, query: str) -> dict[str, Any]:
     }
 
 
-def cited_inside(segments: Iterable[Row]) -> str:
+def join_cited(segments: Iterable[Row]) -> str:
     """Join segments into one line, each with its citation before its final punctuation, where ALCE splits the text."""
     parts = []
     for segment in segments:
@@ -56,7 +56,7 @@ def cited_inside(segments: Iterable[Row]) -> str:
     return " ".join(filter(None, parts))
 
 
-def factscore(rows: Iterable[Row], query: str = "query") -> str:
+def encode_factscore(rows: Iterable[Row], query: str = "query") -> str:
     """Encode rows for FActScore: one JSON line per row, with the topic (the query, a person's name) and the output.
 
     Args:

@@ -7,12 +7,12 @@ from typing import Any
 from pipeline.evaluation.metrics import (
     best_over_golds,
     contains,
-    exact,
+    is_exact_match,
+    is_same_choice,
     rouge_l,
-    same_choice,
     string_em,
+    strip_citations,
     token_f1,
-    without_citations,
 )
 from pipeline.queries.schema import GOLD_TYPES
 
@@ -22,9 +22,9 @@ SHORT_FORM = ["match", "exact_match", "f1"]
 LONG_FORM = ("str_em", "rouge_l")
 METRICS: Mapping[str, Callable[[str, str], float]] = {
     "match": contains,
-    "exact_match": exact,
+    "exact_match": is_exact_match,
     "f1": token_f1,
-    "accuracy": same_choice,
+    "accuracy": is_same_choice,
     "rouge_l": rouge_l,
 }
 
@@ -55,13 +55,17 @@ def judge(row: Mapping[str, Any], metric: str = "match", closed: bool = False, c
         closed: whether the answer is from a closed set.
         cites: whether the answer was decoded with citations.
     """
-    metrics = {**against_answers(row, metric, closed), **(_citations(row) if cites else {}), **_recall(row)}
-    return Judged(bool(row["retrieved"]), metrics, tuple(_relevance(row)), tuple(_support(row)))
+    metrics = {
+        **grade_answer(row, metric, closed),
+        **(_measure_citations(row) if cites else {}),
+        **_measure_recall(row),
+    }
+    return Judged(bool(row["retrieved"]), metrics, tuple(_judge_relevance(row)), tuple(_judge_support(row)))
 
 
-def against_answers(row: Mapping[str, Any], metric: str, closed: bool) -> dict[str, float]:
+def grade_answer(row: Mapping[str, Any], metric: str, closed: bool) -> dict[str, float]:
     """Compute the metrics of the answer's text; empty if the row has no gold answers."""
-    golds, sets = golds_of(row), short_golds_of(row)
+    golds, sets = list_golds(row), list_short_golds(row)
     names = ["str_em"] if sets else []
     if golds:
         names += ["accuracy"] if closed or metric == "accuracy" else ["rouge_l"] if metric in LONG_FORM else SHORT_FORM
@@ -70,56 +74,56 @@ def against_answers(row: Mapping[str, Any], metric: str, closed: bool) -> dict[s
 
 def score(row: Mapping[str, Any], metric: str) -> float:
     """Compute one metric of a row that has gold answers for it."""
-    answer = without_citations(row["answer"] or "")
+    answer = strip_citations(row["answer"] or "")
     if metric == "str_em":
-        return string_em(answer, short_golds_of(row))
-    return best_over_golds(METRICS[metric], answer, golds_of(row))
+        return string_em(answer, list_short_golds(row))
+    return best_over_golds(METRICS[metric], answer, list_golds(row))
 
 
-def golds_of(row: Mapping[str, Any]) -> list[str]:
+def list_golds(row: Mapping[str, Any]) -> list[str]:
     """Return the gold answers of a row, without nulls."""
     return [gold for gold in row.get("answers") or () if gold is not None]
 
 
-def short_golds_of(row: Mapping[str, Any]) -> list[list[str]]:
+def list_short_golds(row: Mapping[str, Any]) -> list[list[str]]:
     """Return the sets of short gold answers of a row, without nulls and empty sets."""
     sets = [[gold for gold in golds or () if gold is not None] for golds in row.get("short_answers") or ()]
     return [golds for golds in sets if golds]
 
 
-def _citations(row: Mapping[str, Any]) -> dict[str, float]:
+def _measure_citations(row: Mapping[str, Any]) -> dict[str, float]:
     """Return the share of the answer's segments with text that cite a passage."""
     texts = [segment for segment in row.get("segments") or () if segment["text"]]
     return {"cited": sum(s["citation"] is not None for s in texts) / len(texts)} if texts else {}
 
 
-def _recall(row: Mapping[str, Any]) -> dict[str, float]:
+def _measure_recall(row: Mapping[str, Any]) -> dict[str, float]:
     """Return recall@1 and recall@k of the first search: whether its first passage, or any of them, is the gold one."""
-    gold, read = row.get("gold_passage_id"), _first_read(row)
+    gold, read = row.get("gold_passage_id"), _list_first_read(row)
     if gold is None or not read:
         return {}
     ranks = [c["rank"] for c in read if c["passage_id"] == gold]
     return {"recall@1": float(1 in ranks), "recall@k": float(bool(ranks))}
 
 
-def _first_read(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _list_first_read(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the candidates of the first segment that have a passage."""
     return [c for c in row.get("candidates") or () if c["passage_id"] is not None and c["parent"] is None]
 
 
-def _relevance(row: Mapping[str, Any]) -> list[tuple[bool, float]]:
+def _judge_relevance(row: Mapping[str, Any]) -> list[tuple[bool, float]]:
     gold = row.get("gold_passage_id")
     if gold is None:
         return []
-    return [(c["passage_id"] == gold, c["is_rel"]) for c in _first_read(row) if c["is_rel"] is not None]
+    return [(c["passage_id"] == gold, c["is_rel"]) for c in _list_first_read(row) if c["is_rel"] is not None]
 
 
-def _support(row: Mapping[str, Any]) -> list[tuple[bool, float]]:
+def _judge_support(row: Mapping[str, Any]) -> list[tuple[bool, float]]:
     passages = {p["id"]: p["text"] for p in row.get("evidence") or ()}
     judged = []
-    for c in _first_read(row):
-        if c["is_sup"] is not None and golds_of(row):
+    for c in _list_first_read(row):
+        if c["is_sup"] is not None and list_golds(row):
             text = passages[c["passage_id"]]
-            borne = any(contains(c["text"], gold) and contains(text, gold) for gold in golds_of(row))
+            borne = any(contains(c["text"], gold) and contains(text, gold) for gold in list_golds(row))
             judged.append((borne, c["is_sup"]))
     return judged

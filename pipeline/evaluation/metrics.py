@@ -7,7 +7,7 @@ from collections.abc import Callable, Sequence
 from functools import cache
 from typing import Any
 
-from pipeline.decoding.choose import label
+from pipeline.decoding.choose import strip_label
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
@@ -24,7 +24,7 @@ def contains(answer: str, gold: str) -> bool:
     return bool(wanted) and f" {wanted} " in f" {normalise(answer)} "
 
 
-def exact(answer: str, gold: str) -> bool:
+def is_exact_match(answer: str, gold: str) -> bool:
     """Whether both are equal after normalization."""
     return normalise(answer) == normalise(gold)
 
@@ -43,9 +43,9 @@ def best_over_golds(metric: Callable[[str, str], float], answer: str, golds: Seq
     return float(max(metric(answer, gold) for gold in golds))
 
 
-def same_choice(answer: str, gold: str) -> bool:
+def is_same_choice(answer: str, gold: str) -> bool:
     """Whether both are the same label, ignoring case and outer punctuation but not articles ("A" is a label)."""
-    return label(answer).casefold() == label(gold).casefold()
+    return strip_label(answer).casefold() == strip_label(gold).casefold()
 
 
 def string_em(answer: str, sets: Sequence[Sequence[str]]) -> float:
@@ -58,21 +58,21 @@ def string_em(answer: str, sets: Sequence[Sequence[str]]) -> float:
 
 def rouge_l(answer: str, gold: str) -> float:
     """Return ROUGE-Lsum: the F-measure of longest common subsequences of stemmed words, by sentence, in [0, 1]."""
-    return float(_rouge().score(_sentences(gold), _sentences(answer))["rougeLsum"].fmeasure)
+    return float(_load_rouge().score(_split_sentences(gold), _split_sentences(answer))["rougeLsum"].fmeasure)
 
 
-def _sentences(text: str) -> str:
+def _split_sentences(text: str) -> str:
     """Put each sentence on a line of its own, as the scorer expects."""
     return re.sub(r"(?<=[.!?])\s+", "\n", text)
 
 
 @cache
-def _rouge() -> Any:
+def _load_rouge() -> Any:
     from rouge_score import rouge_scorer
 
     return rouge_scorer.RougeScorer(["rougeLsum"], use_stemmer=True)
 
 
-def without_citations(text: str) -> str:
+def strip_citations(text: str) -> str:
     """Remove citations such as ``[1]``."""
     return re.sub(r"\s*\[\d+\]", "", text)

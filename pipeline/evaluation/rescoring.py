@@ -15,11 +15,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.cluster import connect
-from pipeline.config.loading import assign, flatten, validated
+from pipeline.config.loading import assign, flatten, validate_section
 from pipeline.config.sections import Columns, DecodingConfig, ExecutionConfig, StorageConfig, Weights
 from pipeline.decoding.beam import search
 from pipeline.decoding.critique import segment_score
-from pipeline.decoding.profiles import for_choices
+from pipeline.decoding.profiles import limit_segments
 from pipeline.decoding.reflection import IsSup, Retrieve
 from pipeline.decoding.self_rag import conclude
 from pipeline.decoding.types import (
@@ -35,7 +35,7 @@ from pipeline.decoding.types import (
     Usage,
 )
 from pipeline.output.folder import OutputFolder
-from pipeline.output.schema import answer_row
+from pipeline.output.schema import convert_answer
 from pipeline.storage.location import check_apart, locate
 from pipeline.storage.parquet import encode_parquet
 
@@ -59,7 +59,7 @@ class Recorded:
 
     async def rechoose(self, config: DecodingConfig, choices: Sequence[str] = ()) -> Answer:
         """Choose the answer with other weights, threshold, constraint or citations."""
-        candidates = tuple(rescored(candidate, config.weights) for candidate in self.candidates)
+        candidates = tuple(rescore_candidate(candidate, config.weights) for candidate in self.candidates)
         children: defaultdict[Path, list[Path]] = defaultdict(list)
         paths: list[Path] = []
         for candidate in candidates:
@@ -100,21 +100,21 @@ class Rescoring:
         if "tasks" not in manifest:
             raise ValueError("the run's manifest does not describe its tasks: it was written by an earlier version")
         columns = Columns.model_validate(manifest["configuration"]["columns"])
-        return cls(columns, {name: _changed(task, changes) for name, task in manifest["tasks"].items()})
+        return cls(columns, {name: _change_settings(task, changes) for name, task in manifest["tasks"].items()})
 
     async def answer(self, row: Mapping[str, Any]) -> Answer:
         """Rescore one annotated row."""
-        config, choices = self.settings(row)
-        return await recorded(row).rechoose(config, choices)
+        config, choices = self.get_settings(row)
+        return await to_recorded(row).rechoose(config, choices)
 
-    def settings(self, row: Mapping[str, Any]) -> tuple[DecodingConfig, tuple[str, ...]]:
+    def get_settings(self, row: Mapping[str, Any]) -> tuple[DecodingConfig, tuple[str, ...]]:
         """Return the decoding settings and the closed set of a row."""
         config, choices = self.tasks[row.get(self.columns.task) or ""]
         choices = tuple(row.get(self.columns.choices) or ()) or choices
-        return for_choices(config, choices), choices
+        return limit_segments(config, choices), choices
 
 
-def _changed(task: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[DecodingConfig, tuple[str, ...]]:
+def _change_settings(task: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[DecodingConfig, tuple[str, ...]]:
     before = task["decoding"]
     if not isinstance(changes.get("weights", {}), dict):
         raise ValueError("decoding.weights: expected nested settings, such as decoding.weights.support=2")
@@ -122,16 +122,18 @@ def _changed(task: Mapping[str, Any], changes: Mapping[str, Any]) -> tuple[Decod
         raise ValueError(f"decoding.{fixed[0]} cannot be changed without generating again; only {CHANGEABLE_NAMES} can")
     if not before["keep_candidates"]:
         raise ValueError("the run recorded no candidates; annotate with decoding.keep_candidates=true")
-    if changes.get("threshold", before["threshold"]) != before["threshold"] and not any_threshold(before):
+    if changes.get("threshold", before["threshold"]) != before["threshold"] and not supports_any_threshold(before):
         raise ValueError(
             "decoding.threshold cannot be changed: this requires a run with decoding.explore=true and "
             "answers of one segment"
         )
     weights = {**before["weights"], **changes.get("weights", {})}
-    return validated(DecodingConfig, {**before, **changes, "weights": weights}, "decoding"), tuple(task["choices"])
+    return validate_section(DecodingConfig, {**before, **changes, "weights": weights}, "decoding"), tuple(
+        task["choices"]
+    )
 
 
-def any_threshold(decoding: Mapping[str, Any]) -> bool:
+def supports_any_threshold(decoding: Mapping[str, Any]) -> bool:
     """Whether a run can be rescored with any threshold.
 
     Only the first decision is explored, so answers must have one segment.
@@ -139,14 +141,14 @@ def any_threshold(decoding: Mapping[str, Any]) -> bool:
     return bool(decoding["explore"]) and decoding["segments"] == 1
 
 
-def rescored(candidate: Candidate, weights: Weights) -> Candidate:
+def rescore_candidate(candidate: Candidate, weights: Weights) -> Candidate:
     """Return the candidate with its score under other weights."""
     judged = candidate.segment.critique
     score = segment_score(judged.sequence_probability, judged.is_rel, judged.is_sup, judged.is_use, weights)
     return replace(candidate, segment=replace(candidate.segment, critique=replace(judged, score=score)))
 
 
-def recorded(row: Mapping[str, Any]) -> Recorded:
+def to_recorded(row: Mapping[str, Any]) -> Recorded:
     """Convert an annotated row, as read from Arrow.
 
     Raises:
@@ -156,10 +158,10 @@ def recorded(row: Mapping[str, Any]) -> Recorded:
         raise ValueError("the rows contain no candidates; annotate with decoding.keep_candidates=true")
     passages = {p["id"]: Passage(p["id"], p["title"], p["text"]) for p in row["evidence"]}
     root = Path((), Boundary(row["retrieve_probability"]))
-    return Recorded(root, tuple(_candidate(c, passages) for c in row["candidates"]), Usage(**row["usage"]))
+    return Recorded(root, tuple(_to_candidate(c, passages) for c in row["candidates"]), Usage(**row["usage"]))
 
 
-def _candidate(row: Mapping[str, Any], passages: Mapping[str, Passage]) -> Candidate:
+def _to_candidate(row: Mapping[str, Any], passages: Mapping[str, Passage]) -> Candidate:
     critique = Critique(
         sequence_probability=row["sequence_probability"],
         is_rel=row["is_rel"],
@@ -214,15 +216,15 @@ def check_rescoring(
             needs, the output contains other files, or it contains a set and ``overwrite`` is false.
     """
     source, target = OutputFolder(locate(run, storage)), OutputFolder(locate(output, storage))
-    manifest = source.manifest()
-    if manifest is None or not source.finished():
+    manifest = source.read_manifest()
+    if manifest is None or not source.is_finished():
         raise ValueError(f"{run}: not a finished annotated set")
     check_apart(source.location, target.location)
-    if foreign := target.foreign():
+    if foreign := target.find_foreign_file():
         raise ValueError(
             f"--output {output} contains files that are not part of an annotated set ({foreign}); choose another"
         )
-    if target.manifest() and not overwrite:
+    if target.read_manifest() and not overwrite:
         raise ValueError(
             f"--output {output} already contains an annotated set; choose another, or replace it with --overwrite"
         )
@@ -264,7 +266,7 @@ def rescore_set(plan: RescorePlan) -> Rescored:
         _rescore_units, fn_args=[plan], batch_size=None, batch_format="pyarrow"
     )
     changed = sum(int(row["changed"]) for row in rescored.iter_rows())
-    retrieved = sum(unit.retrieved for unit in plan.output.summaries(units))
+    retrieved = sum(unit.retrieved for unit in plan.output.summarize_units(units))
     counts = {**plan.manifest["counts"], "output": plan.output.location.uri, "retrieved": retrieved}
     plan.output.finish({**plan.manifest, "counts": counts})
     return Rescored(counts["rows"], counts["errors"], changed)
@@ -275,17 +277,17 @@ def _rescore_units(batch: pa.Table, plan: RescorePlan) -> pa.Table:
     for unit in batch["unit"].to_pylist():
         name = f"data/part-{unit}.parquet"
         before = pq.read_table(io.BytesIO((plan.run.location / name).read()))
-        after = rescored_table(before, plan.rescoring)
+        after = rescore_table(before, plan.rescoring)
         changed += sum(a != b for a, b in zip(before["answer"], after["answer"], strict=True))
         (plan.output.location / name).write(encode_parquet(after))
     return pa.table({"changed": [changed]})
 
 
-def rescored_table(table: pa.Table, rescoring: Rescoring) -> pa.Table:
+def rescore_table(table: pa.Table, rescoring: Rescoring) -> pa.Table:
     """Rescore the rows of a table; columns and order stay the same."""
 
     async def choose() -> list[dict[str, Any]]:
-        return [answer_row(await rescoring.answer(row)) for row in table.to_pylist()]
+        return [convert_answer(await rescoring.answer(row)) for row in table.to_pylist()]
 
     rows = asyncio.run(choose())
     for name in REWRITTEN:

@@ -69,7 +69,7 @@ def mean(values: Sequence[float]) -> float | None:
     return float(np.mean(values)) if len(values) else None
 
 
-def _interval(values: Sequence[float]) -> tuple[float, float]:
+def _compute_interval(values: Sequence[float]) -> tuple[float, float]:
     from scipy.stats import bootstrap
 
     if len(values) < 2:
@@ -88,11 +88,11 @@ def _interval(values: Sequence[float]) -> tuple[float, float]:
 
 def estimate(values: Sequence[float]) -> Estimate:
     """Estimate the mean of at least one value; deterministic."""
-    low, high = _interval(values)
+    low, high = _compute_interval(values)
     return Estimate(float(np.mean(values)), low, high, len(values))
 
 
-def calibration(judged: Sequence[tuple[bool, float]]) -> Calibration | None:
+def measure_calibration(judged: Sequence[tuple[bool, float]]) -> Calibration | None:
     """Compute the calibration of (truth, probability) pairs; None unless both true and false occur."""
     from sklearn.metrics import brier_score_loss, roc_auc_score
 
@@ -118,7 +118,7 @@ def compare(values: Mapping[str, float], others: Mapping[str, float]) -> Differe
     if not shared:
         return None
     differences = [values[key] - others[key] for key in shared]
-    low, high = _interval(differences)
+    low, high = _compute_interval(differences)
     # Differences of zero do not change the test: flipping their sign has no effect.
     unequal = np.array([d for d in differences if d], np.float64)
     p_value = 1.0  # fewer than two such differences are no evidence

@@ -13,9 +13,9 @@ from typing import Any
 
 from pipeline.config.loading import assign
 from pipeline.config.sections import DecodingConfig
-from pipeline.evaluation.evaluate import rows_of
-from pipeline.evaluation.judging import golds_of, score, short_golds_of
-from pipeline.evaluation.rescoring import Recorded, Rescoring, any_threshold, recorded
+from pipeline.evaluation.evaluate import iterate_rows
+from pipeline.evaluation.judging import list_golds, list_short_golds, score
+from pipeline.evaluation.rescoring import Recorded, Rescoring, supports_any_threshold, to_recorded
 from pipeline.evaluation.statistics import Difference, Estimate, compare, estimate, mean
 from pipeline.output.folder import OutputFolder
 from pipeline.storage.location import Location
@@ -96,7 +96,7 @@ class Sweep:
     difference: Difference
 
 
-def graded_row(row: Mapping[str, Any], rescoring: Rescoring, metrics: Mapping[str, str]) -> GradedRow | None:
+def to_graded_row(row: Mapping[str, Any], rescoring: Rescoring, metrics: Mapping[str, str]) -> GradedRow | None:
     """Convert an annotated row for a sweep; None if it has no gold answers for its metric.
 
     Args:
@@ -107,15 +107,15 @@ def graded_row(row: Mapping[str, Any], rescoring: Rescoring, metrics: Mapping[st
     Raises:
         ValueError: the run did not keep its candidates.
     """
-    config, choices = rescoring.settings(row)
+    config, choices = rescoring.get_settings(row)
     gold = {name: row.get(name) for name in ("answers", "short_answers")}
     metric = "accuracy" if choices else metrics[row.get(rescoring.columns.task) or ""]
-    if not (short_golds_of(gold) if metric == "str_em" else golds_of(gold)):
+    if not (list_short_golds(gold) if metric == "str_em" else list_golds(gold)):
         return None
-    return GradedRow(row[rescoring.columns.id], recorded(row), gold, metric, choices, config)
+    return GradedRow(row[rescoring.columns.id], to_recorded(row), gold, metric, choices, config)
 
 
-def changed(config: DecodingConfig, settings: Mapping[str, Any]) -> DecodingConfig:
+def change_config(config: DecodingConfig, settings: Mapping[str, Any]) -> DecodingConfig:
     """Return the configuration with some settings changed.
 
     Args:
@@ -128,13 +128,13 @@ def changed(config: DecodingConfig, settings: Mapping[str, Any]) -> DecodingConf
     return DecodingConfig.model_validate(tree)
 
 
-async def _graded(examples: Sequence[GradedRow], settings: Mapping[str, Any]) -> tuple[dict[str, float], float]:
+async def _grade(examples: Sequence[GradedRow], settings: Mapping[str, Any]) -> tuple[dict[str, float], float]:
     """Compute scores by id and the retrieval rate under other settings."""
     configs: dict[DecodingConfig, DecodingConfig] = {}
     scores, retrieved = {}, []
     for example in examples:
         if example.config not in configs:
-            configs[example.config] = changed(example.config, settings)
+            configs[example.config] = change_config(example.config, settings)
         answer = await example.recorded.rechoose(configs[example.config], example.choices)
         scores[example.id] = example.score(answer.answer)
         retrieved.append(answer.retrieved)
@@ -143,10 +143,10 @@ async def _graded(examples: Sequence[GradedRow], settings: Mapping[str, Any]) ->
 
 def grade(examples: Sequence[GradedRow], settings: Mapping[str, Any]) -> tuple[dict[str, float], float]:
     """Compute scores by id and the retrieval rate under other settings."""
-    return asyncio.run(_graded(examples, settings))
+    return asyncio.run(_grade(examples, settings))
 
 
-def first_half(id_: str) -> bool:
+def is_in_first_half(id_: str) -> bool:
     """Whether a row is in the half on which settings are chosen; depends on the digest of its id alone."""
     return hashlib.sha256(id_.encode()).digest()[0] < 128
 
@@ -161,12 +161,12 @@ def sweep(examples: Sequence[GradedRow], keys: Sequence[str]) -> Sweep:
     Raises:
         ValueError: there are too few rows for two halves.
     """
-    chosen_on = [example for example in examples if first_half(example.id)]
-    reported_on = [example for example in examples if not first_half(example.id)]
+    chosen_on = [example for example in examples if is_in_first_half(example.id)]
+    reported_on = [example for example in examples if not is_in_first_half(example.id)]
     if len(chosen_on) < 2 or len(reported_on) < 2:
         raise ValueError(f"{len(examples)} rows with gold answers are too few for a sweep")
-    curves = {key: [_point(examples, key, value) for value in GRID[key]] for key in keys}
-    recommended = _recommended(chosen_on, keys)
+    curves = {key: [_measure_point(examples, key, value) for value in GRID[key]] for key in keys}
+    recommended = _recommend(chosen_on, keys)
     before, after = grade(reported_on, {})[0], grade(reported_on, recommended)[0]
     difference = compare(after, before)
     assert difference is not None
@@ -175,12 +175,12 @@ def sweep(examples: Sequence[GradedRow], keys: Sequence[str]) -> Sweep:
     return Sweep(metric, curves, recommended, *ends, difference)
 
 
-def _point(examples: Sequence[GradedRow], key: str, value: Any) -> Point:
+def _measure_point(examples: Sequence[GradedRow], key: str, value: Any) -> Point:
     scores, rate = grade(examples, {key: value})
     return Point(value, sum(scores.values()) / len(scores), rate)
 
 
-def _recommended(examples: Sequence[GradedRow], keys: Sequence[str]) -> dict[str, Any]:
+def _recommend(examples: Sequence[GradedRow], keys: Sequence[str]) -> dict[str, Any]:
     """Choose settings greedily, one after another: the best value of each if it improves the score so far."""
     settings: dict[str, Any] = {}
     best = sum(grade(examples, settings)[0].values())
@@ -202,7 +202,7 @@ def sweep_set(folder: Location, task: str | None = None) -> Sweep:
     Raises:
         ValueError: the set has no manifest or no candidates, or too few rows have gold answers.
     """
-    manifest = OutputFolder(folder).manifest()
+    manifest = OutputFolder(folder).read_manifest()
     if not manifest:
         raise ValueError(f"{folder.uri}: no manifest of a run, which --sweep requires")
     rescoring = Rescoring.of(manifest, {})
@@ -210,14 +210,14 @@ def sweep_set(folder: Location, task: str | None = None) -> Sweep:
     columns = rescoring.columns
     read = [columns.id, columns.task, columns.choices, "answers", "short_answers", "retrieve_probability"]
     examples: list[GradedRow] = []
-    for row in rows_of(folder / "data", [*read, "usage", "candidates", "evidence"], required=[columns.id]):
+    for row in iterate_rows(folder / "data", [*read, "usage", "candidates", "evidence"], required=[columns.id]):
         if task not in (None, row.get(columns.task)):
             continue
-        if (example := graded_row(row, rescoring, metrics)) is not None:
+        if (example := to_graded_row(row, rescoring, metrics)) is not None:
             examples.append(example)
         if len(examples) == MOST_ROWS:
             break
-    explored = all(any_threshold(example.config.model_dump()) for example in examples)
+    explored = all(supports_any_threshold(example.config.model_dump()) for example in examples)
     return sweep(examples, [key for key in GRID if key != "threshold" or explored])
 
 

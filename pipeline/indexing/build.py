@@ -13,13 +13,13 @@ import numpy as np
 from pyarrow import fs
 
 from pipeline.config.sections import StorageConfig
-from pipeline.decoding.prompts import passage_text
-from pipeline.indexing.embeddings import Place, vectors_of
+from pipeline.decoding.prompts import format_passage
+from pipeline.indexing.embeddings import Place, convert_embeddings
 from pipeline.indexing.passages import PassageBatch, ShardPlan, check_passages, find_passages, plan_shards
-from pipeline.retrieval.encoder import Encoder, EncoderStyle, Vectors, absolute_name
+from pipeline.retrieval.encoder import Encoder, EncoderStyle, Vectors, resolve_encoder_name
 from pipeline.retrieval.index_cache import SCRATCH_PREFIX
 from pipeline.retrieval.manifest import MANIFEST, EncoderEntry, ShardEntry
-from pipeline.retrieval.shard_files import SHARD_FILE, centroids, empty_index
+from pipeline.retrieval.shard_files import SHARD_FILE, count_centroids, create_empty_index
 from pipeline.storage.location import Location, locate
 from pipeline.storage.parquet import RowRange
 
@@ -74,7 +74,7 @@ class BuildPlan:
         """Number of passages."""
         return sum(shard.rows for shard in self.shards)
 
-    def identity(self) -> dict[str, Any]:
+    def compute_identity(self) -> dict[str, Any]:
         """Return everything that decides the shards; an interrupted build is resumed only if it has the same identity.
 
         Files are identified by URI, size and modification time.
@@ -96,13 +96,13 @@ class BuildPlan:
         Raises:
             ValueError: the factory string has more inverted lists than there are passages.
         """
-        if centroids(index) > self.passages:
+        if count_centroids(index) > self.passages:
             raise ValueError(
-                f"factory {self.request.factory}: {centroids(index)} inverted lists need at least as many "
+                f"factory {self.request.factory}: {count_centroids(index)} inverted lists need at least as many "
                 f"passages, but there are {self.passages}; use Flat or fewer lists"
             )
 
-    def encode(self, encoder: Encoder) -> Vectorize:
+    def make_vectorizer(self, encoder: Encoder) -> Vectorize:
         """Return a function that encodes the title and text of each passage of a batch.
 
         That function raises a ValueError if a vector is not finite.
@@ -111,7 +111,7 @@ class BuildPlan:
         def vectorize(batch: PassageBatch) -> Vectors:
             titles, texts = batch.passages["title"].to_pylist(), batch.passages["text"].to_pylist()
             pairs = zip(titles, texts, strict=True)
-            vectors = encoder.encode([passage_text(title, text) for title, text in pairs], self.request.batch_size)
+            vectors = encoder.encode([format_passage(title, text) for title, text in pairs], self.request.batch_size)
             if (wrong := np.logical_not(np.isfinite(vectors).all(axis=1))).any():
                 raise ValueError(
                     f"{batch.file.uri}: row {batch.rows[np.argmax(wrong)]}: the encoder's vector has a "
@@ -121,7 +121,7 @@ class BuildPlan:
 
         return vectorize
 
-    def vectorizer(self) -> Vectorize:
+    def load_vectorizer(self) -> Vectorize:
         """Return the function that reads the vectors of passages from their column, or loads the encoder and encodes.
 
         Raises:
@@ -129,13 +129,13 @@ class BuildPlan:
         """
         column, entry = self.request.embeddings, self.encoder
         if column is not None:
-            return lambda batch: vectors_of(
+            return lambda batch: convert_embeddings(
                 batch.embeddings, self.dimension, entry.normalised, Place(batch.file, batch.rows, column)
             )
         encoder = Encoder.load(entry.name, revision=entry.revision, style=entry.style)
         if encoder.digest != entry.digest:
             raise ValueError(f"encoder {entry.name} differs between machines; copy the same files to all of them")
-        return self.encode(encoder)
+        return self.make_vectorizer(encoder)
 
 
 class BuildFolder:
@@ -151,16 +151,16 @@ class BuildFolder:
         Raises:
             ValueError: the output is a file, or holds an index and ``overwrite`` is not set.
         """
-        if self.output.kind() == fs.FileType.File:
+        if self.output.get_type() == fs.FileType.File:
             raise ValueError(f"output {self.output.uri}: is a file; name a folder")
         if (self.output / MANIFEST).exists() and not overwrite:
             raise ValueError(f"output {self.output.uri}: already holds an index; pass --overwrite to replace it")
 
-    def begun(self, identity: dict[str, Any]) -> bool:
+    def has_unfinished(self, identity: dict[str, Any]) -> bool:
         """Whether the folder holds an unfinished build of the same identity."""
-        return self._before() == identity and not (self.output / MANIFEST).exists()
+        return self._read_identity() == identity and not (self.output / MANIFEST).exists()
 
-    def _before(self) -> dict[str, Any] | None:
+    def _read_identity(self) -> dict[str, Any] | None:
         record = self._unfinished / "build.json"
         found: dict[str, Any] | None = json.loads(record.read()) if record.exists() else None
         return found
@@ -173,9 +173,9 @@ class BuildFolder:
                 the keys that differ.
         """
         self._sweep()
-        if self.begun(identity):
+        if self.has_unfinished(identity):
             return
-        before = self._before()
+        before = self._read_identity()
         if before is not None and not overwrite:
             differing = sorted(key for key in identity if before.get(key) != identity[key])
             raise ValueError(
@@ -192,27 +192,29 @@ class BuildFolder:
             for scratch in Path(self.output.path).glob(f"{SCRATCH_PREFIX}*"):
                 shutil.rmtree(scratch)
 
-    def trained(self) -> Any | None:
+    def read_trained(self) -> Any | None:
         """Read the empty, trained index of an unfinished build; None if there is none."""
         file = self._unfinished / "trained.faiss"
-        return faiss.deserialize_index(np.frombuffer(file.read(), np.uint8)) if file.exists() else None
+        if not file.exists():
+            return None
+        return faiss.deserialize_index(np.frombuffer(file.read(), np.uint8))
 
     def keep_trained(self, index: Any) -> None:
         """Store the trained, empty index: all shards of an index must start from the same one."""
         (self._unfinished / "trained.faiss").write(faiss.serialize_index(index).tobytes())
 
-    def finished(self, shards: Iterable[ShardPlan]) -> dict[int, ShardEntry]:
+    def find_finished(self, shards: Iterable[ShardPlan]) -> dict[int, ShardEntry]:
         """Return the entries of the shards that are recorded as built and whose files have the recorded sizes."""
         found = {}
         for shard in shards:
             record = self._unfinished / f"shard-{shard.number:05d}.json"
             if record.exists():
                 entry = ShardEntry.model_validate_json(record.read())
-                if all(self._size(name) == size for name, size, _ in entry.files()):
+                if all(self._get_size(name) == size for name, size, _ in entry.list_files()):
                     found[shard.number] = entry
         return found
 
-    def _size(self, name: str) -> int | None:
+    def _get_size(self, name: str) -> int | None:
         file = self.output / name
         size: int | None = file.retrying(lambda: file.filesystem.get_file_info(file.path).size)
         return size
@@ -224,7 +226,7 @@ class BuildFolder:
     def forget(self) -> None:
         """Remove the state of an unfinished build; ``build.json`` last, so that an interrupted call can be repeated."""
         self._sweep()
-        names = [file.name for file in self._unfinished.files()]
+        names = [file.name for file in self._unfinished.list_files()]
         for name in sorted(names, key="build.json".__eq__):
             (self._unfinished / name).delete()
         if self.output.local and self._unfinished.exists():
@@ -234,11 +236,11 @@ class BuildFolder:
         """Delete the index, its manifest first, and the state of an unfinished build; other subfolders stay."""
         if (self.output / MANIFEST).exists():
             (self.output / MANIFEST).delete()
-        elif self._before() is None:
+        elif self._read_identity() is None:
             return
         self.forget()
         base = f"{self.output.path.rstrip('/')}/"
-        for file in self.output.files():
+        for file in self.output.list_files():
             if SHARD_FILE.fullmatch(file.path.removeprefix(base)):
                 file.delete()
 
@@ -265,10 +267,10 @@ def check_build(request: BuildRequest) -> BuildPlan:
     files = find_passages(locate(request.passages, request.storage), request.embeddings)
     shards = plan_shards(files, request.shards)
     # On the CPU, since the GPUs belong to the builders; the driver only needs the encoder's identity and dimension.
-    encoder = Encoder.load(absolute_name(request.encoder), "cpu", style=request.style)
+    encoder = Encoder.load(resolve_encoder_name(request.encoder), "cpu", style=request.style)
     entry = EncoderEntry.of(encoder)
     plan = BuildPlan(request, files, shards, output, entry, encoder.dimension)
-    plan.check_factory(empty_index(request.factory, encoder.dimension))
-    if not folder.begun(plan.identity()):  # an unfinished build has already checked them
+    plan.check_factory(create_empty_index(request.factory, encoder.dimension))
+    if not folder.has_unfinished(plan.compute_identity()):  # an unfinished build has already checked them
         check_passages(files)
     return plan

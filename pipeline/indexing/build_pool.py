@@ -19,13 +19,13 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from pipeline.cluster import Room, connect, most_cpus
+from pipeline.cluster import Room, connect, find_max_cpus
 from pipeline.config.sections import ExecutionConfig
 from pipeline.indexing.build import BuildFolder, BuildPlan, read_ahead
-from pipeline.indexing.passages import Sample, ShardPlan, read_passages, spread_samples
+from pipeline.indexing.passages import PassageBatch, Sample, ShardPlan, read_passages, spread_samples
 from pipeline.retrieval.encoder import Vectors
 from pipeline.retrieval.manifest import IndexManifest, ShardEntry, write_manifest
-from pipeline.retrieval.shard_files import build_shard, empty_index, train_index, training_rows
+from pipeline.retrieval.shard_files import build_shard, count_training_rows, create_empty_index, train_index
 from pipeline.storage.lease import Lease
 
 log = logging.getLogger(__name__)
@@ -46,7 +46,7 @@ class BuildProgress:
         """Add passages to the count."""
         self.rows += rows
 
-    def total(self) -> int:
+    def get_total(self) -> int:
         """Return the number of passages so far."""
         return self.rows
 
@@ -62,16 +62,19 @@ class SampleEncoder:
 
     def __init__(self, plan: BuildPlan, samples: list[Sample], tally: Any) -> None:
         self.plan, self.samples, self.tally = plan, samples, tally
-        self.vectorize = plan.vectorizer()
+        self.vectorize = plan.load_vectorizer()
 
     def __call__(self, batch: pa.Table) -> dict[str, Vectors]:
         """Return the vectors of samples, given by their numbers: float32 [passages, dimension]."""
-        read = (part for n in batch["item"].to_pylist() for part in self.samples[n].read(self.plan.request.embeddings))
         vectors = []
-        for part in read_ahead(read):
+        for part in read_ahead(self._read_samples(batch["item"].to_pylist())):
             vectors.append(self.vectorize(part))
             self.tally.add.remote(part.passages.num_rows)
         return {"vectors": np.concatenate(vectors)}
+
+    def _read_samples(self, numbers: list[int]) -> Iterator[PassageBatch]:
+        for number in numbers:
+            yield from self.samples[number].read(self.plan.request.embeddings)
 
 
 @dataclass(frozen=True)
@@ -118,47 +121,48 @@ class ShardBuilder:
 
         self.plan, self.tally = plan, tally
         self.template: npt.NDArray[np.uint8] = ray.get(template)
-        self.vectorize = plan.vectorizer()
+        self.vectorize = plan.load_vectorizer()
         self.folder = BuildFolder(plan.output)
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Build the shards with the given numbers and return a row with the report of each."""
         reports = [self.build(self.plan.shards[number]) for number in batch["item"].to_pylist()]
-        return pa.Table.from_pylist([{**vars(report), "entry": report.entry.model_dump_json()} for report in reports])
+        rows = [{**vars(report), "entry": report.entry.model_dump_json()} for report in reports]
+        return pa.Table.from_pylist(rows)
 
     def build(self, shard: ShardPlan) -> ShardReport:
         """Encode the passages of a shard, write its files, and record it as built."""
         begun = time.monotonic()
         # FAISS writes into the index it deserializes, and Ray's arrays are read-only.
         index = faiss.deserialize_index(self.template.copy())
-        entry = build_shard(self.plan.output, shard.number, index, self._batches(shard))
+        entry = build_shard(self.plan.output, shard.number, index, self._vectorize_batches(shard))
         self.folder.keep(shard.number, entry)
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return ShardReport(shard.number, entry, time.monotonic() - begun, peak)
 
-    def _batches(self, shard: ShardPlan) -> Iterator[tuple[pa.RecordBatch, Vectors]]:
+    def _vectorize_batches(self, shard: ShardPlan) -> Iterator[tuple[pa.RecordBatch, Vectors]]:
         for batch in read_ahead(read_passages(shard.ranges, self.plan.request.embeddings)):
             yield batch.passages, self.vectorize(batch)
             self.tally.add.remote(batch.passages.num_rows)
 
 
-def trained_index(plan: BuildPlan, folder: BuildFolder) -> Any:
+def prepare_index(plan: BuildPlan, folder: BuildFolder) -> Any:
     """Return the empty index that every shard starts from, trained if its kind needs training.
 
     Raises:
         ValueError: there are too few passages for the factory string.
         ray.exceptions.RayError: the sample could not be encoded.
     """
-    index = empty_index(plan.request.factory, plan.dimension)
-    size = training_rows(index)
+    index = create_empty_index(plan.request.factory, plan.dimension)
+    size = count_training_rows(index)
     if not size:
         return index
-    if (kept := folder.trained()) is not None:
+    if (kept := folder.read_trained()) is not None:
         return kept
     samples = spread_samples(plan.files, size)
     passages = sum(len(sample.rows) for sample in samples)
     log.info("encoding %d passages to train %s on", passages, plan.request.factory)
-    with worked(plan, SampleEncoder, samples, range(len(samples)), passages) as encoded:
+    with map_over_actors(plan, SampleEncoder, samples, range(len(samples)), passages) as encoded:
         parts = [batch["vectors"] for batch in encoded.iter_batches(batch_size=None, batch_format="numpy")]
     train_index(index, np.concatenate(parts))
     folder.keep_trained(index)
@@ -181,17 +185,20 @@ def build_shards(plan: BuildPlan, index: Any, missing: list[ShardPlan]) -> list[
     template = ray.put(faiss.serialize_index(index))
     numbers = [shard.number for shard in missing]
     reports = []
-    with worked(plan, ShardBuilder, template, numbers, sum(shard.rows for shard in missing)) as built:
+    with map_over_actors(plan, ShardBuilder, template, numbers, sum(shard.rows for shard in missing)) as built:
         for row in built.iter_rows():
-            report = ShardReport(**{**row, "entry": ShardEntry.model_validate_json(row["entry"])})
+            entry = ShardEntry.model_validate_json(row["entry"])
+            report = ShardReport(row["number"], entry, row["seconds"], row["peak_bytes"])
             reports.append(report)
-            what = (report.number, report.entry.rows, report.seconds, report.peak_bytes / 1e9)
+            what = (report.number, entry.rows, report.seconds, report.peak_bytes / 1e9)
             log.info("shard %d: %d passages in %.1f s, peak memory %.2f GB", *what)
     return reports
 
 
 @contextmanager
-def worked(plan: BuildPlan, worker: type, argument: Any, numbers: Iterable[int], passages: int) -> Iterator[Any]:
+def map_over_actors(
+    plan: BuildPlan, worker: type, argument: Any, numbers: Iterable[int], passages: int
+) -> Iterator[Any]:
     """Map numbered work items over a pool of actors and yield the lazy Ray dataset of the results.
 
     While the body reads the dataset, progress lines are logged.
@@ -208,7 +215,7 @@ def worked(plan: BuildPlan, worker: type, argument: Any, numbers: Iterable[int],
 
     pieces = list(numbers)
     rooms = [Room.of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    actors, cpus, gpus = pool(rooms, plan.request.actors, len(pieces))
+    actors, cpus, gpus = choose_pool(rooms, plan.request.actors, len(pieces))
     log.info("starting %d actor(s), each with %g CPUs and %g GPUs", actors, cpus, gpus)
     tally = ray.remote(num_cpus=0)(BuildProgress).remote()
     dataset = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
@@ -222,11 +229,11 @@ def worked(plan: BuildPlan, worker: type, argument: Any, numbers: Iterable[int],
         max_restarts=-1,
         max_task_retries=SHARD_RETRIES,
     )
-    with progress_lines(tally, passages):
+    with log_progress(tally, passages):
         yield dataset
 
 
-def pool(rooms: Sequence[Room], asked: int | None, pieces: int) -> tuple[int, float, float]:
+def choose_pool(rooms: Sequence[Room], asked: int | None, pieces: int) -> tuple[int, float, float]:
     """Choose the number of actors, and the CPUs and GPUs of each.
 
     With GPUs, the default is one actor per GPU, and more actors share the GPUs; without, it is one per machine.
@@ -246,11 +253,11 @@ def pool(rooms: Sequence[Room], asked: int | None, pieces: int) -> tuple[int, fl
         per_machine = math.ceil(actors / len(machines))
         return actors, max(1.0, min(room.cpus for room in machines) // per_machine), 0.0
     share = 1 / math.ceil(actors / gpus)
-    return actors, most_cpus(machines, actors, share), share
+    return actors, find_max_cpus(machines, actors, share), share
 
 
 @contextmanager
-def progress_lines(tally: Any, passages: int) -> Iterator[None]:
+def log_progress(tally: Any, passages: int) -> Iterator[None]:
     """Log progress, throughput and remaining time every ``LINE_INTERVAL`` seconds while the body runs."""
     import ray
 
@@ -259,7 +266,7 @@ def progress_lines(tally: Any, passages: int) -> Iterator[None]:
     def report() -> None:
         while not over.wait(LINE_INTERVAL):
             try:
-                done = min(ray.get(tally.total.remote()), passages)  # retried work items count twice
+                done = min(ray.get(tally.get_total.remote()), passages)  # retried work items count twice
             except ray.exceptions.RayError:
                 return  # the actor's node is gone; the build continues without progress lines
             rate = done / (time.monotonic() - begun)
@@ -292,13 +299,13 @@ def run_build(plan: BuildPlan) -> Built:
 
 def _execute(plan: BuildPlan) -> Built:
     folder = BuildFolder(plan.output)
-    folder.begin(plan.identity(), plan.request.overwrite)
-    entries = folder.finished(plan.shards)
+    folder.begin(plan.compute_identity(), plan.request.overwrite)
+    entries = folder.find_finished(plan.shards)
     if entries:
         log.info("resuming an interrupted build: %d of %d shards are done", len(entries), len(plan.shards))
     connect(ExecutionConfig())
     missing = [shard for shard in plan.shards if shard.number not in entries]
-    reports = build_shards(plan, trained_index(plan, folder), missing) if missing else []
+    reports = build_shards(plan, prepare_index(plan, folder), missing) if missing else []
     entries |= {report.number: report.entry for report in reports}
     manifest = IndexManifest(
         encoder=plan.encoder,

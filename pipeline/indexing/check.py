@@ -7,22 +7,22 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.config.sections import RetrievalConfig, StorageConfig
-from pipeline.decoding.prompts import passage_text
+from pipeline.decoding.prompts import format_passage
 from pipeline.decoding.types import Passage
 from pipeline.indexing.recall import (
     CANDIDATES,
     Speed,
-    exhaustive,
-    lossy,
+    drop_own_passages,
+    is_lossy,
+    list_parameters,
     measure_search,
-    parameters,
-    reranked,
-    stored_vectors,
-    without,
+    rerank,
+    sample_vectors,
+    search_exhaustively,
 )
 from pipeline.retrieval.encoder import Encoder, Vectors
 from pipeline.retrieval.index import Hit, PassageIndex
-from pipeline.retrieval.manifest import check_encoder, check_files, read_manifest, wanted_encoder
+from pipeline.retrieval.manifest import check_encoder, check_files, choose_encoder, read_manifest
 from pipeline.storage.location import locate
 from pipeline.storage.parquet import list_parquet
 
@@ -96,14 +96,13 @@ def check_index_folder(request: CheckRequest) -> Checked:
         raise ValueError(f"{folder.uri}: {manifest.passages} passages are too few to retrieve {request.k}")
     index = PassageIndex.open(folder, retrieval.model_copy(update={"verify": True, "device": "cpu"}))
     encoder = None
-    if request.queries or (lossy(index) and manifest.embeddings is None):
-        name, revision = wanted_encoder(manifest, retrieval)
+    if request.queries or (is_lossy(index) and manifest.embeddings is None):
+        name, revision = choose_encoder(manifest, retrieval)
         encoder = Encoder.load(name, retrieval.device, revision, manifest.encoder.style)
         check_encoder(encoder, manifest)
-    queries, own = _queries(request, index, encoder)
-    exact, reference = _exact(request, index, queries, own, encoder)
-    fixed = [retrieval.search] if retrieval.search else []
-    searches = [",".join([*fixed, *filter(None, [swept])]) for swept in parameters(index)]
+    queries, own = _read_queries(request, index, encoder)
+    exact, reference = _find_reference(request, index, queries, own, encoder)
+    searches = [",".join(filter(None, (retrieval.search, swept))) for swept in list_parameters(index)]
     speeds = tuple(measure_search(index, queries, own, exact, search) for search in searches)
     enough = [speed.search for speed in speeds if speed.recall >= request.recall]
     return Checked(
@@ -121,18 +120,19 @@ def check_index_folder(request: CheckRequest) -> Checked:
     )
 
 
-def _queries(
+def _read_queries(
     request: CheckRequest, index: PassageIndex, encoder: Encoder | None
 ) -> tuple[Vectors, list[Hit] | list[None]]:
     """Return the query vectors, and for each its own passage in the index, or None."""
     if request.queries is None or encoder is None:
-        return stored_vectors(index, request.sample)
+        return sample_vectors(index, request.sample)
     texts: list[str] = []
     for file in list_parquet(locate(request.queries, request.storage)):
         with file.filesystem.open_input_file(file.path) as stream:
             if "query" not in (names := pq.read_schema(stream).names):
                 raise ValueError(f"{file.uri}: column query is missing, found {', '.join(names)}")
-            texts += pq.read_table(stream, columns=["query"])["query"].cast(pa.string()).drop_null().to_pylist()
+            column = pq.read_table(stream, columns=["query"])["query"]
+            texts += column.cast(pa.string()).drop_null().to_pylist()
     if not texts:
         raise ValueError(f"{request.queries}: contains no queries")
     chosen = np.unique(np.linspace(0, len(texts) - 1, min(request.sample, len(texts))).astype(int))
@@ -140,7 +140,7 @@ def _queries(
     return vectors, [None] * len(vectors)
 
 
-def _exact(
+def _find_reference(
     request: CheckRequest,
     index: PassageIndex,
     queries: Vectors,
@@ -149,18 +149,18 @@ def _exact(
 ) -> tuple[list[list[Hit]], str]:
     """Return the reference top k of each query, and a description of how it was found."""
     k = request.k
-    if not lossy(index):
-        return without(exhaustive(index, queries, k + 1), own, k), "exact search over all vectors"
+    if not is_lossy(index):
+        return drop_own_passages(search_exhaustively(index, queries, k + 1), own, k), "exact search over all vectors"
     if encoder is None:
         words = "exhaustive search over the codes; quantization loss is not measured, as the index has no other vectors"
-        return without(exhaustive(index, queries, k + 1), own, k), words
-    candidates = without(exhaustive(index, queries, CANDIDATES * k + 1), own, CANDIDATES * k)
+        return drop_own_passages(search_exhaustively(index, queries, k + 1), own, k), words
+    candidates = drop_own_passages(search_exhaustively(index, queries, CANDIDATES * k + 1), own, CANDIDATES * k)
 
-    def passage(hit: Hit) -> Passage:
-        return index.shards[hit.shard].passages.passage(hit.row)
+    def read_passage(hit: Hit) -> Passage:
+        return index.shards[hit.shard].passages.read_passage(hit.row)
 
     def encode(passages: list[Passage]) -> Vectors:
-        return encoder.encode([passage_text(p.title, p.text) for p in passages])
+        return encoder.encode([format_passage(p.title, p.text) for p in passages])
 
     words = f"the {CANDIDATES * k} best codes of each query, reranked by exact vectors"
-    return reranked(candidates, queries, k, passage, encode), words
+    return rerank(candidates, queries, k, read_passage, encode), words

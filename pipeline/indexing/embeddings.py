@@ -39,7 +39,7 @@ class Place:
     rows: npt.NDArray[np.int64]
     column: str
 
-    def error(self, wrong: npt.NDArray[np.bool_], problem: str) -> ValueError:
+    def build_error(self, wrong: npt.NDArray[np.bool_], problem: str) -> ValueError:
         """Return an error about the first of the wrong rows.
 
         Args:
@@ -49,7 +49,7 @@ class Place:
         return ValueError(f"{self.file.uri}: row {self.rows[np.argmax(wrong)]}: column {self.column} {problem}")
 
 
-def vectors_of(embeddings: pa.Array, dimension: int, normalised: bool, place: Place) -> Vectors:
+def convert_embeddings(embeddings: pa.Array, dimension: int, normalised: bool, place: Place) -> Vectors:
     """Convert a list array to vectors: float32 [rows, dimension].
 
     Args:
@@ -64,15 +64,17 @@ def vectors_of(embeddings: pa.Array, dimension: int, normalised: bool, place: Pl
     """
     sizes = pc.fill_null(pc.list_value_length(embeddings), 0).to_numpy(zero_copy_only=False)
     if (wrong := sizes != dimension).any():
-        raise place.error(wrong, f"has {sizes[np.argmax(wrong)]} values, but the encoder's vectors have {dimension}")
+        raise place.build_error(
+            wrong, f"has {sizes[np.argmax(wrong)]} values, but the encoder's vectors have {dimension}"
+        )
     flat = embeddings.flatten().cast(pa.float32())
     vectors: Vectors = flat.to_numpy(zero_copy_only=False).reshape(-1, dimension)  # a null in a vector becomes NaN
     if (wrong := np.logical_not(np.isfinite(vectors).all(axis=1))).any():
-        raise place.error(wrong, "has a non-finite value")
+        raise place.build_error(wrong, "has a non-finite value")
     if not normalised:
         return np.ascontiguousarray(vectors)
     lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
     if (wrong := lengths[:, 0] == 0).any():
-        raise place.error(wrong, "is all zeros and cannot be normalized")
+        raise place.build_error(wrong, "is all zeros and cannot be normalized")
     unit: Vectors = vectors / lengths
     return unit

@@ -3,7 +3,7 @@
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -70,14 +70,14 @@ def find_passages(source: Location, embeddings: str | None = None) -> list[RowRa
         files = list_parquet(source)
     except ValueError as error:
         raise ValueError(f"passages {error}") from None
-    rows = map_in_threads(lambda file: _checked_rows(file, embeddings), files)
+    rows = map_in_threads(lambda file: _count_checked_rows(file, embeddings), files)
     found = [RowRange(file, 0, count) for file, count in zip(files, rows, strict=True)]
     if not any(part.rows for part in found):
         raise ValueError(f"passages {source.uri}: no rows")
     return [part for part in found if part.rows]
 
 
-def _checked_rows(file: Location, embeddings: str | None) -> int:
+def _count_checked_rows(file: Location, embeddings: str | None) -> int:
     footer = read_footer(file)
     schema = footer.schema.to_arrow_schema()
     for name in PASSAGE_SCHEMA.names:
@@ -102,7 +102,8 @@ def plan_shards(files: list[RowRange], shards: int) -> tuple[ShardPlan, ...]:
     if total < shards:
         raise ValueError(f"--shards {shards}: there are only {total} passages; use fewer shards")
     borders = [number * total // shards for number in range(shards + 1)]
-    return tuple(ShardPlan(number, _cut(files, start, stop)) for number, (start, stop) in enumerate(pairwise(borders)))
+    ranges = [_cut(files, start, stop) for start, stop in pairwise(borders)]
+    return tuple(ShardPlan(number, parts) for number, parts in enumerate(ranges))
 
 
 def _cut(files: list[RowRange], start: int, stop: int) -> tuple[RowRange, ...]:
@@ -126,15 +127,16 @@ def read_passages(parts: Iterable[RowRange], embeddings: str | None = None) -> I
         ValueError: a file is not Parquet, or damaged; names it.
         StorageError: a file cannot be read.
     """
-    columns = [*PASSAGE_SCHEMA.names, *([embeddings] if embeddings else [])]
+    columns = list(PASSAGE_SCHEMA.names)
+    if embeddings:
+        columns.append(embeddings)
     for part in parts:
         for row, batch in read_range(part, columns):
             strings = [batch[name].cast(pa.string()) for name in PASSAGE_SCHEMA.names]
             strings[1] = pc.fill_null(strings[1], "")
             passages = pa.record_batch(strings, schema=PASSAGE_SCHEMA)
-            yield PassageBatch(
-                part.file, np.arange(row, row + len(batch)), passages, batch[embeddings] if embeddings else None
-            )
+            vectors = batch[embeddings] if embeddings else None
+            yield PassageBatch(part.file, np.arange(row, row + len(batch)), passages, vectors)
 
 
 @dataclass(frozen=True)
@@ -165,12 +167,15 @@ def spread_samples(files: list[RowRange], size: int) -> list[Sample]:
     that only some row groups are read: about eight rows for each sampled one. There are at least 64 runs,
     unless the sample itself is smaller.
     """
-    groups = map_in_threads(_row_groups, files)
-    parts = [group for several in groups for group in several]
+    parts = list(chain.from_iterable(map_in_threads(_list_row_groups, files)))
     ends = np.cumsum([part.rows for part in parts])
     chosen = _spread(int(ends[-1]), size, len(parts))
     split = np.split(chosen, np.searchsorted(chosen, ends[:-1]))
-    return [Sample(p, rows - (end - p.rows)) for p, rows, end in zip(parts, split, ends, strict=True) if len(rows)]
+    samples = []
+    for part, rows, end in zip(parts, split, ends, strict=True):
+        if len(rows):
+            samples.append(Sample(part, rows - (end - part.rows)))
+    return samples
 
 
 def _spread(total: int, size: int, groups: int) -> npt.NDArray[np.int64]:
@@ -184,7 +189,7 @@ def _spread(total: int, size: int, groups: int) -> npt.NDArray[np.int64]:
     return rows
 
 
-def _row_groups(part: RowRange) -> list[RowRange]:
+def _list_row_groups(part: RowRange) -> list[RowRange]:
     footer = read_footer(part.file)
     sizes = [footer.row_group(n).num_rows for n in range(footer.num_row_groups)]
     ends = [0, *np.cumsum(sizes).tolist()]
@@ -219,11 +224,11 @@ def check_passages(files: list[RowRange], compared: int = COMPARED_IDS) -> None:
         for part in files:
             for row, batch in read_range(part, ["id", "text"], CHECKED_ROWS):
                 _refuse(pc.is_null(batch["id"]), part.file, row, "column id is null")
-                blank = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(_strings(batch["text"]))), 0)
+                blank = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(_to_strings(batch["text"]))), 0)
                 _refuse(pc.fill_null(blank, True), part.file, row, "column text is empty")
-                _scatter(_hashes(batch["id"]), names)
+                _scatter(_hash_ids(batch["id"]), names)
         for name in names:
-            if len(repeated := _repeated(name)):
+            if len(repeated := _find_repeated(name)):
                 _refuse_equal_ids(files, repeated)
 
 
@@ -233,12 +238,12 @@ def _refuse(wrong: pa.Array, file: Location, first_row: int, problem: str) -> No
         raise ValueError(f"{file.uri}: row {first_row + place}: {problem}; give every passage an id and a text")
 
 
-def _strings(column: Any) -> pa.Array:
+def _to_strings(column: Any) -> pa.Array:
     return column.cast(pa.string())
 
 
-def _hashes(ids: pa.Array) -> npt.NDArray[np.uint64]:
-    hashes: npt.NDArray[np.uint64] = hash_array(_strings(ids).to_numpy(zero_copy_only=False), categorize=False)
+def _hash_ids(ids: pa.Array) -> npt.NDArray[np.uint64]:
+    hashes: npt.NDArray[np.uint64] = hash_array(_to_strings(ids).to_numpy(zero_copy_only=False), categorize=False)
     return hashes
 
 
@@ -249,19 +254,20 @@ def _scatter(hashes: npt.NDArray[np.uint64], files: list[Path]) -> None:
             hashes[home == number].tofile(file)
 
 
-def _repeated(file: Path) -> npt.NDArray[np.uint64]:
+def _find_repeated(file: Path) -> npt.NDArray[np.uint64]:
     if not file.exists():
         return np.empty(0, np.uint64)
     hashes = np.fromfile(file, np.uint64)
     hashes.sort()
-    return np.unique(hashes[1:][hashes[1:] == hashes[:-1]])[:MOST_REPEATED]
+    repeated = hashes[1:] == hashes[:-1]
+    return np.unique(hashes[1:][repeated])[:MOST_REPEATED]
 
 
 def _refuse_equal_ids(files: list[RowRange], hashes: npt.NDArray[np.uint64]) -> None:
     places: dict[str, str] = {}
     for part in files:
         for row, batch in read_range(part, ["id"], CHECKED_ROWS):
-            for n in np.flatnonzero(np.isin(_hashes(batch["id"]), hashes)).tolist():
+            for n in np.flatnonzero(np.isin(_hash_ids(batch["id"]), hashes)).tolist():
                 place, name = f"{part.file.uri}: row {row + n}", batch["id"][n].as_py()
                 if name in places:
                     raise ValueError(f"{place}: column id: {name!r} is also in {places[name]}; ids must be unique")

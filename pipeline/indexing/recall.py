@@ -11,7 +11,7 @@ import numpy as np
 from pipeline.decoding.types import Passage
 from pipeline.retrieval.encoder import Vectors
 from pipeline.retrieval.index import Hit, PassageIndex
-from pipeline.retrieval.shard_files import faiss_reason
+from pipeline.retrieval.shard_files import extract_faiss_message
 
 # Candidates per result that are reranked with exact vectors if the index stores codes.
 CANDIDATES = 10
@@ -40,7 +40,7 @@ class Speed:
     queries_per_s: float
 
 
-def stored_vectors(index: PassageIndex, size: int) -> tuple[Vectors, list[Hit]]:
+def sample_vectors(index: PassageIndex, size: int) -> tuple[Vectors, list[Hit]]:
     """Reconstruct evenly spaced vectors of an index.
 
     Returns:
@@ -59,36 +59,40 @@ def stored_vectors(index: PassageIndex, size: int) -> tuple[Vectors, list[Hit]]:
     return np.concatenate(vectors), places
 
 
-def parameters(index: PassageIndex) -> list[str]:
+def list_parameters(index: PassageIndex) -> list[str]:
     """List the search parameters to measure, fastest first.
 
     Inverted lists get ``nprobe`` in powers of two up to all lists, at most 1,024; HNSW graphs get ``efSearch`` in
     powers of two from 16 to 1,024; other indexes get an empty string.
     """
-    some = _inner(next(iter(index.shards.values())).index)
-    if isinstance(some, faiss.IndexIVF):
-        lists = int(some.nlist)
-        return [f"nprobe={n}" for n in sorted({2**n for n in range(11) if 2**n < lists} | {min(lists, 1024)})]
-    if isinstance(some, faiss.IndexHNSW):
+    kind = _unwrap(next(iter(index.shards.values())).index)
+    if isinstance(kind, faiss.IndexIVF):
+        lists = int(kind.nlist)
+        steps = {2**n for n in range(11) if 2**n < lists}
+        steps.add(min(lists, 1024))
+        return [f"nprobe={step}" for step in sorted(steps)]
+    if isinstance(kind, faiss.IndexHNSW):
         return [f"efSearch={2**n}" for n in range(4, 11)]
     return [""]
 
 
-def _inner(index: Any) -> Any:
+def _unwrap(index: Any) -> Any:
     """Unwrap transformations and refinements down to the index that has the inverted lists or graph links."""
     kind = faiss.downcast_index(index)
     if isinstance(kind, faiss.IndexPreTransform):
-        return _inner(kind.index)
-    return _inner(kind.base_index) if isinstance(kind, faiss.IndexRefine) else kind
+        return _unwrap(kind.index)
+    if isinstance(kind, faiss.IndexRefine):
+        return _unwrap(kind.base_index)
+    return kind
 
 
-def lossy(index: PassageIndex) -> bool:
+def is_lossy(index: PassageIndex) -> bool:
     """Whether the index stores codes instead of vectors: any quantizer, and any index behind a transformation."""
     kind = faiss.downcast_index(next(iter(index.shards.values())).index)
     return not isinstance(kind, faiss.IndexFlat | faiss.IndexIVFFlat | faiss.IndexHNSWFlat | faiss.IndexRefineFlat)
 
 
-def exhaustive(index: PassageIndex, queries: Vectors, k: int) -> list[list[Hit]]:
+def search_exhaustively(index: PassageIndex, queries: Vectors, k: int) -> list[list[Hit]]:
     """Return the exact top k of each query over all vectors as stored, whatever the search parameters.
 
     Raises:
@@ -102,7 +106,9 @@ def exhaustive(index: PassageIndex, queries: Vectors, k: int) -> list[list[Hit]]
             try:
                 block = shard.index.reconstruct_n(first, size)
             except RuntimeError as error:
-                raise ValueError(f"the index's vectors cannot be reconstructed: {faiss_reason(error)}") from None
+                raise ValueError(
+                    f"the index's vectors cannot be reconstructed: {extract_faiss_message(error)}"
+                ) from None
             scores, rows = faiss.knn(queries, block, min(k, size), metric=faiss.METRIC_INNER_PRODUCT)
             for n in range(len(queries)):
                 hits = [Hit(float(s), number, first + int(r)) for s, r in zip(scores[n], rows[n], strict=True)]
@@ -110,7 +116,7 @@ def exhaustive(index: PassageIndex, queries: Vectors, k: int) -> list[list[Hit]]
     return found
 
 
-def reranked(
+def rerank(
     candidates: Sequence[list[Hit]],
     queries: Vectors,
     k: int,
@@ -126,18 +132,23 @@ def reranked(
     return best
 
 
-def recall(found: Sequence[list[Hit]], exact: Sequence[list[Hit]]) -> float:
+def compute_recall(found: Sequence[list[Hit]], exact: Sequence[list[Hit]]) -> float:
     """Return the share of the exact hits that were found, over all queries."""
-    pairs = [({(h.shard, h.row) for h in f}, {(h.shard, h.row) for h in e}) for f, e in zip(found, exact, strict=True)]
-    return sum(len(f & e) for f, e in pairs) / sum(len(e) for _, e in pairs)
+    hits = wanted = 0
+    for returned, best in zip(found, exact, strict=True):
+        places = {hit.place for hit in best}
+        hits += len(places & {hit.place for hit in returned})
+        wanted += len(places)
+    return hits / wanted
 
 
-def without(found: Sequence[list[Hit]], own: Sequence[Hit | None], k: int) -> list[list[Hit]]:
+def drop_own_passages(found: Sequence[list[Hit]], own: Sequence[Hit | None], k: int) -> list[list[Hit]]:
     """Return the first k hits of each query, leaving out the query's own passage."""
-    return [
-        [hit for hit in hits if me is None or (hit.shard, hit.row) != (me.shard, me.row)][:k]
-        for hits, me in zip(found, own, strict=True)
-    ]
+    kept = []
+    for hits, passage in zip(found, own, strict=True):
+        others = [hit for hit in hits if passage is None or hit.place != passage.place]
+        kept.append(others[:k])
+    return kept
 
 
 def measure_search(
@@ -156,7 +167,7 @@ def measure_search(
         for shard in index.shards.values():
             shard.tune(search)
     k = max(map(len, exact))
-    asked = k + any(me is not None for me in own)
+    asked = k + any(passage is not None for passage in own)
     index.search(queries[:1], asked)  # warm-up: the first search starts the OpenMP threads
     single = []
     for query in queries[:SINGLE_QUERIES]:
@@ -169,4 +180,4 @@ def measure_search(
         found += index.search(queries[first : first + BATCH], asked)
     rate = len(queries) / (time.perf_counter() - begun)
     median, p95 = np.percentile(single, [50, 95])
-    return Speed(search, recall(without(found, own, k), exact), float(median), float(p95), rate)
+    return Speed(search, compute_recall(drop_own_passages(found, own, k), exact), float(median), float(p95), rate)

@@ -8,11 +8,11 @@ from typing import Any
 
 import faiss
 
-from pipeline.decoding.prompts import passage_text
+from pipeline.decoding.prompts import format_passage
 from pipeline.indexing.passages import spread_samples
 from pipeline.retrieval.encoder import Encoder
-from pipeline.retrieval.faiss_device import RESERVED_BYTES, WORKING_BYTES, gpu_form
-from pipeline.retrieval.shard_files import PASSAGE_SCHEMA, empty_index
+from pipeline.retrieval.faiss_device import RESERVED_BYTES, WORKING_BYTES, supports_gpu
+from pipeline.retrieval.shard_files import PASSAGE_SCHEMA, create_empty_index
 from pipeline.storage.parquet import RowRange, map_in_threads, read_footer
 
 FLOAT = 4
@@ -35,7 +35,7 @@ class IndexSize:
     per_vector: float
     fixed: int
 
-    def total(self, vectors: int) -> int:
+    def compute_total(self, vectors: int) -> int:
         """Return the bytes of an index of this many vectors."""
         return round(self.per_vector * vectors) + self.fixed
 
@@ -43,48 +43,48 @@ class IndexSize:
         return IndexSize(self.per_vector + other.per_vector, self.fixed + other.fixed)
 
 
-def index_size(factory: str, dimension: int) -> IndexSize:
+def compute_index_size(factory: str, dimension: int) -> IndexSize:
     """Compute the size of an index from its factory string.
 
     Raises:
         ValueError: FAISS does not understand the string, or the size of this kind of index is not known here.
     """
-    return _size(empty_index(factory, dimension), factory)
+    return _compute_size(create_empty_index(factory, dimension), factory)
 
 
-def _size(index: Any, factory: str) -> IndexSize:
+def _compute_size(index: Any, factory: str) -> IndexSize:
     kind = faiss.downcast_index(index)  # a view: ``index`` owns the memory
     if isinstance(kind, faiss.IndexPreTransform):
         chain: Any = kind.chain  # a C++ vector; FAISS's type stubs are wrong here
         matrices = [faiss.downcast_VectorTransform(chain.at(n)) for n in range(chain.size())]
-        return _size(kind.index, factory) + IndexSize(0, sum(m.d_in * m.d_out * FLOAT for m in matrices))
+        return _compute_size(kind.index, factory) + IndexSize(0, sum(m.d_in * m.d_out * FLOAT for m in matrices))
     if isinstance(kind, faiss.IndexRefine):
-        return _size(kind.base_index, factory) + _size(kind.refine_index, factory)
+        return _compute_size(kind.base_index, factory) + _compute_size(kind.refine_index, factory)
     if isinstance(kind, faiss.IndexIVF):
-        return IndexSize(kind.code_size + ID, kind.nlist * kind.d * FLOAT + _codebook(kind))
+        return IndexSize(kind.code_size + ID, kind.nlist * kind.d * FLOAT + _count_codebook_bytes(kind))
     if isinstance(kind, faiss.IndexHNSW):
-        return _size(kind.storage, factory) + IndexSize(_links(kind.hnsw) * FLOAT + HNSW_FIXED, 0)
+        return _compute_size(kind.storage, factory) + IndexSize(_compute_mean_links(kind.hnsw) * FLOAT + HNSW_FIXED, 0)
     if isinstance(kind, faiss.IndexFlatCodes):
-        return IndexSize(kind.code_size, _codebook(kind))
+        return IndexSize(kind.code_size, _count_codebook_bytes(kind))
     raise ValueError(
         f"factory {factory}: the size of a {type(kind).__name__} is not known; build a small index to measure it"
     )
 
 
-def _codebook(index: Any) -> int:
+def _count_codebook_bytes(index: Any) -> int:
     """Return the bytes of a product quantizer's codebook, 2^bits centroids per subquantizer; 0 for other indexes."""
     quantizer = getattr(index, "pq", None)
     return 0 if quantizer is None else int(quantizer.ksub * index.d * FLOAT)
 
 
-def _links(hnsw: Any) -> float:
+def _compute_mean_links(hnsw: Any) -> float:
     """Return a vector's mean number of links: 2 M on the lowest level, M on each higher level that it reaches."""
     shares = faiss.vector_to_array(hnsw.assign_probas)
     links = faiss.vector_to_array(hnsw.cum_nneighbor_per_level)
     return float(sum(share * links[level + 1] for level, share in enumerate(shares)))
 
 
-def usual_lists(passages: int) -> int:
+def choose_list_count(passages: int) -> int:
     """Return the usual number of inverted lists: 4 √n (FAISS recommends 4 to 16 √n), to the nearest power of two."""
     return int(2 ** max(4, round(math.log2(4 * passages**0.5))))
 
@@ -106,7 +106,9 @@ class SizePlan:
     largest_shard: int
 
 
-def size_plan(passages: int, dimension: int, shards: int, factories: Iterable[str] = USUAL_FACTORIES) -> list[SizePlan]:
+def plan_sizes(
+    passages: int, dimension: int, shards: int, factories: Iterable[str] = USUAL_FACTORIES
+) -> list[SizePlan]:
     """Compute the sizes of an index with several factory strings.
 
     Usual factories that FAISS does not support for this dimension are left out.
@@ -122,19 +124,18 @@ def size_plan(passages: int, dimension: int, shards: int, factories: Iterable[st
             known.
     """
     largest = -(-passages // shards)
-    lines = []
+    plans = []
     for factory in factories:
-        named = factory.format(lists=usual_lists(largest))
+        named = factory.format(lists=choose_list_count(largest))
         try:
-            size = index_size(named, dimension)
+            size = compute_index_size(named, dimension)
         except ValueError:
             if factory in USUAL_FACTORIES:
                 continue  # FAISS does not support it for this dimension
             raise
-        lines.append(
-            SizePlan(named, size.per_vector, size.total(passages) + (shards - 1) * size.fixed, size.total(largest))
-        )
-    return lines
+        all_shards = size.compute_total(passages) + (shards - 1) * size.fixed
+        plans.append(SizePlan(named, size.per_vector, all_shards, size.compute_total(largest)))
+    return plans
 
 
 @dataclass(frozen=True)
@@ -150,7 +151,9 @@ class SearchCost:
     bytes: int
 
 
-def search_cost(factory: str, dimension: int, vectors: int, nprobe: int = 32, ef_search: int = 64) -> SearchCost:
+def estimate_search_cost(
+    factory: str, dimension: int, vectors: int, nprobe: int = 32, ef_search: int = 64
+) -> SearchCost:
     """Estimate the cost of a query in one shard.
 
     Flat indexes compare all vectors; inverted lists compare all centroids and the vectors of ``nprobe`` lists, assumed
@@ -166,8 +169,8 @@ def search_cost(factory: str, dimension: int, vectors: int, nprobe: int = 32, ef
     Raises:
         ValueError: FAISS does not understand the string, or the size of this kind of index is not known here.
     """
-    size = index_size(factory, dimension)
-    index = empty_index(factory, dimension)
+    size = compute_index_size(factory, dimension)
+    index = create_empty_index(factory, dimension)
     if (ivf := faiss.try_extract_index_ivf(index)) is not None:
         scanned = round(vectors * min(1.0, nprobe / ivf.nlist))
         return SearchCost(ivf.nlist + scanned, ivf.nlist * ivf.d * FLOAT + round(scanned * size.per_vector))
@@ -191,24 +194,26 @@ CARDS = (24_000_000_000, 40_000_000_000, 80_000_000_000)
 MEMORY_SHARE = 0.8
 
 
-def gpu_need(factory: str, dimension: int) -> str:
+def find_gpu_setting(factory: str, dimension: int) -> str:
     """Return the setting with which GPUs can search an index.
 
     Returns:
         An empty string if none is needed, ``float16`` if ``retrieval.float16`` is, and ``none`` if GPUs cannot search
         this kind of index.
     """
-    index = empty_index(factory, dimension)
-    return "" if gpu_form(index, False) else "float16" if gpu_form(index, True) else "none"
+    index = create_empty_index(factory, dimension)
+    if supports_gpu(index, float16=False):
+        return ""
+    return "float16" if supports_gpu(index, float16=True) else "none"
 
 
-def beside_7b(card: int) -> int:
+def compute_room_beside_7b(card: int) -> int:
     """Return the bytes of a GPU of ``card`` bytes that are left for an index beside a 7B model in half precision."""
     engine = MODEL_BYTES + KV_TOKENS * KV_BYTES_PER_TOKEN + ENGINE_BYTES
     return max(0, card - engine - BESIDE_BYTES)
 
 
-def share_beside(index: int, card: int) -> float:
+def compute_share_beside(index: int, card: int) -> float:
     """Return the ``gpu_memory_utilization`` that leaves room for an index on a GPU, rounded down to 1 %.
 
     Args:
@@ -218,7 +223,7 @@ def share_beside(index: int, card: int) -> float:
     return math.floor(100 * (card - index - BESIDE_BYTES) / card) / 100
 
 
-def cards_needed(index: int, card: int) -> int:
+def count_cards(index: int, card: int) -> int:
     """Return the number of GPUs, without a model on them, whose shard servers together hold an index.
 
     Args:
@@ -228,7 +233,7 @@ def cards_needed(index: int, card: int) -> int:
     return -(-index // (card - BESIDE_BYTES))
 
 
-def machines_needed(index: int, memory: int) -> int:
+def count_machines(index: int, memory: int) -> int:
     """Return the number of machines that together hold an index in CPU memory.
 
     Args:
@@ -259,18 +264,20 @@ class Corpus:
     rate: float
 
 
-def survey(files: list[RowRange], encoder: Encoder, batch_size: int) -> Corpus:
+def survey_corpus(files: list[RowRange], encoder: Encoder, batch_size: int) -> Corpus:
     """Count passages and bytes from the footers, and measure the encoder's throughput on a sample."""
     batches = [batch.passages for sample in spread_samples(files, SAMPLE) for batch in sample.read()]
-    texts = [passage_text(row["title"], row["text"]) for batch in batches for row in batch.to_pylist()]
+    texts = [format_passage(row["title"], row["text"]) for batch in batches for row in batch.to_pylist()]
     encoder.encode(texts[:batch_size], batch_size)  # warm-up
     begun = time.monotonic()
     encoder.encode(texts, batch_size)
     rate = len(texts) / (time.monotonic() - begun)
-    return Corpus(sum(file.rows for file in files), sum(map_in_threads(_text_bytes, files)), encoder.dimension, rate)
+    passages = sum(file.rows for file in files)
+    text_bytes = sum(map_in_threads(_count_text_bytes, files))
+    return Corpus(passages, text_bytes, encoder.dimension, rate)
 
 
-def _text_bytes(part: RowRange) -> int:
+def _count_text_bytes(part: RowRange) -> int:
     footer, total = read_footer(part.file), 0
     for group in range(footer.num_row_groups):
         columns = [footer.row_group(group).column(n) for n in range(footer.num_columns)]

@@ -39,10 +39,10 @@ class FinishedSet:
             ValueError: the folder holds no finished set.
             StorageError: the storage cannot be read.
         """
-        manifest = folder.manifest()
-        if manifest is None or not folder.finished():
+        manifest = folder.read_manifest()
+        if manifest is None or not folder.is_finished():
             raise ValueError(f"{folder.location.uri}: not a finished annotated set; run jobs.annotate to completion")
-        first = {part: (folder.location / part).files(".parquet")[:1] for part in ("data", "errors")}
+        first = {part: (folder.location / part).list_files(".parquet")[:1] for part in ("data", "errors")}
         schemas = {part: read_footer(file).schema.to_arrow_schema() for part, files in first.items() for file in files}
         return cls(manifest, schemas)
 
@@ -52,7 +52,7 @@ class FinishedSet:
         return int(self.manifest["counts"]["rows"] - self.manifest["counts"]["errors"])
 
 
-def dataset_card(found: FinishedSet, title: str, licence: str | None) -> str:
+def render_card(found: FinishedSet, title: str, licence: str | None) -> str:
     """Return the card as Markdown with a YAML front matter.
 
     Args:
@@ -61,23 +61,23 @@ def dataset_card(found: FinishedSet, title: str, licence: str | None) -> str:
         licence: identifier from https://huggingface.co/docs/hub/repositories-licenses.
     """
     parts = [
-        f"---\n{_front_matter(found, title, licence)}\n---",
+        f"---\n{_render_front_matter(found, title, licence)}\n---",
         f"# {title}",
         f"{found.answered:,} queries, answered with evidence and critique by "
         "[Self-RAG](https://arxiv.org/abs/2310.11511) decoding (selfrag-batch).",
-        _opening(found, title),
+        _render_example(found, title),
         "## Provenance",
-        _table(_origin(found.manifest)),
-        f"Settings: {_settings(found.manifest)}. Task-specific and other settings are in `_manifest.json`.",
+        _render_table(_describe_origin(found.manifest)),
+        f"Settings: {_format_settings(found.manifest)}. Task-specific and other settings are in `_manifest.json`.",
         "## Columns",
-        *(f"`{part}`:\n\n{columns_table(schema)}" for part, schema in found.schemas.items()),
+        *(f"`{part}`:\n\n{render_columns(schema)}" for part, schema in found.schemas.items()),
         "## Caveats",
-        _caveats(found, licence),
+        _render_caveats(found, licence),
     ]
     return "\n\n".join(parts) + "\n"
 
 
-def _front_matter(found: FinishedSet, title: str, licence: str | None) -> str:
+def _render_front_matter(found: FinishedSet, title: str, licence: str | None) -> str:
     from datasets import DatasetInfo, Features
     from datasets.info import DatasetInfosDict
     from huggingface_hub import DatasetCardData
@@ -86,7 +86,7 @@ def _front_matter(found: FinishedSet, title: str, licence: str | None) -> str:
     data = DatasetCardData(
         license=licence,
         pretty_name=title,
-        size_categories=[_size(found.answered)],
+        size_categories=[_choose_size(found.answered)],
         task_categories=["question-answering"],
         tags=["self-rag", "retrieval-augmented-generation"],
         configs=[{**configs[0], "default": True}, *configs[1:]],
@@ -99,82 +99,84 @@ def _front_matter(found: FinishedSet, title: str, licence: str | None) -> str:
     return str(data.to_yaml())
 
 
-def _size(rows: int) -> str:
+def _choose_size(rows: int) -> str:
     return SIZES[min(max(len(str(rows)) - 3, 0), len(SIZES) - 1)]
 
 
-def _opening(found: FinishedSet, title: str) -> str:
+def _render_example(found: FinishedSet, title: str) -> str:
     lines = [f'answers = datasets.load_dataset("{title}", split="train")']
     if "errors" in found.schemas:
         lines.append(f'failed = datasets.load_dataset("{title}", "errors", split="train")')
     return "\n".join(["```python", "import datasets", "", *lines, "```"])
 
 
-def _origin(manifest: Mapping[str, Any]) -> dict[str, str]:
+def _describe_origin(manifest: Mapping[str, Any]) -> dict[str, str]:
     configuration, counts = manifest["configuration"], manifest["counts"]
     model, index, encoder = (manifest.get(part) or {} for part in ("model", "index", "encoder"))
     adapter = configuration["model"].get("lora")
     lines = {
-        "model": _named(configuration["model"]["name"], model.get("commit"), model.get("digest")),
-        "adapter": _named(adapter, None, model.get("lora")) if adapter else None,
-        "index": index and _named(f"{index['passages']:,} passages", None, index["digest"]),
-        "encoder": encoder and _named(encoder["name"], encoder["revision"], encoder["digest"]),
-        "queries": _named(f"{counts['rows']:,} rows", None, (manifest.get("queries") or {}).get("digest")),
-        "tasks": ", ".join(f"{_code(name) if name else 'none'} {t['rows']:,}" for name, t in manifest["tasks"].items()),
+        "model": _format_identity(configuration["model"]["name"], model.get("commit"), model.get("digest")),
+        "adapter": _format_identity(adapter, None, model.get("lora")) if adapter else None,
+        "index": index and _format_identity(f"{index['passages']:,} passages", None, index["digest"]),
+        "encoder": encoder and _format_identity(encoder["name"], encoder["revision"], encoder["digest"]),
+        "queries": _format_identity(f"{counts['rows']:,} rows", None, (manifest.get("queries") or {}).get("digest")),
+        "tasks": ", ".join(
+            f"{_format_code(name) if name else 'none'} {t['rows']:,}" for name, t in manifest["tasks"].items()
+        ),
         "outcome": f"{counts['rows'] - counts['errors']:,} answered, {counts['errors']:,} failed"
         + f", {counts['retrieved']:,} with a passage",
         "versions": ", ".join(f"{name} {number}" for name, number in manifest.get("versions", {}).items()),
-        "finished": finished(manifest),
+        "finished": format_end_time(manifest),
     }
     return {name: text for name, text in lines.items() if text}
 
 
-def finished(manifest: Mapping[str, Any]) -> str:
+def format_end_time(manifest: Mapping[str, Any]) -> str:
     """Return the run's end time as the card shows it, which identifies the run that a card describes."""
     return str(manifest.get("finished", ""))[:19]
 
 
-def _named(name: str, revision: str | None, digest: str | None) -> str:
+def _format_identity(name: str, revision: str | None, digest: str | None) -> str:
     identity = [f"revision {revision}"] * bool(revision) + [f"digest {str(digest)[:SHOWN]}"] * bool(digest)
     return f"{name} ({', '.join(identity)})" if identity else name
 
 
-def _settings(manifest: Mapping[str, Any]) -> str:
+def _format_settings(manifest: Mapping[str, Any]) -> str:
     shown = ("decoding.", "retrieval.", "rescored")
     settings = {key: value for key, value in manifest["settings"].items() if key.startswith(shown)}
     return ", ".join(f"`{key}={value}`" for key, value in settings.items() if value not in (None, ""))
 
 
-def columns_table(schema: pa.Schema) -> str:
+def render_columns(schema: pa.Schema) -> str:
     """Return a table of the meanings of columns; the columns of the query set share one line."""
     known = {name for names in MEANINGS for name in names}
     own = [name for name in schema.names if name not in known]
-    rows = {_listed(own): "unchanged from the query set"} if own else {}
+    rows = {_join_names(own): "unchanged from the query set"} if own else {}
     for names, meaning in MEANINGS.items():
         if present := [name for name in names if name in schema.names]:
-            rows[_listed(present)] = meaning
-    return _table(rows)
+            rows[_join_names(present)] = meaning
+    return _render_table(rows)
 
 
-def _listed(names: list[str]) -> str:
-    return ", ".join(_code(name) for name in names)
+def _join_names(names: list[str]) -> str:
+    return ", ".join(_format_code(name) for name in names)
 
 
-def _code(name: str) -> str:
+def _format_code(name: str) -> str:
     """Format a name from the user's data as code, so that nothing in it is read as Markdown."""
     return f"`{' '.join(name.replace('`', chr(39)).split())}`"
 
 
-def _table(rows: Mapping[str, str]) -> str:
-    lines = (f"| {_cell(name)} | {_cell(meaning)} |" for name, meaning in rows.items())
+def _render_table(rows: Mapping[str, str]) -> str:
+    lines = (f"| {_escape_cell(name)} | {_escape_cell(meaning)} |" for name, meaning in rows.items())
     return "\n".join(["| | |", "| --- | --- |", *lines])
 
 
-def _cell(text: str) -> str:
+def _escape_cell(text: str) -> str:
     return text.replace("|", "\\|")
 
 
-def _caveats(found: FinishedSet, licence: str | None) -> str:
+def _render_caveats(found: FinishedSet, licence: str | None) -> str:
     counts = found.manifest["counts"]
     failed = ", ".join(f"{name} {count:,}" for name, count in counts.get("error_types", {}).items())
     caveats = [

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config.sections import Columns
-from pipeline.output.schema import data_schema, error_schema
+from pipeline.output.schema import build_data_schema, build_error_schema
 from pipeline.storage.location import Location
 from pipeline.storage.parquet import encode_parquet, map_in_threads, read_columns
 
@@ -52,7 +52,7 @@ class UnitSummary:
     began: float | None = None
     ended: float | None = None
 
-    def record(self) -> dict[str, Any]:
+    def to_record(self) -> dict[str, Any]:
         """Return the unit's entry in the manifest."""
         return {"rows": self.rows, "errors": sum(self.errors.values()), "began": self.began, "ended": self.ended}
 
@@ -71,7 +71,7 @@ class OutputFolder:
     def _success(self) -> Location:
         return self.location / "_SUCCESS"
 
-    def manifest(self) -> dict[str, Any] | None:
+    def read_manifest(self) -> dict[str, Any] | None:
         """Read the manifest; None if no run has started here.
 
         Raises:
@@ -87,24 +87,24 @@ class OutputFolder:
             raise ValueError(f"{self._manifest.uri}: not a manifest of this version; choose another folder")
         return found
 
-    def finished(self) -> bool:
+    def is_finished(self) -> bool:
         """Whether a run has finished here."""
         return self._success.exists()
 
-    def data_files(self) -> list[Location]:
+    def list_data_files(self) -> list[Location]:
         """List the data files, one for each finished unit."""
-        return (self.location / "data").files(".parquet")
+        return (self.location / "data").list_files(".parquet")
 
-    def done_units(self) -> frozenset[str]:
+    def list_done_units(self) -> frozenset[str]:
         """Return the ids of the finished units: those that have a data file."""
-        return frozenset(unit_of(file) for file in self.data_files())
+        return frozenset(parse_unit_id(file) for file in self.list_data_files())
 
-    def foreign(self) -> str | None:
+    def find_foreign_file(self) -> str | None:
         """Return the URI of a file that no run has written, in a folder without a manifest; None if there is none.
 
         A dataset card does not count: it may be left over from a set that was deleted.
         """
-        found = [file for file in self.location.files() if file.path != (self.location / CARD).path]
+        found = [file for file in self.location.list_files() if file.path != (self.location / CARD).path]
         return found[0].uri if found and not self._manifest.exists() else None
 
     def clear(self) -> None:
@@ -115,7 +115,7 @@ class OutputFolder:
         if self._success.exists():
             self._success.delete()
         for folder in ("data", "errors"):
-            for file in (self.location / folder).files(".parquet"):
+            for file in (self.location / folder).list_files(".parquet"):
                 if UNIT_FILE.fullmatch(file.path.removeprefix(f"{self.location.path}/{folder}/")):
                     file.delete()
         for file in (self.location / REPORT, self._manifest):
@@ -157,45 +157,45 @@ class OutputFolder:
             times: start and end of the unit; kept in the data file's metadata, so that they survive a resume.
         """
         errors_file = self.location / "errors" / f"part-{unit}.parquet"
-        if self._data_file(unit).exists():
-            return self._summary(unit, errors_file.exists())
+        if self._locate_data_file(unit).exists():
+            return self._summarize_files(unit, errors_file.exists())
         failed = pc.is_valid(annotated["error_type"])
-        answers = annotated.filter(pc.invert(failed)).select(data_schema(inputs, keep_candidates).names)
+        answers = annotated.filter(pc.invert(failed)).select(build_data_schema(inputs, keep_candidates).names)
         answers = answers.replace_schema_metadata({TIMES: json.dumps(times)} if times else None)
-        errors = annotated.filter(failed).select(error_schema(inputs).names)
+        errors = annotated.filter(failed).select(build_error_schema(inputs).names)
         if errors.num_rows:
             errors_file.write(encode_parquet(errors))
         elif errors_file.exists():
             errors_file.delete()  # left by an attempt that died before it wrote the data file
-        self._data_file(unit).write(encode_parquet(answers))
+        self._locate_data_file(unit).write(encode_parquet(answers))
         return summarize_unit(unit, answers, errors)
 
-    def _data_file(self, unit: str) -> Location:
+    def _locate_data_file(self, unit: str) -> Location:
         return self.location / "data" / f"part-{unit}.parquet"
 
     def withdraw(self, unit: str) -> None:
         """Delete the unit's data file, so that it is annotated again."""
-        self._data_file(unit).delete()
+        self._locate_data_file(unit).delete()
 
-    def error_rows(self, units: Iterable[str]) -> int:
+    def count_error_rows(self, units: Iterable[str]) -> int:
         """Count the rows of units in ``errors/``."""
         wanted = frozenset(units)
-        files = [file for file in (self.location / "errors").files(".parquet") if unit_of(file) in wanted]
+        files = [file for file in (self.location / "errors").list_files(".parquet") if parse_unit_id(file) in wanted]
         return sum(table.num_rows for table in map_in_threads(lambda file: read_columns(file, ["error_type"]), files))
 
-    def summaries(self, units: Iterable[str]) -> list[UnitSummary]:
+    def summarize_units(self, units: Iterable[str]) -> list[UnitSummary]:
         """Count the rows of finished units; units without a data file are left out.
 
         Raises:
             StorageError: a file cannot be read.
         """
-        failed = frozenset(unit_of(file) for file in (self.location / "errors").files(".parquet"))
-        done = self.done_units()
+        failed = frozenset(parse_unit_id(file) for file in (self.location / "errors").list_files(".parquet"))
+        done = self.list_done_units()
         finished = [unit for unit in units if unit in done]
-        return map_in_threads(lambda unit: self._summary(unit, unit in failed), finished)
+        return map_in_threads(lambda unit: self._summarize_files(unit, unit in failed), finished)
 
-    def _summary(self, unit: str, failed: bool) -> UnitSummary:
-        answers = read_columns(self._data_file(unit), ["retrieved", "usage"])
+    def _summarize_files(self, unit: str, failed: bool) -> UnitSummary:
+        answers = read_columns(self._locate_data_file(unit), ["retrieved", "usage"])
         errors = self.location / "errors" / f"part-{unit}.parquet"
         return summarize_unit(unit, answers, read_columns(errors, ["error_type"]) if failed else NO_ERRORS)
 
@@ -225,11 +225,11 @@ def is_unit_file(file: Location, folder: str) -> bool:
     return parent == folder and UNIT_FILE.fullmatch(file.name) is not None
 
 
-def unit_of(file: Location) -> str:
+def parse_unit_id(file: Location) -> str:
     """Return the unit id in the name of a unit file."""
     return file.name.removeprefix("part-").removesuffix(".parquet")
 
 
-def columns_of(manifest: Mapping[str, Any]) -> Columns:
+def get_columns(manifest: Mapping[str, Any]) -> Columns:
     """Return the names of the query set's columns that an annotated set was made with."""
     return Columns.model_validate(manifest.get("configuration", {}).get("columns", {}))

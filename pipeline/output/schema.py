@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.decoding.choose import citation_numbers, cited_passages
+from pipeline.decoding.choose import list_cited_passages, number_citations
 from pipeline.decoding.types import Answer, Candidate, RetrievedPassage, Segment
 
 CRITIQUE_FIELDS = [
@@ -112,30 +112,30 @@ MEANINGS: Mapping[tuple[str, ...], str] = {
 RESERVED = frozenset(f.name for f in [*ANSWER_FIELDS, *CANDIDATE_FIELDS, *ERROR_FIELDS])
 
 
-def columns_digest() -> str:
+def hash_columns() -> str:
     """Return a digest of the columns that a run adds; a run is resumed only if its output has the same."""
     fields = pa.schema([*ANSWER_FIELDS, *CANDIDATE_FIELDS, *ERROR_FIELDS])
     return hashlib.sha256(str(fields).encode()).hexdigest()[:12]
 
 
-def passed_through(schema: pa.Schema) -> pa.Schema:
+def rename_inputs(schema: pa.Schema) -> pa.Schema:
     """Return the input columns as the output names them: a reserved name becomes ``input_NAME``."""
     names = [f"input_{name}" if name in RESERVED else name for name in schema.names]
     return pa.schema([field.with_name(name) for field, name in zip(schema, names, strict=True)])
 
 
-def data_schema(inputs: pa.Schema, keep_candidates: bool) -> pa.Schema:
+def build_data_schema(inputs: pa.Schema, keep_candidates: bool) -> pa.Schema:
     """Return the schema of ``data/*.parquet``."""
     extra = CANDIDATE_FIELDS if keep_candidates else []
-    return pa.schema([*passed_through(inputs), *ANSWER_FIELDS, *extra])
+    return pa.schema([*rename_inputs(inputs), *ANSWER_FIELDS, *extra])
 
 
-def error_schema(inputs: pa.Schema) -> pa.Schema:
+def build_error_schema(inputs: pa.Schema) -> pa.Schema:
     """Return the schema of ``errors/*.parquet``."""
-    return pa.schema([*passed_through(inputs), *ERROR_FIELDS])
+    return pa.schema([*rename_inputs(inputs), *ERROR_FIELDS])
 
 
-def answer_row(answer: Answer) -> dict[str, Any]:
+def convert_answer(answer: Answer) -> dict[str, Any]:
     """Convert an answer to the values of the output columns."""
     return {
         "answer": answer.answer,
@@ -144,17 +144,17 @@ def answer_row(answer: Answer) -> dict[str, Any]:
         "retrieve_probability": answer.retrieve_probability,
         "finish_reason": answer.finish,
         "segments": [
-            {**_scores(segment), "citation": number}
-            for segment, number in zip(answer.segments, citation_numbers(answer.segments), strict=True)
+            {**_convert_segment(segment), "citation": number}
+            for segment, number in zip(answer.segments, number_citations(answer.segments), strict=True)
         ],
-        "passages": [_passage(used) for used in cited_passages(answer.segments)],
+        "passages": [_convert_passage(used) for used in list_cited_passages(answer.segments)],
         "usage": vars(answer.usage),
-        "candidates": [_candidate(candidate) for candidate in answer.candidates],
-        "evidence": [_passage(read) for read in _read(answer.candidates)],
+        "candidates": [_convert_candidate(candidate) for candidate in answer.candidates],
+        "evidence": [_convert_passage(read) for read in _list_evidence(answer.candidates)],
     }
 
 
-def _read(candidates: Sequence[Candidate]) -> list[RetrievedPassage]:
+def _list_evidence(candidates: Sequence[Candidate]) -> list[RetrievedPassage]:
     read: dict[str, RetrievedPassage] = {}
     for candidate in candidates:
         if (evidence := candidate.segment.evidence) is not None:
@@ -162,10 +162,10 @@ def _read(candidates: Sequence[Candidate]) -> list[RetrievedPassage]:
     return list(read.values())
 
 
-def _candidate(candidate: Candidate) -> dict[str, Any]:
+def _convert_candidate(candidate: Candidate) -> dict[str, Any]:
     segment, boundary = candidate.segment, candidate.boundary
     return {
-        **_scores(segment),
+        **_convert_segment(segment),
         "parent": candidate.parent,
         "opening": segment.opening,
         "raw": segment.raw,
@@ -178,7 +178,7 @@ def _candidate(candidate: Candidate) -> dict[str, Any]:
     }
 
 
-def _scores(segment: Segment) -> dict[str, Any]:
+def _convert_segment(segment: Segment) -> dict[str, Any]:
     critique = segment.critique
     return {
         "text": segment.text,
@@ -191,7 +191,7 @@ def _scores(segment: Segment) -> dict[str, Any]:
     }
 
 
-def _passage(used: RetrievedPassage) -> dict[str, Any]:
+def _convert_passage(used: RetrievedPassage) -> dict[str, Any]:
     passage = used.passage
     return {
         "id": passage.id,

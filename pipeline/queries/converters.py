@@ -16,7 +16,7 @@ from pydantic import Field
 
 from pipeline.config.loading import Frozen
 from pipeline.config.sections import Columns
-from pipeline.queries.schema import QUERY_FIELDS, query_of
+from pipeline.queries.schema import QUERY_FIELDS, to_query
 
 BUILT_IN = Path(__file__).with_suffix(".yaml")
 # A list in JSON within a string, as in PopQA's possible_answers; a string such as [1] is text.
@@ -36,7 +36,7 @@ class KnownDataset(Frozen):
 
 
 @cache
-def known_datasets() -> dict[str, KnownDataset]:
+def load_known_datasets() -> dict[str, KnownDataset]:
     """Return the datasets that come with the project, by name."""
     return {name: KnownDataset.model_validate(d) for name, d in yaml.safe_load(BUILT_IN.read_text("utf-8")).items()}
 
@@ -72,12 +72,12 @@ class ColumnMapping:
         """
         row: Row = dict.fromkeys(CONVERTERS)
         for column, path in self._paths.items():
-            if (value := value_at(values, path)) is not None:
-                row[column] = self._converted(column, path, value)
+            if (value := find_value(values, path)) is not None:
+                row[column] = self._convert(column, path, value)
         row["task"] = self.task or row["task"]
-        return {**with_letters(row), **{name: value for name, value in values.items() if name not in self._taken}}
+        return {**replace_labels(row), **{name: value for name, value in values.items() if name not in self._taken}}
 
-    def _converted(self, column: str, path: str, value: Any) -> Any:
+    def _convert(self, column: str, path: str, value: Any) -> Any:
         try:
             return CONVERTERS[column](value)
         except ValueError as error:
@@ -95,23 +95,23 @@ class ColumnMapping:
         return frozenset([*self.columns.values(), *self.drop, *CONVERTERS])
 
 
-def value_at(values: Mapping[str, Any], path: str) -> Any:
+def find_value(values: Mapping[str, Any], path: str) -> Any:
     """Return the value at a dotted path, or None; a list on the path yields the list of its items' values."""
     if path in values:
         return values[path]
     found: Any = values
     for name in path.split("."):
-        found = _member(found, name)
+        found = _get_member(found, name)
     return found
 
 
-def _member(value: Any, name: str) -> Any:
+def _get_member(value: Any, name: str) -> Any:
     if isinstance(value, list):
-        return [_member(item, name) for item in value]
+        return [_get_member(item, name) for item in value]
     return value.get(name) if isinstance(value, dict) else None
 
 
-def text(value: Any) -> str | None:
+def to_text(value: Any) -> str | None:
     """Convert a value to text: a number or boolean to its JSON form, null or blank text to None.
 
     Raises:
@@ -122,7 +122,9 @@ def text(value: Any) -> str | None:
     if isinstance(value, (bool, int, float)):
         return json.dumps(value)
     if not isinstance(value, str):
-        raise ValueError(f"expected text, found {_kind(value)} (map a field, such as --column answers=answer.aliases)")
+        raise ValueError(
+            f"expected text, found {_describe_type(value)} (map a field, such as --column answers=answer.aliases)"
+        )
     try:
         value.encode()
     except UnicodeEncodeError as error:
@@ -130,58 +132,58 @@ def text(value: Any) -> str | None:
     return value if value.strip() else None
 
 
-def texts(value: Any) -> list[str] | None:
+def to_texts(value: Any) -> list[str] | None:
     """Flatten a list, nested lists, or a list in JSON to its texts; a single text becomes a list of one.
 
     Blank and repeated texts are left out.
     """
     if isinstance(value, str) and WRITTEN_LIST.match(value):
-        value = _written(value)
-    found = (text(item) for item in _flat(value))
+        value = _parse_json(value)
+    found = (to_text(item) for item in _flatten(value))
     return list(dict.fromkeys(item for item in found if item is not None)) or None
 
 
-def _flat(value: Any) -> Iterator[Any]:
+def _flatten(value: Any) -> Iterator[Any]:
     if isinstance(value, list):
         for item in value:
-            yield from _flat(item)
+            yield from _flatten(item)
     else:
         yield value
 
 
-def sets_of_texts(value: Any) -> list[list[str]] | None:
+def to_text_sets(value: Any) -> list[list[str]] | None:
     """Convert a list to sets of short answers; empty sets are left out."""
-    return [found for found in map(texts, _items(value)) if found] or None
+    return [found for found in map(to_texts, _to_items(value)) if found] or None
 
 
-def options(value: Any) -> list[Any] | None:
-    """Convert a list to choices: texts, or objects with a label and a text, which :func:`with_letters` replaces."""
-    return [item if _is_labelled(item) else text(item) for item in _items(value)] or None
+def to_choices(value: Any) -> list[Any] | None:
+    """Convert a list to choices: texts, or objects with a label and a text, which :func:`replace_labels` replaces."""
+    return [item if _is_labelled(item) else to_text(item) for item in _to_items(value)] or None
 
 
-def passages(value: Any) -> list[Row] | None:
+def to_passages(value: Any) -> list[Row] | None:
     """Convert a list to given passages; fields other than id, title and text are left out."""
-    found = _items(value)
+    found = _to_items(value)
     for item in found:
         if not isinstance(item, dict):
-            raise ValueError(f"expected a passage with id, title and text, found {_kind(item)}")
-    return [{name: text(item.get(name)) for name in ("id", "title", "text")} for item in found] or None
+            raise ValueError(f"expected a passage with id, title and text, found {_describe_type(item)}")
+    return [{name: to_text(item.get(name)) for name in ("id", "title", "text")} for item in found] or None
 
 
-def _items(value: Any) -> list[Any]:
+def _to_items(value: Any) -> list[Any]:
     """Return the items of a list, of a list in JSON, or of an object of equally long lists."""
     if isinstance(value, str) and value.strip():
-        value = _written(value)
+        value = _parse_json(value)
     if isinstance(value, dict) and value and all(isinstance(member, list) for member in value.values()):
         return [dict(zip(value, members, strict=True)) for members in zip(*value.values(), strict=True)]
     if value in (None, ""):
         return []
     if not isinstance(value, list):
-        raise ValueError(f"expected a list, found {_kind(value)}")
+        raise ValueError(f"expected a list, found {_describe_type(value)}")
     return value
 
 
-def _written(value: str) -> Any:
+def _parse_json(value: str) -> Any:
     try:
         return json.loads(value)
     except ValueError:
@@ -192,12 +194,12 @@ def _is_labelled(item: Any) -> bool:
     return isinstance(item, dict) and item.keys() >= {"label", "text"}
 
 
-def _kind(value: Any) -> str:
+def _describe_type(value: Any) -> str:
     kinds: dict[type, str] = {dict: "an object", list: "a list", str: "text"}
     return kinds.get(type(value), type(value).__name__)
 
 
-def with_letters(row: Row) -> Row:
+def replace_labels(row: Row) -> Row:
     """Replace labeled choices, as in ARC, by the letters A, B, …, and append their texts to the query.
 
     Labels in the answers are replaced too; in ARC they are A to E or 1 to 4. The released script
@@ -212,25 +214,25 @@ def with_letters(row: Row) -> Row:
         return row
     if not all(map(_is_labelled, choices)) or len(choices) > len(ascii_uppercase):
         raise ValueError("column 'choices': every choice needs a label and a text, and at most 26 are supported")
-    letters = {text(choice["label"]): letter for choice, letter in zip(choices, ascii_uppercase, strict=False)}
+    letters = {to_text(choice["label"]): letter for choice, letter in zip(choices, ascii_uppercase, strict=False)}
     if len(letters) < len(choices):
         raise ValueError("column 'choices': two choices have the same label")
-    lines = [f"{letters[text(choice['label'])]}: {text(choice['text']) or ''}" for choice in choices]
+    lines = [f"{letters[to_text(choice['label'])]}: {to_text(choice['text']) or ''}" for choice in choices]
     answers = row["answers"] and [letters.get(answer, answer) for answer in row["answers"]]
     query = "\n".join([row["query"], *lines])
     return {**row, "query": query, "choices": list(letters.values()), "answers": answers}
 
 
 CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
-    "id": text,
-    "query": text,
-    "input": text,
-    "task": text,
-    "choices": options,
-    "answers": texts,
-    "short_answers": sets_of_texts,
-    "gold_passage_id": text,
-    "passages": passages,
+    "id": to_text,
+    "query": to_text,
+    "input": to_text,
+    "task": to_text,
+    "choices": to_choices,
+    "answers": to_texts,
+    "short_answers": to_text_sets,
+    "gold_passage_id": to_text,
+    "passages": to_passages,
 }
 assert list(CONVERTERS) == QUERY_FIELDS.names
 
@@ -264,7 +266,7 @@ class Ids:
         if self.made and row["id"] is not None:
             raise ValueError(f"has an id ({row['id']!r}), but the first row has none; --drop id generates all ids")
         if self.made:
-            row["id"] = content_id(row)
+            row["id"] = hash_content(row)
         elif row["id"] is None:
             raise ValueError("has no id, but the first row has one; --drop id generates all ids")
         self.seen[row["id"]] += 1
@@ -275,7 +277,7 @@ class Ids:
             row["id"] = f"{row['id']}-{times}"
 
 
-def content_id(row: Mapping[str, Any]) -> str:
+def hash_content(row: Mapping[str, Any]) -> str:
     """Return a digest of query, input, choices and given passages: 20 hexadecimal digits."""
     asked = [row[name] for name in ("query", "input", "choices", "passages")]
     return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()[:20]
@@ -287,10 +289,10 @@ def check_row(row: Mapping[str, Any]) -> None:
     Raises:
         ValueError: the query is empty, a choice is null, a given passage has no id, or two have the same.
     """
-    query_of(row, Columns()).check()
+    to_query(row, Columns()).check()
 
 
-def checked_columns(options: Iterable[str]) -> dict[str, str]:
+def parse_columns(options: Iterable[str]) -> dict[str, str]:
     """Parse options of the form ``NAME=PATH`` to paths by name.
 
     Raises:

@@ -14,7 +14,7 @@ import pyarrow.parquet as pq
 
 from pipeline.config.sections import Columns, StorageConfig
 from pipeline.queries.schema import check_query_schema
-from pipeline.storage.location import Location, locate, one_line
+from pipeline.storage.location import Location, join_lines, locate
 from pipeline.storage.parquet import list_parquet, read_footer, read_parquet
 
 READ_BYTES = 8 * 2**20
@@ -86,35 +86,35 @@ def inspect_queries(location: Location, columns: Columns, unit_rows: int) -> Que
         check_query_schema(footer.schema.to_arrow_schema(), columns, file.uri)
         if (other := footer.schema.to_arrow_schema().remove_metadata()) != schema:
             raise ValueError(
-                f"{file.uri}: its schema differs from that of {files[0].uri}: {_difference(schema, other)}"
+                f"{file.uri}: its schema differs from that of {files[0].uri}: {_describe_difference(schema, other)}"
             )
     rows = sum(footer.num_rows for _, footer in footers)
     if rows == 0:
         raise ValueError(f"{location.uri}: the query set has no rows")
     _check_ids(files, columns.id)
-    units = tuple(unit for file, footer in footers for unit in _units(file, footer, unit_rows))
+    units = tuple(unit for file, footer in footers for unit in _divide_file(file, footer, unit_rows))
     digest = hashlib.sha256("".join(unit.id for unit in units).encode()).hexdigest()
     return QuerySet(
-        schema, units, len(files), rows, digest, _has_passages(schema, columns), _tasks(files, schema, columns)
+        schema, units, len(files), rows, digest, _has_passages(schema, columns), _count_tasks(files, schema, columns)
     )
 
 
-def query_ids(queries: QuerySet, column: str, storage: StorageConfig) -> pa.ChunkedArray:
+def read_query_ids(queries: QuerySet, column: str, storage: StorageConfig) -> pa.ChunkedArray:
     """Read all ids, in the order of the units: large_string.
 
     Raises:
         StorageError: the storage cannot be read.
     """
     files = [locate(uri, storage) for uri in dict.fromkeys(unit.uri for unit in queries.units)]
-    columns = [_column(file, column, pa.large_string()) for file in files]
+    columns = [_read_column(file, column, pa.large_string()) for file in files]
     return pa.chunked_array([chunk for values in columns for chunk in values.chunks], pa.large_string())
 
 
-def _column(file: Location, name: str, kind: pa.DataType) -> pa.ChunkedArray:
+def _read_column(file: Location, name: str, kind: pa.DataType) -> pa.ChunkedArray:
     return read_parquet(file, lambda stream: pq.read_table(stream, columns=[name])[name].cast(kind))
 
 
-def _difference(one: pa.Schema, other: pa.Schema) -> str:
+def _describe_difference(one: pa.Schema, other: pa.Schema) -> str:
     for name in [*one.names, *other.names]:
         types = [str(s.field(name).type) if name in s.names else "missing" for s in (one, other)]
         if types[0] != types[1]:
@@ -125,24 +125,24 @@ def _difference(one: pa.Schema, other: pa.Schema) -> str:
 def _check_ids(files: list[Location], column: str) -> None:
     ids: list[pa.ChunkedArray] = []
     for file in files:
-        values = _column(file, column, pa.large_string())
+        values = _read_column(file, column, pa.large_string())
         if values.null_count:
             row = pc.index(values.is_null(), True).as_py()
             raise ValueError(f"{file.uri}: column {column!r} is null in row {row}; every query needs an id")
         try:
             values.validate(full=True)
         except pa.ArrowInvalid as error:
-            raise ValueError(f"{file.uri}: column {column!r} is not UTF-8: {one_line(error)}") from None
+            raise ValueError(f"{file.uri}: column {column!r} is not UTF-8: {join_lines(error)}") from None
         ids.append(values)
     merged = pa.chunked_array([chunk for values in ids for chunk in values.chunks], pa.large_string())
     if pc.count_distinct(merged).as_py() != len(merged):
         counts = pc.value_counts(merged)
         double = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
-        places = [f"{f.uri} row {n}" for f, v in zip(files, ids, strict=True) for n in _rows_of(v, double)]
+        places = [f"{f.uri} row {n}" for f, v in zip(files, ids, strict=True) for n in _find_rows(v, double)]
         raise ValueError(f"id {double!r} is not unique: {', '.join(places[:3])}")
 
 
-def _rows_of(values: pa.ChunkedArray, value: str) -> list[int]:
+def _find_rows(values: pa.ChunkedArray, value: str) -> list[int]:
     mask = pc.equal(values, value).combine_chunks()
     return list(pc.indices_nonzero(mask).to_pylist())
 
@@ -151,12 +151,12 @@ def _has_passages(schema: pa.Schema, columns: Columns) -> bool:
     return columns.passages in schema.names and not pa.types.is_null(schema.field(columns.passages).type)
 
 
-def _tasks(files: list[Location], schema: pa.Schema, columns: Columns) -> dict[str, int]:
+def _count_tasks(files: list[Location], schema: pa.Schema, columns: Columns) -> dict[str, int]:
     if columns.task not in schema.names:
         return {}
     tasks: Counter[str] = Counter()
     for file in files:
-        values = _column(file, columns.task, pa.string())
+        values = _read_column(file, columns.task, pa.string())
         try:
             counts = pc.value_counts(values.drop_null()).to_pylist()
         except UnicodeDecodeError as error:
@@ -165,7 +165,7 @@ def _tasks(files: list[Location], schema: pa.Schema, columns: Columns) -> dict[s
     return dict(sorted(tasks.items()))
 
 
-def _content_digest(file: Location) -> tuple[int, str]:
+def _hash_file(file: Location) -> tuple[int, str]:
     def work() -> tuple[int, str]:
         digest, size = hashlib.sha256(), 0
         with file.filesystem.open_input_stream(file.path) as stream:
@@ -183,8 +183,8 @@ def _decode(stream: Any) -> None:
         pass
 
 
-def _units(file: Location, footer: pq.FileMetaData, unit_rows: int) -> Iterator[Unit]:
-    size, digest = _content_digest(file)
+def _divide_file(file: Location, footer: pq.FileMetaData, unit_rows: int) -> Iterator[Unit]:
+    size, digest = _hash_file(file)
     read_parquet(file, _decode)
     for group in range(footer.num_row_groups):
         total = footer.row_group(group).num_rows
@@ -195,7 +195,7 @@ def _units(file: Location, footer: pq.FileMetaData, unit_rows: int) -> Iterator[
 
 
 @lru_cache(maxsize=1)
-def _row_group(
+def _read_row_group(
     uri: str,
     size: int,
     digest: str,  # noqa: ARG001  part of the cache key: a process may outlive a run, and the file may change
@@ -224,7 +224,7 @@ def read_unit(unit: Unit, storage: StorageConfig) -> pa.Table:
         StorageError: the storage cannot be read.
     """
     with READING:
-        group = _row_group(unit.uri, unit.size, unit.digest, unit.row_group, storage)
+        group = _read_row_group(unit.uri, unit.size, unit.digest, unit.row_group, storage)
     rows = group.slice(unit.offset, unit.rows)
     assert rows.num_rows == unit.rows, f"unit {unit.id} has {unit.rows} rows, but {rows.num_rows} were read"
     return rows

@@ -129,7 +129,7 @@ def _read_row(table: pa.Table) -> Row:
     return dict(row)
 
 
-def query_of(row: Mapping[str, Any], columns: Columns) -> Query:
+def to_query(row: Mapping[str, Any], columns: Columns) -> Query:
     """Convert an input row to a query; a missing column is treated as null.
 
     Raises:
@@ -139,7 +139,7 @@ def query_of(row: Mapping[str, Any], columns: Columns) -> Query:
     choices = tuple(row.get(columns.choices) or ())
     if None in choices:
         raise ValueError("a choice is null")
-    passages = _given(given) if given else None
+    passages = _to_passages(given) if given else None
     return Query(
         id=row[columns.id],
         query=row[columns.query] or "",
@@ -150,7 +150,7 @@ def query_of(row: Mapping[str, Any], columns: Columns) -> Query:
     )
 
 
-def _given(rows: Sequence[Mapping[str, Any] | None]) -> tuple[Passage, ...]:
+def _to_passages(rows: Sequence[Mapping[str, Any] | None]) -> tuple[Passage, ...]:
     """Convert given passages.
 
     Raises:

@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from pipeline.config.sections import StorageConfig
 from pipeline.output.folder import is_unit_file
-from pipeline.queries.query_set import QuerySet, query_ids, read_unit
+from pipeline.queries.query_set import QuerySet, read_query_ids, read_unit
 from pipeline.queries.writer import FILE_ROWS, GROUP_ROWS
 from pipeline.storage.location import Location
 from pipeline.storage.parquet import encode_parquet, map_in_threads, read_columns
@@ -42,7 +42,7 @@ class Earlier:
     apart_from: Location
     id_column: str
 
-    def known(self) -> pa.ChunkedArray:
+    def read_known_ids(self) -> pa.ChunkedArray:
         """Read the ids that are finished: answered, invalid, or failed in two sets. large_string.
 
         Raises:
@@ -50,7 +50,7 @@ class Earlier:
             StorageError: a file cannot be read; names it.
         """
         own = f"{self.apart_from.path.rstrip('/')}/"
-        files = [file for file in self.folder.files(".parquet") if not file.path.startswith(own)]
+        files = [file for file in self.folder.list_files(".parquet") if not file.path.startswith(own)]
         answered = self._read([file for file in files if is_unit_file(file, "data")], [])
         failed = self._read([file for file in files if is_unit_file(file, "errors")], ["error_type"])
         hopeless = failed.filter(pc.equal(failed["error_type"], OWN_FAULT))["id"]
@@ -60,10 +60,10 @@ class Earlier:
 
     def _read(self, files: list[Location], more: list[str]) -> pa.Table:
         schema = pa.schema([("id", pa.large_string()), *((name, pa.string()) for name in more)])
-        tables = map_in_threads(lambda file: self._columns(file, [self.id_column, *more]).cast(schema), files)
+        tables = map_in_threads(lambda file: self._read_columns(file, [self.id_column, *more]).cast(schema), files)
         return pa.concat_tables([schema.empty_table(), *tables])
 
-    def _columns(self, file: Location, names: list[str]) -> pa.Table:
+    def _read_columns(self, file: Location, names: list[str]) -> pa.Table:
         table = read_columns(file, names)
         if self.id_column not in table.column_names:
             raise ValueError(f"{file.uri}: no id column {self.id_column!r} (columns.id)")
@@ -83,7 +83,7 @@ class Selection:
     known: int
 
     @classmethod
-    def kept(cls, output: Location, queries: str) -> "Selection | None":
+    def load(cls, output: Location, queries: str) -> "Selection | None":
         """Return the selection that is stored in an output, or None.
 
         Args:
@@ -94,9 +94,9 @@ class Selection:
             ValueError: the stored selection was made from another query set.
         """
         folder = output / "_queries"
-        if not _record(folder).exists():
+        if not _locate_record(folder).exists():
             return None
-        record = json.loads(_record(folder).read())
+        record = json.loads(_locate_record(folder).read())
         if record["queries"] != queries:
             raise ValueError(
                 f"{folder.uri} was selected from {record['queries']}; choose another output, "
@@ -121,33 +121,35 @@ class Selection:
             ValueError: an earlier set has no column of ids.
             StorageError: the storage cannot be read.
         """
-        new = pc.invert(pc.is_in(query_ids(queries, earlier.id_column, storage), value_set=earlier.known()))
+        new = pc.invert(
+            pc.is_in(read_query_ids(queries, earlier.id_column, storage), value_set=earlier.read_known_ids())
+        )
         if not (count := pc.sum(new).as_py()):
             raise NothingNewError(
                 f"all {queries.rows} queries are already answered or failed below {earlier.folder.uri}; "
                 "nothing is left to do"
             )
-        for number, table in enumerate(_files(_rows(queries, new, storage))):
+        for number, table in enumerate(_merge_tables(_read_selected(queries, new, storage))):
             (scratch / f"part-{number:05d}.parquet").write(encode_parquet(table, GROUP_ROWS))
         return cls(scratch, queries.rows - count)
 
     def keep(self, output: Location, queries: str) -> "Selection":
         """Store the selection in the output folder, replacing another one; the record is written last."""
         folder = output / "_queries"
-        for file in [_record(folder), *folder.files(".parquet")]:
+        for file in [_locate_record(folder), *folder.list_files(".parquet")]:
             if file.exists():
                 file.delete()
-        for file in self.folder.files(".parquet"):
+        for file in self.folder.list_files(".parquet"):
             (folder / file.name).write(file.read())
-        _record(folder).write(json.dumps({"queries": queries, "known": self.known}).encode())
+        _locate_record(folder).write(json.dumps({"queries": queries, "known": self.known}).encode())
         return Selection(folder, self.known)
 
 
-def _record(folder: Location) -> Location:
+def _locate_record(folder: Location) -> Location:
     return folder / "selection.json"
 
 
-def _rows(queries: QuerySet, new: pa.ChunkedArray, storage: StorageConfig) -> Iterator[pa.Table]:
+def _read_selected(queries: QuerySet, new: pa.ChunkedArray, storage: StorageConfig) -> Iterator[pa.Table]:
     first = 0
     for unit in queries.units:
         mask = new.slice(first, unit.rows)
@@ -156,7 +158,7 @@ def _rows(queries: QuerySet, new: pa.ChunkedArray, storage: StorageConfig) -> It
             yield read_unit(unit, storage).filter(mask)
 
 
-def _files(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+def _merge_tables(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """Concatenate small tables into tables of at least ``FILE_ROWS`` rows; the last one may be smaller."""
     waiting: list[pa.Table] = []
     rows = 0

@@ -21,7 +21,7 @@ from pyarrow import fs
 
 from pipeline.config.sections import StorageConfig
 from pipeline.queries.schema import read_rows
-from pipeline.storage.location import Location, locate, one_line
+from pipeline.storage.location import Location, join_lines, locate
 from pipeline.storage.parquet import RowRange, read_footer, read_range
 
 HUB = "hf:"
@@ -83,24 +83,24 @@ def open_source(request: SourceRequest, storage: StorageConfig) -> Source:
         StorageError: the storage cannot be read.
     """
     if request.uri.startswith(HUB):
-        return _dataset_source(request, _hub_dataset)
+        return _open_dataset(request, _load_hub_dataset)
     location = locate(request.uri, storage)
     if location.local and any((location / name).exists() for name in SAVED):
-        return _dataset_source(request, _saved_dataset)
+        return _open_dataset(request, _load_saved_dataset)
     for option in ("name", "split", "revision"):
         if getattr(request, option) is not None:
             raise ValueError(f"--{option} is for Hugging Face datasets (hf:…, or saved by save_to_disk)")
-    return _file_source(location)
+    return _open_files(location)
 
 
-def _hub_dataset(request: SourceRequest) -> Any:
+def _load_hub_dataset(request: SourceRequest) -> Any:
     # https://huggingface.co/docs/datasets/stream
     from datasets import load_dataset
 
     return load_dataset(request.uri.removeprefix(HUB), request.name, revision=request.revision, streaming=True)
 
 
-def _saved_dataset(request: SourceRequest) -> Any:
+def _load_saved_dataset(request: SourceRequest) -> Any:
     # https://huggingface.co/docs/datasets/process#save
     from datasets import load_from_disk
 
@@ -109,19 +109,19 @@ def _saved_dataset(request: SourceRequest) -> Any:
     return load_from_disk(request.uri)
 
 
-def _dataset_source(request: SourceRequest, opened: Callable[[SourceRequest], Any]) -> Source:
+def _open_dataset(request: SourceRequest, opened: Callable[[SourceRequest], Any]) -> Source:
     from datasets import ClassLabel
 
-    with _datasets_errors(request.uri):
-        dataset = _split(opened(request), request.split)
+    with _wrapping_errors(request.uri):
+        dataset = _choose_split(opened(request), request.split)
     if dataset.features is None:  # a streamed dataset without declared features
-        return Source(_dataset_rows(request.uri, dataset, {}), {})
+        return Source(_read_dataset(request.uri, dataset, {}), {})
     names = {column: kind.names for column, kind in dataset.features.items() if isinstance(kind, ClassLabel)}
     types = {column.name: column.type for column in dataset.features.arrow_schema}
-    return Source(_dataset_rows(request.uri, dataset, names), types | dict.fromkeys(names, pa.string()))
+    return Source(_read_dataset(request.uri, dataset, names), types | dict.fromkeys(names, pa.string()))
 
 
-def _split(found: Any, wanted: str | None) -> Any:
+def _choose_split(found: Any, wanted: str | None) -> Any:
     if not isinstance(found, dict):
         if wanted not in (None, str(found.split)):
             raise ValueError(f"no split {wanted!r}; the dataset has no splits")
@@ -134,12 +134,12 @@ def _split(found: Any, wanted: str | None) -> Any:
     return found[wanted]
 
 
-def _dataset_rows(uri: str, dataset: Any, names: Mapping[str, list[str]]) -> Iterator[SourceRow]:
+def _read_dataset(uri: str, dataset: Any, names: Mapping[str, list[str]]) -> Iterator[SourceRow]:
     """Yield the rows of a dataset; class labels become their names, and -1 (no class) becomes null."""
     first = 0
-    with _datasets_errors(uri):
+    with _wrapping_errors(uri):
         for table in dataset.with_format("arrow").iter(batch_size=BATCH_ROWS):
-            for row in _rows(table, uri, first):
+            for row in _convert_table(table, uri, first):
                 classes = {column: row.values.get(column) for column in names}
                 named = {c: None if n is None or n < 0 else names[c][n] for c, n in classes.items()}
                 yield replace(row, values={**row.values, **named})
@@ -147,16 +147,16 @@ def _dataset_rows(uri: str, dataset: Any, names: Mapping[str, list[str]]) -> Ite
 
 
 @contextmanager
-def _datasets_errors(uri: str) -> Iterator[None]:
+def _wrapping_errors(uri: str) -> Iterator[None]:
     from datasets.exceptions import DatasetsError
 
     try:
         yield
     except (OSError, ValueError, RuntimeError, DatasetsError) as error:
-        raise ValueError(f"{uri}: {one_line(error)}") from None
+        raise ValueError(f"{uri}: {join_lines(error)}") from None
 
 
-def _rows(table: pa.Table, place: str, first: int) -> Iterator[SourceRow]:
+def _convert_table(table: pa.Table, place: str, first: int) -> Iterator[SourceRow]:
     for row, values in enumerate(read_rows(table), first):
         if isinstance(values, UnicodeDecodeError):
             yield SourceRow(f"{place} row {row}", problem=f"not UTF-8: {values}")
@@ -164,43 +164,43 @@ def _rows(table: pa.Table, place: str, first: int) -> Iterator[SourceRow]:
             yield SourceRow(f"{place} row {row}", values)
 
 
-def _file_source(location: Location) -> Source:
-    files = _files(location)
-    footers = [read_footer(file) for file in files if _kind(file) == "parquet"]
+def _open_files(location: Location) -> Source:
+    files = _list_files(location)
+    footers = [read_footer(file) for file in files if _get_suffix(file) == "parquet"]
     schemas = [footer.schema.to_arrow_schema().remove_metadata() for footer in footers]
     try:
         schema = pa.unify_schemas(schemas, promote_options="permissive") if schemas else ()
     except pa.ArrowException as error:
-        raise ValueError(f"{location.uri}: its Parquet files have incompatible schemas: {one_line(error)}") from None
-    rows = (row for file in files for row in _file_rows(file))
+        raise ValueError(f"{location.uri}: its Parquet files have incompatible schemas: {join_lines(error)}") from None
+    rows = (row for file in files for row in _read_file(file))
     return Source(rows, {column.name: column.type for column in schema})
 
 
-def _files(location: Location) -> list[Location]:
-    kind = location.kind()
+def _list_files(location: Location) -> list[Location]:
+    kind = location.get_type()
     if kind == fs.FileType.NotFound:
         raise ValueError(f"{location.uri}: not found (a dataset on the Hugging Face hub is written hf:OWNER/NAME)")
-    files = [location] if kind == fs.FileType.File else location.files()
-    known = [file for file in files if _kind(file) in (*TEXT_KINDS, "parquet")]
+    files = [location] if kind == fs.FileType.File else location.list_files()
+    known = [file for file in files if _get_suffix(file) in (*TEXT_KINDS, "parquet")]
     if not known:
         kinds = ", ".join(f".{kind}" for kind in (*TEXT_KINDS, "parquet"))
         raise ValueError(f"{location.uri}: no files to import; supported are {kinds}, text also with .gz")
     return known
 
 
-def _kind(file: Location) -> str:
+def _get_suffix(file: Location) -> str:
     return file.path.lower().removesuffix(".gz").rsplit(".", 1)[-1]
 
 
-def _file_rows(file: Location) -> Iterator[SourceRow]:
-    if _kind(file) == "parquet":
+def _read_file(file: Location) -> Iterator[SourceRow]:
+    if _get_suffix(file) == "parquet":
         footer = read_footer(file)
         columns = footer.schema.to_arrow_schema().names
         for row, batch in read_range(RowRange(file, 0, footer.num_rows), columns):
-            yield from _rows(pa.Table.from_batches([batch]), file.uri, row)
+            yield from _convert_table(pa.Table.from_batches([batch]), file.uri, row)
         return
     with _open_text(file) as stream:
-        yield from TEXT_KINDS[_kind(file)](stream, file.uri)
+        yield from TEXT_KINDS[_get_suffix(file)](stream, file.uri)
 
 
 @contextmanager
@@ -215,39 +215,39 @@ def _open_text(file: Location) -> Iterator[IO[bytes]]:
             with smart_open.open(str(path), "rb") as stream:
                 yield stream
         except (EOFError, OSError, csv.Error, zlib.error) as error:
-            raise ValueError(f"{file.uri}: cannot be read: {one_line(error)}") from None
+            raise ValueError(f"{file.uri}: cannot be read: {join_lines(error)}") from None
 
 
-def _json_lines(stream: IO[bytes], uri: str) -> Iterator[SourceRow]:
+def _read_json_lines(stream: IO[bytes], uri: str) -> Iterator[SourceRow]:
     for row, line in enumerate(stream):
         if line.strip():
             try:
                 values = json.loads(line.decode("utf-8-sig"))
             except (ValueError, RecursionError) as error:
-                yield SourceRow(f"{uri} row {row}", problem=f"not JSON: {one_line(error)}")
+                yield SourceRow(f"{uri} row {row}", problem=f"not JSON: {join_lines(error)}")
             else:
-                yield _json_row(f"{uri} row {row}", values)
+                yield _to_source_row(f"{uri} row {row}", values)
 
 
-def _json(stream: IO[bytes], uri: str) -> Iterator[SourceRow]:
+def _read_json(stream: IO[bytes], uri: str) -> Iterator[SourceRow]:
     """Yield the objects of a list; a file that is not JSON as a whole is read as JSON Lines."""
     content = stream.read()
     try:
         values = json.loads(content.decode("utf-8-sig"))
     except (ValueError, RecursionError):
-        yield from _json_lines(io.BytesIO(content), uri)
+        yield from _read_json_lines(io.BytesIO(content), uri)
         return
     for row, value in enumerate(values if isinstance(values, list) else [values]):
-        yield _json_row(f"{uri} row {row}", value)
+        yield _to_source_row(f"{uri} row {row}", value)
 
 
-def _json_row(place: str, values: Any) -> SourceRow:
+def _to_source_row(place: str, values: Any) -> SourceRow:
     if isinstance(values, dict):
         return SourceRow(place, values)
     return SourceRow(place, problem=f"expected a JSON object, found {type(values).__name__}")
 
 
-def _csv(stream: IO[bytes], uri: str, delimiter: str = ",") -> Iterator[SourceRow]:
+def _read_csv(stream: IO[bytes], uri: str, delimiter: str = ",") -> Iterator[SourceRow]:
     """Yield the rows below the header; an empty cell is null."""
     csv.field_size_limit(sys.maxsize)
     # Bytes that are not UTF-8 become surrogates, so that the error can name the row.
@@ -274,14 +274,14 @@ def _is_utf8(text: str) -> bool:
     return True
 
 
-def _tsv(stream: IO[bytes], uri: str) -> Iterator[SourceRow]:
-    return _csv(stream, uri, "\t")
+def _read_tsv(stream: IO[bytes], uri: str) -> Iterator[SourceRow]:
+    return _read_csv(stream, uri, "\t")
 
 
 TEXT_KINDS: Mapping[str, Callable[[IO[bytes], str], Iterator[SourceRow]]] = {
-    "jsonl": _json_lines,
-    "ndjson": _json_lines,
-    "json": _json,
-    "csv": _csv,
-    "tsv": _tsv,
+    "jsonl": _read_json_lines,
+    "ndjson": _read_json_lines,
+    "json": _read_json,
+    "csv": _read_csv,
+    "tsv": _read_tsv,
 }

@@ -16,7 +16,7 @@ from pyarrow import feather, fs
 from pipeline.config.sections import Columns, ExecutionConfig
 from pipeline.queries.query_set import QuerySet, inspect_queries
 from pipeline.queries.schema import QUERY_FIELDS
-from pipeline.storage.location import Location, one_line
+from pipeline.storage.location import Location, join_lines
 
 log = logging.getLogger(__name__)
 
@@ -56,14 +56,14 @@ class Spool:
         """
         rows, written = iter(rows), 0
         while batch := list(islice(rows, FILE_ROWS)):
-            table = _table(batch, {**self.types, **{column.name: column.type for column in QUERY_FIELDS}})
-            feather.write_feather(table, self._file(len(self.schemas)))
+            table = _build_table(batch, {**self.types, **{column.name: column.type for column in QUERY_FIELDS}})
+            feather.write_feather(table, self._locate_file(len(self.schemas)))
             self.schemas.append(table.schema)
             self.filled |= {c for c in QUERY_FIELDS.names if table[c].null_count < len(table)}
             written += len(batch)
             log.info("%d rows read", written)
 
-    def tables(self) -> Iterator[pa.Table]:
+    def read_tables(self) -> Iterator[pa.Table]:
         """Read the files, cast to a common schema; columns of the query set without any value are left out.
 
         Raises:
@@ -71,34 +71,34 @@ class Spool:
         """
         names = dict.fromkeys(name for schema in self.schemas for name in schema.names)
         kept = [name for name in names if name not in QUERY_FIELDS.names or name in self.filled]
-        schema = pa.schema([_common(name, self.schemas) for name in kept])
+        schema = pa.schema([_unify_field(name, self.schemas) for name in kept])
         for number in range(len(self.schemas)):
-            table = feather.read_table(self._file(number))
+            table = feather.read_table(self._locate_file(number))
             whole = pa.concat_tables([schema.empty_table(), table], promote_options="permissive")
             yield whole.select(schema.names).cast(schema)
 
-    def _file(self, number: int) -> Path:
+    def _locate_file(self, number: int) -> Path:
         return self.folder / f"{number:05}.arrow"
 
 
-def _table(rows: Sequence[PlacedRow], types: Mapping[str, pa.DataType]) -> pa.Table:
+def _build_table(rows: Sequence[PlacedRow], types: Mapping[str, pa.DataType]) -> pa.Table:
     names = dict.fromkeys(name for _, row in rows for name in row)
-    return pa.table({name: _array(name, rows, types.get(name)) for name in names})
+    return pa.table({name: _build_array(name, rows, types.get(name)) for name in names})
 
 
-def _array(name: str, rows: Sequence[PlacedRow], kind: pa.DataType | None) -> pa.Array:
+def _build_array(name: str, rows: Sequence[PlacedRow], kind: pa.DataType | None) -> pa.Array:
     values = [row.get(name) for _, row in rows]
     try:
         return pa.array(values, kind)
     except UNFIT as error:
-        first = bisect.bisect_left(range(len(values)), True, key=lambda n: not _fit(values[: n + 1], kind))
+        first = bisect.bisect_left(range(len(values)), True, key=lambda n: not _can_convert(values[: n + 1], kind))
         raise ValueError(
-            f"{rows[first][0]}: column {name!r} does not match its declared or inferred type ({one_line(error)}); "
+            f"{rows[first][0]}: column {name!r} does not match its declared or inferred type ({join_lines(error)}); "
             f"leave it out with --drop {name}"
         ) from None
 
 
-def _fit(values: Sequence[Any], kind: pa.DataType | None) -> bool:
+def _can_convert(values: Sequence[Any], kind: pa.DataType | None) -> bool:
     try:
         pa.array(values, kind)
     except UNFIT:
@@ -106,7 +106,7 @@ def _fit(values: Sequence[Any], kind: pa.DataType | None) -> bool:
     return True
 
 
-def _common(name: str, schemas: Sequence[pa.Schema]) -> pa.Field:
+def _unify_field(name: str, schemas: Sequence[pa.Schema]) -> pa.Field:
     fields = [schema.field(name) for schema in schemas if name in schema.names]
     try:
         merged = pa.unify_schemas([pa.schema([column]) for column in fields], promote_options="permissive")
@@ -127,13 +127,13 @@ def write_query_set(spool: Spool, folder: Path, output: Location) -> QuerySet:
     Raises:
         ValueError: Parquet cannot hold a column, or the rows are not a valid query set.
     """
-    for number, table in enumerate(spool.tables()):
+    for number, table in enumerate(spool.read_tables()):
         try:
             pq.write_table(
                 table, folder / f"queries-{number:05}.parquet", row_group_size=GROUP_ROWS, compression="zstd"
             )
         except pa.ArrowException as error:
-            raise ValueError(f"Parquet cannot store a column ({one_line(error)}); leave it out with --drop") from None
+            raise ValueError(f"Parquet cannot store a column ({join_lines(error)}); leave it out with --drop") from None
     here = Location(output.uri, fs.LocalFileSystem(), str(folder))
     return inspect_queries(here, Columns(), ExecutionConfig().unit_rows)
 
@@ -145,9 +145,9 @@ def check_free(output: Location, overwrite: bool) -> None:
         ValueError: the output is a file, holds files that no import has written, or holds a query set and ``overwrite``
             is not set.
     """
-    if output.kind() == fs.FileType.File:
+    if output.get_type() == fs.FileType.File:
         raise ValueError(f"--output {output.uri} is a file; name a folder")
-    names = [_name(file, output) for file in output.files()]
+    names = [_get_relative_name(file, output) for file in output.list_files()]
     foreign = [name for name in names if not OWN_FILE.fullmatch(name)]
     if foreign:
         raise ValueError(
@@ -157,7 +157,7 @@ def check_free(output: Location, overwrite: bool) -> None:
         raise ValueError(f"--output {output.uri} holds a query set; choose another, or replace it with --overwrite")
 
 
-def _name(file: Location, folder: Location) -> str:
+def _get_relative_name(file: Location, folder: Location) -> str:
     return file.path[len(folder.path.rstrip("/")) + 1 :]
 
 
@@ -167,10 +167,10 @@ def publish_query_set(folder: Path, output: Location) -> None:
     Raises:
         StorageError: a file cannot be written or deleted; a half-replaced folder is rejected as a query set.
     """
-    old, mark = output.files(), output / UNFINISHED
+    old, mark = output.list_files(), output / UNFINISHED
     mark.write(b"This query set is being written, or its import was killed: run it again with --overwrite.\n")
     for file in old:
-        if _name(file, output) != UNFINISHED:
+        if _get_relative_name(file, output) != UNFINISHED:
             file.delete()
     for path in sorted(folder.iterdir()):
         (output / path.name).write(path.read_bytes())

@@ -44,32 +44,32 @@ class Changes:
     sample: int
 
 
-def sample_of(*manifests: Mapping[str, Any]) -> int:
+def choose_sampling(*manifests: Mapping[str, Any]) -> int:
     """Return the sampling interval for sets with these manifests; 1 if none has more than ``MOST_COMPARED`` rows."""
     rows: int = max(manifest.get("queries", {}).get("rows", 0) for manifest in manifests)
     return max(1, -(-rows // MOST_COMPARED))
 
 
-def hashed(ids: pa.ChunkedArray, answers: pa.ChunkedArray, sample: int) -> Answers:
+def hash_answers(ids: pa.ChunkedArray, answers: pa.ChunkedArray, sample: int) -> Answers:
     """Hash the ids and answers of the rows in the sample; the id alone decides whether a row is in it."""
-    names = _hashes(ids)
+    names = _hash_texts(ids)
     chosen = names % np.uint64(sample) == 0
-    return Answers(names[chosen], _hashes(answers)[chosen])
+    return Answers(names[chosen], _hash_texts(answers)[chosen])
 
 
-def _hashes(texts: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
+def _hash_texts(texts: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
     values = texts.cast(pa.string()).fill_null("").to_numpy(zero_copy_only=False)
     return np.asarray(pd.util.hash_array(np.asarray(values, object), categorize=False), np.uint64)
 
 
-def changes(ours: Sequence[Answers], theirs: Sequence[Answers], sample: int) -> Changes:
+def compare_answers(ours: Sequence[Answers], theirs: Sequence[Answers], sample: int) -> Changes:
     """Compare the answers of two sets by id, given the hashes of all their units."""
-    now, before = _together(ours), _together(theirs)
+    now, before = _concatenate(ours), _concatenate(theirs)
     _, mine, other = np.intersect1d(now.ids, before.ids, assume_unique=True, return_indices=True)
     return Changes(len(mine), int((now.answers[mine] != before.answers[other]).sum()), sample)
 
 
-def _together(parts: Sequence[Answers]) -> Answers:
+def _concatenate(parts: Sequence[Answers]) -> Answers:
     nothing = np.array([], np.uint64)
     ids, answers = [part.ids for part in parts], [part.answers for part in parts]
     return Answers(np.concatenate([nothing, *ids]), np.concatenate([nothing, *answers]))

@@ -84,43 +84,43 @@ class Timeline:
         """Seconds between each stretch and the next."""
         return [after.began - before.ended for before, after in pairwise(self.stretches)]
 
-    def per_second(self, amount: float) -> float | None:
+    def divide_by_busy(self, amount: float) -> float | None:
         """Divide an amount of the whole set by the busy seconds; None if no times are known."""
         return amount / self.busy if self.busy else None
 
 
-def timeline(units: Sequence[UnitSummary]) -> Timeline:
+def build_timeline(units: Sequence[UnitSummary]) -> Timeline:
     """Group units into stretches by their times; units without times are left out."""
-    timed = sorted((unit for unit in units if unit.began and unit.ended), key=_began)
+    timed = sorted((unit for unit in units if unit.began and unit.ended), key=_get_begin)
     together: list[list[UnitSummary]] = []
     end = -np.inf
     for unit in timed:
-        if _began(unit) - end > PAUSE:
+        if _get_begin(unit) - end > PAUSE:
             together.append([])
         together[-1].append(unit)
-        end = max(end, _ended(unit))
-    busy = sum(_span(group) for group in together)
+        end = max(end, _get_end(unit))
+    busy = sum(_measure_span(group) for group in together)
     return Timeline(
-        tuple(_stretch(group, busy) for group in together),
+        tuple(_build_stretch(group, busy) for group in together),
         sum(unit.rows for unit in timed),
         sum(unit.prompt_tokens for unit in timed),
         sum(unit.generated_tokens for unit in timed),
     )
 
 
-def _began(unit: UnitSummary) -> float:
+def _get_begin(unit: UnitSummary) -> float:
     return unit.began or 0.0
 
 
-def _ended(unit: UnitSummary) -> float:
+def _get_end(unit: UnitSummary) -> float:
     return unit.ended or 0.0
 
 
-def _span(units: Sequence[UnitSummary]) -> float:
-    return max(map(_ended, units)) - _began(units[0])
+def _measure_span(units: Sequence[UnitSummary]) -> float:
+    return max(map(_get_end, units)) - _get_begin(units[0])
 
 
-def _stretch(units: Sequence[UnitSummary], busy: float) -> Stretch:
+def _build_stretch(units: Sequence[UnitSummary], busy: float) -> Stretch:
     """Build the stretch of units that have no pause between them.
 
     The rows and tokens of a unit are spread evenly over its time. The stretch is cut into parts in proportion to its
@@ -130,11 +130,11 @@ def _stretch(units: Sequence[UnitSummary], busy: float) -> Stretch:
         units: the units of the stretch, by start.
         busy: total seconds of all stretches.
     """
-    began, ended = _began(units[0]), max(map(_ended, units))
+    began, ended = _get_begin(units[0]), max(map(_get_end, units))
     parts = max(1, round(PARTS * (ended - began) / busy)) if busy else 1
     edges = np.linspace(began, ended, parts + 1)
-    begun = np.array([_began(unit) for unit in units])
-    taken = np.maximum(np.array([_ended(unit) for unit in units]) - begun, 1e-9)
+    begun = np.array([_get_begin(unit) for unit in units])
+    taken = np.maximum(np.array([_get_end(unit) for unit in units]) - begun, 1e-9)
     amounts = np.array([(unit.rows, unit.generated_tokens) for unit in units], np.float64)
     done = np.stack([np.clip((edge - begun) / taken, 0.0, 1.0) @ amounts for edge in edges])
     speeds = np.diff(done, axis=0) / max((ended - began) / parts, 1e-9)

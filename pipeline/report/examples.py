@@ -55,7 +55,7 @@ class Pick:
     row: int
 
 
-def picks_of(
+def pick_rows(
     file: Location, tasks: npt.NDArray[np.object_], scores: Floats, retrieved: npt.NDArray[np.bool_]
 ) -> tuple[Pick, ...]:
     """Choose the candidates of each task and kind among the N rows of a file; deterministic.
@@ -77,7 +77,7 @@ def picks_of(
     return tuple(found)
 
 
-def keep(kept: dict[tuple[str, str], list[Pick]], more: Sequence[Pick], names: Mapping[str, str]) -> None:
+def keep_best(kept: dict[tuple[str, str], list[Pick]], more: Sequence[Pick], names: Mapping[str, str]) -> None:
     """Add candidates to ``kept``, which keeps the best ``EXAMPLES`` of each task and kind.
 
     Args:
@@ -151,7 +151,7 @@ class ExampleRow:
         return sum(scores) / len(scores) if scores else None
 
 
-def examples(
+def read_examples(
     picks: Mapping[tuple[str, str], Sequence[Pick]], rows: Mapping[str, int], columns: Columns
 ) -> list[ExampleRow]:
     """Choose examples from the candidates of the ``MOST_TASKS`` largest tasks, and read their rows.
@@ -164,7 +164,7 @@ def examples(
     Raises:
         StorageError: a file cannot be read.
     """
-    chosen = list(_chosen(picks, rows))
+    chosen = list(_choose_picks(picks, rows))
     by_file: defaultdict[str, list[Pick]] = defaultdict(list)
     for _, pick in chosen:
         by_file[pick.file.path].append(pick)
@@ -173,10 +173,12 @@ def examples(
     for path, wanted in by_file.items():
         table = read_columns(wanted[0].file, [*names, "segments", "passages"]).take([pick.row for pick in wanted])
         read.update(((path, pick.row), row) for pick, row in zip(wanted, table.to_pylist(), strict=True))
-    return [_example(pick.kind, task, read[pick.file.path, pick.row], columns) for task, pick in chosen]
+    return [_build_example(pick.kind, task, read[pick.file.path, pick.row], columns) for task, pick in chosen]
 
 
-def _chosen(picks: Mapping[tuple[str, str], Sequence[Pick]], rows: Mapping[str, int]) -> Iterator[tuple[str, Pick]]:
+def _choose_picks(
+    picks: Mapping[tuple[str, str], Sequence[Pick]], rows: Mapping[str, int]
+) -> Iterator[tuple[str, Pick]]:
     """Yield the chosen candidates with their reported tasks; no row is chosen for two kinds.
 
     Each kind gets at most a third of a task's rows, rounded up, so that a small task can show rows of all kinds.
@@ -191,12 +193,12 @@ def _chosen(picks: Mapping[tuple[str, str], Sequence[Pick]], rows: Mapping[str, 
             yield from ((task, pick) for pick in fresh)
 
 
-def _example(kind: str, task: str, row: Mapping[str, Any], columns: Columns) -> ExampleRow:
+def _build_example(kind: str, task: str, row: Mapping[str, Any], columns: Columns) -> ExampleRow:
     answer = row["answer"] or ""
     segments = [Scored(**{name: s.get(name) for name in Scored.__annotations__}) for s in row["segments"] or []]
     sources = [
         SourcePassage(
-            number, p["id"], p["title"] or "", pieces(p["text"] or "", answer), p["rank"], p["retrieval_score"]
+            number, p["id"], p["title"] or "", mark_words(p["text"] or "", answer), p["rank"], p["retrieval_score"]
         )
         for number, p in enumerate(row["passages"] or [], 1)
     ]
@@ -204,9 +206,9 @@ def _example(kind: str, task: str, row: Mapping[str, Any], columns: Columns) -> 
         kind=kind,
         task=task,
         id=str(row.get(columns.id)),
-        query=shorten(row.get(columns.query) or ""),
-        input=shorten(row.get(columns.input) or ""),
-        answer=shorten(answer),
+        query=shorten_text(row.get(columns.query) or ""),
+        input=shorten_text(row.get(columns.input) or ""),
+        answer=shorten_text(answer),
         retrieve_probability=row["retrieve_probability"],
         finish_reason=row.get("finish_reason") or "",
         segments=tuple(segments),
@@ -214,14 +216,14 @@ def _example(kind: str, task: str, row: Mapping[str, Any], columns: Columns) -> 
     )
 
 
-def shorten(text: str, longest: int = LONGEST_TEXT) -> str:
+def shorten_text(text: str, longest: int = LONGEST_TEXT) -> str:
     """Cut a text to at most ``longest`` characters; a cut text ends with an ellipsis."""
     return text if len(text) <= longest else text[: longest - 1] + "…"
 
 
-def pieces(text: str, answer: str) -> tuple[Piece, ...]:
+def mark_words(text: str, answer: str) -> tuple[Piece, ...]:
     """Mark the words of the answer in a passage; a long passage is shortened around the first marked word."""
-    spans = _spans(text, answer)
+    spans = _find_spans(text, answer)
     start = max(0, spans[0][0] - LEAD) if spans and len(text) > LONGEST_PASSAGE else 0
     end = min(len(text), start + LONGEST_PASSAGE)
     found, place = [Piece("…", False)] * bool(start), start
@@ -232,7 +234,7 @@ def pieces(text: str, answer: str) -> tuple[Piece, ...]:
     return tuple(piece for piece in found if piece.text)
 
 
-def _spans(text: str, answer: str) -> list[tuple[int, int]]:
+def _find_spans(text: str, answer: str) -> list[tuple[int, int]]:
     """Return start and end of each run of consecutive answer words; small words neither begin nor end a run."""
     words = {word.casefold() for word in WORD.findall(answer)}
     spans: list[tuple[int, int]] = []

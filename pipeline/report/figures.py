@@ -16,10 +16,10 @@ import pyarrow.compute as pc
 from pipeline.config.sections import Columns, Weights
 from pipeline.decoding.types import REQUEST_SECONDS, ROW_SECONDS, USAGE_COUNTS
 from pipeline.evaluation.evaluate import NOTHING
-from pipeline.output.folder import NO_ERRORS, OutputFolder, UnitSummary, columns_of, summarize_unit, unit_of
-from pipeline.report.changes import Answers, hashed
+from pipeline.output.folder import NO_ERRORS, OutputFolder, UnitSummary, get_columns, parse_unit_id, summarize_unit
+from pipeline.report.changes import Answers, hash_answers
 from pipeline.report.durations import Durations, Floats
-from pipeline.report.examples import Pick, keep, picks_of
+from pipeline.report.examples import Pick, keep_best, pick_rows
 from pipeline.storage.location import Location
 from pipeline.storage.parquet import THREADS, map_in_threads, read_columns
 
@@ -171,17 +171,17 @@ class SetFigures:
         self.units.append(part.unit)
         names = {}
         for task, group in part.groups.items():
-            name = names[task] = self._name(task)
+            name = names[task] = self._choose_name(task)
             self.groups = add_up(self.groups, {name: group})
         for (kind, task), failure in part.failures.items():
             self.failures = add_up(self.failures, {(kind, names[task]): failure})
         self.durations = add_up(self.durations, part.durations)
         self.counts = add_up(self.counts, part.counts)
-        keep(self.picks, part.picks, names)
+        keep_best(self.picks, part.picks, names)
         if part.answers is not None:
             self.answers.append(part.answers)
 
-    def _name(self, task: str) -> str:
+    def _choose_name(self, task: str) -> str:
         return task if task in self.groups or len(self.groups) < MOST_TASKS else OTHERS
 
     @property
@@ -213,14 +213,14 @@ class ReadOptions:
     @classmethod
     def of(cls, manifest: Mapping[str, Any], compared: int = 0) -> "ReadOptions":
         """Derive the options from a run's manifest."""
-        return cls(columns_of(manifest), score_range(manifest), compared)
+        return cls(get_columns(manifest), compute_score_range(manifest), compared)
 
-    def limits(self, score: str) -> tuple[float, float]:
+    def get_limits(self, score: str) -> tuple[float, float]:
         """Return the lowest and highest possible value of one of ``SCORES``."""
         return self.scores if score == "score" else (-1.0, 1.0) if score == "is_use" else (0.0, 1.0)
 
 
-def score_range(manifest: Mapping[str, Any]) -> tuple[float, float]:
+def compute_score_range(manifest: Mapping[str, Any]) -> tuple[float, float]:
     """Return the lowest and highest segment score under the weights of the run and its tasks (paper, equation 4)."""
     settings = [task["decoding"] for task in manifest.get("tasks", {}).values()]
     settings.append(manifest.get("configuration", {}).get("decoding", {}))
@@ -236,9 +236,9 @@ def read_set(output: OutputFolder, reading: ReadOptions) -> SetFigures:
         ValueError: a column of the output is missing.
         StorageError: a file cannot be read.
     """
-    failed = {unit_of(file): file for file in (output.location / "errors").files(".parquet")}
+    failed = {parse_unit_id(file): file for file in (output.location / "errors").list_files(".parquet")}
     figures = SetFigures()
-    for part in _read(output.data_files(), failed, reading):
+    for part in _read(output.list_data_files(), failed, reading):
         figures.add(part)
     return figures
 
@@ -246,7 +246,7 @@ def read_set(output: OutputFolder, reading: ReadOptions) -> SetFigures:
 def _read(files: list[Location], failed: Mapping[str, Location], reading: ReadOptions) -> Iterator[UnitFigures]:
     for start in range(0, len(files), 4 * THREADS):  # bounds the number of units in memory
         some = files[start : start + 4 * THREADS]
-        yield from map_in_threads(lambda file: count_unit(file, failed.get(unit_of(file)), reading), some)
+        yield from map_in_threads(lambda file: count_unit(file, failed.get(parse_unit_id(file)), reading), some)
 
 
 def count_unit(data: Location, errors: Location | None, reading: ReadOptions) -> UnitFigures:
@@ -267,31 +267,31 @@ def count_unit(data: Location, errors: Location | None, reading: ReadOptions) ->
         if name not in rows.column_names:
             raise ValueError(f"{data.uri}: no column {name!r}; pass the --output of jobs.annotate as --annotations")
     failed = read_columns(errors, [task, "error_type", "error_message"]) if errors else NO_ERRORS
-    tasks, scores = _tasks(rows, task), row_scores(rows)
+    tasks, scores = _read_tasks(rows, task), compute_row_scores(rows)
     spent = rows["usage"].combine_chunks()
-    usage = {name: numbers(spent, name) for name in (*ROW_SECONDS, *REQUEST_SECONDS, *USAGE_COUNTS)}
+    usage = {name: to_floats(spent, name) for name in (*ROW_SECONDS, *REQUEST_SECONDS, *USAGE_COUNTS)}
     writing = np.maximum(usage["seconds"] - usage["decide_seconds"] - usage["retrieve_seconds"], 0.0)
     times = {**{name: usage[name] for name in (*ROW_SECONDS, *REQUEST_SECONDS)}, WRITING: writing}
-    failures = _failures(failed, task)
+    failures = _count_failures(failed, task)
     return UnitFigures(
-        unit=summarize_unit(unit_of(data), rows, failed),
-        groups=_groups(rows, tasks, failures, reading),
+        unit=summarize_unit(parse_unit_id(data), rows, failed),
+        groups=_group_rows(rows, tasks, failures, reading),
         durations={name: Durations.of(values) for name, values in times.items()},
         counts={name: int(np.nansum(usage[name])) for name in USAGE_COUNTS},
         failures=failures,
-        picks=picks_of(data, tasks, scores, np.asarray(rows["retrieved"].fill_null(False))),
-        answers=hashed(rows[reading.columns.id], rows["answer"], reading.compared) if reading.compared else None,
+        picks=pick_rows(data, tasks, scores, np.asarray(rows["retrieved"].fill_null(False))),
+        answers=hash_answers(rows[reading.columns.id], rows["answer"], reading.compared) if reading.compared else None,
     )
 
 
-def _tasks(rows: pa.Table, column: str) -> npt.NDArray[np.object_]:
+def _read_tasks(rows: pa.Table, column: str) -> npt.NDArray[np.object_]:
     """Return the task of each row, object [N]; ``NOTHING`` for rows without one."""
     if column not in rows.column_names:
         return np.full(rows.num_rows, NOTHING, object)
     return np.array([name or NOTHING for name in rows[column].to_pylist()], object)
 
 
-def numbers(structures: pa.StructArray, name: str) -> Floats:
+def to_floats(structures: pa.StructArray, name: str) -> Floats:
     """Return a field as float64 [N]; NaN where it is null, and everywhere if there is no such field."""
     if name not in [f.name for f in structures.type]:
         return np.full(len(structures), np.nan)
@@ -299,49 +299,49 @@ def numbers(structures: pa.StructArray, name: str) -> Floats:
     return np.asarray(values.to_numpy(zero_copy_only=False), np.float64)
 
 
-def row_scores(rows: pa.Table) -> Floats:
+def compute_row_scores(rows: pa.Table) -> Floats:
     """Return the score of each answer, float64 [N]: the mean score of its segments, or 0 if it has none."""
-    segments, parents = _segments(rows)
-    scores = np.nan_to_num(numbers(segments, "score"))
+    segments, parents = _flatten_segments(rows)
+    scores = np.nan_to_num(to_floats(segments, "score"))
     count = np.bincount(parents, minlength=rows.num_rows)
     total = np.bincount(parents, weights=scores, minlength=rows.num_rows)
     return np.asarray(total / np.maximum(count, 1), np.float64)
 
 
-def _segments(rows: pa.Table) -> tuple[pa.StructArray, npt.NDArray[np.int64]]:
+def _flatten_segments(rows: pa.Table) -> tuple[pa.StructArray, npt.NDArray[np.int64]]:
     """Return the segments of all rows, and the row number of each segment."""
     lists = rows["segments"].combine_chunks()
     return lists.flatten(), np.asarray(pc.list_parent_indices(lists), np.int64)
 
 
-def _groups(
+def _group_rows(
     rows: pa.Table,
     tasks: npt.NDArray[np.object_],
     failures: Mapping[tuple[str, str], Failure],
     reading: ReadOptions,
 ) -> dict[str, GroupFigures]:
-    segments, parents = _segments(rows)
-    values = {name: numbers(segments, name) for name in SEGMENT_SCORES}
+    segments, parents = _flatten_segments(rows)
+    values = {name: to_floats(segments, name) for name in SEGMENT_SCORES}
     probability = np.asarray(rows["retrieve_probability"].cast(pa.float64()), np.float64)
     retrieved = np.asarray(rows["retrieved"].fill_null(False))
     groups = {}
     for task in dict.fromkeys(tasks):
         here = tasks == task
         chosen = here[parents]
-        spreads = {"retrieve_probability": Histogram.of(probability[here], *reading.limits("retrieve_probability"))}
-        spreads |= {name: Histogram.of(found[chosen], *reading.limits(name)) for name, found in values.items()}
+        spreads = {"retrieve_probability": Histogram.of(probability[here], *reading.get_limits("retrieve_probability"))}
+        spreads |= {name: Histogram.of(found[chosen], *reading.get_limits(name)) for name, found in values.items()}
         groups[task] = GroupFigures(int(here.sum()), 0, int(retrieved[here].sum()), spreads)
     for (_, task), failure in failures.items():
         groups[task] = groups.get(task, GroupFigures()) + GroupFigures(errors=failure.rows)
     return groups
 
 
-def _failures(failed: pa.Table, task: str) -> dict[tuple[str, str], Failure]:
+def _count_failures(failed: pa.Table, task: str) -> dict[tuple[str, str], Failure]:
     if not failed.num_rows:
         return {}
     found: dict[tuple[str, str], Failure] = {}
     kinds, messages = failed["error_type"].to_pylist(), failed["error_message"].to_pylist()
-    for name, kind, message in zip(_tasks(failed, task), kinds, messages, strict=True):
+    for name, kind, message in zip(_read_tasks(failed, task), kinds, messages, strict=True):
         example = Failure(1, (message or "")[:LONGEST_MESSAGE])
         found[kind, name] = found[kind, name] + example if (kind, name) in found else example
     return found

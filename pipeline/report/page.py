@@ -15,7 +15,7 @@ from markupsafe import Markup
 from pipeline.config.loading import flatten
 from pipeline.output.folder import OutputFolder
 from pipeline.report.changes import Changes
-from pipeline.report.durations import Timeline, timeline
+from pipeline.report.durations import Timeline, build_timeline
 from pipeline.report.examples import ExampleRow
 from pipeline.report.figures import BINS, Histogram, SetFigures
 
@@ -51,7 +51,7 @@ class ReportedSet:
     @cached_property
     def timeline(self) -> Timeline:
         """Stretches of time in which the units were annotated."""
-        return timeline(self.figures.units)
+        return build_timeline(self.figures.units)
 
     @property
     def actors(self) -> int:
@@ -106,7 +106,7 @@ class Headline:
     unit: str
 
 
-def headlines(annotated: ReportedSet, price: float | None) -> list[Headline]:
+def compute_headlines(annotated: ReportedSet, price: float | None) -> list[Headline]:
     """Return the figures by which runs are compared; the value of an unknown figure is None."""
     figures, times, overall = annotated.figures, annotated.timeline, annotated.figures.overall
     cost = Cost.of(annotated, price)
@@ -116,8 +116,8 @@ def headlines(annotated: ReportedSet, price: float | None) -> list[Headline]:
         Headline("Rows", annotated.rows, "rows"),
         Headline("Used a passage", overall.retrieval_rate, "share"),
         Headline("Errors", overall.error_rate, "share"),
-        Headline("Rows per second", times.per_second(times.rows), "rate"),
-        Headline("Generated tokens per second", times.per_second(times.generated_tokens), "rate"),
+        Headline("Rows per second", times.divide_by_busy(times.rows), "rate"),
+        Headline("Generated tokens per second", times.divide_by_busy(times.generated_tokens), "rate"),
         Headline("Cost of 1,000 queries", cost.per_thousand if cost else None, "money"),
         Headline("Latency of a row, median", seconds.quantile(0.5) if seconds else None, "seconds"),
         Headline("Latency of a row, p95", seconds.quantile(0.95) if seconds else None, "seconds"),
@@ -132,7 +132,7 @@ def divide(part: float | None, whole: float) -> float | None:
     return part / whole if part is not None and whole else None
 
 
-def facts(annotated: ReportedSet) -> dict[str, dict[str, Any]]:
+def collect_facts(annotated: ReportedSet) -> dict[str, dict[str, Any]]:
     """Describe the run, model, index, decoding and versions: names and values by heading, without None values."""
     manifest, times = annotated.manifest, annotated.timeline.stretches
     config = manifest.get("configuration", {})
@@ -142,17 +142,19 @@ def facts(annotated: ReportedSet) -> dict[str, dict[str, Any]]:
         "Output": annotated.output.location.uri,
         "Query set": config.get("queries"),
         "Rescored from": manifest.get("settings", {}).get("rescored"),
-        "First unit started": when(times[0].began) if times else manifest.get("started"),
-        "Last unit finished": when(times[-1].ended) if times else manifest.get("finished"),
-        "Active time": duration(annotated.timeline.busy) if times else None,
-        "Pauses": f"{len(times) - 1}, {duration(sum(annotated.timeline.pauses))} in total" if len(times) > 1 else None,
+        "First unit started": format_time(times[0].began) if times else manifest.get("started"),
+        "Last unit finished": format_time(times[-1].ended) if times else manifest.get("finished"),
+        "Active time": format_duration(annotated.timeline.busy) if times else None,
+        "Pauses": f"{len(times) - 1}, {format_duration(sum(annotated.timeline.pauses))} in total"
+        if len(times) > 1
+        else None,
         "Actors": execution.get("actors"),
         "GPUs per actor": execution.get("gpus_per_actor"),
     }
     served = {
         "Name": model.get("name"),
         "Revision": model.get("revision"),
-        "Digest": brief(identity.get("digest")),
+        "Digest": shorten_digest(identity.get("digest")),
         "Adapter": model.get("lora"),
         **flatten(model.get("engine", {})),
     }
@@ -161,7 +163,7 @@ def facts(annotated: ReportedSet) -> dict[str, dict[str, Any]]:
         "Encoder": (manifest.get("encoder") or {}).get("name"),
         "Passages": index.get("passages"),
         "Shards": index.get("shards"),
-        "Digest": brief(index.get("digest")),
+        "Digest": shorten_digest(index.get("digest")),
         "Topology": retrieval.get("topology"),
         "Search": retrieval.get("search") or None,
     }
@@ -172,7 +174,7 @@ def facts(annotated: ReportedSet) -> dict[str, dict[str, Any]]:
     return {title: entries for title, entries in known.items() if entries}
 
 
-def thresholds(annotated: ReportedSet) -> dict[str, float]:
+def collect_thresholds(annotated: ReportedSet) -> dict[str, float]:
     """Return the threshold δ of each task in adaptive mode; ``""`` is for rows without a task."""
     tasks = annotated.manifest.get("tasks", {})
     decoding = {name: task["decoding"] for name, task in tasks.items()}
@@ -194,7 +196,7 @@ class Compared:
     changes: Changes
 
 
-def page(
+def render_page(
     annotated: ReportedSet, examples: Sequence[ExampleRow], price: float | None = None, baseline: Compared | None = None
 ) -> str:
     """Render the page of an annotated set.
@@ -209,23 +211,23 @@ def page(
     )
     environment.filters.update(
         {
-            "shown": shown,
-            "number": number,
-            "when": when,
-            "duration": duration,
-            "change": change,
-            "bars": bars,
-            "fact": fact,
+            "shown": format_headline,
+            "number": format_number,
+            "when": format_time,
+            "duration": format_duration,
+            "change": format_change,
+            "bars": build_bars,
+            "fact": format_fact,
         }
     )
     return environment.get_template("report.html.j2").render(
         run=annotated,
         overall=annotated.figures.overall,
         groups=dict(sorted(annotated.figures.groups.items(), key=lambda item: -item[1].rows - item[1].errors)),
-        headlines=headlines(annotated, price),
+        headlines=compute_headlines(annotated, price),
         at_the_head=AT_THE_HEAD,
-        facts=facts(annotated),
-        thresholds=thresholds(annotated),
+        facts=collect_facts(annotated),
+        thresholds=collect_thresholds(annotated),
         titles=TITLES,
         examples=examples,
         cost=Cost.of(annotated, price),
@@ -252,7 +254,7 @@ class Bar:
     height: float
 
 
-def bars(spread: Histogram) -> list[Bar]:
+def build_bars(spread: Histogram) -> list[Bar]:
     """Return the bars of a histogram; a bin with few values still gets a visible bar."""
     width, most = (spread.high - spread.low) / BINS, max(1, int(spread.counts.max()))
     return [
@@ -263,7 +265,7 @@ def bars(spread: Histogram) -> list[Bar]:
     ]
 
 
-def shown(value: float | None, unit: str) -> str:
+def format_headline(value: float | None, unit: str) -> str:
     """Format the value of a headline by its unit."""
     if value is None:
         return NONE
@@ -271,21 +273,21 @@ def shown(value: float | None, unit: str) -> str:
         return f"{100 * value:.1f} %" if value in (0, 1) or 0.001 <= value <= 0.999 else f"{100 * value:.3f} %"
     return {
         "rows": f"{value:,.0f}",
-        "rate": number(value),
-        "seconds": duration(value),
+        "rate": format_number(value),
+        "seconds": format_duration(value),
         "score": f"{value:.3f}",
-        "money": f"{value:,.2f}" if value >= 0.1 else number(value),
+        "money": f"{value:,.2f}" if value >= 0.1 else format_number(value),
     }[unit]
 
 
-def fact(value: Any) -> str:
-    """Format a value from :func:`facts`."""
+def format_fact(value: Any) -> str:
+    """Format a value from :func:`collect_facts`."""
     if isinstance(value, bool):
         return "yes" if value else "no"
-    return number(value) if isinstance(value, int | float) else str(value)
+    return format_number(value) if isinstance(value, int | float) else str(value)
 
 
-def change(now: Headline, before: Headline) -> str:
+def format_change(now: Headline, before: Headline) -> str:
     """Format the difference between two headlines.
 
     Shares differ by percentage points, scores by their plain difference, and all others by percent.
@@ -299,7 +301,7 @@ def change(now: Headline, before: Headline) -> str:
     return f"{100 * (now.value / before.value - 1):+.1f} %" if before.value else NONE
 
 
-def number(value: float | None, digits: int = 3) -> str:
+def format_number(value: float | None, digits: int = 3) -> str:
     """Format a number: integers and large ones with thousands separators, others with ``digits`` significant digits."""
     if value is None:
         return NONE
@@ -308,7 +310,7 @@ def number(value: float | None, digits: int = 3) -> str:
     return f"{value:.{digits}g}"
 
 
-def duration(seconds: float | None, digits: int = 3) -> str:
+def format_duration(seconds: float | None, digits: int = 3) -> str:
     """Format seconds with suitable units, such as ``2 h 5 min``."""
     if seconds is None:
         return NONE
@@ -321,11 +323,11 @@ def duration(seconds: float | None, digits: int = 3) -> str:
     return f"{hours} h {minutes} min" if hours < 48 else f"{hours // 24} d {hours % 24} h"
 
 
-def when(seconds: float) -> str:
+def format_time(seconds: float) -> str:
     """Format seconds since the epoch as date and time in UTC."""
     return datetime.fromtimestamp(seconds, UTC).strftime("%Y-%m-%d %H:%M:%S UTC")
 
 
-def brief(digest: str | None) -> str | None:
+def shorten_digest(digest: str | None) -> str | None:
     """Shorten a digest to its first 12 characters."""
     return digest and digest[:12]

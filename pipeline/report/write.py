@@ -3,12 +3,12 @@
 import logging
 from typing import Any
 
-from pipeline.output.folder import REPORT, OutputFolder, columns_of
-from pipeline.report.changes import changes, sample_of
-from pipeline.report.examples import examples
+from pipeline.output.folder import REPORT, OutputFolder, get_columns
+from pipeline.report.changes import choose_sampling, compare_answers
+from pipeline.report.examples import read_examples
 from pipeline.report.figures import ReadOptions, read_set
-from pipeline.report.page import Compared, ReportedSet, headlines, page
-from pipeline.storage.location import Location, one_line
+from pipeline.report.page import Compared, ReportedSet, compute_headlines, render_page
+from pipeline.storage.location import Location, join_lines
 
 log = logging.getLogger(__name__)
 
@@ -28,27 +28,27 @@ def write_report(
         ValueError: a folder holds no annotated set, or a column is missing.
         OSError: a file cannot be read or written.
     """
-    sample = sample_of(_manifest(folder), _manifest(baseline)) if baseline else 0
+    sample = choose_sampling(_read_manifest(folder), _read_manifest(baseline)) if baseline else 0
     annotated, compared = _read(folder, sample), None
     if baseline:
         earlier = _read(baseline, sample)
-        changed = changes(annotated.figures.answers, earlier.figures.answers, sample)
-        compared = Compared(earlier, headlines(earlier, price), changed)
+        changed = compare_answers(annotated.figures.answers, earlier.figures.answers, sample)
+        compared = Compared(earlier, compute_headlines(earlier, price), changed)
     figures = annotated.figures
     rows = {task: group.rows for task, group in figures.groups.items()}
-    found = examples(figures.picks, rows, columns_of(annotated.manifest))
+    found = read_examples(figures.picks, rows, get_columns(annotated.manifest))
     written = file or folder / REPORT
-    written.write(page(annotated, found, price, compared).encode())
+    written.write(render_page(annotated, found, price, compared).encode())
     return written
 
 
 def _read(folder: Location, sample: int) -> ReportedSet:
-    manifest, output = _manifest(folder), OutputFolder(folder)
-    return ReportedSet(output, manifest, output.finished(), read_set(output, ReadOptions.of(manifest, sample)))
+    manifest, output = _read_manifest(folder), OutputFolder(folder)
+    return ReportedSet(output, manifest, output.is_finished(), read_set(output, ReadOptions.of(manifest, sample)))
 
 
-def _manifest(folder: Location) -> dict[str, Any]:
-    manifest = OutputFolder(folder).manifest()
+def _read_manifest(folder: Location) -> dict[str, Any]:
+    manifest = OutputFolder(folder).read_manifest()
     if manifest is None:
         raise ValueError(f"{folder.uri}: not an annotated set (no _manifest.json); pass the --output of jobs.annotate")
     return manifest
@@ -60,5 +60,5 @@ def leave_report(folder: Location) -> None:
         write_report(folder)
     except Exception as error:  # noqa: BLE001  the run is finished; the report can be written later
         log.warning(
-            "no report was written (%s); run python -m jobs.report --annotations %s", one_line(error), folder.uri
+            "no report was written (%s); run python -m jobs.report --annotations %s", join_lines(error), folder.uri
         )

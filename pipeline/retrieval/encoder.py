@@ -12,7 +12,8 @@ import numpy.typing as npt
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from pipeline.config.loading import Frozen
-from pipeline.gpus import choose_gpu
+from pipeline.gpus import may_use_gpu
+from pipeline.storage.location import join_lines
 
 Vectors = npt.NDArray[np.float32]
 
@@ -83,8 +84,8 @@ class Encoder:
         Raises:
             ValueError: there is no such model, or ``device`` is ``gpu`` and there is no GPU.
         """
-        torch_device = _torch_device(device)
-        folder = _folder(name) or _fetch(name, revision)
+        torch_device = _choose_torch_device(device)
+        folder = _find_folder(name) or _fetch(name, revision)
         import torch
         from sentence_transformers import SentenceTransformer
         from transformers.utils import logging
@@ -93,12 +94,12 @@ class Encoder:
         try:
             model = SentenceTransformer(str(folder), device=torch_device, local_files_only=True)
         except (OSError, ValueError) as error:
-            raise ValueError(f"encoder {name}: not a sentence-transformers model ({_line(error)})") from None
+            raise ValueError(f"encoder {name}: not a sentence-transformers model ({join_lines(error)})") from None
         style = style or EncoderStyle()
         if torch_device != "cpu":
             model = model.to(getattr(torch, style.dtype))
         commit = folder.name if folder.parent.name == "snapshots" else None
-        return cls(model, name, commit, _digest(folder), style)
+        return cls(model, name, commit, _hash_folder(folder), style)
 
     @property
     def device(self) -> str:
@@ -122,7 +123,7 @@ class Encoder:
         return np.ascontiguousarray(vectors, dtype=np.float32)
 
 
-def encoder_digest(name: str, revision: str | None = None) -> str | None:
+def hash_encoder(name: str, revision: str | None = None) -> str | None:
     """Return the digest of a model without loading it; None for a Hugging Face model that is not in the local cache.
 
     Args:
@@ -132,24 +133,24 @@ def encoder_digest(name: str, revision: str | None = None) -> str | None:
     Raises:
         ValueError: there is no such folder, or the demo encoder cannot be downloaded.
     """
-    folder = _folder(name)
+    folder = _find_folder(name)
     if folder is None:
         try:
             folder = Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
         except (OSError, ValueError):
             return None
-    return _digest(folder)
+    return _hash_folder(folder)
 
 
-def _folder(name: str) -> Path | None:
+def _find_folder(name: str) -> Path | None:
     """Return the local folder of a model; None for a name on the Hugging Face hub."""
     if name == "demo":
-        from pipeline.demo_models import demo_encoder
+        from pipeline.demo_models import build_demo_encoder
 
         try:
-            return demo_encoder()
+            return build_demo_encoder()
         except RuntimeError as error:
-            raise ValueError(f"encoder demo: {_line(error)}") from None
+            raise ValueError(f"encoder demo: {join_lines(error)}") from None
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
@@ -168,23 +169,25 @@ def _fetch(name: str, revision: str | None) -> Path:
                 break
     except (OSError, ValueError) as error:
         raise ValueError(
-            f"encoder {name}: neither a local folder nor available from the Hugging Face hub ({_line(error)})"
+            f"encoder {name}: neither a local folder nor available from the Hugging Face hub ({join_lines(error)})"
         ) from None
     return folder
 
 
-def _digest(folder: Path) -> str:
+def _hash_folder(folder: Path) -> str:
     total = hashlib.sha256()
-    for file in _own_files(folder):
+    for file in _list_own_files(folder):
         with file.open("rb") as content:
             inner = hashlib.file_digest(content, "sha256").hexdigest()
         total.update(f"{file.relative_to(folder).as_posix()}\n{inner}\n".encode())
     return total.hexdigest()
 
 
-def _own_files(folder: Path) -> list[Path]:
+def _list_own_files(folder: Path) -> list[Path]:
     modules = folder / "modules.json"
-    paths = [module["path"] for module in json.loads(modules.read_text())] if modules.is_file() else [""]
+    paths = [""]
+    if modules.is_file():
+        paths = [module["path"] for module in json.loads(modules.read_text())]
     files: set[Path] = set()
     for part in {folder, *(folder / path for path in paths)}:
         files.update(part / name for name in _CONFIGURATION if (part / name).is_file())
@@ -193,21 +196,17 @@ def _own_files(folder: Path) -> list[Path]:
     return sorted(files)
 
 
-def _torch_device(device: str) -> str:
+def _choose_torch_device(device: str) -> str:
     import torch
 
-    if choose_gpu(device) and torch.cuda.is_available():
+    if may_use_gpu(device) and torch.cuda.is_available():
         return "cuda"
     if device == "gpu":
         raise ValueError("device gpu: PyTorch finds no usable GPU on this machine; set device to auto or cpu")
     return "cpu"
 
 
-def _line(error: Exception) -> str:
-    return " ".join(str(error).split())
-
-
-def absolute_name(encoder: str) -> str:
+def resolve_encoder_name(encoder: str) -> str:
     """Return the absolute path of a folder, since actors and later runs use other folders; other names unchanged."""
     folder = Path(encoder).expanduser()
     return str(folder.resolve()) if encoder != "demo" and folder.is_dir() else encoder

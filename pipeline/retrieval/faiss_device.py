@@ -9,9 +9,9 @@ import faiss
 
 from pipeline.config.loading import parse_search
 from pipeline.config.sections import RetrievalConfig
-from pipeline.gpus import assigned_gpus, choose_gpu
+from pipeline.gpus import get_assigned_gpus, may_use_gpu
 from pipeline.retrieval.manifest import IndexManifest
-from pipeline.retrieval.shard_files import empty_index, faiss_reason
+from pipeline.retrieval.shard_files import create_empty_index, extract_faiss_message
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +28,7 @@ RELEASE_SECONDS = 5.0
 GB = 1e9
 
 
-def gpu_form(index: Any, float16: bool) -> bool:
+def supports_gpu(index: Any, float16: bool) -> bool:
     """Whether FAISS supports this kind of index on GPUs: flat, or IVF with flat, scalar or product codes.
 
     Args:
@@ -37,7 +37,7 @@ def gpu_form(index: Any, float16: bool) -> bool:
     """
     kind = faiss.downcast_index(index)
     if isinstance(kind, faiss.IndexPreTransform):
-        return gpu_form(kind.index, float16)
+        return supports_gpu(kind.index, float16)
     if isinstance(kind, faiss.IndexIVFPQ):
         tables = kind.pq.M * kind.pq.ksub * (2 if float16 else 4)
         return type(kind) is faiss.IndexIVFPQ and kind.pq.nbits == 8 and tables <= SHARED_MEMORY
@@ -46,26 +46,27 @@ def gpu_form(index: Any, float16: bool) -> bool:
     return isinstance(kind, faiss.IndexFlat)
 
 
-def check_gpu_form(manifest: IndexManifest, float16: bool) -> None:
+def check_gpu_support(manifest: IndexManifest, float16: bool) -> None:
     """Reject an index that FAISS cannot search on GPUs.
 
     Raises:
         ValueError: FAISS does not support the index on GPUs; the message names its factory string.
     """
-    if not gpu_form(empty_index(manifest.factory, manifest.dimension), float16):
+    if not supports_gpu(create_empty_index(manifest.factory, manifest.dimension), float16):
         raise ValueError(
             f"FAISS does not support {manifest.factory} on GPUs: set retrieval.device=cpu, or use another factory"
         )
 
 
-def gpu_bytes(manifest: IndexManifest, numbers: list[int], float16: bool) -> int:
+def estimate_gpu_bytes(manifest: IndexManifest, numbers: list[int], float16: bool) -> int:
     """Estimate the bytes that shards take on a GPU, including FAISS's working memory.
 
     Vectors take as much as on disk; inverted lists are padded in addition. With half precision ``Flat`` vectors take
     half as much, but the conversion temporarily needs 1.5 times the size of the largest shard on disk.
     """
     stored = [manifest.shards[number].bytes for number in numbers]
-    ivf = faiss.try_extract_index_ivf(index := empty_index(manifest.factory, manifest.dimension))
+    index = create_empty_index(manifest.factory, manifest.dimension)
+    ivf = faiss.try_extract_index_ivf(index)
     if ivf is not None:
         padding = ivf.nlist * LIST_PADDING // 2 * ivf.code_size
         return sum(stored) + len(stored) * padding + WORKING_BYTES
@@ -123,7 +124,7 @@ def read_memory(engine_share: float) -> CardMemory:
     import torch
 
     free, total = torch.cuda.mem_get_info()
-    assigned = assigned_gpus()
+    assigned = get_assigned_gpus()
     return CardMemory(free, total, assigned.share if assigned else 1.0, engine_share)
 
 
@@ -181,7 +182,7 @@ class Device:
             ValueError: ``retrieval.device`` is ``gpu``, but there is no GPU, FAISS does not support the index on GPUs,
                 or too little memory is left.
         """
-        if not choose_gpu(retrieval.device):
+        if not may_use_gpu(retrieval.device):
             return cls(None)
         required = retrieval.device == "gpu"
         if not has_gpu():
@@ -189,8 +190,8 @@ class Device:
                 raise ValueError("retrieval.device gpu: FAISS finds no GPU; install the gpu extra, or set auto or cpu")
             return cls(None)
         try:
-            check_gpu_form(manifest, retrieval.float16)
-            await_memory(gpu_bytes(manifest, numbers, retrieval.float16), engine_share)
+            check_gpu_support(manifest, retrieval.float16)
+            await_memory(estimate_gpu_bytes(manifest, numbers, retrieval.float16), engine_share)
         except ValueError as error:
             if required:
                 raise
@@ -216,7 +217,7 @@ class Device:
         try:
             return faiss.index_cpu_to_gpu(self.resources, 0, index, options), faiss.GpuParameterSpace()
         except RuntimeError as error:
-            reason = faiss_reason(error)
+            reason = extract_faiss_message(error)
         if self.required:
             raise ValueError(f"retrieval.device gpu: a shard cannot be placed on the GPU ({reason}); set auto or cpu")
         log.warning("a shard is searched on the CPU: it cannot be placed on the GPU (%s)", reason)

@@ -11,10 +11,10 @@ import numpy.typing as npt
 
 from pipeline.config.sections import RetrievalConfig
 from pipeline.decoding.types import Passage, RetrievedPassage
-from pipeline.gpus import exclusive_start
+from pipeline.gpus import lock_gpus
 from pipeline.retrieval.encoder import Vectors
 from pipeline.retrieval.faiss_device import Device, set_search
-from pipeline.retrieval.index_cache import DamagedIndexError, obtain, room_for
+from pipeline.retrieval.index_cache import DamagedIndexError, obtain_file, reserve_room
 from pipeline.retrieval.manifest import IndexManifest, ShardEntry, read_manifest
 from pipeline.retrieval.shard_files import PassageFile, read_faiss
 from pipeline.storage.location import Location
@@ -35,6 +35,11 @@ class Hit:
     def order(self) -> tuple[float, int, int]:
         """Sort key: best first; ties are in the order of the passages, as in a single index over all of them."""
         return -self.score, self.shard, self.row
+
+    @property
+    def place(self) -> tuple[int, int]:
+        """Shard and row, which identify the passage."""
+        return self.shard, self.row
 
 
 Found = tuple[Hit, Passage]
@@ -62,7 +67,7 @@ class Shard:
             StorageError: a file cannot be fetched.
         """
         index_file, passages_file = (
-            obtain(folder / name, size, sha256, retrieval) for name, size, sha256 in entry.files()
+            obtain_file(folder / name, size, sha256, retrieval) for name, size, sha256 in entry.list_files()
         )
         index, passages = read_faiss(index_file), PassageFile(passages_file)
         if (index.d, index.ntotal, len(passages)) != (dimension, entry.rows, entry.rows):
@@ -88,7 +93,7 @@ class Shard:
         """
         set_search(self.index, self._space, search)
 
-    def top(self, queries: Vectors, k: int) -> tuple[Vectors, npt.NDArray[np.int64]]:
+    def search_top(self, queries: Vectors, k: int) -> tuple[Vectors, npt.NDArray[np.int64]]:
         """Search for the k best rows of each query; ties go to the lowest rows.
 
         FAISS does not define which of several equal scores it returns. One result beyond k shows whether the last score
@@ -150,10 +155,10 @@ class PassageIndex:
         """
         manifest = read_manifest(folder, digest)
         chosen = sorted(range(len(manifest.shards)) if numbers is None else numbers)
-        with _in_cache(folder, manifest, retrieval, chosen):
+        with _reserve_cache(folder, manifest, retrieval, chosen):
             entries = {number: manifest.shards[number] for number in chosen}
             shards = {n: Shard.open(folder, entry, manifest.dimension, retrieval) for n, entry in entries.items()}
-        with exclusive_start():
+        with lock_gpus():
             device = Device.choose(retrieval, manifest, chosen, engine_share)
             for shard in shards.values():
                 shard.place(device)
@@ -171,40 +176,41 @@ class PassageIndex:
         """
         # OpenMP keeps this setting per calling thread, so it must be set in the thread that searches.
         faiss.omp_set_num_threads(self.threads)
-        found = [self.shards[number].top(queries, k) for number in self._numbers]
+        found = [self.shards[number].search_top(queries, k) for number in self._numbers]
         scores = np.concatenate([scores for scores, _ in found], axis=1)
         rows = np.concatenate([rows for _, rows in found], axis=1)
         shards = np.repeat(self._numbers, [scores.shape[1] for scores, _ in found])
         # Ties within a shard are already ordered by row.
         best = np.argsort(-scores, axis=1, kind="stable")
-        return [
-            [Hit(float(scores[n, i]), int(shards[i]), int(rows[n, i])) for i in best[n] if rows[n, i] >= 0][:k]
-            for n in range(len(queries))
-        ]
+        results = []
+        for n, order in enumerate(best):
+            hits = [Hit(float(scores[n, i]), int(shards[i]), int(rows[n, i])) for i in order if rows[n, i] >= 0]
+            results.append(hits[:k])
+        return results
 
     def find(self, queries: Vectors, k: int) -> list[list[Found]]:
         """Search as :meth:`search`, and return each hit with its passage."""
-        return [
-            [(hit, self.shards[hit.shard].passages.passage(hit.row)) for hit in hits]
-            for hits in self.search(queries, k)
-        ]
+        return [self._read_passages(hits) for hits in self.search(queries, k)]
+
+    def _read_passages(self, hits: list[Hit]) -> list[Found]:
+        return [(hit, self.shards[hit.shard].passages.read_passage(hit.row)) for hit in hits]
 
     def retrieve(self, queries: Vectors, k: int) -> list[list[RetrievedPassage]]:
         """Search as :meth:`search`, and return passages with scores and ranks, which start at 1."""
-        return [ranked(found) for found in self.find(queries, k)]
+        return [rank_hits(found) for found in self.find(queries, k)]
 
 
-def _in_cache(
+def _reserve_cache(
     folder: Location, manifest: IndexManifest, retrieval: RetrievalConfig, chosen: Sequence[int]
 ) -> AbstractContextManager[None]:
     """Reserve room in the cache for the chosen shards; a local index needs none."""
     if folder.local:
         return nullcontext()
-    wanted = [file for number in chosen for file in manifest.shards[number].files()]
-    every = [file for entry in manifest.shards for file in entry.files()]
-    return room_for(retrieval, wanted, [file for file in every if file not in wanted])
+    wanted = [file for number in chosen for file in manifest.shards[number].list_files()]
+    every = [file for entry in manifest.shards for file in entry.list_files()]
+    return reserve_room(retrieval, wanted, [file for file in every if file not in wanted])
 
 
-def ranked(found: Sequence[Found]) -> list[RetrievedPassage]:
+def rank_hits(found: Sequence[Found]) -> list[RetrievedPassage]:
     """Convert the hits of a query, best first, to retrieved passages with ranks, which start at 1."""
     return [RetrievedPassage(passage, hit.score, rank) for rank, (hit, passage) in enumerate(found, start=1)]

@@ -23,13 +23,13 @@ class DamagedIndexError(ValueError):
     """Error for an index file that is missing, unreadable, or not the expected one."""
 
 
-def file_digest(path: Path) -> str:
+def hash_file(path: Path) -> str:
     """Return the SHA-256 of a file, in hex."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def obtain(source: Location, size: int, sha256: str, retrieval: RetrievalConfig) -> Path:
+def obtain_file(source: Location, size: int, sha256: str, retrieval: RetrievalConfig) -> Path:
     """Return the local path of an index file: its own, or that of a copy that is fetched once per machine.
 
     Copies are named by digest, so a changed index gets new ones. The size is checked at every call. The digest, which
@@ -51,7 +51,7 @@ def obtain(source: Location, size: int, sha256: str, retrieval: RetrievalConfig)
     cache.mkdir(parents=True, exist_ok=True)
     copy = cache / f"{sha256}-{Path(source.path).name}"
     # The lock ensures that concurrent readers on one machine fetch a file only once.
-    with _locked(copy.with_name(f"{copy.name}.lock")):
+    with _locking(copy.with_name(f"{copy.name}.lock")):
         fetched = not copy.exists()
         if fetched:
             _fetch(source, copy, size, sha256)
@@ -62,14 +62,14 @@ def obtain(source: Location, size: int, sha256: str, retrieval: RetrievalConfig)
 
 
 @contextmanager
-def _locked(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+def _locking(path: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
     with path.open("w") as lock:
         fcntl.flock(lock, how)
         yield
 
 
 @contextmanager
-def room_for(retrieval: RetrievalConfig, wanted: list[CachedFile], others: list[CachedFile]) -> Iterator[None]:
+def reserve_room(retrieval: RetrievalConfig, wanted: list[CachedFile], others: list[CachedFile]) -> Iterator[None]:
     """Make room in the cache for the files that the body opens; meanwhile no other process evicts files.
 
     Does nothing unless ``retrieval.cache_gb`` is set. Copies of other indexes are evicted, least recently used first. A
@@ -87,15 +87,15 @@ def room_for(retrieval: RetrievalConfig, wanted: list[CachedFile], others: list[
         return
     cache = Path(retrieval.cache).expanduser()
     cache.mkdir(parents=True, exist_ok=True)
-    with _locked(cache / ".room.lock"):
+    with _locking(cache / ".room.lock"):
         _make_room(cache, int(retrieval.cache_gb * 1e9), wanted, others)
-    with _locked(cache / ".room.lock", fcntl.LOCK_SH):
+    with _locking(cache / ".room.lock", fcntl.LOCK_SH):
         yield
 
 
 def _make_room(cache: Path, limit: int, wanted: list[CachedFile], others: list[CachedFile]) -> None:
-    own = {_copy_name(file) for file in [*wanted, *others]}
-    present = sum(file[1] for file in others if (cache / _copy_name(file)).exists())
+    own = {_name_copy(file) for file in [*wanted, *others]}
+    present = sum(file[1] for file in others if (cache / _name_copy(file)).exists())
     needed = present + sum(size for _, size, _ in wanted)
     if needed > limit:
         raise ValueError(
@@ -111,7 +111,7 @@ def _make_room(cache: Path, limit: int, wanted: list[CachedFile], others: list[C
         file.unlink()
 
 
-def _copy_name(file: CachedFile) -> str:
+def _name_copy(file: CachedFile) -> str:
     name, _, sha256 = file
     return f"{sha256}-{name}"
 
@@ -143,7 +143,7 @@ def check_file(path: Path, uri: str, size: int, sha256: str | None) -> None:
     if not path.is_file():
         raise DamagedIndexError(f"{uri}: missing; {REMEDY}")
     check_size(uri, path.stat().st_size, size)
-    if sha256 is not None and file_digest(path) != sha256:
+    if sha256 is not None and hash_file(path) != sha256:
         raise DamagedIndexError(f"{uri}: its SHA-256 differs from index.json; {REMEDY}")
 
 

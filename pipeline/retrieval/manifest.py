@@ -8,7 +8,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipeline.config.loading import Frozen
 from pipeline.config.sections import Positive, RetrievalConfig
-from pipeline.retrieval.encoder import Encoder, EncoderStyle, encoder_digest
+from pipeline.retrieval.encoder import Encoder, EncoderStyle, hash_encoder
 from pipeline.retrieval.index_cache import REMEDY, DamagedIndexError, check_size
 from pipeline.storage.location import Location
 
@@ -37,7 +37,7 @@ class ShardEntry(Frozen):
     passages_bytes: Positive
     passages_sha256: Digest
 
-    def files(self) -> tuple[tuple[str, int, str], tuple[str, int, str]]:
+    def list_files(self) -> tuple[tuple[str, int, str], tuple[str, int, str]]:
         """Return name, size in bytes and digest of the FAISS index, and of the passages."""
         index = (self.file, self.bytes, self.sha256)
         return index, (self.passages_file, self.passages_bytes, self.passages_sha256)
@@ -90,7 +90,7 @@ class IndexManifest(Frozen):
         """Size of the FAISS files of all shards, in bytes."""
         return sum(shard.bytes for shard in self.shards)
 
-    def digest(self) -> str:
+    def compute_digest(self) -> str:
         """Return the SHA-256, in hex, of the manifest; it identifies the whole index, as it covers all file digests."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
@@ -118,7 +118,7 @@ def read_manifest(folder: Location, digest: str | None = None) -> IndexManifest:
         StorageError: the manifest cannot be read.
     """
     file = folder / MANIFEST
-    if file.kind() != fs.FileType.File:
+    if file.get_type() != fs.FileType.File:
         raise ValueError(f"{folder.uri}: no index here ({MANIFEST} is missing); build one with jobs.build_index")
     try:
         manifest = IndexManifest.model_validate_json(file.read())
@@ -130,7 +130,7 @@ def read_manifest(folder: Location, digest: str | None = None) -> IndexManifest:
         raise ValueError(
             f"{file.uri}: {where}{problem['msg'].lower()}{found}; rebuild the index with this version"
         ) from None
-    if digest not in (None, manifest.digest()):
+    if digest not in (None, manifest.compute_digest()):
         raise DamagedIndexError(f"{file.uri}: the index was replaced during the run; restore it, or start a new run")
     return manifest
 
@@ -144,7 +144,7 @@ def check_encoder(encoder: Encoder, manifest: IndexManifest) -> None:
     if encoder.dimension != manifest.dimension:
         raise ValueError(
             f"encoder {encoder.name} has {encoder.dimension} dimensions, but the index has {manifest.dimension}: "
-            f"{_encoder_advice(manifest)}"
+            f"{_advise_on_encoder(manifest)}"
         )
     _check_digest(encoder.name, encoder.digest, manifest)
 
@@ -154,11 +154,11 @@ def _check_digest(name: str, digest: str | None, manifest: IndexManifest) -> Non
     if digest != built.digest:
         raise ValueError(
             f"encoder {name} (digest {(digest or 'unknown')[:12]}) is not the one that the index was built with "
-            f"({built.name}, digest {built.digest[:12]}): {_encoder_advice(manifest)}"
+            f"({built.name}, digest {built.digest[:12]}): {_advise_on_encoder(manifest)}"
         )
 
 
-def _encoder_advice(manifest: IndexManifest) -> str:
+def _advise_on_encoder(manifest: IndexManifest) -> str:
     return f"set retrieval.encoder to the original version of {manifest.encoder.name}, or rebuild the index"
 
 
@@ -173,8 +173,8 @@ def check_index_manifest(folder: Location, retrieval: RetrievalConfig, digest: s
         StorageError: the storage cannot be read.
     """
     manifest = read_manifest(folder, digest)
-    wanted, revision = wanted_encoder(manifest, retrieval)
-    digest = encoder_digest(wanted, revision)
+    wanted, revision = choose_encoder(manifest, retrieval)
+    digest = hash_encoder(wanted, revision)
     if digest is not None or wanted != manifest.encoder.name:
         _check_digest(wanted, digest, manifest)  # without a download yet, checked on loading
     check_files(folder, manifest)
@@ -188,7 +188,7 @@ def check_files(folder: Location, manifest: IndexManifest) -> None:
         DamagedIndexError: a file is missing or has another size.
         StorageError: the storage cannot be read.
     """
-    files = [file for shard in manifest.shards for file in shard.files()]
+    files = [file for shard in manifest.shards for file in shard.list_files()]
     paths = [(folder / name).path for name, _, _ in files]
     found = folder.retrying(lambda: folder.filesystem.get_file_info(paths))
     for (name, size, _), info in zip(files, found, strict=True):
@@ -197,7 +197,7 @@ def check_files(folder: Location, manifest: IndexManifest) -> None:
         check_size((folder / name).uri, info.size, size)
 
 
-def wanted_encoder(manifest: IndexManifest, retrieval: RetrievalConfig) -> tuple[str, str | None]:
+def choose_encoder(manifest: IndexManifest, retrieval: RetrievalConfig) -> tuple[str, str | None]:
     """Return name and revision of the encoder of the queries: as configured, or as the index was built."""
     if retrieval.encoder in (None, manifest.encoder.name):
         return manifest.encoder.name, manifest.encoder.revision

@@ -9,10 +9,10 @@ from typing import Any, Protocol
 
 from pipeline.config.sections import RetrievalConfig
 from pipeline.decoding.types import RetrievedPassage
-from pipeline.gpus import exclusive_start
+from pipeline.gpus import lock_gpus
 from pipeline.retrieval.encoder import Encoder, Vectors
 from pipeline.retrieval.index import PassageIndex
-from pipeline.retrieval.manifest import IndexManifest, check_encoder, check_index_manifest, wanted_encoder
+from pipeline.retrieval.manifest import IndexManifest, check_encoder, check_index_manifest, choose_encoder
 from pipeline.retrieval.shard_servers import IndexLostError, PartitionedIndex
 from pipeline.storage.location import Location
 
@@ -83,8 +83,8 @@ class IndexRetriever:
             StorageError: the storage cannot be read.
         """
         manifest = check_index_manifest(folder, retrieval, digest)
-        name, revision = wanted_encoder(manifest, retrieval)
-        with exclusive_start():
+        name, revision = choose_encoder(manifest, retrieval)
+        with lock_gpus():
             encoder = Encoder.load(name, retrieval.device, revision, manifest.encoder.style)
         check_encoder(encoder, manifest)
         if servers:
@@ -136,7 +136,9 @@ class IndexRetriever:
         except IndexLostError as error:
             return [error] * len(batch)
         except Exception as error:  # noqa: BLE001  raised again in retrieve
-            return [error] if len(batch) == 1 else [self._search([request])[0] for request in batch]
+            if len(batch) == 1:
+                return [error]
+            return [self._search([request])[0] for request in batch]
         return [passages[: request.k] for request, passages in zip(batch, found, strict=True)]
 
     def _deliver(self, batch: list[_Request], done: asyncio.Future[list[Outcome]]) -> None:

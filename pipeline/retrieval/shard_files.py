@@ -16,7 +16,7 @@ from pyarrow import fs
 
 from pipeline.decoding.types import Passage
 from pipeline.retrieval.encoder import Vectors
-from pipeline.retrieval.index_cache import REMEDY, SCRATCH_PREFIX, DamagedIndexError, file_digest
+from pipeline.retrieval.index_cache import REMEDY, SCRATCH_PREFIX, DamagedIndexError, hash_file
 from pipeline.retrieval.manifest import ShardEntry
 from pipeline.storage.location import Location
 
@@ -28,7 +28,7 @@ _TRAINING_PER_CENTROID = 64
 _SMALLEST_TRAINING = 256 * _TRAINING_PER_CENTROID
 
 
-def empty_index(factory: str, dimension: int) -> Any:
+def create_empty_index(factory: str, dimension: int) -> Any:
     """Create an empty FAISS index for inner products from a factory string such as ``Flat`` or ``IVF256,SQ8``.
 
     Raises:
@@ -40,15 +40,17 @@ def empty_index(factory: str, dimension: int) -> Any:
     try:
         return faiss.index_factory(dimension, factory, faiss.METRIC_INNER_PRODUCT)
     except RuntimeError as error:
-        raise ValueError(f"factory {factory}: {faiss_reason(error)} ({dimension} dimensions, inner product)") from None
+        raise ValueError(
+            f"factory {factory}: {extract_faiss_message(error)} ({dimension} dimensions, inner product)"
+        ) from None
 
 
-def training_rows(index: Any) -> int:
+def count_training_rows(index: Any) -> int:
     """Return the number of vectors to train an index on; 0 if it needs no training."""
-    return 0 if index.is_trained else max(_SMALLEST_TRAINING, _TRAINING_PER_CENTROID * centroids(index))
+    return 0 if index.is_trained else max(_SMALLEST_TRAINING, _TRAINING_PER_CENTROID * count_centroids(index))
 
 
-def centroids(index: Any) -> int:
+def count_centroids(index: Any) -> int:
     """Count the inverted lists of an index, the minimum of training vectors; 0 if it has none."""
     ivf = faiss.try_extract_index_ivf(index)
     return int(ivf.nlist) if ivf is not None else 0
@@ -67,19 +69,21 @@ def train_index(index: Any, vectors: Vectors) -> None:
     try:
         index.train(vectors)
     except RuntimeError as error:
-        raise ValueError(f"factory: cannot be trained on {len(vectors)} passages: {faiss_reason(error)}") from None
+        raise ValueError(
+            f"factory: cannot be trained on {len(vectors)} passages: {extract_faiss_message(error)}"
+        ) from None
 
 
-def faiss_reason(error: RuntimeError) -> str:
+def extract_faiss_message(error: RuntimeError) -> str:
     """Return the message of a FAISS error without the location in its source."""
     return " ".join(str(error).rpartition("failed: ")[2].rpartition(".cpp:")[2].split()).lstrip("0123456789: ")
 
 
-# Matches the names that :func:`shard_files` returns.
+# Matches the names that :func:`name_shard_files` returns.
 SHARD_FILE = re.compile(r"shard-\d{5,}\.(faiss|passages\.arrow)")
 
 
-def shard_files(number: int) -> tuple[str, str]:
+def name_shard_files(number: int) -> tuple[str, str]:
     """Return the file names of a shard's FAISS index and of its passages."""
     return f"shard-{number:05d}.faiss", f"shard-{number:05d}.passages.arrow"
 
@@ -98,33 +102,33 @@ def build_shard(
     Raises:
         StorageError: the folder cannot be written.
     """
-    file, passages_file = shard_files(number)
-    with _scratch(folder) as scratch:
+    file, passages_file = name_shard_files(number)
+    with _create_scratch(folder) as scratch:
         with pa.OSFile(str(scratch / passages_file), "wb") as sink, pa.ipc.new_file(sink, PASSAGE_SCHEMA) as writer:
             for passages, vectors in batches:
                 writer.write_batch(passages)
                 index.add(vectors)
         faiss.write_index(index, str(scratch / file))
-        entry = _entry(scratch / file, scratch / passages_file, int(index.ntotal))
+        entry = _build_entry(scratch / file, scratch / passages_file, int(index.ntotal))
         publish_shard(scratch / passages_file, folder / passages_file)
         publish_shard(scratch / file, folder / file)
     return entry
 
 
-def _entry(index: Path, passages: Path, rows: int) -> ShardEntry:
+def _build_entry(index: Path, passages: Path, rows: int) -> ShardEntry:
     return ShardEntry(
         file=index.name,
         passages_file=passages.name,
         rows=rows,
         bytes=index.stat().st_size,
-        sha256=file_digest(index),
+        sha256=hash_file(index),
         passages_bytes=passages.stat().st_size,
-        passages_sha256=file_digest(passages),
+        passages_sha256=hash_file(passages),
     )
 
 
 @contextmanager
-def _scratch(folder: Location) -> Iterator[Path]:
+def _create_scratch(folder: Location) -> Iterator[Path]:
     """Create a temporary folder, inside a local target folder so that files can be renamed into place."""
     if folder.local:
         Path(folder.path).mkdir(parents=True, exist_ok=True)
@@ -139,7 +143,7 @@ def publish_shard(source: Path, target: Location) -> None:
         StorageError: the target cannot be written.
     """
 
-    def work() -> None:
+    def publish() -> None:
         if not target.local:
             fs.copy_files(str(source), target.path, fs.LocalFileSystem(), target.filesystem)
             return
@@ -147,7 +151,7 @@ def publish_shard(source: Path, target: Location) -> None:
             os.fsync(file.fileno())
         source.replace(target.path)
 
-    target.retrying(work)
+    target.retrying(publish)
 
 
 class PassageFile:
@@ -167,7 +171,7 @@ class PassageFile:
     def __len__(self) -> int:
         return int(self._ends[-1]) if len(self._ends) else 0
 
-    def passage(self, row: int) -> Passage:
+    def read_passage(self, row: int) -> Passage:
         """Return the passage of a row."""
         number = int(np.searchsorted(self._ends, row, side="right"))
         batch = self._batches[number]
@@ -184,4 +188,4 @@ def read_faiss(path: Path) -> Any:
     try:
         return faiss.read_index(str(path), faiss.IO_FLAG_MMAP_IFC)
     except RuntimeError as error:
-        raise DamagedIndexError(f"{path}: not a FAISS index ({faiss_reason(error)}); {REMEDY}") from None
+        raise DamagedIndexError(f"{path}: not a FAISS index ({extract_faiss_message(error)}); {REMEDY}") from None

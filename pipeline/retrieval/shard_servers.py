@@ -15,7 +15,7 @@ from typing import Any
 from pipeline.config.sections import ExecutionConfig, RetrievalConfig, StorageConfig
 from pipeline.decoding.types import RetrievedPassage
 from pipeline.retrieval.encoder import Vectors
-from pipeline.retrieval.index import Found, PassageIndex, ranked
+from pipeline.retrieval.index import Found, PassageIndex, rank_hits
 from pipeline.retrieval.manifest import IndexManifest
 from pipeline.storage.location import locate
 
@@ -60,7 +60,7 @@ class ShardServer:
         folder = locate(index.uri, index.storage)
         self._index = PassageIndex.open(folder, index.retrieval, numbers, digest=index.digest)
 
-    def vectors(self) -> int:
+    def count_vectors(self) -> int:
         """Return the number of vectors; a call returns only after all shards are loaded."""
         return sum(len(shard.passages) for shard in self._index.shards.values())
 
@@ -95,22 +95,24 @@ class PartitionedIndex:
 
         batch = ray.put(queries)
         try:
-            answers = _answers([server.find.remote(batch, k) for server in self._servers], "a search")
+            answers = _await_results([server.find.remote(batch, k) for server in self._servers], "a search")
         except ray.exceptions.RayTaskError:
             raise  # caused by these queries, not by a lost server
         except ray.exceptions.RayError as error:
             raise IndexLostError(f"a shard server was lost: {' '.join(str(error).split())}") from error
-        return [ranked(merge_hits(parts, k)) for parts in zip(*answers, strict=True)]
+        return [rank_hits(merge_hits(parts, k)) for parts in zip(*answers, strict=True)]
 
 
-def _answers(references: list[Any], who: str) -> list[Any]:
+def _await_results(references: list[Any], who: str) -> list[Any]:
     """Wait without limit for the servers' results, with a warning every ``WARN_EVERY_S`` that names the waiter."""
     import ray
 
-    while missing := len(references) - len(ray.wait(references, num_returns=len(references), timeout=WARN_EVERY_S)[0]):
-        log.warning("%s waits for %d of %d shard servers", who, missing, len(references))
-    answers: list[Any] = ray.get(references)
-    return answers
+    _, missing = ray.wait(references, num_returns=len(references), timeout=WARN_EVERY_S)
+    while missing:
+        log.warning("%s waits for %d of %d shard servers", who, len(missing), len(references))
+        _, missing = ray.wait(references, num_returns=len(references), timeout=WARN_EVERY_S)
+    results: list[Any] = ray.get(references)
+    return results
 
 
 def merge_hits(parts: Sequence[Sequence[Found]], k: int) -> list[Found]:
@@ -142,6 +144,6 @@ def start_servers(index: ServedIndex, nodes: Sequence[str | None], execution: Ex
     for node, numbers in zip(nodes, assign_shards(index.shards, len(nodes)), strict=True):
         where = NodeAffinitySchedulingStrategy(node, soft=True) if node else "SPREAD"
         handles.append(server.options(scheduling_strategy=where).remote(index, numbers))
-    loaded = _answers([handle.vectors.remote() for handle in handles], "the job")
+    loaded = _await_results([handle.count_vectors.remote() for handle in handles], "the job")
     log.info("%d shard servers hold %s vectors", len(nodes), " + ".join(map(str, loaded)))
     return handles

@@ -21,15 +21,15 @@ from pipeline.decoding.answer_cache import AnsweredOnce, Answering
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.protocols import Critic
 from pipeline.decoding.self_rag import SelfRag
-from pipeline.engine.arguments import gpu_share
-from pipeline.engine.models import critic_of
+from pipeline.engine.arguments import get_gpu_share
+from pipeline.engine.models import load_critic
 from pipeline.engine.postmortem import Death
 from pipeline.engine.vllm import EngineDeadError, VllmGenerator, prepare_environment
-from pipeline.gpus import exclusive_start
+from pipeline.gpus import lock_gpus
 from pipeline.output.folder import OutputFolder
-from pipeline.output.schema import ANSWER_FIELDS, CANDIDATE_FIELDS, ERROR_FIELDS, answer_row, passed_through
+from pipeline.output.schema import ANSWER_FIELDS, CANDIDATE_FIELDS, ERROR_FIELDS, convert_answer, rename_inputs
 from pipeline.queries.query_set import Unit, read_unit
-from pipeline.queries.schema import Row, query_of, read_rows
+from pipeline.queries.schema import Row, read_rows, to_query
 from pipeline.retrieval.retriever import IndexRetriever
 from pipeline.retrieval.shard_servers import IndexLostError
 from pipeline.run.attempts import (
@@ -45,10 +45,10 @@ from pipeline.storage.location import locate
 log = logging.getLogger(__name__)
 
 
-def annotated_schema(inputs: pa.Schema, keep_candidates: bool) -> pa.Schema:
+def build_annotated_schema(inputs: pa.Schema, keep_candidates: bool) -> pa.Schema:
     """Return the schema of an annotated unit, whose answers and errors are not separated yet: columns of both."""
     extra = CANDIDATE_FIELDS if keep_candidates else []
-    return pa.schema([*passed_through(inputs), *ANSWER_FIELDS, *extra, *ERROR_FIELDS])
+    return pa.schema([*rename_inputs(inputs), *ANSWER_FIELDS, *extra, *ERROR_FIELDS])
 
 
 async def annotate_row(system: Answering, row: Row, config: RunConfig) -> dict[str, Any]:
@@ -58,22 +58,22 @@ async def annotate_row(system: Answering, row: Row, config: RunConfig) -> dict[s
         EngineDeadError, IndexLostError: the row did not cause the error.
     """
     if isinstance(row, UnicodeDecodeError):
-        return failed(ValueError(f"its text is not UTF-8: {row}"))
+        return build_error_columns(ValueError(f"its text is not UTF-8: {row}"))
     limit = config.execution.row_timeout_s
     clock = asyncio.timeout(limit)
     try:
         async with clock:
-            return answer_row(await system.answer(query_of(row, config.columns)))
+            return convert_answer(await system.answer(to_query(row, config.columns)))
     except (EngineDeadError, IndexLostError):
         raise
     except Exception as error:  # noqa: BLE001  no error of one row may fail the other rows
         if clock.expired():
-            return failed(TimeoutError(f"no answer within execution.row_timeout_s = {limit:g} s"))
+            return build_error_columns(TimeoutError(f"no answer within execution.row_timeout_s = {limit:g} s"))
         log.warning("row %r failed: %s: %s", row.get(config.columns.id), type(error).__name__, error)
-        return failed(error)
+        return build_error_columns(error)
 
 
-def failed(error: Exception, attempts: int = 1) -> dict[str, Any]:
+def build_error_columns(error: Exception, attempts: int = 1) -> dict[str, Any]:
     """Return the error columns of a row."""
     return {"error_type": type(error).__name__, "error_message": str(error), "attempts": attempts}
 
@@ -93,9 +93,11 @@ class OneByOne:
     async def annotate(self, system: Answering, row: Row, config: RunConfig, number: int) -> dict[str, Any]:
         """Annotate one row; after ``ROW_DEATHS`` crashes of its process, return its error columns instead."""
         attempts, unit = self.attempts, self.unit
-        deaths = await attempts.deaths.remote(unit, number)
+        deaths = await attempts.count_deaths.remote(unit, number)
         if deaths >= ROW_DEATHS:
-            return failed(cause(deaths, await attempts.engines.remote(unit, number)), deaths)
+            return build_error_columns(
+                explain_deaths(deaths, await attempts.list_engine_deaths.remote(unit, number)), deaths
+            )
         await attempts.begin.remote(unit, number)
         try:
             outcome = await annotate_row(system, row, config)
@@ -120,8 +122,8 @@ async def annotate_table(
         outcomes = await asyncio.gather(*(annotate_row(system, row, config) for row in rows))
     else:
         outcomes = [await one_by_one.annotate(system, row, config, n) for n, row in enumerate(rows)]
-    schema = annotated_schema(inputs.schema, config.decoding.keep_candidates)
-    passed = inputs.rename_columns(passed_through(inputs.schema).names)
+    schema = build_annotated_schema(inputs.schema, config.decoding.keep_candidates)
+    passed = inputs.rename_columns(rename_inputs(inputs.schema).names)
     columns = [
         passed[field.name]
         if field.name in passed.schema.names
@@ -131,7 +133,7 @@ async def annotate_table(
     return pa.table(columns, schema=schema)
 
 
-def cause(deaths: int, engines: Sequence[Death]) -> Exception:
+def explain_deaths(deaths: int, engines: Sequence[Death]) -> Exception:
     """Return the error of a row that is not tried again, since its processes crashed.
 
     Args:
@@ -177,23 +179,23 @@ class SelfRagActor:
     def _open(self, servers: Sequence[Any], index_digest: str | None) -> None:
         prepare_environment()
         config = self.config
-        critic = self._critic()
+        critic = self._load_critic()
         self.retriever: IndexRetriever | None = None
         if config.index is not None and config.decoding.mode != "never":
-            folder, share = locate(config.index, config.storage), gpu_share(config.model)
+            folder, share = locate(config.index, config.storage), get_gpu_share(config.model)
             self.retriever = IndexRetriever.open(folder, config.retrieval, share, servers, index_digest)
-            self.retriever.on_search = self.telemetry.search
-        with exclusive_start():
+            self.retriever.on_search = self.telemetry.record_search
+        with lock_gpus():
             self.generator = self._start_engine(critic)
         tasks = Tasks(config.decoding, config.profiles, config.task)
         self.system: Answering = AnsweredOnce(SelfRag(self.generator, critic, tasks, self.retriever))
 
-    def _critic(self) -> Critic:
-        return critic_of(self.config)
+    def _load_critic(self) -> Critic:
+        return load_critic(self.config)
 
     def _start_engine(self, critic: Critic) -> Any:
         generator = VllmGenerator.start(self.config.model, critic.watched)
-        generator.load.on_step = self.telemetry.step
+        generator.load.on_step = self.telemetry.record_step
         return generator
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
@@ -207,18 +209,18 @@ class SelfRagActor:
         """
         (planned,) = batch.to_pylist()
         unit, config = Unit(**planned), self.config
-        async with self._attempt(unit.id) as one_by_one:
+        async with self._attempting(unit.id) as one_by_one:
             await asyncio.shield(self._warm)
             began = time.time()
             rows = await asyncio.to_thread(read_unit, unit, config.storage)
-            with self.telemetry.flying(unit.rows):
+            with self.telemetry.counting_rows(unit.rows):
                 annotated = await annotate_table(self.system, rows, config, one_by_one)
             times, keep_candidates = (began, time.time()), config.decoding.keep_candidates
             await self.attempts.begin_writing.remote(unit.id)
             summary = await asyncio.to_thread(
                 self.output.write_unit, unit.id, annotated, rows.schema, keep_candidates, times
             )
-        self.telemetry.unit(annotated)
+        self.telemetry.count_unit(annotated)
         return pa.table({"summary": [json.dumps(dataclasses.asdict(summary))]})
 
     @cached_property
@@ -236,7 +238,7 @@ class SelfRagActor:
         return asyncio.create_task(warm())
 
     @asynccontextmanager
-    async def _attempt(self, unit: str) -> AsyncIterator[OneByOne | None]:
+    async def _attempting(self, unit: str) -> AsyncIterator[OneByOne | None]:
         """Run the body as an attempt at a unit: concurrently with others, or alone after ``BESIDE_OTHERS`` crashes.
 
         If the engine dies, record its death and end this process.
@@ -244,8 +246,8 @@ class SelfRagActor:
         Yields:
             After more crashes, an object that annotates the rows one at a time; None if they may run concurrently.
         """
-        deaths = await self.attempts.deaths.remote(unit)
-        place = self.lock.shared() if deaths < BESIDE_OTHERS else self.lock.exclusive()
+        deaths = await self.attempts.count_deaths.remote(unit)
+        place = self.lock.hold_shared() if deaths < BESIDE_OTHERS else self.lock.hold_exclusive()
         try:
             async with place:
                 await self.attempts.begin.remote(unit)

@@ -75,7 +75,7 @@ class Attempts:
         Raises:
             CrashLoopError: too many attempts crashed one after another.
         """
-        self._telemetry.started()
+        self._telemetry.count_start()
         self._starting += 1
         self._count_crash(self._starting > 1)
 
@@ -83,7 +83,7 @@ class Attempts:
         """Clear the count of starts; a start is no progress."""
         self._starting = 0
 
-    def deaths(self, unit: str, row: int | None = None) -> int:
+    def count_deaths(self, unit: str, row: int | None = None) -> int:
         """Return the number of attempts that were begun and did not end."""
         return self._units[unit].begun[row] if unit in self._units else 0
 
@@ -118,9 +118,9 @@ class Attempts:
         """Record the death of the engine that decoded this unit or row."""
         self._units[unit].engines[row].append(death)
         self._last = death
-        self._telemetry.died(death.out_of_memory)
+        self._telemetry.count_death(death.out_of_memory)
 
-    def engines(self, unit: str, row: int | None = None) -> list[Death]:
+    def list_engine_deaths(self, unit: str, row: int | None = None) -> list[Death]:
         """Return the known causes of death of its engines; empty if whole processes were killed."""
         return list(self._units[unit].engines[row]) if unit in self._units else []
 
@@ -143,7 +143,7 @@ class SharedExclusiveLock:
         self._exclusive_wanted = 0
 
     @asynccontextmanager
-    async def shared(self) -> AsyncIterator[None]:
+    async def hold_shared(self) -> AsyncIterator[None]:
         """Hold the lock together with other shared holders."""
         async with self._changed:
             await self._changed.wait_for(lambda: not self._exclusive_wanted)
@@ -154,7 +154,7 @@ class SharedExclusiveLock:
             await self._leave()
 
     @asynccontextmanager
-    async def exclusive(self) -> AsyncIterator[None]:
+    async def hold_exclusive(self) -> AsyncIterator[None]:
         """Hold the lock alone."""
         async with self._changed:
             self._exclusive_wanted += 1

@@ -9,7 +9,7 @@ from collections.abc import Generator
 from datetime import UTC, datetime
 from typing import Any
 
-from pipeline.cluster import Resources, actor_resources, connect
+from pipeline.cluster import Resources, allocate_resources, connect
 from pipeline.config.run import RunConfig
 from pipeline.output.folder import UnitSummary
 from pipeline.report.write import leave_report
@@ -20,7 +20,7 @@ from pipeline.run.plan import RunPlan, check_run, inspect_output, store_selectio
 from pipeline.run.progress import Progress
 from pipeline.run.telemetry import RunTelemetry
 from pipeline.storage.lease import Lease
-from pipeline.versions import versions
+from pipeline.versions import read_versions
 
 # A run is not stopped early with this many errors or fewer, however small it is.
 FEWEST_ERRORS = 100
@@ -80,7 +80,7 @@ def allot_resources(plan: RunPlan) -> Resources:
         ValueError: the settings contradict each other, or the actors do not fit on the cluster's nodes.
     """
     connect(plan.config.execution)
-    return actor_resources(plan.config, plan.index["shards"] if plan.index else 0)
+    return allocate_resources(plan.config, plan.index["shards"] if plan.index else 0)
 
 
 def run_plan(plan: RunPlan, resources: Resources | None, actor: type[SelfRagActor] = SelfRagActor) -> Summary:
@@ -94,8 +94,8 @@ def run_plan(plan: RunPlan, resources: Resources | None, actor: type[SelfRagActo
         RuntimeError: too many rows failed, or rows are missing at the end.
     """
     started, begun = time.monotonic(), datetime.now(UTC)
-    record = {"configuration": plan.config.recorded(), **plan.identity(), "tasks": plan.tasks()}
-    record |= {"encoder": plan.encoder, "known": plan.known, "versions": versions(), "started": begun.isoformat()}
+    record = {"configuration": plan.config.to_record(), **plan.get_identity(), "tasks": plan.describe_tasks()}
+    record |= {"encoder": plan.encoder, "known": plan.known, "versions": read_versions(), "started": begun.isoformat()}
     if resources is None:
         return summarize_run(plan, verify_units(plan), 0, time.monotonic() - started)
     with Lease(plan.output.location):
@@ -104,7 +104,7 @@ def run_plan(plan: RunPlan, resources: Resources | None, actor: type[SelfRagActo
         units = verify_units(plan)
         summary = summarize_run(plan, units, annotated, time.monotonic() - started)
         if not plan.finished:
-            files = {unit.unit: unit.record() for unit in units}
+            files = {unit.unit: unit.to_record() for unit in units}
             times = {"finished": datetime.now(UTC).isoformat()}
             plan.output.finish({**record, **times, "counts": dataclasses.asdict(summary), "units": files})
             leave_report(plan.output.location)
@@ -123,7 +123,7 @@ def annotate_todo(
         plan.output.clear()
     plan.output.begin(record)
     allowed = max(plan.config.execution.max_error_rate * plan.queries.rows, FEWEST_ERRORS)
-    failed, done = plan.output.error_rows(plan.done), sum(plan.rows[unit] for unit in plan.done)
+    failed, done = plan.output.count_error_rows(plan.done), sum(plan.rows[unit] for unit in plan.done)
     rows = sum(unit.rows for unit in plan.todo)
     with (
         RunTelemetry(plan.config.output, rows) as telemetry,
@@ -132,7 +132,7 @@ def annotate_todo(
     ):
         for unit in units:
             progress.add(unit)
-            telemetry.written(unit.rows)
+            telemetry.add_written(unit.rows)
             if failed + progress.errors > allowed:
                 raise RuntimeError(
                     f"{failed + progress.errors} of {done + progress.done} rows failed ({', '.join(unit.errors)}), "
@@ -198,7 +198,7 @@ def verify_units(plan: RunPlan) -> list[UnitSummary]:
         RuntimeError: rows are missing; the data files of units with wrong counts are deleted, so that these units are
             annotated again.
     """
-    units, rows = plan.output.summaries(unit.id for unit in plan.queries.units), plan.rows
+    units, rows = plan.output.summarize_units(unit.id for unit in plan.queries.units), plan.rows
     whole = [unit for unit in units if unit.rows == rows[unit.unit]]
     for unit in units:
         if unit.rows != rows[unit.unit]:

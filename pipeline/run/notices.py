@@ -33,10 +33,10 @@ def notify_failure(config: RunConfig, status: int, message: str) -> None:
             way(config.on_failure, content)
         except Exception as error:  # noqa: BLE001  no error here may change the run's exit status
             # Without the URL and the command's arguments, which may contain secrets.
-            log.warning("on_failure: notification failed: %s", _why(error))
+            log.warning("on_failure: notification failed: %s", _describe_error(error))
 
 
-def _why(error: Exception) -> str:
+def _describe_error(error: Exception) -> str:
     if isinstance(error, FileNotFoundError | PermissionError):
         return f"{type(error).__name__}: {error.filename}"
     return type(error).__name__

@@ -7,14 +7,14 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
-from pipeline.config.run import RunConfig, with_absolute_paths
+from pipeline.config.run import RunConfig, make_paths_absolute
 from pipeline.config.sections import StorageConfig
-from pipeline.decoding.profiles import Tasks, built_in_digest
-from pipeline.decoding.prompted_reader import prompts_digest
+from pipeline.decoding.profiles import Tasks, hash_built_in_profiles
+from pipeline.decoding.prompted_reader import hash_prompts
 from pipeline.engine.arguments import check_engine_arguments
-from pipeline.engine.models import critic_of, model_identity, model_path
+from pipeline.engine.models import identify_model, load_critic, resolve_model_path
 from pipeline.output.folder import OutputFolder
-from pipeline.output.schema import columns_digest
+from pipeline.output.schema import hash_columns
 from pipeline.queries.query_set import QuerySet, Unit, inspect_queries
 from pipeline.queries.selection import Earlier, Selection
 from pipeline.retrieval.manifest import IndexManifest, check_index_manifest
@@ -66,21 +66,21 @@ class RunPlan:
         """Whether nothing is left to do."""
         return self.succeeded and not self.todo
 
-    def identity(self) -> dict[str, Any]:
+    def get_identity(self) -> dict[str, Any]:
         """Return everything that decides the results; an output holds rows of one identity only."""
         return {
             "settings": {
-                **self.config.decisive(),
-                "output.columns": columns_digest(),
-                "profiles.built_in": built_in_digest(),
-                **self._prompts(),
+                **self.config.get_fixed_settings(),
+                "output.columns": hash_columns(),
+                "profiles.built_in": hash_built_in_profiles(),
+                **self._hash_prompts(),
             },
             "queries": {"files": self.queries.files, "rows": self.queries.rows, "digest": self.queries.digest},
             "model": self.model,
             "index": self.index,
         }
 
-    def lines(self) -> list[str]:
+    def describe(self) -> list[str]:
         """Describe the plan in lines of text."""
         config, rows = self.config, sum(unit.rows for unit in self.todo)
         return [
@@ -93,25 +93,25 @@ class RunPlan:
             f"index    {config.index or 'none'}" + (f": {self.index['passages']} passages" if self.index else ""),
             f"model    {config.model.name}",
             f"decoding {config.decoding.mode}, δ = {config.decoding.threshold}, k = {config.decoding.passages}",
-            *self._task_lines(),
+            *self._format_tasks(),
             f"output   {config.output}: {len(self.done)} of {len(self.queries.units)} units already done",
             f"to do    {rows} rows in {len(self.todo)} units on {config.execution.actors} actor(s)",
         ]
 
-    def _prompts(self) -> dict[str, str]:
-        return {"critic.prompts": prompts_digest()} if self.config.decoding.critic == "prompted" else {}
+    def _hash_prompts(self) -> dict[str, str]:
+        return {"critic.prompts": hash_prompts()} if self.config.decoding.critic == "prompted" else {}
 
-    def tasks(self) -> dict[str, dict[str, Any]]:
+    def describe_tasks(self) -> dict[str, dict[str, Any]]:
         """Describe each task: rows, profile, metric, choices, decoding settings; ``""`` stands for rows without one."""
         tasks = Tasks(self.config.decoding, self.config.profiles, self.config.task)
         rows = {"": self.queries.rows - sum(self.queries.tasks.values()), **self.queries.tasks}
-        return {name: {"rows": count, **tasks.described(name)} for name, count in rows.items() if count}
+        return {name: {"rows": count, **tasks.describe(name)} for name, count in rows.items() if count}
 
-    def _task_lines(self) -> list[str]:
+    def _format_tasks(self) -> list[str]:
         return [
             f"task     {name or '(none)'}: {task['rows']} rows, "
             + (f"profile {task['profile']}" if task["profile"] else "no profile")
-            for name, task in self.tasks().items()
+            for name, task in self.describe_tasks().items()
         ]
 
 
@@ -124,40 +124,40 @@ def check_run(config: RunConfig, overwrite: bool = False) -> RunPlan:
         StorageError: a URI cannot be read.
         RuntimeError: the embedded model is not available.
     """
-    config = with_absolute_paths(config)
+    config = make_paths_absolute(config)
     queries_location, output = locate(config.queries, config.storage), locate(config.output, config.storage)
     check_apart(queries_location, output)
-    selection = Selection.kept(output, config.queries) if config.skip_annotated and not overwrite else None
+    selection = Selection.load(output, config.queries) if config.skip_annotated and not overwrite else None
     asked = selection.folder if selection else queries_location
     queries = inspect_queries(asked, config.columns, config.execution.unit_rows)
     check_bucket(output)
     manifest = _check_retrieval(config, queries)
     index = encoder = None
     if manifest is not None:
-        index = {"passages": manifest.passages, "shards": len(manifest.shards), "digest": manifest.digest()}
+        index = {"passages": manifest.passages, "shards": len(manifest.shards), "digest": manifest.compute_digest()}
         encoder = manifest.encoder.model_dump()
     check_engine_arguments(config.model)
-    critic_of(config)
-    model = model_identity(config.model, model_path(config.model.name))
+    load_critic(config)
+    model = identify_model(config.model, resolve_model_path(config.model.name))
     if commit := model.get("commit"):  # every actor must load the commit that the manifest records
         config = config.model_copy(update={"model": config.model.model_copy(update={"revision": commit})})
     known = selection.known if selection else 0
     plan = RunPlan(config, queries, OutputFolder(output), model, index, encoder, overwrite, known=known)
-    plan.tasks()  # a profile may contradict the run
+    plan.describe_tasks()  # a profile may contradict the run
     plan = inspect_output(plan)
-    begun = plan.output.manifest() is not None and not overwrite
-    return plan if config.skip_annotated is None or selection or begun else _only_new(plan, config.skip_annotated)
+    begun = plan.output.read_manifest() is not None and not overwrite
+    return plan if config.skip_annotated is None or selection or begun else _select_new(plan, config.skip_annotated)
 
 
-def _only_new(plan: RunPlan, folder: str) -> RunPlan:
+def _select_new(plan: RunPlan, folder: str) -> RunPlan:
     config = plan.config
     earlier = Earlier(locate(folder, config.storage), plan.output.location, config.columns.id)
-    chosen = Selection.choose(plan.queries, earlier, config.storage, _scratch())
+    chosen = Selection.choose(plan.queries, earlier, config.storage, _make_scratch())
     queries = inspect_queries(chosen.folder, config.columns, config.execution.unit_rows)
     return replace(plan, queries=queries, known=chosen.known, chosen=chosen)
 
 
-def _scratch() -> Location:
+def _make_scratch() -> Location:
     """Make a temporary folder that is deleted when this process exits."""
     folder = tempfile.mkdtemp(prefix="selfrag-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
@@ -177,7 +177,7 @@ def store_selection(plan: RunPlan) -> RunPlan:
     if plan.chosen is None:
         return plan
     config, output = plan.config, plan.output.location
-    there = None if plan.overwrite else Selection.kept(output, config.queries)
+    there = None if plan.overwrite else Selection.load(output, config.queries)
     selection = there or plan.chosen.keep(output, config.queries)
     queries = inspect_queries(selection.folder, config.columns, config.execution.unit_rows)
     return replace(plan, queries=queries, known=selection.known, chosen=None)
@@ -194,7 +194,7 @@ def inspect_output(plan: RunPlan) -> RunPlan:
     if plan.overwrite:
         return plan
     known = {unit.id for unit in plan.queries.units}
-    return replace(plan, done=plan.output.done_units() & known, succeeded=plan.output.finished())
+    return replace(plan, done=plan.output.list_done_units() & known, succeeded=plan.output.is_finished())
 
 
 def _check_retrieval(config: RunConfig, queries: QuerySet) -> IndexManifest | None:
@@ -217,15 +217,15 @@ def _check_output(plan: RunPlan) -> None:
         ValueError: the output contains files that no run wrote, or rows of a run with another identity; the message
             names the differing keys.
     """
-    if foreign := plan.output.foreign():
+    if foreign := plan.output.find_foreign_file():
         raise ValueError(
             f"--output {plan.config.output} contains files that are not part of an annotated set ({foreign}); "
             "choose another"
         )
-    manifest = plan.output.manifest()
+    manifest = plan.output.read_manifest()
     if manifest is None or plan.overwrite:
         return
-    identity = plan.identity()
+    identity = plan.get_identity()
     before, now = manifest.get("settings", {}), identity["settings"]
     differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     differing += [part for part in ("queries", "model", "index") if manifest.get(part) != identity[part]]

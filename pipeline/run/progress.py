@@ -52,22 +52,22 @@ class Progress:
         self.done += unit.rows
         self.retrieved += unit.retrieved
         self.errors += sum(unit.errors.values())
-        self.bar.update(self.task, completed=self.done, figures=self.figures())
+        self.bar.update(self.task, completed=self.done, figures=self.format_figures())
         now = time.monotonic()
         if now - self.said > LINE_INTERVAL or self.done == self.rows:
             self.said = now
-            self._say(f"{self.done}/{self.rows} rows, {self.figures()}, {self._left():.0f} s left")
+            self._say(f"{self.done}/{self.rows} rows, {self.format_figures()}, {self._estimate_left():.0f} s left")
 
     def _say(self, line: str) -> None:
         """Write a line if there is no bar; it is dated, since one log file may cover several nights."""
         if self.bar.disable:
             sys.stderr.write(f"{time.strftime('%Y-%m-%d %H:%M:%S')} {line}\n")
 
-    def figures(self) -> str:
+    def format_figures(self) -> str:
         """Format throughput, retrieval rate and errors so far."""
         rate = self.done / max(time.monotonic() - self.started, 1e-9)
         share = self.retrieved / max(self.done - self.errors, 1)
         return f"{rate:.2f} rows/s, {share:.0%} retrieved, {self.errors} errors"
 
-    def _left(self) -> float:
+    def _estimate_left(self) -> float:
         return (self.rows - self.done) * (time.monotonic() - self.started) / max(self.done, 1)

@@ -34,15 +34,15 @@ REPEAT_SECONDS = 5.0
 STAGES = [name.removesuffix("_seconds") for name in (*ROW_SECONDS, *REQUEST_SECONDS) if name != "seconds"]
 
 
-def _counter(run: str, name: str, text: str, *labels: str) -> Counter:
+def _make_counter(run: str, name: str, text: str, *labels: str) -> Counter:
     return Counter(f"selfrag_{name}_total", text, ("run", *labels)).set_default_tags({"run": run})
 
 
-def _gauge(run: str, name: str, text: str) -> Gauge:
+def _make_gauge(run: str, name: str, text: str) -> Gauge:
     return Gauge(f"selfrag_{name}", text, ("run",)).set_default_tags({"run": run})
 
 
-def _histogram(run: str, name: str, text: str, buckets: list[float]) -> Histogram:
+def _make_histogram(run: str, name: str, text: str, buckets: list[float]) -> Histogram:
     return Histogram(f"selfrag_{name}", text, buckets, ("run",)).set_default_tags({"run": run})
 
 
@@ -59,24 +59,24 @@ class ActorTelemetry:
     """
 
     def __init__(self, run: str) -> None:
-        self._rows = _counter(run, "rows", "Rows that were answered or failed.")
-        self._errors = _counter(run, "row_errors", "Rows that failed.", "type")
-        self._retrieved = _counter(run, "retrieved_rows", "Rows answered with a passage.")
-        self._counted = {name: _counter(run, name, text) for name, text in COUNTED.items()}
-        self._stages = _counter(run, "stage_seconds", "Seconds that rows spent in a stage.", "stage")
-        self._seconds = _histogram(run, "row_seconds", "Seconds from a row's first step to its last.", ROW_BUCKETS)
-        self._in_flight = _gauge(run, "rows_in_flight", "Rows of the units that an actor is decoding.")
-        self._running = _gauge(run, "engine_running_requests", "Requests in the engine after its last step.")
-        self._waiting = _gauge(
+        self._rows = _make_counter(run, "rows", "Rows that were answered or failed.")
+        self._errors = _make_counter(run, "row_errors", "Rows that failed.", "type")
+        self._retrieved = _make_counter(run, "retrieved_rows", "Rows answered with a passage.")
+        self._counted = {name: _make_counter(run, name, text) for name, text in COUNTED.items()}
+        self._stages = _make_counter(run, "stage_seconds", "Seconds that rows spent in a stage.", "stage")
+        self._seconds = _make_histogram(run, "row_seconds", "Seconds from a row's first step to its last.", ROW_BUCKETS)
+        self._in_flight = _make_gauge(run, "rows_in_flight", "Rows of the units that an actor is decoding.")
+        self._running = _make_gauge(run, "engine_running_requests", "Requests in the engine after its last step.")
+        self._waiting = _make_gauge(
             run, "engine_waiting_requests", "Requests waiting for a slot in the engine after its last step."
         )
-        self._searches = _histogram(
+        self._searches = _make_histogram(
             run, "search_seconds", "Seconds of a search with a batch of queries.", SEARCH_BUCKETS
         )
         self._flying = 0
 
     @contextmanager
-    def flying(self, rows: int) -> Iterator[None]:
+    def counting_rows(self, rows: int) -> Iterator[None]:
         """Count the rows of a unit as in flight while the body runs."""
         self._flying += rows
         try:
@@ -84,7 +84,7 @@ class ActorTelemetry:
         finally:
             self._flying -= rows
 
-    def unit(self, annotated: pa.Table) -> None:
+    def count_unit(self, annotated: pa.Table) -> None:
         """Count the rows of a finished unit, a table of ``actor.annotated_schema``."""
         _add(self._rows, annotated.num_rows)
         _add(self._retrieved, pc.sum(annotated["retrieved"]).as_py())
@@ -98,13 +98,13 @@ class ActorTelemetry:
         for seconds in pc.struct_field(usage, "seconds").drop_null().to_pylist():
             self._seconds.observe(seconds)
 
-    def step(self, running: int, waiting: int, _: int) -> None:
+    def record_step(self, running: int, waiting: int, _: int) -> None:
         """Set the gauges after a step of the engine; see ``EngineLoad.on_step``."""
         self._in_flight.set(self._flying)
         self._running.set(running)
         self._waiting.set(waiting)
 
-    def search(self, seconds: float) -> None:
+    def record_search(self, seconds: float) -> None:
         """Record the latency in seconds of one batch of queries."""
         self._searches.observe(seconds)
 
@@ -120,8 +120,8 @@ class RunTelemetry:
     def __init__(self, run: str, rows: int) -> None:
         self._rows = rows
         self._written = 0
-        self._planned_gauge = _gauge(run, "run_rows", "Rows that this call has to annotate.")
-        self._written_gauge = _gauge(run, "run_rows_written", "Rows of this call whose files are written.")
+        self._planned_gauge = _make_gauge(run, "run_rows", "Rows that this call has to annotate.")
+        self._written_gauge = _make_gauge(run, "run_rows_written", "Rows of this call whose files are written.")
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._repeat, name="telemetry", daemon=True)
 
@@ -135,7 +135,7 @@ class RunTelemetry:
         self._over.set()
         self._thread.join()
 
-    def written(self, rows: int) -> None:
+    def add_written(self, rows: int) -> None:
         """Add rows whose files are written."""
         self._written += rows
 
@@ -156,13 +156,13 @@ class DeathTelemetry:
     """
 
     def __init__(self, run: str) -> None:
-        self._starts = _counter(run, "actor_starts", "Starts of an actor with its engine.")
-        self._deaths = _counter(run, "engine_deaths", "Engines that died.", "out_of_memory")
+        self._starts = _make_counter(run, "actor_starts", "Starts of an actor with its engine.")
+        self._deaths = _make_counter(run, "engine_deaths", "Engines that died.", "out_of_memory")
 
-    def started(self) -> None:
+    def count_start(self) -> None:
         """Count an actor that starts."""
         self._starts.inc()
 
-    def died(self, out_of_memory: bool) -> None:
+    def count_death(self, out_of_memory: bool) -> None:
         """Count an engine that died."""
         self._deaths.inc(1, {"out_of_memory": str(out_of_memory).lower()})

@@ -57,9 +57,10 @@ class Holder:
     beats: int = 0
 
     @classmethod
-    def me(cls) -> "Holder":
-        """This process."""
-        return cls(uuid.uuid4().hex, _machine(), os.getpid(), process_start(os.getpid()) or "", time.time())
+    def from_this_process(cls) -> "Holder":
+        """Return a new holder for this process."""
+        born = read_process_start(os.getpid()) or ""
+        return cls(uuid.uuid4().hex, _identify_machine(), os.getpid(), born, time.time())
 
     @property
     def seniority(self) -> tuple[float, str]:
@@ -77,23 +78,25 @@ class Lease:
     def __init__(self, output: Location) -> None:
         self._output = output
         self._folder = output / "_running"
-        self._holder = Holder.me()
+        self._holder = Holder.from_this_process()
         self._over = threading.Event()
-        self._thread = threading.Thread(target=self._beat, name="lease", daemon=True)
+        self._thread = threading.Thread(target=self._send_heartbeats, name="lease", daemon=True)
 
     def __enter__(self) -> "Lease":
-        dead: list[Holder] = []
-        while others := [other for other in self._others() if other.id not in {holder.id for holder in dead}]:
-            dead += [self._confirm_dead(other) for other in others]
+        dead: dict[str, Holder] = {}
+        while others := [other for other in self._list_others() if other.id not in dead]:
+            for other in others:
+                self._await_expiry(other)
+                dead[other.id] = other
         if not self._folder.local:
             (self._folder / ANCHOR).write(b"Runs that use this folder keep their leases beside this file.\n")
         self._write()
-        for other in dead:
-            self._file(other).delete()
+        for other in dead.values():
+            self._locate(other).delete()
         time.sleep(SETTLE_S)
-        if rivals := [other for other in self._others() if other.seniority < self._holder.seniority]:
-            self._file(self._holder).delete()
-            raise self._in_use(rivals[0])
+        if rivals := [other for other in self._list_others() if other.seniority < self._holder.seniority]:
+            self._locate(self._holder).delete()
+            raise self._build_error(rivals[0])
         self._thread.start()
         _HELD.add(self._holder.id)
         return self
@@ -105,20 +108,20 @@ class Lease:
         self._thread.join()
         _HELD.discard(self._holder.id)
         try:
-            self._file(self._holder).delete()
+            self._locate(self._holder).delete()
         except StorageError as problem:  # the run itself is over; the lease will expire
             log.warning("%s", problem)
         if self._folder.local:
             with contextlib.suppress(OSError):  # another run's lease is in it
                 Path(self._folder.path).rmdir()
 
-    def _file(self, holder: Holder) -> Location:
+    def _locate(self, holder: Holder) -> Location:
         return self._folder / f"{holder.id}.json"
 
     def _write(self) -> None:
-        self._file(self._holder).write(json.dumps(asdict(self._holder)).encode())
+        self._locate(self._holder).write(json.dumps(asdict(self._holder)).encode())
 
-    def _beat(self) -> None:
+    def _send_heartbeats(self) -> None:
         while not self._over.wait(HEARTBEAT_S):
             self._holder = replace(self._holder, beats=self._holder.beats + 1)
             try:
@@ -126,8 +129,8 @@ class Lease:
             except StorageError as problem:
                 log.warning("%s", problem)
 
-    def _others(self) -> list[Holder]:
-        found = (self._read(file) for file in self._folder.files(".json"))
+    def _list_others(self) -> list[Holder]:
+        found = (self._read(file) for file in self._folder.list_files(".json"))
         return [holder for holder in found if holder is not None and holder.id != self._holder.id]
 
     def _read(self, file: Location) -> Holder | None:
@@ -136,32 +139,28 @@ class Lease:
         except MissingFileError:
             return None
 
-    def _confirm_dead(self, other: Holder) -> Holder:
-        """Return the holder once its lease has expired.
+    def _await_expiry(self, other: Holder) -> None:
+        """Wait until the lease of a holder has expired.
 
         Raises:
             OutputInUseError: the holder is alive.
         """
-        if other.host == _machine():
-            if process_start(other.pid) == other.born and (other.pid != os.getpid() or other.id in _HELD):
-                raise self._in_use(other)
-        else:
-            log.warning(
-                "%s: a run on %s holds a lease; waiting %.0f s for its heartbeat",
-                self._output.uri,
-                other.host,
-                EXPIRY_S,
-            )
-            until = time.monotonic() + EXPIRY_S
-            while time.monotonic() < until:
-                time.sleep(min(HEARTBEAT_S, EXPIRY_S) / 3)
-                if (now := self._read(self._file(other))) is None:
-                    break
-                if now.beats != other.beats:
-                    raise self._in_use(other)
-        return other
+        if other.host == _identify_machine():
+            if read_process_start(other.pid) == other.born and (other.pid != os.getpid() or other.id in _HELD):
+                raise self._build_error(other)
+            return
+        warning = "%s: a run on %s holds a lease; waiting %.0f s for its heartbeat"
+        log.warning(warning, self._output.uri, other.host, EXPIRY_S)
+        until = time.monotonic() + EXPIRY_S
+        while time.monotonic() < until:
+            time.sleep(min(HEARTBEAT_S, EXPIRY_S) / 3)
+            now = self._read(self._locate(other))
+            if now is None:
+                return
+            if now.beats != other.beats:
+                raise self._build_error(other)
 
-    def _in_use(self, other: Holder) -> OutputInUseError:
+    def _build_error(self, other: Holder) -> OutputInUseError:
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(other.started))
         return OutputInUseError(
             f"{self._output.uri}: another run is using this output (process {other.pid} on {other.host}, "
@@ -169,16 +168,16 @@ class Lease:
         )
 
 
-def process_start(pid: int) -> str | None:
-    """Start time of a process of this machine, in clock ticks since boot; None if there is no such process."""
+def read_process_start(pid: int) -> str | None:
+    """Read the start time of a process of this machine, in clock ticks since boot; None if there is no such process."""
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[19]
     except (OSError, IndexError):
         return None
 
 
-def _machine() -> str:
-    """Name of this machine with the id of its last boot: pids are not comparable across boots."""
+def _identify_machine() -> str:
+    """Return the name of this machine with the id of its last boot: pids are not comparable across boots."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()[:8]
     except OSError:

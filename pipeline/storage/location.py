@@ -79,7 +79,7 @@ class Location:
             retry=tenacity.retry_if_exception(is_transient),
             stop=tenacity.stop_after_delay(0 if self.local else self.patience_s),
             wait=tenacity.wait_exponential_jitter(multiplier=0.5, max=30),
-            before_sleep=self._say,
+            before_sleep=self._log_retry,
             reraise=True,
         )
         try:
@@ -87,23 +87,23 @@ class Location:
         except StorageError:
             raise
         except FileNotFoundError as error:
-            raise MissingFileError(f"{self.uri}: {one_line(error)}") from error
+            raise MissingFileError(f"{self.uri}: {join_lines(error)}") from error
         except OSError as error:
-            raise StorageError(f"{self.uri}: {one_line(error)}") from error
+            raise StorageError(f"{self.uri}: {join_lines(error)}") from error
 
-    def _say(self, state: tenacity.RetryCallState) -> None:
+    def _log_retry(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        log.warning("%s: %s; retrying in %.1f s", self.uri, one_line(error), state.upcoming_sleep)
+        log.warning("%s: %s; retrying in %.1f s", self.uri, join_lines(error), state.upcoming_sleep)
 
-    def kind(self) -> fs.FileType:
+    def get_type(self) -> fs.FileType:
         """Return the type of the location: file, directory or not found."""
         return self.retrying(lambda: self.filesystem.get_file_info(self.path).type)
 
     def exists(self) -> bool:
         """Whether the file or folder exists."""
-        return bool(self.kind() != fs.FileType.NotFound)
+        return bool(self.get_type() != fs.FileType.NotFound)
 
-    def files(self, suffix: str = "") -> list["Location"]:
+    def list_files(self, suffix: str = "") -> list["Location"]:
         """List the files below this folder, sorted by name; empty if the folder is missing.
 
         Files and folders whose names start with a dot or an underscore are left out.
@@ -119,20 +119,16 @@ class Location:
         found = self.retrying(lambda: again(self.filesystem.get_file_info, selector))
         base = self.path.rstrip("/")
         names = sorted(info.path[len(base) + 1 :] for info in found if info.type == fs.FileType.File)
-        return [
-            self / name
-            for name in names
-            if name.endswith(suffix) and not any(part.startswith((".", "_")) for part in name.split("/"))
-        ]
+        return [self / name for name in names if name.endswith(suffix) and not _is_hidden(name)]
 
     def read(self) -> bytes:
         """Read the whole file."""
 
-        def work() -> bytes:
+        def read_stream() -> bytes:
             with self.filesystem.open_input_stream(self.path) as stream:
                 return bytes(stream.read())
 
-        return self.retrying(work)
+        return self.retrying(read_stream)
 
     def fetch(self, copy: Path) -> None:
         """Copy the file to a local path."""
@@ -145,19 +141,19 @@ class Location:
         when its upload completes, which is one PUT for a small file.
         """
 
-        def work() -> None:
+        def write_content() -> None:
             if self.local:
                 _write_and_rename(Path(self.path), content)
                 return
             with self.filesystem.open_output_stream(self.path) as stream:
                 stream.write(content)
 
-        self.retrying(work)
+        self.retrying(write_content)
 
     def delete(self) -> None:
         """Delete the file; a missing file is no error: an earlier attempt may have deleted it and lost the response."""
 
-        def work() -> None:
+        def delete_file() -> None:
             try:
                 self.filesystem.delete_file(self.path)
             except OSError:
@@ -165,7 +161,12 @@ class Location:
                 if self.filesystem.get_file_info(self.path).type != fs.FileType.NotFound:
                     raise
 
-        self.retrying(work)
+        self.retrying(delete_file)
+
+
+def _is_hidden(path: str) -> bool:
+    """Whether a path within a folder has a part that starts with a dot or an underscore."""
+    return any(part.startswith((".", "_")) for part in path.split("/"))
 
 
 def is_transient(error: BaseException) -> bool:
@@ -181,7 +182,7 @@ def is_transient(error: BaseException) -> bool:
     return completing or not _PERMANENT.search(said)
 
 
-def one_line(error: object) -> str:
+def join_lines(error: object) -> str:
     """Return the message of an error, or any text, on one line."""
     return " ".join(str(error).split())
 
@@ -208,24 +209,25 @@ def locate(uri: str, storage: StorageConfig) -> Location:
     if "://" not in uri:
         return Location(uri, fs.LocalFileSystem(), str(Path(uri).expanduser().absolute()))
     if uri.startswith("s3://"):
-        return Location(uri, _s3(storage), uri.removeprefix("s3://").rstrip("/"), storage.patience_s)
+        return Location(uri, _open_s3(storage), uri.removeprefix("s3://").rstrip("/"), storage.patience_s)
     try:
         filesystem, path = fs.FileSystem.from_uri(uri)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{uri}: {one_line(error)}") from None
+        raise ValueError(f"{uri}: {join_lines(error)}") from None
     return Location(uri, filesystem, path, storage.patience_s)
 
 
-def _s3(storage: StorageConfig) -> fs.S3FileSystem:
+def _open_s3(storage: StorageConfig) -> fs.S3FileSystem:
     endpoint = storage.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
     scheme, _, host = endpoint.partition("://") if endpoint else ("https", "", "")
-    secret = {
+    secrets = {
         "access_key": storage.access_key,
         "secret_key": storage.secret_key,
         "session_token": storage.session_token,
     }
+    credentials = {name: value.get_secret_value() for name, value in secrets.items() if value is not None}
     return fs.S3FileSystem(
-        **{name: value.get_secret_value() for name, value in secret.items() if value is not None},
+        **credentials,
         region=storage.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"),
         endpoint_override=host or None,
         scheme=scheme,

@@ -13,7 +13,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 from pyarrow import fs
 
-from pipeline.storage.location import Location, MissingFileError, StorageError, one_line
+from pipeline.storage.location import Location, MissingFileError, StorageError, join_lines
 
 # Rows read at a time by default: a few megabytes.
 BATCH_ROWS = 1024
@@ -47,10 +47,10 @@ def list_parquet(location: Location) -> list[Location]:
         ValueError: there are none.
         StorageError: the storage cannot be read.
     """
-    kind = location.kind()
+    kind = location.get_type()
     if kind == fs.FileType.File:
         return [location]
-    files = location.files(".parquet")
+    files = location.list_files(".parquet")
     if not files:
         raise ValueError(f"{location.uri}: {_explain_absence(location, kind)}")
     return files
@@ -73,26 +73,26 @@ def read_parquet(file: Location, work: Callable[[Any], Result]) -> Result:
         StorageError: the file cannot be read.
     """
 
-    def attempt() -> Result:
+    def open_and_work() -> Result:
         with file.filesystem.open_input_file(file.path) as stream:
             return work(stream)
 
-    with _naming(file):
-        return file.retrying(attempt)
+    with _naming_file(file):
+        return file.retrying(open_and_work)
 
 
 @contextmanager
-def _naming(file: Location) -> Iterator[None]:
+def _naming_file(file: Location) -> Iterator[None]:
     """Turn what Arrow raises for damaged Parquet into one line that names the file."""
     try:
         yield
     except MemoryError:  # also an ArrowException
         raise
     except pa.ArrowException as error:
-        raise ValueError(f"{file.uri}: not a readable Parquet file: {one_line(error)}") from None
+        raise ValueError(f"{file.uri}: not a readable Parquet file: {join_lines(error)}") from None
     except StorageError as error:
         if DAMAGED.search(str(error)):
-            raise ValueError(f"{file.uri}: not a readable Parquet file: {one_line(error.__cause__)}") from None
+            raise ValueError(f"{file.uri}: not a readable Parquet file: {join_lines(error.__cause__)}") from None
         raise
 
 
@@ -119,7 +119,7 @@ def read_range(
     """
     left, batches = part, _open_range(part, columns, batch_rows)
 
-    def following() -> tuple[int, pa.RecordBatch]:
+    def read_next() -> tuple[int, pa.RecordBatch]:
         nonlocal batches
         try:
             return next(batches)
@@ -128,8 +128,8 @@ def read_range(
             raise
 
     while left.rows:
-        with _naming(part.file):
-            row, batch = part.file.retrying(following)
+        with _naming_file(part.file):
+            row, batch = part.file.retrying(read_next)
         left = RowRange(part.file, row + batch.num_rows, part.stop)
         yield row, batch
 
@@ -160,7 +160,7 @@ def read_columns(file: Location, names: list[str]) -> pa.Table:
     try:
         return read_parquet(file, lambda stream: pq.ParquetFile(stream, pre_buffer=True).read(columns=names))
     except (ValueError, MissingFileError) as error:
-        raise StorageError(f"{one_line(error)}; delete it and run again") from error
+        raise StorageError(f"{join_lines(error)}; delete it and run again") from error
 
 
 def encode_parquet(table: pa.Table, row_group_size: int | None = None) -> bytes:

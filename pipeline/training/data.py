@@ -95,7 +95,7 @@ class TeachingData:
         return train, test
 
 
-def _rows(path: Path) -> list[dict[str, Any]]:
+def _read_rows(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     with path.open(encoding="utf-8") as lines:
@@ -115,15 +115,20 @@ def read_data(folder: Path) -> TeachingData:
         )
     try:
         return TeachingData(
-            tuple(ReadingTriple(r["question"], r.get("title", ""), r["passage"], r["answer"]) for r in _rows(readings)),
+            tuple(
+                ReadingTriple(r["question"], r.get("title", ""), r["passage"], r["answer"])
+                for r in _read_rows(readings)
+            ),
             tuple(
                 Instruction(r["instruction"], r["output"], r.get("source", ""))
-                for r in _rows(folder / "no_retrieval.jsonl")
+                for r in _read_rows(folder / "no_retrieval.jsonl")
             ),
-            tuple(Pair(r["question"], r["answer_sentence"]) for r in _rows(folder / "question_sentence_pairs.jsonl")),
+            tuple(
+                Pair(r["question"], r["answer_sentence"]) for r in _read_rows(folder / "question_sentence_pairs.jsonl")
+            ),
             tuple(
                 Claim(r["question"], tuple(r["choices"]), r["answers"][0], passage["title"], passage["text"])
-                for r in _rows(folder / "fact_verification.jsonl")
+                for r in _read_rows(folder / "fact_verification.jsonl")
                 for passage in r["gold_passages"][:1]
             ),
         )
@@ -131,7 +136,7 @@ def read_data(folder: Path) -> TeachingData:
         raise ValueError(f"{folder}: a row lacks the field {missing}") from None
 
 
-def nearest(encode: Encode, questions: Sequence[str], texts: Sequence[str], k: int) -> npt.NDArray[np.int64]:
+def find_nearest(encode: Encode, questions: Sequence[str], texts: Sequence[str], k: int) -> npt.NDArray[np.int64]:
     """Return the indices of the k texts most similar to each question: int64 [questions, k], best first.
 
     With fewer than k texts, all are returned.

@@ -33,7 +33,7 @@ PASSAGES = 5
 Row = dict[str, Any]
 
 
-def held_out_queries(data: TeachingData, negatives: Negatives, rows: int, seed: int = 0) -> pa.Table:
+def build_held_out_queries(data: TeachingData, negatives: Negatives, rows: int, seed: int = 0) -> pa.Table:
     """Build a query set of questions, two-part questions, claims and instructions.
 
     The column ``task`` is ``reading``, ``two_questions``, ``claim`` or ``instruction``. Gold answers are in
@@ -48,23 +48,23 @@ def held_out_queries(data: TeachingData, negatives: Negatives, rows: int, seed: 
     """
     rng = random.Random(seed)
     found = [
-        *_numbered("reading", (_reading(row, negatives, rng) for row in data.readings[:rows])),
-        *_numbered("two_questions", _pairs(data.readings, negatives, rows // 2, rng)),
-        *_numbered("claim", (_claim(row, negatives, rng) for row in data.claims[:rows])),
-        *_numbered("instruction", (_instruction(row, negatives, rng) for row in data.instructions[:rows])),
+        *_number_rows("reading", (_build_reading(row, negatives, rng) for row in data.readings[:rows])),
+        *_number_rows("two_questions", _build_pairs(data.readings, negatives, rows // 2, rng)),
+        *_number_rows("claim", (_build_claim(row, negatives, rng) for row in data.claims[:rows])),
+        *_number_rows("instruction", (_build_instruction(row, negatives, rng) for row in data.instructions[:rows])),
     ]
     return pa.Table.from_pylist(found, schema=SCHEMA)
 
 
-def _numbered(task: str, rows: Iterator[Row]) -> list[Row]:
+def _number_rows(task: str, rows: Iterator[Row]) -> list[Row]:
     return [{"id": f"{task}-{n}", "task": task, **row} for n, row in enumerate(rows)]
 
 
-def _passage(title: str, text: str) -> Row:
+def _to_passage(title: str, text: str) -> Row:
     return {"id": hashlib.sha256(f"{title}\n{text}".encode()).hexdigest()[:12], "title": title, "text": text}
 
 
-def _among_others(
+def _mix_passages(
     right: list[Row], question: str, answer: str, titled: bool, negatives: Negatives, rng: random.Random
 ) -> list[Row]:
     """Mix the gold passages with distinct wrong ones, up to ``PASSAGES``, in random order.
@@ -83,42 +83,44 @@ def _among_others(
             break
         # The question's own list may hold too few passages without the answer; later attempts draw from all passages.
         hard = 1.0 if attempt < 5 * PASSAGES else 0.0
-        other = _passage(*negatives.draw(question, answer, titled, rng, hard))
+        other = _to_passage(*negatives.draw(question, answer, titled, rng, hard))
         passages.setdefault(other["id"], other)
     mixed = list(passages.values())
     rng.shuffle(mixed)
     return mixed
 
 
-def _reading(row: ReadingTriple, negatives: Negatives, rng: random.Random) -> Row:
-    gold = _passage(row.title, row.passage)
-    passages = _among_others([gold], row.question, row.answer, bool(row.title), negatives, rng)
+def _build_reading(row: ReadingTriple, negatives: Negatives, rng: random.Random) -> Row:
+    gold = _to_passage(row.title, row.passage)
+    passages = _mix_passages([gold], row.question, row.answer, bool(row.title), negatives, rng)
     return {"query": row.question, "passages": passages, "answers": [row.answer], "gold_passage_id": gold["id"]}
 
 
-def _pairs(readings: tuple[ReadingTriple, ...], negatives: Negatives, pairs: int, rng: random.Random) -> Iterator[Row]:
+def _build_pairs(
+    readings: tuple[ReadingTriple, ...], negatives: Negatives, pairs: int, rng: random.Random
+) -> Iterator[Row]:
     """Yield two-part questions, each joined from two neighboring rows.
 
     About half of the pairs share their passage, since the data has several questions for each passage.
     """
     for first, second in list(zip(readings[::2], readings[1::2], strict=False))[:pairs]:
-        gold = [_passage(row.title, row.passage) for row in (first, second)]
+        gold = [_to_passage(row.title, row.passage) for row in (first, second)]
         question = f"{first.question} {second.question}"
-        passages = _among_others(gold, first.question, first.answer, bool(first.title), negatives, rng)
+        passages = _mix_passages(gold, first.question, first.answer, bool(first.title), negatives, rng)
         yield {"query": question, "passages": passages, "short_answers": [[first.answer], [second.answer]]}
 
 
-def _claim(row: Claim, negatives: Negatives, rng: random.Random) -> Row:
-    evidence = _passage(row.title, row.text)
+def _build_claim(row: Claim, negatives: Negatives, rng: random.Random) -> Row:
+    evidence = _to_passage(row.title, row.text)
     return {
         "query": CLAIM_INSTRUCTION.format(choices=", ".join(row.choices)),
         "input": row.claim,
         "choices": list(row.choices),
-        "passages": _among_others([evidence], row.claim, row.text, bool(row.title), negatives, rng),
+        "passages": _mix_passages([evidence], row.claim, row.text, bool(row.title), negatives, rng),
         "answers": [row.label],
         "gold_passage_id": evidence["id"],
     }
 
 
-def _instruction(row: Instruction, negatives: Negatives, rng: random.Random) -> Row:
-    return {"query": row.instruction, "passages": _among_others([], row.instruction, "\0", True, negatives, rng)}
+def _build_instruction(row: Instruction, negatives: Negatives, rng: random.Random) -> Row:
+    return {"query": row.instruction, "passages": _mix_passages([], row.instruction, "\0", True, negatives, rng)}

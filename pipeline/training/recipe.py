@@ -36,12 +36,12 @@ class Recipe:
     checkpoint_minutes: float = 15.0
     seed: int = 0
 
-    def rate(self, done: float) -> float:
+    def compute_rate(self, done: float) -> float:
         """Return the learning rate at the share ``done`` of the training: linear warm-up, cosine decay to a tenth."""
         if done < 0.03:
             return self.learning_rate * max(done, 1e-3) / 0.03
         return self.learning_rate * (0.1 + 0.45 * (1 + math.cos(math.pi * min(1.0, done))))
 
-    def longest_window(self, done: float) -> int:
+    def compute_longest_window(self, done: float) -> int:
         """Return the longest passage window, in words; at the start, short windows teach more in the same time."""
         return round(self.first_words + (self.last_words - self.first_words) * min(1.0, 1.5 * done))

@@ -10,7 +10,7 @@ from enum import StrEnum
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection import IsRel, IsSup, IsUse, Retrieve
 from pipeline.training.data import Claim, Instruction, Pair, ReadingTriple, TeachingData
-from pipeline.training.trees import Branch, given, taught
+from pipeline.training.trees import Branch, make_given, make_taught
 
 CLAIM_INSTRUCTION = "Is the following claim supported by evidence? Answer with one of: {choices}."
 
@@ -70,7 +70,7 @@ class Negatives:
         return rng.choice(self.everywhere)
 
 
-def window(text: str, words: int, rng: random.Random, around: str = "") -> str:
+def cut_window(text: str, words: int, rng: random.Random, around: str = "") -> str:
     """Cut a random window of about ``words`` words out of a text; it contains ``around``, if given."""
     spans = [match.span() for match in re.finditer(r"\S+", text)]
     if len(spans) <= words:
@@ -86,7 +86,7 @@ def window(text: str, words: int, rng: random.Random, around: str = "") -> str:
     return text[spans[begin][0] : spans[stop - 1][1]]
 
 
-def wrong_span(passage: str, answer: str, rng: random.Random) -> str:
+def draw_wrong_span(passage: str, answer: str, rng: random.Random) -> str:
     """Draw words of the passage that look like the answer but are not it: numbers for numbers, names for names.
 
     Falls back to a fixed text if eight draws find none.
@@ -120,117 +120,125 @@ class TreeBuilder:
     weights: LossWeights = LossWeights()
     max_output_tokens: int = 32
 
-    def _control(self, weight: float, *tokens: StrEnum) -> Branch:
-        return taught(self.tokenizer.control(*tokens), weight)
+    def _build_control(self, weight: float, *tokens: StrEnum) -> Branch:
+        return make_taught(self.tokenizer.encode_control(*tokens), weight)
 
-    def _question(self, question: str, context: str | None = None) -> Branch:
-        prompt = given(self.tokenizer.prompt(question, context))
-        return prompt + self._control(self.weights.decide, Retrieve.YES)
+    def _build_question(self, question: str, context: str | None = None) -> Branch:
+        prompt = make_given(self.tokenizer.encode_prompt(question, context))
+        return prompt + self._build_control(self.weights.decide, Retrieve.YES)
 
-    def _passage(self, title: str, text: str) -> Branch:
-        return given(self.tokenizer.passage(title, text))
+    def _build_passage(self, title: str, text: str) -> Branch:
+        return make_given(self.tokenizer.encode_passage(title, text))
 
-    def _end(self, use: IsUse) -> Branch:
-        return self._control(self.weights.critique, use) + taught([self.tokenizer.eos], self.weights.text)
+    def _build_end(self, use: IsUse) -> Branch:
+        return self._build_control(self.weights.critique, use) + make_taught([self.tokenizer.eos], self.weights.text)
 
-    def _supported(self, text: str, weight: float) -> Branch:
-        return taught(self.tokenizer.text(text), weight) + self._control(self.weights.critique, IsSup.FULLY)
+    def _build_supported(self, text: str, weight: float) -> Branch:
+        return make_taught(self.tokenizer.encode_text(text), weight) + self._build_control(
+            self.weights.critique, IsSup.FULLY
+        )
 
-    def _right(self, answer: str) -> Branch:
-        relevant = self._control(self.weights.relevance, IsRel.RELEVANT)
-        return relevant + self._supported(answer, self.weights.text) + self._end(IsUse.FIVE)
+    def _build_right(self, answer: str) -> Branch:
+        relevant = self._build_control(self.weights.relevance, IsRel.RELEVANT)
+        return relevant + self._build_supported(answer, self.weights.text) + self._build_end(IsUse.FIVE)
 
-    def _judged(self, text: str, support: IsSup, use: IsUse) -> Branch:
+    def _build_judged(self, text: str, support: IsSup, use: IsUse) -> Branch:
         """Build a given answer, of which only the critique is trained."""
-        answer = self._control(0.0, IsRel.RELEVANT) + given(self.tokenizer.text(text))
-        return answer + self._control(self.weights.critique, support) + self._end(use)
+        answer = self._build_control(0.0, IsRel.RELEVANT) + make_given(self.tokenizer.encode_text(text))
+        return answer + self._build_control(self.weights.critique, support) + self._build_end(use)
 
-    def _irrelevant(self, text: str) -> Branch:
-        relevance = self._control(self.weights.relevance, IsRel.IRRELEVANT)
-        return relevance + taught(self.tokenizer.text(text), self.weights.guess) + self._end(IsUse.ONE)
+    def _build_irrelevant(self, text: str) -> Branch:
+        relevance = self._build_control(self.weights.relevance, IsRel.IRRELEVANT)
+        return (
+            relevance + make_taught(self.tokenizer.encode_text(text), self.weights.guess) + self._build_end(IsUse.ONE)
+        )
 
-    def _wrong_passage(self, title: str, text: str, answer: str, rng: random.Random) -> Branch:
-        span = wrong_span(text, answer, rng)
-        return self._passage(title, text).then(self._irrelevant(span), self._judged(span, IsSup.NONE, IsUse.ONE))
+    def _build_wrong_passage(self, title: str, text: str, answer: str, rng: random.Random) -> Branch:
+        span = draw_wrong_span(text, answer, rng)
+        return self._build_passage(title, text).with_children(
+            self._build_irrelevant(span), self._build_judged(span, IsSup.NONE, IsUse.ONE)
+        )
 
-    def reading(self, row: ReadingTriple, words: int, rng: random.Random) -> Branch:
+    def build_reading(self, row: ReadingTriple, words: int, rng: random.Random) -> Branch:
         """Build a question with its gold passage, right and wrong answers to it, and wrong passages.
 
         Nearly half of the trees have no wrong passage: relevance is learned sooner than reading, and wrong passages
         cost as many tokens as gold ones.
         """
-        text = window(row.passage, words, rng, around=row.answer)
-        answers = [self._right(row.answer)]
-        wrong = wrong_span(text, row.answer, rng)
+        text = cut_window(row.passage, words, rng, around=row.answer)
+        answers = [self._build_right(row.answer)]
+        wrong = draw_wrong_span(text, row.answer, rng)
         if rng.random() < 0.8:
-            answers.append(self._judged(wrong, IsSup.NONE, IsUse.ONE))
+            answers.append(self._build_judged(wrong, IsSup.NONE, IsUse.ONE))
         if rng.random() < 0.3:
             both = [row.answer, wrong]
             rng.shuffle(both)
-            answers.append(self._judged(" and ".join(both), IsSup.PARTIALLY, IsUse.THREE))
-        passages = [self._passage(row.title, text).then(*answers)]
+            answers.append(self._build_judged(" and ".join(both), IsSup.PARTIALLY, IsUse.THREE))
+        passages = [self._build_passage(row.title, text).with_children(*answers)]
         distractors = rng.choices((0, 1, 2), (0.45, 0.40, 0.15))[0]
-        passages += [self._distractor(row, words, rng) for _ in range(distractors)]
-        return self._question(row.question).then(*passages)
+        passages += [self._build_distractor(row, words, rng) for _ in range(distractors)]
+        return self._build_question(row.question).with_children(*passages)
 
-    def _distractor(self, row: ReadingTriple, words: int, rng: random.Random) -> Branch:
+    def _build_distractor(self, row: ReadingTriple, words: int, rng: random.Random) -> Branch:
         """Build a passage without the answer: the longest part of the gold one without it, or a drawn one."""
         rest = max(row.passage.split(row.answer), key=len)
         clean = row.answer.casefold() not in rest.casefold()
         if clean and len(rest.split()) >= 35 and rng.random() < 0.25:
-            return self._wrong_passage(row.title, window(rest.strip(), words, rng), row.answer, rng)
+            return self._build_wrong_passage(row.title, cut_window(rest.strip(), words, rng), row.answer, rng)
         title, text = self.negatives.draw(row.question, row.answer, bool(row.title), rng)
-        return self._wrong_passage(title, window(text, words, rng), row.answer, rng)
+        return self._build_wrong_passage(title, cut_window(text, words, rng), row.answer, rng)
 
-    def pair(self, row: Pair, rng: random.Random) -> Branch:
+    def build_pair(self, row: Pair, rng: random.Random) -> Branch:
         """Build a question with a sentence that answers it and two that do not; trains only the decision and IsRel."""
-        right = self._passage("", row.sentence) + self._control(self.weights.relevance, IsRel.RELEVANT)
+        right = self._build_passage("", row.sentence) + self._build_control(self.weights.relevance, IsRel.RELEVANT)
         wrong = [
-            self._passage("", self.negatives.draw(row.question, row.sentence, False, rng)[1])
-            + self._control(self.weights.relevance, IsRel.IRRELEVANT)
+            self._build_passage("", self.negatives.draw(row.question, row.sentence, False, rng)[1])
+            + self._build_control(self.weights.relevance, IsRel.IRRELEVANT)
             for _ in range(2)
         ]
-        return self._question(row.question).then(right, *wrong)
+        return self._build_question(row.question).with_children(right, *wrong)
 
-    def instruction(self, row: Instruction) -> Branch:
+    def build_instruction(self, row: Instruction) -> Branch:
         """Build an instruction that needs no retrieval, with at most ``max_output_tokens`` of its output."""
-        prompt = given(self.tokenizer.prompt(row.instruction))
-        start = prompt + self._control(self.weights.decide, Retrieve.NO)
-        output = self.tokenizer.text(row.output)
+        prompt = make_given(self.tokenizer.encode_prompt(row.instruction))
+        start = prompt + self._build_control(self.weights.decide, Retrieve.NO)
+        output = self.tokenizer.encode_text(row.output)
         if len(output) > self.max_output_tokens:
-            return start + taught(output[: self.max_output_tokens], self.weights.output)
-        return start + taught(output, self.weights.output) + self._end(IsUse.FIVE)
+            return start + make_taught(output[: self.max_output_tokens], self.weights.output)
+        return start + make_taught(output, self.weights.output) + self._build_end(IsUse.FIVE)
 
-    def two_segments(self, first: ReadingTriple, second: ReadingTriple, words: int, rng: random.Random) -> Branch:
+    def build_two_segments(self, first: ReadingTriple, second: ReadingTriple, words: int, rng: random.Random) -> Branch:
         """Build two questions in one prompt; the second answer continues with the passage, or retrieves another."""
-        start = self._question(f"{first.question} {second.question}")
-        relevant = self._control(self.weights.relevance, IsRel.RELEVANT)
-        answers = [self._supported(row.answer, self.weights.text) for row in (first, second)]
+        start = self._build_question(f"{first.question} {second.question}")
+        relevant = self._build_control(self.weights.relevance, IsRel.RELEVANT)
+        answers = [self._build_supported(row.answer, self.weights.text) for row in (first, second)]
         shared = first.passage == second.passage
-        text = first.passage if shared else window(first.passage, words, rng, around=first.answer)
-        head = start + self._passage(first.title, text) + relevant + answers[0]
-        boundary = self._control(self.weights.critique, Retrieve.CONTINUE if shared else Retrieve.YES)
+        text = first.passage if shared else cut_window(first.passage, words, rng, around=first.answer)
+        head = start + self._build_passage(first.title, text) + relevant + answers[0]
+        boundary = self._build_control(self.weights.critique, Retrieve.CONTINUE if shared else Retrieve.YES)
         if not shared:
-            other = window(second.passage, words, rng, around=second.answer)
-            boundary = boundary + self._passage(second.title, other) + relevant
-        return head + boundary + answers[1] + self._end(IsUse.FIVE)
+            other = cut_window(second.passage, words, rng, around=second.answer)
+            boundary = boundary + self._build_passage(second.title, other) + relevant
+        return head + boundary + answers[1] + self._build_end(IsUse.FIVE)
 
-    def claim(self, row: Claim, other: Claim, rng: random.Random) -> Branch:
+    def build_claim(self, row: Claim, other: Claim, rng: random.Random) -> Branch:
         """Build a claim with a closed set of answers.
 
         Its passages are its own evidence, followed by the right and a wrong label, and the evidence of another claim as
         a wrong passage, unless both have the same title or text.
         """
         instruction = CLAIM_INSTRUCTION.format(choices=", ".join(row.choices))
-        start = self._question(instruction, row.claim)
+        start = self._build_question(instruction, row.claim)
         wrong = [choice for choice in row.choices if choice != row.label][:1]
-        judged = [self._judged(choice, IsSup.NONE, IsUse.ONE) for choice in wrong]
-        evidence = self._passage(row.title, row.text).then(self._right(row.label), *judged)
+        judged = [self._build_judged(choice, IsSup.NONE, IsUse.ONE) for choice in wrong]
+        evidence = self._build_passage(row.title, row.text).with_children(self._build_right(row.label), *judged)
         if other.title == row.title or other.text == row.text:
-            return start.then(evidence)
-        return start.then(evidence, self._passage(other.title, other.text) + self._irrelevant(rng.choice(row.choices)))
+            return start.with_children(evidence)
+        return start.with_children(
+            evidence, self._build_passage(other.title, other.text) + self._build_irrelevant(rng.choice(row.choices))
+        )
 
-    def stream(self, data: TeachingData, rng: random.Random, longest: Callable[[], int]) -> Iterator[Branch]:
+    def stream_trees(self, data: TeachingData, rng: random.Random, longest: Callable[[], int]) -> Iterator[Branch]:
         """Yield random trees of all kinds that have data, without end.
 
         Passages of readings are cut to windows of about n words, with n drawn between 40 and ``longest()``. Evidence of
@@ -255,14 +263,14 @@ class TreeBuilder:
             kind = rng.choices(range(5), kinds)[0]
             row = rng.choice(data.readings)
             if kind == 0:
-                yield self.reading(row, words, rng)
+                yield self.build_reading(row, words, rng)
             elif kind == 1:
-                yield self.pair(rng.choice(data.pairs), rng)
+                yield self.build_pair(rng.choice(data.pairs), rng)
             elif kind == 2:
-                yield self.instruction(rng.choice(rng.choice(sources)))
+                yield self.build_instruction(rng.choice(rng.choice(sources)))
             elif kind == 3:
                 twins = [r for r in by_passage[row.passage] if r.question != row.question]
                 other = rng.choice(twins) if twins and rng.random() < 0.5 else rng.choice(data.readings)
-                yield self.two_segments(row, other, words, rng)
+                yield self.build_two_segments(row, other, words, rng)
             else:
-                yield self.claim(rng.choice(data.claims), rng.choice(data.claims), rng)
+                yield self.build_claim(rng.choice(data.claims), rng.choice(data.claims), rng)

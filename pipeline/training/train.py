@@ -40,7 +40,7 @@ class HeldOut:
     relevance: list[tuple[bool, float]] = field(default_factory=list)
     support: list[tuple[bool, float]] = field(default_factory=list)
 
-    def summary(self) -> dict[str, float]:
+    def summarize(self) -> dict[str, float]:
         """Compute the decision accuracy, the share of answers that greedy decoding gets right, and two ROC AUCs."""
         return {
             "decision_accuracy": float(np.mean(self.decisions)),
@@ -83,7 +83,7 @@ def attach_adapter(model: Any, tokenizer: Any, recipe: Recipe, adapter: Path | N
     return peft
 
 
-def log_probabilities(model: Any, tree: TokenTree) -> torch.Tensor:
+def compute_logprobs(model: Any, tree: TokenTree) -> torch.Tensor:
     """Compute the log-probabilities at the N predictions of a tree: float32 [N, vocabulary]."""
     device = next(model.parameters()).device
     sources, places = np.unique(tree.sources, return_inverse=True)
@@ -97,9 +97,9 @@ def log_probabilities(model: Any, tree: TokenTree) -> torch.Tensor:
     return torch.log_softmax(logits.float(), -1)[torch.from_numpy(places).to(device)]
 
 
-def loss(model: Any, tree: TokenTree) -> torch.Tensor:
+def compute_loss(model: Any, tree: TokenTree) -> torch.Tensor:
     """Compute the sum of the weighted negative log-likelihoods of a tree's targets."""
-    logprobs = log_probabilities(model, tree)
+    logprobs = compute_logprobs(model, tree)
     targets = torch.from_numpy(tree.targets).to(logprobs.device)
     weights = torch.from_numpy(tree.weights).to(logprobs.device)
     return -(weights * logprobs.gather(1, targets[:, None])[:, 0]).sum()
@@ -108,12 +108,12 @@ def loss(model: Any, tree: TokenTree) -> torch.Tensor:
 def measure_held_out(model: Any, trees: list[TokenTree], tokenizer: PromptTokenizer) -> HeldOut:
     """Evaluate a model on held-out trees."""
     ids, held_out = tokenizer.reflection, HeldOut()
-    retrieve, relevance, support = (set(ids.group(group)) for group in (Retrieve, IsRel, IsSup))
-    control = {token for group in GROUPS for token in ids.group(group)}
+    retrieve, relevance, support = (set(ids.get_group(group)) for group in (Retrieve, IsRel, IsSup))
+    control = {token for group in GROUPS for token in ids.get_group(group)}
     model.eval()
     for tree in trees:
         with torch.no_grad():
-            logprobs = log_probabilities(model, tree).cpu()
+            logprobs = compute_logprobs(model, tree).cpu()
         right = logprobs.argmax(-1).numpy() == tree.targets
         text: dict[int, bool] = {}
         for n, target in enumerate(tree.targets.tolist()):
@@ -149,12 +149,12 @@ def save_adapter(model: PeftModel, base: str, output: Path) -> None:
     save_file(tensors, file, metadata={"format": "pt"})
 
 
-def step(model: Any, batch: list[TokenTree], optimizer: torch.optim.Optimizer) -> float:
+def take_step(model: Any, batch: list[TokenTree], optimizer: torch.optim.Optimizer) -> float:
     """Take one optimizer step and return the weighted mean loss of the batch's predictions."""
     weight = sum(float(tree.weights.sum()) for tree in batch)
     total = 0.0
     for tree in batch:
-        share = loss(model, tree) / weight
+        share = compute_loss(model, tree) / weight
         share.backward()  # type: ignore[no-untyped-call]
         total += share.item()
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
@@ -189,11 +189,11 @@ def train_adapter(
         started = time.monotonic()
         progress(done)
         for group in optimizer.param_groups:
-            group["lr"] = recipe.rate(done)
+            group["lr"] = recipe.compute_rate(done)
         batch: list[TokenTree] = []
         while sum(len(tree.ids) for tree in batch) < recipe.tokens_per_step:
             batch.append(next(trees))
-        mean = step(model, batch, optimizer)
+        mean = take_step(model, batch, optimizer)
         read += sum(len(tree.ids) for tree in batch)
         steps += 1
         seconds += time.monotonic() - started

@@ -35,7 +35,7 @@ class Branch:
         assert not self.children
         return Branch(self.ids + other.ids, self.weights + other.weights, other.children)
 
-    def then(self, *children: "Branch") -> "Branch":
+    def with_children(self, *children: "Branch") -> "Branch":
         """Return this branch with other children."""
         return Branch(self.ids, self.weights, children)
 
@@ -43,17 +43,17 @@ class Branch:
         return len(self.ids) + sum(len(child) for child in self.children)
 
 
-def taught(ids: list[int], weight: float) -> Branch:
+def make_taught(ids: list[int], weight: float) -> Branch:
     """Make a branch of tokens that the model learns to write."""
     return Branch(tuple(ids), (weight,) * len(ids))
 
 
-def given(ids: list[int]) -> Branch:
+def make_given(ids: list[int]) -> Branch:
     """Make a branch of tokens that the model only reads."""
-    return taught(ids, 0.0)
+    return make_taught(ids, 0.0)
 
 
-def forest(trees: Iterable[Branch]) -> Branch:
+def join_trees(trees: Iterable[Branch]) -> Branch:
     """Join independent trees in one: each starts at position 0, and its tokens do not attend to other trees."""
     return Branch((), (), tuple(trees))
 
@@ -118,7 +118,7 @@ def lay_out(root: Branch) -> TokenTree:
     )
 
 
-def packed(trees: Iterable[Branch], tokens: int) -> Iterator[TokenTree]:
+def pack_trees(trees: Iterable[Branch], tokens: int) -> Iterator[TokenTree]:
     """Lay out trees in packs of at least ``tokens`` tokens, which share the fixed costs of a pass.
 
     Trees that do not fill the last pack are dropped.
@@ -127,5 +127,5 @@ def packed(trees: Iterable[Branch], tokens: int) -> Iterator[TokenTree]:
     for tree in trees:
         waiting.append(tree)
         if sum(len(branch) for branch in waiting) >= tokens:
-            yield lay_out(forest(waiting))
+            yield lay_out(join_trees(waiting))
             waiting = []

@@ -86,10 +86,10 @@ def _storage(job: Job, queries: Path, rng: random.Random, runs: int) -> series.O
 
 
 def _real(job: Job, queries: Path, rng: random.Random, kills: int) -> series.Outcome:
-    from pipeline.demo_models import demo_model
+    from pipeline.demo_models import build_demo_model
 
     settings = ["execution.cpus_per_actor=2", "execution.unit_rows=4"]
-    job = replace(job, module="jobs.annotate", model=demo_model(), settings=settings)
+    job = replace(job, module="jobs.annotate", model=build_demo_model(), settings=settings)
     return series.driver_kills(job, queries, rng, kills, longest=150.0)
 
 

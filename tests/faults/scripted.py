@@ -29,7 +29,7 @@ from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.types import Generation
 from pipeline.engine.postmortem import Death
 from pipeline.engine.vllm import EngineDeadError
-from pipeline.gpus import assigned_gpus, choose_gpu
+from pipeline.gpus import get_assigned_gpus, may_use_gpu
 from pipeline.run.actor import SelfRagActor
 from tests.support.fakes import DrawingGenerator, word_tokenizer
 
@@ -66,7 +66,7 @@ class ScriptedGenerator(DrawingGenerator):
 class ScriptedActor(SelfRagActor):
     """Leaves a file named by its process id in ``FAULTS_PIDS``, so that it can be killed, with its GPUs in it."""
 
-    def _critic(self) -> ReflectionCritic:
+    def _load_critic(self) -> ReflectionCritic:
         deaths = Path(self.config.model.name) / "dies_at_start"
         if deaths.exists() and (left := int(deaths.read_text())) > 0:
             deaths.write_text(str(left - 1))
@@ -84,9 +84,9 @@ class ScriptedActor(SelfRagActor):
 
 def assigned() -> dict[str, Any]:
     """What Ray assigned to this actor, and the device that its searches would run on."""
-    context, gpus = ray.get_runtime_context(), assigned_gpus()
+    context, gpus = ray.get_runtime_context(), get_assigned_gpus()
     assert gpus is not None
-    return {"node": context.get_node_id(), "gpus": gpus.ids, "amount": gpus.amount, "gpu": choose_gpu("auto")}
+    return {"node": context.get_node_id(), "gpus": gpus.ids, "amount": gpus.amount, "gpu": may_use_gpu("auto")}
 
 
 def main() -> None:
@@ -94,7 +94,7 @@ def main() -> None:
     job: Any = jobs.annotate
     plan: Any = pipeline.run.plan
     job.run_plan = functools.partial(job.run_plan, actor=ScriptedActor)
-    plan.critic_of = lambda _config: None
+    plan.load_critic = lambda _config: None
     job.main()
 
 

@@ -40,21 +40,21 @@ def job(running: Running, tmp_path: Path) -> Job:
     return Job(str(tmp_path / "queries"), str(tmp_path / "out"), running.model, settings)
 
 
-def test_nothing_is_lost_or_doubled_when_drivers_are_killed(job: Job, tmp_path: Path) -> None:
+def test_no_rows_are_lost_or_duplicated_when_drivers_are_killed(job: Job, tmp_path: Path) -> None:
     write_queries(tmp_path / "queries", 150)
     killed, problems = driver_kills(job, tmp_path / "queries", random.Random(1), kills=2, longest=7.0)
     assert (killed, problems) == (2, [])
 
 
 @pytest.mark.slow
-def test_nothing_is_lost_or_doubled_when_actors_are_killed(job: Job, running: Running, tmp_path: Path) -> None:
+def test_no_rows_are_lost_or_duplicated_when_actors_are_killed(job: Job, running: Running, tmp_path: Path) -> None:
     write_queries(tmp_path / "queries", 200)
     killed, problems = actor_kills(job, tmp_path / "queries", running.pids, random.Random(2), kills=3)
     assert killed >= 3
     assert problems == []
 
 
-def test_poison_rows_are_set_aside_and_all_others_are_answered(job: Job, tmp_path: Path) -> None:
+def test_poison_rows_become_error_rows_and_all_others_are_answered(job: Job, tmp_path: Path) -> None:
     words = {5: "RAISES", 17: "DIES", 33: "HANGS", 41: "ENGINE", 52: "MEMORY"}
     write_queries(tmp_path / "queries", 60, words)
     job.settings += ["execution.row_timeout_s=5", "execution.max_error_rate=0.1"]
@@ -71,7 +71,7 @@ def test_poison_rows_are_set_aside_and_all_others_are_answered(job: Job, tmp_pat
     }
 
 
-def test_a_process_that_is_killed_while_its_actor_starts_is_started_again(job: Job, tmp_path: Path) -> None:
+def test_process_killed_during_actor_start_is_restarted(job: Job, tmp_path: Path) -> None:
     write_queries(tmp_path / "queries", 30)
     job.model = model_folder(tmp_path)
     (job.model / "dies_at_start").write_text("2")
@@ -81,7 +81,7 @@ def test_a_process_that_is_killed_while_its_actor_starts_is_started_again(job: J
 
 
 @pytest.mark.slow
-def test_a_run_whose_actors_never_start_ends_and_says_so(job: Job, tmp_path: Path) -> None:
+def test_run_whose_actors_never_start_ends_with_the_cause(job: Job, tmp_path: Path) -> None:
     write_queries(tmp_path / "queries", 30)
     job.model = model_folder(tmp_path)
     (job.model / "dies_at_start").write_text("1000")
@@ -94,7 +94,7 @@ def test_a_run_whose_actors_never_start_ends_and_says_so(job: Job, tmp_path: Pat
 
 
 @pytest.mark.slow
-def test_answers_do_not_depend_on_what_happened(job: Job, tmp_path: Path) -> None:
+def test_answers_are_the_same_after_a_driver_kill(job: Job, tmp_path: Path) -> None:
     write_queries(tmp_path / "queries", 60)
     assert job.finish()[0] == 0
     calm = {row["id"]: row["answer"] for row in ds.dataset(f"{job.output}/data").to_table().to_pylist()}
@@ -104,7 +104,7 @@ def test_answers_do_not_depend_on_what_happened(job: Job, tmp_path: Path) -> Non
     assert {row["id"]: row["answer"] for row in found} == calm
 
 
-def test_of_two_runs_on_one_output_one_stops_with_a_clear_line(job: Job, tmp_path: Path) -> None:
+def test_second_run_on_one_output_stops_with_one_line(job: Job, tmp_path: Path) -> None:
     write_queries(tmp_path / "queries", 300)
     first, second = job.start(), job.start()
     ended = [first.ended(), second.ended()]
@@ -115,14 +115,14 @@ def test_of_two_runs_on_one_output_one_stops_with_a_clear_line(job: Job, tmp_pat
 
 
 @pytest.mark.slow
-def test_a_store_in_trouble_is_waited_for(job: Job, s3, tmp_path: Path) -> None:
+def test_transient_store_faults_are_retried(job: Job, s3, tmp_path: Path) -> None:
     write_queries(tmp_path / "queries", 100)
     hurt, problems = storage_faults(job, tmp_path / "queries", s3, random.Random(4), runs=1)
     assert hurt > 5
     assert problems == []
 
 
-def test_a_store_that_goes_away_ends_the_run_and_the_same_command_goes_on(job: Job, s3, tmp_path: Path) -> None:
+def test_store_outage_ends_the_run_and_the_same_command_resumes(job: Job, s3, tmp_path: Path) -> None:
     write_queries(tmp_path / "queries", 200)
     job.output, job.filesystem = f"s3://{s3.bucket}/gone/out", s3.filesystem()
     faults = Faults()
@@ -145,7 +145,7 @@ def test_a_store_that_goes_away_ends_the_run_and_the_same_command_goes_on(job: J
         assert job.problems(tmp_path / "queries", status, said) == []
 
 
-def test_a_store_that_stays_away_ends_the_run_with_its_uri(job: Job, s3, tmp_path: Path) -> None:
+def test_unreachable_store_ends_the_run_with_its_uri(job: Job, s3, tmp_path: Path) -> None:
     write_queries(tmp_path / "queries", 20)
     job.output = f"s3://{s3.bucket}/away/out"
     with FaultProxy(s3.endpoint, Faults(refused=1.0), seed=5) as proxy:
@@ -158,7 +158,7 @@ def test_a_store_that_stays_away_ends_the_run_with_its_uri(job: Job, s3, tmp_pat
     assert s3.secret_key not in said
 
 
-def test_credentials_are_written_nowhere(job: Job, running: Running, s3, tmp_path: Path) -> None:
+def test_credentials_never_appear_in_files_or_logs(job: Job, running: Running, s3, tmp_path: Path) -> None:
     """Neither by a run with an error row, nor by one that the store refuses, into files or logs, Ray's included."""
     write_queries(tmp_path / "queries", 30, {7: "RAISES"})
     keys = f"access_key: {s3.access_key}\n  secret_key: {s3.secret_key}\n  endpoint_url: {s3.endpoint}"

@@ -130,9 +130,9 @@ def run(tmp_path: Path, demo_index: Path) -> Runs:
 
 @pytest.fixture(scope="session")
 def demo_index(card: None) -> Path:
-    from jobs.demo import demo_index
+    from jobs.demo import get_demo_index
 
-    return demo_index()
+    return get_demo_index()
 
 
 @pytest.fixture(scope="session")

@@ -12,8 +12,8 @@ from pathlib import Path
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
-from jobs.demo import QUERIES, demo_index
-from pipeline.demo_models import adapter_digest
+from jobs.demo import QUERIES, get_demo_index
+from pipeline.demo_models import hash_adapter
 
 FILE = Path(__file__).with_name("cpu_answers.json")
 SETTINGS = ["execution.unit_rows=8"]
@@ -29,7 +29,7 @@ def first_queries(source: Path, rows: int | None, file: Path) -> Path:
 
 def make_record() -> dict[str, object]:
     """Describe what the answers were made with."""
-    return {"adapter": adapter_digest(), "decoding": DECODING, "dtype": "float32"}
+    return {"adapter": hash_adapter(), "decoding": DECODING, "dtype": "float32"}
 
 
 def main() -> None:
@@ -37,7 +37,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         queries = first_queries(QUERIES, None, folder / "queries.parquet")
-        command = [sys.executable, "-m", "jobs.annotate", "--queries", queries, "--index", demo_index()]
+        command = [sys.executable, "-m", "jobs.annotate", "--queries", queries, "--index", get_demo_index()]
         command += ["--output", folder / "out", "--model", "demo", "--set", "execution.gpus_per_actor=0"]
         command += [w for s in SETTINGS for w in ("--set", s)]
         command += [w for key, value in DECODING.items() for w in ("--set", f"decoding.{key}={value}")]

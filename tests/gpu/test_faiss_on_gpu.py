@@ -63,7 +63,7 @@ def assert_same_ranking(found: list[list[Hit]], expected: list[list[Hit]], toler
 @pytest.mark.parametrize("shards", [1, 4])
 @pytest.mark.parametrize("float16", [False, True])
 @pytest.mark.parametrize("factory", ["Flat", "IVF64,Flat", "IVF64,SQ8", "IVF64,PQ16"])
-def test_the_card_ranks_as_the_cpu_does(
+def test_gpu_search_ranks_like_cpu_search(
     factory: str, float16: bool, shards: int, on_gpu: RetrievalConfig, built: Callable[[str, int], Location]
 ) -> None:
     search = {"search": "nprobe=16"} if factory.startswith("IVF") else {}
@@ -79,7 +79,7 @@ def test_the_card_ranks_as_the_cpu_does(
 
 @pytest.mark.parametrize("shards", [1, 4])
 @pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat"])
-def test_equal_scores_are_in_the_order_of_the_passages(
+def test_ties_are_in_passage_order(
     factory: str, shards: int, on_gpu: RetrievalConfig, tmp_path: Path
 ) -> None:
     """Every vector is there three times: each score is contested, at the last place too."""
@@ -93,7 +93,7 @@ def test_equal_scores_are_in_the_order_of_the_passages(
 
 
 @pytest.mark.usefixtures("real_card")
-def test_an_index_that_does_not_fit_beside_the_engine_is_searched_on_the_cpu(
+def test_index_that_does_not_fit_beside_the_engine_is_searched_on_the_cpu(
     on_gpu: RetrievalConfig, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     place = saved(tmp_path, "Flat", 1, corpus())

@@ -20,7 +20,7 @@ from pipeline.cluster import CONTEXTS, check_sharing
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import ModelConfig, RetrievalConfig, StorageConfig
 from pipeline.engine.vllm import VllmGenerator, prepare_environment
-from pipeline.gpus import choose_gpu, exclusive_start
+from pipeline.gpus import lock_gpus, may_use_gpu
 from pipeline.retrieval.encoder import Encoder
 from pipeline.retrieval.index import PassageIndex
 from pipeline.storage.location import locate
@@ -36,7 +36,7 @@ NOISE = 200 << 20
 MOSTLY = 0.6
 
 
-def test_the_demo_is_answered_on_the_card_as_on_the_cpu(whole: Run, record_property: Record) -> None:
+def test_demo_answers_on_gpu_match_the_cpu_answers(whole: Run, record_property: Record) -> None:
     """The card computes in bfloat16, the CPU in float32: close scores may turn."""
     cpu = json.loads(FILE.read_text())["answers"]
     found = whole.answers()
@@ -56,7 +56,7 @@ def share_of_equal(found: dict[str, tuple[bool, str]], whole: Run) -> float:
     return float(np.mean([expected[name] == answer for name, answer in found.items()]))
 
 
-def test_a_budget_that_does_not_fit_is_refused_with_both_numbers_before_the_engine_starts(
+def test_memory_budget_that_does_not_fit_is_refused_before_the_engine_starts(
     run: Runs, real_card: None
 ) -> None:
     refused = run("model.engine.gpu_memory_utilization=0.999")
@@ -72,7 +72,7 @@ def test_a_budget_that_does_not_fit_is_refused_with_both_numbers_before_the_engi
     assert engines == set()
 
 
-def test_shard_servers_share_the_card_with_the_engine(run: Runs, whole: Run, record_property: Record) -> None:
+def test_shard_servers_share_the_gpu_with_the_engine(run: Runs, whole: Run, record_property: Record) -> None:
     servers = ["retrieval.topology=partitioned", "execution.shard_servers=2", "execution.cpus_per_server=0.5"]
     shares = ["execution.gpus_per_server=0.25", "execution.gpus_per_actor=0.5", "execution.cpus_per_actor=1"]
     found = run(*servers, *shares).finish().answers()
@@ -81,7 +81,7 @@ def test_shard_servers_share_the_card_with_the_engine(run: Runs, whole: Run, rec
     assert share_of_equal(found, whole) >= MOSTLY
 
 
-def test_a_killed_actor_leaves_no_memory_and_its_rows_are_answered(run: Runs, record_property: Record) -> None:
+def test_killed_actor_frees_its_gpu_memory_and_its_rows_are_answered(run: Runs, record_property: Record) -> None:
     before = used_memory()
     job = run("execution.unit_rows=2", "execution.units_in_flight=1", rows=40)
     with job.start() as process:
@@ -134,7 +134,7 @@ def lowest_use(enough: int, seconds: float = 20) -> int:
     return lowest
 
 
-def test_a_lora_adapter_that_changes_nothing_gives_the_same_answers(
+def test_zero_lora_adapter_gives_the_same_answers(
     run: Runs, whole: Run, demo_model: Path, tmp_path: Path, record_property: Record
 ) -> None:
     from peft import LoraConfig, get_peft_model
@@ -150,7 +150,7 @@ def test_a_lora_adapter_that_changes_nothing_gives_the_same_answers(
     assert share_of_equal(found, whole) >= MOSTLY
 
 
-def test_weights_of_eight_bits_start_and_answer(
+def test_fp8_weights_answer_every_row(
     run: Runs, whole: Run, real_card: None, record_property: Record
 ) -> None:
     found = run("model.engine.quantization=fp8").finish().answers()
@@ -164,14 +164,14 @@ class Engine:
     def __init__(self, share: float) -> None:
         model = ModelConfig(name="demo", engine={"gpu_memory_utilization": share, "enforce_eager": True})
         prepare_environment()
-        with exclusive_start():
+        with lock_gpus():
             self.generator = VllmGenerator.start(model, (1, 2))
 
     async def ask(self) -> int:
         return len((await self.generator.generate([1, 2, 3], 4, ())).token_ids)
 
 
-def test_two_engines_fit_on_one_card_as_the_plan_allows() -> None:
+def test_two_engines_fit_on_one_gpu_as_planned() -> None:
     """Half a card each, less what the plan keeps for their processes."""
     run = RunConfig.model_validate(
         {"queries": "q", "output": "o", "model": {"name": "m", "engine": {"gpu_memory_utilization": 0.5 - CONTEXTS}}}
@@ -189,10 +189,10 @@ class Loader:
     """Loads the encoder where Ray put this actor, and says on which device."""
 
     def device(self) -> tuple[bool, str]:
-        return choose_gpu("auto"), Encoder.load("demo").device
+        return may_use_gpu("auto"), Encoder.load("demo").device
 
 
-def test_an_encoder_is_on_the_card_that_ray_assigned_and_on_no_other() -> None:
+def test_encoder_uses_a_gpu_only_if_ray_assigned_one() -> None:
     ray.init(address="local", num_cpus=2, num_gpus=1, include_dashboard=False, logging_level="ERROR")
     try:
         loaders = [ray.remote(num_cpus=0.5, num_gpus=gpus)(Loader).remote() for gpus in (1, 0)]
@@ -203,7 +203,7 @@ def test_an_encoder_is_on_the_card_that_ray_assigned_and_on_no_other() -> None:
     assert without == (False, "cpu")
 
 
-def test_an_index_is_built_on_the_card(small_corpus: Path, tmp_path: Path) -> None:
+def test_index_is_built_on_the_gpu(small_corpus: Path, tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jobs.build_index", "--passages", small_corpus, "--output", tmp_path / "index"]
     done = subprocess.run(
         list(map(str, [*command, "--shards", "2"])), capture_output=True, text=True, timeout=200, check=False

@@ -33,19 +33,19 @@ def _parents_match(path: str, pattern: str) -> list[bool]:
     return [fnmatch.fnmatch(str(tail), pattern) or (plain != pattern and tail.name == plain) for tail in tails]
 
 
-def test_base_images_have_a_tag_that_says_which_python() -> None:
+def test_base_image_tag_pins_the_python_version() -> None:
     stages = {words.split(" AS ")[1] for words in instructions("FROM") if " AS " in words}
     bases = [words.split(" ")[0] for words in instructions("FROM") if words.split(" ")[0] not in stages]
     assert bases == ["python:3.11-slim-bookworm"]
 
 
-def test_it_runs_as_the_user_whose_home_it_makes() -> None:
+def test_image_runs_as_the_unprivileged_user_it_creates() -> None:
     assert instructions("USER") == ["1000:1000"]
     assert "useradd --uid 1000 --create-home" in TEXT
     assert "HOME=/home/selfrag" in instructions("ENV")[-1]
 
 
-def test_dependencies_come_from_the_lock_of_the_extra_and_uv_is_the_makefiles() -> None:
+def test_dependencies_and_uv_are_pinned() -> None:
     (install,) = [words for words in instructions("RUN") if "--requirements" in words]
     assert '--constraints "$EXTRAS.txt"' in install
     assert '--requirements pyproject.toml --extra "$EXTRAS"' in install
@@ -54,7 +54,7 @@ def test_dependencies_come_from_the_lock_of_the_extra_and_uv_is_the_makefiles() 
     assert f"uv=={uv} " in instructions("RUN")[0]
 
 
-def test_what_is_copied_exists_and_is_not_ignored() -> None:
+def test_copied_files_exist_and_are_not_ignored() -> None:
     copied = [words for words in instructions("COPY") if not words.startswith(("--from", "."))]
     sources = [source for words in copied for source in words.split()[:-1]]
     assert sources == ["pyproject.toml", "infra/locks/${EXTRAS}.txt"]
@@ -63,7 +63,7 @@ def test_what_is_copied_exists_and_is_not_ignored() -> None:
         assert reaches_the_build(source)
 
 
-def test_the_build_sees_the_code_and_the_demo_and_nothing_else() -> None:
+def test_build_context_holds_only_the_code_and_the_demo() -> None:
     seen = [
         "README.md",
         "jobs/annotate.py",
@@ -81,13 +81,13 @@ def test_the_build_sees_the_code_and_the_demo_and_nothing_else() -> None:
     assert [path for path in [*seen, *unseen] if reaches_the_build(path)] == seen
 
 
-def test_models_and_index_copies_lie_in_the_volume() -> None:
+def test_model_and_index_caches_are_on_the_volume() -> None:
     from pipeline.config.sections import RetrievalConfig
 
     assert instructions("VOLUME") == ["/home/selfrag/.cache"]
     assert RetrievalConfig().cache == "~/.cache/selfrag/index"
 
 
-def test_its_command_is_selfrag_and_its_label_the_projects_version() -> None:
+def test_entry_point_is_selfrag_and_label_is_the_project_version() -> None:
     assert instructions("ENTRYPOINT") == ['["selfrag"]']
     assert f"org.opencontainers.image.version={VERSION} " in instructions("LABEL")[0]

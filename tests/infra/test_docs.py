@@ -34,7 +34,7 @@ def words_of(line: str) -> tuple[str, ...]:
 COMMANDS = sorted(set(commands()))
 
 
-def test_there_are_commands_of_most_jobs() -> None:
+def test_documents_show_commands_of_most_jobs() -> None:
     assert {"annotate", "build_index", "evaluate", "import_queries", "report", "share"} <= {
         job for _, job, _ in COMMANDS
     }
@@ -42,7 +42,7 @@ def test_there_are_commands_of_most_jobs() -> None:
 
 
 @pytest.mark.parametrize(("document", "job", "words"), COMMANDS)
-def test_a_command_has_only_options_that_there_are(document: str, job: str, words: tuple[str, ...]) -> None:
+def test_documented_commands_use_existing_options(document: str, job: str, words: tuple[str, ...]) -> None:
     context = load_command(job).make_context(job, list(words))
     settings = context.params.get("settings") or []
     if job == "annotate":
@@ -51,13 +51,13 @@ def test_a_command_has_only_options_that_there_are(document: str, job: str, word
         apply_settings({}, settings)
 
 
-def test_links_lead_somewhere() -> None:
+def test_file_links_resolve() -> None:
     for file in DOCUMENTS:
         for target in re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", file.read_text()):
             assert (file.parent / target).exists(), f"{file.name}: {target}"
 
 
-def test_links_to_headings_lead_somewhere() -> None:
+def test_heading_links_resolve() -> None:
     for file in DOCUMENTS:
         for target, heading in re.findall(r"\]\(([^)#:]*)#([^)]+)\)", file.read_text()):
             assert heading in anchors(file.parent / target if target else file), f"{file.name}: {target}#{heading}"

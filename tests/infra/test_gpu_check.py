@@ -26,7 +26,7 @@ def suite(**environment: str) -> str:
 
 
 @pytest.mark.skipif(why_not() is None, reason="there is a GPU")
-def test_every_gpu_test_says_why_it_was_skipped() -> None:
+def test_skipped_gpu_tests_give_a_reason() -> None:
     said = suite()
     counted = re.search(r"\b(\d+) skipped in", said)
     assert counted, said
@@ -35,14 +35,14 @@ def test_every_gpu_test_says_why_it_was_skipped() -> None:
 
 
 @pytest.mark.skipif(why_not() is None, reason="there is a GPU")
-def test_where_a_card_must_be_there_a_suite_that_shows_nothing_fails() -> None:
+def test_suite_fails_if_a_required_gpu_is_missing() -> None:
     said = suite(SELFRAG_GPU_REQUIRED="1")
     assert re.search(r"\b\d+ errors in", said), said
     assert " skipped" not in said
     assert " passed" not in said
 
 
-def test_the_cards_answers_are_compared_with_those_of_this_model() -> None:
+def test_reference_answers_are_of_the_current_model() -> None:
     record = json.loads(FILE.read_text())
     answers = record.pop("answers")
     assert record == make_record(), "run: python -m tests.gpu.cpu_answers"
@@ -73,7 +73,7 @@ def check(folder: Path, failing: str = "") -> tuple[int, list[str], str]:
     return done.returncode, calls.read_text().splitlines(), (folder / "results" / "summary.txt").read_text()
 
 
-def test_one_script_runs_doctor_suite_and_benchmark_into_one_folder(tmp_path: Path) -> None:
+def test_script_runs_doctor_benchmark_and_suite_into_one_folder(tmp_path: Path) -> None:
     status, calls, summary = check(tmp_path)
     assert status == 0
     assert [call.split()[1] for call in calls] == ["jobs.cli", "jobs.doctor", "jobs.benchmark", "pytest"]
@@ -87,7 +87,7 @@ def test_one_script_runs_doctor_suite_and_benchmark_into_one_folder(tmp_path: Pa
     ]
 
 
-def test_a_step_that_fails_lets_the_others_go_on_and_fails_the_script(tmp_path: Path) -> None:
+def test_failed_step_fails_the_script_after_all_steps_have_run(tmp_path: Path) -> None:
     status, calls, summary = check(tmp_path, failing="jobs.benchmark")
     assert status == 1
     assert len(calls) == 4

@@ -28,20 +28,20 @@ def counted(monkeypatch) -> dict[str, type]:
     return {name: kind.__name__ for name, kind in made.items()}
 
 
-def test_every_metric_is_asked_for_and_no_other(monkeypatch):
+def test_dashboard_queries_exactly_the_exported_metrics(monkeypatch):
     metrics = counted(monkeypatch)
     asked = {name for expression in ASKED for name in re.findall(r"ray_selfrag_\w+", expression)}
     assert {re.sub("_(bucket|count)$", "", name) for name in asked} == set(metrics)
     assert {name for name in asked if name.endswith("_total")} == {n for n, k in metrics.items() if k == "Counter"}
 
 
-def test_every_series_is_of_the_chosen_runs():
+def test_every_query_filters_by_run():
     for expression in ASKED:
         assert expression.count("ray_selfrag_") == expression.count('run=~"$run"'), expression
         assert expression.count("(") == expression.count(")"), expression
 
 
-def test_panels_have_their_own_places():
+def test_panels_do_not_overlap():
     places = [panel["gridPos"] for panel in BOARD["panels"]]
     cells = [(x, y) for p in places for x in range(p["x"], p["x"] + p["w"]) for y in range(p["y"], p["y"] + p["h"])]
     assert len(cells) == len(set(cells))

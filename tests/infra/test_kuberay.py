@@ -90,7 +90,7 @@ def paths(tree: dict[str, Any], kind: str) -> dict[str, dict[str, Any]]:
 
 @needs_crds
 @pytest.mark.parametrize("file", RAY_FILES)
-def test_a_manifest_fits_the_published_schema_and_a_misspelt_field_does_not(file: str) -> None:
+def test_published_schema_accepts_manifests_and_rejects_misspelled_fields(file: str) -> None:
     tree = manifest(file)
     validator = jsonschema.Draft202012Validator(published_schema(tree["kind"]))
     validator.validate(tree)
@@ -102,19 +102,19 @@ def test_a_manifest_fits_the_published_schema_and_a_misspelt_field_does_not(file
 
 
 @needs_crds
-def test_a_value_of_the_wrong_type_does_not_fit_the_published_schema() -> None:
+def test_published_schema_rejects_a_value_of_the_wrong_type() -> None:
     tree = manifest("rayjob.yaml")
     tree["spec"]["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] = 0
     with pytest.raises(jsonschema.ValidationError, match="0 is not of type 'string'"):
         jsonschema.validate(tree, published_schema("RayJob"))
 
 
-def test_the_run_each_night_and_the_shared_cluster_are_those_of_the_job() -> None:
+def test_nightly_run_and_shared_cluster_repeat_the_job() -> None:
     assert manifest("raycronjob.yaml")["spec"]["jobTemplate"] == JOB
     assert manifest("raycluster.yaml")["spec"] == CLUSTER
 
 
-def test_the_configmap_holds_what_the_entry_point_and_the_cronjob_read() -> None:
+def test_configmap_holds_the_files_of_the_entry_point_and_the_cronjob() -> None:
     kustomization = manifest("kustomization.yaml")
     (generator,) = kustomization["configMapGenerator"]
     assert generator == {"name": "selfrag-run", "files": ["run.yaml", "run.sh", "rayjob.yaml"]}
@@ -127,27 +127,27 @@ def test_the_configmap_holds_what_the_entry_point_and_the_cronjob_read() -> None
         assert {"name": "run", "mountPath": "/etc/selfrag"} in pod["containers"][0]["volumeMounts"]
 
 
-def test_the_configuration_loads_and_its_actors_fit_the_workers() -> None:
+def test_configured_actors_fit_the_workers() -> None:
     execution, limits = run_config().execution, WORKERS["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert execution.actors == WORKERS["maxReplicas"]
     assert execution.gpus_per_actor == limits["nvidia.com/gpu"]
     assert execution.cpus_per_actor == limits["cpu"]
 
 
-def test_the_caches_limit_leaves_room_for_the_model() -> None:
+def test_cache_limit_leaves_space_for_the_model() -> None:
     (volume,) = [volume for volume in WORKERS["template"]["spec"]["volumes"] if volume["name"] == "cache"]
     assert run_config().retrieval.cache_gb == 100
     assert volume["emptyDir"]["sizeLimit"] == "150Gi"
 
 
-def test_a_pod_that_must_go_has_the_time_that_a_write_may_take_and_thirty_seconds() -> None:
+def test_termination_grace_period_covers_the_storage_patience() -> None:
     (drain,) = WORKERS["template"]["spec"]["containers"][0]["env"]
     assert drain["name"] == "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
     assert int(drain["value"]) == StorageConfig().patience_s == 120
     assert WORKERS["template"]["spec"]["terminationGracePeriodSeconds"] == 120 + 30
 
 
-def test_the_object_store_fits_into_shared_memory() -> None:
+def test_object_store_fits_into_shared_memory() -> None:
     for pod in pods()[:2]:
         (volume,) = [volume["emptyDir"] for volume in pod["volumes"] if volume["name"] == "shm"]
         memory = int(pod["containers"][0]["resources"]["limits"]["memory"].removesuffix("Gi"))
@@ -156,12 +156,12 @@ def test_the_object_store_fits_into_shared_memory() -> None:
         assert {"name": "shm", "mountPath": "/dev/shm"} in pod["containers"][0]["volumeMounts"]
 
 
-def test_the_head_has_neither_actors_nor_a_gpu() -> None:
+def test_head_has_neither_actors_nor_a_gpu() -> None:
     assert CLUSTER["headGroupSpec"]["rayStartParams"] == {"num-cpus": "0"}
     assert not [pod for pod in (pods()[0], pods()[2]) if "nvidia.com/gpu" in str(pod["containers"])]
 
 
-def test_no_pod_runs_as_root_and_all_run_as_the_images_user() -> None:
+def test_pods_run_as_the_unprivileged_user_of_the_image() -> None:
     dockerfile = (ROOT / "infra" / "docker" / "Dockerfile").read_text()
     for pod in pods():
         security = pod["securityContext"]
@@ -172,7 +172,7 @@ def test_no_pod_runs_as_root_and_all_run_as_the_images_user() -> None:
         assert context == {"allowPrivilegeEscalation": False, "capabilities": {"drop": ["ALL"]}}
 
 
-def test_all_files_name_one_image_of_the_projects_version() -> None:
+def test_all_files_name_the_image_of_the_project_version() -> None:
     version = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["version"]
     launcher = [ROOT / "ray_cluster.yaml", ROOT / "infra" / "ray_cluster_local.yaml"]
     for file in [*(FOLDER / name for name in RAY_FILES), *launcher]:
@@ -180,12 +180,12 @@ def test_all_files_name_one_image_of_the_projects_version() -> None:
         assert images == {f"registry.example.com/selfrag-batch:{version}-gpu"}, file
 
 
-def test_the_cluster_is_of_the_rays_version_that_the_image_has() -> None:
+def test_cluster_and_image_have_the_same_ray_version() -> None:
     lock = (ROOT / "infra" / "locks" / "gpu.txt").read_text().splitlines()
     assert f"ray=={CLUSTER['rayVersion']}" in lock
 
 
-def test_the_cronjob_may_create_rayjobs_and_nothing_else() -> None:
+def test_cronjob_may_only_create_rayjobs() -> None:
     account, role, binding, cronjob = manifests("cronjob.yaml")
     assert role["rules"] == [{"apiGroups": ["ray.io"], "resources": ["rayjobs"], "verbs": ["create"]}]
     assert [binding["roleRef"]["kind"], binding["roleRef"]["name"]] == ["Role", role["metadata"]["name"]]
@@ -195,7 +195,7 @@ def test_the_cronjob_may_create_rayjobs_and_nothing_else() -> None:
     assert pod["securityContext"]["runAsNonRoot"]
 
 
-def test_both_schedules_start_all_attempts_of_a_night_on_one_day() -> None:
+def test_schedules_agree_and_all_attempts_start_on_one_day() -> None:
     cron, night = manifests("cronjob.yaml")[-1]["spec"], manifest("raycronjob.yaml")["spec"]
     assert (cron["schedule"], cron["timeZone"]) == (night["schedule"], night["timeZone"]) == ("0 1 * * *", "Etc/UTC")
     last_start = 1 * 3600 + JOB["backoffLimit"] * JOB["activeDeadlineSeconds"]
@@ -213,7 +213,7 @@ def test_no_manifest_holds_a_secret() -> None:
 
 
 @pytest.mark.parametrize(("job", "told"), [(0, 0), (3, 0), (1, 1), (2, 2)])
-def test_the_entry_point_runs_the_job_and_takes_some_error_rows_for_done(tmp_path: Path, job: int, told: int) -> None:
+def test_entry_point_runs_the_job_and_accepts_some_error_rows(tmp_path: Path, job: int, told: int) -> None:
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
     python.write_text(f'#!/bin/bash\necho "$@"\nexit {job}\n')
@@ -226,7 +226,7 @@ def test_the_entry_point_runs_the_job_and_takes_some_error_rows_for_done(tmp_pat
     assert importlib.util.find_spec("jobs.annotate")
 
 
-def test_each_night_has_folders_of_its_own() -> None:
+def test_each_night_has_its_own_folders() -> None:
     tonight = load_config(str(FOLDER / "run.yaml"), [], {}, date(2026, 1, 31))
     assert tonight.queries == "s3://my-bucket/queries/2026-01-31/"
     assert tonight.output == "s3://my-bucket/annotated/2026-01-31/"

@@ -30,7 +30,7 @@ def pins(extra: str, python: str) -> dict[str, str]:
 
 @pytest.mark.parametrize("python", ["3.11", "3.12", "3.13", "3.14"])
 @pytest.mark.parametrize("extra", ["cpu", "gpu"])
-def test_every_dependency_has_one_version_that_the_project_allows(extra: str, python: str) -> None:
+def test_every_dependency_is_pinned_to_an_allowed_version(extra: str, python: str) -> None:
     locked = pins(extra, python)
     asked = [
         *PROJECT["dependencies"],
@@ -42,7 +42,7 @@ def test_every_dependency_has_one_version_that_the_project_allows(extra: str, py
 
 
 @pytest.mark.parametrize("extra", ["cpu", "gpu"])
-def test_a_lock_names_versions_and_no_places(extra: str) -> None:
+def test_locks_name_versions_without_urls_or_options(extra: str) -> None:
     text = (ROOT / "infra" / "locks" / f"{extra}.txt").read_text()
     assert "://" not in text
     assert " @ " not in text

@@ -37,7 +37,7 @@ def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def test_the_wheel_holds_every_module_and_its_data(wheel: Path) -> None:
+def test_wheel_holds_every_module_and_its_data(wheel: Path) -> None:
     held = {name for name in ZipFile(wheel).namelist() if name.startswith(("jobs/", "pipeline/"))}
     there = {
         str(file.relative_to(ROOT))
@@ -48,7 +48,7 @@ def test_the_wheel_holds_every_module_and_its_data(wheel: Path) -> None:
     assert held == there
 
 
-def test_an_installed_command_needs_no_clone(wheel: Path, tmp_path: Path) -> None:
+def test_installed_command_works_without_a_clone(wheel: Path, tmp_path: Path) -> None:
     installed = tmp_path / "installed"
     install = [sys.executable, "-m", "pip", "install", "--quiet", "--no-deps", "--target", str(installed), str(wheel)]
     subprocess.run(install, check=True, timeout=200)
@@ -58,7 +58,8 @@ def test_an_installed_command_needs_no_clone(wheel: Path, tmp_path: Path) -> Non
     assert done.returncode == 2, done.stderr
     assert done.stderr.startswith("error: ")
     script = (
-        "import jobs.cli, pipeline.decoding.profiles as p; print(jobs.cli.__file__); print(len(p.built_in_digest()))"
+        "import jobs.cli, pipeline.decoding.profiles as p; "
+        "print(jobs.cli.__file__); print(len(p.hash_built_in_profiles()))"
     )
     shown = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True

@@ -32,7 +32,7 @@ def function_lengths() -> dict[str, int]:
 
 
 @pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
-def test_no_docstring_begins_with_a_question_word_or_none(file: Path) -> None:
+def test_docstrings_do_not_begin_with_question_words(file: Path) -> None:
     refused = {"what", "who", "whom", "whose", "none", "how", "where", "nobody", "somebody"}
     assert [name for name, text in docstrings(file) if text.split()[0].lower().strip(".,:") in refused] == []
 

@@ -21,18 +21,18 @@ def cluster(file: str) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_cluster_file_fits_rays_own_schema(file: str) -> None:
+def test_cluster_file_matches_the_ray_schema(file: str) -> None:
     jsonschema.validate(cluster(file), SCHEMA)
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_a_misspelt_key_does_not_fit(file: str) -> None:
+def test_ray_schema_rejects_a_misspelled_key(file: str) -> None:
     with pytest.raises(jsonschema.ValidationError, match="max_worker"):
         jsonschema.validate({**cluster(file), "max_worker": 1}, SCHEMA)
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_cluster_file_passes_rays_own_checks(file: str) -> None:
+def test_cluster_file_passes_ray_validation(file: str) -> None:
     validate_config(prepare_config(cluster(file)))
 
 
@@ -44,14 +44,14 @@ def test_nothing_is_installed_on_the_machines(file: str) -> None:
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_places_to_edit_are_as_many_as_the_file_says(file: str) -> None:
+def test_edit_marks_match_their_stated_number(file: str) -> None:
     text = (ROOT / file).read_text()
     assert "the five places marked EDIT" in text
     assert len(re.findall("# EDIT", text)) == 5
 
 
 @pytest.mark.parametrize("file", FILES)
-def test_the_dashboard_listens_on_loopback_and_all_nodes_want_the_token(file: str) -> None:
+def test_dashboard_is_on_loopback_and_nodes_require_the_token(file: str) -> None:
     config = cluster(file)
     (start,) = [command for command in config["head_start_ray_commands"] if "ray start" in command]
     assert "--dashboard-host=127.0.0.1" in start
@@ -64,13 +64,13 @@ def test_actors_stay_off_the_head() -> None:
     assert config["available_node_types"][config["head_node_type"]]["resources"]["CPU"] == 0
 
 
-def test_gpu_machines_are_spot_and_their_number_has_one_place() -> None:
+def test_gpu_machines_are_spot_and_limited_by_one_setting() -> None:
     gpu = prepare_config(cluster("ray_cluster.yaml"))["available_node_types"]["gpu"]
     assert gpu["node_config"]["InstanceMarketOptions"] == {"MarketType": "spot"}
     assert (gpu["min_workers"], gpu["max_workers"]) == (0, cluster("ray_cluster.yaml")["max_workers"])
 
 
-def test_all_machines_of_ones_own_are_in_the_cluster() -> None:
+def test_all_local_machines_are_in_the_cluster() -> None:
     config = cluster("infra/ray_cluster_local.yaml")
     (node,) = prepare_config(config)["available_node_types"].values()
     assert node["min_workers"] == node["max_workers"] == len(config["provider"]["worker_ips"])

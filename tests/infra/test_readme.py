@@ -71,7 +71,7 @@ def call(job: str, words: list[str]) -> tuple[int, str]:
     return result.exit_code, result.output
 
 
-def test_most_commands_can_be_run_here() -> None:
+def test_most_commands_are_run() -> None:
     found = commands()
     assert len(found) > 18
     elsewhere = ["build_index", "annotate", "import_queries", "import_queries", "annotate"]
@@ -79,7 +79,7 @@ def test_most_commands_can_be_run_here() -> None:
 
 
 @pytest.mark.slow
-def test_the_documents_can_be_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_documented_commands_succeed_in_order(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     prepare(tmp_path)
     bucket = tmp_path / "store" / "bucket"
     bucket.parent.mkdir()

@@ -9,7 +9,7 @@ from pathlib import Path
 import pandas
 import pytest
 
-from pipeline.config.reference import keys
+from pipeline.config.reference import describe_keys
 
 ROOT = Path(__file__).parents[2]
 TEXT = (ROOT / "infra" / "RUNBOOK.md").read_text("utf-8")
@@ -42,25 +42,25 @@ def is_said(message: str) -> bool:
 
 
 @pytest.mark.parametrize("message", MESSAGES)
-def test_the_code_says_the_message(message):
+def test_quoted_messages_are_in_the_code(message):
     assert is_said(message), f"infra/RUNBOOK.md: no source says ``{message}``; quote it as it is now"
 
 
-def test_messages_are_found_and_invented_ones_are_not_said():
+def test_message_lookup_rejects_invented_messages():
     assert len(MESSAGES) > 30
     assert "another run is using this output (process … on …, since …)" in MESSAGES
     assert not is_said("another run is at play there (process … on …, since …)")
     assert not is_said("Everything that can be checked before an engine starts")  # a docstring
 
 
-def test_keys_that_it_names_exist():
-    known = {key.name for key in keys()}
+def test_named_configuration_keys_exist():
+    known = {key.name for key in describe_keys()}
     named = set(re.findall(r"\b(?:decoding|model|retrieval|execution|storage)\.[a-z_]+\b(?!\.py)", TEXT))
     assert named <= known
     assert len(named) > 20
 
 
-def test_metrics_and_panels_that_it_names_are_the_dashboards():
+def test_named_metrics_and_panels_are_on_the_dashboard():
     board = (ROOT / "infra" / "grafana" / "selfrag.json").read_text()
     titles = {panel["title"] for panel in json.loads(board)["panels"]}
     metrics = set(re.findall(r"ray_selfrag_\w+", TEXT))
@@ -71,7 +71,7 @@ def test_metrics_and_panels_that_it_names_are_the_dashboards():
     assert panels <= titles
 
 
-def test_links_lead_to_files_and_headings():
+def test_links_resolve_to_files_and_headings():
     headings = {re.sub(r"[^\w -]", "", title).strip().lower().replace(" ", "-") for title in headings_of(TEXT)}
     for link in re.findall(r"\]\(([^)]+)\)", TEXT):
         if link.startswith("#"):
@@ -84,7 +84,7 @@ def headings_of(text: str) -> list[str]:
     return re.findall(r"^#+ (.+)$", text, re.MULTILINE)
 
 
-def test_its_snippets_run(tmp_path, monkeypatch, capsys):
+def test_snippets_run(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for name, columns in {
         "data": {"id": ["a"], "usage": [{"seconds": 4.0, "cached_tokens": 25}]},

@@ -16,7 +16,7 @@ from pipeline.config.run import RunConfig
 from pipeline.config.sections import StorageConfig
 from pipeline.output.folder import OutputFolder, UnitSummary
 from pipeline.queries.query_set import QuerySet, Unit
-from pipeline.run.actor import annotated_schema
+from pipeline.run.actor import build_annotated_schema
 from pipeline.run.driver import Summary, annotate_todo, verify_units
 from pipeline.run.plan import RunPlan, check_run
 from pipeline.storage.lease import Lease
@@ -70,7 +70,7 @@ def call(options: dict[str, str], *more: str, **environment: str):
 
 @pytest.mark.parametrize("place", ["", "/sub", "/.."])
 @pytest.mark.parametrize("flag", ["--resume", "--overwrite"])
-def test_output_over_the_queries_is_refused(place, flag, options, tmp_path):
+def test_output_overlapping_the_queries_is_refused(place, flag, options, tmp_path):
     folder = tmp_path / "deep" / "set"
     query_set(folder, id=["a"], query=["x"])
     output = folder.parent if place == "/.." else f"{folder}{place}"
@@ -86,7 +86,7 @@ def test_too_many_actors_are_refused_before_anything_is_deleted(options):
     assert not Path(options["--output"]).exists()
 
 
-def test_wrong_credentials_are_named_and_not_shown(options, s3):
+def test_wrong_credentials_are_reported_without_the_secret(options, s3):
     options["--queries"] = f"s3://{s3.bucket}/queries"
     wrong = {**s3.environment, "AWS_SECRET_ACCESS_KEY": "wrong-secret-value"}
     line = refused(call(options, **wrong))
@@ -102,17 +102,17 @@ def test_dry_run_prints_the_plan_and_writes_nothing(options):
     assert not Path(options["--output"]).exists()
 
 
-def test_a_plan_knows_its_index_and_what_that_was_built_with(options, saved: Location):
+def test_plan_records_the_index_and_its_encoder(options, saved: Location):
     run = {"queries": options["--queries"], "output": options["--output"], "model": {"name": options["--model"]}}
     plan = check_run(RunConfig.model_validate({**run, "index": saved.path}))
     assert plan.index is not None
     assert (plan.index["passages"], plan.index["shards"]) == (60, 3)
     assert plan.encoder is not None
     assert (plan.encoder["name"], plan.encoder["digest"]) == ("tiny", "d" * 64)
-    assert "encoder" not in plan.identity()
+    assert "encoder" not in plan.get_identity()
 
 
-def test_a_run_that_another_one_is_at_work_on_stops_before_the_engine(options, monkeypatch):
+def test_run_with_a_held_lease_stops_before_the_engine_starts(options, monkeypatch):
     monkeypatch.setattr("jobs.annotate.allot_resources", lambda _plan: Resources(1, 0))
     with Lease(locate(options["--output"], StorageConfig())):
         result = call(options)
@@ -126,7 +126,7 @@ def finished(options: dict[str, str], tmp_path: Path, monkeypatch: pytest.Monkey
 
     def units(plan, *_):
         rows = [{"id": name, "query": name, "answer": "x", "retrieved": False} for name in ("a", "b")]
-        table = pa.Table.from_pylist(rows, annotated_schema(plan.queries.schema, keep_candidates=False))
+        table = pa.Table.from_pylist(rows, build_annotated_schema(plan.queries.schema, keep_candidates=False))
         yield plan.output.write_unit(plan.todo[0].id, table, plan.queries.schema, keep_candidates=False)
 
     monkeypatch.setattr("jobs.annotate.allot_resources", lambda _plan: Resources(1, 0))
@@ -138,14 +138,14 @@ def finished(options: dict[str, str], tmp_path: Path, monkeypatch: pytest.Monkey
     return tmp_path / "out"
 
 
-def test_an_output_of_other_columns_is_not_continued(options, finished):
+def test_output_with_other_columns_is_not_resumed(options, finished):
     manifest = json.loads((finished / "_manifest.json").read_text())
     manifest["settings"]["output.columns"] = "of yore"
     (finished / "_manifest.json").write_text(json.dumps(manifest))
     assert "contains a run that differs in output.columns; choose another output" in refused(call(options))
 
 
-def test_a_run_that_another_one_finishes_while_it_waits_does_nothing(options, finished, tmp_path, monkeypatch):
+def test_run_finished_by_another_while_waiting_does_nothing(options, finished, tmp_path, monkeypatch):
     monkeypatch.setattr("pipeline.storage.lease.EXPIRY_S", 20.0)
     monkeypatch.setattr("pipeline.storage.lease.HEARTBEAT_S", 0.3)
     other = finishing_elsewhere(finished, tmp_path / "aside")
@@ -171,16 +171,16 @@ def failing(tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch, *errors:
     return RunPlan(config, queries, OutputFolder(locate(str(tmp_path / "out"), StorageConfig())), {}, None), seen
 
 
-def test_a_run_that_fails_at_large_stops_early(tmp_path, monkeypatch):
+def test_run_above_the_error_rate_stops_early(tmp_path, monkeypatch):
     plan, seen = failing(tmp_path, 20_000, monkeypatch, 0, 90, 90, 90, 90)
     with pytest.raises(RuntimeError, match=r"^270 of 400 rows failed \(KeyError\), more than execution.max_error_rate"):
         annotate_todo(plan, Resources(1, 0), {})
     assert seen == [0, 1, 2, 3]
 
 
-def test_errors_of_earlier_calls_count_too(tmp_path, monkeypatch):
+def test_errors_of_earlier_attempts_count_toward_the_error_rate(tmp_path, monkeypatch):
     plan, seen = failing(tmp_path, 20_000, monkeypatch, 90, 90)
-    monkeypatch.setattr(OutputFolder, "error_rows", lambda _, units: 30 * len(units))
+    monkeypatch.setattr(OutputFolder, "count_error_rows", lambda _, units: 30 * len(units))
     units = [Unit(f"{n:020x}", "q", 0, 0, 100, 1, "d") for n in range(4)]
     queries = dataclasses.replace(plan.queries, units=tuple(units))
     plan = dataclasses.replace(plan, queries=queries, done=frozenset(unit.id for unit in units))
@@ -189,7 +189,7 @@ def test_errors_of_earlier_calls_count_too(tmp_path, monkeypatch):
     assert seen == [0]
 
 
-def test_a_unit_without_all_of_its_rows_is_withdrawn_and_the_run_says_so(tmp_path, monkeypatch):
+def test_incomplete_unit_is_deleted_and_reported(tmp_path, monkeypatch):
     plan, _ = failing(tmp_path, 30, monkeypatch)
     units = tuple(Unit(f"{n:020x}", "q", 0, 0, 10, 1, "d") for n in range(3))
     plan = dataclasses.replace(plan, queries=dataclasses.replace(plan.queries, units=units))
@@ -203,7 +203,7 @@ def test_a_unit_without_all_of_its_rows_is_withdrawn_and_the_run_says_so(tmp_pat
     assert [file.exists() for file in files] == [True, False]
 
 
-def test_few_errors_stop_no_run_early(tmp_path, monkeypatch):
+def test_few_errors_do_not_stop_a_run_early(tmp_path, monkeypatch):
     plan, seen = failing(tmp_path, 300, monkeypatch, 0, 0, 100)
     assert annotate_todo(plan, Resources(1, 0), {}) == 300
     assert seen == [0, 1, 2]

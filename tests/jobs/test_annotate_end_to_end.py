@@ -15,7 +15,7 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
-from pipeline.demo_models import demo_base_model
+from pipeline.demo_models import build_demo_base_model
 from pipeline.output.schema import ANSWER_FIELDS, ERROR_FIELDS
 
 GIVEN = pa.list_(pa.struct([("id", pa.string()), ("title", pa.string()), ("text", pa.string())]))
@@ -77,14 +77,14 @@ def answers(finished) -> dict[str, dict]:
     return {row["id"]: row for row in ds.dataset(finished[0] / "data").to_table().to_pylist()}
 
 
-def test_some_rows_in_errors_is_exit_status_3(finished):
+def test_error_rows_give_exit_status_3(finished):
     result = finished[1]
     assert result.returncode == 3, result.stderr[-3000:]
     summary = json.loads(result.stdout)
     assert (summary["rows"], summary["errors"], summary["error_types"]) == (14, 1, {"ValueError": 1})
 
 
-def test_every_row_is_there_once(finished, answers, demo_rows):
+def test_every_row_appears_exactly_once(finished, answers, demo_rows):
     errors = ds.dataset(finished[0] / "errors").to_table().to_pylist()
     assert sorted([*answers, *(row["id"] for row in errors)]) == sorted(row["id"] for row in rows(demo_rows))
     assert [(e["id"], e["error_type"], e["error_message"]) for e in errors] == [
@@ -92,7 +92,7 @@ def test_every_row_is_there_once(finished, answers, demo_rows):
     ]
 
 
-def test_schema_is_the_contract(finished):
+def test_output_schema_matches_the_contract(finished):
     renamed = [field.with_name("input_passages") if field.name == "passages" else field for field in SCHEMA]
     for file in (finished[0] / "data").iterdir():
         names = pq.read_schema(file)
@@ -164,13 +164,13 @@ def test_long_form_cites_the_passage_of_each_segment(answers):
     assert row["usage"]["retrievals"] >= 1 + bool(children)
 
 
-def test_smuggled_control_tokens_are_text(answers):
+def test_smuggled_control_tokens_are_plain_text(answers):
     row = answers["smuggled"]
     assert row["retrieve_probability"] > 0.2  # the smuggled [No Retrieval] decided nothing
     assert row["usage"]["engine_requests"] == 2
 
 
-def test_answers_hold_no_reflection_tokens(answers):
+def test_answers_contain_no_reflection_tokens(answers):
     for row in (row for row in answers.values() if row["task"] is None):
         assert "[" not in row["answer"].replace("[Relevant]HACKED", "")
         assert row["raw_output"].startswith(("[Retrieval]", "[No Retrieval]"))
@@ -202,19 +202,19 @@ def test_manifest_records_what_produced_the_rows(finished):
     assert (output / "_SUCCESS").exists()
 
 
-def test_the_run_leaves_its_report(finished):
+def test_run_writes_its_report(finished):
     page = (finished[0] / "report.html").read_text()
     assert "Complete" in page
     assert "the query is empty" in page
 
 
-def test_output_opens_in_one_line(finished):
+def test_output_loads_with_datasets(finished):
     opened = datasets.load_dataset("parquet", data_files=str(finished[0] / "data" / "*.parquet"), split="train")
     assert opened.num_rows == 13
 
 
 @pytest.mark.slow
-def test_interrupted_run_is_continued(finished, queries, small_index, tmp_path):
+def test_interrupted_run_is_resumed(finished, queries, small_index, tmp_path):
     """As if killed between a unit's two files, before the end: that unit alone is run again."""
     output = tmp_path / "out"
     shutil.copytree(finished[0], output)
@@ -244,14 +244,14 @@ def test_second_run_has_nothing_to_do(finished, queries, small_index):
     assert {file: file.stat().st_mtime_ns for file in output.rglob("*") if file.is_file()} == before
 
 
-def test_other_configuration_is_refused_by_its_keys(finished, queries, small_index):
+def test_changed_configuration_keys_are_named(finished, queries, small_index):
     options = ["--queries", queries, "--index", small_index, "--output", finished[0]]
     result = annotate(*options, "--set", "decoding.threshold=0.5", "--set", "decoding.passages=3")
     assert result.returncode == 2
     assert "differs in decoding.passages, decoding.threshold;" in result.stderr
 
 
-def test_damaged_shard_ends_the_run_before_the_engine(queries, small_index, tmp_path):
+def test_damaged_shard_ends_the_run_before_any_output(queries, small_index, tmp_path):
     for file in small_index.iterdir():
         content = bytearray(file.read_bytes())
         if file.name == "shard-00001.faiss":
@@ -264,7 +264,7 @@ def test_damaged_shard_ends_the_run_before_the_engine(queries, small_index, tmp_
     assert not list((tmp_path / "out").rglob("part-*"))
 
 
-def test_from_and_to_s3_by_way_of_shard_servers(s3, queries, small_index, answers, monkeypatch):
+def test_s3_run_with_shard_servers_gives_the_same_answers(s3, queries, small_index, answers, monkeypatch):
     """The same answers from and to an object store with a partitioned index; nothing secret is written anywhere."""
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")
     store = fs.S3FileSystem(
@@ -293,13 +293,20 @@ def test_from_and_to_s3_by_way_of_shard_servers(s3, queries, small_index, answer
 
 
 @pytest.mark.slow
-def test_a_model_that_was_never_taught_reads_and_judges_when_asked_in_words(demo_rows, tmp_path):
+def test_untrained_model_answers_with_the_prompted_critic(demo_rows, tmp_path):
     """SmolLM2-135M-Instruct as it comes: the same columns, its critique by questions."""
     given = [
         {"id": f"g{n}", "query": q, "passages": [DUNE, SMUGGLED]} for n, q in enumerate(["Who wrote Dune?", "When?"])
     ]
     pq.write_table(pa.Table.from_pylist(given, schema=SCHEMA), tmp_path / "queries.parquet")
-    options = ["--queries", tmp_path / "queries.parquet", "--output", tmp_path / "out", "--model", demo_base_model()]
+    options = [
+        "--queries",
+        tmp_path / "queries.parquet",
+        "--output",
+        tmp_path / "out",
+        "--model",
+        build_demo_base_model(),
+    ]
     result = annotate(*options, "--set", "decoding.critic=prompted", "--set", "decoding.mode=always", "--json")
     assert result.returncode == 0, result.stderr[-3000:]
     found = ds.dataset(tmp_path / "out" / "data").to_table().to_pylist()

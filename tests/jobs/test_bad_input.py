@@ -91,12 +91,12 @@ class Case:
 
 @pytest.fixture
 def case(tmp_path: Path, demo_model: Path, small_index: Path, s3: S3Server) -> Case:
-    from pipeline.demo_models import demo_base_model
+    from pipeline.demo_models import build_demo_base_model
 
     pq.write_table(pa.table({"id": ["a", "b"], "query": ["Who?", "What?"]}), tmp_path / "queries.parquet")
     options = {"--queries": tmp_path / "queries.parquet", "--output": tmp_path / "out", "--model": demo_model}
     texts = {name: str(value) for name, value in options.items()}
-    return Case(tmp_path, texts, small_index, demo_base_model(), s3)
+    return Case(tmp_path, texts, small_index, build_demo_base_model(), s3)
 
 
 def text(values: list[bytes]) -> pa.Array:
@@ -286,7 +286,7 @@ def test_bad_input_is_refused_in_one_line_before_anything_starts(
     assert state(case.folder) == before
 
 
-def test_what_is_missing_is_named() -> None:
+def test_missing_configuration_key_is_named() -> None:
     result = CliRunner().invoke(APP, [])
     assert result.exit_code == 2
     assert "missing configuration key queries (flag --queries)" in result.stderr

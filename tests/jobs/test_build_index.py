@@ -12,7 +12,7 @@ import ray
 from typer.testing import CliRunner, Result
 
 from pipeline.config.sections import RetrievalConfig
-from pipeline.decoding.prompts import passage_text
+from pipeline.decoding.prompts import format_passage
 from pipeline.decoding.types import Passage
 from pipeline.indexing.build import BuildRequest, check_build
 from pipeline.retrieval.encoder import Encoder
@@ -52,10 +52,10 @@ def built(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[pa.Table, 
         ray.shutdown()
 
 
-def test_built_shards_rank_as_one_index_over_all_passages(built: tuple[pa.Table, Path]) -> None:
+def test_built_shards_rank_like_one_index_over_all_passages(built: tuple[pa.Table, Path]) -> None:
     passages, folder = built
     encoder = Encoder.load("demo", "cpu")
-    vectors = encoder.encode([passage_text(row["title"], row["text"]) for row in passages.to_pylist()])
+    vectors = encoder.encode([format_passage(row["title"], row["text"]) for row in passages.to_pylist()])
     exact = faiss.IndexFlatIP(encoder.dimension)
     exact.add(vectors)
     scores, rows = exact.search(vectors[:10], 5)
@@ -77,13 +77,13 @@ def test_built_shards_share_their_training(built: tuple[pa.Table, Path]) -> None
     np.testing.assert_array_equal(lists[0], lists[2])
 
 
-def test_manifest_says_what_was_built(built: tuple[pa.Table, Path]) -> None:
+def test_manifest_describes_the_built_index(built: tuple[pa.Table, Path]) -> None:
     _, folder = built
     manifest = check_index_manifest(place(folder), RetrievalConfig(encoder="demo"))
     assert (manifest.encoder.name, manifest.dimension, manifest.factory) == ("demo", 384, "IVF4,Flat")
     assert [shard.rows for shard in manifest.shards] == [20, 20, 20]
     check_encoder(Encoder.load("demo", "cpu"), manifest)
-    files = {"index.json", *(name for shard in manifest.shards for name, _, _ in shard.files())}
+    files = {"index.json", *(name for shard in manifest.shards for name, _, _ in shard.list_files())}
     assert {file.name for file in folder.iterdir()} == files
 
 
@@ -99,7 +99,7 @@ async def test_retriever_finds_the_passage_that_answers(built: tuple[pa.Table, P
     retriever.close()
 
 
-def test_existing_index_is_not_replaced_unasked(built: tuple[pa.Table, Path]) -> None:
+def test_existing_index_is_not_replaced_without_overwrite(built: tuple[pa.Table, Path]) -> None:
     _, folder = built
     before = (folder / "index.json").read_bytes()
     result = run(DEMO, folder)
@@ -196,7 +196,7 @@ def test_bad_factory_is_refused(source: Path, tmp_path: Path, factory: str, prob
     assert not (tmp_path / "out").exists()
 
 
-def test_the_driver_leaves_the_gpus_to_the_builders(
+def test_driver_leaves_the_gpus_to_the_builders(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     devices, load = list[str](), Encoder.load
@@ -208,7 +208,7 @@ def test_the_driver_leaves_the_gpus_to_the_builders(
     monkeypatch.setattr(Encoder, "load", recorded)
     plan = check_build(BuildRequest(str(source), str(tmp_path / "out")))
     assert devices == ["cpu"]
-    plan.vectorizer()
+    plan.load_vectorizer()
     assert devices == ["cpu", "auto"]
 
 
@@ -217,7 +217,7 @@ def test_missing_options_are_named() -> None:
     refused(CliRunner().invoke(app, ["--passages", "p"]), "--output is missing")
 
 
-def test_an_unknown_precision_is_refused(source: Path, tmp_path: Path) -> None:
+def test_unknown_precision_is_refused(source: Path, tmp_path: Path) -> None:
     refused(run(source, tmp_path / "out", "--dtype", "float8"), "encoder.dtype", "float8")
 
 
@@ -243,7 +243,7 @@ def test_given_vectors_are_indexed_without_encoding(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_vector_that_cannot_be_indexed_fails_the_build_with_its_row(
+def test_non_finite_vector_fails_the_build_with_its_row(
     with_vectors: tuple[Path, np.ndarray], tmp_path: Path
 ) -> None:
     source, _ = with_vectors
@@ -259,14 +259,14 @@ def test_a_vector_that_cannot_be_indexed_fails_the_build_with_its_row(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_too_few_passages_to_train_on_are_said(tmp_path: Path) -> None:
+def test_too_few_training_passages_are_refused(tmp_path: Path) -> None:
     pq.write_table(given_vectors(15)[0], tmp_path / "p.parquet")
     result = run(tmp_path / "p.parquet", tmp_path / "out", "--embeddings", "vector", "--factory", "PQ8")
     assert result.exit_code == 2
     assert "cannot be trained on 15 passages" in result.stderr.splitlines()[-1]
 
 
-def test_overwriting_touches_nothing_but_the_index_itself(
+def test_overwrite_keeps_files_outside_the_index(
     built: tuple[pa.Table, Path], with_vectors: tuple[Path, np.ndarray], tmp_path: Path
 ) -> None:
     source, _ = with_vectors
@@ -279,7 +279,7 @@ def test_overwriting_touches_nothing_but_the_index_itself(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_prefixes_and_lengths_are_kept_for_the_queries(tmp_path: Path, source: Path) -> None:
+def test_encoding_options_apply_to_passages_and_queries(tmp_path: Path, source: Path) -> None:
     options = ["--query-prefix", "query: ", "--passage-prefix", "passage: ", "--no-normalise"]
     result = run(source, tmp_path / "out", *options)
     assert result.exit_code == 0, result.stderr

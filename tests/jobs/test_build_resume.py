@@ -55,7 +55,7 @@ def interrupted(
     return tmp_path / "out", options
 
 
-def test_an_interrupted_build_goes_on_with_the_missing_shards(
+def test_interrupted_build_resumes_with_the_missing_shards(
     interrupted: tuple[Path, list[str]], with_vectors: tuple[Path, np.ndarray], caplog: pytest.LogCaptureFixture
 ) -> None:
     (out, options), (source, vectors) = interrupted, with_vectors
@@ -74,7 +74,7 @@ def test_an_interrupted_build_goes_on_with_the_missing_shards(
     assert [hits[0].passage.id for hits in index.retrieve(vectors, 1)] == [str(n) for n in range(300)]
 
 
-def test_an_interrupted_rebuild_goes_on_too(
+def test_interrupted_rebuild_resumes(
     interrupted: tuple[Path, list[str]], with_vectors: tuple[Path, np.ndarray]
 ) -> None:
     (out, options), (source, _) = interrupted, with_vectors
@@ -88,8 +88,8 @@ def test_an_interrupted_rebuild_goes_on_too(
 class MortalBuilder(ShardBuilder):
     """Dies in the middle of shard 1, the first time."""
 
-    def _batches(self, shard: ShardPlan) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
-        for batch in super()._batches(shard):
+    def _vectorize_batches(self, shard: ShardPlan) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
+        for batch in super()._vectorize_batches(shard):
             yield batch
             mark = Path(self.plan.output.path) / "died"
             if shard.number == 1 and not mark.exists():
@@ -97,7 +97,7 @@ class MortalBuilder(ShardBuilder):
                 os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_builder_that_is_killed_builds_its_shard_again(
+def test_shard_of_a_killed_builder_is_rebuilt(
     with_vectors: tuple[Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     source, vectors = with_vectors
@@ -111,7 +111,7 @@ def test_a_builder_that_is_killed_builds_its_shard_again(
     assert [hits[0].passage.id for hits in index.retrieve(vectors, 1)] == [str(n) for n in range(300)]
 
 
-def test_an_interrupted_build_of_something_else_is_not_mixed(
+def test_interrupted_build_with_other_options_is_not_resumed(
     interrupted: tuple[Path, list[str]], with_vectors: tuple[Path, np.ndarray]
 ) -> None:
     (out, options), (source, _) = interrupted, with_vectors
@@ -128,7 +128,7 @@ def refused_last(result: Result, part: str) -> None:
     assert part in result.stderr.splitlines()[-1]
 
 
-def test_of_two_builds_into_one_folder_one_stops(
+def test_build_with_a_held_lease_stops(
     with_vectors: tuple[Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.delattr("pipeline.indexing.build_pool.connect")  # what would start Ray
@@ -138,7 +138,7 @@ def test_of_two_builds_into_one_folder_one_stops(
     assert not (tmp_path / "out" / "_build").exists()
 
 
-def test_a_build_that_another_one_finishes_while_it_waits_leaves_the_index_alone(
+def test_build_finished_by_another_while_waiting_leaves_the_index_unchanged(
     with_vectors: tuple[Path, np.ndarray], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("pipeline.storage.lease.EXPIRY_S", 20.0)

@@ -29,7 +29,7 @@ def probed(folder: Location) -> Location:
     return folder
 
 
-def test_the_check_names_the_fastest_setting_that_finds_enough(probed: Location) -> None:
+def test_check_recommends_the_fastest_setting_with_the_required_recall(probed: Location) -> None:
     result = check(probed, "--recall", "1.0", "--sample", "50")
     assert result.exit_code == 0, result.output
     assert "intact, 500 passages in 2 shards of IVF8,Flat" in result.stdout
@@ -40,7 +40,7 @@ def test_the_check_names_the_fastest_setting_that_finds_enough(probed: Location)
     assert [row[2] for row in cells] == ["", "", "", "✓"]
 
 
-def test_the_same_as_json(probed: Location) -> None:
+def test_check_writes_its_figures_as_json(probed: Location) -> None:
     result = check(probed, "--recall", "0.2", "--sample", "50", "--k", "3", "--json", "--set", "retrieval.threads=2")
     found = json.loads(result.stdout)
     assert (found["passages"], found["queries"], found["k"], found["advice"]) == (500, 50, 3, "nprobe=1")
@@ -49,7 +49,7 @@ def test_the_same_as_json(probed: Location) -> None:
     assert recalls[-1] == 1.0
 
 
-def test_codes_without_vectors_are_said_to_be_the_reference(folder: Location) -> None:
+def test_recall_against_codes_is_labeled(folder: Location) -> None:
     from pipeline.retrieval.manifest import read_manifest, write_manifest
 
     manifest = save(folder, [unit_vectors(400)], "SQ8")
@@ -63,7 +63,7 @@ def test_codes_without_vectors_are_said_to_be_the_reference(folder: Location) ->
 
 
 @pytest.mark.parametrize("name", ["shard-00000.faiss", "shard-00001.passages.arrow"])
-def test_damage_is_named(probed: Location, name: str) -> None:
+def test_damaged_and_missing_files_are_named(probed: Location, name: str) -> None:
     file = Path((probed / name).path)
     content = file.read_bytes()
     file.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))
@@ -74,38 +74,38 @@ def test_damage_is_named(probed: Location, name: str) -> None:
     assert f"{name}: missing" in check(probed).stderr
 
 
-def test_configured_parameters_stay_while_others_are_swept(folder: Location) -> None:
+def test_configured_parameters_are_kept_while_others_are_swept(folder: Location) -> None:
     save(folder, [unit_vectors(300)], "IVF3,SQ8,RFlat")
     found = json.loads(check(folder, "--json", "--set", "retrieval.search=k_factor_rf=4").stdout)
     assert [speed["search"] for speed in found["speeds"]] == [f"k_factor_rf=4,nprobe={n}" for n in (1, 2, 3)]
     assert found["speeds"][-1]["recall"] == pytest.approx(1.0, abs=0.01)
 
 
-def test_too_few_passages_or_queries_to_measure_are_said(folder: Location, tmp_path: Path) -> None:
+def test_too_few_passages_to_measure_are_refused(folder: Location, tmp_path: Path) -> None:
     save(folder, [unit_vectors(10)])
     result = check(folder)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert "10 passages are too few to retrieve 10" in result.stderr
 
 
-def test_no_index_is_bad_usage(tmp_path: Path) -> None:
+def test_missing_index_is_bad_usage(tmp_path: Path) -> None:
     result = check(tmp_path)
     assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
     assert "no index here" in result.stderr
 
 
-def test_real_codes_are_checked_against_the_encoder(small_corpus: Path, tmp_path: Path) -> None:
+def test_quantized_index_is_checked_against_the_encoder(small_corpus: Path, tmp_path: Path) -> None:
     from pipeline.config.sections import StorageConfig
-    from pipeline.decoding.prompts import passage_text
+    from pipeline.decoding.prompts import format_passage
     from pipeline.retrieval.encoder import Encoder
     from pipeline.retrieval.manifest import EncoderEntry, IndexManifest, write_manifest
-    from pipeline.retrieval.shard_files import build_shard, empty_index
+    from pipeline.retrieval.shard_files import build_shard, create_empty_index
     from pipeline.storage.location import locate
 
     rows = pq.read_table(small_corpus).slice(0, 30)
     encoder = Encoder.load("demo", "cpu")
-    vectors = encoder.encode([passage_text(row["title"], row["text"]) for row in rows.to_pylist()])
-    template = empty_index("SQ4", 384)
+    vectors = encoder.encode([format_passage(row["title"], row["text"]) for row in rows.to_pylist()])
+    template = create_empty_index("SQ4", 384)
     template.train(vectors)
     folder = locate(str(tmp_path / "index"), StorageConfig())
     batch = pa.record_batch([rows[name].combine_chunks() for name in ("id", "title", "text")], ["id", "title", "text"])
@@ -126,7 +126,7 @@ def test_real_codes_are_checked_against_the_encoder(small_corpus: Path, tmp_path
     assert found["speeds"][0]["recall"] == wanted
 
 
-def test_the_old_form_still_works_with_a_hint(probed: Location) -> None:
+def test_deprecated_check_option_works_with_a_hint(probed: Location) -> None:
     app = typer.Typer()
     app.command()(build_index)
     result = CliRunner().invoke(app, ["--check", probed.uri, "--sample", "50", "--json"])

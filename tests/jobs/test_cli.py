@@ -14,25 +14,25 @@ def test_help_lists_every_job() -> None:
     assert all(job.replace("_", "-") in result.stdout for job in JOBS)
 
 
-def test_options_and_exit_status_are_the_job_s_own(tmp_path) -> None:
+def test_options_and_exit_status_are_those_of_the_job(tmp_path) -> None:
     result = CliRunner().invoke(app, ["evaluate", "--annotations", str(tmp_path)])
     assert result.exit_code == 2
     assert "no Parquet files" in result.stderr
 
 
-def test_help_of_a_command_is_the_job_s_own() -> None:
+def test_command_help_is_that_of_the_job() -> None:
     result = CliRunner().invoke(app, ["evaluate", "--help"])
     assert result.exit_code == 0
     assert "--baseline" in result.stdout
 
 
-def test_a_misspelt_command_is_told_what_it_may_mean() -> None:
+def test_misspelled_command_gets_a_suggestion() -> None:
     result = CliRunner().invoke(app, ["anotate"])
     assert result.exit_code == 2
     assert "Did you mean 'annotate'" in " ".join(result.stderr.split())
 
 
-def test_versions_are_of_what_decides_results() -> None:
+def test_version_lists_the_libraries_that_affect_results() -> None:
     result = CliRunner().invoke(app, ["--version"])
     lines = dict(line.split() for line in result.stdout.splitlines())
     assert result.exit_code == 0
@@ -46,7 +46,7 @@ def test_versions_are_of_what_decides_results() -> None:
     ("typed", "offered"),
     [("anno", ["annotate"]), ("annotate --ove", ["--overwrite"]), ("build-index --sh", ["--shards"])],
 )
-def test_a_shell_completes_commands_and_their_options(typed: str, offered: list[str]) -> None:
+def test_shell_completes_commands_and_options(typed: str, offered: list[str]) -> None:
     words = f"selfrag {typed}".split(" ")
     environment = {
         "_SELFRAG_COMPLETE": "complete_bash",
@@ -58,6 +58,6 @@ def test_a_shell_completes_commands_and_their_options(typed: str, offered: list[
 
 
 @pytest.mark.parametrize("module", ["torch", "ray", "transformers", "pyarrow"])
-def test_the_list_of_commands_imports_nothing_heavy(module: str) -> None:
+def test_command_list_imports_no_heavy_libraries(module: str) -> None:
     script = f"import sys, jobs.cli; sys.exit({module!r} in sys.modules)"
     assert subprocess.run([sys.executable, "-c", script], check=False).returncode == 0

@@ -13,12 +13,12 @@ def fails(work, error: Exception) -> FailedError:
 
 
 @pytest.mark.parametrize("error", [ValueError("a\nb"), StorageError("a\n b")])
-def test_checks_end_with_status_2_and_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
+def test_failed_checks_exit_with_status_2_and_one_line(error: Exception, capsys: pytest.CaptureFixture[str]) -> None:
     assert fails(checking(), error).exit_code == 2
     assert capsys.readouterr().err == "error: a b\n"
 
 
-def test_checks_let_other_errors_pass_unless_told() -> None:
+def test_unlisted_errors_pass_through_checks() -> None:
     with pytest.raises(RuntimeError), checking():
         raise RuntimeError
     assert fails(checking(RuntimeError), RuntimeError("x")).exit_code == 2
@@ -33,22 +33,22 @@ def test_checks_let_other_errors_pass_unless_told() -> None:
         (RuntimeError("x"), 1),
     ],
 )
-def test_work_tells_bad_input_from_failures(error: Exception, status: int) -> None:
+def test_bad_input_and_failures_have_distinct_exit_statuses(error: Exception, status: int) -> None:
     failed = fails(working(), error)
     assert (failed.exit_code, failed.message) == (status, "x")
 
 
-def test_bad_input_can_be_narrowed() -> None:
+def test_bad_input_error_types_can_be_narrowed() -> None:
     assert fails(working(bad_input=(OutputInUseError,)), ValueError("x")).exit_code == 1
     assert fails(working(bad_input=(OutputInUseError,)), OutputInUseError("x")).exit_code == 2
     assert fails(working(bad_input=()), OutputInUseError("x")).exit_code == 1
 
 
-def test_all_lines_of_a_message_and_its_subject_are_kept() -> None:
+def test_message_keeps_its_subject_and_all_lines() -> None:
     error = RuntimeError("Repository Not Found\n\nInvalid username")
     assert fails(working(subject="me/a"), error).message == "me/a: Repository Not Found Invalid username"
 
 
-def test_an_unexpected_error_leaves_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
+def test_unexpected_error_logs_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
     assert fails(working(), KeyError("v2")).exit_code == 1
     assert "KeyError" in caplog.text

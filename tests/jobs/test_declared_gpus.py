@@ -69,7 +69,7 @@ def assigned(pids: Path) -> list[dict[str, Any]]:
     ],
     ids=["one", "two actors", "tensor parallel", "none"],
 )
-def test_actors_get_cards_of_their_own(
+def test_actors_get_their_own_gpus(
     settings: list[str], each: dict[str, float], cards: list[int], job: Job, made: Any, pids: Path, tmp_path: Path
 ) -> None:
     job.settings += settings
@@ -84,7 +84,7 @@ def test_actors_get_cards_of_their_own(
     assert [one["gpu"] for one in there] == [count > 0 for count in cards]
 
 
-def test_two_actors_share_a_card_and_start_one_after_the_other(job: Job, made: Any, pids: Path, tmp_path: Path) -> None:
+def test_actors_sharing_a_gpu_start_one_at_a_time(job: Job, made: Any, pids: Path, tmp_path: Path) -> None:
     write_queries(tmp_path / "many", 200)
     job.queries = str(tmp_path / "many")  # so many that the second actor starts before the first has done them all
     job.settings += ["execution.actors=2", "execution.gpus_per_actor=0.5", "model.engine.gpu_memory_utilization=0.45"]
@@ -98,7 +98,7 @@ def test_two_actors_share_a_card_and_start_one_after_the_other(job: Job, made: A
     assert first["started"][1] <= second["started"][0]
 
 
-def test_a_run_that_began_on_cpus_is_resumed_on_a_gpu(job: Job, made: Any, tmp_path: Path) -> None:
+def test_run_started_on_cpus_resumes_on_a_gpu(job: Job, made: Any, tmp_path: Path) -> None:
     job.settings += ["execution.gpus_per_actor=0", "execution.units_in_flight=1"]
     running = job.start()
     while not (before := written(job.output)):
@@ -127,7 +127,7 @@ def test_rescoring_needs_no_gpu(job: Job, made: Any, tmp_path: Path) -> None:
     assert broken(str(tmp_path / "again"), tmp_path / "queries") == []
 
 
-def test_shard_servers_take_shares_of_cards_beside_actors(
+def test_shard_servers_and_actors_share_gpus(
     job: Job, made: Any, pids: Path, small_index: Path, tmp_path: Path
 ) -> None:
     write_queries(tmp_path / "asking", ROWS, given=False)
@@ -160,7 +160,7 @@ def build(passages: Path, output: Path, address: str, *options: str) -> str:
 
 
 @pytest.mark.parametrize(("shards", "actors", "gpus"), [(4, (), 1.0), (8, ("--actors", "8"), 0.5)])
-def test_an_index_is_built_on_four_gpus(
+def test_index_is_built_on_four_gpus(
     shards: int, actors: tuple[str, ...], gpus: float, made: Any, with_vectors: tuple[Path, np.ndarray], tmp_path: Path
 ) -> None:
     with asked_during(made.address) as asked:
@@ -170,7 +170,7 @@ def test_an_index_is_built_on_four_gpus(
     assert (manifest["passages"], len(manifest["shards"])) == (300, shards)
 
 
-def test_machines_may_come_after_the_run_has_begun(
+def test_nodes_can_join_after_the_run_has_started(
     with_vectors: tuple[Path, np.ndarray], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     write_queries(tmp_path / "queries", ROWS)

@@ -8,11 +8,11 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from jobs.demo import PASSAGES, QUERIES, DemoSet, answers_table, conclusion, evaluations, first_rows
-from pipeline.decoding.prompts import passage_text
+from jobs.demo import PASSAGES, QUERIES, DemoSet, build_answers_table, evaluate_demo, summarize_demo, write_first_rows
+from pipeline.decoding.prompts import format_passage
 from pipeline.evaluation.evaluate import Evaluation, Tally
 from pipeline.evaluation.judging import Judged
-from pipeline.output.schema import data_schema
+from pipeline.output.schema import build_data_schema
 from pipeline.retrieval.encoder import Encoder
 
 QUERY_SCHEMA = pq.read_schema(QUERIES)
@@ -26,7 +26,7 @@ def evaluation(*right: bool) -> Evaluation:
     return Evaluation("somewhere", {"qa": tally})
 
 
-def test_the_demo_data_holds_together() -> None:
+def test_demo_data_is_consistent() -> None:
     passages = {row["id"]: row for row in pq.read_table(PASSAGES).to_pylist()}
     full = {row["id"]: row for row in pq.read_table(FULL).to_pylist()}
     rows = pq.read_table(QUERIES).to_pylist()
@@ -40,30 +40,30 @@ def test_the_demo_data_holds_together() -> None:
     assert sum(row["task"] == "qa" for row in rows) == 100
 
 
-def test_the_vectors_of_the_demo_passages_are_the_encoders() -> None:
+def test_demo_passage_vectors_match_the_encoder() -> None:
     rows = pq.read_table(PASSAGES).slice(600, 5).to_pylist()
-    vectors = Encoder.load("demo", "cpu").encode([passage_text(row["title"], row["text"]) for row in rows])
+    vectors = Encoder.load("demo", "cpu").encode([format_passage(row["title"], row["text"]) for row in rows])
     cosines = np.sum(vectors * np.array([row["vector"] for row in rows], np.float32), axis=1)
     np.testing.assert_allclose(cosines, 1, atol=1e-3)
 
 
-def test_first_rows_of_a_query_set(tmp_path: Path) -> None:
-    few = pq.read_table(first_rows(QUERIES, 7, tmp_path / "deep" / "few.parquet"))
+def test_first_rows_of_a_query_set_are_written(tmp_path: Path) -> None:
+    few = pq.read_table(write_first_rows(QUERIES, 7, tmp_path / "deep" / "few.parquet"))
     assert few.equals(pq.read_table(QUERIES).slice(0, 7))
 
 
-def test_the_conclusion_compares_with_the_baselines(tmp_path: Path) -> None:
+def test_summary_compares_with_the_baselines(tmp_path: Path) -> None:
     grades = {"adaptive": (True, True, True, False), "first passage": (True, True, False, False), "never": (False,) * 4}
     evaluated = {name: evaluation(*right) for name, right in grades.items()}
     counts = {"rows": 4, "annotated": 4, "retrieved": 3, "seconds": 8.0}
-    first, second, folder, page = conclusion(DemoSet(tmp_path, 0, counts), evaluated)
+    first, second, folder, page = summarize_demo(DemoSet(tmp_path, 0, counts), evaluated)
     assert first == "Answers that contain a gold answer: 75.0 % adaptive; 50.0 % first passage, 0.0 % never."
     assert second.startswith("3 of 4 rows used a passage. 4 rows in 8 s, 0.50 rows/s")
     assert folder == f"annotated set: {tmp_path}"
     assert page == f"report: {tmp_path}/report.html"
 
 
-def test_the_table_shows_answers_with_evidence_and_without(tmp_path: Path) -> None:
+def test_table_shows_answers_with_and_without_evidence(tmp_path: Path) -> None:
     passage = {"id": "p", "title": "Normans", "text": "Rollo led them.", "retrieval_score": 0.7, "rank": 1}
     segment = {"text": "Rollo", "passage_id": "p", "is_rel": 0.91, "is_sup": 0.82, "is_use": 0.73, "score": 2.64}
     read = {"id": "1", "query": "Who led the Norse?", "answers": ["Rollo"], "answer": "Rollo", "retrieved": True}
@@ -81,9 +81,11 @@ def test_the_table_shows_answers_with_evidence_and_without(tmp_path: Path) -> No
     }
     file = tmp_path / "data" / "part.parquet"
     file.parent.mkdir()
-    pq.write_table(pa.Table.from_pylist([read, unread, long], data_schema(QUERY_SCHEMA, keep_candidates=True)), file)
+    pq.write_table(
+        pa.Table.from_pylist([read, unread, long], build_data_schema(QUERY_SCHEMA, keep_candidates=True)), file
+    )
     console = Console(width=160, record=True)
-    console.print(answers_table(tmp_path))
+    console.print(build_answers_table(tmp_path))
     lines = [line.split("│")[1:-1] for line in console.export_text().splitlines() if line.startswith("│")]
     assert [[cell.strip() for cell in line] for line in lines] == [
         ["Who? When?", "Rollo [1] in 911 [1]", "", "Normans", "0.99", "0.91", "0.82", "0.73", "1.82"],
@@ -93,11 +95,11 @@ def test_the_table_shows_answers_with_evidence_and_without(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_the_demo_from_start_to_end(tmp_path: Path) -> None:
+def test_demo_runs_end_to_end(tmp_path: Path) -> None:
     command = [sys.executable, "-m", "jobs.demo", "--rows", "6", "--output", str(tmp_path)]
     result = subprocess.run(command, capture_output=True, text=True, timeout=550, check=True)
     assert "Answers that contain a gold answer" in result.stdout
-    evaluated = evaluations(tmp_path / "adaptive")
+    evaluated = evaluate_demo(tmp_path / "adaptive")
     assert [(e.overall.rows, e.overall.errors) for e in evaluated.values()] == [(6, 0)] * 3
     assert evaluated["never"].overall.retrieval_rate == 0.0
     assert evaluated["first passage"].overall.retrieval_rate == 1.0

@@ -25,7 +25,7 @@ APP = typer.Typer()
 APP.command()(doctor)
 
 
-def test_this_machine_can_run_the_job(s3: S3Server) -> None:
+def test_doctor_passes_on_this_machine(s3: S3Server) -> None:
     uri = f"s3://{s3.bucket}"
     done = subprocess.run(
         [sys.executable, "-m", "jobs.doctor", "--json", "--uri", uri],
@@ -93,7 +93,7 @@ def failed(result: Result) -> dict[str, dict[str, Any]]:
 
 
 @pytest.mark.usefixtures("quick")
-def test_gpus_that_only_ray_knows_of_fail() -> None:
+def test_gpus_known_only_to_ray_fail() -> None:
     findings = failed(call("--json"))
     assert findings.keys() == {"GPUs", "engine"}
     assert findings["GPUs"]["found"] == "GPUs seen by the driver 0, PyTorch 0, FAISS 0, Ray 1"
@@ -101,7 +101,7 @@ def test_gpus_that_only_ray_knows_of_fail() -> None:
 
 
 @pytest.mark.usefixtures("quick")
-def test_what_a_run_would_be_refused_for_fails_with_the_same_line(tmp_path: Path) -> None:
+def test_doctor_repeats_the_error_of_a_refused_run(tmp_path: Path) -> None:
     settings = ["execution.actors=3", "execution.cpus_per_actor=1", f"index={tmp_path / 'none'}"]
     findings = failed(call("--json", "--model", "/no/such", *(word for s in settings for word in ("--set", s))))
     assert {"model", "index", "actors"} <= findings.keys()
@@ -112,14 +112,14 @@ def test_what_a_run_would_be_refused_for_fails_with_the_same_line(tmp_path: Path
 
 
 @pytest.mark.usefixtures("quick")
-def test_a_gpu_that_is_required_and_missing_fails_with_the_actors_line() -> None:
+def test_missing_required_gpu_fails_with_advice() -> None:
     findings = failed(call("--json", "--set", "retrieval.device=gpu"))
     assert findings["search"]["found"].startswith("retrieval.device gpu: FAISS finds no GPU")
     assert findings["search"]["advice"] == "set retrieval.device=cpu to search without the GPU"
 
 
 @pytest.mark.usefixtures("quick")
-def test_storage_that_refuses_fails_and_a_folder_is_left_as_it_was(tmp_path: Path) -> None:
+def test_unusable_storage_fails_and_folders_are_left_unchanged(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     findings = failed(call("--json", "--uri", str(tmp_path / "file" / "below"), "--set", "execution.gpus_per_actor=0"))
     assert str(tmp_path / "file") in findings["storage"]["found"]
@@ -133,7 +133,7 @@ def test_storage_that_refuses_fails_and_a_folder_is_left_as_it_was(tmp_path: Pat
     assert [file.name for file in tmp_path.iterdir()] == ["file"]
 
 
-def test_a_machine_with_another_folder_of_the_same_name_is_told_apart(tmp_path: Path) -> None:
+def test_unshared_folder_of_the_same_name_is_detected(tmp_path: Path) -> None:
     with pytest.raises(OSError, match="this machine does not see the driver's files; use object storage or a shared"):
         use_storage(str(tmp_path), StorageConfig(), f"{tmp_path}/selfrag-doctor-of-the-driver")
     assert list(tmp_path.iterdir()) == []
@@ -147,13 +147,13 @@ def test_every_node_is_listed_with_its_resources() -> None:
     assert sum(finding["check"] == "versions" for finding in record["findings"]) == 2
 
 
-def test_a_misspelt_key_is_bad_usage() -> None:
+def test_misspelled_key_is_bad_usage() -> None:
     result = call("--set", "execution.actor=2")
     assert result.exit_code == 2
     assert result.stderr == "error: unknown configuration key execution.actor; did you mean execution.actors?\n"
 
 
-def test_a_run_file_is_read_and_may_lack_what_is_not_needed(tmp_path: Path) -> None:
+def test_run_file_is_read_and_may_be_incomplete(tmp_path: Path) -> None:
     (tmp_path / "run.yaml").write_text("execution: {actors: nine}\n")
     result = call("--config", str(tmp_path / "run.yaml"))
     assert result.exit_code == 2

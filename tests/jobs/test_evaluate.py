@@ -10,7 +10,13 @@ from typer.testing import CliRunner, Result
 
 from jobs.evaluate import evaluate
 from pipeline.config.sections import StorageConfig
-from pipeline.evaluation.evaluate import Evaluation, as_it_is, evaluate_set, first_passage, without_retrieval
+from pipeline.evaluation.evaluate import (
+    Evaluation,
+    answer_from_first_passage,
+    answer_without_retrieval,
+    evaluate_set,
+    keep_answer,
+)
 from pipeline.output.folder import FORMAT_VERSION
 from pipeline.output.schema import CANDIDATE_FIELDS
 from pipeline.storage.location import locate
@@ -85,7 +91,7 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "160"})
 
 
-def test_figures_by_task_and_overall(annotated: Path) -> None:
+def test_figures_are_computed_by_task_and_overall(annotated: Path) -> None:
     evaluation = judged(annotated)
     assert list(evaluation.by_group) == ["(none)", "instruction", "qa"]
     qa = evaluation.by_group["qa"]
@@ -102,34 +108,34 @@ def test_figures_by_task_and_overall(annotated: Path) -> None:
     assert overall.metrics["match"].mean == pytest.approx(1 / 3)
 
 
-def test_recall_is_of_the_first_search(annotated: Path) -> None:
+def test_recall_is_computed_for_the_first_search(annotated: Path) -> None:
     metrics = judged(annotated, task="qa").overall.metrics
     assert {name: m.mean for name, m in metrics.items() if "recall" in name} == {"recall@1": 1.0, "recall@k": 1.0}
 
 
-def test_by_any_column(annotated: Path) -> None:
+def test_figures_can_be_grouped_by_any_column(annotated: Path) -> None:
     evaluation = judged(annotated, by="gold_passage_id")
     assert {name: figures.rows for name, figures in evaluation.by_group.items()} == {"(none)": 2, "p1": 1, "p2": 1}
 
 
-def test_a_missing_answer_counts_as_wrong_and_not_as_absent(annotated: Path) -> None:
+def test_missing_answer_counts_as_wrong(annotated: Path) -> None:
     figures = judged(annotated).by_group["(none)"]
     assert (figures.metrics["match"].mean, figures.metrics["match"].rows, figures.isrel) == (0.0, 1, None)
 
 
-def test_one_task_only(annotated: Path) -> None:
+def test_one_task_can_be_selected(annotated: Path) -> None:
     evaluation = judged(annotated, task="qa")
     assert list(evaluation.by_group) == ["qa"]
     assert evaluation.overall == evaluation.by_group["qa"]
 
 
-def test_without_candidates_there_is_no_relevance_figure(tmp_path: Path) -> None:
+def test_relevance_figure_requires_candidates(tmp_path: Path) -> None:
     plain = pa.schema([SCHEMA.field(name) for name in ("id", "answer", "retrieved", "answers")])
     write_rows(tmp_path / "data" / "part.parquet", [{k: FIRST_FILE[0][k] for k in plain.names}], plain)
     assert judged(tmp_path).overall.isrel is None
 
 
-def test_a_closed_set_is_graded_by_label(tmp_path: Path) -> None:
+def test_closed_set_is_graded_by_label(tmp_path: Path) -> None:
     rows = [
         {"id": "1", "answer": "A", "retrieved": False, "answers": ["A"], "choices": ["A", "B"]},
         {"id": "2", "answer": "A", "retrieved": False, "answers": ["B"], "choices": ["A", "B"]},
@@ -159,12 +165,12 @@ def test_tasks_and_column_names_come_from_the_manifest(tmp_path: Path) -> None:
 def test_sets_are_compared_row_by_row(annotated: Path, tmp_path: Path) -> None:
     other = tmp_path / "other"
     write_rows(other / "data" / "part.parquet", [{**FIRST_FILE[0], "answer": "Danes"}, FIRST_FILE[1]])
-    found = judged(annotated).against(judged(other))["match"]
+    found = judged(annotated).compare_with(judged(other))["match"]
     assert (found.rows, found.mean) == (2, 0.5)  # rows 3 and 4 are not in both
     assert found.p_value == 1.0  # one unequal row proves nothing
 
 
-def test_command_shows_a_table_with_baselines_and_writes_json(annotated: Path, tmp_path: Path) -> None:
+def test_command_prints_a_table_with_baselines_and_writes_json(annotated: Path, tmp_path: Path) -> None:
     file = tmp_path / "figures.json"
     result = run("--annotations", str(annotated), "--baseline", f"first={annotated}", "--json", str(file))
     assert result.exit_code == 0
@@ -178,7 +184,7 @@ def test_command_shows_a_table_with_baselines_and_writes_json(annotated: Path, t
     assert figures["baselines"]["first"]["overall"] == figures["overall"]
 
 
-def test_json_on_stdout_is_all_that_is_on_stdout(annotated: Path) -> None:
+def test_stdout_holds_only_the_requested_json(annotated: Path) -> None:
     result = run("--annotations", str(annotated), "--json", "-")
     assert json.loads(result.stdout)["overall"]["rows"] == 4
 
@@ -192,14 +198,14 @@ def test_json_on_stdout_is_all_that_is_on_stdout(annotated: Path) -> None:
         (["--annotations", "SET", "--by", "taks"], "no column 'taks'"),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(annotated: Path, arguments: list[str], complaint: str) -> None:
+def test_bad_input_gives_one_line_and_status_2(annotated: Path, arguments: list[str], complaint: str) -> None:
     result = run(*[word.replace("SET", str(annotated)) for word in arguments])
     assert result.exit_code == 2
     assert complaint in result.stderr
     assert result.stderr.count("\n") == 1
 
 
-def test_a_set_without_gold_is_counted_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_set_without_gold_is_evaluated_with_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     plain = pa.schema([SCHEMA.field(name) for name in ("id", "answer", "retrieved")])
     write_rows(tmp_path / "data" / "part.parquet", [{"id": "1", "answer": "x", "retrieved": True}], plain)
     assert judged(tmp_path).overall.metrics == {}
@@ -214,13 +220,13 @@ def test_gold_of_the_wrong_type_is_refused(tmp_path: Path) -> None:
     assert "column 'short_answers' is list<" in run("--annotations", str(tmp_path)).stderr
 
 
-def test_null_gold_answers_do_not_count(tmp_path: Path) -> None:
+def test_null_gold_answers_are_ignored(tmp_path: Path) -> None:
     row = {"id": "1", "answer": "x", "retrieved": False, "answers": [None, "x"]}
     write_rows(tmp_path / "data" / "part.parquet", [row, {**row, "id": "2", "answers": [None]}])
     assert judged(tmp_path).overall.metrics["match"].rows == 1
 
 
-def test_rows_are_exported_for_other_judges(tmp_path: Path) -> None:
+def test_rows_are_exported_for_alce_and_factscore(tmp_path: Path) -> None:
     run_folder = annotated_set(tmp_path / "run", keep_candidates=True)
     alce, lines = tmp_path / "alce.json", tmp_path / "factscore.jsonl"
     flags = ["--alce", str(alce), "--factscore", str(lines), "--task", "label"]
@@ -228,32 +234,32 @@ def test_rows_are_exported_for_other_judges(tmp_path: Path) -> None:
     assert len(json.loads(alce.read_text())["data"]) == len(lines.read_text().splitlines()) == 20
 
 
-def test_an_unfinished_set_is_evaluated_with_a_warning(annotated: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_unfinished_set_is_evaluated_with_a_warning(annotated: Path, caplog: pytest.LogCaptureFixture) -> None:
     (annotated / "_SUCCESS").unlink()
     assert judged(annotated).overall.rows == 4
     assert "_SUCCESS" in caplog.text
 
 
-def test_views_answer_from_another_candidate() -> None:
+def test_views_replace_the_answer_with_another_candidate() -> None:
     read = {"rank": 2, "text": "Paris", "parent": None, "opening": "[Retrieval]"}
     first = {**read, "rank": 1, "text": "Rome"}
     alone = {"rank": None, "text": "Hello", "parent": None, "opening": "[No Retrieval]"}
     row = {"answer": "Paris", "candidates": [read, first, alone]}
-    assert first_passage(row) == {**row, "answer": "Rome", "retrieved": True}
-    assert without_retrieval(row) == {**row, "answer": "Hello", "retrieved": False, "candidates": []}
-    assert as_it_is(row) == row
+    assert answer_from_first_passage(row) == {**row, "answer": "Rome", "retrieved": True}
+    assert answer_without_retrieval(row) == {**row, "answer": "Hello", "retrieved": False, "candidates": []}
+    assert keep_answer(row) == row
 
 
-def test_views_leave_rows_that_tell_nothing() -> None:
+def test_views_keep_or_drop_rows_without_the_needed_candidate() -> None:
     alone = {"rank": None, "text": "Hello", "parent": None, "opening": "[No Retrieval]"}
     row = {"answer": "Hello", "candidates": [alone]}
-    assert first_passage(row) == row
-    assert first_passage({"answer": "Hello"}) == {"answer": "Hello"}
-    assert first_passage({"answer": "a b", "candidates": [alone, {**alone, "parent": 0}]}) is None
+    assert answer_from_first_passage(row) == row
+    assert answer_from_first_passage({"answer": "Hello"}) == {"answer": "Hello"}
+    assert answer_from_first_passage({"answer": "a b", "candidates": [alone, {**alone, "parent": 0}]}) is None
 
 
-def test_views_of_a_closed_set_name_a_choice() -> None:
+def test_views_of_a_closed_set_give_a_choice() -> None:
     first = {"rank": 1, "text": "B: because", "parent": None, "opening": "[Retrieval]"}
-    seen = first_passage({"answer": "A", "candidates": [first], "choices": ["A", "B"]})
+    seen = answer_from_first_passage({"answer": "A", "candidates": [first], "choices": ["A", "B"]})
     assert seen is not None
     assert seen["answer"] == "B"

@@ -14,7 +14,7 @@ from typer.testing import CliRunner, Result
 
 from jobs.import_queries import import_queries
 from pipeline.config.sections import Columns, StorageConfig
-from pipeline.queries.converters import known_datasets
+from pipeline.queries.converters import load_known_datasets
 from pipeline.queries.query_set import inspect_queries
 from pipeline.storage.location import locate
 from tests.pipeline.queries.test_sources import lines
@@ -35,7 +35,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
 MAPPED = ["--column", "query=question", "--column", "answers=answer.aliases"]
 
 
-def test_lines_become_a_query_set_that_annotate_takes(tmp_path: Path) -> None:
+def test_json_lines_become_a_valid_query_set(tmp_path: Path) -> None:
     rows = [{"question": f"q{n}", "answer": {"aliases": ["a", str(n)]}, "year": n} for n in range(3)]
     file = lines(tmp_path / "in.jsonl", *rows)
     result = run(file, tmp_path / "set", *MAPPED, "--task", "triviaqa", "--limit", "2", "--drop", "answer")
@@ -50,7 +50,7 @@ def test_lines_become_a_query_set_that_annotate_takes(tmp_path: Path) -> None:
     assert [row["id"] for row in read(tmp_path / "again")][:2] == ids
 
 
-def test_an_imported_set_opens_in_one_line(tmp_path: Path) -> None:
+def test_imported_set_loads_with_datasets(tmp_path: Path) -> None:
     run(lines(tmp_path / "in.jsonl", {"query": "q", "choices": ["a", "b"]}), tmp_path / "set")
     (row,) = datasets.load_dataset(str(tmp_path / "set"), split="train", cache_dir=str(tmp_path / "cache"))
     assert (row["query"], row["choices"]) == ("q", ["a", "b"])
@@ -101,10 +101,10 @@ HUB_ROWS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("name", known_datasets())
-def test_a_known_dataset_needs_its_name_only(name: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("name", load_known_datasets())
+def test_known_dataset_needs_only_its_name(name: str, tmp_path: Path) -> None:
     """The hub cannot be asked in a test: a folder of the same form stands in its place."""
-    known, (row, expected) = known_datasets()[name], HUB_ROWS[name]
+    known, (row, expected) = load_known_datasets()[name], HUB_ROWS[name]
     lines(tmp_path / "hub" / "file.jsonl", row)
     files = {"config_name": known.name or "default", "data_files": [{"split": known.split, "path": "file.jsonl"}]}
     (tmp_path / "hub" / "README.md").write_text(f"---\nconfigs:\n- {json.dumps(files)}\n---\n")
@@ -114,7 +114,7 @@ def test_a_known_dataset_needs_its_name_only(name: str, tmp_path: Path) -> None:
     assert {"id": found["id"], "task": name, **expected} == found
 
 
-def test_sets_come_from_and_go_to_object_storage(tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_reads_from_and_writes_to_object_storage(tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     file = lines(tmp_path / "in.jsonl", {"query": "q", "id": 1})
@@ -134,7 +134,7 @@ def test_sets_come_from_and_go_to_object_storage(tmp_path: Path, s3: S3Server, m
 BAD = [{"id": "1", "query": "q"}, {"id": "2", "query": " "}, {"id": "1", "query": "r"}, {"id": "3", "query": "s"}]
 
 
-def test_the_first_bad_row_ends_an_import_and_nothing_is_written(tmp_path: Path) -> None:
+def test_first_bad_row_ends_an_import_before_anything_is_written(tmp_path: Path) -> None:
     file = lines(tmp_path / "in.jsonl", *BAD)
     result = run(file, tmp_path / "set")
     assert result.exit_code == 2
@@ -143,7 +143,7 @@ def test_the_first_bad_row_ends_an_import_and_nothing_is_written(tmp_path: Path)
     assert not (tmp_path / "set").exists()
 
 
-def test_bad_rows_are_listed_and_left_out_on_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_bad_rows_are_logged_and_skipped_on_request(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     file = lines(tmp_path / "in.jsonl", *BAD)
     file.write_text(f"{file.read_text()}{{broken\n")
     result = run(file, tmp_path / "set", "--skip-bad")
@@ -174,7 +174,7 @@ def test_bad_rows_are_listed_and_left_out_on_request(tmp_path: Path, caplog: pyt
         (["--source", "IN", "--set", "model.name=x"], "only storage.* can be set here"),
     ],
 )
-def test_bad_usage_is_one_line_and_status_2(options: list[str], problem: str, tmp_path: Path) -> None:
+def test_bad_usage_gives_one_line_and_status_2(options: list[str], problem: str, tmp_path: Path) -> None:
     places = {"IN": str(lines(tmp_path / "in.jsonl", {"query": "q", "n": 1})), "FOLDER": str(tmp_path)}
     places["EMPTY"] = str(lines(tmp_path / "empty.jsonl"))
     words = [places.get(word, word) for word in options]
@@ -185,7 +185,7 @@ def test_bad_usage_is_one_line_and_status_2(options: list[str], problem: str, tm
     assert not (tmp_path / "set").exists()
 
 
-def test_a_set_that_is_there_is_replaced_on_request_only(tmp_path: Path) -> None:
+def test_existing_set_is_replaced_only_on_request(tmp_path: Path) -> None:
     file = lines(tmp_path / "in.jsonl", {"query": "q"})
     assert run(file, tmp_path / "set").exit_code == 0
     lines(file, {"query": "new"})

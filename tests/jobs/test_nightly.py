@@ -19,7 +19,7 @@ from jobs.annotate import annotate
 from pipeline.cluster import Resources
 from pipeline.config.sections import StorageConfig
 from pipeline.queries.query_set import read_unit
-from pipeline.run.actor import annotated_schema
+from pipeline.run.actor import build_annotated_schema
 from pipeline.storage.lease import Lease
 from pipeline.storage.location import locate
 
@@ -36,7 +36,7 @@ def answers(plan, *_):
             else {**row, "answer": row["query"].upper(), "retrieved": False}
             for row in read_unit(unit, StorageConfig()).to_pylist()
         ]
-        table = pa.Table.from_pylist(rows, annotated_schema(plan.queries.schema, keep_candidates=False))
+        table = pa.Table.from_pylist(rows, build_annotated_schema(plan.queries.schema, keep_candidates=False))
         yield plan.output.write_unit(unit.id, table, plan.queries.schema, keep_candidates=False)
 
 
@@ -82,7 +82,7 @@ def rows(folder: Path) -> dict[str, str]:
     return dict(zip(table["id"].to_pylist(), table["answer"].to_pylist(), strict=True))
 
 
-def test_a_night_has_what_is_new_and_what_has_failed(nightly, queries, tmp_path):
+def test_each_night_annotates_only_queries_not_yet_answered_or_failed(nightly, queries, tmp_path):
     assert call(nightly, "--date", "2026-01-30").exit_code == 3
     assert rows(tmp_path / "sets/2026-01-30") == {"a": "ONE", "c": "THREE"}
     ask(queries, a="one", b="bad", c="three", d="four")
@@ -101,7 +101,7 @@ def test_a_night_has_what_is_new_and_what_has_failed(nightly, queries, tmp_path)
     assert not (tmp_path / "sets/2026-02-01").exists()
 
 
-def test_a_night_that_was_killed_goes_on_with_its_own_rows(nightly, tmp_path, monkeypatch):
+def test_interrupted_night_resumes_with_its_own_rows(nightly, tmp_path, monkeypatch):
     nightly["execution"]["unit_rows"] = 1
 
     def killed(plan, *_):
@@ -120,7 +120,7 @@ def test_a_night_that_was_killed_goes_on_with_its_own_rows(nightly, tmp_path, mo
     assert "is already complete; nothing to do" in finished.stderr
 
 
-def test_queries_that_come_in_meanwhile_are_the_next_nights(nightly, queries, tmp_path):
+def test_queries_added_later_are_left_to_the_next_night(nightly, queries, tmp_path):
     assert call(nightly, "--date", "2026-01-30").exit_code == 3
     ask(queries, a="one", z="new")
     again = call(nightly, "--date", "2026-01-30")
@@ -130,7 +130,7 @@ def test_queries_that_come_in_meanwhile_are_the_next_nights(nightly, queries, tm
     assert rows(tmp_path / "sets/2026-01-31") == {"z": "NEW"}
 
 
-def test_another_query_set_is_not_mixed_into_a_night(nightly, tmp_path):
+def test_different_query_set_is_refused_for_the_same_night(nightly, tmp_path):
     assert call(nightly, "--date", "2026-01-30").exit_code == 3
     ask(tmp_path / "other.parquet", a="one")
     result = call(nightly | {"queries": f"{tmp_path}/other.parquet"}, "--date", "2026-01-30")
@@ -138,7 +138,7 @@ def test_another_query_set_is_not_mixed_into_a_night(nightly, tmp_path):
     assert f"2026-01-30/_queries was selected from {tmp_path}/queries.parquet; choose another" in result.stderr
 
 
-def test_beginning_anew_chooses_anew_once_it_can_begin(nightly, queries, tmp_path, monkeypatch):
+def test_overwrite_selects_queries_again_only_after_the_checks_pass(nightly, queries, tmp_path, monkeypatch):
     assert call(nightly, "--date", "2026-01-30").exit_code == 3
     before = {file: file.read_bytes() for file in (tmp_path / "sets").rglob("*") if file.is_file()}
     ask(queries, z="new")
@@ -154,7 +154,7 @@ def test_beginning_anew_chooses_anew_once_it_can_begin(nightly, queries, tmp_pat
     assert rows(tmp_path / "sets/2026-01-30") == {"z": "NEW"}
 
 
-def test_somebody_elses_folder_is_left_as_it_is(nightly, tmp_path):
+def test_foreign_folder_is_left_unchanged(nightly, tmp_path):
     (tmp_path / "sets/2026-01-30").mkdir(parents=True)
     (tmp_path / "sets/2026-01-30/theirs.txt").write_text("x")
     result = call(nightly, "--date", "2026-01-30")
@@ -163,13 +163,13 @@ def test_somebody_elses_folder_is_left_as_it_is(nightly, tmp_path):
     assert [file.name for file in (tmp_path / "sets/2026-01-30").iterdir()] == ["theirs.txt"]
 
 
-def test_the_output_can_be_the_lock(nightly, tmp_path):
+def test_output_can_be_the_lock(nightly, tmp_path):
     nightly |= {"skip_annotated": None, "output": f"{tmp_path}/out", "execution": {"lock": f"{tmp_path}/out/"}}
     assert call(nightly | {"queries": nightly["queries"]}).exit_code == 1  # more errors than the default allows
     assert (tmp_path / "out/_SUCCESS").exists()
 
 
-def test_a_dry_run_chooses_too_and_leaves_nothing(nightly, queries, tmp_path):
+def test_dry_run_selects_queries_and_writes_nothing(nightly, queries, tmp_path):
     assert call(nightly, "--date", "2026-01-30").exit_code == 3
     ask(queries, a="one", d="four", e="five")
     before = sorted((tmp_path / "sets").rglob("*"))
@@ -179,7 +179,7 @@ def test_a_dry_run_chooses_too_and_leaves_nothing(nightly, queries, tmp_path):
     assert sorted((tmp_path / "sets").rglob("*")) == before
 
 
-def test_a_date_can_have_a_format_and_is_todays_by_default(nightly, tmp_path):
+def test_date_can_have_a_format_and_defaults_to_today(nightly, tmp_path):
     nightly["output"] = f"{tmp_path}/sets/{{date:%Y/%m}}/day-{{date:%d}}"
     assert call(nightly, "--date", "2026-01-30").exit_code == 3
     assert (tmp_path / "sets/2026/01/day-30/_SUCCESS").exists()
@@ -188,12 +188,12 @@ def test_a_date_can_have_a_format_and_is_todays_by_default(nightly, tmp_path):
     assert len(list(tmp_path.glob("20??-??-??/_SUCCESS"))) == 1
 
 
-def test_what_is_no_date_is_refused(nightly):
+def test_invalid_date_is_refused(nightly):
     assert call(nightly, "--date", "yesterday").exit_code == 2
 
 
 @pytest.mark.parametrize("setting", ["skip_annotated", "lock"])
-def test_a_night_waits_for_no_other_one(nightly, tmp_path, setting):
+def test_nightly_run_with_a_held_lock_stops_at_once(nightly, tmp_path, setting):
     if setting == "lock":
         nightly |= {"skip_annotated": None, "execution": {"lock": f"{tmp_path}/sets"}}
     with Lease(locate(f"{tmp_path}/sets", StorageConfig())):
@@ -237,7 +237,7 @@ def told(nightly: dict[str, Any], web: HTTPServer, tmp_path: Path) -> dict[str, 
     return nightly | {"on_failure": {"command": command, "webhook": f"http://127.0.0.1:{web.server_port}/key-abc"}}
 
 
-def test_a_failure_is_told_to_the_command_and_the_webhook(told, web, tmp_path, monkeypatch):
+def test_failure_notifies_the_command_and_the_webhook(told, web, tmp_path, monkeypatch):
     def broken(*_):
         raise RuntimeError("the machine is gone")
 
@@ -253,14 +253,14 @@ def test_a_failure_is_told_to_the_command_and_the_webhook(told, web, tmp_path, m
     assert "key-abc" not in (tmp_path / "sets/2026-01-30/_manifest.json").read_text() + result.output
 
 
-def test_a_refusal_is_told_too(told, web, tmp_path):
+def test_refusal_sends_a_notification(told, web, tmp_path):
     web.statuses = [200]
     assert call(told | {"queries": f"{tmp_path}/none"}, "--date", "2026-01-30").exit_code == 2
     ((_, record),) = web.heard
     assert (record["status"], record["error"]) == (2, f"{tmp_path}/none: not found")
 
 
-def test_ends_without_failure_are_told_to_nobody(told, web, tmp_path):
+def test_success_and_dry_runs_send_no_notification(told, web, tmp_path):
     assert call(told, "--date", "2026-01-30").exit_code == 3
     assert call(told, "--date", "2026-01-30", "--dry-run").exit_code == 0
     assert call(told | {"queries": f"{tmp_path}/none"}, "--date", "2026-02-01", "--dry-run").exit_code == 2
@@ -271,7 +271,7 @@ def test_ends_without_failure_are_told_to_nobody(told, web, tmp_path):
 @pytest.mark.parametrize(
     ("path", "kind"), [("key-abc", "URLError"), ("key-abc…", "UnicodeEncodeError"), ("key-abc x", "InvalidURL")]
 )
-def test_who_cannot_be_told_changes_nothing(told, tmp_path, caplog, path, kind):
+def test_failed_notification_does_not_change_the_exit_status(told, tmp_path, caplog, path, kind):
     told["on_failure"] = {"command": ["/no/such/program", "key-abc"], "webhook": f"http://127.0.0.1:1/{path}"}
     result = call(told | {"queries": f"{tmp_path}/none"})
     assert result.exit_code == 2
@@ -281,7 +281,7 @@ def test_who_cannot_be_told_changes_nothing(told, tmp_path, caplog, path, kind):
     assert "key-abc" not in result.output
 
 
-def test_a_webhook_is_on_the_web_and_its_address_is_not_repeated(told):
+def test_webhook_must_be_http_and_its_address_is_not_printed(told):
     told["on_failure"]["webhook"] = "file:///key-abc"
     result = call(told)
     assert result.exit_code == 2
@@ -289,7 +289,7 @@ def test_a_webhook_is_on_the_web_and_its_address_is_not_repeated(told):
     assert "key-abc" not in result.output
 
 
-def test_too_many_failed_rows_are_told(told, web):
+def test_too_many_failed_rows_send_a_notification(told, web):
     told["execution"]["max_error_rate"] = 0.1
     web.statuses = [200]
     result = call(told, "--date", "2026-01-30")
@@ -300,7 +300,7 @@ def test_too_many_failed_rows_are_told(told, web):
     assert (record["status"], record["error"]) == (1, message)
 
 
-def test_a_lock_that_cannot_be_reached_is_named_in_one_line(nightly):
+def test_unreachable_lock_is_named_in_one_line(nightly):
     nightly["execution"]["lock"] = "s3://bucket/lock"
     nightly["storage"] = {"endpoint_url": "http://127.0.0.1:1", "region": "us-east-1", "patience_s": 0}
     nightly["storage"] |= {"access_key": "a", "secret_key": "b"}

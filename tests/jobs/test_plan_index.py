@@ -13,7 +13,7 @@ APP = typer.Typer()
 APP.command()(plan_index)
 
 
-def test_the_plan_names_what_it_will_take_and_writes_nothing(tmp_path: Path) -> None:
+def test_plan_estimates_sizes_and_writes_nothing(tmp_path: Path) -> None:
     flags = ["--passages", str(DEMO / "passages.parquet"), "--factory", "SQfp16"]
     result = CliRunner().invoke(APP, flags, env={"COLUMNS": "120"})
     assert result.exit_code == 0, result.output
@@ -24,7 +24,7 @@ def test_the_plan_names_what_it_will_take_and_writes_nothing(tmp_path: Path) -> 
     assert not (tmp_path / "index").exists()
 
 
-def test_a_wrong_factory_is_refused_in_one_line_before_anything_is_encoded(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_wrong_factory_is_refused_before_encoding(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(Encoder, "encode")
     flags = ["--passages", str(DEMO / "passages.parquet"), "--factory", "Flatt"]
     result = CliRunner().invoke(APP, flags)
@@ -33,7 +33,7 @@ def test_a_wrong_factory_is_refused_in_one_line_before_anything_is_encoded(monke
     assert result.stderr.count("\n") == 1
 
 
-def test_the_old_form_still_works_with_a_hint(tmp_path: Path) -> None:
+def test_deprecated_plan_option_works_with_a_hint(tmp_path: Path) -> None:
     app = typer.Typer()
     app.command()(build_index)
     flags = ["--passages", str(DEMO / "passages.parquet"), "--factory", "SQfp16", "--plan"]

@@ -91,7 +91,7 @@ def usual(folder: Path, **settings: Row) -> Path:
     return folder
 
 
-def test_the_page_says_what_ran(tmp_path: Path) -> None:
+def test_run_section_describes_the_run(tmp_path: Path) -> None:
     found = page(usual(tmp_path, model={"name": "llama", "engine": {"dtype": "half"}}))
     said = found.said("run")
     for fact in ("Name llama", "Digest 0123456789ab", "dtype half", "Encoder MiniLM", "Passages 1,271", "Shards 2"):
@@ -103,7 +103,7 @@ def test_the_page_says_what_ran(tmp_path: Path) -> None:
     assert "citationsno" in said
 
 
-def test_the_headline_holds_the_main_figures(tmp_path: Path) -> None:
+def test_headline_holds_the_main_figures(tmp_path: Path) -> None:
     head = page(usual(tmp_path)).said()
     assert "Complete" in head
     for figure in ("Rows5", "Used a passage75.0 %", "Errors20.0 %", "Rows per second0.025"):
@@ -112,14 +112,14 @@ def test_the_headline_holds_the_main_figures(tmp_path: Path) -> None:
     assert "Cost" not in head
 
 
-def test_pauses_are_gaps_and_stretches_are_listed(tmp_path: Path) -> None:
+def test_pauses_are_drawn_and_active_periods_are_listed(tmp_path: Path) -> None:
     found = page(usual(tmp_path))
     bars = [element for tag, element in found.elements if tag == "rect"]
     assert sum(element.get("class") == "pause" for element in bars) == 2  # one for rows, one for tokens
     assert found.row("2025-06-15 16:08:20 UTC") == ["1 min 40 s", "1 h 0 min", "2", "0.02", "0.2"]
 
 
-def test_times_are_shares_of_the_rows_and_of_the_requests(tmp_path: Path) -> None:
+def test_stage_times_are_shown_as_totals_shares_and_quantiles(tmp_path: Path) -> None:
     found = page(usual(tmp_path))
     assert found.row("From first step to last") == ["16 s", "100 %", "4 s", "4 s", "4 s", "4 s"]
     assert found.row("Waiting for passages")[:2] == ["1.5 s", "9.38 %"]
@@ -127,14 +127,14 @@ def test_times_are_shares_of_the_rows_and_of_the_requests(tmp_path: Path) -> Non
     assert "add up to more than the latency of the row" in found.said("time")
 
 
-def test_tasks_errors_and_their_figures_are_tables(tmp_path: Path) -> None:
+def test_tables_show_tasks_and_errors(tmp_path: Path) -> None:
     found = page(usual(tmp_path))
     assert found.row("qa") == ["3", "1", "50.0 %", "0.500", "0.900", "0.800", "0.500", "2.000"]
     assert found.row("All") == ["5", "1", "75.0 %", "0.700", "0.900", "0.800", "0.500", "1.750"]
     assert found.row("ValueError") == ["qa", "1", "the query is empty"]
 
 
-def test_thresholds_are_marked_and_tasks_have_their_own(tmp_path: Path) -> None:
+def test_charts_mark_the_thresholds_of_each_task(tmp_path: Path) -> None:
     found = page(usual(tmp_path, profiles={"qa": {"decoding": {"threshold": 0.4}}}))
     lines = [element["x1"] or "" for tag, element in found.elements if tag == "line"]
     assert sorted(lines, key=float) == ["4.0", "4.0", "8.0", "8.0"]  # both for all, then each for its task
@@ -142,7 +142,7 @@ def test_thresholds_are_marked_and_tasks_have_their_own(tmp_path: Path) -> None:
     assert any(label.startswith("Histogram of IsRel in 20 bars from 0 to 1: 3 values") for label in charts)
 
 
-def test_examples_have_their_evidence_and_a_filter(tmp_path: Path) -> None:
+def test_examples_show_evidence_and_a_task_filter(tmp_path: Path) -> None:
     found = page(usual(tmp_path))
     assert set(found.marked) == {"Frank Herbert"}
     said = found.said("examples")
@@ -153,7 +153,7 @@ def test_examples_have_their_evidence_and_a_filter(tmp_path: Path) -> None:
     assert [e["id"] for tag, e in found.elements if tag == "input"] == ["task-0", "task-1", "task-2"]
 
 
-def test_cost_is_of_machines_and_busy_hours(tmp_path: Path) -> None:
+def test_cost_is_based_on_machines_and_busy_hours(tmp_path: Path) -> None:
     folder = usual(tmp_path, execution={"actors": 3})
     assert "cost" not in page(folder).sections
     found = page(folder, "--price-per-hour", "4.5")
@@ -163,7 +163,7 @@ def test_cost_is_of_machines_and_busy_hours(tmp_path: Path) -> None:
     assert "Cost of 1,000 queries150.00" in found.said().replace("queries ", "queries")
 
 
-def test_a_baseline_stands_beside_and_changed_answers_are_counted(tmp_path: Path) -> None:
+def test_baseline_is_compared_and_changed_answers_are_counted(tmp_path: Path) -> None:
     folder, before = usual(tmp_path / "now"), tmp_path / "before"
     one = [answered("a", task="qa", answer="Herbert"), answered("b", task="qa", answer="Frank Herbert")]
     write_set(before, one, [answered("d"), failed("e"), answered("x")])
@@ -175,7 +175,7 @@ def test_a_baseline_stands_beside_and_changed_answers_are_counted(tmp_path: Path
     assert found.row("Rows per second") == ["0.025", "–", "–"]
 
 
-def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
+def test_unfinished_run_is_labeled(tmp_path: Path) -> None:
     write_set(tmp_path, [answered("a")], [answered("b"), answered("c")], times=[(1, 2), (2, 3)], finished=False)
     (tmp_path / "data" / f"part-{1:020x}.parquet").unlink()
     head = page(tmp_path).said()
@@ -183,14 +183,14 @@ def test_an_unfinished_run_says_so(tmp_path: Path) -> None:
     assert "Complete" not in head
 
 
-def test_a_run_that_has_only_begun_has_a_page(tmp_path: Path) -> None:
+def test_report_of_a_run_without_finished_units(tmp_path: Path) -> None:
     write_set(tmp_path, finished=False)
     found = page(tmp_path)
     assert list(found.sections) == ["", "run"]
     assert "Unfinished: 0" in found.said()
 
 
-def test_a_run_without_any_retrieval(tmp_path: Path) -> None:
+def test_report_of_a_run_without_retrieval(tmp_path: Path) -> None:
     rows = [unread(n, retrieve_probability=None) for n in "abcd"]
     write_set(tmp_path, rows, settings={"decoding": {"mode": "never"}})
     found = page(tmp_path)
@@ -201,7 +201,7 @@ def test_a_run_without_any_retrieval(tmp_path: Path) -> None:
     assert "tasks" in found.sections
 
 
-def test_only_errors(tmp_path: Path) -> None:
+def test_report_of_a_run_with_only_errors(tmp_path: Path) -> None:
     write_set(tmp_path, [failed("a"), failed("b", "TimeoutError", "slow")], times=[(1.0, 2.0)])
     found = page(tmp_path)
     assert list(found.sections) == ["", "run", "throughput", "tasks", "errors"]
@@ -209,7 +209,7 @@ def test_only_errors(tmp_path: Path) -> None:
     assert found.row("TimeoutError") == ["(none)", "1", "slow"]
 
 
-def test_scores_that_are_all_null_leave_no_chart(tmp_path: Path) -> None:
+def test_null_scores_have_no_chart(tmp_path: Path) -> None:
     nothing = segment(1.0, is_rel=None, is_sup=None, is_use=None)
     write_set(tmp_path, [answered("a", retrieve_probability=None, segments=[nothing])])
     found = page(tmp_path)
@@ -217,7 +217,7 @@ def test_scores_that_are_all_null_leave_no_chart(tmp_path: Path) -> None:
     assert found.row("(none)") == ["1", "0", "100.0 %", "1.000"]
 
 
-def test_what_users_write_stays_text(tmp_path: Path) -> None:
+def test_user_content_is_escaped(tmp_path: Path) -> None:
     passage = {"id": HOSTILE, "title": HOSTILE, "text": HOSTILE, "retrieval_score": 1.0, "rank": 1}
     row = answered(HOSTILE, query=HOSTILE, task=HOSTILE, answer=HOSTILE, passages=[passage], finish_reason=HOSTILE)
     row["segments"] = [segment(1.0, HOSTILE)]
@@ -233,7 +233,7 @@ def test_what_users_write_stays_text(tmp_path: Path) -> None:
     assert "".join(found.marked).count("script") > 0
 
 
-def test_the_page_asks_for_nothing_and_its_policy_allows_nothing_else(tmp_path: Path) -> None:
+def test_page_loads_nothing_and_its_policy_forbids_loading(tmp_path: Path) -> None:
     found = page(usual(tmp_path))
     targets = [e[name] or "" for _, e in found.elements for name in ("src", "href", "data", "action") if name in e]
     assert targets
@@ -248,7 +248,7 @@ def test_the_page_asks_for_nothing_and_its_policy_allows_nothing_else(tmp_path: 
     )
 
 
-def test_what_the_page_is_made_of_can_be_read_aloud(tmp_path: Path) -> None:
+def test_page_structure_is_accessible_to_screen_readers(tmp_path: Path) -> None:
     found = page(usual(tmp_path), "--price-per-hour", "1", "--baseline", usual(tmp_path / "before"))
     elements = found.elements
     assert ("html", {"lang": "en"}) in elements
@@ -263,7 +263,7 @@ def test_what_the_page_is_made_of_can_be_read_aloud(tmp_path: Path) -> None:
     assert all("aria-label" in e or e.get("aria-hidden") == "true" for tag, e in elements if tag == "svg")
 
 
-def test_the_page_stays_small_however_long_the_texts_are(tmp_path: Path) -> None:
+def test_page_stays_small_with_long_texts(tmp_path: Path) -> None:
     long = "<&word> " * 20_000
     passages = [{"id": "p", "title": "t", "text": long, "retrieval_score": 1.0, "rank": n} for n in range(7)]
     rows = [
@@ -276,7 +276,7 @@ def test_the_page_stays_small_however_long_the_texts_are(tmp_path: Path) -> None
     assert (tmp_path / "report.html").stat().st_size < 3_000_000
 
 
-def test_the_page_goes_where_it_is_told(tmp_path: Path) -> None:
+def test_page_is_written_to_the_given_output(tmp_path: Path) -> None:
     usual(tmp_path / "set")
     result = call("--annotations", tmp_path / "set", "--output", tmp_path / "pages" / "x.html")
     assert (result.exit_code, result.stdout) == (0, "")
@@ -284,7 +284,7 @@ def test_the_page_goes_where_it_is_told(tmp_path: Path) -> None:
     assert not (tmp_path / "set" / "report.html").exists()
 
 
-def test_from_and_to_an_object_store(s3, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_report_reads_from_and_writes_to_object_storage(s3, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     folder = at(f"s3://{s3.bucket}/annotated")
@@ -303,7 +303,7 @@ def test_from_and_to_an_object_store(s3, monkeypatch: pytest.MonkeyPatch) -> Non
         (["--annotations", "nothing://x"], "nothing://x: "),
     ],
 )
-def test_bad_input_is_one_line_and_status_2(tmp_path: Path, arguments: list[str], complaint: str) -> None:
+def test_bad_input_gives_one_line_and_status_2(tmp_path: Path, arguments: list[str], complaint: str) -> None:
     usual(tmp_path)
     result = call(*[word.replace("SET", str(tmp_path)) for word in arguments])
     assert result.exit_code == 2
@@ -317,7 +317,7 @@ def test_a_negative_price_is_refused(tmp_path: Path) -> None:
     assert call("--annotations", tmp_path, "--price-per-hour", "-1").exit_code == 2
 
 
-def test_a_report_that_fails_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+def test_failed_report_is_a_warning(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     usual(tmp_path)
     next((tmp_path / "data").iterdir()).write_bytes(b"PAR1")
     leave_report(at(tmp_path))
@@ -325,14 +325,14 @@ def test_a_report_that_fails_is_a_warning(tmp_path: Path, caplog: pytest.LogCapt
     assert f"python -m jobs.report --annotations {tmp_path}" in caplog.text
 
 
-def test_the_report_goes_with_the_set_when_it_is_overwritten(tmp_path: Path) -> None:
+def test_report_is_deleted_when_the_set_is_overwritten(tmp_path: Path) -> None:
     leave_report(at(usual(tmp_path)))
     assert (tmp_path / "report.html").exists()
     OutputFolder(at(tmp_path)).clear()
     assert not [path for path in tmp_path.rglob("*") if path.is_file()]
 
 
-def test_numbers_that_a_manifest_lacks_are_left_out(tmp_path: Path) -> None:
+def test_figures_missing_from_the_manifest_are_omitted(tmp_path: Path) -> None:
     """As of a set that was made by other means, or by an earlier version."""
     usual(tmp_path)
     (tmp_path / "_manifest.json").write_text(json.dumps({"format_version": 1}))

@@ -73,25 +73,25 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return Path(write_report(at(folder / "set"), baseline=baseline, price=4.5).path)
 
 
-def test_it_renders_and_says_nothing_to_the_console(page: Path, tmp_path: Path) -> None:
+def test_page_renders_in_a_browser(page: Path, tmp_path: Path) -> None:
     document = browse(page, tmp_path)
     for words in ("Run report", "Generated tokens per second", "Where the time went", "have no answered id in common"):
         assert words in document
 
 
-def test_a_phone_shows_it_without_scrolling_sideways(page: Path, tmp_path: Path) -> None:
+def test_page_fits_a_phone_screen(page: Path, tmp_path: Path) -> None:
     found = measured(page, tmp_path, 390)
     assert found["overflow"] == 0
     assert min(found["charts"]) >= 60
 
 
-def test_examples_are_filtered_by_task_without_a_script(page: Path, tmp_path: Path) -> None:
+def test_examples_are_filtered_by_task_without_scripts(page: Path, tmp_path: Path) -> None:
     everything, also_everything, one, other = measured(page, tmp_path, 1280)["examples"]
     assert everything == also_everything == one + other
     assert one > 0 < other
 
 
-def test_it_is_dark_where_the_reader_prefers_that(page: Path, tmp_path: Path) -> None:
+def test_page_follows_the_preferred_color_scheme(page: Path, tmp_path: Path) -> None:
     assert measured(page, tmp_path, 1280)["background"] == "rgb(252, 252, 251)"
     dark = measured(page, tmp_path, 1280, "--blink-settings=preferredColorScheme=0")
     assert dark["background"] == "rgb(22, 24, 27)"

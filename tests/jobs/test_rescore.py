@@ -58,9 +58,9 @@ def annotated_set(folder: Path, rows: int = 20, **decoding: Any) -> Path:
         output.write_unit(unit, found, table.schema, config.decoding.keep_candidates)
     output.finish(
         {
-            "configuration": config.recorded(),
-            "settings": config.decisive(),
-            "tasks": {"": {"rows": rows, **tasks.described("")}, "label": {"rows": rows, **tasks.described("label")}},
+            "configuration": config.to_record(),
+            "settings": config.get_fixed_settings(),
+            "tasks": {"": {"rows": rows, **tasks.describe("")}, "label": {"rows": rows, **tasks.describe("label")}},
             "units": {unit: {"rows": rows, "errors": 1} for unit in UNITS},
             "counts": {"rows": 2 * rows, "errors": 2, "retrieved": -1},
         }
@@ -77,7 +77,7 @@ def read(folder: Path) -> list[dict[str, Any]]:
     return list(pa.concat_tables(map(pq.read_table, sorted((folder / "data").glob("*")))).to_pylist())
 
 
-def test_own_settings_give_the_same_set_and_others_another(tmp_path: Path) -> None:
+def test_same_settings_reproduce_the_set_and_new_ones_change_it(tmp_path: Path) -> None:
     run = annotated_set(tmp_path / "run", keep_candidates=True, explore=True)
     assert rescore(run, tmp_path / "same").exit_code == 3  # as the run: some rows are in errors/
     assert read(tmp_path / "same") == read(run)
@@ -118,7 +118,7 @@ def test_own_settings_give_the_same_set_and_others_another(tmp_path: Path) -> No
         ({"keep_candidates": True}, "decoding.weights.support=-1", "key decoding.weights.support: input should be"),
     ],
 )
-def test_what_cannot_be_changed_is_refused(
+def test_settings_that_rescoring_cannot_change_are_refused(
     tmp_path: Path, decoding: dict[str, Any], setting: str, problem: str
 ) -> None:
     run = annotated_set(tmp_path / "run", rows=2, **decoding)
@@ -129,13 +129,13 @@ def test_what_cannot_be_changed_is_refused(
     assert not (tmp_path / "new").exists()
 
 
-def test_a_run_that_is_not_finished_is_refused(tmp_path: Path) -> None:
+def test_unfinished_run_is_refused(tmp_path: Path) -> None:
     run = annotated_set(tmp_path / "run", rows=2, keep_candidates=True)
     (run / "_SUCCESS").unlink()
     assert "not a finished annotated set" in rescore(run, tmp_path / "new").stderr
 
 
-def test_a_taken_output_is_refused(tmp_path: Path) -> None:
+def test_output_that_is_not_empty_is_refused(tmp_path: Path) -> None:
     run = annotated_set(tmp_path / "run", rows=2, keep_candidates=True)
     for inside in (run, run / "data"):
         assert "one contains the other" in rescore(run, inside).stderr
@@ -151,7 +151,7 @@ def test_a_taken_output_is_refused(tmp_path: Path) -> None:
     assert "already contains an annotated set" in rescore(run, tmp_path / "other").stderr
 
 
-def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
+def test_dry_run_writes_nothing(tmp_path: Path) -> None:
     run = annotated_set(tmp_path / "run", rows=2, keep_candidates=True)
     result = CliRunner().invoke(APP, ["--annotations", str(run), "--output", str(tmp_path / "new"), "--dry-run"])
     assert result.exit_code == 0
@@ -159,7 +159,7 @@ def test_a_dry_run_writes_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "new").exists()
 
 
-def test_the_old_form_still_works_with_a_hint(tmp_path: Path) -> None:
+def test_deprecated_rescore_option_works_with_a_hint(tmp_path: Path) -> None:
     run = annotated_set(tmp_path / "run", rows=2, keep_candidates=True)
     app = typer.Typer()
     app.command()(annotate)

@@ -12,7 +12,7 @@ import typer
 from typer.testing import CliRunner, Result
 
 from jobs.share import share
-from pipeline.output.dataset_card import columns_table
+from pipeline.output.dataset_card import render_columns
 from tests.jobs.test_rescore import annotated_set
 from tests.support.s3 import S3Server
 
@@ -59,7 +59,7 @@ def names(folder: Path) -> set[str]:
     return {str(path) for path in paths if path.name != "_SUCCESS"}
 
 
-def test_a_set_with_its_card_opens_in_one_line(annotated: Path, tmp_path: Path) -> None:
+def test_set_with_a_card_loads_with_datasets(annotated: Path, tmp_path: Path) -> None:
     result = run(annotated, "--license", "cc-by-sa-4.0")
     assert result.exit_code == 0, result.output
     cache = str(tmp_path / "cache")
@@ -70,7 +70,7 @@ def test_a_set_with_its_card_opens_in_one_line(annotated: Path, tmp_path: Path) 
     assert failed["error_message"] == ["the query is empty"] * 2
 
 
-def test_an_edited_card_is_kept(annotated: Path) -> None:
+def test_edited_card_is_kept(annotated: Path) -> None:
     run(annotated)
     card = annotated / "README.md"
     edited = card.read_text().replace("## Caveats", "## Mine")
@@ -82,7 +82,7 @@ def test_an_edited_card_is_kept(annotated: Path) -> None:
 
 
 @pytest.mark.parametrize(("options", "what"), [([], "run"), (["--license", "mit"], "license")])
-def test_a_card_of_something_else_is_not_shared(annotated: Path, hub: Hub, options: list[str], what: str) -> None:
+def test_card_of_another_run_or_repository_is_not_shared(annotated: Path, hub: Hub, options: list[str], what: str) -> None:
     run(annotated)
     if what == "run":
         manifest = json.loads((annotated / "_manifest.json").read_text())
@@ -95,12 +95,12 @@ def test_a_card_of_something_else_is_not_shared(annotated: Path, hub: Hub, optio
     assert run(annotated, "--push-to-hub", "me/answers", *options, "--overwrite").exit_code == 0
 
 
-def test_names_of_somebodys_data_are_no_markdown() -> None:
-    table = columns_table(pa.schema([("a|`b`\n![x](https://e.org/i)", pa.string()), ("answer", pa.string())]))
+def test_column_names_are_escaped_in_markdown() -> None:
+    table = render_columns(pa.schema([("a|`b`\n![x](https://e.org/i)", pa.string()), ("answer", pa.string())]))
     assert table.splitlines()[2] == r"| `a\|'b' ![x](https://e.org/i)` | unchanged from the query set |"
 
 
-def test_a_set_is_pushed_with_card_and_manifest_and_nothing_else(annotated: Path, hub: Hub) -> None:
+def test_push_uploads_only_the_set_its_card_and_manifest(annotated: Path, hub: Hub) -> None:
     (annotated / "notes.txt").write_text("not yours")
     result = run(annotated, "--push-to-hub", "me/answers")
     assert result.exit_code == 0, result.output
@@ -113,7 +113,7 @@ def test_a_set_is_pushed_with_card_and_manifest_and_nothing_else(annotated: Path
     assert 'load_dataset("me/answers"' in (annotated / "README.md").read_text()
 
 
-def test_a_set_on_object_storage_is_pushed_too(
+def test_set_on_object_storage_can_be_pushed(
     annotated: Path, hub: Hub, s3: S3Server, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name, value in s3.environment.items():
@@ -136,7 +136,7 @@ def test_a_set_on_object_storage_is_pushed_too(
         (["--annotations", "SET", "--set", "model.name=x"], 2, "only storage.* can be set here"),
     ],
 )
-def test_what_cannot_be_shared_is_one_line_and_no_card(
+def test_refused_share_gives_one_line_and_writes_no_card(
     annotated: Path, arguments: list[str], status: int, problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)

@@ -68,7 +68,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
-def test_a_run_that_was_stopped_goes_on_when_it_is_submitted_again(server: Server, folder: Path) -> None:
+def test_stopped_run_resumes_when_submitted_again(server: Server, folder: Path) -> None:
     assert server.submit(folder, "--no-wait", "--submission-id", "night")[0] == 0
     until = time.monotonic() + 60
     while len(written(f"{folder}/out")) < 2 and time.monotonic() < until:
@@ -84,7 +84,7 @@ def test_a_run_that_was_stopped_goes_on_when_it_is_submitted_again(server: Serve
     assert broken(f"{folder}/out", folder / "queries") == []
 
 
-def test_a_run_that_is_refused_fails_with_its_line_in_the_log(server: Server, folder: Path) -> None:
+def test_refused_run_fails_with_its_error_in_the_log(server: Server, folder: Path) -> None:
     status, said = server.submit(folder, "--submission-id", "refused", queries="nothing")
     assert status == 1
     assert f"error: {folder}/nothing: not found" in said
@@ -92,7 +92,7 @@ def test_a_run_that_is_refused_fails_with_its_line_in_the_log(server: Server, fo
     assert "error: " in server.ask("logs", "refused")[1]
 
 
-def test_the_job_server_listens_on_loopback_alone(server: Server) -> None:
+def test_job_server_listens_only_on_loopback(server: Server) -> None:
     port = server.address.rsplit(":", 1)[1]
     listening = Path("/proc/net/tcp").read_text().splitlines()
     places = {line.split()[1] for line in listening if line.split()[3] == "0A"}

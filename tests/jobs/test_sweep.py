@@ -13,7 +13,7 @@ APP = typer.Typer()
 APP.command()(evaluate)
 
 
-def test_sweep_draws_and_recommends(tmp_path: Path) -> None:
+def test_sweep_writes_curves_and_recommends_settings(tmp_path: Path) -> None:
     run = annotated_set(tmp_path / "run", keep_candidates=True, explore=True)
     result = CliRunner().invoke(APP, ["--annotations", str(run), "--sweep", str(tmp_path / "sweep")])
     assert result.exit_code == 0, result.output
@@ -28,7 +28,7 @@ def test_sweep_draws_and_recommends(tmp_path: Path) -> None:
     assert "Recommended settings (chosen on one half" in result.stdout
 
 
-def test_without_exploring_the_threshold_is_not_swept(tmp_path: Path) -> None:
+def test_threshold_is_swept_only_with_exploration(tmp_path: Path) -> None:
     run = annotated_set(tmp_path / "run", keep_candidates=True)
     assert CliRunner().invoke(APP, ["--annotations", str(run), "--sweep", str(tmp_path / "sweep")]).exit_code == 0
     assert "threshold" not in json.loads((tmp_path / "sweep" / "sweep.json").read_text())["curves"]

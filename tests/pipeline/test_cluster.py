@@ -3,14 +3,14 @@ import pytest
 from pipeline.cluster import (
     Resources,
     Room,
-    actor_gpus,
-    beside_servers,
     check_device,
     check_sharing,
+    choose_actor_gpus,
     connect,
-    reason,
-    server_count,
-    share_of,
+    count_servers,
+    extract_cause,
+    fit_actors,
+    place_servers,
 )
 from pipeline.config.run import RunConfig
 
@@ -27,7 +27,7 @@ def config(engine=None, **execution) -> RunConfig:
 
 
 def resources(rooms: list[Room], run: RunConfig) -> Resources:
-    return share_of(rooms, run, actor_gpus(rooms, run))
+    return fit_actors(rooms, run, choose_actor_gpus(rooms, run))
 
 
 def test_a_node_is_read_from_what_ray_says():
@@ -87,11 +87,11 @@ def test_actors_that_do_not_fit_are_refused(rooms, run, held):
     ],
 )
 def test_an_actor_has_the_gpus_of_a_replica(engine, asked, expected):
-    assert actor_gpus(GPU_NODES, config(engine, gpus_per_actor=asked)) == expected
+    assert choose_actor_gpus(GPU_NODES, config(engine, gpus_per_actor=asked)) == expected
 
 
 def test_an_actor_has_no_gpu_where_no_node_has_one():
-    assert actor_gpus(LAPTOP, config({"tensor_parallel_size": 2})) == 0.0
+    assert choose_actor_gpus(LAPTOP, config({"tensor_parallel_size": 2})) == 0.0
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_an_actor_has_no_gpu_where_no_node_has_one():
 )
 def test_gpus_that_are_not_those_of_a_replica_are_refused(engine, asked, line):
     with pytest.raises(ValueError, match="execution.gpus_per_actor is") as refusal:
-        actor_gpus(GPU_NODES, config(engine, gpus_per_actor=asked))
+        choose_actor_gpus(GPU_NODES, config(engine, gpus_per_actor=asked))
     assert line in str(refusal.value)
 
 
@@ -185,40 +185,40 @@ def partitioned(shard_servers=None, **execution) -> RunConfig:
     ],
 )
 def test_there_is_a_server_for_each_node_with_cpus_unless_told_otherwise(run, shards, expected):
-    assert server_count(GPU_NODES, run, shards) == expected
+    assert count_servers(GPU_NODES, run, shards) == expected
 
 
 def test_there_is_a_server_where_all_nodes_are_still_to_come():
-    assert server_count([Room(0.0)], partitioned(), 8) == 1
+    assert count_servers([Room(0.0)], partitioned(), 8) == 1
 
 
 def test_servers_leave_the_rest_to_the_actors():
     run = partitioned(3, cpus_per_server=3, gpus_per_server=1, actors=1)
-    left, homes = beside_servers(GPU_NODES, run.execution, 3)
+    left, homes = place_servers(GPU_NODES, run.execution, 3)
     assert left == [Room(0.0), Room(10.0, (0.0, 0.0)), Room(13.0, (1.0, 0.0))]
     assert homes == [1, 2, 1]
-    assert share_of(left, run, 1.0) == Resources(13.0, 1.0)
+    assert fit_actors(left, run, 1.0) == Resources(13.0, 1.0)
 
 
 def test_shares_of_servers_fill_a_card_before_they_break_another():
-    left, homes = beside_servers([Room(4.0, (1.0, 1.0))], partitioned(3, gpus_per_server=0.4).execution, 3)
+    left, homes = place_servers([Room(4.0, (1.0, 1.0))], partitioned(3, gpus_per_server=0.4).execution, 3)
     assert [[round(card, 4) for card in room.cards] for room in left] == [[0.2, 0.6]]
     assert homes == [0, 0, 0]
     assert left[0].cpus == 1.0
-    assert share_of(left, config(), 0.5).gpus == 0.5
+    assert fit_actors(left, config(), 0.5).gpus == 0.5
     with pytest.raises(ValueError, match="have room for 0"):
-        share_of(left, config(), 1.0)
+        fit_actors(left, config(), 1.0)
 
 
 def test_servers_are_spread_over_the_nodes_that_hold_them():
     rooms = [Room(4.0), Room(2.5, (1.0,)), Room(0.5)]
-    left, homes = beside_servers(rooms, partitioned(3).execution, 3)
+    left, homes = place_servers(rooms, partitioned(3).execution, 3)
     assert homes == [0, 1, 0]
     assert [room.cpus for room in left] == [2.0, 1.5, 0.5]
 
 
 def test_servers_may_need_nothing():
-    left, homes = beside_servers(LAPTOP, partitioned(2, cpus_per_server=0).execution, 2)
+    left, homes = place_servers(LAPTOP, partitioned(2, cpus_per_server=0).execution, 2)
     assert (left, homes) == (LAPTOP, [0, 0])
 
 
@@ -226,7 +226,7 @@ def test_servers_may_need_nothing():
 def test_servers_that_do_not_fit_are_refused(needs):
     run = partitioned(5, **needs)
     with pytest.raises(ValueError, match=r"5 shard servers, each with .* do not fit on the cluster's 3 node"):
-        beside_servers(GPU_NODES, run.execution, 5)
+        place_servers(GPU_NODES, run.execution, 5)
 
 
 @pytest.mark.parametrize(
@@ -272,4 +272,4 @@ To change retry attempts, configure `ray.data.DataContext.get_current()` (any ta
     ],
 )
 def test_the_reason_is_the_first_error_in_one_line(text, expected):
-    assert reason(RuntimeError(text)) == expected
+    assert extract_cause(RuntimeError(text)) == expected

@@ -11,7 +11,7 @@ import filelock
 import pytest
 import ray
 
-from pipeline.gpus import AssignedGpus, assigned_gpus, choose_gpu, exclusive_start
+from pipeline.gpus import AssignedGpus, get_assigned_gpus, lock_gpus, may_use_gpu
 
 
 @pytest.fixture(scope="module")
@@ -29,11 +29,11 @@ class Probe:
     """Says what it may use."""
 
     def assigned(self) -> AssignedGpus | None:
-        return assigned_gpus()
+        return get_assigned_gpus()
 
     def chosen(self, device: str) -> Any:
         try:
-            return choose_gpu(device)
+            return may_use_gpu(device)
         except ValueError as error:
             return str(error)
 
@@ -58,9 +58,9 @@ def test_an_actor_may_use_what_ray_assigned_to_it() -> None:
 
 @pytest.mark.usefixtures("cluster")
 def test_the_driver_has_nothing_assigned_and_may_look_for_a_gpu() -> None:
-    assert assigned_gpus() is None
-    assert choose_gpu("auto")
-    assert not choose_gpu("cpu")
+    assert get_assigned_gpus() is None
+    assert may_use_gpu("auto")
+    assert not may_use_gpu("cpu")
 
 
 def lock_file(number: str) -> Path:
@@ -68,8 +68,8 @@ def lock_file(number: str) -> Path:
 
 
 def test_starts_on_one_card_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.gpus.assigned_gpus", lambda: AssignedGpus(("test/7", "test/8"), 2.0))
-    with exclusive_start():
+    monkeypatch.setattr("pipeline.gpus.get_assigned_gpus", lambda: AssignedGpus(("test/7", "test/8"), 2.0))
+    with lock_gpus():
         for number in ("test-7", "test-8"):
             with pytest.raises(filelock.Timeout):
                 filelock.FileLock(lock_file(number)).acquire(timeout=0.1)
@@ -80,9 +80,9 @@ def test_starts_on_one_card_follow_each_other(monkeypatch: pytest.MonkeyPatch) -
 _STARTS = """
     import sys, time
     import pipeline.gpus
-    from pipeline.gpus import AssignedGpus, exclusive_start
-    pipeline.gpus.assigned_gpus = lambda: AssignedGpus(("test-9",), 0.5)
-    with exclusive_start():
+    from pipeline.gpus import AssignedGpus, lock_gpus
+    pipeline.gpus.get_assigned_gpus = lambda: AssignedGpus(("test-9",), 0.5)
+    with lock_gpus():
         print("begins", flush=True)
         sys.stdin.read()
 """
@@ -103,6 +103,6 @@ def test_a_process_that_is_killed_while_it_starts_leaves_the_card_to_the_next(ca
 
 def test_a_process_without_gpus_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     for assigned in (None, AssignedGpus((), 0.0)):
-        monkeypatch.setattr("pipeline.gpus.assigned_gpus", lambda assigned=assigned: assigned)
-        with exclusive_start():
+        monkeypatch.setattr("pipeline.gpus.get_assigned_gpus", lambda assigned=assigned: assigned)
+        with lock_gpus():
             pass

@@ -9,7 +9,7 @@ import pyarrow as pa
 from pipeline.config.sections import RetrievalConfig, StorageConfig
 from pipeline.retrieval.encoder import Vectors
 from pipeline.retrieval.manifest import EncoderEntry, IndexManifest, write_manifest
-from pipeline.retrieval.shard_files import PASSAGE_SCHEMA, build_shard, empty_index, train_index
+from pipeline.retrieval.shard_files import PASSAGE_SCHEMA, build_shard, create_empty_index, train_index
 from pipeline.storage.location import Location, locate
 
 CPU = RetrievalConfig(device="cpu")
@@ -24,7 +24,7 @@ def passages(start: int, rows: int) -> pa.RecordBatch:
 def save(folder: Location, parts: list[Vectors], factory: str = "Flat") -> IndexManifest:
     """An index whose passage ids are row numbers over all shards; shards are written in batches of 7 rows."""
     dimension = parts[0].shape[1]
-    template = empty_index(factory, dimension)
+    template = create_empty_index(factory, dimension)
     if not template.is_trained:
         train_index(template, np.concatenate(parts))
     entries, start = [], 0

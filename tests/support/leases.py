@@ -9,7 +9,7 @@ from pipeline.storage.lease import Holder
 
 def leave_lease(output: Path, **changes: object) -> Path:
     """Write the file of a lease on an output; by default one of this process, long ago."""
-    holder = {**vars(Holder.me()), "id": "0" * 32, "started": 1.0, **changes}
+    holder = {**vars(Holder.from_this_process()), "id": "0" * 32, "started": 1.0, **changes}
     file = output / "_running" / f"{holder['id']}.json"
     file.parent.mkdir(parents=True, exist_ok=True)
     unfinished = file.with_suffix(".unfinished")  # a reader must not see half a file

@@ -10,7 +10,7 @@ from pipeline.config.run import RunConfig
 from pipeline.config.sections import StorageConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.output.folder import OutputFolder
-from pipeline.run.actor import annotated_schema
+from pipeline.run.actor import build_annotated_schema
 from pipeline.storage.location import Location, locate
 
 INPUTS = pa.schema([("id", pa.string()), ("query", pa.string()), ("task", pa.string())])
@@ -77,17 +77,17 @@ def write_set(
     output = OutputFolder(folder if isinstance(folder, Location) else at(folder))
     minimal = {"queries": "q", "output": output.location.uri, "model": {"name": "m"}}
     config = RunConfig.model_validate({**minimal, **(settings or {})})
-    schema = annotated_schema(INPUTS, keep_candidates=False)
+    schema = build_annotated_schema(INPUTS, keep_candidates=False)
     tasks = Tasks(config.decoding, config.profiles)
     names = {row["task"] or "" for rows in units for row in rows}
     manifest = {
-        "configuration": config.recorded(),
-        "settings": config.decisive(),
+        "configuration": config.to_record(),
+        "settings": config.get_fixed_settings(),
         "queries": {"files": 1, "rows": sum(map(len, units)), "digest": "d"},
         "model": {"digest": "0123456789abcdef", "lora": None},
         "index": {"passages": 1271, "shards": 2, "digest": "fedcba9876543210"},
         "encoder": {"name": "MiniLM"},
-        "tasks": {name: {"rows": 1, **tasks.described(name)} for name in names},
+        "tasks": {name: {"rows": 1, **tasks.describe(name)} for name in names},
         "versions": {"ray": "2.60.0"},
         "started": "2025-01-01T00:00:00+00:00",
     }

@@ -7,13 +7,13 @@ import typer
 from typer.testing import CliRunner
 
 from jobs.benchmark.baselines import BareEngine, Bench, Outcome, Released
-from jobs.benchmark.compare import WARM_ROWS, ComparisonPlan, benchmark, model_of, prepare_inputs
+from jobs.benchmark.compare import WARM_ROWS, ComparisonPlan, benchmark, build_model_config, prepare_inputs
 from jobs.benchmark.job_run import Job
 from jobs.benchmark.results import CALL, FILES, STAGES, write_record
-from jobs.benchmark.workloads import WORKLOADS, lengthened
+from jobs.benchmark.workloads import WORKLOADS, lengthen_passages
 from pipeline.config.sections import ModelConfig
 from pipeline.decoding.types import Passage, RetrievedPassage
-from pipeline.engine.arguments import engine_arguments
+from pipeline.engine.arguments import build_engine_arguments
 from tests.support.fakes import word_tokenizer
 
 SHORT_FORM = WORKLOADS[0]
@@ -27,8 +27,8 @@ class OwnPassages:
 
 
 @pytest.mark.parametrize(("rows", "warm"), [(4, 4), (WARM_ROWS, WARM_ROWS), (WARM_ROWS + 30, WARM_ROWS)])
-@pytest.mark.parametrize("workload", [SHORT_FORM, next(w for w in WORKLOADS if w.body is lengthened)])
-async def test_no_query_comes_twice_in_a_run(tmp_path, rows, warm, workload):
+@pytest.mark.parametrize("workload", [SHORT_FORM, next(w for w in WORKLOADS if w.body is lengthen_passages)])
+async def test_queries_do_not_repeat_in_a_run(tmp_path, rows, warm, workload):
     plan = ComparisonPlan([], rows, 4, 3, ModelConfig(name="demo"), tmp_path, passages=2)
     bench = cast("Bench", SimpleNamespace(retriever=OwnPassages()))
     prepared = await prepare_inputs(bench, workload, plan)
@@ -56,22 +56,22 @@ MAPPING = {"compilation_config": {"cudagraph_capture_sizes": [1, 8, 64]}}
         "compilation_config.cudagraph_capture_sizes=[1, 8, 64]",
     ],
 )
-def test_an_engine_argument_may_be_a_mapping(tmp_path, setting):
+def test_engine_arguments_can_be_mappings(tmp_path, setting):
     from vllm import AsyncEngineArgs
 
-    model = model_of(None, "demo", [setting, "max_num_seqs=16"], tmp_path)
+    model = build_model_config(None, "demo", [setting, "max_num_seqs=16"], tmp_path)
     assert model.engine == {**MAPPING, "max_num_seqs": 16}
-    arguments = AsyncEngineArgs(**engine_arguments(model))
+    arguments = AsyncEngineArgs(**build_engine_arguments(model))
     assert arguments.compilation_config.cudagraph_capture_sizes == [1, 8, 64]
     assert arguments.max_num_seqs == 16
 
 
-def test_the_shared_engine_gets_the_engine_arguments(monkeypatch):
+def test_shared_engine_gets_the_engine_arguments(monkeypatch):
     seen = []
     tokenizer = SimpleNamespace(of=lambda *_: word_tokenizer())
     monkeypatch.setattr("jobs.benchmark.baselines.PromptTokenizer", tokenizer)
     monkeypatch.setattr("jobs.benchmark.baselines.load_tokenizer", lambda _: None)
-    monkeypatch.setattr("jobs.benchmark.baselines.demo_index", lambda: "index")
+    monkeypatch.setattr("jobs.benchmark.baselines.get_demo_index", lambda: "index")
     monkeypatch.setattr("jobs.benchmark.baselines.IndexRetriever.open", lambda *_: None)
     monkeypatch.setattr("jobs.benchmark.baselines.VllmGenerator.start", lambda model, _: seen.append(model.engine))
     Bench.open(ModelConfig(name="demo", engine={**MAPPING, "max_num_seqs": 16}))
@@ -93,10 +93,10 @@ class Rehearsal:
         self.jobs: list[Job] = []
         monkeypatch.setattr("jobs.benchmark.compare.Bench.open", self.open)
         monkeypatch.setattr("jobs.benchmark.compare.Job.run", lambda job: self.run(job))
-        monkeypatch.setattr("jobs.benchmark.baselines.direct", self.direct)
-        monkeypatch.setattr("jobs.benchmark.baselines.endless", lambda replica: replica)
+        monkeypatch.setattr("jobs.benchmark.baselines.answer_directly", self.direct)
+        monkeypatch.setattr("jobs.benchmark.baselines.make_endless", lambda replica: replica)
         monkeypatch.setattr(BareEngine, "replay", self.replay)
-        for name in ("serially", "in_waves"):
+        for name in ("answer_serially", "answer_in_waves"):
             monkeypatch.setattr(Released, name, self.shape)
         monkeypatch.setattr("jobs.benchmark.compare.write_record", self.keep)
 
@@ -162,7 +162,7 @@ def test_engines_start_once_and_every_repeat_has_its_own_rows(rehearsal):
     assert once == again == [ids[0][0], ids[1][0], ids[0][1], ids[1][1]]
 
 
-def test_the_record_holds_what_is_measured_so_far(rehearsal):
+def test_record_is_saved_after_each_measurement(rehearsal):
     called(rehearsal, "--repeats", "2", "--only", "short form, 50", "--without", "naive", "--without", "scored")
     counts = [
         {name: len(one["rates"]) for name, one in record["workloads"][SHORT_FORM.name]["absolute"].items()}
@@ -195,7 +195,7 @@ def test_the_record_holds_what_is_measured_so_far(rehearsal):
     assert set(last["machine"]) == {"processor", "cpus", "device"}
 
 
-def test_a_run_that_dies_leaves_what_it_measured(rehearsal):
+def test_failed_run_leaves_its_measurements(rehearsal):
     rehearsal.dies = True
     result = called(rehearsal, "--repeats", "1", "--only", "short form, 50", "--without", "naive")
     assert str(result.exception) == "the card is gone"
@@ -209,7 +209,7 @@ def test_a_run_that_dies_leaves_what_it_measured(rehearsal):
     ("options", "expected"),
     [([], 6), (["--quick"], 4), (["--shape", "tiny"], 3), (["--shape", "tiny", "--serial-rows", "5"], 5)],
 )
-def test_one_at_a_time_answers_so_many(rehearsal, monkeypatch, tmp_path, options, expected):
+def test_serial_rows_limit_only_the_released_baseline(rehearsal, monkeypatch, tmp_path, options, expected):
     monkeypatch.setattr("jobs.benchmark.compare.write_shape", lambda name, folder: folder)
     called(rehearsal, "--repeats", "1", "--only", "short form, 50", *options)
     (workload,) = rehearsal.records[-1]["workloads"].values()

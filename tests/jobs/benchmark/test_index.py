@@ -7,32 +7,32 @@ import pytest
 import typer
 from typer.testing import CliRunner
 
-from jobs.benchmark.index import FILE_ROWS, Comparison, all_vectors, benchmark_index, clustered, write_vectors
+from jobs.benchmark.index import FILE_ROWS, Comparison, benchmark_index, draw_all_vectors, draw_clustered, write_vectors
 from tests.conftest import DEMO
 
 
-def test_the_ratio_is_of_medians() -> None:
+def test_ratio_is_of_medians() -> None:
     assert Comparison("x", "1/s", ours=[1.0, 90.0, 100.0], bare=[100.0, 120.0, 900.0]).ratio == 0.75
 
 
-def test_vectors_in_memory_are_those_in_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_vectors_in_memory_and_in_files_are_equal(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("jobs.benchmark.index.FILE_ROWS", 40)
     assert FILE_ROWS == 250_000
     write_vectors(100, 8, tmp_path / "vectors")
     table = pq.read_table(tmp_path / "vectors")
-    np.testing.assert_array_equal(table["vector"].to_pylist(), all_vectors(100, 8))
+    np.testing.assert_array_equal(table["vector"].to_pylist(), draw_all_vectors(100, 8))
     assert table["id"].to_pylist() == [str(n) for n in range(100)]
 
 
-def test_vectors_of_one_centre_are_nearer_than_others() -> None:
-    vectors = clustered(300, 64)
+def test_clustered_vectors_have_near_neighbors() -> None:
+    vectors = draw_clustered(300, 64)
     np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, atol=1e-6)
     nearest = np.sort(vectors @ vectors.T, axis=1)[:, -2]
     assert 0.3 < nearest.max() < 0.9
 
 
 @pytest.mark.slow
-def test_every_line_compares_the_same_work(tmp_path: Path) -> None:
+def test_index_benchmark_compares_equal_work(tmp_path: Path) -> None:
     app = typer.Typer()
     app.command()(benchmark_index)
     file = tmp_path / "figures.json"

@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 import yaml
 
-from jobs.benchmark.job_run import Job, measured_seconds
+from jobs.benchmark.job_run import Job, compute_unit_seconds
 from jobs.benchmark.results import CALL, FILES, STAGES
 from pipeline.config.run import load_config
 from pipeline.config.sections import DecodingConfig, ModelConfig
@@ -56,33 +56,33 @@ def test_each_unit_but_the_first_is_a_repeat(tmp_path, called):
     assert seconds == {**dict.fromkeys(STAGES, 3.0), FILES: pytest.approx((0.4 + 0.8) / 8), CALL: 150.0}
 
 
-def test_units_are_files_that_come_one_after_the_other(tmp_path, called):
+def test_units_are_files_processed_one_at_a_time(tmp_path, called):
     job(tmp_path).run()
     assert called["files"] == [["w"], ["0", "1", "2", "3"], ["4", "5", "6", "7"]]
     assert called["settings"]["execution"] == {"unit_rows": 4, "units_in_flight": 1}
 
 
-def test_the_job_gets_the_settings_and_the_engine_arguments(tmp_path, called):
+def test_job_gets_the_settings_and_the_engine_arguments(tmp_path, called):
     job(tmp_path).run()
     config = load_config(str(tmp_path / "run.yaml"), [], {"queries": "q", "output": "o", "index": "i"})
     assert config.model.engine == ENGINE
     assert config.decoding.passages == 3
 
 
-def test_a_run_that_fails_says_why(tmp_path, called):
+def test_failed_job_is_reported_with_its_status_and_error(tmp_path, called):
     called["status"] = 1
     with pytest.raises(RuntimeError, match=r"jobs\.annotate exited with status 1: why"):
         job(tmp_path).run()
 
 
-def test_a_unit_lasts_until_the_next_one_begins():
+def test_unit_lasts_until_the_next_one_begins():
     units = {"c": unit(1, 2), "b": unit(3, 4), "a": unit(6, 9)}
-    assert measured_seconds(units, 10.0) == {"b": 3.0, "a": 4.0}
+    assert compute_unit_seconds(units, 10.0) == {"b": 3.0, "a": 4.0}
 
 
-def test_the_unit_that_comes_first_is_not_measured_whatever_its_place_in_the_query_set():
+def test_earliest_unit_is_not_measured_wherever_it_is_in_the_query_set():
     units = {"c": unit(3, 4), "b": unit(6, 9), "a": unit(1, 2)}
-    assert measured_seconds(units, 10.0) == {"c": 3.0, "b": 4.0}
+    assert compute_unit_seconds(units, 10.0) == {"c": 3.0, "b": 4.0}
 
 
 @pytest.mark.parametrize(
@@ -93,6 +93,6 @@ def test_the_unit_that_comes_first_is_not_measured_whatever_its_place_in_the_que
         ({"a": unit(3, 4), "b": unit(1, 3.5)}, "units overlapped"),
     ],
 )
-def test_units_that_are_not_what_shall_be_measured_are_refused(units, problem):
+def test_unexpected_units_are_refused(units, problem):
     with pytest.raises(RuntimeError, match=problem):
-        measured_seconds(units, 5.0)
+        compute_unit_seconds(units, 5.0)

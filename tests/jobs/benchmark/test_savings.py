@@ -19,8 +19,8 @@ from jobs.benchmark.savings import (
     SavingsFigures,
     Setting,
     benchmark_savings,
-    prunable,
-    savings_tables,
+    build_savings_tables,
+    count_prunable,
 )
 from jobs.benchmark.savings_variants import (
     AskingCritic,
@@ -44,12 +44,12 @@ def candidate(length: int, score: float, is_rel: float | None) -> Candidate:
     return Candidate(Segment("", "", None, critique, Retrieve.YES, (7,) * length), None, None)
 
 
-def test_a_candidate_is_hopeless_once_another_has_a_score_that_it_cannot_reach():
+def test_candidates_are_prunable_once_they_cannot_win():
     # 1 + IsRel + 1 + 0.5 is the most that can come: 2.6, 3.4 and 2.5 beside a score of 3.2 after three tokens.
     siblings = [candidate(3, 3.2, 0.9), candidate(10, 1.0, 0.1), candidate(10, 1.0, 0.9), candidate(2, 1.0, 0.0)]
-    assert prunable(siblings, Weights()) == 7
-    assert prunable(siblings[1:], Weights()) == 0
-    assert prunable([candidate(3, 3.2, 0.9), candidate(9, 1.0, None)], Weights()) == 6
+    assert count_prunable(siblings, Weights()) == 7
+    assert count_prunable(siblings[1:], Weights()) == 0
+    assert count_prunable([candidate(3, 3.2, 0.9), candidate(9, 1.0, None)], Weights()) == 6
 
 
 class Engine:
@@ -63,10 +63,10 @@ class Engine:
 
     async def generate(self, prompt, max_tokens, stops):
         self.asked.append((tuple(prompt), max_tokens, tuple(stops)))
-        length = self.prompter.script.length(max_tokens)
+        length = self.prompter.script.get_length(max_tokens)
         table = np.zeros((length, len(REFLECTION_TOKENS)))
         blank = Generation((7,) * length, np.full(length, -1.0), table, len(prompt))
-        return self.prompter.acted(blank, prompt)
+        return self.prompter.apply_script(blank, prompt)
 
 
 def setting(script: Script, **decoding) -> tuple[Setting, Engine]:
@@ -78,34 +78,34 @@ def setting(script: Script, **decoding) -> tuple[Setting, Engine]:
 
 
 @pytest.mark.parametrize("name", ["WholeDecisions", "AskingCritic", "ForgetfulCritic"])
-async def test_answers_are_the_same_without_a_saving(name):
+async def test_answers_are_the_same_without_each_saving(name):
     found, engine = setting(Script(tokens=6, segments=2), segments=2, beam_width=1)
     without = {
-        "WholeDecisions": lambda: found.system(WholeDecisions(engine)),
-        "AskingCritic": lambda: found.system(critic=AskingCritic),
-        "ForgetfulCritic": lambda: found.system(critic=ForgetfulCritic),
+        "WholeDecisions": lambda: found.build_system(WholeDecisions(engine)),
+        "AskingCritic": lambda: found.build_system(critic=AskingCritic),
+        "ForgetfulCritic": lambda: found.build_system(critic=ForgetfulCritic),
     }[name]()
     assert (await without.answer(found.queries[0])).raw_output == (
-        await found.system().answer(found.queries[0])
+        await found.build_system().answer(found.queries[0])
     ).raw_output
 
 
-async def test_a_whole_decision_writes_an_answer_and_stops_at_its_end_only():
+async def test_whole_decision_generates_a_complete_answer():
     found, engine = setting(Script(tokens=6))
-    await found.system(WholeDecisions(engine)).answer(found.queries[0])
+    await found.build_system(WholeDecisions(engine)).answer(found.queries[0])
     eos = found.bench.tokenizer.eos
     _, most, stops = engine.asked[0]
     assert (most, stops) == (MAX_TOKENS, (eos,))
     assert len(engine.asked) == 3
 
 
-async def test_an_asked_decision_is_one_more_request_for_each_path_that_goes_on():
+async def test_asking_critic_adds_one_request_per_continued_path():
     found, engine = setting(Script(tokens=7, segments=3), segments=3, beam_width=2)
-    await found.system().answer(found.queries[0])
+    await found.build_system().answer(found.queries[0])
     plain = [most for _, most, _ in engine.asked]
     assert (plain.count(1), plain.count(MAX_TOKENS)) == (1, 2 + 4 + 4)
     engine.asked.clear()
-    await found.system(critic=AskingCritic).answer(found.queries[0])
+    await found.build_system(critic=AskingCritic).answer(found.queries[0])
     asked = [most for _, most, _ in engine.asked]
     assert (asked.count(1), asked.count(MAX_TOKENS)) == (1 + 2 + 2, 2 + 4 + 4)
     # A question is what the path's last segment was written after, and that segment.
@@ -114,20 +114,20 @@ async def test_an_asked_decision_is_one_more_request_for_each_path_that_goes_on(
     assert all(any(question[: len(prompt)] == prompt for prompt in written) for question in questions)
 
 
-async def test_passages_are_tokenised_again_by_a_forgetful_critic(monkeypatch):
+async def test_forgetful_critic_tokenizes_passages_again(monkeypatch):
     found, _ = setting(Script(tokens=6, segments=2), segments=2, beam_width=1)
     counts = []
     for critic in (ForgetfulCritic, ForgetfulCritic.__mro__[1]):
         bodies: list[str] = []
-        monkeypatch.setattr(PromptTokenizer, "text", lambda _self, text, seen=bodies: seen.append(text) or [9])
-        await found.system(critic=critic).answer(found.queries[0])
+        monkeypatch.setattr(PromptTokenizer, "encode_text", lambda _self, text, seen=bodies: seen.append(text) or [9])
+        await found.build_system(critic=critic).answer(found.queries[0])
         counts.append(sum(text in ("one", "two") for text in bodies))
         monkeypatch.undo()
     assert counts[0] > counts[1] == 2
 
 
 @pytest.mark.parametrize(("apart", "expected"), [(False, "a0 a1 b0 b1 c0 c1"), (True, "a0 b0 c0 a1 b1 c1")])
-async def test_passages_are_submitted_in_the_order_that_is_asked_for(apart, expected):
+async def test_passages_are_submitted_in_the_requested_order(apart, expected):
     _, engine = setting(Script(tokens=6))
     gathered = Gathered(engine, siblings=2, total=6, apart=apart)
     prompts = [(row, sibling) for row in range(3) for sibling in range(2)]
@@ -135,7 +135,7 @@ async def test_passages_are_submitted_in_the_order_that_is_asked_for(apart, expe
     assert " ".join(f"{'abc'[row]}{sibling}" for (row, sibling), _, _ in engine.asked) == expected
 
 
-async def test_dictionaries_hold_the_same_log_probabilities():
+async def test_dict_log_probabilities_equal_flat_ones():
     tokenizer, asked = word_tokenizer(), []
     watched = tokenizer.reflection.reflection
     position = {token: SimpleNamespace(logprob=-float(n)) for n, token in enumerate((999, *watched))}
@@ -155,18 +155,18 @@ async def test_dictionaries_hold_the_same_log_probabilities():
     assert asked[0].logprob_token_ids == list(watched)
 
 
-def test_queries_come_twice():
+def test_double_queries_have_distinct_ids():
     found, _ = setting(Script())
-    assert [(query.id, query.query) for query in found.doubled()[:2]] == [("0-q", "what"), ("1-q", "what")]
+    assert [(query.id, query.query) for query in found.double_queries()[:2]] == [("0-q", "what"), ("1-q", "what")]
 
 
-def test_the_tables_compare_medians():
-    figures = SavingsFigures.empty(SAVINGS, ["dtype=bfloat16"])
+def test_tables_compare_medians():
+    figures = SavingsFigures.create_empty(SAVINGS, ["dtype=bfloat16"])
     for rates in figures.rates.values():
         rates |= {"with": [2.0, 4.0, 3.0], "without": [1.0, 2.0, 1.5]}
     figures.engines |= {DEFAULTS: [2.0, 2.0], "dtype=bfloat16": [1.0, 0.5]}
     figures.pruning = Pruning(read=1000, written=200, hopeless=10)
-    savings, arguments = savings_tables(figures)
+    savings, arguments = build_savings_tables(figures)
     assert list(savings.columns[4].cells) == ["2.00"] * len(SAVINGS)
     assert list(savings.columns[5].cells) == ["1.00 … 4.00"] * len(SAVINGS)
     assert "10 of 200 generated tokens (5.0 %)" in str(savings.caption)
@@ -177,7 +177,7 @@ def test_the_tables_compare_medians():
     ("only", "savings", "engines"),
     [("dtype", [], [DEFAULTS, "dtype=bfloat16", "dtype=float16"]), ("later", [SAVINGS[1].name], [])],
 )
-def test_only_what_is_chosen_is_measured_and_shown(monkeypatch, only, savings, engines):
+def test_only_selected_savings_and_engines_are_measured_and_shown(monkeypatch, only, savings, engines):
     asked = []
 
     def execute(_rows, _repeats, figures):
@@ -190,7 +190,7 @@ def test_only_what_is_chosen_is_measured_and_shown(monkeypatch, only, savings, e
     monkeypatch.setattr("jobs.benchmark.savings.run_savings", execute)
     benchmark_savings(rows=4, repeats=1, only=[only])
     assert (list(asked[0].rates), list(asked[0].engines)) == (savings, engines)
-    (table,) = savings_tables(asked[0])
+    (table,) = build_savings_tables(asked[0])
     assert list(table.columns[0].cells) == (savings or engines)
 
 
@@ -201,7 +201,7 @@ def test_only_what_is_chosen_is_measured_and_shown(monkeypatch, only, savings, e
         (["--only", "later", "--only", "no such"], "--only 'no such': no name starts with this"),
     ],
 )
-def test_bad_options_are_refused_before_anything_starts(options, part):
+def test_bad_options_are_refused_before_the_benchmark_starts(options, part):
     app = typer.Typer()
     app.command()(benchmark_savings)
     result = CliRunner().invoke(app, options)

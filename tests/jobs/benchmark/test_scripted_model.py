@@ -20,10 +20,10 @@ class Scribbler:
         self.prompter = prompter
 
     async def generate(self, prompt, max_tokens, stops):
-        length = self.prompter.script.length(max_tokens)
+        length = self.prompter.script.get_length(max_tokens)
         ids = tuple((EOS, self.prompter.tokenizer.reflection[IsSup.NONE])[n % 2] for n in range(length))
         table = np.zeros((length, len(REFLECTION_TOKENS)))
-        return self.prompter.acted(Generation(ids, np.full(length, -1.0), table, len(prompt)), prompt)
+        return self.prompter.apply_script(Generation(ids, np.full(length, -1.0), table, len(prompt)), prompt)
 
 
 def system(script, **decoding):
@@ -35,7 +35,7 @@ def system(script, **decoding):
 GIVEN = (Passage("a", "", "one"), Passage("b", "", "two"))
 
 
-async def test_a_scripted_segment_has_its_length_its_critique_and_its_end():
+async def test_scripted_segment_has_the_set_length_a_critique_and_an_end():
     answer = await system(Script(tokens=8)).answer(Query("q", "what", passages=GIVEN))
     assert (answer.retrieved, answer.finish) == (True, Finish.STOP)
     assert answer.usage.generated_tokens == 1 + 2 * 8
@@ -46,7 +46,7 @@ async def test_a_scripted_segment_has_its_length_its_critique_and_its_end():
     assert segment.critique.is_rel == pytest.approx(1 / (1 + np.exp(OTHERS - WRITTEN)))
 
 
-async def test_an_answer_goes_on_to_the_script_s_segments():
+async def test_answer_has_the_scripted_number_of_segments():
     answer = await system(Script(tokens=6, segments=3), segments=3, beam_width=1).answer(
         Query("q", "x", passages=GIVEN)
     )
@@ -54,34 +54,34 @@ async def test_an_answer_goes_on_to_the_script_s_segments():
     assert answer.finish is Finish.STOP
 
 
-async def test_no_two_paths_of_a_beam_have_equal_texts():
+async def test_beam_paths_have_distinct_texts():
     script = Script(tokens=6, segments=3)
     answer = await system(script, segments=3, beam_width=2, mode="always").answer(Query("q", "x", passages=GIVEN))
     assert answer.usage.generated_tokens == 6 * (2 + 4 + 4)
 
 
 @pytest.mark.parametrize("share", [0.0, 0.3, 1.0])
-async def test_so_many_queries_retrieve(share):
+async def test_scripted_share_of_queries_retrieves(share):
     script = Script(share, tokens=6)
     answers = [await system(script).answer(Query(str(n), "w " * n, passages=GIVEN)) for n in range(1, 101)]
     assert sum(answer.retrieved for answer in answers) == pytest.approx(100 * share, abs=12)
     assert all(answer.usage.generated_tokens == (1 + 12 if answer.retrieved else 1 + 6) for answer in answers)
 
 
-def test_a_whole_answer_written_for_a_decision_begins_with_the_same_decision():
+def test_decision_does_not_depend_on_the_generated_length():
     prompter = Prompter(word_tokenizer(), Script(0.5, tokens=9))
     tokenizer = prompter.tokenizer
     for n in range(1, 20):
-        prompt = tokenizer.prompt("w " * n)
+        prompt = tokenizer.encode_prompt("w " * n)
         first = {
-            prompter.acted(Generation((7,) * length, np.zeros(length), np.empty(0), 1), prompt).token_ids[0]
+            prompter.apply_script(Generation((7,) * length, np.zeros(length), np.empty(0), 1), prompt).token_ids[0]
             for length in (1, 9)
         }
-        assert first == {tokenizer.reflection[prompter.decision(prompt)]}
-    assert {prompter.decision([n]) for n in range(20)} == {Retrieve.YES, Retrieve.NO}
+        assert first == {tokenizer.reflection[prompter.decide(prompt)]}
+    assert {prompter.decide([n]) for n in range(20)} == {Retrieve.YES, Retrieve.NO}
 
 
-def test_a_shape_is_a_folder_without_weights(tmp_path, monkeypatch):
+def test_shape_is_a_model_folder_without_weights(tmp_path, monkeypatch):
     from transformers import AutoConfig
 
     from pipeline.config.sections import ModelConfig

@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.run import RunConfig, load_config, load_storage, with_absolute_paths
+from pipeline.config.run import RunConfig, load_config, load_storage, make_paths_absolute
 
 NEEDED = {"queries": "q", "output": "o", "model.name": "m"}
 
@@ -15,7 +15,7 @@ def test_flags_override_settings_and_settings_the_file(tmp_path):
     assert (config.decoding.threshold, config.decoding.passages) == (0.3, 2)
 
 
-def test_values_are_yaml():
+def test_setting_values_are_parsed_as_yaml():
     settings = ["model.engine.max_model_len=2048", "decoding.keep_candidates=true", "model.engine.dtype=half"]
     config = load_config(None, settings, NEEDED)
     assert config.model.engine == {"max_model_len": 2048, "dtype": "half"}
@@ -23,7 +23,7 @@ def test_values_are_yaml():
 
 
 @pytest.mark.parametrize("text", ["- a list", "a: [", "just words"])
-def test_file_that_is_no_mapping_is_named(tmp_path, text):
+def test_file_that_is_not_a_mapping_is_named(tmp_path, text):
     file = tmp_path / "run.yaml"
     file.write_text(text)
     with pytest.raises(ValueError, match="run.yaml: "):
@@ -35,7 +35,7 @@ def test_missing_file_is_named():
         load_config("/nowhere/run.yaml", [], NEEDED)
 
 
-def test_all_problems_are_told_in_one_line():
+def test_all_problems_are_reported_in_one_line():
     with pytest.raises(ValueError) as caught:
         load_config(None, ["decoding.passages=0", "color=red"], NEEDED)
     assert "unknown configuration key color" in str(caught.value)
@@ -48,15 +48,15 @@ def test_credentials_are_never_recorded():
     config = load_config(None, settings, NEEDED)
     assert config.storage.secret_key is not None
     assert config.storage.secret_key.get_secret_value() == "SECRET"
-    for text in (str(config), repr(config), str(config.recorded()), str(config.decisive())):
+    for text in (str(config), repr(config), str(config.to_record()), str(config.get_fixed_settings())):
         assert "SECRET" not in text
         assert "KEY-ID" not in text
-    assert config.recorded()["storage"]["endpoint_url"] == "http://127.0.0.1:9"
+    assert config.to_record()["storage"]["endpoint_url"] == "http://127.0.0.1:9"
 
 
-def test_tokens_and_secrets_are_kept_out_of_records_and_messages():
+def test_secrets_are_kept_out_of_records_and_messages():
     config = load_config(None, ["model.engine.hf_token=hf_abc", "model.engine.max_num_batched_tokens=64"], NEEDED)
-    assert config.recorded()["model"]["engine"] == {"max_num_batched_tokens": 64}
+    assert config.to_record()["model"]["engine"] == {"max_num_batched_tokens": 64}
     with pytest.raises(ValueError, match="storage.secret_key") as caught:
         load_config(None, ["storage.secret_key=12345678"], NEEDED)
     assert "12345678" not in str(caught.value)
@@ -66,21 +66,21 @@ def test_local_paths_are_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     flags = {"queries": "q", "output": "s3://bucket/o", "index": "~/i", "model.name": "model"}
-    config = with_absolute_paths(load_config(None, [], flags))
+    config = make_paths_absolute(load_config(None, [], flags))
     assert (config.queries, config.output) == (str(tmp_path / "q"), "s3://bucket/o")
     assert config.index == str(Path.home() / "i")
     assert config.model.name == str(tmp_path / "model")
     hub = load_config(None, [], {**flags, "model.name": "selfrag/selfrag_llama2_7b"})
-    assert with_absolute_paths(hub).model.name == "selfrag/selfrag_llama2_7b"
+    assert make_paths_absolute(hub).model.name == "selfrag/selfrag_llama2_7b"
 
 
 def test_recorded_configuration_can_be_read_back():
     config = load_config(None, ["decoding.mode=always"], NEEDED)
-    assert RunConfig.model_validate(config.recorded()) == config
+    assert RunConfig.model_validate(config.to_record()) == config
 
 
-def test_where_a_run_happens_does_not_decide_its_results():
-    one = load_config(None, [], NEEDED).decisive()
+def test_deployment_settings_are_not_fixed_settings():
+    one = load_config(None, [], NEEDED).get_fixed_settings()
     elsewhere = [
         "execution.actors=8",
         "index=moved",
@@ -88,9 +88,9 @@ def test_where_a_run_happens_does_not_decide_its_results():
         "retrieval.threads=4",
         "retrieval.cache=/tmp/x",
     ]
-    assert load_config(None, elsewhere, NEEDED).decisive() == one
+    assert load_config(None, elsewhere, NEEDED).get_fixed_settings() == one
     for setting in ("decoding.threshold=0.3", "execution.unit_rows=10", "retrieval.search=nprobe=4"):
-        assert load_config(None, [setting], NEEDED).decisive() != one, setting
+        assert load_config(None, [setting], NEEDED).get_fixed_settings() != one, setting
 
 
 def test_configuration_is_frozen():
@@ -99,7 +99,7 @@ def test_configuration_is_frozen():
         config.decoding.threshold = 0.9
 
 
-def test_storage_comes_from_a_runs_file_and_settings(tmp_path):
+def test_storage_is_loaded_from_the_run_file_and_settings(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("queries: q\nstorage: {region: eu-1, secret_key: hush}\n")
     storage = load_storage(str(file), ["storage.endpoint_url=http://127.0.0.1:9000"])
@@ -133,7 +133,7 @@ def test_wrong_storage_settings_are_named(setting, problem):
         ("execution.gpus=1", "execution.gpus"),
     ],
 )
-def test_a_misspelt_key_is_told_what_it_may_mean_and_another_is_not(setting, problem):
+def test_only_a_misspelled_key_gets_a_suggestion(setting, problem):
     with pytest.raises(ValueError, match="unknown configuration key") as caught:
         load_config(None, [setting], NEEDED)
     assert str(caught.value) == f"unknown configuration key {problem}"
@@ -153,16 +153,18 @@ def test_a_misspelt_key_is_told_what_it_may_mean_and_another_is_not(setting, pro
         ({"retrieval.search": "nprobe=4"}, False),
     ],
 )
-def test_what_a_resumed_run_may_change(changes, same):
+def test_fixed_settings_include_only_what_a_resumed_run_must_keep(changes, same):
     changed = load_config(None, [], NEEDED | changes)
-    assert (changed.decisive() == load_config(None, [], NEEDED).decisive()) == same
+    assert (changed.get_fixed_settings() == load_config(None, [], NEEDED).get_fixed_settings()) == same
 
 
-def test_a_profile_with_dots_in_its_name_is_fixed():
+def test_profile_with_dots_in_its_name_is_fixed():
     tree = {**NEEDED, "profiles": {"nq.v2": {"metric": "match"}}}
-    assert load_config(None, [], tree).decisive()["profiles.nq.v2.metric"] == "match"
+    assert load_config(None, [], tree).get_fixed_settings()["profiles.nq.v2.metric"] == "match"
 
 
-def test_an_engine_spread_over_local_replicas_may_change():
+def test_local_replicas_are_not_fixed_settings():
     replicas = ["model.engine.data_parallel_size=2", "model.engine.data_parallel_size_local=2"]
-    assert load_config(None, replicas, NEEDED).decisive() == load_config(None, [], NEEDED).decisive()
+    assert (
+        load_config(None, replicas, NEEDED).get_fixed_settings() == load_config(None, [], NEEDED).get_fixed_settings()
+    )

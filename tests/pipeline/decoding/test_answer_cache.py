@@ -24,7 +24,7 @@ class Asked:
         return Answer(query.query, "", False, None, Finish.STOP, (), Usage(generated_tokens=7), ())
 
 
-async def test_equal_queries_are_answered_once_and_cost_once():
+async def test_equal_queries_are_answered_and_counted_once():
     asked = Asked()
     once = AnsweredOnce(asked)
     answers = await asyncio.gather(*(once.answer(Query(str(n), "same")) for n in range(4)))
@@ -47,7 +47,7 @@ async def test_equal_queries_are_answered_once_and_cost_once():
         {"instruction": "do"},
     ],
 )
-async def test_queries_that_differ_in_anything_but_their_ids_are_asked_each(change):
+async def test_queries_differing_in_more_than_ids_are_answered_separately(change):
     asked = Asked()
     once = AnsweredOnce(asked)
     query = Query("a", "same")
@@ -55,7 +55,7 @@ async def test_queries_that_differ_in_anything_but_their_ids_are_asked_each(chan
     assert len(asked.queries) == 2
 
 
-async def test_where_the_first_fails_the_others_are_asked_for_themselves_at_once():
+async def test_after_a_failure_waiting_queries_are_answered_separately():
     asked = Asked(failing=["a"])
     once = AnsweredOnce(asked)
     first, second, third = await asyncio.gather(
@@ -72,7 +72,7 @@ async def test_where_the_first_fails_the_others_are_asked_for_themselves_at_once
     assert len(once.known) == 1
 
 
-async def test_one_that_is_cancelled_leaves_the_others_their_answer():
+async def test_canceled_query_does_not_affect_waiting_ones():
     asked = Asked()
     once = AnsweredOnce(asked)
     first, second, third = (asyncio.ensure_future(once.answer(Query(name, "same"))) for name in "abc")
@@ -86,7 +86,7 @@ async def test_one_that_is_cancelled_leaves_the_others_their_answer():
     assert (await once.answer(Query("f", "more"))).answer == "more"
 
 
-async def test_the_longest_unused_answers_go_first():
+async def test_least_recently_used_answers_are_evicted_first():
     asked = Asked()
     once = AnsweredOnce(asked, most=2)
     for text in ("one", "two", "one", "three", "one", "two"):

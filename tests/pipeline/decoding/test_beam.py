@@ -41,12 +41,12 @@ def texts(paths: Sequence[Path]) -> list[str]:
         (KEEPS, None, Retrieve.NO),
     ],
 )
-def test_the_boundary_decides_what_comes_next(boundary: Boundary, last: Segment | None, expected: Retrieve) -> None:
+def test_boundary_decides_the_next_opening(boundary: Boundary, last: Segment | None, expected: Retrieve) -> None:
     assert decide_opening(path(*[last] if last else [], boundary=boundary), DecodingConfig()) is expected
 
 
 @pytest.mark.parametrize(("mode", "expected"), [("always", Retrieve.YES), ("never", Retrieve.NO)])
-def test_the_mode_overrules_every_boundary(mode: str, expected: Retrieve) -> None:
+def test_mode_overrides_every_boundary(mode: str, expected: Retrieve) -> None:
     config = DecodingConfig.model_validate({"mode": mode})
     for boundary in (ASKS, REFUSES, KEEPS):
         assert decide_opening(path(segment("a", 1.0), boundary=boundary), config) is expected
@@ -62,7 +62,7 @@ def test_the_mode_overrules_every_boundary(mode: str, expected: Retrieve) -> Non
         (None, None, True, True),
     ],
 )
-def test_hard_constraints(
+def test_hard_constraints_filter_segments_by_support(
     support: IsSup | None, evidence: str | None, no_contradiction: bool, full_support: bool
 ) -> None:
     judged = segment("a", 1.0, evidence, support)
@@ -71,7 +71,7 @@ def test_hard_constraints(
     assert is_permitted(judged, "full_support") is full_support
 
 
-def test_a_path_ends_where_the_constraint_leaves_nothing() -> None:
+def test_path_ends_if_the_constraint_drops_all_children() -> None:
     config = DecodingConfig(constraint="no_contradiction")
     parent = path(segment("a", 1.0))
     dropped = path(*parent.segments, segment("b", 3.0, support=IsSup.NONE))
@@ -81,7 +81,7 @@ def test_a_path_ends_where_the_constraint_leaves_nothing() -> None:
     assert ended.finish is Finish.ROOM
 
 
-def test_only_the_branch_decided_for_goes_on() -> None:
+def test_only_the_chosen_branch_continues() -> None:
     yes, no = path(segment("yes", 1.0)), path(segment("no", 2.0, None, opening=Retrieve.NO))
     assert prune_children(path(boundary=ASKS), [yes, no], DecodingConfig(), Finish.ROOM) == [yes]
     assert prune_children(path(boundary=REFUSES), [yes, no], DecodingConfig(), Finish.ROOM) == [no]
@@ -121,7 +121,7 @@ def expander(tree: dict[str, list[tuple[str, float, Boundary | None]]], asked: l
 
 
 @pytest.mark.parametrize("seed", range(5))
-async def test_beam_of_two_over_three_levels(seed: int) -> None:
+async def test_beam_of_width_two_searches_three_levels(seed: int) -> None:
     asked: list[str] = []
     config = DecodingConfig(segments=3, beam_width=2)
     found = await search(path(), expander(TREE, asked, random.Random(seed)), config)
@@ -132,21 +132,21 @@ async def test_beam_of_two_over_three_levels(seed: int) -> None:
     assert best.score == pytest.approx((1.8 + 2.2 + 2.3) / 3)
 
 
-async def test_a_finished_path_wins_over_longer_ones() -> None:
+async def test_finished_path_can_win_over_longer_ones() -> None:
     tree: dict[str, list[tuple[str, float, Boundary | None]]] = {**TREE, "b f": [("g", 0.8, None), ("i", 0.3, None)]}
     tree["a"] = [("d", 1.0, ASKS), ("e", 1.9, None)]
     found = await search(path(), expander(tree, [], random.Random(0)), DecodingConfig(segments=7, beam_width=2))
     assert texts([choose(found)[0]]) == ["a e"]  # 1.95 against (1.8 + 2.2 + 0.8) / 3 = 1.6
 
 
-async def test_the_search_stops_when_the_whole_beam_is_finished() -> None:
+async def test_search_stops_when_the_whole_beam_is_finished() -> None:
     asked: list[str] = []
     tree: dict[str, list[tuple[str, float, Boundary | None]]] = {"": [("a", 2.0, None), ("b", 1.0, ASKS)]}
     found = await search(path(), expander(tree, asked, random.Random(0)), DecodingConfig(segments=7, beam_width=1))
     assert (asked, texts(found)) == ([""], ["a"])
 
 
-async def test_one_segment_is_the_short_form_where_all_compete() -> None:
+async def test_short_form_returns_all_candidates() -> None:
     found = await search(path(), expander(TREE, [], random.Random(0)), DecodingConfig(segments=1, beam_width=1))
     assert texts(found) == ["a", "b", "c"]
 
@@ -155,7 +155,7 @@ LEVELS = st.lists(st.lists(st.floats(-0.5, 3.5), min_size=1, max_size=4), min_si
 
 
 @given(st.lists(st.floats(-0.5, 3.5), min_size=1, max_size=5))
-def test_with_one_passage_and_width_one_the_beam_is_greedy(scores: list[float]) -> None:
+def test_beam_of_width_one_with_one_passage_is_greedy(scores: list[float]) -> None:
     async def expand(parent: Path) -> list[Path]:
         depth = len(parent.segments)
         end = None if depth == len(scores) - 1 else ASKS
@@ -166,7 +166,7 @@ def test_with_one_passage_and_width_one_the_beam_is_greedy(scores: list[float]) 
 
 
 @given(LEVELS, st.integers(1, 3), st.randoms(use_true_random=False))
-def test_order_of_siblings_never_changes_the_winner(levels: list[list[float]], width: int, rng: random.Random) -> None:
+def test_sibling_order_does_not_change_the_winner(levels: list[list[float]], width: int, rng: random.Random) -> None:
     def expander(shuffled: bool):
         async def expand(parent: Path) -> list[Path]:
             depth = len(parent.segments)
@@ -183,7 +183,7 @@ def test_order_of_siblings_never_changes_the_winner(levels: list[list[float]], w
     assert texts([choose(one)[0]]) == texts([choose(other)[0]])
 
 
-async def test_when_one_step_fails_the_others_are_cancelled() -> None:
+async def test_failed_step_cancels_the_others() -> None:
     canceled = asyncio.Event()
 
     async def slow() -> None:

@@ -4,7 +4,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.decoding.choose import choose, citation_numbers, cited_passages, cited_text, closed_answer, plain_text
+from pipeline.decoding.choose import (
+    choose,
+    join_cited_text,
+    join_text,
+    list_cited_passages,
+    match_choice,
+    number_citations,
+)
 from pipeline.decoding.types import Critique, Passage, Path, RetrievedPassage, Segment
 
 
@@ -19,12 +26,12 @@ def path(text: str, score: float, passage: str | None = None) -> Path:
 
 def test_best_path_is_the_answer_to_an_open_question() -> None:
     best, choice = choose([path("a", 1.0), path("b", 2.0), path("c", 1.5)])
-    assert (plain_text(best.segments), choice) == ("b", None)
+    assert (join_text(best.segments), choice) == ("b", None)
 
 
-def test_of_equal_scores_the_lower_passage_id_wins_wherever_it_ranked() -> None:
+def test_ties_go_to_the_lower_passage_id() -> None:
     best, _ = choose([path("b", 1.0, "p2"), path("a", 1.0, "p1")])
-    assert plain_text(best.segments) == "a"
+    assert join_text(best.segments) == "a"
 
 
 def test_closed_set_sums_over_equal_answers() -> None:
@@ -33,14 +40,14 @@ def test_closed_set_sums_over_equal_answers() -> None:
     assert choose(paths, ["true", "false"])[1] == "false"
 
 
-def test_closed_set_keeps_the_winners_best_evidence() -> None:
+def test_closed_set_keeps_the_best_evidence_of_the_winner() -> None:
     best, choice = choose([path("B: x", 0.4), path("b", 0.6), path("A", 0.9)], ["A", "B"])
     assert (best.score, choice) == (0.6, "B")
 
 
-def test_closed_set_without_any_choice_named_gives_the_best_as_it_is() -> None:
+def test_closed_set_without_a_matching_choice_gives_the_best_answer() -> None:
     best, choice = choose([path("maybe", 0.5), path("perhaps", 0.7)], ["A", "B"])
-    assert (plain_text(best.segments), choice) == ("perhaps", None)
+    assert (join_text(best.segments), choice) == ("perhaps", None)
 
 
 @given(
@@ -48,7 +55,7 @@ def test_closed_set_without_any_choice_named_gives_the_best_as_it_is() -> None:
     st.booleans(),
     st.randoms(use_true_random=False),
 )
-def test_order_of_the_passages_never_changes_the_winner(
+def test_passage_order_does_not_change_the_winner(
     drawn: list[tuple[str, float]], closed: bool, rng: random.Random
 ) -> None:
     paths = [path(text, score, f"p{n}") for n, (text, score) in enumerate(drawn)]
@@ -75,8 +82,8 @@ def test_order_of_the_passages_never_changes_the_winner(
         ("**B**", "B"),
     ],
 )
-def test_choice_is_named_whole(text: str, named: str | None) -> None:
-    assert closed_answer(text, ["A", "B", "SUPPORTS", "not enough info", ""]) == named
+def test_choices_match_only_as_whole_words(text: str, named: str | None) -> None:
+    assert match_choice(text, ["A", "B", "SUPPORTS", "not enough info", ""]) == named
 
 
 @pytest.mark.parametrize(
@@ -88,35 +95,35 @@ def test_choice_is_named_whole(text: str, named: str | None) -> None:
         ("C++.", ["C", "C++"], "C++"),
     ],
 )
-def test_signs_belong_to_a_choice(text: str, choices: list[str], named: str) -> None:
-    assert closed_answer(text, choices) == named
+def test_signs_are_part_of_a_choice(text: str, choices: list[str], named: str) -> None:
+    assert match_choice(text, choices) == named
 
 
 def test_citations_are_numbered_by_first_use() -> None:
     segments = [segment("One.", 0, "p9"), segment("Two."), segment("Three.", 0, "p4"), segment("Four.", 0, "p9")]
-    assert citation_numbers(segments) == [1, None, 2, 1]
-    assert [used.passage.id for used in cited_passages(segments)] == ["p9", "p4"]
-    assert cited_text(segments) == "One. [1] Two. Three. [2] Four. [1]"
-    assert plain_text(segments) == "One. Two. Three. Four."
+    assert number_citations(segments) == [1, None, 2, 1]
+    assert [used.passage.id for used in list_cited_passages(segments)] == ["p9", "p4"]
+    assert join_cited_text(segments) == "One. [1] Two. Three. [2] Four. [1]"
+    assert join_text(segments) == "One. Two. Three. Four."
 
 
-def test_a_segment_without_text_takes_no_number() -> None:
+def test_segment_without_text_gets_no_citation_number() -> None:
     segments = [segment("", 0, "p1"), segment("Two.", 0, "p2")]
-    assert citation_numbers(segments) == [None, 1]
-    assert cited_text(segments) == "Two. [1]"
+    assert number_citations(segments) == [None, 1]
+    assert join_cited_text(segments) == "Two. [1]"
 
 
-def test_the_passage_cited_is_the_one_of_its_first_use() -> None:
+def test_cited_passage_is_that_of_its_first_use() -> None:
     segments = [segment("One.", 0, "p1", rank=3), segment("Two.", 0, "p1", rank=1)]
-    assert cited_passages(segments)[0].rank == 3
+    assert list_cited_passages(segments)[0].rank == 3
 
 
 @given(st.lists(st.tuples(st.sampled_from(["", "text"]), st.sampled_from([None, "a", "b", "c"])), max_size=7))
-def test_every_citation_points_at_the_segments_own_passage(drawn: list[tuple[str, str | None]]) -> None:
+def test_every_citation_points_to_the_passage_of_its_segment(drawn: list[tuple[str, str | None]]) -> None:
     segments = [segment(text, 0, passage) for text, passage in drawn]
-    passages = cited_passages(segments)
-    for one, number in zip(segments, citation_numbers(segments), strict=True):
+    passages = list_cited_passages(segments)
+    for one, number in zip(segments, number_citations(segments), strict=True):
         assert (number is None) == (one.evidence is None or not one.text)
         assert number is None or passages[number - 1].passage == one.evidence.passage  # type: ignore[union-attr]
-    numbers = [n for n in citation_numbers(segments) if n is not None]
+    numbers = [n for n in number_citations(segments) if n is not None]
     assert sorted(set(numbers)) == list(range(1, len(passages) + 1))

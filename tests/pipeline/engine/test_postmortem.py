@@ -4,7 +4,7 @@ import sys
 
 import pytest
 
-from pipeline.engine.postmortem import Death, ErrorLog, cause_of_death, error_file
+from pipeline.engine.postmortem import Death, ErrorLog, configure_error_log, diagnose_death
 
 SILENT = {name: value for name, value in os.environ.items() if not name.startswith("VLLM_")}
 TRACEBACK = """ERROR 2026-01-01 [vllm.v1.engine.core] EngineCore encountered a fatal error.
@@ -43,35 +43,35 @@ RuntimeError: device-side assert triggered
         ([], "", Death("no exit code and no logged error", out_of_memory=False)),
     ],
 )
-def test_cause_of_death(codes, log, expected):
-    assert cause_of_death(codes, log) == expected
+def test_cause_of_death_follows_from_exit_codes_and_log(codes, log, expected):
+    assert diagnose_death(codes, log) == expected
 
 
-def test_an_engines_errors_are_those_since_its_start(tmp_path):
+def test_error_log_starts_at_the_engine_start(tmp_path):
     file = tmp_path / "errors"
     file.write_text("of another\n")
     log = ErrorLog(file, file.stat().st_size)
-    assert log.text() == ""
+    assert log.read() == ""
     file.write_text("of another\nof this\n")
-    assert log.text() == "of this\n"
-    assert ErrorLog(None, 0).text() == ErrorLog(tmp_path / "none", 0).text() == ""
+    assert log.read() == "of this\n"
+    assert ErrorLog(None, 0).read() == ErrorLog(tmp_path / "none", 0).read() == ""
 
 
 @pytest.mark.parametrize(
     ("name", "value"), [("VLLM_CONFIGURE_LOGGING", "0"), ("VLLM_LOGGING_CONFIG_PATH", "mine.json")]
 )
-def test_logging_that_somebody_has_configured_is_left_alone(monkeypatch, name, value):
-    error_file.cache_clear()
+def test_existing_logging_configuration_is_kept(monkeypatch, name, value):
+    configure_error_log.cache_clear()
     monkeypatch.setenv(name, value)
     assert ErrorLog.from_now() == ErrorLog(None, 0)
-    error_file.cache_clear()
+    configure_error_log.cache_clear()
 
 
-def test_who_hears_of_a_death_says_so_in_the_file_alone(tmp_path):
+def test_follow_up_errors_are_written_only_to_the_file(tmp_path):
     script = """
 import json, logging, logging.config, os
-from pipeline.engine.postmortem import error_file
-file = error_file()
+from pipeline.engine.postmortem import configure_error_log
+file = configure_error_log()
 logging.config.dictConfig(json.load(open(os.environ["VLLM_LOGGING_CONFIG_PATH"])))
 for name in ("vllm.v1.engine.core", "vllm.v1.engine.async_llm", "vllm.v1.engine.core_client"):
     logging.getLogger(name).error("%s speaks", name.rsplit(".")[-1])
@@ -85,11 +85,11 @@ print(file.read_text())
 @pytest.mark.parametrize(
     ("level", "heard"), [({}, ["scheduler"]), ({"VLLM_LOGGING_LEVEL": "WARNING"}, ["vllm", "scheduler"])]
 )
-def test_warnings_of_a_start_are_heard_where_a_level_is_set(level, heard):
+def test_startup_warnings_are_shown_only_if_a_level_is_set(level, heard):
     script = """
 import json, logging, logging.config, os
-from pipeline.engine.postmortem import error_file
-error_file()
+from pipeline.engine.postmortem import configure_error_log
+configure_error_log()
 logging.config.dictConfig(json.load(open(os.environ["VLLM_LOGGING_CONFIG_PATH"])))
 for name in ("vllm.config.vllm", "vllm.v1.core.scheduler"):
     logging.getLogger(name).warning("%s speaks", name.rsplit(".")[-1])

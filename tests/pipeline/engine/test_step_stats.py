@@ -5,7 +5,7 @@ from pipeline.engine.step_stats import EngineLoad
 CONFIG = SimpleNamespace(scheduler_config=SimpleNamespace(max_num_seqs=8))
 
 
-def test_each_step_is_told_to_who_watches():
+def test_each_step_is_passed_to_the_callback():
     load, told = EngineLoad(CONFIG, 0), []
 
     def step(running: int, waiting: int, ended: int) -> None:

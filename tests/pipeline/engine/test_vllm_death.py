@@ -42,7 +42,7 @@ async def kill(engine: Any) -> None:
     ("end", "reason", "memory"),
     [(starve, "CUDA out of memory. Tried to allocate", True), (kill, "^killed by signal 9", False)],
 )
-async def test_an_engine_that_dies_says_why(
+async def test_engine_death_is_reported_with_its_cause(
     demo_model: Path, end: Callable[[Any], Awaitable[None]], reason: str, memory: bool, monkeypatch: pytest.MonkeyPatch
 ):
     monkeypatch.setenv("VLLM_ALLOW_INSECURE_SERIALIZATION", "1")  # for a function of this file
@@ -62,17 +62,17 @@ async def test_an_engine_that_dies_says_why(
 OWNER = """
 import asyncio, sys, time
 from pipeline.config.run import ModelConfig
-from pipeline.engine.vllm import VllmGenerator, core_processes
+from pipeline.engine.vllm import VllmGenerator, list_core_processes
 
 if __name__ == "__main__":
     generator = VllmGenerator.start(ModelConfig(name=sys.argv[1], engine={"max_model_len": 512}), (1, 2))
-    print("core", core_processes(generator.engine)[0].pid, flush=True)
+    print("core", list_core_processes(generator.engine)[0].pid, flush=True)
     time.sleep(600)
 """
 
 
 @pytest.mark.slow
-def test_an_engine_ends_with_the_process_that_owns_it(demo_model: Path, tmp_path: Path):
+def test_engine_ends_with_its_owner_process(demo_model: Path, tmp_path: Path):
     (tmp_path / "owner.py").write_text(OWNER)
     command = [sys.executable, str(tmp_path / "owner.py"), str(demo_model)]
     owner = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, env={**os.environ, "PYTHONPATH": "."})
@@ -87,7 +87,7 @@ def test_an_engine_ends_with_the_process_that_owns_it(demo_model: Path, tmp_path
 
 
 @pytest.mark.slow
-def test_an_engine_that_does_not_start_says_why(demo_model: Path):
+def test_failed_engine_start_is_reported_with_its_cause(demo_model: Path):
     engine = {"max_model_len": 2048, "num_gpu_blocks_override": 2}  # a cache for 64 tokens
     with pytest.raises(RuntimeError, match="failed to start: ValueError: .*KV cache"):
         VllmGenerator.start(ModelConfig(name=str(demo_model), engine=engine), (1, 2))

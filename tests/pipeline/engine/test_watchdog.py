@@ -7,16 +7,16 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.engine.watchdog import guard
+from pipeline.engine.watchdog import start_guard
 
 # Starts a process that has a child of its own, has them guarded, says their numbers and waits.
 OWNER = """
 import subprocess, sys, time
-from pipeline.engine.watchdog import guard
+from pipeline.engine.watchdog import start_guard
 child = "import subprocess, sys, time; print(subprocess.Popen(['sleep', '600']).pid, flush=True); time.sleep(600)"
 watched = subprocess.Popen([sys.executable, "-c", child], stdout=subprocess.PIPE, start_new_session=True)
 grandchild = watched.stdout.readline().decode().strip()
-kept = guard([watched.pid])
+kept = start_guard([watched.pid])
 time.sleep(1)
 print(watched.pid, grandchild, flush=True)
 time.sleep(600)
@@ -32,7 +32,7 @@ def gone(pid: int) -> bool:
 
 
 @pytest.mark.parametrize("end", [signal.SIGKILL, signal.SIGTERM])
-def test_what_is_guarded_ends_with_its_owner(end: signal.Signals) -> None:
+def test_guarded_processes_end_with_their_owner(end: signal.Signals) -> None:
     owner = subprocess.Popen([sys.executable, "-c", OWNER], stdout=subprocess.PIPE, text=True)
     assert owner.stdout is not None
     pids = [int(pid) for pid in owner.stdout.readline().split()]
@@ -45,9 +45,9 @@ def test_what_is_guarded_ends_with_its_owner(end: signal.Signals) -> None:
     assert all(map(gone, pids))
 
 
-def test_what_has_ended_already_is_no_matter() -> None:
+def test_guard_ignores_processes_that_have_already_ended() -> None:
     ended = subprocess.Popen(["true"])
     ended.wait()
-    process = guard([ended.pid])
+    process = start_guard([ended.pid])
     process.communicate(timeout=10)
     assert process.returncode == 0

@@ -1,6 +1,6 @@
 import json
 
-from pipeline.evaluation.exports import alce, cited_inside, factscore
+from pipeline.evaluation.exports import encode_alce, encode_factscore, join_cited
 
 ROW = {
     "query": "Who led the Normans?",
@@ -13,7 +13,7 @@ ROW = {
 
 
 def test_alce_item() -> None:
-    assert json.loads(alce([ROW])) == {
+    assert json.loads(encode_alce([ROW])) == {
         "data": [
             {
                 "question": "Who led the Normans?",
@@ -29,7 +29,7 @@ def test_alce_item() -> None:
 
 def test_gold_that_a_row_lacks_is_written_for_none() -> None:
     bare = {"query": "Who?", "answer": None, "passages": [], "segments": [], "answers": ["x", "y"]}
-    first, second = json.loads(alce([ROW, bare]))["data"]
+    first, second = json.loads(encode_alce([ROW, bare]))["data"]
     assert "qa_pairs" not in first | second
     assert second["annotations"] == [{"long_answer": "x"}, {"long_answer": "y"}]
     assert second["output"] == ""
@@ -38,11 +38,13 @@ def test_gold_that_a_row_lacks_is_written_for_none() -> None:
 def test_citations_stand_inside_their_sentence() -> None:
     cited = [("Who? Rollo!", 2), ("", None), ("In 911", 1)]
     segments = [{"text": text, "citation": number} for text, number in cited]
-    assert cited_inside(segments) == "Who? Rollo [2]! In 911 [1]"
+    assert join_cited(segments) == "Who? Rollo [2]! In 911 [1]"
 
 
 def test_factscore_has_a_line_for_each_row() -> None:
-    lines = factscore([{"name": "Rollo", "answer": "A Viking.\nAnd a duke."}, {"name": "Ann", "answer": None}], "name")
+    lines = encode_factscore(
+        [{"name": "Rollo", "answer": "A Viking.\nAnd a duke."}, {"name": "Ann", "answer": None}], "name"
+    )
     assert [json.loads(line) for line in lines.splitlines()] == [
         {"topic": "Rollo", "output": "A Viking.\nAnd a duke."},
         {"topic": "Ann", "output": ""},

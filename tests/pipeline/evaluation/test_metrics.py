@@ -3,13 +3,13 @@ import pytest
 from pipeline.evaluation.metrics import (
     best_over_golds,
     contains,
-    exact,
+    is_exact_match,
+    is_same_choice,
     normalise,
     rouge_l,
-    same_choice,
     string_em,
+    strip_citations,
     token_f1,
-    without_citations,
 )
 
 
@@ -47,8 +47,8 @@ def test_contains_compares_whole_words_in_order(answer: str, gold: str, expected
 
 
 def test_exact_ignores_case_articles_and_punctuation() -> None:
-    assert exact("The Norse.", "norse")
-    assert not exact("the Norse leader", "norse")
+    assert is_exact_match("The Norse.", "norse")
+    assert not is_exact_match("the Norse leader", "norse")
 
 
 @pytest.mark.parametrize(
@@ -87,7 +87,7 @@ def test_best_takes_the_gold_answer_that_fits_best() -> None:
     ],
 )
 def test_labels_are_compared_whole(answer: str, gold: str, expected: bool) -> None:
-    assert same_choice(answer, gold) is expected
+    assert is_same_choice(answer, gold) is expected
 
 
 def test_string_em_is_the_share_of_sets_with_an_answer_in_the_text() -> None:
@@ -104,4 +104,4 @@ def test_rouge_l_by_hand() -> None:
 
 
 def test_citations_do_not_count_as_words() -> None:
-    assert without_citations("Paris [1]. It rains [2] [13].") == "Paris. It rains."
+    assert strip_citations("Paris [1]. It rains [2] [13].") == "Paris. It rains."

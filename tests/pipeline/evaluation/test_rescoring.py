@@ -6,15 +6,15 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config.sections import DecodingConfig, Weights
-from pipeline.decoding.profiles import Tasks, for_choices
+from pipeline.decoding.profiles import Tasks, limit_segments
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Query
-from pipeline.evaluation.rescoring import recorded
-from pipeline.output.schema import answer_row, data_schema
+from pipeline.evaluation.rescoring import to_recorded
+from pipeline.output.schema import build_data_schema, convert_answer
 from tests.support.fakes import DrawingGenerator, DrawingRetriever, word_tokenizer
 
-SCHEMA = data_schema(pa.schema([]), keep_candidates=True)
+SCHEMA = build_data_schema(pa.schema([]), keep_candidates=True)
 FORMS: list[dict[str, Any]] = [
     {},
     {"segments": 5, "citations": True},
@@ -32,12 +32,12 @@ def annotated(config: DecodingConfig, choices: tuple[str, ...] = (), rows: int =
     generator = DrawingGenerator(tokenizer, random.Random(0), choices or ("w1", "w2", "w3"))
     rag = SelfRag(generator, ReflectionCritic(tokenizer), Tasks(config), DrawingRetriever())
     answers = [asyncio.run(rag.answer(Query(str(n), f"Tell {n}", choices=choices))) for n in range(rows)]
-    return list(pa.Table.from_pylist([answer_row(answer) for answer in answers], schema=SCHEMA).to_pylist())
+    return list(pa.Table.from_pylist([convert_answer(answer) for answer in answers], schema=SCHEMA).to_pylist())
 
 
 def rechosen(row: dict[str, Any], config: DecodingConfig, choices: tuple[str, ...] = ()) -> dict[str, Any]:
-    answer = asyncio.run(recorded(row).rechoose(config, choices))
-    return dict(pa.Table.from_pylist([answer_row(answer)], schema=SCHEMA).to_pylist()[0])
+    answer = asyncio.run(to_recorded(row).rechoose(config, choices))
+    return dict(pa.Table.from_pylist([convert_answer(answer)], schema=SCHEMA).to_pylist()[0])
 
 
 @pytest.mark.parametrize("choices", [(), ("yes", "no")])
@@ -45,7 +45,7 @@ def rechosen(row: dict[str, Any], config: DecodingConfig, choices: tuple[str, ..
 def test_rescoring_with_the_runs_own_values_changes_nothing(form: dict[str, Any], choices: tuple[str, ...]) -> None:
     config = DecodingConfig(keep_candidates=True, **form)
     for row in annotated(config, choices):
-        assert rechosen(row, for_choices(config, choices), choices) == row
+        assert rechosen(row, limit_segments(config, choices), choices) == row
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 1.0])
@@ -70,4 +70,4 @@ def test_other_weights_give_what_a_run_with_them_would_have_answered() -> None:
 
 def test_rows_without_candidates_are_refused() -> None:
     with pytest.raises(ValueError, match="keep_candidates=true"):
-        recorded({"candidates": None, "retrieve_probability": 0.5})
+        to_recorded({"candidates": None, "retrieve_probability": 0.5})

@@ -2,7 +2,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.evaluation.statistics import calibration, compare, estimate, mean
+from pipeline.evaluation.statistics import compare, estimate, mean, measure_calibration
 
 
 def test_mean_of_nothing_is_none() -> None:
@@ -25,7 +25,7 @@ def test_interval_of_one_value_or_equal_values_is_the_value() -> None:
 
 def test_calibration_by_hand() -> None:
     judged = [(True, 0.9), (True, 0.4), (False, 0.5), (False, 0.1)]
-    found = calibration(judged)
+    found = measure_calibration(judged)
     assert found is not None
     assert found.auc == pytest.approx(3 / 4)
     assert found.brier == pytest.approx((0.1**2 + 0.6**2 + 0.5**2 + 0.1**2) / 4)
@@ -34,14 +34,14 @@ def test_calibration_by_hand() -> None:
 
 
 def test_ece_compares_means_within_bins() -> None:
-    found = calibration([(True, 0.95), (False, 0.91), (False, 0.05), (False, 0.01)])
+    found = measure_calibration([(True, 0.95), (False, 0.91), (False, 0.05), (False, 0.01)])
     assert found is not None
     assert found.ece == pytest.approx((abs(1.86 - 1) + abs(0.06 - 0)) / 4)
 
 
 def test_calibration_needs_both_truths() -> None:
-    assert calibration([(True, 0.9)]) is None
-    assert calibration([]) is None
+    assert measure_calibration([(True, 0.9)]) is None
+    assert measure_calibration([]) is None
 
 
 def test_a_clear_difference_is_significant_and_noise_is_not() -> None:

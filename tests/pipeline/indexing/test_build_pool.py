@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.cluster import Room
-from pipeline.indexing.build_pool import pool
+from pipeline.indexing.build_pool import choose_pool
 
 LAPTOP = [Room(8.0)]
 GPU_NODES = [Room(64.0), Room(96.0, (1.0,) * 8), Room(32.0, (1.0,) * 2)]
@@ -22,4 +22,4 @@ GPU_NODES = [Room(64.0), Room(96.0, (1.0,) * 8), Room(32.0, (1.0,) * 2)]
     ],
 )
 def test_there_is_an_encoder_for_each_gpu_or_else_for_each_machine(nodes, asked, pieces, expected):
-    assert pool(nodes, asked, pieces) == expected
+    assert choose_pool(nodes, asked, pieces) == expected

@@ -5,7 +5,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.config.sections import StorageConfig
-from pipeline.indexing.embeddings import Place, check_embeddings, vectors_of
+from pipeline.indexing.embeddings import Place, check_embeddings, convert_embeddings
 from pipeline.storage.location import locate
 
 FILE = locate("/data/p.parquet", StorageConfig())
@@ -28,10 +28,10 @@ def numbers(kind: pa.DataType, rows: list[list[Any] | None]) -> pa.Array:
 @pytest.mark.parametrize("kind", TYPES)
 def test_vectors_come_out_as_they_are_or_with_unit_length(kind: pa.DataType) -> None:
     rows = numbers(kind, [[9, 9], [3, 4], [0, -2], [5, 12]])[1:]
-    as_they_are = vectors_of(rows, 2, False, PLACE)
+    as_they_are = convert_embeddings(rows, 2, False, PLACE)
     np.testing.assert_array_equal(as_they_are, [[3, 4], [0, -2], [5, 12]])
     assert (as_they_are.dtype, as_they_are.flags.c_contiguous) == (np.float32, True)
-    unit = vectors_of(rows, 2, True, PLACE)
+    unit = convert_embeddings(rows, 2, True, PLACE)
     np.testing.assert_allclose(unit, np.array([[0.6, 0.8], [0, -1], [5 / 13, 12 / 13]]), rtol=1e-6)
 
 
@@ -48,12 +48,12 @@ def test_vectors_come_out_as_they_are_or_with_unit_length(kind: pa.DataType) -> 
 )
 def test_wrong_vectors_name_file_row_and_column(rows: list[list[float]], problem: str) -> None:
     with pytest.raises(ValueError, match=f"^/data/p.parquet: {problem}"):
-        vectors_of(pa.array(rows, pa.list_(pa.float32())), 2, True, PLACE)
+        convert_embeddings(pa.array(rows, pa.list_(pa.float32())), 2, True, PLACE)
 
 
 def test_a_vector_without_direction_is_fine_where_lengths_count() -> None:
     zeros = pa.array([[0.0, 0.0]], pa.list_(pa.float32()))
-    np.testing.assert_array_equal(vectors_of(zeros, 2, False, PLACE), [[0, 0]])
+    np.testing.assert_array_equal(convert_embeddings(zeros, 2, False, PLACE), [[0, 0]])
 
 
 @pytest.mark.parametrize("kind", TYPES)

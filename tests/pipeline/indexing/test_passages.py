@@ -128,7 +128,7 @@ def test_ids_are_unique_however_few_are_compared_at_a_time(source: Path, compare
 
 
 def test_ids_with_equal_hashes_are_compared_themselves(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("pipeline.indexing.passages._hashes", lambda ids: np.zeros(len(ids), np.uint64))
+    monkeypatch.setattr("pipeline.indexing.passages._hash_ids", lambda ids: np.zeros(len(ids), np.uint64))
     check_passages(find_passages(place(source)))
 
 

@@ -4,14 +4,14 @@ import pytest
 
 from pipeline.decoding.types import Passage
 from pipeline.indexing.recall import (
-    exhaustive,
-    lossy,
+    compute_recall,
+    drop_own_passages,
+    is_lossy,
+    list_parameters,
     measure_search,
-    parameters,
-    recall,
-    reranked,
-    stored_vectors,
-    without,
+    rerank,
+    sample_vectors,
+    search_exhaustively,
 )
 from pipeline.retrieval.index import Hit, PassageIndex
 from pipeline.storage.location import Location
@@ -42,7 +42,7 @@ EXACT = ["Flat", "IVF16,Flat", "IVF16_HNSW8,Flat", "HNSW8", "IVF16,SQ4,RFlat", "
 def test_exhaustive_search_sees_every_vector(folder: Location, factory: str) -> None:
     index = opened(folder, factory)
     before = index.search(QUERIES, 5)
-    assert rows(exhaustive(index, QUERIES, 5)) == exact(5)
+    assert rows(search_exhaustively(index, QUERIES, 5)) == exact(5)
     assert index.search(QUERIES, 5) == before
 
 
@@ -51,13 +51,13 @@ def test_exhaustive_search_takes_codes_for_what_they_stand_for(folder: Location,
     index = opened(folder, factory)
     stored = np.concatenate([shard.index.reconstruct_n(0, len(shard.passages)) for shard in index.shards.values()])
     wanted = np.argsort(-(QUERIES @ stored.T), axis=1)[:, :5]
-    scores = [[hit.score for hit in hits] for hits in exhaustive(index, QUERIES, 5)]
+    scores = [[hit.score for hit in hits] for hits in search_exhaustively(index, QUERIES, 5)]
     np.testing.assert_allclose(scores, np.take_along_axis(QUERIES @ stored.T, wanted, 1), atol=1e-5)
 
 
 def test_vectors_are_read_back_in_blocks(folder: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.indexing.recall.BLOCK", 70)
-    assert rows(exhaustive(opened(folder, "Flat"), QUERIES, 5)) == exact(5)
+    assert rows(search_exhaustively(opened(folder, "Flat"), QUERIES, 5)) == exact(5)
 
 
 @pytest.mark.parametrize(
@@ -74,7 +74,7 @@ def test_vectors_are_read_back_in_blocks(folder: Location, monkeypatch: pytest.M
     ],
 )
 def test_codes_that_stand_for_vectors_are_known(folder: Location, factory: str, expected: bool) -> None:
-    assert lossy(opened(folder, factory)) is expected
+    assert is_lossy(opened(folder, factory)) is expected
 
 
 @pytest.mark.parametrize(
@@ -89,12 +89,12 @@ def test_codes_that_stand_for_vectors_are_known(folder: Location, factory: str, 
     ],
 )
 def test_parameters_belong_to_the_kind_of_index(folder: Location, factory: str, expected: list[str]) -> None:
-    assert parameters(opened(folder, factory)) == expected
+    assert list_parameters(opened(folder, factory)) == expected
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "HNSW8"])
 def test_stored_vectors_are_those_of_their_places(folder: Location, factory: str) -> None:
-    vectors, places = stored_vectors(opened(folder, factory), 7)
+    vectors, places = sample_vectors(opened(folder, factory), 7)
     (numbers,) = rows([places])
     assert (numbers[0], numbers[-1], len(set(numbers))) == (0, 599, 7)
     np.testing.assert_allclose(vectors, VECTORS[numbers], atol=1e-6)
@@ -106,14 +106,14 @@ def hits(*places: tuple[int, int]) -> list[Hit]:
 
 def test_recall_is_the_share_of_the_exact_hits_found() -> None:
     wanted = [hits((0, 1), (0, 2)), hits((1, 1), (1, 2))]
-    assert recall(wanted, wanted) == 1.0
-    assert recall([hits((0, 2), (1, 1)), hits((1, 2), (1, 1))], wanted) == 0.75
-    assert recall([[], []], wanted) == 0.0
+    assert compute_recall(wanted, wanted) == 1.0
+    assert compute_recall([hits((0, 2), (1, 1)), hits((1, 2), (1, 1))], wanted) == 0.75
+    assert compute_recall([[], []], wanted) == 0.0
 
 
 def test_a_passage_does_not_count_for_itself() -> None:
     found = [hits((0, 1), (0, 2), (0, 3)), hits((0, 1), (0, 2), (0, 3))]
-    assert without(found, [Hit(9.0, 0, 2), None], 2) == [hits((0, 1), (0, 3)), hits((0, 1), (0, 2))]
+    assert drop_own_passages(found, [Hit(9.0, 0, 2), None], 2) == [hits((0, 1), (0, 3)), hits((0, 1), (0, 2))]
 
 
 def test_exact_vectors_decide_among_candidates() -> None:
@@ -122,7 +122,7 @@ def test_exact_vectors_decide_among_candidates() -> None:
 
     candidates = [hits((0, 3), (1, 8), (0, 5))]
     query = np.array([[1.0, 0.0]], np.float32)
-    best = reranked(candidates, query, 2, lambda hit: Passage(str(hit.row), "", ""), encode)
+    best = rerank(candidates, query, 2, lambda hit: Passage(str(hit.row), "", ""), encode)
     assert best == [hits((1, 8), (0, 5))]
 
 
@@ -132,9 +132,9 @@ def probes(folder: Location) -> PassageIndex:
 
 
 def test_recall_grows_with_the_lists_probed_to_all_of_them(probes: PassageIndex) -> None:
-    wanted = exhaustive(probes, QUERIES, 5)
+    wanted = search_exhaustively(probes, QUERIES, 5)
     none: list[None] = [None] * len(QUERIES)
-    recalls = [measure_search(probes, QUERIES, none, wanted, search) for search in parameters(probes)]
+    recalls = [measure_search(probes, QUERIES, none, wanted, search) for search in list_parameters(probes)]
     found = [speed.recall for speed in recalls]
     assert found == sorted(found)
     assert 0.05 < found[0] < 0.9

@@ -7,9 +7,16 @@ import pytest
 import yaml
 
 from pipeline.config.sections import StorageConfig
-from pipeline.output.dataset_card import FinishedSet, columns_table, dataset_card
+from pipeline.output.dataset_card import FinishedSet, render_card, render_columns
 from pipeline.output.folder import OutputFolder
-from pipeline.output.schema import ANSWER_FIELDS, CANDIDATE_FIELDS, ERROR_FIELDS, MEANINGS, data_schema, error_schema
+from pipeline.output.schema import (
+    ANSWER_FIELDS,
+    CANDIDATE_FIELDS,
+    ERROR_FIELDS,
+    MEANINGS,
+    build_data_schema,
+    build_error_schema,
+)
 from pipeline.storage.location import locate
 from tests.jobs.test_rescore import annotated_set
 
@@ -36,9 +43,9 @@ MANIFEST: dict[str, Any] = {
 
 
 def card(manifest: dict[str, Any] | None = None, errors: bool = True, licence: str | None = "cc-by-sa-4.0") -> str:
-    schemas = {"data": data_schema(INPUTS, keep_candidates=False), "errors": error_schema(INPUTS)}
+    schemas = {"data": build_data_schema(INPUTS, keep_candidates=False), "errors": build_error_schema(INPUTS)}
     found = FinishedSet({**MANIFEST, **(manifest or {})}, schemas if errors else {"data": schemas["data"]})
-    return dataset_card(found, "me/answers", licence)
+    return render_card(found, "me/answers", licence)
 
 
 def front_matter(text: str) -> dict[str, Any]:
@@ -106,7 +113,7 @@ def test_every_column_of_the_output_has_a_meaning() -> None:
 def test_the_documentation_describes_the_columns_as_the_card_does() -> None:
     document = (Path(__file__).parents[3] / "infra" / "DATA.md").read_text("utf-8")
     plain = re.sub(r" \(\[[^]]*\]\([^)]*\)\)", "", document)  # links only work there
-    for row in columns_table(data_schema(pa.schema([]), keep_candidates=True)).splitlines()[2:]:
+    for row in render_columns(build_data_schema(pa.schema([]), keep_candidates=True)).splitlines()[2:]:
         assert f"{row}\n" in plain
 
 

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.config.sections import StorageConfig
 from pipeline.output.folder import OutputFolder, UnitSummary
-from pipeline.run.actor import annotated_schema
+from pipeline.run.actor import build_annotated_schema
 from pipeline.storage.location import Location, StorageError, locate
 
 U1 = f"{1:020x}"
@@ -27,7 +27,7 @@ def annotated(*ids: str) -> pa.Table:
         else {"id": i, "answer": i.upper(), "retrieved": i == "a", "usage": USAGE}
         for i in ids
     ]
-    return pa.Table.from_pylist(rows, schema=annotated_schema(INPUTS, keep_candidates=False))
+    return pa.Table.from_pylist(rows, schema=build_annotated_schema(INPUTS, keep_candidates=False))
 
 
 def write(folder: OutputFolder, unit: str, *ids: str) -> UnitSummary:
@@ -36,7 +36,7 @@ def write(folder: OutputFolder, unit: str, *ids: str) -> UnitSummary:
 
 def test_rows_go_to_data_and_errors(folder, tmp_path):
     summary = write(folder, U1, "a", "bad", "c")
-    assert summary == folder.summaries([U1, "0" * 20])[0]
+    assert summary == folder.summarize_units([U1, "0" * 20])[0]
     assert summary == UnitSummary(U1, 3, {"ValueError": 1}, retrieved=1, generated_tokens=6, prompt_tokens=20)
     assert pq.read_table(tmp_path / f"out/data/part-{U1}.parquet")["answer"].to_pylist() == ["A", "C"]
     assert pq.read_table(tmp_path / f"out/errors/part-{U1}.parquet").to_pylist() == [
@@ -47,13 +47,13 @@ def test_rows_go_to_data_and_errors(folder, tmp_path):
 def test_a_files_metadata_keep_when_its_unit_was_done(folder):
     summary = folder.write_unit(U1, annotated("a"), INPUTS, keep_candidates=False, times=(12.5, 14.0))
     assert (summary.began, summary.ended) == (12.5, 14.0)
-    assert folder.summaries([U1]) == [summary]
+    assert folder.summarize_units([U1]) == [summary]
 
 
 def test_unit_of_failures_has_an_empty_data_file(folder, tmp_path):
     write(folder, U1, "bad")
     assert pq.read_table(tmp_path / f"out/data/part-{U1}.parquet").num_rows == 0
-    assert folder.done_units() == {U1}
+    assert folder.list_done_units() == {U1}
 
 
 def test_a_finished_unit_that_runs_again_keeps_its_files(folder, tmp_path):
@@ -66,45 +66,45 @@ def test_a_finished_unit_that_runs_again_keeps_its_files(folder, tmp_path):
 def test_a_withdrawn_unit_is_written_anew(folder):
     write(folder, U1, "a", "bad")
     folder.withdraw(U1)
-    assert folder.done_units() == frozenset()
+    assert folder.list_done_units() == frozenset()
     assert write(folder, U1, "a", "b").errors == {}
-    (summary,) = folder.summaries([U1])
+    (summary,) = folder.summarize_units([U1])
     assert (summary.rows, summary.errors) == (2, {})
 
 
 def test_error_rows_are_counted_for_some_units(folder):
     write(folder, U1, "a", "bad", "bad")
-    assert folder.error_rows([U1]) == 2
-    assert folder.error_rows(["0" * 20]) == 0
+    assert folder.count_error_rows([U1]) == 2
+    assert folder.count_error_rows(["0" * 20]) == 0
 
 
 def test_a_kill_while_a_run_is_cleared_away_leaves_a_folder_that_is_known(folder, monkeypatch):
     write(folder, U1, "a")
     folder.finish({"a": 1})
     with monkeypatch.context() as patched:
-        patched.setattr(Location, "files", lambda *_: 1 / 0)
+        patched.setattr(Location, "list_files", lambda *_: 1 / 0)
         with pytest.raises(ZeroDivisionError):
             folder.clear()
-    assert not folder.finished()
-    assert folder.foreign() is None
+    assert not folder.is_finished()
+    assert folder.find_foreign_file() is None
     folder.clear()
-    assert folder.manifest() is None
+    assert folder.read_manifest() is None
 
 
 def test_errors_of_a_unit_that_never_finished_do_not_count(folder, tmp_path):
     write(folder, U1, "a", "bad")
     (tmp_path / f"out/data/part-{U1}.parquet").unlink()  # died between the two files
-    assert folder.done_units() == frozenset()
-    assert folder.summaries([U1]) == []
+    assert folder.list_done_units() == frozenset()
+    assert folder.summarize_units([U1]) == []
 
 
 def test_manifest_and_marker(folder, tmp_path):
-    assert folder.manifest() is None
+    assert folder.read_manifest() is None
     folder.begin({"model": "m"})
-    assert folder.manifest()["status"] == "running"
-    assert not folder.finished()
+    assert folder.read_manifest()["status"] == "running"
+    assert not folder.is_finished()
     folder.finish({"model": "m"})
-    assert folder.finished()
+    assert folder.is_finished()
     assert json.loads((tmp_path / "out/_manifest.json").read_text())["status"] == "finished"
 
 
@@ -112,7 +112,7 @@ def test_strange_manifest_is_refused(folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/_manifest.json").write_text('{"name": "a browser extension"}')
     with pytest.raises(ValueError, match="_manifest.json: not a manifest of this version"):
-        folder.manifest()
+        folder.read_manifest()
 
 
 def test_clear_leaves_other_files(folder, tmp_path):
@@ -129,11 +129,11 @@ def test_beginning_again_takes_the_success_marker_away(folder):
     folder.begin({})
     folder.finish({})
     folder.begin({})
-    assert not folder.finished()
+    assert not folder.is_finished()
 
 
 def test_unreadable_unit_file_is_named(folder, tmp_path):
     write(folder, U1, "a")
     (tmp_path / f"out/data/part-{U1}.parquet").write_bytes(b"PAR1")
     with pytest.raises(StorageError, match=f"part-{U1}.parquet: .*; delete it and run again"):
-        folder.summaries([U1])
+        folder.summarize_units([U1])

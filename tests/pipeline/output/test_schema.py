@@ -14,8 +14,8 @@ from pipeline.decoding.types import (
     Segment,
     Usage,
 )
-from pipeline.output.schema import ANSWER_FIELDS, answer_row, data_schema, error_schema, passed_through
-from pipeline.queries.schema import check_query_schema, query_of
+from pipeline.output.schema import ANSWER_FIELDS, build_data_schema, build_error_schema, convert_answer, rename_inputs
+from pipeline.queries.schema import check_query_schema, to_query
 
 PASSAGE = Passage("p1", "Title", "Text")
 CRITIQUE = Critique(0.5, 0.75, None, 0.25, 1.375)
@@ -38,12 +38,12 @@ def test_row_becomes_query():
         "choices": ["A"],
         "passages": [{"id": "p1", "title": "Title", "text": "Text"}, {"id": "p2", "text": None}],
     }
-    assert query_of(row, Columns()) == Query("q", "Who?", choices=("A",), passages=(PASSAGE, Passage("p2", "", "")))
+    assert to_query(row, Columns()) == Query("q", "Who?", choices=("A",), passages=(PASSAGE, Passage("p2", "", "")))
 
 
 @pytest.mark.parametrize("given", [None, []])
 def test_no_given_passages_means_the_index(given):
-    assert query_of({"id": "q", "query": "Who?", "passages": given}, Columns()).passages is None
+    assert to_query({"id": "q", "query": "Who?", "passages": given}, Columns()).passages is None
 
 
 @pytest.mark.parametrize(
@@ -56,7 +56,7 @@ def test_no_given_passages_means_the_index(given):
 )
 def test_given_passages_that_cannot_be_told_apart_are_an_error_of_the_row(given, problem):
     with pytest.raises(ValueError, match=problem):
-        query_of({"id": "q", "query": "Who?", "passages": given}, Columns())
+        to_query({"id": "q", "query": "Who?", "passages": given}, Columns())
 
 
 @pytest.mark.parametrize(
@@ -71,16 +71,16 @@ def test_gold_of_the_wrong_type_is_refused(column, kind, expected):
 
 def test_columns_can_be_mapped():
     row = {"qid": "q", "question": "Who?"}
-    assert query_of(row, Columns(id="qid", query="question")) == Query("q", "Who?")
+    assert to_query(row, Columns(id="qid", query="question")) == Query("q", "Who?")
 
 
 def test_null_query_is_an_empty_one():
-    assert query_of({"id": "q", "query": None}, Columns()).query == ""
+    assert to_query({"id": "q", "query": None}, Columns()).query == ""
 
 
 def test_citations_are_numbered_by_first_use():
     other = Passage("p2", "", "Other")
-    row = answer_row(answer(segment(other), segment(None), segment(PASSAGE, 2), segment(other)))
+    row = convert_answer(answer(segment(other), segment(None), segment(PASSAGE, 2), segment(other)))
     assert [s["citation"] for s in row["segments"]] == [1, None, 2, 1]
     assert [p["id"] for p in row["passages"]] == ["p2", "p1"]
     assert row["passages"][1] == {"id": "p1", "title": "Title", "text": "Text", "retrieval_score": 0.9, "rank": 2}
@@ -90,8 +90,8 @@ def test_candidates_are_a_tree_and_every_passage_read_is_there_once():
     other = Passage("p2", "", "Other")
     first = Candidate(segment(PASSAGE), None, Boundary(0.25, keep=True))
     second, third = (Candidate(s, 0, None, Finish.LENGTH) for s in (segment(other, 2), segment(PASSAGE)))
-    row = answer_row(answer(candidates=(first, second, third)))
-    schema = data_schema(pa.schema([]), keep_candidates=True)
+    row = convert_answer(answer(candidates=(first, second, third)))
+    schema = build_data_schema(pa.schema([]), keep_candidates=True)
     (back,) = pa.Table.from_pylist([row], schema=schema).to_pylist()
     assert [c["parent"] for c in back["candidates"]] == [None, 0, 0]
     assert [c["finish_reason"] for c in back["candidates"]] == [None, "length", "length"]
@@ -103,8 +103,8 @@ def test_candidates_are_a_tree_and_every_passage_read_is_there_once():
 
 def test_absent_critique_stays_null_in_arrow():
     candidate = Candidate(segment(None), parent=None, boundary=None, finish=Finish.STOP)
-    row = answer_row(answer(segment(PASSAGE), candidates=(candidate,)))
-    schema = data_schema(pa.schema([]), keep_candidates=True)
+    row = convert_answer(answer(segment(PASSAGE), candidates=(candidate,)))
+    schema = build_data_schema(pa.schema([]), keep_candidates=True)
     (back,) = pa.Table.from_pylist([row], schema=schema).to_pylist()
     assert back["segments"][0] == {
         "text": "text",
@@ -122,7 +122,7 @@ def test_absent_critique_stays_null_in_arrow():
 
 
 def test_batch_of_nulls_has_the_same_schema():
-    schema = data_schema(pa.schema([]), keep_candidates=False)
+    schema = build_data_schema(pa.schema([]), keep_candidates=False)
     table = pa.Table.from_pylist([{}, {}], schema=schema)
     assert table.schema == schema
     assert [field.name for field in schema] == [field.name for field in ANSWER_FIELDS]
@@ -130,8 +130,8 @@ def test_batch_of_nulls_has_the_same_schema():
 
 def test_colliding_input_columns_are_renamed():
     inputs = pa.schema([("id", pa.string()), ("answer", pa.string()), ("passages", pa.int32())])
-    assert passed_through(inputs).names == ["id", "input_answer", "input_passages"]
-    assert error_schema(inputs).names[:3] == ["id", "input_answer", "input_passages"]
+    assert rename_inputs(inputs).names == ["id", "input_answer", "input_passages"]
+    assert build_error_schema(inputs).names[:3] == ["id", "input_answer", "input_passages"]
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,16 @@ from typing import Any
 
 import pytest
 
-from pipeline.decoding.profiles import built_in_profiles
-from pipeline.queries.converters import ColumnMapping, Ids, check_row, known_datasets, text, texts, value_at
+from pipeline.decoding.profiles import read_built_in_profiles
+from pipeline.queries.converters import (
+    ColumnMapping,
+    Ids,
+    check_row,
+    find_value,
+    load_known_datasets,
+    to_text,
+    to_texts,
+)
 
 
 def query(values: dict[str, Any], **columns: str) -> dict[str, Any]:
@@ -20,10 +28,10 @@ def test_columns_are_mapped_renamed_and_passed_through() -> None:
 
 def test_a_dotted_path_goes_through_objects_and_lists() -> None:
     row = {"a": {"b": [{"c": 1}, {"c": 2}, {}]}, "x.y": "exactly"}
-    assert value_at(row, "a.b.c") == [1, 2, None]
-    assert value_at(row, "x.y") == "exactly"
-    assert value_at(row, "a.z.c") is None
-    assert value_at(row, "nothing") is None
+    assert find_value(row, "a.b.c") == [1, 2, None]
+    assert find_value(row, "x.y") == "exactly"
+    assert find_value(row, "a.z.c") is None
+    assert find_value(row, "nothing") is None
 
 
 def test_what_a_path_leads_through_passes_and_what_is_renamed_does_not() -> None:
@@ -51,7 +59,7 @@ def test_what_a_path_leads_through_passes_and_what_is_renamed_does_not() -> None
     ],
 )
 def test_answers_become_a_list_of_texts(value: Any, answers: list[str] | None) -> None:
-    assert texts(value) == answers
+    assert to_texts(value) == answers
 
 
 @pytest.mark.parametrize(
@@ -188,11 +196,11 @@ def test_ids_are_all_there_and_unique_or_all_made(rows: list[dict[str, Any]], pr
 
 
 def test_numbers_are_written_as_json_writes_them() -> None:
-    assert [text(value) for value in (12, 1.5, False)] == [json.dumps(value) for value in (12, 1.5, False)]
+    assert [to_text(value) for value in (12, 1.5, False)] == [json.dumps(value) for value in (12, 1.5, False)]
 
 
 def test_known_datasets_have_a_profile_and_columns_of_a_query_set() -> None:
-    for name, known in known_datasets().items():
+    for name, known in load_known_datasets().items():
         assert known.task == name
-        assert known.task in built_in_profiles()
+        assert known.task in read_built_in_profiles()
         assert ColumnMapping(known.columns).columns["query"]

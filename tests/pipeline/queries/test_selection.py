@@ -39,7 +39,7 @@ def earlier(sets: Path, name: str, *ids: str, error: str | None = None) -> None:
 def select(asked: Path, sets: Path, anew: bool = False, column: str = "id") -> Selection:
     """What today's run has to do."""
     output = place(sets / "today")
-    if not anew and (kept := Selection.kept(output, str(asked))) is not None:
+    if not anew and (kept := Selection.load(output, str(asked))) is not None:
         return kept
     queries = inspect_queries(place(asked), Columns(id=column), unit_rows=3)
     scratch = sets.parent / f"scratch-{len(list(sets.parent.iterdir()))}"

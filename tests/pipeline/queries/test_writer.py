@@ -100,7 +100,7 @@ def test_a_published_set_replaces_the_one_before(tmp_path: Path, output: Locatio
         file.unlink()
     found = write(tmp_path, [{"id": "new"}], output)
     publish_query_set(tmp_path / "set", output)
-    assert [file.path for file in output.files()] == [f"{output.path}/queries-00000.parquet"]
+    assert [file.path for file in output.list_files()] == [f"{output.path}/queries-00000.parquet"]
     assert inspect_queries(output, Columns(), 256) == found
 
 

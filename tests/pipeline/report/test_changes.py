@@ -1,35 +1,37 @@
 import pyarrow as pa
 
 from pipeline.report import changes as report_changes
-from pipeline.report.changes import Answers, Changes, changes, hashed, sample_of
+from pipeline.report.changes import Answers, Changes, choose_sampling, compare_answers, hash_answers
 
 
 def answers(sample: int = 1, **by_id: str | None) -> Answers:
-    return hashed(pa.chunked_array([list(by_id)]), pa.chunked_array([pa.array(by_id.values(), pa.string())]), sample)
+    return hash_answers(
+        pa.chunked_array([list(by_id)]), pa.chunked_array([pa.array(by_id.values(), pa.string())]), sample
+    )
 
 
 def test_answers_are_compared_by_id_wherever_they_stand():
     ours = [answers(a="Paris", b="Rome"), answers(c="x", d="only ours", e=None)]
     theirs = [answers(c="y"), answers(b="Rome", a="Paris.", e=None, f="only theirs")]
-    assert changes(ours, theirs, 1) == Changes(shared=4, changed=2, sample=1)
+    assert compare_answers(ours, theirs, 1) == Changes(shared=4, changed=2, sample=1)
 
 
 def test_nothing_in_common():
-    assert changes([answers(a="x")], [answers(b="x")], 1) == Changes(0, 0, 1)
-    assert changes([], [], 1) == Changes(0, 0, 1)
+    assert compare_answers([answers(a="x")], [answers(b="x")], 1) == Changes(0, 0, 1)
+    assert compare_answers([], [], 1) == Changes(0, 0, 1)
 
 
 def test_larger_sets_are_compared_on_a_sample_of_their_ids(monkeypatch):
     monkeypatch.setattr(report_changes, "MOST_COMPARED", 1000)
-    sample = sample_of({"queries": {"rows": 8000}}, {"queries": {"rows": 5}})
+    sample = choose_sampling({"queries": {"rows": 8000}}, {"queries": {"rows": 5}})
     assert sample == 8
     ours = {f"q{n}": "a" for n in range(8000)}
     theirs = {f"q{n}": "a" if n % 4 else "b" for n in reversed(range(8000))}
-    found = changes([answers(sample, **ours)], [answers(sample, **theirs)], sample)
+    found = compare_answers([answers(sample, **ours)], [answers(sample, **theirs)], sample)
     assert 800 < found.shared < 1200  # one in eight
     assert 0.2 < found.changed / found.shared < 0.3
 
 
 def test_sets_of_four_million_rows_are_compared_whole():
-    assert sample_of({"queries": {"rows": 4_000_000}}, {}) == 1
-    assert sample_of({}, {"queries": {"rows": 4_000_001}}) == 2
+    assert choose_sampling({"queries": {"rows": 4_000_000}}, {}) == 1
+    assert choose_sampling({}, {"queries": {"rows": 4_000_001}}) == 2

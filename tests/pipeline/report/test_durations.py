@@ -2,7 +2,7 @@ import numpy as np
 import pytest
 
 from pipeline.output.folder import UnitSummary
-from pipeline.report.durations import PARTS, PAUSE, Durations, timeline
+from pipeline.report.durations import PARTS, PAUSE, Durations, build_timeline
 
 
 def unit(began: float | None, ended: float | None, rows: int = 10, tokens: int = 100) -> UnitSummary:
@@ -11,22 +11,24 @@ def unit(began: float | None, ended: float | None, rows: int = 10, tokens: int =
 
 def test_units_that_overlap_are_one_stretch_and_pauses_part_them():
     units = [unit(1000, 1040), unit(500, 560), unit(540, 600), unit(1039, 1060)]
-    found = timeline(units)
+    found = build_timeline(units)
     assert [(s.began, s.ended, s.rows, s.tokens) for s in found.stretches] == [
         (500, 600, 20, 200),
         (1000, 1060, 20, 200),
     ]
     assert (found.busy, found.pauses, found.rows) == (160, [400], 40)
-    assert found.per_second(found.rows) == 0.25
+    assert found.divide_by_busy(found.rows) == 0.25
 
 
 def test_a_short_wait_is_no_pause():
-    assert len(timeline([unit(0.5, 10), unit(10 + PAUSE, 30)]).stretches) == 1
-    assert len(timeline([unit(0.5, 10), unit(10.1 + PAUSE, 30)]).stretches) == 2
+    assert len(build_timeline([unit(0.5, 10), unit(10 + PAUSE, 30)]).stretches) == 1
+    assert len(build_timeline([unit(0.5, 10), unit(10.1 + PAUSE, 30)]).stretches) == 2
 
 
 def test_rows_are_spread_over_the_time_of_their_unit():
-    found = timeline([unit(100, 160, rows=60), unit(130, 220, rows=90)])  # a row a second each, both for half a minute
+    found = build_timeline(
+        [unit(100, 160, rows=60), unit(130, 220, rows=90)]
+    )  # a row a second each, both for half a minute
     (stretch,) = found.stretches
     assert len(stretch.rates) == PARTS
     by_time = {rate.began: rate for rate in stretch.rates}
@@ -36,18 +38,18 @@ def test_rows_are_spread_over_the_time_of_their_unit():
 
 
 def test_stretches_share_the_parts_by_their_length():
-    found = timeline([unit(0.5, 30.5), unit(1000, 1010)])
+    found = build_timeline([unit(0.5, 30.5), unit(1000, 1010)])
     assert [len(stretch.rates) for stretch in found.stretches] == [90, 30]
 
 
 def test_without_times_there_is_no_line():
-    found = timeline([unit(None, None)])
-    assert (found.stretches, found.busy, found.per_second(10)) == ((), 0, None)
+    found = build_timeline([unit(None, None)])
+    assert (found.stretches, found.busy, found.divide_by_busy(10)) == ((), 0, None)
 
 
 def test_units_that_took_no_time():
-    found = timeline([unit(7, 7)])
-    assert (found.busy, found.per_second(10), found.stretches[0].rows) == (0, None, 10)
+    found = build_timeline([unit(7, 7)])
+    assert (found.busy, found.divide_by_busy(10), found.stretches[0].rows) == (0, None, 10)
 
 
 def test_quantiles_are_exact_to_half_a_percent_and_add_up():

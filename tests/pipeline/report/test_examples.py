@@ -2,14 +2,22 @@ import pytest
 
 from pipeline.config.sections import Columns
 from pipeline.output.folder import OutputFolder
-from pipeline.report.examples import EXAMPLES, LONGEST_PASSAGE, LONGEST_TEXT, MOST_TASKS, ExampleRow, examples, pieces
+from pipeline.report.examples import (
+    EXAMPLES,
+    LONGEST_PASSAGE,
+    LONGEST_TEXT,
+    MOST_TASKS,
+    ExampleRow,
+    mark_words,
+    read_examples,
+)
 from pipeline.report.figures import ReadOptions, read_set
 from tests.support.reports import answered, segment, unread, write_set
 
 
 def of(output: OutputFolder) -> list[ExampleRow]:
-    found = read_set(output, ReadOptions.of(output.manifest() or {}))
-    return examples(found.picks, {task: group.rows for task, group in found.groups.items()}, Columns())
+    found = read_set(output, ReadOptions.of(output.read_manifest() or {}))
+    return read_examples(found.picks, {task: group.rows for task, group in found.groups.items()}, Columns())
 
 
 def ids(found: list[ExampleRow], kind: str, task: str = "(none)") -> list[str]:
@@ -17,7 +25,7 @@ def ids(found: list[ExampleRow], kind: str, task: str = "(none)") -> list[str]:
 
 
 def marked(text: str, answer: str) -> list[str]:
-    return [piece.text for piece in pieces(text, answer) if piece.marked]
+    return [piece.text for piece in mark_words(text, answer) if piece.marked]
 
 
 def test_best_and_worst_are_by_score_over_all_units(tmp_path):
@@ -98,14 +106,14 @@ def test_words_of_the_answer_are_marked(text, answer, expected):
 
 def test_the_pieces_are_the_text():
     text = "Dune, by Frank Herbert, is long; Herbert wrote six."
-    assert "".join(piece.text for piece in pieces(text, "Herbert six")) == text
+    assert "".join(piece.text for piece in mark_words(text, "Herbert six")) == text
 
 
 def test_a_long_passage_is_shortened_around_the_first_marked_word():
     text = "a " * 3000 + "Herbert " + "b " * 3000
-    found = pieces(text, "Herbert")
+    found = mark_words(text, "Herbert")
     assert [piece.text for piece in found if piece.marked] == ["Herbert"]
     assert (found[0].text, found[-1].text) == ("…", "…")
     assert sum(len(piece.text) for piece in found) == LONGEST_PASSAGE + 2
-    plain = pieces(text, "nothing of it")
+    plain = mark_words(text, "nothing of it")
     assert "".join(piece.text for piece in plain) == text[:LONGEST_PASSAGE] + "…"

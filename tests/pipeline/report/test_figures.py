@@ -5,13 +5,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.output.folder import OutputFolder
-from pipeline.report.figures import BINS, MOST_TASKS, OTHERS, Failure, ReadOptions, SetFigures, read_set, score_range
+from pipeline.report.figures import (
+    BINS,
+    MOST_TASKS,
+    OTHERS,
+    Failure,
+    ReadOptions,
+    SetFigures,
+    compute_score_range,
+    read_set,
+)
 from pipeline.storage.location import StorageError
 from tests.support.reports import USAGE, answered, failed, segment, unread, write_set
 
 
 def figures(output: OutputFolder) -> SetFigures:
-    return read_set(output, ReadOptions.of(output.manifest() or {}))
+    return read_set(output, ReadOptions.of(output.read_manifest() or {}))
 
 
 def test_rows_errors_and_retrieval_by_task_and_together(tmp_path):
@@ -132,8 +141,8 @@ def test_a_column_of_many_values_does_not_fill_the_page(tmp_path):
 def test_the_score_s_range_follows_from_the_weights():
     weights = {"sequence": 1.0, "relevance": 2.0, "support": 1.0, "utility": 0.5}
     tasks = {"x": {"decoding": {"weights": {**weights, "utility": 3.0}}}}
-    assert score_range({"configuration": {"decoding": {"weights": weights}}, "tasks": tasks}) == (-3.0, 7.0)
-    assert score_range({}) == (-0.5, 3.5)
+    assert compute_score_range({"configuration": {"decoding": {"weights": weights}}, "tasks": tasks}) == (-3.0, 7.0)
+    assert compute_score_range({}) == (-0.5, 3.5)
 
 
 def test_a_missing_column_is_named(tmp_path):

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 import pipeline.report.page
-from pipeline.report.page import Headline, change, duration, fact, number, shown
+from pipeline.report.page import Headline, format_change, format_duration, format_fact, format_headline, format_number
 
 STYLE = Path(pipeline.report.page.__file__).with_name("report.css").read_text()
 
@@ -57,7 +57,7 @@ def test_texts_and_bars_have_the_contrast_of_wcag_aa(scheme):
     ],
 )
 def test_headlines_in_words(value, unit, words):
-    assert shown(value, unit) == words
+    assert format_headline(value, unit) == words
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_headlines_in_words(value, unit, words):
     ],
 )
 def test_differences_in_words(now, before, unit, words):
-    assert change(Headline("x", now, unit), Headline("x", before, unit)) == words
+    assert format_change(Headline("x", now, unit), Headline("x", before, unit)) == words
 
 
 @pytest.mark.parametrize(
@@ -86,11 +86,11 @@ def test_differences_in_words(now, before, unit, words):
     ],
 )
 def test_durations_in_words(seconds, words):
-    assert duration(seconds) == words
+    assert format_duration(seconds) == words
 
 
 def test_what_ran_in_words():
-    assert [fact(value) for value in (True, False, 1.0, 21015324, 0.25, "half")] == [
+    assert [format_fact(value) for value in (True, False, 1.0, 21015324, 0.25, "half")] == [
         *("yes", "no", "1", "21,015,324", "0.25", "half")
     ]
-    assert (number(-0.123456), number(float("inf"))) == ("-0.123", "inf")
+    assert (format_number(-0.123456), format_number(float("inf"))) == ("-0.123", "inf")

@@ -6,8 +6,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.demo_models import demo_encoder
-from pipeline.retrieval.encoder import Encoder, encoder_digest
+from pipeline.demo_models import build_demo_encoder
+from pipeline.retrieval.encoder import Encoder, hash_encoder
 
 
 @pytest.fixture(scope="module")
@@ -55,24 +55,24 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_digest_depends_on_configuration_and_weights_of_every_module(folder: Path) -> None:
-    digests = [encoder_digest(str(folder))]
+    digests = [hash_encoder(str(folder))]
     for name in ("config.json", "model.safetensors", "1_Pooling/config.json", "modules.json"):
         (folder / name).write_text((folder / name).read_text() + " ")
-        digests.append(encoder_digest(str(folder)))
+        digests.append(hash_encoder(str(folder)))
     assert len(set(digests)) == 5
 
 
 def test_digest_ignores_other_files_and_the_place(folder: Path, tmp_path: Path) -> None:
-    before = encoder_digest(str(folder))
+    before = hash_encoder(str(folder))
     (folder / "README.md").write_text("about")
     (folder / "onnx").mkdir()
     (folder / "onnx" / "config.json").write_text("{}")
     (folder / "pytorch_model.bin").write_text("the weights in another format")
-    assert encoder_digest(str(shutil.move(folder, tmp_path / "elsewhere"))) == before
+    assert hash_encoder(str(shutil.move(folder, tmp_path / "elsewhere"))) == before
 
 
 def test_loaded_encoder_carries_the_digest_of_its_files(encoder: Encoder) -> None:
-    assert encoder.digest == encoder_digest("demo") == encoder_digest(str(demo_encoder()))
+    assert encoder.digest == hash_encoder("demo") == hash_encoder(str(build_demo_encoder()))
     assert (encoder.name, encoder.revision) == ("demo", None)
 
 

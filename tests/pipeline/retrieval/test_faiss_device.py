@@ -13,13 +13,13 @@ from pipeline.retrieval.faiss_device import (
     WORKING_BYTES,
     CardMemory,
     Device,
-    gpu_bytes,
-    gpu_form,
+    estimate_gpu_bytes,
     has_gpu,
+    supports_gpu,
 )
 from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.manifest import IndexManifest, read_manifest
-from pipeline.retrieval.shard_files import empty_index
+from pipeline.retrieval.shard_files import create_empty_index
 from pipeline.storage.location import Location
 from tests.support.indexes import CPU, unit_vectors
 
@@ -44,8 +44,8 @@ CARD = 80_000_000_000
     ],
 )
 def test_kinds_that_gpus_have(factory: str, dimension: int, expected: tuple[bool, bool]) -> None:
-    index = empty_index(factory, dimension)
-    assert (gpu_form(index, False), gpu_form(index, True)) == expected
+    index = create_empty_index(factory, dimension)
+    assert (supports_gpu(index, False), supports_gpu(index, True)) == expected
     assert SHARED_MEMORY == 49152
 
 
@@ -56,12 +56,12 @@ def changed(manifest: IndexManifest, factory: str) -> IndexManifest:
 def test_what_shards_take_by_hand(saved: Location) -> None:
     manifest = read_manifest(saved)
     first, second, third = (shard.bytes for shard in manifest.shards)
-    assert gpu_bytes(manifest, [0, 1, 2], float16=False) == first + second + third + WORKING_BYTES
+    assert estimate_gpu_bytes(manifest, [0, 1, 2], float16=False) == first + second + third + WORKING_BYTES
     # Half of both, and one and a half of the larger on the way.
     assert third > first
-    assert gpu_bytes(manifest, [0, 2], float16=True) == (first + third) // 2 + 3 * third // 2 + WORKING_BYTES
+    assert estimate_gpu_bytes(manifest, [0, 2], float16=True) == (first + third) // 2 + 3 * third // 2 + WORKING_BYTES
     # Eight lists with 16 places of 16 bytes to spare on average.
-    coded = gpu_bytes(changed(manifest, "IVF8,SQ8"), [1], float16=True)
+    coded = estimate_gpu_bytes(changed(manifest, "IVF8,SQ8"), [1], float16=True)
     assert coded == second + 8 * 16 * 16 + WORKING_BYTES
 
 
@@ -102,8 +102,8 @@ def card(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def assign(monkeypatch: pytest.MonkeyPatch, gpus: AssignedGpus | None) -> None:
     """Let Ray have assigned these GPUs to this process."""
-    monkeypatch.setattr("pipeline.gpus.assigned_gpus", lambda: gpus)
-    monkeypatch.setattr("pipeline.retrieval.faiss_device.assigned_gpus", lambda: gpus)
+    monkeypatch.setattr("pipeline.gpus.get_assigned_gpus", lambda: gpus)
+    monkeypatch.setattr("pipeline.retrieval.faiss_device.get_assigned_gpus", lambda: gpus)
 
 
 @pytest.mark.usefixtures("card")

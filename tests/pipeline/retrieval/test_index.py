@@ -12,7 +12,7 @@ from pipeline.config.sections import RetrievalConfig
 from pipeline.decoding.types import Passage
 from pipeline.retrieval.index import PassageIndex, Shard
 from pipeline.retrieval.manifest import check_index_manifest, read_manifest, write_manifest
-from pipeline.retrieval.shard_files import build_shard, empty_index, faiss_reason, train_index
+from pipeline.retrieval.shard_files import build_shard, create_empty_index, extract_faiss_message, train_index
 from pipeline.storage.location import Location
 from tests.support.indexes import CPU, passages, save, unit_vectors
 
@@ -33,7 +33,7 @@ def test_shards_rank_as_one_index_would_with_ties_by_shard_then_row(
     parts = [part for part in np.split(vectors, sorted(cut for cut in cuts if cut < len(vectors))) if len(part)]
     shards = []
     for part in parts:
-        index = empty_index("Flat", 2)
+        index = create_empty_index("Flat", 2)
         index.add(part)
         shards.append(Shard(index, None))  # type: ignore[arg-type]
     found = PassageIndex(None, dict(enumerate(shards))).search(asked, k)  # type: ignore[arg-type]
@@ -50,7 +50,7 @@ def test_shards_rank_as_one_index_would_with_ties_by_shard_then_row(
 def test_saved_shards_find_what_one_index_finds(folder: Location, factory: str) -> None:
     vectors, queries = unit_vectors(60), unit_vectors(5, seed=1)
     save(folder, [vectors[:25], vectors[25:30], vectors[30:]], factory)
-    one = empty_index(factory, 16)
+    one = create_empty_index(factory, 16)
     if not one.is_trained:
         one.train(vectors)
     one.add(vectors)
@@ -143,7 +143,7 @@ def test_files_of_another_index_are_refused(saved: Location) -> None:
 
 
 def test_a_shard_goes_to_other_file_systems_whole(remote: Location, saved: Location, tmp_path: Path) -> None:
-    entry = build_shard(remote, 9, empty_index("Flat", 16), [(passages(0, 4), unit_vectors(4))])
+    entry = build_shard(remote, 9, create_empty_index("Flat", 16), [(passages(0, 4), unit_vectors(4))])
     assert (tmp_path / "index" / entry.file).stat().st_size == entry.bytes
     assert (tmp_path / "index" / entry.passages_file).stat().st_size == entry.passages_bytes
 
@@ -154,26 +154,29 @@ def test_failed_shard_leaves_no_files(folder: Location) -> None:
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        build_shard(folder, 0, empty_index("Flat", 16), batches())
+        build_shard(folder, 0, create_empty_index("Flat", 16), batches())
     assert list(Path(folder.path).iterdir()) == []
 
 
 @pytest.mark.parametrize("factory", ["Flatt", "PQ7", "LSH", "IDMap,Flat"])
 def test_factory_that_cannot_be_built_is_named(factory: str) -> None:
     with pytest.raises(ValueError, match=f"^factory {factory}: "):
-        empty_index(factory, 16)
+        create_empty_index(factory, 16)
 
 
 def test_faiss_reasons_leave_out_source_lines() -> None:
-    assert faiss_reason(RuntimeError("Error in x at /a/b.cpp:66: Error: 'n >= k' failed: Too few points")) == (
+    assert extract_faiss_message(RuntimeError("Error in x at /a/b.cpp:66: Error: 'n >= k' failed: Too few points")) == (
         "Too few points"
     )
-    assert faiss_reason(RuntimeError("Error in x at /a/b.cpp:1228: could not parse Flatt")) == "could not parse Flatt"
+    assert (
+        extract_faiss_message(RuntimeError("Error in x at /a/b.cpp:1228: could not parse Flatt"))
+        == "could not parse Flatt"
+    )
 
 
 def test_too_few_vectors_for_training_are_said() -> None:
     with pytest.raises(ValueError, match="cannot be trained on 5 passages: Number of training points"):
-        train_index(empty_index("IVF8,Flat", 16), unit_vectors(5))
+        train_index(create_empty_index("IVF8,Flat", 16), unit_vectors(5))
 
 
 def test_device_gpu_needs_one(saved: Location) -> None:

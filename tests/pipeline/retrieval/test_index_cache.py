@@ -9,7 +9,7 @@ from pyarrow import fs
 
 from pipeline.config.sections import RetrievalConfig
 from pipeline.retrieval.index import PassageIndex
-from pipeline.retrieval.index_cache import obtain, room_for
+from pipeline.retrieval.index_cache import obtain_file, reserve_room
 from pipeline.retrieval.manifest import read_manifest
 from pipeline.storage.location import Location
 from tests.support.flaky import FlakyFiles
@@ -56,11 +56,11 @@ class CountingFiles(FlakyFiles):
 
 def _fetch(root: str, log: str, cache: str, file: tuple[str, int, str]) -> bytes:
     source = Location(f"count://{file[0]}", fs.PyFileSystem(CountingFiles(root, log)), file[0])
-    return obtain(source, file[1], file[2], RetrievalConfig(cache=cache)).read_bytes()
+    return obtain_file(source, file[1], file[2], RetrievalConfig(cache=cache)).read_bytes()
 
 
 def test_many_readers_at_once_fetch_a_file_once(saved: Location, tmp_path: Path) -> None:
-    file = read_manifest(saved).shards[0].files()[0]
+    file = read_manifest(saved).shards[0].list_files()[0]
     log, cache = tmp_path / "log", tmp_path / "cache"
     with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("fork")) as readers:
         fetches = [readers.submit(_fetch, saved.path, str(log), str(cache), file) for _ in range(12)]
@@ -98,17 +98,17 @@ def test_the_longest_unused_copies_of_other_indexes_go_until_there_is_room(tmp_p
     old, older, own = (copy(tmp_path, *what) for what in (("a", 400, 30), ("b", 400, 20), ("c", 400, 10)))
     note = tmp_path / "note.txt"
     note.write_bytes(bytes(5000))
-    with room_for(limited(tmp_path, 1000), [OWN, MISSING], []):
+    with reserve_room(limited(tmp_path, 1000), [OWN, MISSING], []):
         assert (old.exists(), older.exists(), own.exists(), note.exists()) == (True, False, True, True)
 
 
 def test_what_other_servers_hold_of_the_same_index_counts_and_stays(tmp_path: Path) -> None:
     siblings, other = copy(tmp_path, "c", 400, 10), copy(tmp_path, "a", 400, 30)
-    with room_for(limited(tmp_path, 899), [MISSING], [OWN]):
+    with reserve_room(limited(tmp_path, 899), [MISSING], [OWN]):
         assert (siblings.exists(), other.exists()) == (True, False)
     with (
         pytest.raises(ValueError, match="the files of this index on this machine take 0.00 GB"),
-        room_for(limited(tmp_path, 499), [MISSING], [OWN]),
+        reserve_room(limited(tmp_path, 499), [MISSING], [OWN]),
     ):
         pass
     assert siblings.exists()
@@ -116,19 +116,19 @@ def test_what_other_servers_hold_of_the_same_index_counts_and_stays(tmp_path: Pa
 
 def test_without_a_limit_nothing_goes(tmp_path: Path) -> None:
     kept = copy(tmp_path, "a", 400, 30)
-    with room_for(limited(tmp_path, None), [("shard-00000.faiss", 10**15, "c" * 64)], []):
+    with reserve_room(limited(tmp_path, None), [("shard-00000.faiss", 10**15, "c" * 64)], []):
         assert kept.exists()
 
 
 def _evict(cache: str, done: str) -> None:
-    with room_for(limited(Path(cache), 1000), [("shard-00000.faiss", 900, "e" * 64)], []):
+    with reserve_room(limited(Path(cache), 1000), [("shard-00000.faiss", 900, "e" * 64)], []):
         Path(done).touch()
 
 
 def test_nothing_goes_while_another_index_is_being_opened(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     own, done = copy(tmp_path / "cache", "c", 400, 10), tmp_path / "done"
-    with room_for(limited(tmp_path / "cache", 1000), [OWN], []):
+    with reserve_room(limited(tmp_path / "cache", 1000), [OWN], []):
         other = multiprocessing.get_context("spawn").Process(target=_evict, args=(str(tmp_path / "cache"), str(done)))
         other.start()
         other.join(4)

@@ -52,7 +52,7 @@ def test_encoder_is_known_by_its_content_not_its_name(saved: Location) -> None:
 
 def test_cheap_check_compares_the_asked_encoder_by_digest(saved: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     digests = {"same": "d" * 64, "other": "e" * 64, "remote": None}
-    monkeypatch.setattr("pipeline.retrieval.manifest.encoder_digest", digests.get)
+    monkeypatch.setattr("pipeline.retrieval.manifest.hash_encoder", digests.get)
     for name in (None, "tiny", "same"):
         assert check_index_manifest(saved, RetrievalConfig(encoder=name)).passages == 60
     for name in ("other", "remote"):
@@ -66,7 +66,7 @@ def test_the_encoders_style_is_read_back(saved: Location) -> None:
     style = {"query_prefix": "query: ", "passage_prefix": "passage: ", "normalised": False, "dtype": "float16"}
     changed = manifest.encoder.model_copy(update=style)
     assert changed.style == EncoderStyle.model_validate(style)
-    assert manifest.model_copy(update={"encoder": changed}).digest() != manifest.digest()
+    assert manifest.model_copy(update={"encoder": changed}).compute_digest() != manifest.compute_digest()
 
 
 def test_an_index_counts_the_bytes_of_all_its_faiss_files(saved: Location) -> None:

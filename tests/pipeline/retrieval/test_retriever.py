@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from pipeline.config.sections import RetrievalConfig
-from pipeline.decoding.self_rag import given_passages
+from pipeline.decoding.self_rag import take_given_passages
 from pipeline.decoding.types import Passage, Query, RetrievedPassage
 from pipeline.retrieval.encoder import Vectors
 from pipeline.retrieval.retriever import IndexRetriever
@@ -147,8 +147,8 @@ async def test_encoder_that_does_not_fit_the_index_is_refused() -> None:
 
 def test_given_passages_keep_their_order_and_have_no_score() -> None:
     brought = tuple(Passage(name, name, name) for name in "abc")
-    assert given_passages(Query("1", "q", passages=brought), 2) == [
+    assert take_given_passages(Query("1", "q", passages=brought), 2) == [
         RetrievedPassage(brought[0], None, 1),
         RetrievedPassage(brought[1], None, 2),
     ]
-    assert given_passages(Query("1", "q"), 2) == []
+    assert take_given_passages(Query("1", "q"), 2) == []

@@ -45,7 +45,7 @@ def cluster() -> Iterator[None]:
 
 def start(index: Location, count: int) -> list[Any]:
     manifest = read_manifest(index)
-    served = ServedIndex(index.uri, manifest.digest(), len(manifest.shards), CPU, StorageConfig())
+    served = ServedIndex(index.uri, manifest.compute_digest(), len(manifest.shards), CPU, StorageConfig())
     return start_servers(served, [None] * count, NO_CPUS)
 
 

@@ -23,7 +23,7 @@ from pipeline.engine.vllm import EngineDeadError
 from pipeline.output.folder import OutputFolder, UnitSummary
 from pipeline.queries.query_set import inspect_queries
 from pipeline.retrieval.shard_servers import IndexLostError
-from pipeline.run.actor import OneByOne, SelfRagActor, annotate_table, annotated_schema
+from pipeline.run.actor import OneByOne, SelfRagActor, annotate_table, build_annotated_schema
 from pipeline.run.attempts import MAX_CONSECUTIVE_CRASHES, Attempts, CrashLoopError, SharedExclusiveLock
 from pipeline.run.telemetry import ActorTelemetry
 from pipeline.storage.location import locate
@@ -238,13 +238,13 @@ async def test_an_engine_that_dies_while_it_is_warmed_ends_the_process(tmp_path,
     made.generator.error = EngineDeadError(DEATH)
     folder = Folder(tmp_path, table("one"))
     assert await folder.annotate(made) is None
-    assert attempts.deaths(folder.unit.id) == 1
+    assert attempts.count_deaths(folder.unit.id) == 1
 
 
 async def test_a_unit_goes_from_its_file_to_its_files(tmp_path):
     folder = Folder(tmp_path, table("one", None, "two"))
     summary = await folder.annotate(actor(LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run")), []))
-    assert summary == folder.output.summaries([folder.unit.id])[0]
+    assert summary == folder.output.summarize_units([folder.unit.id])[0]
     assert (summary.unit, summary.rows, summary.errors) == (folder.unit.id, 3, {"ValueError": 1})
     assert time.time() - 60 < (summary.began or 0) <= (summary.ended or 0) <= time.time()
     assert folder.answers() == ["one", "two"]
@@ -294,7 +294,7 @@ async def test_a_process_that_dies_once_while_it_writes_costs_an_attempt(tmp_pat
     with monkeypatch.context() as patched:
         patched.setattr(OutputFolder, "write_unit", dies)
         assert await folder.annotate(actor(LocalHandle(attempts), [])) is None
-    assert attempts.deaths(folder.unit.id) == 1
+    assert attempts.count_deaths(folder.unit.id) == 1
     summary = await folder.annotate(actor(LocalHandle(attempts), []))
     assert summary is not None
     assert summary.rows == 1
@@ -360,10 +360,10 @@ async def test_a_run_whose_every_process_dies_ends(tmp_path):
 async def test_a_unit_that_waits_is_not_counted(tmp_path):
     attempts, folder = Attempts(MAX_CONSECUTIVE_CRASHES, "run"), Folder(tmp_path, table("one"))
     process = actor(LocalHandle(attempts), [])
-    async with process.lock.exclusive():
+    async with process.lock.hold_exclusive():
         waiting = asyncio.create_task(folder.annotate(process))
         await asyncio.sleep(0.01)
-        assert attempts.deaths(folder.unit.id) == 0
+        assert attempts.count_deaths(folder.unit.id) == 0
     summary = await waiting
     assert summary is not None
     assert summary.rows == 1
@@ -402,4 +402,4 @@ async def test_dead_engine_is_no_rows_fault():
 async def test_schema_does_not_depend_on_the_batch():
     good = await annotate_table(system(), table("one"), CONFIG)
     bad = await annotate_table(system(), table("poison"), CONFIG)
-    assert good.schema == bad.schema == annotated_schema(table("x").schema, keep_candidates=False)
+    assert good.schema == bad.schema == build_annotated_schema(table("x").schema, keep_candidates=False)

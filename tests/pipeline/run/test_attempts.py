@@ -11,9 +11,9 @@ def test_attempts_count_until_they_end() -> None:
     attempts = Attempts(MAX_CONSECUTIVE_CRASHES, "run")
     for what in ("a", "a", "b"):
         attempts.begin(what)
-    assert (attempts.deaths("a"), attempts.deaths("b"), attempts.deaths("c")) == (2, 1, 0)
+    assert (attempts.count_deaths("a"), attempts.count_deaths("b"), attempts.count_deaths("c")) == (2, 1, 0)
     attempts.end("a")
-    assert (attempts.deaths("a"), attempts.deaths("b")) == (0, 1)
+    assert (attempts.count_deaths("a"), attempts.count_deaths("b")) == (0, 1)
 
 
 def test_counts_of_rows_last_until_their_unit_ends() -> None:
@@ -23,10 +23,10 @@ def test_counts_of_rows_last_until_their_unit_ends() -> None:
     attempts.begin("u", 10)
     attempts.begin("v", 1)
     attempts.end("u", 1)
-    assert [attempts.deaths("u", row) for row in (None, 1, 10)] == [1, 0, 1]
+    assert [attempts.count_deaths("u", row) for row in (None, 1, 10)] == [1, 0, 1]
     attempts.end("u")
-    assert [attempts.deaths("u", row) for row in (None, 10)] == [0, 0]
-    assert [attempts.deaths("v", row) for row in (None, 1)] == [0, 1]
+    assert [attempts.count_deaths("u", row) for row in (None, 10)] == [0, 0]
+    assert [attempts.count_deaths("v", row) for row in (None, 1)] == [0, 1]
 
 
 def test_deaths_with_nothing_done_in_between_end_the_run() -> None:
@@ -73,9 +73,9 @@ def test_how_engines_ended_is_known_until_their_row_ends() -> None:
     attempts, death = Attempts(MAX_CONSECUTIVE_CRASHES, "run"), Death("killed", out_of_memory=True)
     attempts.begin("a")
     attempts.record_death(death, "a")
-    assert (attempts.engines("a"), attempts.engines("b")) == ([death], [])
+    assert (attempts.list_engine_deaths("a"), attempts.list_engine_deaths("b")) == ([death], [])
     attempts.end("a")
-    assert attempts.engines("a") == []
+    assert attempts.list_engine_deaths("a") == []
 
 
 def test_a_start_that_does_not_end_is_a_crash() -> None:
@@ -96,7 +96,7 @@ async def test_who_is_alone_is_alone_and_everybody_gets_in(seed: int) -> None:
         nonlocal passed
         for _ in range(rng.randrange(4)):
             await asyncio.sleep(0)
-        async with lock.exclusive() if alone else lock.shared():
+        async with lock.hold_exclusive() if alone else lock.hold_shared():
             inside.append(name)
             for _ in range(rng.randrange(6)):
                 assert "alone" not in inside or inside == ["alone"]
@@ -114,7 +114,7 @@ async def test_others_are_beside_one_another() -> None:
 
     async def visit() -> None:
         nonlocal inside, most
-        async with lock.shared():
+        async with lock.hold_shared():
             inside += 1
             most = max(most, inside)
             await asyncio.sleep(0.01)
@@ -126,11 +126,11 @@ async def test_others_are_beside_one_another() -> None:
 
 async def test_who_gives_up_waiting_to_be_alone_lets_others_in() -> None:
     lock = SharedExclusiveLock()
-    async with lock.shared():
-        waiting = asyncio.create_task(lock.exclusive().__aenter__())
+    async with lock.hold_shared():
+        waiting = asyncio.create_task(lock.hold_exclusive().__aenter__())
         await asyncio.sleep(0)
         waiting.cancel()
         with pytest.raises(asyncio.CancelledError):
             await waiting
-        async with asyncio.timeout(1), lock.shared():
+        async with asyncio.timeout(1), lock.hold_shared():
             pass

@@ -11,7 +11,7 @@ import pyarrow as pa
 import pytest
 import ray
 
-from pipeline.run.actor import annotated_schema
+from pipeline.run.actor import build_annotated_schema
 from pipeline.run.telemetry import ActorTelemetry, DeathTelemetry, RunTelemetry
 from tests.faults.campaign import model_folder
 from tests.faults.harness import Job, write_queries
@@ -73,19 +73,19 @@ class Counting:
             {"retrieved": False, "usage": {**USAGE, **SECONDS, "retrievals": 0}},
             {"error_type": "ValueError"},
         ]
-        table = pa.Table.from_pylist(rows, schema=annotated_schema(pa.schema([("id", pa.string())]), False))
-        self.actor.unit(table)
-        self.actor.unit(table)
-        with self.actor.flying(4):
-            self.actor.step(12, 3, 1)
-        self.actor.search(0.02)
-        self.actor.search(0.03)
+        table = pa.Table.from_pylist(rows, schema=build_annotated_schema(pa.schema([("id", pa.string())]), False))
+        self.actor.count_unit(table)
+        self.actor.count_unit(table)
+        with self.actor.counting_rows(4):
+            self.actor.record_step(12, 3, 1)
+        self.actor.record_search(0.02)
+        self.actor.record_search(0.03)
         with self.run:
-            self.run.written(3)
-            self.run.written(3)
-        self.deaths.started()
-        self.deaths.started()
-        self.deaths.died(out_of_memory=True)
+            self.run.add_written(3)
+            self.run.add_written(3)
+        self.deaths.count_start()
+        self.deaths.count_start()
+        self.deaths.count_death(out_of_memory=True)
 
 
 EXPECTED = {

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.sections import StorageConfig
-from pipeline.storage.lease import Lease, OutputInUseError, process_start
+from pipeline.storage.lease import Lease, OutputInUseError, read_process_start
 from pipeline.storage.location import Location, locate
 from tests.support.leases import leave_lease
 from tests.support.s3 import S3Server
@@ -149,5 +149,5 @@ def test_of_several_runs_started_at_once_one_goes_on(output: Location) -> None:
 
 
 def test_no_process_has_no_birth() -> None:
-    assert process_start(os.getpid())
-    assert process_start(2**22 + 1) is None
+    assert read_process_start(os.getpid())
+    assert read_process_start(2**22 + 1) is None

@@ -17,7 +17,9 @@ def test_files_are_listed_by_name_without_hidden_ones(tmp_path):
     for name in ("b.parquet", "a.parquet", "sub/c.parquet", "_manifest.json", ".d.parquet", "_tmp/e.parquet", "f.txt"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).touch()
-    found = [Path(file.uri).relative_to(tmp_path).as_posix() for file in locate(str(tmp_path), HERE).files(".parquet")]
+    found = [
+        Path(file.uri).relative_to(tmp_path).as_posix() for file in locate(str(tmp_path), HERE).list_files(".parquet")
+    ]
     assert found == ["a.parquet", "b.parquet", "sub/c.parquet"]
 
 
@@ -68,9 +70,9 @@ def test_s3_round_trip_with_configured_credentials(s3, monkeypatch):
     assert not folder.exists()
     (folder / "data" / "part-1.parquet").write(b"one")
     (folder / "data" / "part-1.parquet").write(b"two")
-    assert [file.uri for file in folder.files(".parquet")] == [f"s3://{s3.bucket}/round/trip/data/part-1.parquet"]
+    assert [file.uri for file in folder.list_files(".parquet")] == [f"s3://{s3.bucket}/round/trip/data/part-1.parquet"]
     assert (folder / "data" / "part-1.parquet").read() == b"two"
-    assert (folder / "data" / "part-1.parquet").kind() == fs.FileType.File
+    assert (folder / "data" / "part-1.parquet").get_type() == fs.FileType.File
     (folder / "data" / "part-1.parquet").delete()
     assert not (folder / "data" / "part-1.parquet").exists()
 
@@ -172,5 +174,5 @@ def test_a_folder_that_goes_away_while_it_is_listed_is_listed_again(tmp_path):
     gone = dataclasses.replace(
         locate(str(tmp_path), StorageConfig()), filesystem=SimpleNamespace(get_file_info=listing, type_name="local")
     )
-    assert gone.files() == []
+    assert gone.list_files() == []
     assert answers == []

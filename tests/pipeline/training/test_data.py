@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.training.data import Claim, Instruction, Pair, ReadingTriple, TeachingData, nearest, read_data
+from pipeline.training.data import Claim, Instruction, Pair, ReadingTriple, TeachingData, find_nearest, read_data
 
 READING = {"question": "q?", "passage": "The answer is here.", "title": "T", "answer": "answer", "source": "x"}
 CLAIM = {
@@ -80,5 +80,5 @@ def test_nearest_ranks_by_inner_product() -> None:
         return np.array([vectors[text] for text in texts], np.float32)
 
     texts = ["west", "north", "north-east", "east"]
-    assert nearest(encode, ["north", "east"], texts, k=2).tolist() == [[1, 2], [3, 2]]
-    assert nearest(encode, ["east"], texts, k=9).tolist() == [[3, 2, 1, 0]]
+    assert find_nearest(encode, ["north", "east"], texts, k=2).tolist() == [[1, 2], [3, 2]]
+    assert find_nearest(encode, ["east"], texts, k=9).tolist() == [[3, 2, 1, 0]]

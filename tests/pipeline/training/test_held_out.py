@@ -1,7 +1,7 @@
 from pipeline.config.sections import Columns
-from pipeline.queries.schema import check_query_schema, query_of
+from pipeline.queries.schema import check_query_schema, to_query
 from pipeline.training.data import Claim, Instruction, ReadingTriple, TeachingData
-from pipeline.training.held_out import held_out_queries
+from pipeline.training.held_out import build_held_out_queries
 from pipeline.training.rows import Negatives
 
 READINGS = tuple(ReadingTriple(f"Who is {n}?", "People", f"Person {n} is name{n} here.", f"name{n}") for n in range(4))
@@ -16,13 +16,13 @@ NEGATIVES = Negatives({"Who is 0?": [("People", "a hard one"), ("People", "it is
 
 
 def rows(limit: int = 10) -> dict[str, dict]:
-    return {row["id"]: row for row in held_out_queries(DATA, NEGATIVES, limit).to_pylist()}
+    return {row["id"]: row for row in build_held_out_queries(DATA, NEGATIVES, limit).to_pylist()}
 
 
 def test_it_is_a_query_set_with_given_passages() -> None:
-    table = held_out_queries(DATA, NEGATIVES, 10)
+    table = build_held_out_queries(DATA, NEGATIVES, 10)
     check_query_schema(table.schema, Columns(), "held out")
-    queries = [query_of(row, Columns()) for row in table.to_pylist()]
+    queries = [to_query(row, Columns()) for row in table.to_pylist()]
     assert all(query.passages is not None and len(query.passages) == 5 for query in queries)
     assert len({query.id for query in queries}) == len(queries) == 4 + 2 + 1 + 1
 

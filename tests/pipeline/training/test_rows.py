@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 
 from pipeline.decoding.reflection import CONTROL_TOKENS, IsRel, IsSup, IsUse, Paragraph, Retrieve
 from pipeline.training.data import Claim, Instruction, Pair, ReadingTriple, TeachingData
-from pipeline.training.rows import LossWeights, Negatives, TreeBuilder, window, wrong_span
+from pipeline.training.rows import LossWeights, Negatives, TreeBuilder, cut_window, draw_wrong_span
 from pipeline.training.trees import Branch
 from tests.support.fakes import word_tokenizer
 
@@ -51,7 +51,7 @@ def test_a_window_holds_what_it_is_around_in_whole_words(words: list[str], data:
     start = data.draw(st.integers(0, len(words) - 1))
     around = " ".join(words[start : data.draw(st.integers(start + 1, len(words)))])
     size = data.draw(st.integers(1, 45))
-    cut = window(text, size, random.Random(data.draw(st.integers())), around=around)
+    cut = cut_window(text, size, random.Random(data.draw(st.integers())), around=around)
     assert around in cut
     assert f" {cut} " in f" {text} "
     # One word more where the answer's first place in the text begins in the middle of a word.
@@ -62,14 +62,14 @@ def test_a_window_holds_what_it_is_around_in_whole_words(words: list[str], data:
 @given(WORDS, st.integers(1, 45), st.integers())
 def test_a_window_around_nothing_has_the_length_asked_for(words: list[str], size: int, seed: int) -> None:
     text = " ".join(words)
-    cut = window(text, size, random.Random(seed))
+    cut = cut_window(text, size, random.Random(seed))
     assert len(cut.split()) == min(size, len(words))
     assert f" {cut} " in f" {text} "
 
 
 def test_windows_put_the_answer_in_all_places() -> None:
     text = " ".join(f"w{n}" for n in range(100))
-    places = {window(text, 10, random.Random(seed), around="w50").split().index("w50") for seed in range(200)}
+    places = {cut_window(text, 10, random.Random(seed), around="w50").split().index("w50") for seed in range(200)}
     assert places == set(range(10))
 
 
@@ -77,7 +77,7 @@ def test_windows_put_the_answer_in_all_places() -> None:
 def test_a_wrong_span_is_never_the_answer(words: list[str], data: st.DataObject) -> None:
     start = data.draw(st.integers(0, len(words) - 1))
     answer = " ".join(words[start : start + data.draw(st.integers(1, 4))])
-    span = wrong_span(" ".join(words), answer, random.Random(data.draw(st.integers())))
+    span = draw_wrong_span(" ".join(words), answer, random.Random(data.draw(st.integers())))
     assert span
     assert answer.casefold() not in span.casefold()
     assert span.casefold() not in answer.casefold()
@@ -85,14 +85,14 @@ def test_a_wrong_span_is_never_the_answer(words: list[str], data: st.DataObject)
 
 @given(st.sampled_from(["unknown", "Unknown", "an unknown soldier"]), st.integers())
 def test_a_wrong_span_is_wrong_for_unknown_answers_too(answer: str, seed: int) -> None:
-    span = wrong_span(answer, answer, random.Random(seed))
+    span = draw_wrong_span(answer, answer, random.Random(seed))
     assert span.casefold() not in answer.casefold()
 
 
 def test_a_wrong_span_is_a_number_for_a_number_and_a_name_for_a_name() -> None:
     passage = "In 1066 William of Normandy beat Harold with 8000 men on one day"
-    numbers = {wrong_span(passage, "1066", random.Random(seed)).split()[0] for seed in range(50)}
-    names = {wrong_span(passage, "Harold", random.Random(seed)).split()[0] for seed in range(50)}
+    numbers = {draw_wrong_span(passage, "1066", random.Random(seed)).split()[0] for seed in range(50)}
+    names = {draw_wrong_span(passage, "Harold", random.Random(seed)).split()[0] for seed in range(50)}
     assert numbers == {"8000"}
     assert names <= {"In", "William", "Normandy"}
 
@@ -108,7 +108,7 @@ def test_negatives_come_from_the_ranking_without_the_answer_and_titled_alike() -
 
 
 def test_a_reading_decides_to_retrieve_and_only_reads_prompt_and_passages(builder: TreeBuilder) -> None:
-    tree = builder.reading(ROLLO, 100, random.Random(0))
+    tree = builder.build_reading(ROLLO, 100, random.Random(0))
     *prompt, decision = weighted(builder, tree)
     assert {weight for _, weight in prompt} == {0.0}
     assert decision == (Retrieve.YES, WEIGHTS.decide)
@@ -119,7 +119,7 @@ def test_a_reading_decides_to_retrieve_and_only_reads_prompt_and_passages(builde
 
 
 def test_the_right_answer_is_taught_with_its_critique(builder: TreeBuilder) -> None:
-    right = builder.reading(ROLLO, 100, random.Random(0)).children[0].children[0]
+    right = builder.build_reading(ROLLO, 100, random.Random(0)).children[0].children[0]
     assert weighted(builder, right) == [
         (IsRel.RELEVANT, 5.0),
         ("Rollo", 3.0),
@@ -132,7 +132,7 @@ def test_the_right_answer_is_taught_with_its_critique(builder: TreeBuilder) -> N
 def test_an_answer_that_is_not_right_is_judged_and_not_taught(builder: TreeBuilder) -> None:
     judgments = set()
     for seed in range(40):
-        for answer in builder.reading(ROLLO, 100, random.Random(seed)).children[0].children[1:]:
+        for answer in builder.build_reading(ROLLO, 100, random.Random(seed)).children[0].children[1:]:
             (relevance, *text, support, use, _) = weighted(builder, answer)
             assert relevance == (IsRel.RELEVANT, 0.0)
             assert {weight for _, weight in text} == {0.0}
@@ -143,7 +143,7 @@ def test_an_answer_that_is_not_right_is_judged_and_not_taught(builder: TreeBuild
 
 def test_a_wrong_passage_is_irrelevant_and_holds_no_answer(builder: TreeBuilder) -> None:
     for seed in range(40):
-        for passage in builder.reading(ROLLO, 100, random.Random(seed)).children[1:]:
+        for passage in builder.build_reading(ROLLO, 100, random.Random(seed)).children[1:]:
             assert "Rollo" not in builder.tokenizer.decode(list(passage.ids))
             irrelevant, judged = (weighted(builder, answer) for answer in passage.children)
             assert irrelevant[0] == (IsRel.IRRELEVANT, WEIGHTS.relevance)
@@ -153,14 +153,14 @@ def test_a_wrong_passage_is_irrelevant_and_holds_no_answer(builder: TreeBuilder)
 
 
 def test_a_pair_teaches_relevance_only(builder: TreeBuilder) -> None:
-    tree = builder.pair(Pair("Where do sharks swim?", "They swim in water."), random.Random(0))
+    tree = builder.build_pair(Pair("Where do sharks swim?", "They swim in water."), random.Random(0))
     ends = [weighted(builder, passage)[-1] for passage in tree.children]
     assert ends == [(IsRel.RELEVANT, 5.0), (IsRel.IRRELEVANT, 5.0), (IsRel.IRRELEVANT, 5.0)]
     assert all(set(passage.weights[:-1]) == {0.0} for passage in tree.children)
 
 
 def test_an_instruction_is_answered_without_retrieval(builder: TreeBuilder) -> None:
-    tree = builder.instruction(Instruction("Say hello", "Hello you two"))
+    tree = builder.build_instruction(Instruction("Say hello", "Hello you two"))
     assert not tree.children
     answer = [pair for pair in weighted(builder, tree) if pair[1] > 0]
     assert answer == [
@@ -174,7 +174,7 @@ def test_an_instruction_is_answered_without_retrieval(builder: TreeBuilder) -> N
 
 
 def test_a_long_output_is_cut_without_an_end(builder: TreeBuilder) -> None:
-    tree = builder.instruction(Instruction("Count", "one two three four five"))
+    tree = builder.build_instruction(Instruction("Count", "one two three four five"))
     assert [word for word, weight in weighted(builder, tree) if weight > 0] == [
         Retrieve.NO,
         "one",
@@ -185,13 +185,13 @@ def test_a_long_output_is_cut_without_an_end(builder: TreeBuilder) -> None:
 
 
 def test_a_second_segment_keeps_the_passage_that_answers_both(builder: TreeBuilder) -> None:
-    (text,) = texts(builder, builder.two_segments(PARIS, SEINE, 100, random.Random(0)))
+    (text,) = texts(builder, builder.build_two_segments(PARIS, SEINE, 100, random.Random(0)))
     assert text.count(Paragraph.START) == 1
     assert text.endswith("Paris [Fully supported] [Continue to Use Evidence] always [Fully supported] [Utility:5] </s>")
 
 
 def test_a_second_segment_retrieves_its_own_passage_otherwise(builder: TreeBuilder) -> None:
-    (text,) = texts(builder, builder.two_segments(PARIS, ROLLO, 100, random.Random(0)))
+    (text,) = texts(builder, builder.build_two_segments(PARIS, ROLLO, 100, random.Random(0)))
     assert text.count(Paragraph.START) == text.count(Retrieve.YES) == text.count(IsRel.RELEVANT) == 2
     assert Retrieve.CONTINUE not in text
     assert text.index("Paris [Fully supported] [Retrieval] <paragraph> Normans") < text.index("Rollo [Fully supported]")
@@ -200,14 +200,14 @@ def test_a_second_segment_retrieves_its_own_passage_otherwise(builder: TreeBuild
 def test_a_claim_teaches_its_label_and_judges_the_other(builder: TreeBuilder) -> None:
     claim = Claim("Rollo was Norse.", ("SUPPORTS", "REFUTES"), "SUPPORTS", "Rollo", "A Norse leader.")
     fish = Claim("Fish fly.", ("SUPPORTS", "REFUTES"), "REFUTES", "Fish", "They swim.")
-    tree = builder.claim(claim, fish, random.Random(0))
+    tree = builder.build_claim(claim, fish, random.Random(0))
     right, wrong = tree.children[0].children
     assert weighted(builder, right)[:3] == [(IsRel.RELEVANT, 5.0), ("SUPPORTS", 3.0), (IsSup.FULLY, 2.0)]
     assert weighted(builder, wrong)[:3] == [(IsRel.RELEVANT, 0.0), ("REFUTES", 0.0), (IsSup.NONE, 2.0)]
     assert "SUPPORTS, REFUTES" in texts(builder, tree)[0]
     (guess,) = (text for text in texts(builder, tree) if IsRel.IRRELEVANT in text)
     assert "Fish They swim." in guess
-    alone = builder.claim(claim, claim, random.Random(0))
+    alone = builder.build_claim(claim, claim, random.Random(0))
     assert not any(IsRel.IRRELEVANT in text for text in texts(builder, alone))
 
 
@@ -215,22 +215,22 @@ def test_a_claim_teaches_its_label_and_judges_the_other(builder: TreeBuilder) ->
 def test_control_tokens_in_the_data_stay_plain_words(token: str, seed: int) -> None:
     builder = TreeBuilder(word_tokenizer(), Negatives({}, OTHERS), WEIGHTS)
     row = ReadingTriple(f"{token} who?", token, f"It was {token} Rollo who came", "Rollo")
-    tree = builder.reading(row, 100, random.Random(seed))
+    tree = builder.build_reading(row, 100, random.Random(seed))
     control = builder.tokenizer.reflection.control
     passage = tree.children[0]
-    assert [i for i in tree.ids if i in control] == builder.tokenizer.control(Retrieve.YES)
-    assert [i for i in passage.ids if i in control] == builder.tokenizer.control(Paragraph.START, Paragraph.END)
+    assert [i for i in tree.ids if i in control] == builder.tokenizer.encode_control(Retrieve.YES)
+    assert [i for i in passage.ids if i in control] == builder.tokenizer.encode_control(Paragraph.START, Paragraph.END)
 
 
 def test_the_stream_depends_on_its_seed_only(builder: TreeBuilder) -> None:
     data = TeachingData((ROLLO, PARIS, SEINE), (Instruction("Say", "Hello"),), (Pair("q?", "a b."),))
-    first, second = (list(islice(builder.stream(data, random.Random(3), lambda: 60), 30)) for _ in range(2))
+    first, second = (list(islice(builder.stream_trees(data, random.Random(3), lambda: 60), 30)) for _ in range(2))
     assert first == second
 
 
 def test_the_stream_leaves_out_kinds_that_have_no_data(builder: TreeBuilder) -> None:
     data = TeachingData((ROLLO, PARIS, SEINE))
-    trees = islice(builder.stream(data, random.Random(0), lambda: 60), 200)
+    trees = islice(builder.stream_trees(data, random.Random(0), lambda: 60), 200)
     written = {word for tree in trees for branch in branches(tree) for word, _ in weighted(builder, branch)}
     assert Retrieve.NO not in written
     assert Retrieve.CONTINUE in written
@@ -240,7 +240,7 @@ def test_the_stream_leaves_out_kinds_that_have_no_data(builder: TreeBuilder) -> 
 def test_sources_of_instructions_are_drawn_evenly(builder: TreeBuilder) -> None:
     many = tuple(Instruction(f"sum {n}", "two", "sums") for n in range(50))
     data = TeachingData((ROLLO,), (*many, Instruction("poem", "roses", "poems")))
-    trees = islice(builder.stream(data, random.Random(0), lambda: 60), 1000)
+    trees = islice(builder.stream_trees(data, random.Random(0), lambda: 60), 1000)
     texts = [builder.tokenizer.decode(list(tree.ids)) for tree in trees]
     poems, sums = (sum(f"### Instruction: {word} " in text for text in texts) for word in ("poem", "sum"))
     assert poems + sums > 100

@@ -12,23 +12,23 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection import CONTROL_TOKENS, IsRel, IsSup, IsUse, Retrieve
-from pipeline.demo_models import demo_base_model
+from pipeline.demo_models import build_demo_base_model
 from pipeline.training.recipe import Recipe
 from pipeline.training.train import (
     add_reflection_tokens,
     attach_adapter,
-    loss,
+    compute_loss,
     measure_held_out,
     save_adapter,
     train_adapter,
 )
-from pipeline.training.trees import TokenTree, given, lay_out, taught
+from pipeline.training.trees import TokenTree, lay_out, make_given, make_taught
 
 RECIPE = Recipe(tokens=6_000, tokens_per_step=100, rank=4, frozen_layers=1, learning_rate=0.03)
 
 
 def tiny(adapter: Path | None = None) -> tuple[Any, PromptTokenizer]:
-    tokenizer = AutoTokenizer.from_pretrained(demo_base_model())
+    tokenizer = AutoTokenizer.from_pretrained(build_demo_base_model())
     torch.manual_seed(0)
     config = LlamaConfig(
         vocab_size=len(tokenizer),
@@ -45,18 +45,24 @@ def tiny(adapter: Path | None = None) -> tuple[Any, PromptTokenizer]:
 
 def trees(prompts: PromptTokenizer) -> list[TokenTree]:
     """A question with a right and a wrong passage and two judged answers, and an instruction."""
-    end = taught(prompts.control(IsUse.FIVE), 1.0) + given([prompts.eos])
+    end = make_taught(prompts.encode_control(IsUse.FIVE), 1.0) + make_given([prompts.eos])
     # The words' own embeddings are random and stay so: only control tokens can be learned.
-    right = taught(prompts.control(IsRel.RELEVANT), 1.0)
+    right = make_taught(prompts.encode_control(IsRel.RELEVANT), 1.0)
     answers = [
-        right + given(prompts.text(text)) + taught(prompts.control(support), 1.0) + end
+        right + make_given(prompts.encode_text(text)) + make_taught(prompts.encode_control(support), 1.0) + end
         for text, support in (("Rollo", IsSup.FULLY), ("Bjorn", IsSup.NONE))
     ]
-    passage = given(prompts.passage("Normans", "Rollo led them.")).then(*answers)
-    wrong = given(prompts.passage("Sharks", "They swim.")) + taught(prompts.control(IsRel.IRRELEVANT), 1.0) + end
-    question = given(prompts.prompt("Who led?")) + taught(prompts.control(Retrieve.YES), 1.0)
-    instruction = given(prompts.prompt("Say hi")) + taught(prompts.control(Retrieve.NO), 1.0) + end
-    return [lay_out(question.then(passage, wrong)), lay_out(instruction)]
+    passage = make_given(prompts.encode_passage("Normans", "Rollo led them.")).with_children(*answers)
+    wrong = (
+        make_given(prompts.encode_passage("Sharks", "They swim."))
+        + make_taught(prompts.encode_control(IsRel.IRRELEVANT), 1.0)
+        + end
+    )
+    question = make_given(prompts.encode_prompt("Who led?")) + make_taught(prompts.encode_control(Retrieve.YES), 1.0)
+    instruction = (
+        make_given(prompts.encode_prompt("Say hi")) + make_taught(prompts.encode_control(Retrieve.NO), 1.0) + end
+    )
+    return [lay_out(question.with_children(passage, wrong)), lay_out(instruction)]
 
 
 @pytest.fixture(scope="module")
@@ -76,8 +82,8 @@ def test_what_is_taught_is_learned(trained: tuple[Any, PromptTokenizer, list[Tok
     model, prompts, lessons, _ = trained
     untrained, _ = tiny()
     with torch.no_grad():
-        assert loss(model, lessons[0]) < 0.2 * loss(untrained, lessons[0])
-    figures = measure_held_out(model, lessons, prompts).summary()
+        assert compute_loss(model, lessons[0]) < 0.2 * compute_loss(untrained, lessons[0])
+    figures = measure_held_out(model, lessons, prompts).summarize()
     assert (figures["decision_accuracy"], figures["isrel_auc"], figures["issup_auc"]) == (1.0, 1.0, 1.0)
 
 
@@ -100,5 +106,5 @@ def test_training_goes_on_from_a_saved_adapter(
     model, _, lessons, folder = trained
     again, _ = tiny(folder)
     with torch.no_grad():
-        assert float(loss(again, lessons[0])) == pytest.approx(float(loss(model, lessons[0])), rel=0.02)
+        assert float(compute_loss(again, lessons[0])) == pytest.approx(float(compute_loss(model, lessons[0])), rel=0.02)
     assert any(parameter.requires_grad for parameter in again.parameters())

@@ -2,13 +2,13 @@ import numpy as np
 from hypothesis import given as hypothesis_given
 from hypothesis import strategies as st
 
-from pipeline.training.trees import Branch, forest, given, lay_out, packed, taught
+from pipeline.training.trees import Branch, join_trees, lay_out, make_given, make_taught, pack_trees
 
 TOKENS = st.lists(st.integers(0, 50_000), min_size=1, max_size=4)
 TREES = st.recursive(
-    TOKENS.map(lambda ids: taught(ids, 1.0)),
+    TOKENS.map(lambda ids: make_taught(ids, 1.0)),
     lambda children: st.tuples(TOKENS, st.lists(children, max_size=3)).map(
-        lambda parts: taught(parts[0], 1.0).then(*parts[1])
+        lambda parts: make_taught(parts[0], 1.0).with_children(*parts[1])
     ),
     max_leaves=8,
 )
@@ -21,8 +21,8 @@ def paths(branch: Branch, past: tuple[int, ...] = ()) -> list[tuple[int, ...]]:
 
 
 def test_lay_out_of_a_tree_worked_by_hand() -> None:
-    root = given([1]) + taught([2], 1.0)
-    tree = lay_out(root.then(taught([3], 0.5), given([4]) + taught([5], 2.0)))
+    root = make_given([1]) + make_taught([2], 1.0)
+    tree = lay_out(root.with_children(make_taught([3], 0.5), make_given([4]) + make_taught([5], 2.0)))
     assert tree.ids.tolist() == [1, 2, 3, 4, 5]
     assert tree.positions.tolist() == [0, 1, 2, 2, 3]
     assert tree.visible.astype(int).tolist() == [
@@ -39,13 +39,15 @@ def test_lay_out_of_a_tree_worked_by_hand() -> None:
 
 
 def test_alternatives_are_predicted_from_the_same_place() -> None:
-    tree = lay_out(given([7, 8]).then(taught([1], 1.0), taught([2], 1.0), taught([3], 1.0)))
+    tree = lay_out(
+        make_given([7, 8]).with_children(make_taught([1], 1.0), make_taught([2], 1.0), make_taught([3], 1.0))
+    )
     assert tree.sources.tolist() == [1, 1, 1]
     assert tree.targets.tolist() == [1, 2, 3]
 
 
 def test_trees_of_a_forest_know_nothing_of_each_other() -> None:
-    tree = lay_out(forest([taught([1, 2], 1.0), taught([3, 4, 5], 1.0)]))
+    tree = lay_out(join_trees([make_taught([1, 2], 1.0), make_taught([3, 4, 5], 1.0)]))
     assert tree.positions.tolist() == [0, 1, 0, 1, 2]
     assert not tree.visible[2:, :2].any()
     assert tree.targets.tolist() == [2, 4, 5]  # nothing comes before a first token, so nothing predicts it
@@ -53,9 +55,9 @@ def test_trees_of_a_forest_know_nothing_of_each_other() -> None:
 
 @hypothesis_given(TREES)
 def test_every_token_sees_just_its_ancestors(root: Branch) -> None:
-    tree = lay_out(forest([given([0]).then(root)]))
+    tree = lay_out(join_trees([make_given([0]).with_children(root)]))
     seen = [tuple(tree.ids[row].tolist()) for row in tree.visible]
-    expected = paths(given([0]).then(root))
+    expected = paths(make_given([0]).with_children(root))
     assert all(path in seen for path in expected)
     assert all(any(path[: len(sequence)] == sequence for path in expected) for sequence in seen)
     assert (tree.visible.sum(1) == tree.positions + 1).all()
@@ -65,25 +67,27 @@ def test_every_token_sees_just_its_ancestors(root: Branch) -> None:
 
 @hypothesis_given(TREES)
 def test_a_prediction_sees_all_that_comes_before_its_target(root: Branch) -> None:
-    tree = lay_out(given([0]).then(root))
+    tree = lay_out(make_given([0]).with_children(root))
     assert len(tree.targets) == len(root)
     predictions = zip(tree.sources, tree.targets, strict=True)
     sequences = {(*tree.ids[tree.visible[source]].tolist(), int(target)) for source, target in predictions}
-    expected = {path[: end + 1] for path in paths(given([0]).then(root)) for end in range(1, len(path))}
+    expected = {path[: end + 1] for path in paths(make_given([0]).with_children(root)) for end in range(1, len(path))}
     assert sequences == expected
 
 
 def test_length_counts_each_shared_token_once() -> None:
-    assert len(given([1, 2]).then(given([3]), given([4, 5]).then(given([6])))) == 6
+    assert (
+        len(make_given([1, 2]).with_children(make_given([3]), make_given([4, 5]).with_children(make_given([6])))) == 6
+    )
 
 
 def test_a_sum_keeps_the_children_of_its_end() -> None:
-    joined = given([1]) + taught([2], 3.0).then(given([4]))
+    joined = make_given([1]) + make_taught([2], 3.0).with_children(make_given([4]))
     assert (joined.ids, joined.weights) == ((1, 2), (0.0, 3.0))
-    assert joined.children == (given([4]),)
+    assert joined.children == (make_given([4]),)
 
 
 def test_packing_fills_batches_in_order() -> None:
-    trees = iter([taught([n] * 4, 1.0) for n in range(5)])
-    batches = list(packed(trees, tokens=8))
+    trees = iter([make_taught([n] * 4, 1.0) for n in range(5)])
+    batches = list(pack_trees(trees, tokens=8))
     assert [batch.ids.tolist() for batch in batches] == [[0] * 4 + [1] * 4, [2] * 4 + [3] * 4]
