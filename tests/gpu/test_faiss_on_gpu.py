@@ -79,9 +79,7 @@ def test_gpu_search_ranks_like_cpu_search(
 
 @pytest.mark.parametrize("shards", [1, 4])
 @pytest.mark.parametrize("factory", ["Flat", "IVF8,Flat"])
-def test_ties_are_in_passage_order(
-    factory: str, shards: int, on_gpu: RetrievalConfig, tmp_path: Path
-) -> None:
+def test_ties_are_in_passage_order(factory: str, shards: int, on_gpu: RetrievalConfig, tmp_path: Path) -> None:
     """Every vector is there three times: each score is contested, at the last place too."""
     vectors = np.tile(unit_vectors(300, seed=3, dimension=DIMENSION), (3, 1))
     search = {"search": "nprobe=8"} if factory.startswith("IVF") else {}

@@ -56,9 +56,7 @@ def share_of_equal(found: dict[str, tuple[bool, str]], whole: Run) -> float:
     return float(np.mean([expected[name] == answer for name, answer in found.items()]))
 
 
-def test_memory_budget_that_does_not_fit_is_refused_before_the_engine_starts(
-    run: Runs, real_card: None
-) -> None:
+def test_memory_budget_that_does_not_fit_is_refused_before_the_engine_starts(run: Runs, real_card: None) -> None:
     refused = run("model.engine.gpu_memory_utilization=0.999")
     with refused.start() as process:
         engines = set[str]()
@@ -150,9 +148,7 @@ def test_zero_lora_adapter_gives_the_same_answers(
     assert share_of_equal(found, whole) >= MOSTLY
 
 
-def test_fp8_weights_answer_every_row(
-    run: Runs, whole: Run, real_card: None, record_property: Record
-) -> None:
+def test_fp8_weights_answer_every_row(run: Runs, whole: Run, real_card: None, record_property: Record) -> None:
     found = run("model.engine.quantization=fp8").finish().answers()
     record_property("equal answers in fp8", share_of_equal(found, whole))
     assert len(found) == FEW_ROWS

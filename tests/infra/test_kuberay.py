@@ -96,8 +96,8 @@ def test_published_schema_accepts_manifests_and_rejects_misspelled_fields(file: 
     validator.validate(tree)
     for place in paths(tree, tree["kind"]):
         spoilt = copy.deepcopy(tree)
-        paths(spoilt, tree["kind"])[place]["misspelt"] = 1
-        with pytest.raises(jsonschema.ValidationError, match="'mispelt' was unexpected"):
+        paths(spoilt, tree["kind"])[place]["misspelled"] = 1
+        with pytest.raises(jsonschema.ValidationError, match="'misspelled' was unexpected"):
             validator.validate(spoilt)
 
 

@@ -196,9 +196,7 @@ def test_bad_factory_is_refused(source: Path, tmp_path: Path, factory: str, prob
     assert not (tmp_path / "out").exists()
 
 
-def test_driver_leaves_the_gpus_to_the_builders(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_driver_leaves_the_gpus_to_the_builders(source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     devices, load = list[str](), Encoder.load
 
     def recorded(name: str, device: str = "auto", **options: Any) -> Encoder:
@@ -243,9 +241,7 @@ def test_given_vectors_are_indexed_without_encoding(
 
 
 @pytest.mark.usefixtures("cluster")
-def test_non_finite_vector_fails_the_build_with_its_row(
-    with_vectors: tuple[Path, np.ndarray], tmp_path: Path
-) -> None:
+def test_non_finite_vector_fails_the_build_with_its_row(with_vectors: tuple[Path, np.ndarray], tmp_path: Path) -> None:
     source, _ = with_vectors
     table, _ = given_vectors(70, 300)
     vectors = table["vector"].to_pylist()

@@ -114,7 +114,9 @@ def test_known_dataset_needs_only_its_name(name: str, tmp_path: Path) -> None:
     assert {"id": found["id"], "task": name, **expected} == found
 
 
-def test_import_reads_from_and_writes_to_object_storage(tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_import_reads_from_and_writes_to_object_storage(
+    tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     file = lines(tmp_path / "in.jsonl", {"query": "q", "id": 1})

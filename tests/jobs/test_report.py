@@ -313,7 +313,7 @@ def test_bad_input_gives_one_line_and_status_2(tmp_path: Path, arguments: list[s
     assert not (tmp_path / "report.html").exists()
 
 
-def test_a_negative_price_is_refused(tmp_path: Path) -> None:
+def test_negative_price_is_refused(tmp_path: Path) -> None:
     assert call("--annotations", tmp_path, "--price-per-hour", "-1").exit_code == 2
 
 

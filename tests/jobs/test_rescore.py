@@ -135,7 +135,7 @@ def test_unfinished_run_is_refused(tmp_path: Path) -> None:
     assert "not a finished annotated set" in rescore(run, tmp_path / "new").stderr
 
 
-def test_output_that_is_not_empty_is_refused(tmp_path: Path) -> None:
+def test_occupied_output_is_refused(tmp_path: Path) -> None:
     run = annotated_set(tmp_path / "run", rows=2, keep_candidates=True)
     for inside in (run, run / "data"):
         assert "one contains the other" in rescore(run, inside).stderr

@@ -82,7 +82,7 @@ def test_edited_card_is_kept(annotated: Path) -> None:
 
 
 @pytest.mark.parametrize(("options", "what"), [([], "run"), (["--license", "mit"], "license")])
-def test_card_of_another_run_or_repository_is_not_shared(annotated: Path, hub: Hub, options: list[str], what: str) -> None:
+def test_card_of_another_run_or_license_is_not_shared(annotated: Path, hub: Hub, options: list[str], what: str) -> None:
     run(annotated)
     if what == "run":
         manifest = json.loads((annotated / "_manifest.json").read_text())

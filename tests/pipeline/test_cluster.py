@@ -30,7 +30,7 @@ def resources(rooms: list[Room], run: RunConfig) -> Resources:
     return fit_actors(rooms, run, choose_actor_gpus(rooms, run))
 
 
-def test_a_node_is_read_from_what_ray_says():
+def test_node_resources_are_read_from_ray():
     assert Room.of({"CPU": 8.0, "GPU": 2.0, "memory": 1e9}) == Room(8.0, (1.0, 1.0))
     assert Room.of({"memory": 1e9}) == Room(0.0)
 
@@ -86,11 +86,11 @@ def test_actors_that_do_not_fit_are_refused(rooms, run, held):
         ({"tensor_parallel_size": 2}, 0.0, 0.0),
     ],
 )
-def test_an_actor_has_the_gpus_of_a_replica(engine, asked, expected):
+def test_actor_has_the_gpus_of_a_replica(engine, asked, expected):
     assert choose_actor_gpus(GPU_NODES, config(engine, gpus_per_actor=asked)) == expected
 
 
-def test_an_actor_has_no_gpu_where_no_node_has_one():
+def test_actor_has_no_gpu_if_no_node_has_one():
     assert choose_actor_gpus(LAPTOP, config({"tensor_parallel_size": 2})) == 0.0
 
 
@@ -107,7 +107,7 @@ def test_an_actor_has_no_gpu_where_no_node_has_one():
         ({}, 2.0, "set it to 1, or below 1 to share a GPU"),
     ],
 )
-def test_gpus_that_are_not_those_of_a_replica_are_refused(engine, asked, line):
+def test_gpu_count_other_than_that_of_a_replica_is_refused(engine, asked, line):
     with pytest.raises(ValueError, match="execution.gpus_per_actor is") as refusal:
         choose_actor_gpus(GPU_NODES, config(engine, gpus_per_actor=asked))
     assert line in str(refusal.value)
@@ -147,7 +147,7 @@ def test_engines_that_fit_into_their_shares_are_accepted(run, gpus):
         (config(), 0.04, "is 0.04, but an actor's processes alone need 0.05; increase it"),
     ],
 )
-def test_engines_that_would_take_more_than_their_cards_have_are_refused(run, gpus, line):
+def test_engines_that_exceed_the_memory_of_their_gpus_are_refused(run, gpus, line):
     with pytest.raises(ValueError, match="execution.gpus_per_actor is") as refusal:
         check_sharing(run, gpus)
     assert line in str(refusal.value)
@@ -159,7 +159,7 @@ def searching(device: str, **execution) -> RunConfig:
     return run.model_copy(update={"index": "i", "retrieval": retrieval})
 
 
-def test_a_search_on_a_gpu_needs_one_from_ray():
+def test_gpu_search_requires_a_gpu_from_ray():
     with pytest.raises(ValueError, match="retrieval.device is gpu, but the actors get no GPU"):
         check_device(searching("gpu"), 0.0, 0)
     with pytest.raises(ValueError, match="retrieval.device is gpu, but execution.gpus_per_server is 0"):
@@ -184,15 +184,15 @@ def partitioned(shard_servers=None, **execution) -> RunConfig:
         (partitioned(5), 0, 0),
     ],
 )
-def test_there_is_a_server_for_each_node_with_cpus_unless_told_otherwise(run, shards, expected):
+def test_default_server_count_is_one_per_node_with_cpus(run, shards, expected):
     assert count_servers(GPU_NODES, run, shards) == expected
 
 
-def test_there_is_a_server_where_all_nodes_are_still_to_come():
+def test_server_count_is_at_least_one_before_nodes_join():
     assert count_servers([Room(0.0)], partitioned(), 8) == 1
 
 
-def test_servers_leave_the_rest_to_the_actors():
+def test_servers_leave_remaining_resources_to_the_actors():
     run = partitioned(3, cpus_per_server=3, gpus_per_server=1, actors=1)
     left, homes = place_servers(GPU_NODES, run.execution, 3)
     assert left == [Room(0.0), Room(10.0, (0.0, 0.0)), Room(13.0, (1.0, 0.0))]
@@ -200,7 +200,7 @@ def test_servers_leave_the_rest_to_the_actors():
     assert fit_actors(left, run, 1.0) == Resources(13.0, 1.0)
 
 
-def test_shares_of_servers_fill_a_card_before_they_break_another():
+def test_server_shares_fill_one_gpu_before_using_another():
     left, homes = place_servers([Room(4.0, (1.0, 1.0))], partitioned(3, gpus_per_server=0.4).execution, 3)
     assert [[round(card, 4) for card in room.cards] for room in left] == [[0.2, 0.6]]
     assert homes == [0, 0, 0]
@@ -210,14 +210,14 @@ def test_shares_of_servers_fill_a_card_before_they_break_another():
         fit_actors(left, config(), 1.0)
 
 
-def test_servers_are_spread_over_the_nodes_that_hold_them():
+def test_servers_are_spread_over_nodes_that_can_hold_them():
     rooms = [Room(4.0), Room(2.5, (1.0,)), Room(0.5)]
     left, homes = place_servers(rooms, partitioned(3).execution, 3)
     assert homes == [0, 1, 0]
     assert [room.cpus for room in left] == [2.0, 1.5, 0.5]
 
 
-def test_servers_may_need_nothing():
+def test_servers_may_require_no_resources():
     left, homes = place_servers(LAPTOP, partitioned(2, cpus_per_server=0).execution, 2)
     assert (left, homes) == (LAPTOP, [0, 0])
 
@@ -233,7 +233,7 @@ def test_servers_that_do_not_fit_are_refused(needs):
     ("setting", "variable", "expected"),
     [(None, None, "local"), (None, "10.0.0.1:6379", "10.0.0.1:6379"), ("auto", "10.0.0.1:6379", "auto")],
 )
-def test_ray_of_another_run_is_not_joined_unasked(setting, variable, expected, monkeypatch):
+def test_existing_ray_cluster_is_joined_only_if_configured(setting, variable, expected, monkeypatch):
     asked = []
     monkeypatch.setattr("ray.is_initialized", lambda: False)
     monkeypatch.setattr("ray.init", lambda address, **_: asked.append(address))
@@ -271,5 +271,5 @@ To change retry attempts, configure `ray.data.DataContext.get_current()` (any ta
         ("", "RuntimeError('')"),
     ],
 )
-def test_the_reason_is_the_first_error_in_one_line(text, expected):
+def test_cause_is_the_first_error_in_one_line(text, expected):
     assert extract_cause(RuntimeError(text)) == expected

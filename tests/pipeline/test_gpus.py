@@ -43,7 +43,7 @@ def probe(gpus: float) -> Any:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_an_actor_may_use_what_ray_assigned_to_it() -> None:
+def test_actor_uses_only_gpus_assigned_by_ray() -> None:
     actors = [probe(gpus) for gpus in (0, 0.5, 1)]
     none, half, one = ray.get([actor.assigned.remote() for actor in actors])
     assert none == AssignedGpus((), 0.0)
@@ -57,7 +57,7 @@ def test_an_actor_may_use_what_ray_assigned_to_it() -> None:
 
 
 @pytest.mark.usefixtures("cluster")
-def test_the_driver_has_nothing_assigned_and_may_look_for_a_gpu() -> None:
+def test_driver_without_assignment_may_use_a_gpu() -> None:
     assert get_assigned_gpus() is None
     assert may_use_gpu("auto")
     assert not may_use_gpu("cpu")
@@ -67,7 +67,7 @@ def lock_file(number: str) -> Path:
     return Path(tempfile.gettempdir()) / f"selfrag-{os.getuid()}-gpu-{number}.lock"
 
 
-def test_starts_on_one_card_follow_each_other(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_engine_starts_on_one_gpu_are_serialized(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.gpus.get_assigned_gpus", lambda: AssignedGpus(("test/7", "test/8"), 2.0))
     with lock_gpus():
         for number in ("test-7", "test-8"):
@@ -88,7 +88,7 @@ _STARTS = """
 """
 
 
-def test_a_process_that_is_killed_while_it_starts_leaves_the_card_to_the_next(caplog: pytest.LogCaptureFixture) -> None:
+def test_process_killed_during_start_releases_the_gpu_lock(caplog: pytest.LogCaptureFixture) -> None:
     command = [sys.executable, "-c", textwrap.dedent(_STARTS)]
     with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as starting:
         assert starting.stdout is not None
@@ -101,7 +101,7 @@ def test_a_process_that_is_killed_while_it_starts_leaves_the_card_to_the_next(ca
         pass
 
 
-def test_a_process_without_gpus_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_process_without_gpus_does_not_wait(monkeypatch: pytest.MonkeyPatch) -> None:
     for assigned in (None, AssignedGpus((), 0.0)):
         monkeypatch.setattr("pipeline.gpus.get_assigned_gpus", lambda assigned=assigned: assigned)
         with lock_gpus():

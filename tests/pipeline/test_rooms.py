@@ -65,33 +65,33 @@ def files_of(room: str) -> list[Path]:
 ROOMS = read_map()
 
 
-def test_the_map_names_every_room() -> None:
+def test_map_lists_every_package() -> None:
     packages = {folder.parent.name for folder in HOME.glob("*/__init__.py")}
     modules = {file.stem for file in HOME.glob("*.py")} - {"__init__"}
     assert set(ROOMS) == packages | modules
 
 
-def test_a_room_imports_only_rooms_above_it_in_the_map() -> None:
+def test_packages_import_only_those_above_them_in_the_map() -> None:
     order = list(ROOMS)
     for room, allowed in ROOMS.items():
         assert allowed <= set(order[: order.index(room)]), room
 
 
 @pytest.mark.parametrize("room", ROOMS)
-def test_a_room_imports_what_the_map_allows_and_uses_all_of_it(room: str) -> None:
+def test_package_imports_match_the_map_exactly(room: str) -> None:
     found = {name.split(".")[1] for file in files_of(room) for name in imported(file) if name.startswith("pipeline.")}
     assert found - {room} == ROOMS[room]
 
 
 @pytest.mark.parametrize("library", LIBRARIES)
-def test_a_library_is_known_to_its_rooms_alone(library: str) -> None:
+def test_libraries_are_imported_only_by_their_packages(library: str) -> None:
     users = {
         room for room in ROOMS for file in files_of(room) for name in imported(file) if name.split(".")[0] == library
     }
     assert users <= LIBRARIES[library]
 
 
-def test_no_two_public_functions_or_classes_share_a_name() -> None:
+def test_public_functions_and_classes_have_unique_names() -> None:
     places: dict[str, list[str]] = {}
     for file in [*HOME.rglob("*.py"), *(ROOT / "jobs").rglob("*.py")]:
         for node in ast.parse(file.read_text()).body:
@@ -105,7 +105,7 @@ def test_pipeline_does_not_import_commands() -> None:
         assert not [name for name in imported(file) if name.split(".")[0] == "jobs"], file
 
 
-def test_decoding_loads_neither_engine_nor_index_nor_cluster_nor_arrow() -> None:
+def test_decoding_imports_no_heavy_libraries() -> None:
     modules = [f"pipeline.decoding.{file.stem}" for file in files_of("decoding") if file.stem != "__init__"]
     script = f"import sys, {', '.join(modules)}; print(*sys.modules)"
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
@@ -113,7 +113,7 @@ def test_decoding_loads_neither_engine_nor_index_nor_cluster_nor_arrow() -> None
 
 
 @pytest.mark.parametrize("room", [room for room in ROOMS if (HOME / room).is_dir()])
-def test_tests_mirror_the_rooms(room: str) -> None:
+def test_tests_mirror_the_packages(room: str) -> None:
     modules = {file.stem for file in (HOME / room).glob("*.py")}
     for test in (ROOT / "tests" / "pipeline" / room).glob("test_*.py"):
         about = test.stem.removeprefix("test_")

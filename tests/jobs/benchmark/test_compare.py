@@ -79,7 +79,7 @@ FOUND = [RetrievedPassage(Passage(name, "", name), None, n) for n, name in enume
 
 
 @pytest.mark.parametrize("shape", ["answer_serially", "answer_in_waves"])
-async def test_released_steps_decide_read_and_choose(shape):
+async def test_released_baseline_decides_reads_and_chooses(shape):
     tokenizer = word_tokenizer()
     engine: Any = WordEngine(tokenizer)
     released = Released(engine, tokenizer, DecodingConfig(max_tokens=9))
@@ -92,7 +92,7 @@ async def test_released_steps_decide_read_and_choose(shape):
     assert {sampling["max_tokens"] for _, sampling in engine.asked} == {9}  # the decision writes a whole answer
 
 
-async def test_one_token_decisions_and_answers_without_log_probabilities():
+async def test_decisions_can_be_one_token_and_plain_answers_skip_log_probabilities():
     tokenizer = word_tokenizer()
     engine: Any = WordEngine(tokenizer)
     shape = Released(engine, tokenizer, DecodingConfig(max_tokens=9), decision=20, candidate=5, decision_tokens=1)

@@ -1,7 +1,7 @@
 from pipeline.config.loading import hash_tree
 
 
-def test_digest_of_settings_changes_with_values_and_not_with_the_order_of_keys() -> None:
+def test_settings_digest_depends_on_values_but_not_on_key_order() -> None:
     digest = hash_tree({"task": {"instruction": "Answer: {query}", "choices": ["A", "B"]}})
     assert digest == hash_tree({"task": {"choices": ["A", "B"], "instruction": "Answer: {query}"}})
     assert digest != hash_tree({"task": {"instruction": "Answer: {query}", "choices": ["B", "A"]}})

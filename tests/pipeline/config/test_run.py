@@ -7,7 +7,7 @@ from pipeline.config.run import RunConfig, load_config, load_storage, make_paths
 NEEDED = {"queries": "q", "output": "o", "model.name": "m"}
 
 
-def test_flags_override_settings_and_settings_the_file(tmp_path):
+def test_flags_override_settings_and_settings_override_the_file(tmp_path):
     file = tmp_path / "run.yaml"
     file.write_text("queries: file\noutput: file\nmodel: file\ndecoding: {threshold: 0.5, passages: 2}\n")
     config = load_config(str(file), ["output=set", "decoding.threshold=0.3"], {"model.name": "flag", "index": None})

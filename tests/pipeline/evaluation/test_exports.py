@@ -12,7 +12,7 @@ ROW = {
 }
 
 
-def test_alce_item() -> None:
+def test_alce_export_matches_a_worked_example() -> None:
     assert json.loads(encode_alce([ROW])) == {
         "data": [
             {
@@ -27,7 +27,7 @@ def test_alce_item() -> None:
     }
 
 
-def test_gold_that_a_row_lacks_is_written_for_none() -> None:
+def test_gold_missing_in_a_row_is_omitted() -> None:
     bare = {"query": "Who?", "answer": None, "passages": [], "segments": [], "answers": ["x", "y"]}
     first, second = json.loads(encode_alce([ROW, bare]))["data"]
     assert "qa_pairs" not in first | second
@@ -35,13 +35,13 @@ def test_gold_that_a_row_lacks_is_written_for_none() -> None:
     assert second["output"] == ""
 
 
-def test_citations_stand_inside_their_sentence() -> None:
+def test_citations_are_placed_inside_their_sentence() -> None:
     cited = [("Who? Rollo!", 2), ("", None), ("In 911", 1)]
     segments = [{"text": text, "citation": number} for text, number in cited]
     assert join_cited(segments) == "Who? Rollo [2]! In 911 [1]"
 
 
-def test_factscore_has_a_line_for_each_row() -> None:
+def test_factscore_export_has_one_line_per_row() -> None:
     lines = encode_factscore(
         [{"name": "Rollo", "answer": "A Viking.\nAnd a duke."}, {"name": "Ann", "answer": None}], "name"
     )

@@ -25,7 +25,7 @@ from pipeline.evaluation.metrics import (
         ("", ""),
     ],
 )
-def test_normalise(text: str, expected: str) -> None:
+def test_normalization_removes_case_articles_and_punctuation(text: str, expected: str) -> None:
     assert normalise(text) == expected
 
 
@@ -46,7 +46,7 @@ def test_contains_compares_whole_words_in_order(answer: str, gold: str, expected
     assert contains(answer, gold) is expected
 
 
-def test_exact_ignores_case_articles_and_punctuation() -> None:
+def test_exact_match_ignores_case_articles_and_punctuation() -> None:
     assert is_exact_match("The Norse.", "norse")
     assert not is_exact_match("the Norse leader", "norse")
 
@@ -62,11 +62,11 @@ def test_exact_ignores_case_articles_and_punctuation() -> None:
         ("the", "a", 1.0),
     ],
 )
-def test_token_f1(answer: str, gold: str, expected: float) -> None:
+def test_token_f1_matches_worked_examples(answer: str, gold: str, expected: float) -> None:
     assert token_f1(answer, gold) == pytest.approx(expected)
 
 
-def test_best_takes_the_gold_answer_that_fits_best() -> None:
+def test_best_matching_gold_answer_counts() -> None:
     assert best_over_golds(token_f1, "Denver Broncos", ["Broncos", "Denver Broncos", "x"]) == 1.0
 
 
@@ -86,16 +86,16 @@ def test_best_takes_the_gold_answer_that_fits_best() -> None:
         ("**B**", "B", True),
     ],
 )
-def test_labels_are_compared_whole(answer: str, gold: str, expected: bool) -> None:
+def test_labels_match_only_as_a_whole(answer: str, gold: str, expected: bool) -> None:
     assert is_same_choice(answer, gold) is expected
 
 
-def test_string_em_is_the_share_of_sets_with_an_answer_in_the_text() -> None:
+def test_string_em_is_the_share_of_answer_sets_found_in_the_text() -> None:
     sets = [["1066", "in 1066"], ["Normandy"], ["Rollo", "Hrolf"]]
     assert string_em("The Normans, led by Rollo, came in 1066.", sets) == pytest.approx(2 / 3)
 
 
-def test_rouge_l_by_hand() -> None:
+def test_rouge_l_matches_worked_examples() -> None:
     # Of 4 words in the answer and 3 in the gold, "the norman came" are in order in both: P = 3/4, R = 1.
     assert rouge_l("the Normans also came", "the Normans came") == pytest.approx(2 * 0.75 / 1.75)
     assert rouge_l("nothing", "the Normans came") == 0.0
@@ -103,5 +103,5 @@ def test_rouge_l_by_hand() -> None:
     assert rouge_l("It rained. The Normans came.", "The Normans came. It rained.") == pytest.approx(1.0)
 
 
-def test_citations_do_not_count_as_words() -> None:
+def test_citations_are_stripped_from_answers() -> None:
     assert strip_citations("Paris [1]. It rains [2] [13].") == "Paris. It rains."

@@ -42,14 +42,14 @@ def rechosen(row: dict[str, Any], config: DecodingConfig, choices: tuple[str, ..
 
 @pytest.mark.parametrize("choices", [(), ("yes", "no")])
 @pytest.mark.parametrize("form", FORMS)
-def test_rescoring_with_the_runs_own_values_changes_nothing(form: dict[str, Any], choices: tuple[str, ...]) -> None:
+def test_rescoring_with_the_settings_of_the_run_changes_nothing(form: dict[str, Any], choices: tuple[str, ...]) -> None:
     config = DecodingConfig(keep_candidates=True, **form)
     for row in annotated(config, choices):
         assert rechosen(row, limit_segments(config, choices), choices) == row
 
 
 @pytest.mark.parametrize("threshold", [0.0, 0.3, 0.7, 1.0])
-def test_explored_rows_tell_what_any_threshold_would_have_answered(threshold: float) -> None:
+def test_explored_rows_give_the_answers_of_a_run_at_any_threshold(threshold: float) -> None:
     explored = DecodingConfig(keep_candidates=True, explore=True)
     other = explored.model_copy(update={"threshold": threshold})
     for before, run in zip(annotated(explored), annotated(other), strict=True):
@@ -57,7 +57,7 @@ def test_explored_rows_tell_what_any_threshold_would_have_answered(threshold: fl
         assert {**found, "usage": None} == {**run, "usage": None}
 
 
-def test_other_weights_give_what_a_run_with_them_would_have_answered() -> None:
+def test_rescoring_with_new_weights_matches_a_run_with_them() -> None:
     config = DecodingConfig(keep_candidates=True, mode="always")
     other = config.model_copy(update={"weights": Weights(sequence=0.0, relevance=3.0, support=0.1, utility=0.0)})
     before, run = annotated(config, rows=30), annotated(other, rows=30)

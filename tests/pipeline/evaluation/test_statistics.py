@@ -5,12 +5,12 @@ from hypothesis import strategies as st
 from pipeline.evaluation.statistics import compare, estimate, mean, measure_calibration
 
 
-def test_mean_of_nothing_is_none() -> None:
+def test_mean_of_no_values_is_none() -> None:
     assert mean([]) is None
     assert mean([True, False, False, False]) == 0.25
 
 
-def test_interval_of_a_share_is_that_of_the_binomial() -> None:
+def test_interval_of_a_share_is_binomial() -> None:
     found = estimate([1.0] * 40 + [0.0] * 60)
     assert (found.mean, found.rows) == (0.4, 100)
     # sqrt(0.4 · 0.6 / 100) = 0.049, times 1.96
@@ -23,7 +23,7 @@ def test_interval_of_one_value_or_equal_values_is_the_value() -> None:
     assert (estimate([1.0] * 9).low, estimate([1.0] * 9).high) == (1.0, 1.0)
 
 
-def test_calibration_by_hand() -> None:
+def test_calibration_matches_a_worked_example() -> None:
     judged = [(True, 0.9), (True, 0.4), (False, 0.5), (False, 0.1)]
     found = measure_calibration(judged)
     assert found is not None
@@ -39,12 +39,12 @@ def test_ece_compares_means_within_bins() -> None:
     assert found.ece == pytest.approx((abs(1.86 - 1) + abs(0.06 - 0)) / 4)
 
 
-def test_calibration_needs_both_truths() -> None:
+def test_calibration_requires_both_classes() -> None:
     assert measure_calibration([(True, 0.9)]) is None
     assert measure_calibration([]) is None
 
 
-def test_a_clear_difference_is_significant_and_noise_is_not() -> None:
+def test_clear_difference_is_significant_and_noise_is_not() -> None:
     ids = [str(n) for n in range(40)]
     right = dict.fromkeys(ids, 1.0)
     half = {id_: float(n % 2) for n, id_ in enumerate(ids)}
@@ -59,7 +59,7 @@ def test_a_clear_difference_is_significant_and_noise_is_not() -> None:
     assert noise.p_value > 0.5
 
 
-def test_only_rows_of_both_are_compared() -> None:
+def test_only_rows_in_both_sets_are_compared() -> None:
     found = compare({"a": 1.0, "b": 1.0}, {"b": 0.0, "c": 1.0})
     assert found is not None
     assert (found.rows, found.mean) == (1, 1.0)
@@ -67,7 +67,7 @@ def test_only_rows_of_both_are_compared() -> None:
 
 
 @given(st.dictionaries(st.text("abc", max_size=3), st.floats(0, 1), min_size=1, max_size=8))
-def test_a_set_does_not_differ_from_itself(values: dict[str, float]) -> None:
+def test_set_does_not_differ_from_itself(values: dict[str, float]) -> None:
     found = compare(values, values)
     assert found is not None
     assert (found.mean, found.low, found.high, found.p_value) == (0.0, 0.0, 0.0, 1.0)

@@ -23,7 +23,7 @@ def example(id_: str, probability: float = 0.9) -> GradedRow:
     return GradedRow(id_, recorded, {"answers": ["right"]}, "match", (), CONFIG)
 
 
-def test_each_setting_is_swept_alone() -> None:
+def test_settings_are_swept_one_at_a_time() -> None:
     found = sweep([example(str(n)) for n in range(20)], ["weights.relevance", "weights.sequence"])
     # Right is 0.1 s + 0.9 r, wrong is 0.95 s + 0.6 r: right wins where 0.3 r > 0.85 s.
     assert [(p.value, p.score) for p in found.curves["weights.relevance"]] == [
@@ -37,7 +37,7 @@ def test_each_setting_is_swept_alone() -> None:
     assert [p.value for p in found.curves["weights.sequence"] if p.score] == [0.0, 0.25]
 
 
-def test_the_recommendation_is_measured_on_the_other_half() -> None:
+def test_recommendation_is_evaluated_on_the_other_half() -> None:
     found = sweep([example(str(n)) for n in range(20)], ["weights.relevance", "weights.sequence"])
     assert found.recommended == {"weights.relevance": 4.0}
     others = sum(not is_in_first_half(str(n)) for n in range(20))
@@ -46,13 +46,13 @@ def test_the_recommendation_is_measured_on_the_other_half() -> None:
     assert found.metric == "match"
 
 
-def test_the_threshold_trades_retrieval_for_guesses() -> None:
+def test_higher_threshold_lowers_the_retrieval_rate() -> None:
     examples = [example(str(n), probability=0.3 if n % 2 else 0.8) for n in range(20)]
     rates = {point.value: point.retrieval_rate for point in sweep(examples, ["threshold"]).curves["threshold"]}
     assert (rates[0.0], rates[0.25], rates[0.3], rates[0.75], rates[0.8], rates[1.0]) == (1.0, 1.0, 0.5, 0.5, 0.0, 0.0)
 
 
-def test_nothing_is_recommended_where_nothing_is_better() -> None:
+def test_nothing_is_recommended_without_an_improvement() -> None:
     found = sweep([example(str(n)) for n in range(20)], ["constraint"])
     assert found.recommended == {}
     assert found.difference.mean == 0.0
@@ -63,6 +63,6 @@ def test_too_few_rows_are_refused() -> None:
         sweep([example("1")], ["constraint"])
 
 
-def test_halves_are_about_equal_and_the_same_everywhere() -> None:
+def test_halves_are_about_equal_and_deterministic() -> None:
     assert 400 < sum(is_in_first_half(str(n)) for n in range(1000)) < 600
     assert [is_in_first_half(id_) for id_ in ("a", "b", "c", "d")] == [False, True, True, True]

@@ -21,5 +21,5 @@ GPU_NODES = [Room(64.0), Room(96.0, (1.0,) * 8), Room(32.0, (1.0,) * 2)]
         (GPU_NODES, 20, 32, (20, 6, 0.5)),
     ],
 )
-def test_there_is_an_encoder_for_each_gpu_or_else_for_each_machine(nodes, asked, pieces, expected):
+def test_default_builder_count_is_one_per_gpu_or_machine(nodes, asked, pieces, expected):
     assert choose_pool(nodes, asked, pieces) == expected

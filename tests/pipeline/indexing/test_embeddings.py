@@ -26,7 +26,7 @@ def numbers(kind: pa.DataType, rows: list[list[Any] | None]) -> pa.Array:
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_vectors_come_out_as_they_are_or_with_unit_length(kind: pa.DataType) -> None:
+def test_vectors_are_kept_or_normalized(kind: pa.DataType) -> None:
     rows = numbers(kind, [[9, 9], [3, 4], [0, -2], [5, 12]])[1:]
     as_they_are = convert_embeddings(rows, 2, False, PLACE)
     np.testing.assert_array_equal(as_they_are, [[3, 4], [0, -2], [5, 12]])
@@ -51,7 +51,7 @@ def test_wrong_vectors_name_file_row_and_column(rows: list[list[float]], problem
         convert_embeddings(pa.array(rows, pa.list_(pa.float32())), 2, True, PLACE)
 
 
-def test_a_vector_without_direction_is_fine_where_lengths_count() -> None:
+def test_zero_vectors_are_accepted_without_normalization() -> None:
     zeros = pa.array([[0.0, 0.0]], pa.list_(pa.float32()))
     np.testing.assert_array_equal(convert_embeddings(zeros, 2, False, PLACE), [[0, 0]])
 

@@ -36,7 +36,7 @@ def ids(batches: Any) -> list[str]:
     return [name for batch in batches for name in batch.passages["id"].to_pylist()]
 
 
-def test_shards_cut_across_files_and_row_groups_without_loss(source: Path) -> None:
+def test_shards_span_files_and_row_groups_without_loss(source: Path) -> None:
     shards = plan_shards(find_passages(place(source)), 4)
     read = [ids(read_passages(shard.ranges)) for shard in shards]
     assert read == [["0", "1", "2"], ["3", "4", "5", "6"], ["7", "8", "9", "10"], ["11", "12", "13", "14"]]
@@ -61,7 +61,7 @@ def test_passages_are_read_as_plain_strings(tmp_path: Path) -> None:
     assert batch.embeddings is None
 
 
-def test_vectors_come_with_their_passages_and_row_numbers(source: Path) -> None:
+def test_vectors_are_read_with_their_passages_and_row_numbers(source: Path) -> None:
     shard = plan_shards(find_passages(place(source), "vector"), 2)[1]
     read = list(read_passages(shard.ranges, "vector"))
     for batch in read:
@@ -72,7 +72,7 @@ def test_vectors_come_with_their_passages_and_row_numbers(source: Path) -> None:
     assert ids(read) == [str(n) for n in range(7, 15)]
 
 
-def test_a_small_corpus_is_sampled_evenly(source: Path) -> None:
+def test_small_corpus_is_sampled_evenly(source: Path) -> None:
     files = find_passages(place(source), "vector")
 
     def sample(size: int) -> list[str]:
@@ -82,7 +82,7 @@ def test_a_small_corpus_is_sampled_evenly(source: Path) -> None:
     assert sample(15) == sample(100) == [str(n) for n in range(15)]
 
 
-def test_a_sample_brings_its_vectors_and_row_numbers(source: Path) -> None:
+def test_samples_are_read_with_their_vectors_and_row_numbers(source: Path) -> None:
     part = RowRange(place(source / "a.parquet"), 4, 10)
     (batch,) = Sample(part, np.array([1, 5])).read("vector")
     assert batch.passages["id"].to_pylist() == ["5", "9"]
@@ -91,7 +91,7 @@ def test_a_sample_brings_its_vectors_and_row_numbers(source: Path) -> None:
     assert batch.rows.tolist() == [5, 9]
 
 
-def test_of_a_large_corpus_some_row_groups_are_read(tmp_path: Path) -> None:
+def test_large_corpus_is_sampled_by_row_groups(tmp_path: Path) -> None:
     pq.write_table(pa.table(numbered(40_000)), tmp_path / "p.parquet", row_group_size=20)
     samples = spread_samples(find_passages(place(tmp_path / "p.parquet")), 500)
     assert sum(len(sample.rows) for sample in samples) == 500
@@ -103,7 +103,7 @@ def test_of_a_large_corpus_some_row_groups_are_read(tmp_path: Path) -> None:
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=8), st.integers(1, 60), st.integers(1, 700))
-def test_a_sample_has_the_size_asked_for_wherever_the_row_groups_end(
+def test_sample_size_does_not_depend_on_row_groups(
     tmp_path_factory: pytest.TempPathFactory, groups: list[int], odd: int, size: int
 ) -> None:
     folder = tmp_path_factory.mktemp("p")
@@ -120,19 +120,19 @@ def test_a_sample_has_the_size_asked_for_wherever_the_row_groups_end(
 
 
 @pytest.mark.parametrize("compared", [1, 4, 1000])
-def test_ids_are_unique_however_few_are_compared_at_a_time(source: Path, compared: int) -> None:
+def test_duplicate_ids_are_found_with_any_batch_size(source: Path, compared: int) -> None:
     check_passages(find_passages(place(source)), compared)
     pq.write_table(pa.table(numbered(1, 12)), source / "c.parquet")
     with pytest.raises(ValueError, match=r"c.parquet: row 0: column id: '12' is also in .*b.parquet: row 2; ids must"):
         check_passages(find_passages(place(source)), compared)
 
 
-def test_ids_with_equal_hashes_are_compared_themselves(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ids_with_equal_hashes_are_compared_directly(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.indexing.passages._hash_ids", lambda ids: np.zeros(len(ids), np.uint64))
     check_passages(find_passages(place(source)))
 
 
-def test_items_are_fetched_ahead_in_order_and_errors_arrive() -> None:
+def test_read_ahead_keeps_the_order_and_raises_errors() -> None:
     assert list(read_ahead(iter(range(1, 8)))) == list(range(1, 8))
     assert list(read_ahead(iter(()))) == []
 

@@ -47,7 +47,7 @@ def test_exhaustive_search_sees_every_vector(folder: Location, factory: str) -> 
 
 
 @pytest.mark.parametrize("factory", ["PCA12,HNSW8", "OPQ4,IVF16,PQ4x4", "IVF16,SQ8"])
-def test_exhaustive_search_takes_codes_for_what_they_stand_for(folder: Location, factory: str) -> None:
+def test_exhaustive_search_scores_the_decoded_vectors(folder: Location, factory: str) -> None:
     index = opened(folder, factory)
     stored = np.concatenate([shard.index.reconstruct_n(0, len(shard.passages)) for shard in index.shards.values()])
     wanted = np.argsort(-(QUERIES @ stored.T), axis=1)[:, :5]
@@ -55,7 +55,7 @@ def test_exhaustive_search_takes_codes_for_what_they_stand_for(folder: Location,
     np.testing.assert_allclose(scores, np.take_along_axis(QUERIES @ stored.T, wanted, 1), atol=1e-5)
 
 
-def test_vectors_are_read_back_in_blocks(folder: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_exhaustive_search_reads_vectors_in_blocks(folder: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.indexing.recall.BLOCK", 70)
     assert rows(search_exhaustively(opened(folder, "Flat"), QUERIES, 5)) == exact(5)
 
@@ -73,7 +73,7 @@ def test_vectors_are_read_back_in_blocks(folder: Location, monkeypatch: pytest.M
         ("PQ4x4", True),
     ],
 )
-def test_codes_that_stand_for_vectors_are_known(folder: Location, factory: str, expected: bool) -> None:
+def test_lossy_indexes_are_detected(folder: Location, factory: str, expected: bool) -> None:
     assert is_lossy(opened(folder, factory)) is expected
 
 
@@ -88,12 +88,12 @@ def test_codes_that_stand_for_vectors_are_known(folder: Location, factory: str, 
         ("HNSW8", [f"efSearch={width}" for width in (16, 32, 64, 128, 256, 512, 1024)]),
     ],
 )
-def test_parameters_belong_to_the_kind_of_index(folder: Location, factory: str, expected: list[str]) -> None:
+def test_swept_parameters_depend_on_the_index_type(folder: Location, factory: str, expected: list[str]) -> None:
     assert list_parameters(opened(folder, factory)) == expected
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF16,Flat", "HNSW8"])
-def test_stored_vectors_are_those_of_their_places(folder: Location, factory: str) -> None:
+def test_sampled_vectors_match_their_rows(folder: Location, factory: str) -> None:
     vectors, places = sample_vectors(opened(folder, factory), 7)
     (numbers,) = rows([places])
     assert (numbers[0], numbers[-1], len(set(numbers))) == (0, 599, 7)
@@ -104,19 +104,19 @@ def hits(*places: tuple[int, int]) -> list[Hit]:
     return [Hit(0.0, shard, row) for shard, row in places]
 
 
-def test_recall_is_the_share_of_the_exact_hits_found() -> None:
+def test_recall_is_the_share_of_exact_hits_found() -> None:
     wanted = [hits((0, 1), (0, 2)), hits((1, 1), (1, 2))]
     assert compute_recall(wanted, wanted) == 1.0
     assert compute_recall([hits((0, 2), (1, 1)), hits((1, 2), (1, 1))], wanted) == 0.75
     assert compute_recall([[], []], wanted) == 0.0
 
 
-def test_a_passage_does_not_count_for_itself() -> None:
+def test_passages_are_excluded_from_their_own_hits() -> None:
     found = [hits((0, 1), (0, 2), (0, 3)), hits((0, 1), (0, 2), (0, 3))]
     assert drop_own_passages(found, [Hit(9.0, 0, 2), None], 2) == [hits((0, 1), (0, 3)), hits((0, 1), (0, 2))]
 
 
-def test_exact_vectors_decide_among_candidates() -> None:
+def test_candidates_are_reranked_by_exact_vectors() -> None:
     def encode(passages: list[Passage]) -> np.ndarray:
         return np.array([[float(passage.id), 0.0] for passage in passages], np.float32)
 
@@ -131,7 +131,7 @@ def probes(folder: Location) -> PassageIndex:
     return opened(folder, "IVF16,Flat")
 
 
-def test_recall_grows_with_the_lists_probed_to_all_of_them(probes: PassageIndex) -> None:
+def test_recall_grows_to_one_with_the_number_of_probed_lists(probes: PassageIndex) -> None:
     wanted = search_exhaustively(probes, QUERIES, 5)
     none: list[None] = [None] * len(QUERIES)
     recalls = [measure_search(probes, QUERIES, none, wanted, search) for search in list_parameters(probes)]

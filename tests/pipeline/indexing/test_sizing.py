@@ -27,7 +27,7 @@ VECTORS = np.random.default_rng(0).normal(size=(3000, 64)).astype(np.float32)
     "factory",
     ["Flat", "SQ8", "SQfp16", "PQ16x4", "IVF16,Flat", "IVF16,SQ8", "IVF16,PQ16x4", "OPQ16,IVF16,PQ16x4", "HNSW32"],
 )
-def test_sizes_are_those_of_real_indexes(factory: str) -> None:
+def test_computed_sizes_match_real_indexes(factory: str) -> None:
     index = create_empty_index(factory, 64)
     index.train(VECTORS)
     index.add(VECTORS)
@@ -35,7 +35,7 @@ def test_sizes_are_those_of_real_indexes(factory: str) -> None:
     assert compute_index_size(factory, 64).compute_total(len(VECTORS)) == pytest.approx(real, rel=0.02)
 
 
-def test_bytes_per_vector_by_hand() -> None:
+def test_bytes_per_vector_match_worked_examples() -> None:
     assert compute_index_size("Flat", 768).per_vector == 768 * 4
     assert compute_index_size("IVF4096,PQ64", 768).per_vector == 64 + 8
     assert compute_index_size("IVF4096,PQ64", 768).fixed == 4096 * 768 * 4 + 256 * 768 * 4
@@ -43,7 +43,7 @@ def test_bytes_per_vector_by_hand() -> None:
     assert compute_index_size("HNSW32", 768).per_vector == pytest.approx(768 * 4 + 4 * (64 + 32 / 31) + 12, rel=1e-3)
 
 
-def test_plan_counts_centroids_once_for_each_shard() -> None:
+def test_plan_counts_centroids_once_per_shard() -> None:
     (line,) = plan_sizes(1_000_000, 384, 4, ["IVF{lists},SQ8"])
     assert line.factory == "IVF2048,SQ8"  # 4 √250,000 = 2,000
     assert line.index == 1_000_000 * (384 + 8) + 4 * 2048 * 384 * 4
@@ -51,16 +51,16 @@ def test_plan_counts_centroids_once_for_each_shard() -> None:
 
 
 @pytest.mark.parametrize(("passages", "lists"), [(1, 16), (1_000_000, 4096), (21_000_000, 16384)])
-def test_usual_lists_are_a_power_of_two(passages: int, lists: int) -> None:
+def test_default_list_count_is_a_power_of_two(passages: int, lists: int) -> None:
     assert choose_list_count(passages) == lists
 
 
-def test_unknown_kinds_are_refused() -> None:
+def test_unknown_index_types_are_refused() -> None:
     with pytest.raises(ValueError, match="the size of a IndexNSG"):
         compute_index_size("NSG32", 64)
 
 
-def test_usual_factories_that_do_not_fit_the_dimension_are_left_out() -> None:
+def test_default_factories_that_do_not_fit_the_dimension_are_omitted() -> None:
     assert [line.factory for line in plan_sizes(1000, 100, 1)][-1] == "IVF128,SQ8"  # 100 is no multiple of 64
     with pytest.raises(ValueError, match="factory PQ64"):
         plan_sizes(1000, 100, 1, ["PQ64"])
@@ -76,11 +76,11 @@ def test_usual_factories_that_do_not_fit_the_dimension_are_left_out() -> None:
         ("OPQ64_256,IVF4096,PQ64", SearchCost(4096 + 7812, 4096 * 256 * 4 + 7812 * 72)),
     ],
 )
-def test_what_a_query_costs_by_hand(factory: str, expected: SearchCost) -> None:
+def test_search_cost_matches_worked_examples(factory: str, expected: SearchCost) -> None:
     assert estimate_search_cost(factory, 768, 1_000_000) == expected
 
 
-def test_a_graph_compares_no_more_than_its_width_times_its_links() -> None:
+def test_hnsw_cost_is_an_upper_bound() -> None:
     cvar: Any = faiss.cvar
     index: Any = faiss.index_factory(64, "HNSW32", faiss.METRIC_INNER_PRODUCT)
     index.add(VECTORS)
@@ -92,14 +92,14 @@ def test_a_graph_compares_no_more_than_its_width_times_its_links() -> None:
     assert estimate_search_cost("HNSW32", 64, 10).compared == 10
 
 
-def test_what_is_left_beside_a_7b_model_by_hand() -> None:
+def test_memory_left_beside_a_7b_model_matches_a_worked_example() -> None:
     # 40 GB less weights, 8,192 tokens of half a mebibyte, activations, and the index's own working memory.
     left = 40_000_000_000 - 13_480_000_000 - 8192 * 524_288 - 1_500_000_000 - 2048 * 2**20
     assert compute_room_beside_7b(40_000_000_000) == left == 18_577_549_056
     assert compute_room_beside_7b(16_000_000_000) == 0
 
 
-def test_shares_and_counts_by_hand() -> None:
+def test_gpu_shares_and_machine_counts_match_worked_examples() -> None:
     reserve = (512 + 1024 + 512) * 2**20
     assert compute_share_beside(20_000_000_000 - reserve, 80_000_000_000) == 0.75
     assert count_cards(10 * (80_000_000_000 - reserve), 80_000_000_000) == 10
@@ -116,7 +116,7 @@ def documented() -> list[list[str]]:
     ]
 
 
-def test_the_sizing_document_says_what_the_plan_would() -> None:
+def test_sizing_document_matches_the_plan() -> None:
     rows = documented()
     assert len(rows) == 18
     for corpus, factory, per_vector, index, shard, *cards, card_servers, servers, compared, read in rows:

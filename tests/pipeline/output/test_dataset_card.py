@@ -52,7 +52,7 @@ def front_matter(text: str) -> dict[str, Any]:
     return dict(yaml.safe_load(text.split("---\n")[1]))
 
 
-def test_the_front_matter_says_how_to_open_the_set() -> None:
+def test_front_matter_describes_how_to_load_the_set() -> None:
     found = front_matter(card())
     assert found["configs"] == [
         {"config_name": "data", "data_files": "data/*.parquet", "default": True},
@@ -65,7 +65,7 @@ def test_the_front_matter_says_how_to_open_the_set() -> None:
     assert 'load_dataset("me/answers", "errors", split="train")' in card()
 
 
-def test_without_errors_and_licence_there_is_no_word_of_them() -> None:
+def test_missing_errors_and_license_are_omitted() -> None:
     found = front_matter(text := card(errors=False, licence=None))
     assert [config["config_name"] for config in found["configs"]] == ["data"]
     assert "license" not in found
@@ -77,11 +77,11 @@ def test_without_errors_and_licence_there_is_no_word_of_them() -> None:
     ("rows", "size"),
     [(999, "n<1K"), (1000, "1K<n<10K"), (99_999, "10K<n<100K"), (1_000_000, "1M<n<10M"), (10**12, "1B<n<10B")],
 )
-def test_the_size_is_one_of_the_hubs_categories(rows: int, size: str) -> None:
+def test_size_is_a_category_of_the_hub(rows: int, size: str) -> None:
     assert front_matter(card({"counts": {**MANIFEST["counts"], "rows": rows + 3}}))["size_categories"] == [size]
 
 
-def test_the_card_says_what_produced_the_set() -> None:
+def test_card_describes_what_produced_the_set() -> None:
     text = card()
     for line in (
         "| model | selfrag/selfrag_llama2_7b (revision abc) |",
@@ -99,25 +99,25 @@ def test_the_card_says_what_produced_the_set() -> None:
     assert "`decoding.mode=adaptive`, `decoding.weights.support=2.0`, `rescored=s3://b/run`. Task" in text
 
 
-def test_a_run_without_index_has_none_in_its_card() -> None:
+def test_card_of_a_run_without_an_index_omits_it() -> None:
     text = card({"index": None, "encoder": None})
     assert "| index" not in text
     assert "| encoder" not in text
 
 
-def test_every_column_of_the_output_has_a_meaning() -> None:
+def test_every_output_column_has_a_description() -> None:
     fields = [*ANSWER_FIELDS, *CANDIDATE_FIELDS, *ERROR_FIELDS]
     assert {name for names in MEANINGS for name in names} == {field.name for field in fields}
 
 
-def test_the_documentation_describes_the_columns_as_the_card_does() -> None:
+def test_documentation_and_card_describe_the_same_columns() -> None:
     document = (Path(__file__).parents[3] / "infra" / "DATA.md").read_text("utf-8")
     plain = re.sub(r" \(\[[^]]*\]\([^)]*\)\)", "", document)  # links only work there
     for row in render_columns(build_data_schema(pa.schema([]), keep_candidates=True)).splitlines()[2:]:
         assert f"{row}\n" in plain
 
 
-def test_only_a_finished_set_has_a_card(tmp_path: Path) -> None:
+def test_only_finished_sets_have_a_card(tmp_path: Path) -> None:
     folder = annotated_set(tmp_path / "run", rows=2)
     found = FinishedSet.of(OutputFolder(locate(str(folder), StorageConfig())))
     assert (found.answered, list(found.schemas)) == (2, ["data", "errors"])

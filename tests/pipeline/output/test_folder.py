@@ -34,7 +34,7 @@ def write(folder: OutputFolder, unit: str, *ids: str) -> UnitSummary:
     return folder.write_unit(unit, annotated(*ids), INPUTS, keep_candidates=False)
 
 
-def test_rows_go_to_data_and_errors(folder, tmp_path):
+def test_rows_are_written_to_data_and_errors(folder, tmp_path):
     summary = write(folder, U1, "a", "bad", "c")
     assert summary == folder.summarize_units([U1, "0" * 20])[0]
     assert summary == UnitSummary(U1, 3, {"ValueError": 1}, retrieved=1, generated_tokens=6, prompt_tokens=20)
@@ -44,26 +44,26 @@ def test_rows_go_to_data_and_errors(folder, tmp_path):
     ]
 
 
-def test_a_files_metadata_keep_when_its_unit_was_done(folder):
+def test_file_metadata_hold_the_times_of_the_unit(folder):
     summary = folder.write_unit(U1, annotated("a"), INPUTS, keep_candidates=False, times=(12.5, 14.0))
     assert (summary.began, summary.ended) == (12.5, 14.0)
     assert folder.summarize_units([U1]) == [summary]
 
 
-def test_unit_of_failures_has_an_empty_data_file(folder, tmp_path):
+def test_unit_with_only_errors_has_an_empty_data_file(folder, tmp_path):
     write(folder, U1, "bad")
     assert pq.read_table(tmp_path / f"out/data/part-{U1}.parquet").num_rows == 0
     assert folder.list_done_units() == {U1}
 
 
-def test_a_finished_unit_that_runs_again_keeps_its_files(folder, tmp_path):
+def test_finished_unit_is_not_overwritten(folder, tmp_path):
     first = write(folder, U1, "a", "bad")
     before = {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.parquet")}
     assert write(folder, U1, "a", "b") == first
     assert {file: file.read_bytes() for file in (tmp_path / "out").rglob("*.parquet")} == before
 
 
-def test_a_withdrawn_unit_is_written_anew(folder):
+def test_deleted_unit_can_be_written_again(folder):
     write(folder, U1, "a", "bad")
     folder.withdraw(U1)
     assert folder.list_done_units() == frozenset()
@@ -72,13 +72,13 @@ def test_a_withdrawn_unit_is_written_anew(folder):
     assert (summary.rows, summary.errors) == (2, {})
 
 
-def test_error_rows_are_counted_for_some_units(folder):
+def test_error_rows_are_counted_for_the_given_units(folder):
     write(folder, U1, "a", "bad", "bad")
     assert folder.count_error_rows([U1]) == 2
     assert folder.count_error_rows(["0" * 20]) == 0
 
 
-def test_a_kill_while_a_run_is_cleared_away_leaves_a_folder_that_is_known(folder, monkeypatch):
+def test_kill_during_clear_leaves_a_recognizable_folder(folder, monkeypatch):
     write(folder, U1, "a")
     folder.finish({"a": 1})
     with monkeypatch.context() as patched:
@@ -91,14 +91,14 @@ def test_a_kill_while_a_run_is_cleared_away_leaves_a_folder_that_is_known(folder
     assert folder.read_manifest() is None
 
 
-def test_errors_of_a_unit_that_never_finished_do_not_count(folder, tmp_path):
+def test_errors_of_an_unfinished_unit_are_ignored(folder, tmp_path):
     write(folder, U1, "a", "bad")
     (tmp_path / f"out/data/part-{U1}.parquet").unlink()  # died between the two files
     assert folder.list_done_units() == frozenset()
     assert folder.summarize_units([U1]) == []
 
 
-def test_manifest_and_marker(folder, tmp_path):
+def test_manifest_and_success_marker_follow_the_run_status(folder, tmp_path):
     assert folder.read_manifest() is None
     folder.begin({"model": "m"})
     assert folder.read_manifest()["status"] == "running"
@@ -108,7 +108,7 @@ def test_manifest_and_marker(folder, tmp_path):
     assert json.loads((tmp_path / "out/_manifest.json").read_text())["status"] == "finished"
 
 
-def test_strange_manifest_is_refused(folder, tmp_path):
+def test_foreign_manifest_is_refused(folder, tmp_path):
     (tmp_path / "out").mkdir()
     (tmp_path / "out/_manifest.json").write_text('{"name": "a browser extension"}')
     with pytest.raises(ValueError, match="_manifest.json: not a manifest of this version"):
@@ -125,7 +125,7 @@ def test_clear_leaves_other_files(folder, tmp_path):
     assert sorted(p.name for p in (tmp_path / "out").rglob("*") if p.is_file()) == ["notes.txt", "train-00000.parquet"]
 
 
-def test_beginning_again_takes_the_success_marker_away(folder):
+def test_restarted_run_removes_the_success_marker(folder):
     folder.begin({})
     folder.finish({})
     folder.begin({})

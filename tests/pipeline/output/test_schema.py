@@ -42,7 +42,7 @@ def test_row_becomes_query():
 
 
 @pytest.mark.parametrize("given", [None, []])
-def test_no_given_passages_means_the_index(given):
+def test_rows_without_passages_use_the_index(given):
     assert to_query({"id": "q", "query": "Who?", "passages": given}, Columns()).passages is None
 
 
@@ -54,7 +54,7 @@ def test_no_given_passages_means_the_index(given):
         ([{"id": "p", "text": "a"}, None], "given passage 1 is null or has no id"),
     ],
 )
-def test_given_passages_that_cannot_be_told_apart_are_an_error_of_the_row(given, problem):
+def test_given_passages_without_unique_ids_are_an_error(given, problem):
     with pytest.raises(ValueError, match=problem):
         to_query({"id": "q", "query": "Who?", "passages": given}, Columns())
 
@@ -74,7 +74,7 @@ def test_columns_can_be_mapped():
     assert to_query(row, Columns(id="qid", query="question")) == Query("q", "Who?")
 
 
-def test_null_query_is_an_empty_one():
+def test_null_query_becomes_an_empty_query():
     assert to_query({"id": "q", "query": None}, Columns()).query == ""
 
 
@@ -86,7 +86,7 @@ def test_citations_are_numbered_by_first_use():
     assert row["passages"][1] == {"id": "p1", "title": "Title", "text": "Text", "retrieval_score": 0.9, "rank": 2}
 
 
-def test_candidates_are_a_tree_and_every_passage_read_is_there_once():
+def test_candidates_form_a_tree_and_passages_are_stored_once():
     other = Passage("p2", "", "Other")
     first = Candidate(segment(PASSAGE), None, Boundary(0.25, keep=True))
     second, third = (Candidate(s, 0, None, Finish.LENGTH) for s in (segment(other, 2), segment(PASSAGE)))
@@ -101,7 +101,7 @@ def test_candidates_are_a_tree_and_every_passage_read_is_there_once():
     assert [p["id"] for p in back["evidence"]] == ["p1", "p2"]
 
 
-def test_absent_critique_stays_null_in_arrow():
+def test_missing_critique_is_null_in_arrow():
     candidate = Candidate(segment(None), parent=None, boundary=None, finish=Finish.STOP)
     row = convert_answer(answer(segment(PASSAGE), candidates=(candidate,)))
     schema = build_data_schema(pa.schema([]), keep_candidates=True)
@@ -137,10 +137,10 @@ def test_colliding_input_columns_are_renamed():
 @pytest.mark.parametrize(
     "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
 )
-def test_any_kind_of_string_will_do(kind):
+def test_all_string_types_are_accepted(kind):
     check_query_schema(pa.schema([("id", kind), ("query", kind)]), Columns(), "file")
 
 
-def test_optional_column_of_nulls_is_as_good_as_none():
+def test_optional_column_of_nulls_is_accepted():
     schema = pa.schema([("id", pa.string()), ("query", pa.string()), ("choices", pa.null())])
     check_query_schema(schema, Columns(), "file")

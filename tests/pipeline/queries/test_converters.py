@@ -26,7 +26,7 @@ def test_columns_are_mapped_renamed_and_passed_through() -> None:
     assert query(row, query="question", id="qid") == {"id": "7", "query": "Who?", "year": 1999}
 
 
-def test_a_dotted_path_goes_through_objects_and_lists() -> None:
+def test_dotted_paths_follow_objects_and_lists() -> None:
     row = {"a": {"b": [{"c": 1}, {"c": 2}, {}]}, "x.y": "exactly"}
     assert find_value(row, "a.b.c") == [1, 2, None]
     assert find_value(row, "x.y") == "exactly"
@@ -34,7 +34,7 @@ def test_a_dotted_path_goes_through_objects_and_lists() -> None:
     assert find_value(row, "nothing") is None
 
 
-def test_what_a_path_leads_through_passes_and_what_is_renamed_does_not() -> None:
+def test_nested_source_columns_are_kept_and_renamed_ones_are_not() -> None:
     row = {"input": "Claim.", "output": [{"answer": "SUPPORTS"}, {"answer": ""}, {"answer": None}]}
     assert query(row, query="input", answers="output.answer") == {
         "query": "Claim.",
@@ -74,17 +74,17 @@ def test_answers_become_a_list_of_texts(value: Any, answers: list[str] | None) -
         ("query", ["a"], "column 'query': expected text, found a list"),
     ],
 )
-def test_a_value_that_a_column_cannot_hold_is_named(column: str, value: Any, problem: str) -> None:
+def test_value_of_the_wrong_type_is_named(column: str, value: Any, problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         ColumnMapping().apply({"query": "q", column: value})
 
 
-def test_a_mapped_column_is_named_with_its_source() -> None:
+def test_mapped_column_is_named_with_its_source() -> None:
     with pytest.raises(ValueError, match=r"column 'query' \(from q\.text\): expected text, found an object"):
         ColumnMapping({"query": "q.text"}).apply({"q": {"text": {}}})
 
 
-def test_short_answers_are_sets() -> None:
+def test_short_answers_are_lists_of_alternatives() -> None:
     pairs = [{"short_answers": ["a", "b"]}, {"short_answers": []}, {"short_answers": "c"}]
     row = query({"query": "q", "qa_pairs": pairs}, short_answers="qa_pairs.short_answers")
     assert row["short_answers"] == [["a", "b"], ["c"]]
@@ -97,7 +97,7 @@ def test_short_answers_are_sets() -> None:
         [{"label": 1, "text": "a tree"}, {"label": 2, "text": "a stone"}, {"label": 3, "text": "a cloud"}],
     ],
 )
-def test_labelled_choices_become_letters_that_the_query_explains(choices: Any) -> None:
+def test_labeled_choices_become_letters_listed_in_the_query(choices: Any) -> None:
     row = query({"query": "What grows?", "choices": choices, "answers": "1"})
     assert row == {
         "query": "What grows?\nA: a tree\nB: a stone\nC: a cloud",
@@ -106,12 +106,12 @@ def test_labelled_choices_become_letters_that_the_query_explains(choices: Any) -
     }
 
 
-def test_labels_that_are_letters_stay() -> None:
+def test_letter_labels_are_kept() -> None:
     choices = {"label": ["A", "B"], "text": ["x", "y"]}
     assert query({"query": "q", "choices": choices, "answers": "B"})["answers"] == ["B"]
 
 
-def test_plain_choices_stay_and_may_be_written_in_json() -> None:
+def test_plain_choices_are_kept_and_may_be_json() -> None:
     assert query({"query": "q", "choices": ["true", False]})["choices"] == ["true", "false"]
     assert query({"query": "q", "choices": '["yes", "no"]'}) == {"query": "q", "choices": ["yes", "no"]}
 
@@ -120,30 +120,30 @@ def test_plain_choices_stay_and_may_be_written_in_json() -> None:
     "choices",
     [[{"label": "A", "text": "x"}, "y"], {"label": ["A", "A"], "text": ["x", "y"]}],
 )
-def test_labels_that_do_not_tell_choices_apart_are_refused(choices: Any) -> None:
+def test_ambiguous_choice_labels_are_refused(choices: Any) -> None:
     with pytest.raises(ValueError, match="column 'choices'"):
         ColumnMapping().apply({"query": "q", "choices": choices})
 
 
-def test_given_passages_keep_what_a_passage_has() -> None:
+def test_given_passages_keep_only_passage_fields() -> None:
     found = [{"id": 4, "title": None, "text": "t", "score": 0.5}]
     assert query({"query": "q", "ctxs": found}, passages="ctxs")["passages"] == [
         {"id": "4", "title": None, "text": "t"}
     ]
 
 
-def test_a_constant_task_goes_before_the_rows_own() -> None:
+def test_constant_task_overrides_the_task_of_the_row() -> None:
     assert ColumnMapping(task="nq").apply({"query": "q", "task": "qa"})["task"] == "nq"
     assert ColumnMapping().apply({"query": "q", "task": "qa"})["task"] == "qa"
 
 
-def test_dropped_columns_are_gone() -> None:
+def test_dropped_columns_are_removed() -> None:
     dropped = ColumnMapping({"answers": "answer.value"}, drop=frozenset({"answer", "id"}))
     row = dropped.apply({"query": "q", "id": 1, "answer": {"value": "a"}, "n": 1})
     assert {name: value for name, value in row.items() if value is not None} == {"query": "q", "answers": ["a"], "n": 1}
 
 
-def test_a_column_that_no_query_set_has_is_refused() -> None:
+def test_unknown_target_column_is_refused() -> None:
     with pytest.raises(ValueError, match="--column question=…: a query set has the columns id, query"):
         ColumnMapping({"question": "query"})
 
@@ -158,7 +158,7 @@ def test_a_column_that_no_query_set_has_is_refused() -> None:
         ({"query": "q", "passages": [{"id": "1", "text": "a"}, {"id": 1, "text": "b"}]}, "two given passages"),
     ],
 )
-def test_what_could_only_be_an_error_row_is_refused(row: dict[str, Any], problem: str) -> None:
+def test_rows_that_would_become_error_rows_are_refused(row: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         check_row(ColumnMapping().apply({"id": "1", **row}))
 
@@ -170,14 +170,14 @@ def ids(*rows: dict[str, Any]) -> list[str]:
     return [row["id"] for row in found]
 
 
-def test_made_ids_follow_from_what_is_asked_and_not_from_place_or_gold() -> None:
+def test_generated_ids_depend_only_on_the_question() -> None:
     one, two = ids({"query": "a", "answers": "x"}, {"query": "b"})
     assert ids({"query": "c"}, {"query": "b", "answers": "y"}, {"query": "a", "year": 3})[1:] == [two, one]
     assert len({one, two, *ids({"query": "a", "input": "i"}), *ids({"query": "a", "choices": ["x"]})}) == 4
     assert one == "5d449b432f360e0944c6"  # ids of sets that exist must not change
 
 
-def test_what_is_asked_again_gets_a_number() -> None:
+def test_repeated_questions_get_numbered_ids() -> None:
     first, second, third = ids({"query": "a"}, {"query": "a"}, {"query": "a"})
     assert (second, third) == (f"{first}-2", f"{first}-3")
 
@@ -190,16 +190,16 @@ def test_what_is_asked_again_gets_a_number() -> None:
         ([{}, {"id": 1}], r"has an id \('1'\), but the first row has none"),
     ],
 )
-def test_ids_are_all_there_and_unique_or_all_made(rows: list[dict[str, Any]], problem: str) -> None:
+def test_ids_must_be_complete_and_unique_or_absent(rows: list[dict[str, Any]], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         ids(*rows)
 
 
-def test_numbers_are_written_as_json_writes_them() -> None:
+def test_numbers_are_formatted_as_in_json() -> None:
     assert [to_text(value) for value in (12, 1.5, False)] == [json.dumps(value) for value in (12, 1.5, False)]
 
 
-def test_known_datasets_have_a_profile_and_columns_of_a_query_set() -> None:
+def test_known_datasets_have_a_profile_and_valid_columns() -> None:
     for name, known in load_known_datasets().items():
         assert known.task == name
         assert known.task in read_built_in_profiles()

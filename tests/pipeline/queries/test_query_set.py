@@ -40,7 +40,7 @@ def test_units_cover_every_row_once(tmp_path_factory, sizes, group, unit_rows):
     assert found.rows == len(read)
 
 
-def test_units_have_the_same_ids_wherever_the_set_lies(tmp_path):
+def test_unit_ids_do_not_depend_on_the_location(tmp_path):
     (tmp_path / "one").mkdir()
     write(tmp_path / "one" / "a.parquet", list("abcdef"))
     shutil.copytree(tmp_path / "one", tmp_path / "two")
@@ -49,7 +49,7 @@ def test_units_have_the_same_ids_wherever_the_set_lies(tmp_path):
     assert one.digest == two.digest
 
 
-def test_other_rows_of_the_same_size_are_another_set(tmp_path):
+def test_digest_depends_on_row_contents(tmp_path):
     for name, middle in (("one", "bbb"), ("two", "bbx")):
         (tmp_path / name).mkdir()
         table = pa.table({"id": ["1", "2", "3"], "query": ["aaa", middle, "ccc"]})  # footers are the same
@@ -57,14 +57,14 @@ def test_other_rows_of_the_same_size_are_another_set(tmp_path):
     assert inspect(tmp_path / "one").digest != inspect(tmp_path / "two").digest
 
 
-def test_a_process_that_read_a_file_before_reads_the_one_that_took_its_place(tmp_path):
+def test_replaced_file_is_read_again(tmp_path):
     file = tmp_path / "a.parquet"
     for ids in (list("abcd"), list("wxyz"), list("abcdefgh")):
         write(file, ids)
         assert [i for unit in inspect(file, 2).units for i in read_unit(unit, HERE)["id"].to_pylist()] == ids
 
 
-def test_a_file_that_changes_while_its_run_is_at_work_is_named(tmp_path):
+def test_file_changed_during_the_run_is_named(tmp_path):
     write(tmp_path / "a.parquet", list("abcd"))
     first, *_ = inspect(tmp_path / "a.parquet", 2).units
     write(tmp_path / "a.parquet", list("abcdefgh"))
@@ -72,7 +72,7 @@ def test_a_file_that_changes_while_its_run_is_at_work_is_named(tmp_path):
         read_unit(first, HERE)
 
 
-def test_units_that_begin_together_read_their_row_group_once(tmp_path, monkeypatch):
+def test_concurrent_units_read_their_row_group_once(tmp_path, monkeypatch):
     write(tmp_path / "a.parquet", list("abcdefgh"))
     units = inspect(tmp_path / "a.parquet", 2).units
     reads = []
@@ -89,7 +89,7 @@ def test_units_that_begin_together_read_their_row_group_once(tmp_path, monkeypat
     assert len(reads) == 1
 
 
-def test_single_file_is_a_set(tmp_path):
+def test_single_file_is_a_query_set(tmp_path):
     write(tmp_path / "a.parquet", ["x", "y"])
     assert inspect(tmp_path / "a.parquet").files == 1
     assert inspect(tmp_path / "a.parquet").digest == inspect(tmp_path).digest

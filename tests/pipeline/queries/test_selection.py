@@ -52,7 +52,7 @@ def rows(selection: Selection) -> list[tuple[str, int]]:
     return list(zip(table["id"].to_pylist(), table["extra"].to_pylist(), strict=True))
 
 
-def test_answered_ids_are_left_out_and_failed_ones_are_not(asked: Path, tmp_path: Path):
+def test_answered_rows_are_skipped_and_failed_ones_are_retried(asked: Path, tmp_path: Path):
     earlier(tmp_path / "sets", "monday", "q0", "q7", "other")
     earlier(tmp_path / "sets", "monday", "q1", error="TimeoutError")
     earlier(tmp_path / "sets", "week/tuesday", "q3", "q4", "q5")
@@ -60,7 +60,7 @@ def test_answered_ids_are_left_out_and_failed_ones_are_not(asked: Path, tmp_path
     assert rows(found) == [("q1", 1), ("q2", 2), ("q6", 6), ("q8", 8), ("q9", 9)]
 
 
-def test_rows_that_failed_by_their_own_fault_or_twice_are_left_out_too(asked: Path, tmp_path: Path):
+def test_permanently_failed_rows_are_skipped(asked: Path, tmp_path: Path):
     earlier(tmp_path / "sets", "monday", "q0", "q1", error="ValueError")
     earlier(tmp_path / "sets", "monday", "q2", "q3", error="ProcessDiedError")
     earlier(tmp_path / "sets", "tuesday", "q3", error="TimeoutError")
@@ -69,18 +69,18 @@ def test_rows_that_failed_by_their_own_fault_or_twice_are_left_out_too(asked: Pa
     assert found.known == 3
 
 
-def test_a_set_can_itself_be_the_folder(asked: Path, tmp_path: Path):
+def test_annotated_set_can_be_given_directly(asked: Path, tmp_path: Path):
     earlier(tmp_path, "set", "q0", "q1", "q2", "q3", "q4", "q5", "q6", "q7")
     earlier(tmp_path, "set", "q8", error="TimeoutError")
     assert [row for row, _ in rows(select(asked, tmp_path / "set"))] == ["q8", "q9"]
 
 
-def test_the_first_run_has_all_queries(asked: Path, tmp_path: Path):
+def test_first_run_has_all_queries(asked: Path, tmp_path: Path):
     found = select(asked, tmp_path / "sets")
     assert [row for row, _ in rows(found)] == [f"q{n}" for n in range(10)]
 
 
-def test_a_selection_stays_what_it_was(asked: Path, tmp_path: Path):
+def test_selection_is_kept_until_it_is_replaced(asked: Path, tmp_path: Path):
     earlier(tmp_path / "sets", "monday", "q0")
     first = select(asked, tmp_path / "sets")
     earlier(tmp_path / "sets", "today", "q1", "q2")  # what the run has done before it was killed
@@ -92,7 +92,7 @@ def test_a_selection_stays_what_it_was(asked: Path, tmp_path: Path):
     assert [row for row, _ in rows(anew)] == [*(f"q{n}" for n in range(1, 9)), "new"]
 
 
-def test_a_selection_that_was_not_finished_is_made_again(asked: Path, tmp_path: Path):
+def test_unfinished_selection_is_replaced(asked: Path, tmp_path: Path):
     left = tmp_path / "sets" / "today" / "_queries"
     left.mkdir(parents=True)
     pq.write_table(pa.table({"id": ["x"], "query": ["?"], "extra": [1]}), left / "part-00007.parquet")
@@ -100,13 +100,13 @@ def test_a_selection_that_was_not_finished_is_made_again(asked: Path, tmp_path: 
     assert not (left / "part-00007.parquet").exists()
 
 
-def test_another_query_set_than_the_one_chosen_from_is_refused(asked: Path, tmp_path: Path):
+def test_different_query_set_is_refused_for_a_selection(asked: Path, tmp_path: Path):
     select(asked, tmp_path / "sets")
     with pytest.raises(ValueError, match="today/_queries was selected from .*queries; choose another output"):
         select(tmp_path / "elsewhere", tmp_path / "sets")
 
 
-def test_a_damaged_file_of_an_earlier_set_is_named(asked: Path, tmp_path: Path):
+def test_damaged_file_of_an_earlier_set_is_named(asked: Path, tmp_path: Path):
     earlier(tmp_path / "sets", "monday", "q0")
     (file,) = (tmp_path / "sets").rglob("part-*")
     file.write_bytes(b"half")
@@ -114,7 +114,7 @@ def test_a_damaged_file_of_an_earlier_set_is_named(asked: Path, tmp_path: Path):
         select(asked, tmp_path / "sets")
 
 
-def test_nothing_new_is_said_every_time(asked: Path, tmp_path: Path):
+def test_selection_without_new_rows_is_an_error_every_time(asked: Path, tmp_path: Path):
     earlier(tmp_path / "sets", "monday", *(f"q{n}" for n in range(10)))
     for _ in range(2):
         with pytest.raises(
@@ -124,7 +124,7 @@ def test_nothing_new_is_said_every_time(asked: Path, tmp_path: Path):
     assert not (tmp_path / "sets" / "today").exists()
 
 
-def test_many_rows_go_into_several_files(asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_selection_is_split_into_several_files(asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("pipeline.queries.selection.FILE_ROWS", 4)
     monkeypatch.setattr("pipeline.queries.selection.GROUP_ROWS", 3)
     found = select(asked, tmp_path / "sets")
@@ -134,7 +134,7 @@ def test_many_rows_go_into_several_files(asked: Path, tmp_path: Path, monkeypatc
     assert [row for row, _ in rows(found)] == [f"q{n}" for n in range(10)]
 
 
-def test_a_set_without_the_column_of_ids_is_named(asked: Path, tmp_path: Path):
+def test_set_without_the_id_column_is_named(asked: Path, tmp_path: Path):
     earlier(tmp_path / "sets", "monday", "q0")
     table = pa.table({"key": ["a"], "query": ["?"]})
     pq.write_table(table, tmp_path / "other.parquet")

@@ -42,12 +42,12 @@ TEXT_FILES: dict[str, Callable[[Path], object]] = {
 
 
 @pytest.mark.parametrize("name", TEXT_FILES)
-def test_a_file_of_any_kind_is_read(name: str, tmp_path: Path) -> None:
+def test_all_text_file_types_are_read(name: str, tmp_path: Path) -> None:
     TEXT_FILES[name](tmp_path / name)
     assert rows(tmp_path / name) == [{"q": "é", "n": "1"}, {"q": "b", "n": "2"}]
 
 
-def test_a_folder_is_read_file_by_file_and_files_of_other_kinds_are_not(tmp_path: Path) -> None:
+def test_folder_is_read_in_file_order_without_other_file_types(tmp_path: Path) -> None:
     lines(tmp_path / "b.jsonl", {"q": "second"})
     lines(tmp_path / "a" / "one.jsonl", {"q": "first"})
     (tmp_path / "LICENSE.md").write_text("mine")
@@ -58,7 +58,7 @@ def test_a_folder_is_read_file_by_file_and_files_of_other_kinds_are_not(tmp_path
     ]
 
 
-def test_files_come_from_object_storage(tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_files_are_read_from_object_storage(tmp_path: Path, s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     for name, write in TEXT_FILES.items():
@@ -87,7 +87,7 @@ def test_parquet_keeps_its_types(tmp_path: Path) -> None:
         ("a.csv", b"q,n\na,1\n\xe9,2\n", 1, "not UTF-8"),
     ],
 )
-def test_a_row_that_cannot_be_read_is_told_and_the_others_are_read(
+def test_unreadable_rows_are_reported_and_others_are_read(
     name: str, content: bytes, row: int, problem: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(content)
@@ -97,7 +97,7 @@ def test_a_row_that_cannot_be_read_is_told_and_the_others_are_read(
     assert problem in str(bad.problem)
 
 
-def test_parquet_text_that_is_not_utf8_is_told(tmp_path: Path) -> None:
+def test_invalid_utf8_in_parquet_is_reported(tmp_path: Path) -> None:
     column = pa.array([b"a", b"caf\xe9"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"q": column}), tmp_path / "a.parquet")
     good, bad = source(tmp_path / "a.parquet").rows
@@ -116,25 +116,25 @@ def test_parquet_text_that_is_not_utf8_is_told(tmp_path: Path) -> None:
         ("a.txt", b"q", "no files to import; supported are .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
     ],
 )
-def test_a_file_that_cannot_be_read_is_named(name: str, content: bytes, problem: str, tmp_path: Path) -> None:
+def test_unreadable_file_is_named(name: str, content: bytes, problem: str, tmp_path: Path) -> None:
     (tmp_path / name).write_bytes(content)
     with pytest.raises(ValueError, match=problem):
         rows(tmp_path / name)
 
 
-def test_parquet_files_of_types_that_do_not_go_together_are_refused(tmp_path: Path) -> None:
+def test_parquet_files_with_incompatible_schemas_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"n": [1]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"n": ["1"]}), tmp_path / "b.parquet")
     with pytest.raises(ValueError, match="its Parquet files have incompatible schemas"):
         source(tmp_path)
 
 
-def test_what_is_not_there_is_told(tmp_path: Path) -> None:
+def test_missing_source_is_refused_with_a_hint(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"not found \(a dataset on the Hugging Face hub is written hf:OWNER/NAME\)"):
         source(tmp_path / "PopQA")
 
 
-def test_files_have_no_splits(tmp_path: Path) -> None:
+def test_split_is_refused_for_files(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="--split is for Hugging Face datasets"):
         source(lines(tmp_path / "a.jsonl", {"q": 1}), split="test")
 
@@ -147,13 +147,13 @@ def hub_folder(tmp_path: Path) -> Path:
     return tmp_path / "hub"
 
 
-def test_a_dataset_is_streamed_from_its_split(hub_folder: Path) -> None:
+def test_dataset_is_streamed_from_its_split(hub_folder: Path) -> None:
     found = list(source(f"hf:{hub_folder}", split="test").rows)
     assert [row.values["q"] for row in found] == [f"t{n}" for n in range(2000)]
     assert found[1999].place == f"hf:{hub_folder} row 1999"
 
 
-def test_a_split_must_be_chosen_among_several(hub_folder: Path) -> None:
+def test_split_must_be_chosen_among_several(hub_folder: Path) -> None:
     with pytest.raises(ValueError, match="several splits; choose one with --split: train, test"):
         source(f"hf:{hub_folder}")
     with pytest.raises(ValueError, match="no split 'dev'; choose one with --split: train, test"):
@@ -162,7 +162,7 @@ def test_a_split_must_be_chosen_among_several(hub_folder: Path) -> None:
     assert len(rows(f"hf:{hub_folder}")) == 2000
 
 
-def test_a_configuration_is_chosen_by_name(tmp_path: Path) -> None:
+def test_configuration_is_chosen_by_name(tmp_path: Path) -> None:
     card = "configs:\n- config_name: easy\n  data_files: easy.jsonl\n- config_name: hard\n  data_files: hard.jsonl\n"
     for name in ("easy", "hard"):
         lines(tmp_path / f"{name}.jsonl", {"q": name})
@@ -172,7 +172,7 @@ def test_a_configuration_is_chosen_by_name(tmp_path: Path) -> None:
         source(f"hf:{tmp_path}")
 
 
-def test_a_damaged_dataset_is_one_line(tmp_path: Path) -> None:
+def test_damaged_dataset_gives_one_line(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_text('{"q": "a"}\n{bad\n')
     with pytest.raises(ValueError, match=f"hf:{tmp_path}: .*JSON") as caught:
         rows(f"hf:{tmp_path}")
@@ -193,7 +193,7 @@ def saved(folder: Path) -> datasets.Dataset:
     return dataset
 
 
-def test_what_save_to_disk_has_left_is_read_with_class_names(tmp_path: Path) -> None:
+def test_saved_dataset_is_read_with_class_names(tmp_path: Path) -> None:
     saved(tmp_path / "one")
     assert source(tmp_path / "one").types == {"q": pa.string(), "label": pa.string(), "n": pa.int8()}
     assert rows(tmp_path / "one") == [

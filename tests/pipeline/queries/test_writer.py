@@ -47,13 +47,13 @@ def test_files_and_row_groups_are_bounded(tmp_path: Path, output: Location) -> N
     assert written(tmp_path)["id"].to_pylist() == [str(n) for n in range(7)]
 
 
-def test_only_columns_that_a_row_fills_are_written(tmp_path: Path, output: Location) -> None:
+def test_empty_columns_are_not_written(tmp_path: Path, output: Location) -> None:
     write(tmp_path, [{"answers": ["a"]}, {}, {}, {"choices": ["x", "y"]}], output)
     assert written(tmp_path).schema.names == ["id", "query", "choices", "answers"]
     assert written(tmp_path)["answers"].to_pylist() == [["a"], None, None, None]
 
 
-def test_types_grow_over_the_files(tmp_path: Path, output: Location) -> None:
+def test_column_types_are_unified_across_files(tmp_path: Path, output: Location) -> None:
     """Three rows are a file."""
     rows: list[dict[str, Any]] = [{"n": None, "o": {"a": 1}, "l": []}] * 3 + [{"n": 1, "o": {"b": "x"}, "l": ["y"]}] * 3
     write(tmp_path, [*rows, {"n": 1.5, "late": True}], output)
@@ -65,34 +65,34 @@ def test_types_grow_over_the_files(tmp_path: Path, output: Location) -> None:
     assert table["late"].to_pylist() == [None] * 6 + [True]
 
 
-def test_declared_types_stay(tmp_path: Path, output: Location) -> None:
+def test_declared_types_are_kept(tmp_path: Path, output: Location) -> None:
     write(tmp_path, [{"n": 1}], output, n=pa.int8())
     assert written(tmp_path).schema.field("n").type == pa.int8()
 
 
-def test_a_value_that_does_not_fit_its_column_is_named(tmp_path: Path, output: Location) -> None:
+def test_value_that_does_not_fit_its_column_is_named(tmp_path: Path, output: Location) -> None:
     with pytest.raises(
         ValueError, match="f row 2: column 'n' does not match its declared or inferred type .* --drop n"
     ):
         write(tmp_path, [{"n": 1}, {"n": 2}, {"n": "x"}], output)
 
 
-def test_files_whose_types_do_not_go_together_are_refused(tmp_path: Path, output: Location) -> None:
+def test_incompatible_column_types_are_refused(tmp_path: Path, output: Location) -> None:
     with pytest.raises(ValueError, match="column 'n' has the types int64 and string; leave it out with --drop n"):
         write(tmp_path, [{"n": 1}] * 3 + [{"n": "x"}], output)
 
 
-def test_what_parquet_cannot_hold_is_refused(tmp_path: Path, output: Location) -> None:
+def test_values_that_parquet_cannot_store_are_refused(tmp_path: Path, output: Location) -> None:
     with pytest.raises(ValueError, match="Parquet cannot store a column .*'meta'.* leave it out with --drop"):
         write(tmp_path, [{"meta": {}}], output)
 
 
-def test_a_set_is_checked_as_annotate_does(tmp_path: Path, output: Location) -> None:
+def test_written_set_passes_the_checks_of_annotate(tmp_path: Path, output: Location) -> None:
     with pytest.raises(ValueError, match="columns 'answer' and 'input_answer' would both be written"):
         write(tmp_path, [{"answer": "a", "input_answer": "b"}], output)
 
 
-def test_a_published_set_replaces_the_one_before(tmp_path: Path, output: Location) -> None:
+def test_published_set_replaces_the_previous_one(tmp_path: Path, output: Location) -> None:
     write(tmp_path, [{}] * 7, output)
     publish_query_set(tmp_path / "set", output)
     check_free(output, overwrite=True)
@@ -104,7 +104,9 @@ def test_a_published_set_replaces_the_one_before(tmp_path: Path, output: Locatio
     assert inspect_queries(output, Columns(), 256) == found
 
 
-def test_half_of_a_set_cannot_be_read(tmp_path: Path, output: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_partially_published_set_is_not_readable(
+    tmp_path: Path, output: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
     write(tmp_path, [{}] * 7, output)
     put = Location.write
 
@@ -126,14 +128,14 @@ def test_half_of_a_set_cannot_be_read(tmp_path: Path, output: Location, monkeypa
 
 
 @pytest.mark.parametrize("name", ["thesis.txt", "old/queries-00000.parquet", "queries.parquet"])
-def test_files_of_something_else_are_left(tmp_path: Path, output: Location, name: str) -> None:
+def test_foreign_files_are_kept(tmp_path: Path, output: Location, name: str) -> None:
     (tmp_path / "out" / name).parent.mkdir(parents=True)
     (tmp_path / "out" / name).write_text("years of work")
     with pytest.raises(ValueError, match=f"contains files that are not part of a query set .{name}.; choose another"):
         check_free(output, overwrite=True)
 
 
-def test_a_file_is_no_folder(tmp_path: Path, output: Location) -> None:
+def test_output_that_is_a_file_is_refused(tmp_path: Path, output: Location) -> None:
     (tmp_path / "out").write_text("mine")
     with pytest.raises(ValueError, match="out is a file; name a folder"):
         check_free(output, overwrite=True)

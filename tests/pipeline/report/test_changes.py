@@ -10,18 +10,18 @@ def answers(sample: int = 1, **by_id: str | None) -> Answers:
     )
 
 
-def test_answers_are_compared_by_id_wherever_they_stand():
+def test_answers_are_compared_by_id_across_files():
     ours = [answers(a="Paris", b="Rome"), answers(c="x", d="only ours", e=None)]
     theirs = [answers(c="y"), answers(b="Rome", a="Paris.", e=None, f="only theirs")]
     assert compare_answers(ours, theirs, 1) == Changes(shared=4, changed=2, sample=1)
 
 
-def test_nothing_in_common():
+def test_disjoint_sets_share_no_answers():
     assert compare_answers([answers(a="x")], [answers(b="x")], 1) == Changes(0, 0, 1)
     assert compare_answers([], [], 1) == Changes(0, 0, 1)
 
 
-def test_larger_sets_are_compared_on_a_sample_of_their_ids(monkeypatch):
+def test_large_sets_are_compared_on_a_sample_of_ids(monkeypatch):
     monkeypatch.setattr(report_changes, "MOST_COMPARED", 1000)
     sample = choose_sampling({"queries": {"rows": 8000}}, {"queries": {"rows": 5}})
     assert sample == 8
@@ -32,6 +32,6 @@ def test_larger_sets_are_compared_on_a_sample_of_their_ids(monkeypatch):
     assert 0.2 < found.changed / found.shared < 0.3
 
 
-def test_sets_of_four_million_rows_are_compared_whole():
+def test_sets_up_to_four_million_rows_are_compared_completely():
     assert choose_sampling({"queries": {"rows": 4_000_000}}, {}) == 1
     assert choose_sampling({}, {"queries": {"rows": 4_000_001}}) == 2

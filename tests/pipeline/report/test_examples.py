@@ -28,7 +28,7 @@ def marked(text: str, answer: str) -> list[str]:
     return [piece.text for piece in mark_words(text, answer) if piece.marked]
 
 
-def test_best_and_worst_are_by_score_over_all_units(tmp_path):
+def test_best_and_worst_examples_are_chosen_by_score_over_all_units(tmp_path):
     rows = [answered(f"q{n}", score=n) for n in range(60)]
     found = of(write_set(tmp_path, rows[0::3], rows[1::3], rows[2::3]))
     assert ids(found, "best") == [f"q{n}" for n in range(59, 59 - EXAMPLES, -1)]
@@ -39,7 +39,7 @@ def test_best_and_worst_are_by_score_over_all_units(tmp_path):
     assert [example.id for example in of(OutputFolder(write_set(tmp_path).location))] == [e.id for e in found]
 
 
-def test_rows_with_evidence_go_before_rows_without(tmp_path):
+def test_rows_with_evidence_are_preferred(tmp_path):
     rows = [unread("u1", 3.0), unread("u2", 0.1), answered("a1", 2.0), answered("a2", 1.0)]
     found = of(write_set(tmp_path, rows, [unread(f"v{n}", 5.0) for n in range(3)]))
     assert ids(found, "best")[:2] == ["a1", "a2"]
@@ -47,18 +47,18 @@ def test_rows_with_evidence_go_before_rows_without(tmp_path):
     assert ids(found, "worst")[0] == "u2"  # a1 and a2 are among the best
 
 
-def test_without_any_retrieval_the_score_alone_decides(tmp_path):
+def test_without_retrieval_examples_are_chosen_by_score(tmp_path):
     found = of(write_set(tmp_path, [unread(f"q{n}", n) for n in range(3)]))
     assert (ids(found, "best"), ids(found, "worst")) == (["q2"], ["q0"])
 
 
-def test_a_small_set_has_some_of_each_kind_and_no_row_twice(tmp_path):
+def test_small_set_has_examples_of_each_kind_without_repeats(tmp_path):
     found = of(write_set(tmp_path, [answered(f"q{n}", n) for n in range(3)]))
     assert len({example.id for example in found}) == len(found) <= 3
     assert (ids(found, "best"), ids(found, "worst")) == (["q2"], ["q0"])
 
 
-def test_tasks_share_the_examples_and_the_largest_have_them(tmp_path):
+def test_examples_are_divided_among_the_largest_tasks(tmp_path):
     rows = [answered(f"{t}-{n}", n, task=f"t{t}") for t in range(MOST_TASKS + 2) for n in range(30 - t)]
     found = of(write_set(tmp_path, rows))
     assert {example.task for example in found} == {f"t{t}" for t in range(MOST_TASKS)}
@@ -67,7 +67,7 @@ def test_tasks_share_the_examples_and_the_largest_have_them(tmp_path):
     assert len(ids(two, "best", "a")) == len(ids(two, "worst", "b")) == EXAMPLES // 2
 
 
-def test_an_example_holds_its_segments_and_numbered_passages(tmp_path):
+def test_example_holds_its_segments_and_numbered_passages(tmp_path):
     passages = [{"id": f"p{n}", "title": None, "text": f"text {n}", "retrieval_score": None, "rank": n} for n in (4, 1)]
     segments = [segment(2.0, "one"), {**segment(1.0, "two", is_sup=None), "citation": 2}]
     (example,) = of(write_set(tmp_path, [answered("a", answer="text", segments=segments, passages=passages)]))
@@ -77,7 +77,7 @@ def test_an_example_holds_its_segments_and_numbered_passages(tmp_path):
     assert [(p.text, p.marked) for p in example.sources[0].pieces] == [("text", True), (" 4", False)]
 
 
-def test_an_answer_without_segments_is_an_example_too(tmp_path):
+def test_answer_without_segments_can_be_an_example(tmp_path):
     (example,) = of(write_set(tmp_path, [answered("a", answer=None, segments=[], passages=None)]))
     assert (example.answer, example.score, example.sources) == ("", None, ())
 
@@ -104,12 +104,12 @@ def test_words_of_the_answer_are_marked(text, answer, expected):
     assert marked(text, answer) == expected
 
 
-def test_the_pieces_are_the_text():
+def test_pieces_join_to_the_text():
     text = "Dune, by Frank Herbert, is long; Herbert wrote six."
     assert "".join(piece.text for piece in mark_words(text, "Herbert six")) == text
 
 
-def test_a_long_passage_is_shortened_around_the_first_marked_word():
+def test_long_passage_is_shortened_around_the_first_marked_word():
     text = "a " * 3000 + "Herbert " + "b " * 3000
     found = mark_words(text, "Herbert")
     assert [piece.text for piece in found if piece.marked] == ["Herbert"]

@@ -23,7 +23,7 @@ def figures(output: OutputFolder) -> SetFigures:
     return read_set(output, ReadOptions.of(output.read_manifest() or {}))
 
 
-def test_rows_errors_and_retrieval_by_task_and_together(tmp_path):
+def test_rows_errors_and_retrieval_are_counted_by_task_and_overall(tmp_path):
     one = [answered("a", task="qa"), unread("b", task="qa"), failed("c", task="qa")]
     two = [answered("d", task=""), failed("e", "TimeoutError", "too long", task="qa"), failed("f")]
     found = figures(write_set(tmp_path, one, two))
@@ -36,13 +36,13 @@ def test_rows_errors_and_retrieval_by_task_and_together(tmp_path):
     assert found.groups["qa"].retrieval_rate == 0.5
 
 
-def test_errors_by_type_and_task_with_the_first_message(tmp_path):
+def test_errors_are_counted_by_type_and_task_with_the_first_message(tmp_path):
     one = [failed("a", message="first"), failed("b", message="second"), failed("c", "TimeoutError", "slow", task="qa")]
     found = figures(write_set(tmp_path, one, [failed("d", message="third")]))
     assert found.failures == {("ValueError", "(none)"): Failure(3, "first"), ("TimeoutError", "qa"): Failure(1, "slow")}
 
 
-def test_scores_are_of_the_segments_and_those_that_were_not_written_are_missing(tmp_path):
+def test_scores_are_distributed_over_segments_with_missing_counts(tmp_path):
     long = answered("a", segments=[segment(3.0, is_use=None), segment(1.0, is_use=-1.0, is_sup=0.0)])
     spreads = figures(write_set(tmp_path, [long, unread("b", 0.5)])).overall.spreads
     assert {name: (s.values, s.missing) for name, s in spreads.items()} == {
@@ -58,14 +58,14 @@ def test_scores_are_of_the_segments_and_those_that_were_not_written_are_missing(
     assert spreads["retrieve_probability"].counts.tolist() == [0, 0, 1, *[0] * (BINS - 5), 1, 0]  # 0.1 and 0.9
 
 
-def test_values_on_the_outer_edges_and_beyond_are_in_the_outer_bins(tmp_path):
+def test_values_outside_the_range_are_in_the_outer_bins(tmp_path):
     rows = [answered(str(n), segments=[segment(s, is_rel=s)]) for n, s in enumerate((-9.0, 0.0, 1.0, 9.0))]
     spreads = figures(write_set(tmp_path, rows)).overall.spreads
     assert spreads["is_rel"].counts.tolist() == [2, *[0] * (BINS - 2), 2]
     assert spreads["is_rel"].mean == 0.25
 
 
-def test_groups_that_no_row_has_are_empty(tmp_path):
+def test_absent_scores_have_empty_distributions(tmp_path):
     row = answered("a", retrieve_probability=None, segments=[])
     spreads = figures(write_set(tmp_path, [row])).overall.spreads
     assert {name: (s.values, s.missing, s.mean) for name, s in spreads.items()} == {
@@ -74,7 +74,7 @@ def test_groups_that_no_row_has_are_empty(tmp_path):
     }
 
 
-def test_usage_is_added_up_and_its_seconds_are_distributed(tmp_path):
+def test_usage_is_summed_and_its_seconds_are_distributed(tmp_path):
     slow = {**USAGE, "seconds": 40.0, "truncated_tokens": 7}
     found = figures(write_set(tmp_path, [answered("a"), answered("b"), unread("c")], [answered("d", usage=slow)]))
     assert found.counts == {
@@ -93,30 +93,30 @@ def test_usage_is_added_up_and_its_seconds_are_distributed(tmp_path):
     assert found.durations["decode_seconds"].total == 20.0
 
 
-def test_a_row_without_usage_counts_nothing(tmp_path):
+def test_row_without_usage_adds_nothing(tmp_path):
     found = figures(write_set(tmp_path, [answered("a"), answered("b", usage=None)]))
     assert (found.overall.rows, found.durations["seconds"].rows, found.counts["prompt_tokens"]) == (2, 1, 100)
 
 
-def test_only_errors(tmp_path):
+def test_set_with_only_errors_has_no_row_figures(tmp_path):
     found = figures(write_set(tmp_path, [failed("a"), failed("b")]))
     assert (found.overall.rows, found.overall.errors, found.overall.retrieval_rate) == (0, 2, None)
     assert found.durations["seconds"].quantile(0.5) is None
     assert [unit.errors for unit in found.units] == [{"ValueError": 2}]
 
 
-def test_no_unit_is_finished_yet(tmp_path):
+def test_set_without_finished_units_has_no_figures(tmp_path):
     found = figures(write_set(tmp_path, finished=False))
     assert (found.units, found.overall.rows, found.overall.error_rate) == ([], 0, None)
 
 
-def test_errors_of_a_unit_that_never_finished_do_not_count(tmp_path):
+def test_errors_of_an_unfinished_unit_are_ignored(tmp_path):
     output = write_set(tmp_path, [answered("a"), failed("b")], [answered("c")], finished=False)
     (tmp_path / "data" / f"part-{0:020x}.parquet").unlink()
     assert (figures(output).overall.rows, figures(output).overall.errors) == (1, 0)
 
 
-def test_seconds_that_an_earlier_version_did_not_count_are_unknown(tmp_path):
+def test_usage_missing_in_earlier_versions_is_unknown(tmp_path):
     output = write_set(tmp_path, [answered("a")])
     file = tmp_path / "data" / f"part-{0:020x}.parquet"
     table = pq.read_table(file)
@@ -128,7 +128,7 @@ def test_seconds_that_an_earlier_version_did_not_count_are_unknown(tmp_path):
     assert found.counts["engine_requests"] == 0
 
 
-def test_a_column_of_many_values_does_not_fill_the_page(tmp_path):
+def test_rare_tasks_are_merged_into_one_group(tmp_path):
     rows = [answered(str(n), task=f"t{n}") for n in range(MOST_TASKS + 5)]
     errors = [failed("x", task="t1"), failed("y", task="new"), failed("z", task="newer")]
     found = figures(write_set(tmp_path, rows[:20], rows[20:], errors))
@@ -138,14 +138,14 @@ def test_a_column_of_many_values_does_not_fill_the_page(tmp_path):
     assert {task: failure.rows for (_, task), failure in found.failures.items()} == {"t1": 1, OTHERS: 2}
 
 
-def test_the_score_s_range_follows_from_the_weights():
+def test_score_range_follows_from_the_weights():
     weights = {"sequence": 1.0, "relevance": 2.0, "support": 1.0, "utility": 0.5}
     tasks = {"x": {"decoding": {"weights": {**weights, "utility": 3.0}}}}
     assert compute_score_range({"configuration": {"decoding": {"weights": weights}}, "tasks": tasks}) == (-3.0, 7.0)
     assert compute_score_range({}) == (-0.5, 3.5)
 
 
-def test_a_missing_column_is_named(tmp_path):
+def test_missing_column_is_named(tmp_path):
     output = write_set(tmp_path, [answered("a")])
     file = tmp_path / "data" / f"part-{0:020x}.parquet"
     pq.write_table(pq.read_table(file).drop_columns(["segments"]), file)
@@ -153,14 +153,14 @@ def test_a_missing_column_is_named(tmp_path):
         figures(output)
 
 
-def test_a_damaged_file_is_named(tmp_path):
+def test_damaged_file_is_named(tmp_path):
     output = write_set(tmp_path, [answered("a")])
     (tmp_path / "data" / f"part-{0:020x}.parquet").write_bytes(b"PAR1")
     with pytest.raises(StorageError, match=r"part-0+\.parquet"):
         figures(output)
 
 
-def test_many_units_add_up_as_one(tmp_path):
+def test_figures_do_not_depend_on_the_number_of_units(tmp_path):
     rows = [answered(str(n), score=n / 100, task=("x", None)[n % 2]) for n in range(300)]
     whole, parts = figures(write_set(tmp_path / "a", rows)), figures(write_set(tmp_path / "b", *([r] for r in rows)))
     assert len(parts.units) == 300

@@ -29,7 +29,7 @@ def contrast(one: str, other: str) -> float:
 
 
 @pytest.mark.parametrize("scheme", [0, 1], ids=["light", "dark"])
-def test_texts_and_bars_have_the_contrast_of_wcag_aa(scheme):
+def test_texts_and_bars_have_wcag_aa_contrast(scheme):
     color = colors(STYLE)[scheme]
     for text in ("text", "quiet", "accent", "warn"):
         assert contrast(color[text], color["page"]) >= 4.5
@@ -56,7 +56,7 @@ def test_texts_and_bars_have_the_contrast_of_wcag_aa(scheme):
         (75.0, "seconds", "1 min 15 s"),
     ],
 )
-def test_headlines_in_words(value, unit, words):
+def test_headlines_are_formatted_with_their_unit(value, unit, words):
     assert format_headline(value, unit) == words
 
 
@@ -70,7 +70,7 @@ def test_headlines_in_words(value, unit, words):
         (None, 1.0, "rate", "–"),
     ],
 )
-def test_differences_in_words(now, before, unit, words):
+def test_differences_are_formatted_with_their_unit(now, before, unit, words):
     assert format_change(Headline("x", now, unit), Headline("x", before, unit)) == words
 
 
@@ -85,11 +85,11 @@ def test_differences_in_words(now, before, unit, words):
         (260_000, "3 d 0 h"),
     ],
 )
-def test_durations_in_words(seconds, words):
+def test_durations_are_formatted_for_readers(seconds, words):
     assert format_duration(seconds) == words
 
 
-def test_what_ran_in_words():
+def test_facts_and_numbers_are_formatted_for_readers():
     assert [format_fact(value) for value in (True, False, 1.0, 21015324, 0.25, "half")] == [
         *("yes", "no", "1", "21,015,324", "0.25", "half")
     ]

@@ -24,15 +24,15 @@ def test_vectors_have_unit_length_and_rank_by_meaning(encoder: Encoder) -> None:
     assert vectors[0] @ vectors[1] > 0.7 > 0.3 > vectors[0] @ vectors[2]
 
 
-def test_no_texts_give_no_vectors(encoder: Encoder) -> None:
+def test_empty_input_gives_no_vectors(encoder: Encoder) -> None:
     assert encoder.encode([]).shape == (0, encoder.dimension) == (0, 384)
 
 
-def test_a_model_without_prompts_encodes_queries_as_passages(encoder: Encoder) -> None:
+def test_model_without_prompts_encodes_queries_like_passages(encoder: Encoder) -> None:
     np.testing.assert_array_equal(encoder.encode_queries(["a cat"]), encoder.encode(["a cat"]))
 
 
-def test_threads_get_the_vectors_of_their_own_texts(encoder: Encoder) -> None:
+def test_concurrent_threads_get_their_own_vectors(encoder: Encoder) -> None:
     texts = [f"text number {n} " + "word " * n for n in range(8)]
     with ThreadPoolExecutor(4) as threads:
         found = list(threads.map(lambda text: encoder.encode([text])[0], texts))
@@ -62,7 +62,7 @@ def test_digest_depends_on_configuration_and_weights_of_every_module(folder: Pat
     assert len(set(digests)) == 5
 
 
-def test_digest_ignores_other_files_and_the_place(folder: Path, tmp_path: Path) -> None:
+def test_digest_ignores_other_files_and_the_location(folder: Path, tmp_path: Path) -> None:
     before = hash_encoder(str(folder))
     (folder / "README.md").write_text("about")
     (folder / "onnx").mkdir()
@@ -71,7 +71,7 @@ def test_digest_ignores_other_files_and_the_place(folder: Path, tmp_path: Path) 
     assert hash_encoder(str(shutil.move(folder, tmp_path / "elsewhere"))) == before
 
 
-def test_loaded_encoder_carries_the_digest_of_its_files(encoder: Encoder) -> None:
+def test_loaded_encoder_has_the_digest_of_its_files(encoder: Encoder) -> None:
     assert encoder.digest == hash_encoder("demo") == hash_encoder(str(build_demo_encoder()))
     assert (encoder.name, encoder.revision) == ("demo", None)
 
@@ -86,7 +86,7 @@ def test_folder_without_a_model_is_named(tmp_path: Path) -> None:
         Encoder.load(str(tmp_path))
 
 
-def test_missing_gpu_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_missing_gpu_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match="set device to auto or cpu"):
         Encoder.load("demo", "gpu")

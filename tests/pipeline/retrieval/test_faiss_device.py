@@ -43,7 +43,7 @@ CARD = 80_000_000_000
         ("IVF16,SQ8,RFlat", 64, (False, False)),
     ],
 )
-def test_kinds_that_gpus_have(factory: str, dimension: int, expected: tuple[bool, bool]) -> None:
+def test_gpu_support_depends_on_the_index_type(factory: str, dimension: int, expected: tuple[bool, bool]) -> None:
     index = create_empty_index(factory, dimension)
     assert (supports_gpu(index, False), supports_gpu(index, True)) == expected
     assert SHARED_MEMORY == 49152
@@ -53,7 +53,7 @@ def changed(manifest: IndexManifest, factory: str) -> IndexManifest:
     return manifest.model_copy(update={"factory": factory})
 
 
-def test_what_shards_take_by_hand(saved: Location) -> None:
+def test_gpu_memory_of_shards_matches_worked_examples(saved: Location) -> None:
     manifest = read_manifest(saved)
     first, second, third = (shard.bytes for shard in manifest.shards)
     assert estimate_gpu_bytes(manifest, [0, 1, 2], float16=False) == first + second + third + WORKING_BYTES
@@ -65,7 +65,7 @@ def test_what_shards_take_by_hand(saved: Location) -> None:
     assert coded == second + 8 * 16 * 16 + WORKING_BYTES
 
 
-def test_an_index_that_just_fits_beside_the_engine_is_taken() -> None:
+def test_index_that_just_fits_beside_the_engine_is_accepted() -> None:
     memory = CardMemory(70_000_000_000, CARD, engine=0.5)
     left = 70_000_000_000 - CARD // 2 - RESERVED_BYTES
     assert memory.left == left
@@ -76,12 +76,12 @@ def test_an_index_that_just_fits_beside_the_engine_is_taken() -> None:
         memory.check(left + 1)
 
 
-def test_nothing_is_left_where_the_engine_takes_all() -> None:
+def test_engine_that_takes_all_memory_leaves_none() -> None:
     with pytest.raises(ValueError, match="0.0 GB are left"):
         CardMemory(CARD, CARD, engine=0.99).check(1)
 
 
-def test_a_share_of_a_card_leaves_the_rest_to_its_neighbours() -> None:
+def test_memory_budget_is_limited_to_the_gpu_share() -> None:
     """Half of the card is 40 GB, of which the engine takes 24; that all of the card is free still does not count."""
     memory = CardMemory(CARD, CARD, share=0.5, engine=0.3)
     assert memory.budget == memory.left == 16_000_000_000 - RESERVED_BYTES
@@ -107,7 +107,7 @@ def assign(monkeypatch: pytest.MonkeyPatch, gpus: AssignedGpus | None) -> None:
 
 
 @pytest.mark.usefixtures("card")
-def test_an_index_that_does_not_fit_is_searched_on_the_cpu_unless_a_gpu_is_required(
+def test_index_that_does_not_fit_falls_back_to_the_cpu_unless_a_gpu_is_required(
     saved: Location, caplog: pytest.LogCaptureFixture
 ) -> None:
     numbers = r"needs 0.5 GB on the GPU, but 0.0 GB are left: of 8.0 GB, 7.5 GB are free, .* takes 0.9"
@@ -122,9 +122,7 @@ def test_an_index_that_does_not_fit_is_searched_on_the_cpu_unless_a_gpu_is_requi
 
 
 @pytest.mark.usefixtures("card")
-def test_a_process_without_an_assigned_gpu_uses_none_whatever_cuda_shows(
-    saved: Location, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_process_without_an_assigned_gpu_uses_none(saved: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     assign(monkeypatch, AssignedGpus((), 0.0))
     assert Device.choose(RetrievalConfig(), read_manifest(saved), [0], 0.0).resources is None
     with pytest.raises(ValueError, match=r"Ray assigned no GPU to this process: set execution.gpus_per_actor"):
@@ -132,7 +130,7 @@ def test_a_process_without_an_assigned_gpu_uses_none_whatever_cuda_shows(
 
 
 @pytest.mark.usefixtures("card")
-def test_a_quarter_of_a_card_holds_no_index_beside_its_engine(saved: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_quarter_gpu_does_not_fit_an_index_beside_an_engine(saved: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     assign(monkeypatch, AssignedGpus(("0",), 0.25))
     manifest = read_manifest(saved)
     with pytest.raises(ValueError, match=r"0.0 GB are left: .* this process may use 0.25, and vLLM takes 0.2"):
@@ -141,7 +139,7 @@ def test_a_quarter_of_a_card_holds_no_index_beside_its_engine(saved: Location, m
 
 
 @pytest.mark.usefixtures("card")
-def test_memory_of_an_engine_that_is_ending_is_waited_for(saved: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_device_waits_for_the_memory_of_an_ending_engine(saved: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     free = iter([1_000_000_000, 1_000_000_000, 7_500_000_000])
     waits = list[float]()
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (next(free), 8_000_000_000))
@@ -151,9 +149,7 @@ def test_memory_of_an_engine_that_is_ending_is_waited_for(saved: Location, monke
 
 
 @pytest.mark.usefixtures("card")
-def test_memory_that_others_keep_is_not_waited_for_without_end(
-    saved: Location, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_wait_for_gpu_memory_is_limited(saved: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     clock = [0.0]
     monkeypatch.setattr("torch.cuda.mem_get_info", lambda: (1_000_000_000, 8_000_000_000))
     monkeypatch.setattr("pipeline.retrieval.faiss_device.time.monotonic", lambda: clock[0])
@@ -165,7 +161,7 @@ def test_memory_that_others_keep_is_not_waited_for_without_end(
     assert clock == [RELEASE_SECONDS]
 
 
-def test_faiss_is_not_asked_where_pytorch_finds_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_faiss_is_not_queried_if_pytorch_finds_no_driver(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(faiss, "StandardGpuResources", object, raising=False)
     monkeypatch.setattr(faiss, "get_num_gpus", lambda: pytest.fail("it may abort the process"), raising=False)
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
@@ -173,7 +169,7 @@ def test_faiss_is_not_asked_where_pytorch_finds_no_driver(monkeypatch: pytest.Mo
 
 
 @pytest.mark.usefixtures("card")
-def test_an_index_without_a_gpu_form_is_searched_on_the_cpu_unless_a_gpu_is_required(
+def test_unsupported_index_falls_back_to_the_cpu_unless_a_gpu_is_required(
     saved: Location, caplog: pytest.LogCaptureFixture
 ) -> None:
     graph = changed(read_manifest(saved), "HNSW8")
@@ -186,7 +182,7 @@ def test_an_index_without_a_gpu_form_is_searched_on_the_cpu_unless_a_gpu_is_requ
 
 
 @pytest.mark.usefixtures("card")
-def test_a_card_that_is_full_after_all_leaves_the_shard_to_the_cpu_unless_a_gpu_is_required(
+def test_failed_gpu_allocation_falls_back_to_the_cpu_unless_a_gpu_is_required(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def full(*_: object) -> None:

@@ -26,7 +26,7 @@ small = st.integers(-1, 1)
     cuts=st.sets(st.integers(1, 39), max_size=4),
     k=st.integers(1, 45),
 )
-def test_shards_rank_as_one_index_would_with_ties_by_shard_then_row(
+def test_shards_rank_like_one_index_with_ties_by_shard_then_row(
     rows: list[tuple[int, int]], queries: list[tuple[int, int]], cuts: set[int], k: int
 ) -> None:
     vectors, asked = np.array(rows, np.float32), np.array(queries, np.float32)
@@ -47,7 +47,7 @@ def test_shards_rank_as_one_index_would_with_ties_by_shard_then_row(
 
 
 @pytest.mark.parametrize("factory", ["Flat", "IVF4,Flat", "IVF4,SQ8", "PCA8,Flat"])
-def test_saved_shards_find_what_one_index_finds(folder: Location, factory: str) -> None:
+def test_saved_shards_rank_like_one_index(folder: Location, factory: str) -> None:
     vectors, queries = unit_vectors(60), unit_vectors(5, seed=1)
     save(folder, [vectors[:25], vectors[25:30], vectors[30:]], factory)
     one = create_empty_index(factory, 16)
@@ -62,18 +62,18 @@ def test_saved_shards_find_what_one_index_finds(folder: Location, factory: str) 
         assert [hit.rank for hit in hits] == list(range(1, len(hits) + 1))
 
 
-def test_passages_come_with_title_and_text_from_every_batch_of_the_file(saved: Location) -> None:
+def test_passages_are_read_from_every_batch_of_the_file(saved: Location) -> None:
     vectors = unit_vectors(60)
     found = PassageIndex.open(saved, CPU).retrieve(vectors, 1)
     assert [hits[0].passage for hits in found] == [Passage(str(n), f"title {n}", f"text {n}") for n in range(60)]
 
 
-def test_asking_for_more_than_there_is_returns_all(saved: Location) -> None:
+def test_search_for_more_than_all_passages_returns_all(saved: Location) -> None:
     (hits,) = PassageIndex.open(saved, CPU).search(unit_vectors(1, seed=3), 1000)
     assert len({(hit.shard, hit.row) for hit in hits}) == 60
 
 
-def test_rows_that_faiss_does_not_find_are_left_out(folder: Location) -> None:
+def test_rows_that_faiss_does_not_find_are_omitted(folder: Location) -> None:
     # One of eight lists is probed, so FAISS fills most of the 60 places with row -1.
     manifest = save(folder, [unit_vectors(60)], "IVF8,Flat")
     query = unit_vectors(1, seed=2)
@@ -125,7 +125,7 @@ def test_changed_truncated_and_missing_files_are_named(saved: Location, name: st
             opened(saved, CPU)
 
 
-def test_digests_are_not_read_where_verify_is_off(saved: Location) -> None:
+def test_digests_are_not_checked_if_verify_is_off(saved: Location) -> None:
     change((saved / "shard-00000.faiss").path, lambda content: content[:-1] + bytes([content[-1] ^ 1]))
     unverified = RetrievalConfig(device="cpu", verify=False)
     assert len(PassageIndex.open(saved, unverified).search(unit_vectors(1), 3)[0]) == 3
@@ -142,7 +142,7 @@ def test_files_of_another_index_are_refused(saved: Location) -> None:
         PassageIndex.open(saved, CPU)
 
 
-def test_a_shard_goes_to_other_file_systems_whole(remote: Location, saved: Location, tmp_path: Path) -> None:
+def test_shard_is_written_completely_to_other_file_systems(remote: Location, saved: Location, tmp_path: Path) -> None:
     entry = build_shard(remote, 9, create_empty_index("Flat", 16), [(passages(0, 4), unit_vectors(4))])
     assert (tmp_path / "index" / entry.file).stat().st_size == entry.bytes
     assert (tmp_path / "index" / entry.passages_file).stat().st_size == entry.passages_bytes
@@ -164,7 +164,7 @@ def test_factory_that_cannot_be_built_is_named(factory: str) -> None:
         create_empty_index(factory, 16)
 
 
-def test_faiss_reasons_leave_out_source_lines() -> None:
+def test_faiss_messages_omit_source_lines() -> None:
     assert extract_faiss_message(RuntimeError("Error in x at /a/b.cpp:66: Error: 'n >= k' failed: Too few points")) == (
         "Too few points"
     )
@@ -174,12 +174,12 @@ def test_faiss_reasons_leave_out_source_lines() -> None:
     )
 
 
-def test_too_few_vectors_for_training_are_said() -> None:
+def test_too_few_training_vectors_are_refused() -> None:
     with pytest.raises(ValueError, match="cannot be trained on 5 passages: Number of training points"):
         train_index(create_empty_index("IVF8,Flat", 16), unit_vectors(5))
 
 
-def test_device_gpu_needs_one(saved: Location) -> None:
+def test_gpu_device_requires_a_gpu(saved: Location) -> None:
     if hasattr(faiss, "StandardGpuResources") and faiss.get_num_gpus():
         pytest.skip("there is one")
     with pytest.raises(ValueError, match=r"retrieval.device gpu"):

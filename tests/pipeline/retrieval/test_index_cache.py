@@ -59,7 +59,7 @@ def _fetch(root: str, log: str, cache: str, file: tuple[str, int, str]) -> bytes
     return obtain_file(source, file[1], file[2], RetrievalConfig(cache=cache)).read_bytes()
 
 
-def test_many_readers_at_once_fetch_a_file_once(saved: Location, tmp_path: Path) -> None:
+def test_concurrent_readers_fetch_a_file_once(saved: Location, tmp_path: Path) -> None:
     file = read_manifest(saved).shards[0].list_files()[0]
     log, cache = tmp_path / "log", tmp_path / "cache"
     with ProcessPoolExecutor(4, mp_context=multiprocessing.get_context("fork")) as readers:
@@ -69,7 +69,7 @@ def test_many_readers_at_once_fetch_a_file_once(saved: Location, tmp_path: Path)
     assert log.read_text().splitlines() == [file[0]]
 
 
-def test_a_changed_index_is_another_file(remote: Location, saved: Location, tmp_path: Path) -> None:
+def test_changed_index_is_fetched_again(remote: Location, saved: Location, tmp_path: Path) -> None:
     cached = RetrievalConfig(device="cpu", cache=str(tmp_path / "cache"))
     PassageIndex.open(remote, cached)
     changed = unit_vectors(60, seed=9)
@@ -94,7 +94,7 @@ def limited(cache: Path, size: int | None) -> RetrievalConfig:
     return RetrievalConfig(cache=str(cache), cache_gb=size and size / 1e9)
 
 
-def test_the_longest_unused_copies_of_other_indexes_go_until_there_is_room(tmp_path: Path) -> None:
+def test_least_recently_used_copies_of_other_indexes_are_evicted(tmp_path: Path) -> None:
     old, older, own = (copy(tmp_path, *what) for what in (("a", 400, 30), ("b", 400, 20), ("c", 400, 10)))
     note = tmp_path / "note.txt"
     note.write_bytes(bytes(5000))
@@ -102,7 +102,7 @@ def test_the_longest_unused_copies_of_other_indexes_go_until_there_is_room(tmp_p
         assert (old.exists(), older.exists(), own.exists(), note.exists()) == (True, False, True, True)
 
 
-def test_what_other_servers_hold_of_the_same_index_counts_and_stays(tmp_path: Path) -> None:
+def test_files_of_the_same_index_count_toward_the_limit_and_are_kept(tmp_path: Path) -> None:
     siblings, other = copy(tmp_path, "c", 400, 10), copy(tmp_path, "a", 400, 30)
     with reserve_room(limited(tmp_path, 899), [MISSING], [OWN]):
         assert (siblings.exists(), other.exists()) == (True, False)
@@ -114,7 +114,7 @@ def test_what_other_servers_hold_of_the_same_index_counts_and_stays(tmp_path: Pa
     assert siblings.exists()
 
 
-def test_without_a_limit_nothing_goes(tmp_path: Path) -> None:
+def test_nothing_is_evicted_without_a_limit(tmp_path: Path) -> None:
     kept = copy(tmp_path, "a", 400, 30)
     with reserve_room(limited(tmp_path, None), [("shard-00000.faiss", 10**15, "c" * 64)], []):
         assert kept.exists()
@@ -125,7 +125,7 @@ def _evict(cache: str, done: str) -> None:
         Path(done).touch()
 
 
-def test_nothing_goes_while_another_index_is_being_opened(tmp_path: Path) -> None:
+def test_nothing_is_evicted_while_another_index_is_being_opened(tmp_path: Path) -> None:
     (tmp_path / "cache").mkdir()
     own, done = copy(tmp_path / "cache", "c", 400, 10), tmp_path / "done"
     with reserve_room(limited(tmp_path / "cache", 1000), [OWN], []):
@@ -137,14 +137,14 @@ def test_nothing_goes_while_another_index_is_being_opened(tmp_path: Path) -> Non
     assert (own.exists(), done.exists(), other.exitcode) == (False, True, 0)
 
 
-def test_an_index_larger_than_the_limit_is_refused_with_both_numbers(remote: Location, tmp_path: Path) -> None:
+def test_index_larger_than_the_limit_is_refused(remote: Location, tmp_path: Path) -> None:
     small = limited(tmp_path / "cache", 1000)
     with pytest.raises(ValueError, match=r"retrieval.cache_gb 1e-06: the files of this index .* 0.00 GB; raise it"):
         PassageIndex.open(remote, small)
     assert len(PassageIndex.open(remote, small, numbers=[]).shards) == 0
 
 
-def test_a_mapped_copy_can_be_read_after_it_went(remote: Location, tmp_path: Path) -> None:
+def test_mapped_copy_is_readable_after_eviction(remote: Location, tmp_path: Path) -> None:
     cached = RetrievalConfig(device="cpu", cache=str(tmp_path / "cache"))
     index = PassageIndex.open(remote, cached)
     expected = PassageIndex.open(remote, CPU.model_copy(update={"cache": str(tmp_path / "other")}))

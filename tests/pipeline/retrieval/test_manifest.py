@@ -38,7 +38,7 @@ class TinyEncoder:
         self.name, self.digest, self.dimension = name, digest, dimension
 
 
-def test_encoder_is_known_by_its_content_not_its_name(saved: Location) -> None:
+def test_encoder_is_identified_by_its_digest(saved: Location) -> None:
     manifest = read_manifest(saved)
     check: Any = check_encoder
     check(TinyEncoder("renamed", "d" * 64, 16), manifest)
@@ -50,7 +50,9 @@ def test_encoder_is_known_by_its_content_not_its_name(saved: Location) -> None:
         check(TinyEncoder("tiny", "d" * 64, 8), manifest)
 
 
-def test_cheap_check_compares_the_asked_encoder_by_digest(saved: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_manifest_check_compares_the_configured_encoder_by_digest(
+    saved: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
     digests = {"same": "d" * 64, "other": "e" * 64, "remote": None}
     monkeypatch.setattr("pipeline.retrieval.manifest.hash_encoder", digests.get)
     for name in (None, "tiny", "same"):
@@ -60,7 +62,7 @@ def test_cheap_check_compares_the_asked_encoder_by_digest(saved: Location, monke
             check_index_manifest(saved, RetrievalConfig(encoder=name))
 
 
-def test_the_encoders_style_is_read_back(saved: Location) -> None:
+def test_encoder_style_is_read_back(saved: Location) -> None:
     manifest = read_manifest(saved)
     assert manifest.encoder.style == EncoderStyle()
     style = {"query_prefix": "query: ", "passage_prefix": "passage: ", "normalised": False, "dtype": "float16"}
@@ -69,5 +71,5 @@ def test_the_encoders_style_is_read_back(saved: Location) -> None:
     assert manifest.model_copy(update={"encoder": changed}).compute_digest() != manifest.compute_digest()
 
 
-def test_an_index_counts_the_bytes_of_all_its_faiss_files(saved: Location) -> None:
+def test_index_size_covers_all_faiss_files(saved: Location) -> None:
     assert read_manifest(saved).bytes == sum(file.stat().st_size for file in Path(saved.path).glob("*.faiss"))

@@ -70,13 +70,13 @@ async def test_concurrent_requests_share_one_encode_and_one_search() -> None:
     retriever.close()
 
 
-async def test_a_full_batch_does_not_wait_and_none_is_larger() -> None:
+async def test_full_batch_does_not_wait() -> None:
     retriever, encoder, _ = make(batch_size=4, wait_ms=60_000)
     await asyncio.wait_for(asyncio.gather(*(retriever.retrieve("x", 1) for _ in range(8))), 5)
     assert [len(batch) for batch in encoder.batches] == [4, 4]
 
 
-async def test_requests_gather_while_a_batch_is_searched() -> None:
+async def test_requests_during_a_search_form_the_next_batch() -> None:
     retriever, encoder, _ = make(wait_ms=0)
     encoder.gate.clear()
     first = asyncio.create_task(retriever.retrieve("first", 1))
@@ -88,14 +88,14 @@ async def test_requests_gather_while_a_batch_is_searched() -> None:
     assert encoder.batches == [["first"], [f"later {n}" for n in range(5)]]
 
 
-async def test_searching_happens_in_one_thread_beside_the_event_loop() -> None:
+async def test_searches_run_in_one_thread_outside_the_event_loop() -> None:
     retriever, encoder, _ = make(batch_size=1)
     await asyncio.gather(*(retriever.retrieve("x", 1) for _ in range(5)))
     assert len(encoder.threads) == 1
     assert threading.get_ident() not in encoder.threads
 
 
-async def test_a_query_that_cannot_be_searched_for_fails_alone() -> None:
+async def test_query_that_cannot_be_encoded_fails_alone() -> None:
     retriever, encoder, _ = make()
     ended = await asyncio.gather(*(retriever.retrieve(q, 1) for q in ("a", "boom", "abc")), return_exceptions=True)
     assert (ended[0], str(ended[1]), ended[2]) == ([found(1, 1)], "no vectors today", [found(3, 1)])
@@ -103,7 +103,7 @@ async def test_a_query_that_cannot_be_searched_for_fails_alone() -> None:
     assert await retriever.retrieve("ab", 1) == [found(2, 1)]
 
 
-async def test_a_lost_index_fails_all_at_once() -> None:
+async def test_lost_index_fails_the_whole_batch() -> None:
     retriever, encoder, index = make()
 
     def lost(_queries: Vectors, _k: int) -> None:
@@ -115,7 +115,7 @@ async def test_a_lost_index_fails_all_at_once() -> None:
     assert len(encoder.batches) == 1
 
 
-async def test_cancelled_requests_are_not_searched_for_and_disturb_nobody() -> None:
+async def test_canceled_request_is_not_searched_and_does_not_affect_others() -> None:
     retriever, encoder, _ = make()
     gone, stays = (asyncio.create_task(retriever.retrieve(query, 1)) for query in ("gone", "stays"))
     await asyncio.sleep(0)
@@ -124,7 +124,7 @@ async def test_cancelled_requests_are_not_searched_for_and_disturb_nobody() -> N
     assert encoder.batches == [["stays"]]
 
 
-async def test_cancellation_during_the_search_disturbs_nobody() -> None:
+async def test_cancellation_during_a_search_does_not_affect_others() -> None:
     retriever, encoder, _ = make(wait_ms=0)
     encoder.gate.clear()
     gone, stays = (asyncio.create_task(retriever.retrieve(query, 1)) for query in ("gone", "stays"))

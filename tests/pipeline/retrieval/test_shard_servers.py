@@ -50,7 +50,7 @@ def start(index: Location, count: int) -> list[Any]:
 
 
 @given(st.integers(1, 20), st.integers(1, 20))
-def test_every_shard_is_dealt_once_and_evenly(shards: int, servers: int) -> None:
+def test_shards_are_assigned_once_and_evenly(shards: int, servers: int) -> None:
     dealt = assign_shards(shards, servers)
     assert sorted(number for numbers in dealt for number in numbers) == list(range(shards))
     assert max(map(len, dealt)) - min(map(len, dealt)) <= 1
@@ -60,9 +60,7 @@ scores = st.sampled_from([0.0, 0.5, 1.0])
 
 
 @given(st.lists(st.lists(st.tuples(scores, st.integers(0, 5)), max_size=6), min_size=1, max_size=4), st.integers(1, 8))
-def test_the_best_of_all_servers_are_kept_with_ties_by_shard_then_row(
-    answers: list[list[tuple[float, int]]], k: int
-) -> None:
+def test_merged_hits_are_the_best_with_ties_by_shard_then_row(answers: list[list[tuple[float, int]]], k: int) -> None:
     parts = [
         sorted([(Hit(score, n, row), Passage(f"{n}-{row}", "", "")) for score, row in part], key=lambda f: f[0].order)
         for n, part in enumerate(answers)
@@ -81,9 +79,7 @@ def tied(folder: Location) -> tuple[Location, np.ndarray]:
 
 @pytest.mark.usefixtures("cluster")
 @pytest.mark.parametrize("count", [1, 2, 5])
-def test_servers_find_what_one_flat_index_finds_in_the_same_order(
-    tied: tuple[Location, np.ndarray], count: int
-) -> None:
+def test_servers_rank_like_one_flat_index(tied: tuple[Location, np.ndarray], count: int) -> None:
     folder, vectors = tied
     queries = unit_vectors(70, seed=5)
     exact = queries @ vectors.T
@@ -115,7 +111,7 @@ class MortalServer(ShardServer):
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_search_survives_the_death_of_all_servers_under_it(saved: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_search_survives_the_death_of_all_servers(saved: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.retrieval.shard_servers.ShardServer", MortalServer)
     index = PartitionedIndex(read_manifest(saved), start(saved, 2))
     queries = unit_vectors(4, seed=8)
@@ -125,7 +121,7 @@ def test_a_search_survives_the_death_of_all_servers_under_it(saved: Location, mo
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_server_that_comes_back_to_another_index_is_lost(saved: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_server_restarted_on_another_index_is_lost(saved: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.retrieval.shard_servers.ShardServer", MortalServer)
     index = PartitionedIndex(read_manifest(saved), start(saved, 1))
     save(saved, [unit_vectors(60, seed=1)])
@@ -136,7 +132,7 @@ def test_a_server_that_comes_back_to_another_index_is_lost(saved: Location, monk
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_server_that_cannot_come_back_is_told_apart_from_a_bad_row(saved: Location) -> None:
+def test_lost_server_is_not_a_row_error(saved: Location) -> None:
     servers = start(saved, 2)
     ray.kill(servers[1])
     index = PartitionedIndex(read_manifest(saved), servers)
@@ -145,7 +141,7 @@ def test_a_server_that_cannot_come_back_is_told_apart_from_a_bad_row(saved: Loca
 
 
 @pytest.mark.usefixtures("cluster")
-def test_a_damaged_shard_stops_the_start_with_its_name(saved: Location) -> None:
+def test_damaged_shard_is_named_at_server_start(saved: Location) -> None:
     file = (saved / "shard-00002.faiss").path
     with open(file, "r+b") as stream:  # noqa: PTH123
         stream.seek(-1, os.SEEK_END)

@@ -52,14 +52,14 @@ def table(*queries: str | None) -> pa.Table:
     return pa.table({"id": ids, "query": pa.array(queries, pa.string()), "answer": ids})
 
 
-async def test_one_row_out_for_each_row_in_and_in_order():
+async def test_every_input_row_gives_one_output_row_in_order():
     found = await annotate_table(system(), table("one", "two", "three"), CONFIG)
     assert found["answer"].to_pylist() == ["one", "two", "three"]
     assert found["input_answer"].to_pylist() == ["0", "1", "2"]
     assert found["error_type"].null_count == 3
 
 
-async def test_bad_rows_do_not_sink_their_neighbours():
+async def test_bad_rows_do_not_affect_others():
     found = await annotate_table(system(), table("one", "poison", None, "two"), CONFIG)
     assert found["answer"].to_pylist() == ["one", None, None, "two"]
     assert found["error_type"].to_pylist() == [None, "KeyError", "ValueError", None]
@@ -82,7 +82,7 @@ BAD_ROWS: dict[str, tuple[dict[str, Any], str]] = {
 
 
 @pytest.mark.parametrize("name", BAD_ROWS)
-async def test_a_bad_row_is_an_error_with_its_reason_and_its_neighbours_are_answered(name):
+async def test_each_kind_of_bad_row_is_an_error_with_its_reason(name):
     change, reason = BAD_ROWS[name]
     good: dict[str, Any] = {"query": "one", "choices": None, "passages": None}
     made = [good, {**good, **change}, {**good, "query": "two"}]
@@ -101,7 +101,7 @@ async def test_a_bad_row_is_an_error_with_its_reason_and_its_neighbours_are_answ
     assert found["query"].combine_chunks().equals(columns["query"])  # as it came, whatever it is
 
 
-async def test_a_row_that_takes_too_long_is_an_error_and_holds_nobody_up():
+async def test_slow_row_times_out_without_delaying_others():
     patient = system()
     answer = patient.answer
 
@@ -217,7 +217,7 @@ def actor(attempts: LocalHandle, seen: list[str], deadly: str = "poison") -> Sel
 
 
 @pytest.mark.parametrize("engine", [Engine(), Engine(seconds=60), Engine(error=ValueError("no"))])
-async def test_rows_wait_for_a_warm_engine_or_meet_what_is_wrong_with_it(tmp_path, engine):
+async def test_rows_are_answered_after_one_warmup_even_if_it_fails(tmp_path, engine):
     made = actor(LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run")), [])
     made.generator = engine
     execution = CONFIG.execution.model_copy(update={"row_timeout_s": 0.5})
@@ -228,7 +228,7 @@ async def test_rows_wait_for_a_warm_engine_or_meet_what_is_wrong_with_it(tmp_pat
     assert engine.begun == 1
 
 
-async def test_an_engine_that_dies_while_it_is_warmed_ends_the_process(tmp_path, monkeypatch):
+async def test_engine_death_during_warmup_ends_the_process(tmp_path, monkeypatch):
     def gone(status):
         raise Died(status)
 
@@ -241,7 +241,7 @@ async def test_an_engine_that_dies_while_it_is_warmed_ends_the_process(tmp_path,
     assert attempts.count_deaths(folder.unit.id) == 1
 
 
-async def test_a_unit_goes_from_its_file_to_its_files(tmp_path):
+async def test_unit_is_read_annotated_and_written(tmp_path):
     folder = Folder(tmp_path, table("one", None, "two"))
     summary = await folder.annotate(actor(LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run")), []))
     assert summary == folder.output.summarize_units([folder.unit.id])[0]
@@ -251,7 +251,7 @@ async def test_a_unit_goes_from_its_file_to_its_files(tmp_path):
     assert [row["error_message"] for row in folder.errors()] == ["the query is empty"]
 
 
-async def test_a_row_that_kills_its_process_is_set_aside_and_its_neighbours_finish(tmp_path):
+async def test_row_that_kills_its_process_is_isolated_and_others_are_answered(tmp_path):
     attempts, folder = (
         LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run")),
         Folder(tmp_path, table("one", "poison", "two")),
@@ -280,16 +280,14 @@ def dies(*_: Any) -> None:
         ),
     ],
 )
-async def test_a_unit_whose_processes_always_die_while_it_is_read_or_written_ends_the_run(
-    place, reason, tmp_path, monkeypatch
-):
+async def test_repeated_death_while_reading_or_writing_a_unit_ends_the_run(place, reason, tmp_path, monkeypatch):
     attempts, folder = Attempts(MAX_CONSECUTIVE_CRASHES, "run"), Folder(tmp_path, table("one"))
     monkeypatch.setattr(place, dies)
     with pytest.raises(CrashLoopError, match=reason):
         await folder.annotate_at_last(LocalHandle(attempts), [])
 
 
-async def test_a_process_that_dies_once_while_it_writes_costs_an_attempt(tmp_path, monkeypatch):
+async def test_one_death_while_writing_costs_one_attempt(tmp_path, monkeypatch):
     attempts, folder = Attempts(MAX_CONSECUTIVE_CRASHES, "run"), Folder(tmp_path, table("one"))
     with monkeypatch.context() as patched:
         patched.setattr(OutputFolder, "write_unit", dies)
@@ -301,7 +299,7 @@ async def test_a_process_that_dies_once_while_it_writes_costs_an_attempt(tmp_pat
     assert attempts._units == {}
 
 
-async def test_an_actor_that_outlives_its_run_writes_nothing(tmp_path, monkeypatch):
+async def test_actor_that_outlives_its_run_writes_nothing(tmp_path, monkeypatch):
     attempts, folder = Attempts(MAX_CONSECUTIVE_CRASHES, "run"), Folder(tmp_path, table("one", "two"))
 
     def gone(_unit):
@@ -329,7 +327,7 @@ async def test_an_actor_that_outlives_its_run_writes_nothing(tmp_path, monkeypat
         ),
     ],
 )
-async def test_an_engine_without_memory_is_told_apart_from_one_that_a_row_kills(death, expected):
+async def test_out_of_memory_is_distinguished_from_a_row_that_kills_the_engine(death, expected):
     attempts, unit = LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run")), table("poison")
     dying = system(lambda _: EngineDeadError(death))
     for _ in range(2):
@@ -341,7 +339,7 @@ async def test_an_engine_without_memory_is_told_apart_from_one_that_a_row_kills(
 
 
 @pytest.mark.parametrize("poisoned", [1, 2, 4, 6])
-async def test_each_row_that_kills_its_process_costs_two_more(poisoned, tmp_path):
+async def test_each_row_that_kills_its_process_costs_two_processes(poisoned, tmp_path):
     attempts = LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run"))
     folder = Folder(tmp_path, table(*[f"poison {n}" if n % 2 else f"good {n}" for n in range(2 * poisoned)]))
     summary, deaths = await folder.annotate_at_last(attempts, [])
@@ -351,13 +349,13 @@ async def test_each_row_that_kills_its_process_costs_two_more(poisoned, tmp_path
     assert [row["query"] for row in folder.errors()] == [f"poison {n}" for n in range(1, 2 * poisoned, 2)]
 
 
-async def test_a_run_whose_every_process_dies_ends(tmp_path):
+async def test_run_whose_processes_all_die_ends(tmp_path):
     attempts, folder = LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run")), Folder(tmp_path, table(*["poison"] * 40))
     with pytest.raises(CrashLoopError, match="^11 consecutive attempts crashed without progress"):
         await folder.annotate_at_last(attempts, [])
 
 
-async def test_a_unit_that_waits_is_not_counted(tmp_path):
+async def test_waiting_unit_is_not_counted_as_an_attempt(tmp_path):
     attempts, folder = Attempts(MAX_CONSECUTIVE_CRASHES, "run"), Folder(tmp_path, table("one"))
     process = actor(LocalHandle(attempts), [])
     async with process.lock.hold_exclusive():
@@ -369,7 +367,7 @@ async def test_a_unit_that_waits_is_not_counted(tmp_path):
     assert summary.rows == 1
 
 
-async def test_innocent_units_are_not_blamed_for_a_death_beside_them(tmp_path):
+async def test_concurrent_units_are_not_blamed_for_a_death(tmp_path):
     attempts = LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run"))
     seen: list[str] = []
     whole = Folder(tmp_path, table("one", "two"), "whole")
@@ -389,12 +387,12 @@ async def test_innocent_units_are_not_blamed_for_a_death_beside_them(tmp_path):
     assert [row["query"] for row in ill.errors()] == ["poison"]
 
 
-async def test_a_lost_index_is_no_rows_fault():
+async def test_lost_index_is_not_a_row_error():
     with pytest.raises(IndexLostError):
         await annotate_table(system(IndexLostError), table("one", "poison"), CONFIG)
 
 
-async def test_dead_engine_is_no_rows_fault():
+async def test_dead_engine_is_not_a_row_error():
     with pytest.raises(EngineDeadError):
         await annotate_table(system(lambda _: EngineDeadError(DEATH)), table("one", "poison"), CONFIG)
 

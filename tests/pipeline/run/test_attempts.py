@@ -7,7 +7,7 @@ from pipeline.engine.postmortem import Death
 from pipeline.run.attempts import MAX_CONSECUTIVE_CRASHES, Attempts, CrashLoopError, SharedExclusiveLock
 
 
-def test_attempts_count_until_they_end() -> None:
+def test_deaths_are_counted_until_the_unit_ends() -> None:
     attempts = Attempts(MAX_CONSECUTIVE_CRASHES, "run")
     for what in ("a", "a", "b"):
         attempts.begin(what)
@@ -16,7 +16,7 @@ def test_attempts_count_until_they_end() -> None:
     assert (attempts.count_deaths("a"), attempts.count_deaths("b")) == (0, 1)
 
 
-def test_counts_of_rows_last_until_their_unit_ends() -> None:
+def test_row_counts_are_reset_when_their_unit_ends() -> None:
     attempts = Attempts(MAX_CONSECUTIVE_CRASHES, "run")
     attempts.begin("u")
     attempts.begin("u", 1)
@@ -29,7 +29,7 @@ def test_counts_of_rows_last_until_their_unit_ends() -> None:
     assert [attempts.count_deaths("v", row) for row in (None, 1)] == [0, 1]
 
 
-def test_deaths_with_nothing_done_in_between_end_the_run() -> None:
+def test_consecutive_deaths_without_progress_end_the_run() -> None:
     attempts = Attempts(max_crashes=3, run="run")
     for _ in range(4):
         attempts.begin("a")
@@ -45,7 +45,7 @@ def test_deaths_with_nothing_done_in_between_end_the_run() -> None:
         attempts.begin("a")
 
 
-def test_a_start_is_no_progress() -> None:
+def test_start_does_not_count_as_progress() -> None:
     attempts = Attempts(max_crashes=3, run="run")
     attempts.begin("a")
     for _ in range(3):
@@ -56,7 +56,7 @@ def test_a_start_is_no_progress() -> None:
         attempts.begin("a")
 
 
-def test_deaths_over_a_units_files_are_counted_until_it_ends() -> None:
+def test_deaths_while_writing_are_counted_until_the_unit_ends() -> None:
     attempts = Attempts(MAX_CONSECUTIVE_CRASHES, "run")
     for _ in range(2):
         for _ in range(3):
@@ -69,7 +69,7 @@ def test_deaths_over_a_units_files_are_counted_until_it_ends() -> None:
         attempts.begin_writing("u")
 
 
-def test_how_engines_ended_is_known_until_their_row_ends() -> None:
+def test_engine_deaths_are_kept_until_their_row_ends() -> None:
     attempts, death = Attempts(MAX_CONSECUTIVE_CRASHES, "run"), Death("killed", out_of_memory=True)
     attempts.begin("a")
     attempts.record_death(death, "a")
@@ -78,7 +78,7 @@ def test_how_engines_ended_is_known_until_their_row_ends() -> None:
     assert attempts.list_engine_deaths("a") == []
 
 
-def test_a_start_that_does_not_end_is_a_crash() -> None:
+def test_unfinished_start_counts_as_a_crash() -> None:
     attempts = Attempts(max_crashes=2, run="run")
     for _ in range(3):
         attempts.begin_start()
@@ -87,7 +87,7 @@ def test_a_start_that_does_not_end_is_a_crash() -> None:
 
 
 @pytest.mark.parametrize("seed", range(20))
-async def test_who_is_alone_is_alone_and_everybody_gets_in(seed: int) -> None:
+async def test_exclusive_holders_are_alone_and_all_are_admitted(seed: int) -> None:
     rng, lock = random.Random(seed), SharedExclusiveLock()
     inside: list[str] = []
     passed = 0
@@ -109,7 +109,7 @@ async def test_who_is_alone_is_alone_and_everybody_gets_in(seed: int) -> None:
     assert passed == 30
 
 
-async def test_others_are_beside_one_another() -> None:
+async def test_shared_holders_run_concurrently() -> None:
     lock, inside, most = SharedExclusiveLock(), 0, 0
 
     async def visit() -> None:
@@ -124,7 +124,7 @@ async def test_others_are_beside_one_another() -> None:
     assert most == 5
 
 
-async def test_who_gives_up_waiting_to_be_alone_lets_others_in() -> None:
+async def test_canceled_exclusive_wait_admits_shared_holders() -> None:
     lock = SharedExclusiveLock()
     async with lock.hold_shared():
         waiting = asyncio.create_task(lock.hold_exclusive().__aenter__())

@@ -113,7 +113,7 @@ EXPECTED = {
 }
 
 
-def test_what_is_counted_can_be_scraped(port: tuple[str, int]) -> None:
+def test_metrics_can_be_scraped(port: tuple[str, int]) -> None:
     ray.shutdown()  # other tests leave theirs up
     ray.init(address=port[0], log_to_driver=False, namespace="metrics")
     try:
@@ -125,7 +125,7 @@ def test_what_is_counted_can_be_scraped(port: tuple[str, int]) -> None:
     assert {key: value for key, value in found.items() if not key[0].endswith("_sum")} == EXPECTED
 
 
-def test_a_run_can_be_watched(port: tuple[str, int], tmp_path: Path) -> None:
+def test_metrics_of_a_run_can_be_scraped(port: tuple[str, int], tmp_path: Path) -> None:
     """60 rows in six units; one raises, and one hangs until its time is over."""
     write_queries(tmp_path / "queries", 60, {5: "RAISES", 55: "HANGS"})
     settings = [f"execution.ray_address={port[0]}", "execution.row_timeout_s=20", "execution.max_error_rate=0.5"]

@@ -31,14 +31,14 @@ def claims(output: Location) -> list[dict]:
     return [json.loads(file.read_text()) for file in Path(output.path).glob("_running/*.json")]
 
 
-def test_a_claim_lasts_as_long_as_its_run(output: Location) -> None:
+def test_lease_lasts_as_long_as_its_run(output: Location) -> None:
     with Lease(output):
         (claim,) = claims(output)
         assert claim["pid"] == os.getpid()
     assert list(Path(output.path).iterdir()) == []
 
 
-def test_runs_follow_one_another_in_object_storage(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_object_storage_lease_is_exclusive_and_reusable(s3: S3Server, monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     output = locate("s3://bucket/claimed/", StorageConfig(patience_s=2))
@@ -47,7 +47,7 @@ def test_runs_follow_one_another_in_object_storage(s3: S3Server, monkeypatch: py
             Lease(output).__enter__()
 
 
-def test_a_second_run_on_the_same_machine_stops_with_a_clear_line(output: Location) -> None:
+def test_second_run_on_the_same_machine_is_refused(output: Location) -> None:
     with Lease(output):
         with pytest.raises(OutputInUseError, match=rf"another run is using this output \(process {os.getpid()} on "):
             Lease(output).__enter__()
@@ -56,7 +56,7 @@ def test_a_second_run_on_the_same_machine_stops_with_a_clear_line(output: Locati
         assert len(claims(output)) == 1
 
 
-def test_a_claim_that_this_process_has_given_back_is_dead_though_the_store_still_shows_it(output: Location) -> None:
+def test_released_lease_of_this_process_is_ignored_if_still_listed(output: Location) -> None:
     with Lease(output):
         (shown,) = Path(output.path).glob("_running/*.json")
         content = shown.read_bytes()
@@ -66,7 +66,7 @@ def test_a_claim_that_this_process_has_given_back_is_dead_though_the_store_still
         assert not shown.exists()
 
 
-def test_a_killed_runs_claim_does_not_stand_in_the_way(output: Location) -> None:
+def test_lease_of_a_killed_run_is_ignored(output: Location) -> None:
     script = f"""
 import time
 from pipeline.storage.lease import Lease
@@ -87,13 +87,13 @@ with Lease(locate({output.path!r}, StorageConfig())):
         assert [claim["pid"] for claim in claims(output)] == [os.getpid()]
 
 
-def test_a_reused_pid_is_another_process(output: Location) -> None:
+def test_lease_of_a_reused_pid_is_ignored(output: Location) -> None:
     file = leave_lease(Path(output.path), born="1")
     with Lease(output):
         assert not file.exists()
 
 
-def test_another_machines_silent_claim_is_dead_after_a_while(
+def test_lease_of_another_machine_without_heartbeat_expires(
     output: Location, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("pipeline.storage.lease.EXPIRY_S", 0.3)
@@ -103,7 +103,9 @@ def test_another_machines_silent_claim_is_dead_after_a_while(
     assert "a run on elsewhere holds a lease; waiting" in caplog.text
 
 
-def test_another_machines_living_claim_is_respected(output: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lease_of_another_machine_with_heartbeat_is_respected(
+    output: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr("pipeline.storage.lease.EXPIRY_S", 5.0)
     monkeypatch.setattr("pipeline.storage.lease.HEARTBEAT_S", 0.3)
     file = leave_lease(Path(output.path), host="elsewhere")
@@ -116,7 +118,7 @@ def test_another_machines_living_claim_is_respected(output: Location, monkeypatc
     assert file.exists()
 
 
-def test_signs_of_life_are_written(output: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_heartbeats_are_written(output: Location, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.storage.lease.HEARTBEAT_S", 0.05)
     with Lease(output):
         time.sleep(0.4)
@@ -135,7 +137,7 @@ def _race(path: str, start: object, results: object) -> None:
         results.put("stopped")  # type: ignore[attr-defined]
 
 
-def test_of_several_runs_started_at_once_one_goes_on(output: Location) -> None:
+def test_only_one_of_several_concurrent_runs_gets_the_lease(output: Location) -> None:
     context = multiprocessing.get_context("fork")
     start, results = context.Event(), context.Queue()
     runs = [context.Process(target=_race, args=(output.path, start, results)) for _ in range(4)]
@@ -148,6 +150,6 @@ def test_of_several_runs_started_at_once_one_goes_on(output: Location) -> None:
     assert claims(output) == []
 
 
-def test_no_process_has_no_birth() -> None:
+def test_missing_process_has_no_start_time() -> None:
     assert read_process_start(os.getpid())
     assert read_process_start(2**22 + 1) is None

@@ -23,7 +23,7 @@ def test_files_are_listed_by_name_without_hidden_ones(tmp_path):
     assert found == ["a.parquet", "b.parquet", "sub/c.parquet"]
 
 
-def test_write_makes_folders_and_leaves_nothing_else(tmp_path):
+def test_write_creates_folders_and_leaves_no_temporary_files(tmp_path):
     place = locate(str(tmp_path), HERE) / "new" / "file"
     place.write(b"one")
     place.write(b"two")
@@ -50,7 +50,7 @@ def test_missing_file_is_named(tmp_path):
         locate(str(tmp_path / "absent"), HERE).read()
 
 
-def test_home_is_expanded_and_relative_paths_are_the_callers(monkeypatch, tmp_path):
+def test_home_and_relative_paths_are_resolved(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     assert locate("data", HERE).path == str(tmp_path / "data")
     assert locate("~/data", HERE).path == str(Path.home() / "data")
@@ -92,7 +92,7 @@ def waits(monkeypatch):
     return waited
 
 
-def test_faults_that_pass_are_waited_for_longer_and_longer(tmp_path, waits, caplog):
+def test_transient_errors_are_retried_with_exponential_backoff(tmp_path, waits, caplog):
     (tmp_path / "file").write_bytes(b"content")
     folder, files = flaky(tmp_path, [BUSY] * 4)
     assert (folder / "file").read() == b"content"
@@ -102,7 +102,7 @@ def test_faults_that_pass_are_waited_for_longer_and_longer(tmp_path, waits, capl
     assert caplog.messages[0].startswith("mem://folder/file: When reading: AWS Error SLOW_DOWN")
 
 
-def test_patience_ends_with_the_uri(tmp_path, waits):
+def test_retries_end_after_the_patience_with_the_uri(tmp_path, waits):
     folder, _ = flaky(tmp_path, [BUSY] * 1000, patience_s=100)
     with pytest.raises(StorageError, match="^mem://folder/file: .*SLOW_DOWN"):
         (folder / "file").write(b"content")
@@ -112,7 +112,7 @@ def test_patience_ends_with_the_uri(tmp_path, waits):
 @pytest.mark.parametrize(
     "code", ["ACCESS_DENIED", "NO_SUCH_BUCKET", "SIGNATURE_DOES_NOT_MATCH", "UNKNOWN (HTTP status 403)"]
 )
-def test_what_no_waiting_mends_is_said_at_once(tmp_path, waits, code):
+def test_permanent_errors_are_raised_at_once(tmp_path, waits, code):
     folder, files = flaky(tmp_path, [f"When reading: AWS Error {code} during GetObject operation"] * 9)
     with pytest.raises(StorageError, match="^mem://folder/file: "):
         (folder / "file").read()
@@ -134,11 +134,11 @@ def test_what_no_waiting_mends_is_said_at_once(tmp_path, waits, code):
         (ValueError("AWS Error INTERNAL_FAILURE"), False),
     ],
 )
-def test_faults_that_may_pass_are_told_from_others(error, expected):
+def test_transient_errors_are_recognized(error, expected):
     assert is_transient(error) is expected
 
 
-def test_local_disks_are_not_waited_for(tmp_path, waits, monkeypatch):
+def test_local_disk_errors_are_not_retried(tmp_path, waits, monkeypatch):
     def busy(_):
         raise OSError(BUSY)
 
@@ -148,7 +148,7 @@ def test_local_disks_are_not_waited_for(tmp_path, waits, monkeypatch):
     assert waits == []
 
 
-def test_a_delete_whose_answer_was_lost_has_deleted(tmp_path, waits):
+def test_delete_with_a_lost_response_succeeds(tmp_path, waits):
     (tmp_path / "file").write_bytes(b"content")
     folder, _ = flaky(tmp_path, [BUSY])
     (folder / "file").delete()
@@ -156,13 +156,13 @@ def test_a_delete_whose_answer_was_lost_has_deleted(tmp_path, waits):
     assert waits == []  # that it is gone is seen at once
 
 
-def test_a_missing_file_is_told_apart(tmp_path, waits):
+def test_missing_file_has_its_own_error_type(tmp_path, waits):
     folder, _ = flaky(tmp_path, [BUSY])
     with pytest.raises(MissingFileError, match="mem://folder/absent"):
         (folder / "absent").read()
 
 
-def test_a_folder_that_goes_away_while_it_is_listed_is_listed_again(tmp_path):
+def test_folder_deleted_during_listing_is_listed_again(tmp_path):
     answers: list[Any] = [FileNotFoundError(2, "Cannot list directory"), []]
 
     def listing(_: object) -> list[object]:

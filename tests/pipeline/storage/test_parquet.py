@@ -26,7 +26,7 @@ def write(file: Path, rows: int, row_group_size: int | None = None) -> Path:
     return file
 
 
-def test_a_missing_bucket_is_told_apart_from_a_missing_folder(s3) -> None:
+def test_missing_bucket_is_distinguished_from_a_missing_folder(s3) -> None:
     storage = StorageConfig(
         endpoint_url=s3.endpoint, access_key=s3.access_key, secret_key=s3.secret_key, region="us-east-1"
     )
@@ -36,7 +36,7 @@ def test_a_missing_bucket_is_told_apart_from_a_missing_folder(s3) -> None:
         list_parquet(locate(f"s3://{s3.bucket}/nothing/", storage))
 
 
-def test_a_folder_lists_its_parquet_files_by_name(tmp_path: Path) -> None:
+def test_parquet_files_are_listed_by_name(tmp_path: Path) -> None:
     (tmp_path / "below").mkdir()
     for name in ("b.parquet", "a.parquet", "below/c.parquet", "_hidden.parquet"):
         write(tmp_path / name, 1)
@@ -45,7 +45,7 @@ def test_a_folder_lists_its_parquet_files_by_name(tmp_path: Path) -> None:
     assert [file.name for file in list_parquet(place(tmp_path / "a.json"))] == ["a.json"]
 
 
-def test_a_range_starts_and_stops_within_row_groups(tmp_path: Path) -> None:
+def test_row_range_can_start_and_stop_within_row_groups(tmp_path: Path) -> None:
     file = place(write(tmp_path / "a.parquet", 20, row_group_size=6))
     read = [(row, batch["id"].to_pylist()) for row, batch in read_range(RowRange(file, 4, 14), ["id"], batch_rows=5)]
     assert [name for _, names in read for name in names] == [str(n) for n in range(4, 14)]
@@ -53,7 +53,7 @@ def test_a_range_starts_and_stops_within_row_groups(tmp_path: Path) -> None:
     assert list(read_range(RowRange(file, 3, 3), ["id"])) == []
 
 
-def test_reading_continues_where_the_connection_broke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_reading_resumes_where_the_connection_broke(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("tenacity.nap.time.sleep", lambda _: None)
     write(tmp_path / "p.parquet", 5000, row_group_size=500)
     begun = []
@@ -76,7 +76,7 @@ def test_reading_continues_where_the_connection_broke(tmp_path: Path, monkeypatc
     assert len(begun) >= 4
 
 
-def test_a_damaged_file_is_named(tmp_path: Path) -> None:
+def test_damaged_file_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.parquet").write_bytes(b"id,query\n")
     for read in (read_footer, lambda file: list(read_range(RowRange(file, 0, 1), ["id"]))):
         with pytest.raises(ValueError, match=r"a\.parquet: not a readable Parquet file: "):
@@ -85,7 +85,7 @@ def test_a_damaged_file_is_named(tmp_path: Path) -> None:
         read_columns(place(tmp_path / "a.parquet"), ["id"])
 
 
-def test_a_damaged_page_is_named(tmp_path: Path) -> None:
+def test_damaged_page_is_named(tmp_path: Path) -> None:
     file = write(tmp_path / "a.parquet", 2000)
     content = bytearray(file.read_bytes())
     content[4:400] = b"\xff" * 396
@@ -94,7 +94,7 @@ def test_a_damaged_page_is_named(tmp_path: Path) -> None:
         list(read_range(RowRange(place(file), 0, 2000), ["id"]))
 
 
-def test_columns_that_are_not_there_are_left_out(tmp_path: Path) -> None:
+def test_missing_columns_are_omitted(tmp_path: Path) -> None:
     table = pa.table({"usage": [{"seconds": 1.5, "retrievals": 2}], "answer": ["x"]}).replace_schema_metadata(
         {"a": "b"}
     )
@@ -104,5 +104,5 @@ def test_columns_that_are_not_there_are_left_out(tmp_path: Path) -> None:
     assert read.schema.metadata[b"a"] == b"b"
 
 
-def test_threads_keep_the_order_of_the_items() -> None:
+def test_map_in_threads_keeps_the_order_of_items() -> None:
     assert map_in_threads(lambda n: n * n, range(100)) == [n * n for n in range(100)]

@@ -34,19 +34,19 @@ def test_all_four_files_are_read(tmp_path: Path) -> None:
     assert data.claims == (Claim("It is so.", ("SUPPORTS", "REFUTES"), "REFUTES", "T", "It is not."),)
 
 
-def test_readings_alone_are_enough(tmp_path: Path) -> None:
+def test_readings_are_the_only_required_file(tmp_path: Path) -> None:
     write(tmp_path / "rc.jsonl", READING)
     data = read_data(tmp_path)
     assert len(data.readings) == 1
     assert data.instructions == data.pairs == data.claims == ()
 
 
-def test_without_readings_the_error_names_the_file(tmp_path: Path) -> None:
+def test_missing_readings_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rc\.jsonl: not found"):
         read_data(tmp_path)
 
 
-def test_a_missing_field_is_named(tmp_path: Path) -> None:
+def test_missing_field_is_named(tmp_path: Path) -> None:
     write(tmp_path / "rc.jsonl", {"question": "q?", "passage": "p"})
     with pytest.raises(ValueError, match="lacks the field 'answer'"):
         read_data(tmp_path)
@@ -59,7 +59,7 @@ def hundred() -> TeachingData:
     return TeachingData(readings, tuple(Instruction(f"i{n}", "o") for n in range(100)))
 
 
-def test_a_split_shares_no_passage_and_loses_no_row(hundred: TeachingData) -> None:
+def test_split_shares_no_passage_and_loses_no_row(hundred: TeachingData) -> None:
     train, test = hundred.split(held_out=0.1, seed=1)
     assert {r.passage for r in train.readings}.isdisjoint(r.passage for r in test.readings)
     assert (len(train.readings), len(test.readings)) == (180, 20)
@@ -68,12 +68,12 @@ def test_a_split_shares_no_passage_and_loses_no_row(hundred: TeachingData) -> No
     assert train.instructions == hundred.instructions[10:]
 
 
-def test_a_split_depends_on_its_seed_only(hundred: TeachingData) -> None:
+def test_split_depends_only_on_its_seed(hundred: TeachingData) -> None:
     assert hundred.split(0.1, seed=1) == hundred.split(0.1, seed=1)
     assert hundred.split(0.1, seed=1) != hundred.split(0.1, seed=2)
 
 
-def test_nearest_ranks_by_inner_product() -> None:
+def test_nearest_texts_are_ranked_by_inner_product() -> None:
     vectors = {"east": (1.0, 0.0), "north": (0.0, 1.0), "north-east": (0.6, 0.8), "west": (-1.0, 0.0)}
 
     def encode(texts: Any) -> Any:

@@ -19,7 +19,7 @@ def rows(limit: int = 10) -> dict[str, dict]:
     return {row["id"]: row for row in build_held_out_queries(DATA, NEGATIVES, limit).to_pylist()}
 
 
-def test_it_is_a_query_set_with_given_passages() -> None:
+def test_held_out_rows_are_a_query_set_with_given_passages() -> None:
     table = build_held_out_queries(DATA, NEGATIVES, 10)
     check_query_schema(table.schema, Columns(), "held out")
     queries = [to_query(row, Columns()) for row in table.to_pylist()]
@@ -27,7 +27,7 @@ def test_it_is_a_query_set_with_given_passages() -> None:
     assert len({query.id for query in queries}) == len(queries) == 4 + 2 + 1 + 1
 
 
-def test_the_gold_passage_is_among_others_without_the_answer() -> None:
+def test_gold_passage_is_the_only_one_with_the_answer() -> None:
     row = rows()["reading-0"]
     texts = {passage["id"]: passage["text"] for passage in row["passages"]}
     assert texts[row["gold_passage_id"]] == READINGS[0].passage
@@ -35,7 +35,7 @@ def test_the_gold_passage_is_among_others_without_the_answer() -> None:
     assert "a hard one" in texts.values()
 
 
-def test_two_questions_bring_both_passages_and_answers() -> None:
+def test_combined_questions_have_both_passages_and_answers() -> None:
     row = rows()["two_questions-1"]
     assert row["query"] == "Who is 2? Who is 3?"
     assert row["short_answers"] == [["name2"], ["name3"]]
@@ -43,14 +43,14 @@ def test_two_questions_bring_both_passages_and_answers() -> None:
     assert row["answers"] is None
 
 
-def test_claims_have_their_labels_and_instructions_no_gold() -> None:
+def test_claims_have_labels_and_instructions_have_no_gold() -> None:
     found = rows()
     assert (found["claim-0"]["input"], found["claim-0"]["answers"]) == ("Fish swim.", ["SUPPORTS"])
     assert found["claim-0"]["choices"] == ["SUPPORTS", "REFUTES"]
     assert (found["instruction-0"]["answers"], found["instruction-0"]["gold_passage_id"]) == (None, None)
 
 
-def test_the_gold_passage_does_not_always_come_first() -> None:
+def test_gold_passage_is_not_always_first() -> None:
     places = {
         [passage["id"] for passage in row["passages"]].index(row["gold_passage_id"])
         for name, row in rows().items()
@@ -59,6 +59,6 @@ def test_the_gold_passage_does_not_always_come_first() -> None:
     assert len(places) > 1
 
 
-def test_so_many_rows_at_most_and_the_same_every_time() -> None:
+def test_row_count_is_limited_and_rows_are_deterministic() -> None:
     assert [name for name in rows(1) if not name.startswith("two")] == ["reading-0", "claim-0", "instruction-0"]
     assert rows() == rows()

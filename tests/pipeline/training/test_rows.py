@@ -46,7 +46,7 @@ def branches(branch: Branch) -> Iterator[Branch]:
 
 
 @given(WORDS, st.data())
-def test_a_window_holds_what_it_is_around_in_whole_words(words: list[str], data: st.DataObject) -> None:
+def test_window_contains_its_target_in_whole_words(words: list[str], data: st.DataObject) -> None:
     text = " ".join(words)
     start = data.draw(st.integers(0, len(words) - 1))
     around = " ".join(words[start : data.draw(st.integers(start + 1, len(words)))])
@@ -60,21 +60,21 @@ def test_a_window_holds_what_it_is_around_in_whole_words(words: list[str], data:
 
 
 @given(WORDS, st.integers(1, 45), st.integers())
-def test_a_window_around_nothing_has_the_length_asked_for(words: list[str], size: int, seed: int) -> None:
+def test_window_without_a_target_has_the_requested_length(words: list[str], size: int, seed: int) -> None:
     text = " ".join(words)
     cut = cut_window(text, size, random.Random(seed))
     assert len(cut.split()) == min(size, len(words))
     assert f" {cut} " in f" {text} "
 
 
-def test_windows_put_the_answer_in_all_places() -> None:
+def test_windows_place_the_answer_at_all_positions() -> None:
     text = " ".join(f"w{n}" for n in range(100))
     places = {cut_window(text, 10, random.Random(seed), around="w50").split().index("w50") for seed in range(200)}
     assert places == set(range(10))
 
 
 @given(WORDS, st.data())
-def test_a_wrong_span_is_never_the_answer(words: list[str], data: st.DataObject) -> None:
+def test_wrong_span_is_never_the_answer(words: list[str], data: st.DataObject) -> None:
     start = data.draw(st.integers(0, len(words) - 1))
     answer = " ".join(words[start : start + data.draw(st.integers(1, 4))])
     span = draw_wrong_span(" ".join(words), answer, random.Random(data.draw(st.integers())))
@@ -84,12 +84,12 @@ def test_a_wrong_span_is_never_the_answer(words: list[str], data: st.DataObject)
 
 
 @given(st.sampled_from(["unknown", "Unknown", "an unknown soldier"]), st.integers())
-def test_a_wrong_span_is_wrong_for_unknown_answers_too(answer: str, seed: int) -> None:
+def test_wrong_span_differs_from_arbitrary_answers(answer: str, seed: int) -> None:
     span = draw_wrong_span(answer, answer, random.Random(seed))
     assert span.casefold() not in answer.casefold()
 
 
-def test_a_wrong_span_is_a_number_for_a_number_and_a_name_for_a_name() -> None:
+def test_wrong_span_has_the_type_of_the_answer() -> None:
     passage = "In 1066 William of Normandy beat Harold with 8000 men on one day"
     numbers = {draw_wrong_span(passage, "1066", random.Random(seed)).split()[0] for seed in range(50)}
     names = {draw_wrong_span(passage, "Harold", random.Random(seed)).split()[0] for seed in range(50)}
@@ -97,7 +97,7 @@ def test_a_wrong_span_is_a_number_for_a_number_and_a_name_for_a_name() -> None:
     assert names <= {"In", "William", "Normandy"}
 
 
-def test_negatives_come_from_the_ranking_without_the_answer_and_titled_alike() -> None:
+def test_hard_negatives_lack_the_answer_and_match_in_having_a_title() -> None:
     ranked = [("A", "rollo was here"), ("", "no title"), ("B", "fits")]
     negatives = Negatives({"q": ranked}, OTHERS)
     drawn = {negatives.draw("q", "Rollo", True, random.Random(seed), hard=1.0) for seed in range(20)}
@@ -107,7 +107,7 @@ def test_negatives_come_from_the_ranking_without_the_answer_and_titled_alike() -
     assert anywhere == {OTHERS[0]}
 
 
-def test_a_reading_decides_to_retrieve_and_only_reads_prompt_and_passages(builder: TreeBuilder) -> None:
+def test_reading_trains_the_decision_but_not_prompt_and_passages(builder: TreeBuilder) -> None:
     tree = builder.build_reading(ROLLO, 100, random.Random(0))
     *prompt, decision = weighted(builder, tree)
     assert {weight for _, weight in prompt} == {0.0}
@@ -118,7 +118,7 @@ def test_a_reading_decides_to_retrieve_and_only_reads_prompt_and_passages(builde
         assert set(passage.weights) == {0.0}
 
 
-def test_the_right_answer_is_taught_with_its_critique(builder: TreeBuilder) -> None:
+def test_right_answer_is_trained_with_its_critique(builder: TreeBuilder) -> None:
     right = builder.build_reading(ROLLO, 100, random.Random(0)).children[0].children[0]
     assert weighted(builder, right) == [
         (IsRel.RELEVANT, 5.0),
@@ -129,7 +129,7 @@ def test_the_right_answer_is_taught_with_its_critique(builder: TreeBuilder) -> N
     ]
 
 
-def test_an_answer_that_is_not_right_is_judged_and_not_taught(builder: TreeBuilder) -> None:
+def test_wrong_answers_are_judged_but_not_trained(builder: TreeBuilder) -> None:
     judgments = set()
     for seed in range(40):
         for answer in builder.build_reading(ROLLO, 100, random.Random(seed)).children[0].children[1:]:
@@ -141,7 +141,7 @@ def test_an_answer_that_is_not_right_is_judged_and_not_taught(builder: TreeBuild
     assert judgments == {(IsSup.NONE, IsUse.ONE), (IsSup.PARTIALLY, IsUse.THREE)}
 
 
-def test_a_wrong_passage_is_irrelevant_and_holds_no_answer(builder: TreeBuilder) -> None:
+def test_wrong_passage_is_irrelevant_and_lacks_the_answer(builder: TreeBuilder) -> None:
     for seed in range(40):
         for passage in builder.build_reading(ROLLO, 100, random.Random(seed)).children[1:]:
             assert "Rollo" not in builder.tokenizer.decode(list(passage.ids))
@@ -152,14 +152,14 @@ def test_a_wrong_passage_is_irrelevant_and_holds_no_answer(builder: TreeBuilder)
             assert judged[-3:] == [(IsSup.NONE, 2.0), (IsUse.ONE, 2.0), ("</s>", 3.0)]
 
 
-def test_a_pair_teaches_relevance_only(builder: TreeBuilder) -> None:
+def test_pair_trains_only_relevance(builder: TreeBuilder) -> None:
     tree = builder.build_pair(Pair("Where do sharks swim?", "They swim in water."), random.Random(0))
     ends = [weighted(builder, passage)[-1] for passage in tree.children]
     assert ends == [(IsRel.RELEVANT, 5.0), (IsRel.IRRELEVANT, 5.0), (IsRel.IRRELEVANT, 5.0)]
     assert all(set(passage.weights[:-1]) == {0.0} for passage in tree.children)
 
 
-def test_an_instruction_is_answered_without_retrieval(builder: TreeBuilder) -> None:
+def test_instruction_is_answered_without_retrieval(builder: TreeBuilder) -> None:
     tree = builder.build_instruction(Instruction("Say hello", "Hello you two"))
     assert not tree.children
     answer = [pair for pair in weighted(builder, tree) if pair[1] > 0]
@@ -173,7 +173,7 @@ def test_an_instruction_is_answered_without_retrieval(builder: TreeBuilder) -> N
     ]
 
 
-def test_a_long_output_is_cut_without_an_end(builder: TreeBuilder) -> None:
+def test_long_output_is_truncated_without_an_end_token(builder: TreeBuilder) -> None:
     tree = builder.build_instruction(Instruction("Count", "one two three four five"))
     assert [word for word, weight in weighted(builder, tree) if weight > 0] == [
         Retrieve.NO,
@@ -184,20 +184,20 @@ def test_a_long_output_is_cut_without_an_end(builder: TreeBuilder) -> None:
     ]
 
 
-def test_a_second_segment_keeps_the_passage_that_answers_both(builder: TreeBuilder) -> None:
+def test_second_segment_keeps_a_passage_that_answers_both(builder: TreeBuilder) -> None:
     (text,) = texts(builder, builder.build_two_segments(PARIS, SEINE, 100, random.Random(0)))
     assert text.count(Paragraph.START) == 1
     assert text.endswith("Paris [Fully supported] [Continue to Use Evidence] always [Fully supported] [Utility:5] </s>")
 
 
-def test_a_second_segment_retrieves_its_own_passage_otherwise(builder: TreeBuilder) -> None:
+def test_second_segment_otherwise_retrieves_its_own_passage(builder: TreeBuilder) -> None:
     (text,) = texts(builder, builder.build_two_segments(PARIS, ROLLO, 100, random.Random(0)))
     assert text.count(Paragraph.START) == text.count(Retrieve.YES) == text.count(IsRel.RELEVANT) == 2
     assert Retrieve.CONTINUE not in text
     assert text.index("Paris [Fully supported] [Retrieval] <paragraph> Normans") < text.index("Rollo [Fully supported]")
 
 
-def test_a_claim_teaches_its_label_and_judges_the_other(builder: TreeBuilder) -> None:
+def test_claim_trains_its_label_and_judges_the_other(builder: TreeBuilder) -> None:
     claim = Claim("Rollo was Norse.", ("SUPPORTS", "REFUTES"), "SUPPORTS", "Rollo", "A Norse leader.")
     fish = Claim("Fish fly.", ("SUPPORTS", "REFUTES"), "REFUTES", "Fish", "They swim.")
     tree = builder.build_claim(claim, fish, random.Random(0))
@@ -212,7 +212,7 @@ def test_a_claim_teaches_its_label_and_judges_the_other(builder: TreeBuilder) ->
 
 
 @given(st.sampled_from(CONTROL_TOKENS), st.integers(0, 1000))
-def test_control_tokens_in_the_data_stay_plain_words(token: str, seed: int) -> None:
+def test_control_tokens_in_the_data_are_plain_text(token: str, seed: int) -> None:
     builder = TreeBuilder(word_tokenizer(), Negatives({}, OTHERS), WEIGHTS)
     row = ReadingTriple(f"{token} who?", token, f"It was {token} Rollo who came", "Rollo")
     tree = builder.build_reading(row, 100, random.Random(seed))
@@ -222,13 +222,13 @@ def test_control_tokens_in_the_data_stay_plain_words(token: str, seed: int) -> N
     assert [i for i in passage.ids if i in control] == builder.tokenizer.encode_control(Paragraph.START, Paragraph.END)
 
 
-def test_the_stream_depends_on_its_seed_only(builder: TreeBuilder) -> None:
+def test_stream_depends_only_on_its_seed(builder: TreeBuilder) -> None:
     data = TeachingData((ROLLO, PARIS, SEINE), (Instruction("Say", "Hello"),), (Pair("q?", "a b."),))
     first, second = (list(islice(builder.stream_trees(data, random.Random(3), lambda: 60), 30)) for _ in range(2))
     assert first == second
 
 
-def test_the_stream_leaves_out_kinds_that_have_no_data(builder: TreeBuilder) -> None:
+def test_stream_omits_kinds_without_data(builder: TreeBuilder) -> None:
     data = TeachingData((ROLLO, PARIS, SEINE))
     trees = islice(builder.stream_trees(data, random.Random(0), lambda: 60), 200)
     written = {word for tree in trees for branch in branches(tree) for word, _ in weighted(builder, branch)}

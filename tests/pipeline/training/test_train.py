@@ -78,7 +78,9 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, PromptTokeni
     return model, prompts, lessons, folder
 
 
-def test_what_is_taught_is_learned(trained: tuple[Any, PromptTokenizer, list[TokenTree], Path]) -> None:
+def test_training_lowers_the_loss_and_learns_the_judgments(
+    trained: tuple[Any, PromptTokenizer, list[TokenTree], Path],
+) -> None:
     model, prompts, lessons, _ = trained
     untrained, _ = tiny()
     with torch.no_grad():
@@ -100,7 +102,7 @@ def test_only_the_adapter_is_saved_in_half_precision(
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
 
 
-def test_training_goes_on_from_a_saved_adapter(
+def test_training_continues_from_a_saved_adapter(
     trained: tuple[Any, PromptTokenizer, list[TokenTree], Path],
 ) -> None:
     model, _, lessons, folder = trained

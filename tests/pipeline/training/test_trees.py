@@ -20,7 +20,7 @@ def paths(branch: Branch, past: tuple[int, ...] = ()) -> list[tuple[int, ...]]:
     return [path for child in branch.children for path in paths(child, here)] or [here]
 
 
-def test_lay_out_of_a_tree_worked_by_hand() -> None:
+def test_tree_layout_matches_a_worked_example() -> None:
     root = make_given([1]) + make_taught([2], 1.0)
     tree = lay_out(root.with_children(make_taught([3], 0.5), make_given([4]) + make_taught([5], 2.0)))
     assert tree.ids.tolist() == [1, 2, 3, 4, 5]
@@ -38,7 +38,7 @@ def test_lay_out_of_a_tree_worked_by_hand() -> None:
     assert tree.branches.tolist() == [0, 1, 2]
 
 
-def test_alternatives_are_predicted_from_the_same_place() -> None:
+def test_alternatives_are_predicted_from_the_same_position() -> None:
     tree = lay_out(
         make_given([7, 8]).with_children(make_taught([1], 1.0), make_taught([2], 1.0), make_taught([3], 1.0))
     )
@@ -46,7 +46,7 @@ def test_alternatives_are_predicted_from_the_same_place() -> None:
     assert tree.targets.tolist() == [1, 2, 3]
 
 
-def test_trees_of_a_forest_know_nothing_of_each_other() -> None:
+def test_joined_trees_do_not_attend_to_each_other() -> None:
     tree = lay_out(join_trees([make_taught([1, 2], 1.0), make_taught([3, 4, 5], 1.0)]))
     assert tree.positions.tolist() == [0, 1, 0, 1, 2]
     assert not tree.visible[2:, :2].any()
@@ -54,7 +54,7 @@ def test_trees_of_a_forest_know_nothing_of_each_other() -> None:
 
 
 @hypothesis_given(TREES)
-def test_every_token_sees_just_its_ancestors(root: Branch) -> None:
+def test_every_token_sees_only_its_ancestors(root: Branch) -> None:
     tree = lay_out(join_trees([make_given([0]).with_children(root)]))
     seen = [tuple(tree.ids[row].tolist()) for row in tree.visible]
     expected = paths(make_given([0]).with_children(root))
@@ -66,7 +66,7 @@ def test_every_token_sees_just_its_ancestors(root: Branch) -> None:
 
 
 @hypothesis_given(TREES)
-def test_a_prediction_sees_all_that_comes_before_its_target(root: Branch) -> None:
+def test_prediction_sees_everything_before_its_target(root: Branch) -> None:
     tree = lay_out(make_given([0]).with_children(root))
     assert len(tree.targets) == len(root)
     predictions = zip(tree.sources, tree.targets, strict=True)
@@ -81,7 +81,7 @@ def test_length_counts_each_shared_token_once() -> None:
     )
 
 
-def test_a_sum_keeps_the_children_of_its_end() -> None:
+def test_concatenation_keeps_the_children_of_the_last_branch() -> None:
     joined = make_given([1]) + make_taught([2], 3.0).with_children(make_given([4]))
     assert (joined.ids, joined.weights) == ((1, 2), (0.0, 3.0))
     assert joined.children == (make_given([4]),)
