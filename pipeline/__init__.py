@@ -1,4 +1,4 @@
-"""The way of one query through the system, and the rooms that it passes.
+"""How one query passes through the system, and the rooms (packages) on its way.
 
 ``run`` plans the work units of a query set and gives them to actors. An actor reads the rows of a unit (``queries``)
 and decodes each of them: decide, retrieve, generate, critique, choose (``decoding``). Decoding asks a model
