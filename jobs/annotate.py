@@ -39,7 +39,7 @@ def annotate(
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any configuration key, such as decoding.threshold=0.3.")
     ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and print the plan only.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check everything and print the plan.")] = False,
     overwrite: Annotated[
         bool, typer.Option("--overwrite/--resume", help="Replace an existing output, or resume it (the default).")
     ] = False,

@@ -20,7 +20,7 @@ JOBS = {
     "plan_index": "Estimate what an index of your passages takes: bytes, GPUs, machines, hours.",
     "check_index": "Check that an index is intact, and find the search parameters for a target recall.",
     "annotate": "Annotate queries with answers, evidence and critique.",
-    "rescore": "Choose an annotated set's answers again with other settings, without a model.",
+    "rescore": "Rescore an annotated set with other settings, without a model.",
     "evaluate": "Compare annotated answers with gold answers.",
     "report": "Write an HTML report on an annotated set: speed, cost, scores, examples.",
     "share": "Write a dataset card, and upload an annotated set to the Hugging Face hub.",

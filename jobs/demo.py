@@ -149,16 +149,21 @@ def build_answers_table(folder: Path) -> Table:
 
 
 def _format_answer(row: Mapping[str, Any]) -> list[str]:
-    golds = row["answers"]
-    mark = "" if not golds else "✓" if best_over_golds(contains, row["answer"], golds) else "✗"
+    mark = _mark_answer(row["answer"], row["answers"])
     titles = ", ".join(dict.fromkeys(passage["title"] for passage in row["passages"])) or "–"
-    scores = [_mean([s[name] for s in row["segments"]]) for name in ("is_rel", "is_sup", "is_use", "score")]
+    scores = [_average_score(row["segments"], name) for name in ("is_rel", "is_sup", "is_use", "score")]
     figures = [row["retrieve_probability"], *scores]
     return [_shorten(row["query"]), _shorten(row["answer"]), mark, titles, *map(_format_figure, figures)]
 
 
-def _mean(values: Sequence[float | None]) -> float | None:
-    present = [value for value in values if value is not None]
+def _mark_answer(answer: str, golds: Sequence[str] | None) -> str:
+    if not golds:
+        return ""
+    return "✓" if best_over_golds(contains, answer, golds) else "✗"
+
+
+def _average_score(segments: Sequence[Mapping[str, Any]], name: str) -> float | None:
+    present = [segment[name] for segment in segments if segment[name] is not None]
     return sum(present) / len(present) if present else None
 
 

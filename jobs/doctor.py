@@ -10,6 +10,7 @@ import dataclasses
 import json
 import sys
 import uuid
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -215,9 +216,10 @@ def wait_for_result(call: Any, seconds: float) -> Any:
 
 def examine_actor(config: RunConfig) -> Iterator[Finding]:
     """Check that a run's actors fit on the cluster, and that one of them can search and answer."""
-    shards = (
-        len(check_index_manifest(locate(config.index, config.storage), config.retrieval).shards) if config.index else 0
-    )
+    shards = 0
+    if config.index:
+        manifest = check_index_manifest(locate(config.index, config.storage), config.retrieval)
+        shards = len(manifest.shards)
     resources = allocate_resources(config, shards)
     for line in resources.describe():
         check, _, found = line.partition(" ")
@@ -302,8 +304,8 @@ def print_findings(findings: Sequence[Finding]) -> None:
         table.add_row(verdict, *map(Text, (finding.check, finding.where, finding.found, finding.advice)))
     console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
     console.print(table)
-    counts = {verdict: sum(finding.verdict is verdict for finding in findings) for verdict in Verdict}
-    console.print(", ".join(f"{count} {verdict}" for verdict, count in counts.items()))
+    counts = Counter(finding.verdict for finding in findings)
+    console.print(", ".join(f"{counts[verdict]} {verdict}" for verdict in Verdict))
 
 
 if __name__ == "__main__":

@@ -23,7 +23,7 @@ from jobs.common import RunFile, StorageSettings, checking, start_logging
 from pipeline.config.run import load_storage
 from pipeline.evaluation.evaluate import Evaluation, Figures, Row, evaluate_set, iterate_rows
 from pipeline.evaluation.exports import EXPORTED, encode_alce, encode_factscore
-from pipeline.evaluation.statistics import Estimate
+from pipeline.evaluation.statistics import Calibration, Estimate
 from pipeline.evaluation.sweep import Sweep, save_sweep, sweep_set
 from pipeline.output.folder import OutputFolder, get_columns
 from pipeline.storage.location import Location, locate
@@ -47,9 +47,9 @@ def build_comparison_table(named: Mapping[str, Evaluation], only: Collection[str
     for heading in ["rows", "errors", "retrieved", *(TITLES.get(m, m) for m in metrics), "IsRel AUC", "IsSup AUC"]:
         table.add_column(heading, justify="right")
     for name, evaluation in named.items():
-        groups = (
-            evaluation.by_group if len(evaluation.groups) == 1 else {**evaluation.by_group, "all": evaluation.overall}
-        )
+        groups = dict(evaluation.by_group)
+        if len(groups) > 1:
+            groups["all"] = evaluation.overall
         for group, figures in groups.items():
             cells = _format_figures(figures, metrics)
             table.add_row(*([name] if several else []), group, *cells, end_section=group == list(groups)[-1])
@@ -58,9 +58,13 @@ def build_comparison_table(named: Mapping[str, Evaluation], only: Collection[str
 
 def _format_figures(figures: Figures, metrics: list[str]) -> list[str]:
     retrieved = "–" if figures.retrieval_rate is None else f"{100 * figures.retrieval_rate:.1f}"
-    areas = ["–" if judged is None else f"{judged.auc:.3f}" for judged in (figures.isrel, figures.issup)]
+    areas = [_format_auc(figures.isrel), _format_auc(figures.issup)]
     estimates = [_format_percent(figures.metrics.get(metric)) for metric in metrics]
     return [f"{figures.rows:,}", f"{figures.errors:,}", retrieved, *estimates, *areas]
+
+
+def _format_auc(judged: Calibration | None) -> str:
+    return "–" if judged is None else f"{judged.auc:.3f}"
 
 
 def _format_percent(found: Estimate | None) -> str:
@@ -97,10 +101,11 @@ def _to_record(evaluation: Evaluation) -> dict[str, object]:
 
 def encode_figures(main: Evaluation, baselines: Mapping[str, Evaluation]) -> str:
     """Encode all figures as JSON."""
-    others = {
-        name: {**_to_record(other), "difference": {m: asdict(d) for m, d in main.compare_with(other).items()}}
-        for name, other in baselines.items()
-    }
+    others = {}
+    for name, other in baselines.items():
+        found = main.compare_with(other)
+        differences = {metric: asdict(difference) for metric, difference in found.items()}
+        others[name] = {**_to_record(other), "difference": differences}
     return json.dumps({**_to_record(main), "baselines": others}, indent=2, ensure_ascii=False)
 
 

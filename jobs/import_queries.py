@@ -191,7 +191,7 @@ def import_queries(
 ) -> None:
     """Import a query set from a dataset or from files.
 
-    Exit status: 0 all rows taken, 3 some bad rows left out (--skip-bad), 1 failed, 2 bad usage or a bad row.
+    Exit status: 0 all rows imported, 3 bad rows skipped (--skip-bad), 1 failed, 2 bad usage or a bad row.
     """
     start_logging(progress=["pipeline.queries.writer"])
     with checking():

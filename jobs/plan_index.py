@@ -66,7 +66,7 @@ def plan_index(
 ) -> None:
     """Estimate the bytes, GPUs, machines and encoding hours of an index of your passages; builds nothing.
 
-    Exit status: 0 shown, 2 bad usage.
+    Exit status: 0 done, 2 bad usage.
     """
     start_logging(timestamps=True)
     with checking():
@@ -120,11 +120,10 @@ def build_placement_table(corpus: Corpus, lines: list[SizePlan], shards: int) ->
 
 
 def _format_share(index: int, card: int, need: str) -> str:
-    return (
-        " ".join(filter(None, [f"{compute_share_beside(index, card):.2f}", need]))
-        if index <= compute_room_beside_7b(card)
-        else "no"
-    )
+    if index > compute_room_beside_7b(card):
+        return "no"
+    share = f"{compute_share_beside(index, card):.2f}"
+    return f"{share} {need}" if need else share
 
 
 if __name__ == "__main__":

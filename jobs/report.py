@@ -28,7 +28,7 @@ def report(
     ] = None,
     price_per_hour: Annotated[
         float | None,
-        typer.Option(min=0.0, help="Price of one actor's machine, in any currency; adds the cost of queries."),
+        typer.Option(min=0.0, help="Hourly price of one actor's machine, in any currency; adds query costs."),
     ] = None,
     config: RunFile = None,
     settings: StorageSettings = None,
@@ -37,7 +37,8 @@ def report(
     start_logging(logging.INFO)
     with checking():
         storage = load_storage(config, settings or [])
-        file, earlier = (locate(uri, storage) if uri else None for uri in (output, baseline))
+        file = locate(output, storage) if output else None
+        earlier = locate(baseline, storage) if baseline else None
         written = write_report(locate(annotations, storage), file, earlier, price_per_hour)
     log.info("written: %s", written.uri)
 

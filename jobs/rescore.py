@@ -27,7 +27,7 @@ def rescore(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print a machine-readable summary on stdout.")] = False,
 ) -> None:
-    """Choose the answers of an annotated set again with other settings, without an engine.
+    """Rescore an annotated set with other settings, without an engine.
 
     Exit status: 0 all rows answered, 3 some rows in errors/, 1 failed, 2 bad usage.
     """

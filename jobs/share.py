@@ -79,9 +79,10 @@ def _fetching_files(folder: Location) -> Iterator[Path]:
         yield Path(folder.path)
         return
     with tempfile.TemporaryDirectory(prefix="selfrag-share-") as scratch:
-        parts = {part: (folder / part).list_files(".parquet") for part in ("data", "errors")}
-        files = {f"{part}/{file.path.rsplit('/', 1)[-1]}": file for part, several in parts.items() for file in several}
-        for name, file in {**files, CARD: folder / CARD, "_manifest.json": folder / "_manifest.json"}.items():
+        files = {name: folder / name for name in (CARD, "_manifest.json")}
+        for part in ("data", "errors"):
+            files |= {f"{part}/{file.name}": file for file in (folder / part).list_files(".parquet")}
+        for name, file in files.items():
             copy = Path(scratch) / name
             copy.parent.mkdir(exist_ok=True)
             file.fetch(copy)
@@ -104,7 +105,7 @@ def share(
 ) -> None:
     """Write the dataset card of an annotated set; with --push-to-hub, push both to the Hugging Face hub.
 
-    Exit status: 0 done, 1 storage or the hub did not take it, 2 bad usage.
+    Exit status: 0 done, 1 storage or hub error, 2 bad usage.
     """
     start_logging(progress=[__name__])
     with checking():

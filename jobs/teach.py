@@ -38,7 +38,9 @@ def mine_negatives(encode: Encode, data: TeachingData, pool: TeachingData, k: in
     questions = sorted({row.question for row in data.readings})
     log.info("mining hard negatives for %d questions among %d passages", len(questions), len(passages))
     ranked = find_nearest(encode, questions, [f"{title}\n{text}" for title, text in passages], k)
-    by_question = {q: [passages[i] for i in row] for q, row in zip(questions, ranked, strict=True)}
+    by_question = {}
+    for question, row in zip(questions, ranked, strict=True):
+        by_question[question] = [passages[i] for i in row]
     if data.pairs:
         sentences = sorted({row.sentence for row in data.pairs})
         asked = sorted({row.question for row in data.pairs})
@@ -51,10 +53,10 @@ def sample_data(data: TeachingData, readings: int, pairs: int, seed: int) -> Tea
     """Draw at most so many readings and pairs, since mining encodes each of them; keep all other rows."""
     rng = random.Random(seed)
 
-    def some(rows: tuple[Any, ...], n: int) -> tuple[Any, ...]:
+    def draw(rows: tuple[Any, ...], n: int) -> tuple[Any, ...]:
         return rows if len(rows) <= n else tuple(rng.sample(rows, n))
 
-    return TeachingData(some(data.readings, readings), data.instructions, some(data.pairs, pairs), data.claims)
+    return TeachingData(draw(data.readings, readings), data.instructions, draw(data.pairs, pairs), data.claims)
 
 
 def mine_parts(encoder: str, *parts: tuple[TeachingData, TeachingData]) -> list[Negatives]:
@@ -102,12 +104,12 @@ def build_lessons(
     """
     longest = recipe.first_words
 
-    def progress(done: float) -> None:
+    def lengthen_windows(done: float) -> None:
         nonlocal longest
         longest = recipe.compute_longest_window(done)
 
     trees = builder.stream_trees(data, random.Random(recipe.seed), lambda: longest)
-    return pack_trees(trees, tokens=300), progress
+    return pack_trees(trees, tokens=300), lengthen_windows
 
 
 def run_teaching(
@@ -129,16 +131,16 @@ def run_teaching(
     negatives, test_negatives = mine_parts(encoder, train_part, test_part)
     model, prompts = load_student(base, adapter, recipe)
     held_out = build_held_out_trees(TreeBuilder(prompts, test_negatives), test_part[0], recipe)
-    trees, progress = build_lessons(TreeBuilder(prompts, negatives), train_part[0], recipe)
+    trees, lengthen_windows = build_lessons(TreeBuilder(prompts, negatives), train_part[0], recipe)
 
-    def checkpoint() -> dict[str, float]:
+    def save_checkpoint() -> dict[str, float]:
         save_adapter(model, BASE_MODEL if base == "demo" else base, output)
         figures = measure_held_out(model, held_out, prompts).summarize()
         log.info("held out: %s", figures)
         return figures
 
-    train_adapter(model, trees, recipe, progress, checkpoint)
-    return checkpoint()
+    train_adapter(model, trees, recipe, lengthen_windows, save_checkpoint)
+    return save_checkpoint()
 
 
 def write_held_out(part: tuple[TeachingData, TeachingData], encoder: str, rows: int, file: Path) -> None:

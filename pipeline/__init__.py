@@ -1,4 +1,4 @@
-"""How one query passes through the system, and the rooms (packages) on its way.
+"""A map of the rooms (packages), in the order in which a query passes through them.
 
 ``run`` plans the work units of a query set and gives them to actors. An actor reads the rows of a unit (``queries``)
 and decodes each of them: decide, retrieve, generate, critique, choose (``decoding``). Decoding asks a model

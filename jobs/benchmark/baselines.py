@@ -22,7 +22,7 @@ import dataclasses
 import itertools
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
@@ -104,6 +104,11 @@ class Outcome:
 
     retrieved: bool
     answer: str
+
+    @classmethod
+    def of(cls, answer: Answer) -> "Outcome":
+        """Return the decision and the first segment of an answer of our decoding."""
+        return cls(answer.retrieved, answer.segments[0].text if answer.segments else "")
 
 
 @dataclass
@@ -284,7 +289,7 @@ class Trial:
         recorder = Recorder(ScriptedGenerator(make_endless(bench.generator), prompter) if prompter else bench.generator)
         system = SelfRag(recorder, ReflectionCritic(bench.tokenizer), Tasks(config), bench.retriever)
         answers = await answer_directly(system, queries)
-        ours = [Outcome(one.retrieved, one.segments[0].text if one.segments else "") for one in answers]
+        ours = [Outcome.of(answer) for answer in answers]
         return cls(bench, config, prompter, queries, system, ours, tuple(recorder.work))
 
     @cached_property
@@ -294,8 +299,9 @@ class Trial:
 
     def count_tokens(self) -> dict[str, float]:
         """Return the mean number of prompt tokens and of generated tokens of a query in our decoding."""
-        read, wrote = sum(len(prompt) for prompt, _ in self.work), sum(written for _, written in self.work)
-        return {"prompt": read / len(self.queries), "written": wrote / len(self.queries)}
+        read = sum(len(prompt) for prompt, _ in self.work)
+        written = sum(count for _, count in self.work)
+        return {"prompt": read / len(self.queries), "written": written / len(self.queries)}
 
     def list_own_variants(self, backwards: bool) -> dict[str, tuple[int, Run]]:
         """Return the variants with exactly the tokens of our decoding: number of queries and run function of each.
@@ -308,7 +314,8 @@ class Trial:
             "ceiling": lambda: self.engine.replay(self.work),
             "scored": lambda: self.engine.replay(self.work, self.system.critic.watched),
         }
-        return {name: (len(self.queries), runs[name]) for name in (reversed(runs) if backwards else runs)}
+        names = list(reversed(runs)) if backwards else list(runs)
+        return {name: (len(self.queries), runs[name]) for name in names}
 
     def list_other_variants(self, found: Sequence[Sequence[RetrievedPassage]], few: int) -> dict[str, tuple[int, Run]]:
         """Return the baselines of other implementations: number of queries and run function of each.
@@ -359,7 +366,12 @@ def read_wide(output: Any, wanted: Sequence[int]) -> Generation:
     """Convert a vLLM output whose log-probabilities are dictionaries of the best tokens; others get ``ABSENT``."""
     completion = output.outputs[0]
     positions = completion.logprobs or [{}] * len(completion.token_ids)
-    table = [[position[i].logprob if i in position else ABSENT for i in wanted] for position in positions]
-    pairs = zip(positions, completion.token_ids, strict=True)
-    chosen = [position[token].logprob if token in position else ABSENT for position, token in pairs]
+    table, chosen = [], []
+    for position, token in zip(positions, completion.token_ids, strict=True):
+        table.append([_get_logprob(position, watched) for watched in wanted])
+        chosen.append(_get_logprob(position, token))
     return Generation(tuple(completion.token_ids), np.array(chosen), np.array(table), len(output.prompt_token_ids))
+
+
+def _get_logprob(position: Mapping[int, Any], token: int) -> float:
+    return position[token].logprob if token in position else ABSENT

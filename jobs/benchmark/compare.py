@@ -120,25 +120,26 @@ async def prepare_inputs(bench: Bench, workload: Workload, plan: ComparisonPlan)
     searched = await asyncio.gather(*(bench.retriever.retrieve(row["query"], plan.passages) for row in rows))
     found = [workload.replace_bodies(passages) for passages in searched]
     if workload.body is not None:
-        rows = [
-            {**row, "passages": [vars(one.passage) for one in passages]}
-            for row, passages in zip(rows, found, strict=True)
-        ]
+        rows = [_add_passages(row, passages) for row, passages in zip(rows, found, strict=True)]
     parts = [slice(n, n + plan.rows) for n in range(warm, len(rows), plan.rows)]
-    return Prepared(rows[:warm], [rows[part] for part in parts], [found[part] for part in parts])
+    repeats = [rows[part] for part in parts]
+    return Prepared(rows[:warm], repeats, [found[part] for part in parts])
+
+
+def _add_passages(row: Row, found: Sequence[RetrievedPassage]) -> Row:
+    return {**row, "passages": [vars(one.passage) for one in found]}
 
 
 def to_queries(rows: Sequence[Row]) -> list[Query]:
     """Convert rows to the queries that the decoding takes."""
-    return [
-        Query(
-            row["id"],
-            row["query"],
-            choices=tuple(row.get("choices", ())),
-            passages=tuple(Passage(**p) for p in row["passages"]) if "passages" in row else None,
-        )
-        for row in rows
-    ]
+    return [_to_query(row) for row in rows]
+
+
+def _to_query(row: Row) -> Query:
+    passages = None
+    if "passages" in row:
+        passages = tuple(Passage(**passage) for passage in row["passages"])
+    return Query(row["id"], row["query"], choices=tuple(row.get("choices", ())), passages=passages)
 
 
 @dataclass(frozen=True)
@@ -253,12 +254,13 @@ def benchmark(
     if shape and model:
         raise typer.BadParameter("--shape replaces the model and cannot be combined with --model")
     count = rows or (24 if quick else 64)
-    serial = serial_rows or (SHAPE_SERIAL_ROWS if shape else QUICK_SERIAL_ROWS if quick else SERIAL_ROWS)
+    serial = serial_rows or _choose_serial_rows(shape, quick)
     with tempfile.TemporaryDirectory() as folder:
         with checking():
             names = choose_names(only, [workload.name for workload in WORKLOADS])
+            chosen = names[:1] if quick else names
             plan = ComparisonPlan(
-                workloads=[w for w in WORKLOADS if w.name in names[: 1 if quick else None]],
+                workloads=[workload for workload in WORKLOADS if workload.name in chosen],
                 rows=count,
                 serial_rows=min(count, serial),
                 repeats=repeats or (1 if quick else 3),
@@ -270,6 +272,12 @@ def benchmark(
                 without=check_left_out(without or []),
             )
         print_tables(run_comparison(plan, json_file), plot_file)
+
+
+def _choose_serial_rows(shape: Shape | None, quick: bool) -> int:
+    if shape:
+        return SHAPE_SERIAL_ROWS
+    return QUICK_SERIAL_ROWS if quick else SERIAL_ROWS
 
 
 def check_left_out(names: Sequence[str]) -> frozenset[str]:

@@ -16,12 +16,13 @@ import shutil
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import faiss
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
@@ -36,7 +37,7 @@ from pipeline.indexing.build_pool import Built, run_build
 from pipeline.indexing.passages import find_passages, read_passages
 from pipeline.retrieval.encoder import Encoder, Vectors
 from pipeline.retrieval.faiss_device import set_search
-from pipeline.retrieval.index import PassageIndex
+from pipeline.retrieval.index import Hit, PassageIndex
 from pipeline.storage.location import locate
 
 FILE_ROWS = 250_000
@@ -175,11 +176,16 @@ def compare_searching(index: Any, search: str, factory: str, repeats: int, threa
         bare_rates.append(BATCH / time_call(lambda: index.search(queries, K)))
         ours_rates.append(BATCH / time_call(lambda: sharded.search(queries, K)))
     starts = np.cumsum([0, *(shard.rows for shard in sharded.manifest.shards)])
-    rows = [[int(starts[hit.shard]) + hit.row for hit in hits] for hits in found]
+    rows = [_number_hits(hits, starts) for hits in found]
     same = statistics.mean(ours == bare for ours, bare in zip(rows, wanted.tolist(), strict=True))
     recall = statistics.mean(len(set(a) & set(b)) / K for a, b in zip(rows, wanted.tolist(), strict=True))
     note = f"{len(starts) - 1} shards vs. one; same for {100 * same:.0f} % of queries, {100 * recall:.1f} % of hits"
     return Comparison(f"{factory} {search}".strip() + ": search", "queries/s", ours_rates, bare_rates, note)
+
+
+def _number_hits(hits: Sequence[Hit], starts: npt.NDArray[np.int64]) -> list[int]:
+    """Return the row numbers of hits over all shards."""
+    return [int(starts[hit.shard]) + hit.row for hit in hits]
 
 
 def build_figures_table(lines: list[Comparison]) -> Table:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
-from itertools import pairwise
+from itertools import chain, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -91,7 +91,7 @@ class Job:
         queries, settings = self.folder / "queries", self.folder / "run.yaml"
         queries.mkdir()
         units = [self.warming, *self.repeats]
-        table, begin = pa.Table.from_pylist([row for rows in units for row in rows]), 0
+        table, begin = pa.Table.from_pylist(list(chain.from_iterable(units))), 0
         for number, rows in enumerate(units):
             pq.write_table(table.slice(begin, len(rows)), queries / f"{number:05d}.parquet")
             begin += len(rows)

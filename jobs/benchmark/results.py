@@ -90,9 +90,9 @@ def compute_load(steps: Sequence[Step], slots: int) -> dict[str, float]:
     rundown = next((n for n, (_, step) in enumerate(reversed(spans)) if step.waiting), len(spans))
     steady = spans[: len(spans) - rundown]
 
-    def mean(some: Sequence[tuple[float, Step]], value: Callable[[Step], float]) -> float:
-        total = sum(seconds for seconds, _ in some)
-        return sum(seconds * value(step) for seconds, step in some) / total if total else 0.0
+    def mean(timed: Sequence[tuple[float, Step]], value: Callable[[Step], float]) -> float:
+        total = sum(seconds for seconds, _ in timed)
+        return sum(seconds * value(step) for seconds, step in timed) / total if total else 0.0
 
     return {
         "slots": slots,
@@ -145,24 +145,26 @@ class Report:
     def to_record(self, model: ModelConfig) -> dict[str, Any]:
         """Return all figures as a JSON record; its ``ratios`` and ``absolute`` are those of the first workload."""
         first = next(iter(self.results))
+        rates = {variant: measured.rate for variant, measured in self.get_measured(first).items()}
         return {
             "finished": self.finished,
             "ratios": {name: ratio["median"] for name, ratio in self.compute_ratios(first).items()},
-            "workloads": {
-                name: {
-                    "ratios": self.compute_ratios(name),
-                    "absolute": {variant: dataclasses.asdict(m) for variant, m in self.get_measured(name).items()},
-                    "stages": self.stages.get(name, {}),
-                    "tokens": self.tokens.get(name, {}),
-                    "scripted": name in self.scripted,
-                }
-                for name in self.results
-            },
-            "absolute": {variant: m.rate for variant, m in self.get_measured(first).items()},
+            "workloads": {name: self._describe_workload(name) for name in self.results},
+            "absolute": rates,
             "machine": describe_machine(),
             "versions": read_versions(),
             "memory": self.memory,
             "model": model.model_dump(mode="json"),
+        }
+
+    def _describe_workload(self, name: str) -> dict[str, Any]:
+        figures = {variant: dataclasses.asdict(measured) for variant, measured in self.get_measured(name).items()}
+        return {
+            "ratios": self.compute_ratios(name),
+            "absolute": figures,
+            "stages": self.stages.get(name, {}),
+            "tokens": self.tokens.get(name, {}),
+            "scripted": name in self.scripted,
         }
 
     def build_table(self, workload: str) -> Table:
@@ -236,7 +238,8 @@ def plot(report: Report, file: Path) -> None:
     names = ["ceiling", "scored", "direct", "ours", "flashrag", "naive", "released"]
     for place, name in enumerate(names):
         there = [(n, m[name].rate) for n, m in enumerate(report.results.values()) if name in m]
-        axes.barh([n + 0.12 * (place - 3) for n, _ in there], [rate for _, rate in there], height=0.11, label=name)
+        heights = [n + 0.12 * (place - 3) for n, _ in there]
+        axes.barh(heights, [rate for _, rate in there], height=0.11, label=name)
     axes.set(yticks=range(len(report.results)), yticklabels=list(report.results), xlabel="queries/s", xscale="log")
     axes.invert_yaxis()
     axes.legend()

@@ -8,6 +8,7 @@ Each optimization is removed by replacing the generator or the critic of the dec
 
 import asyncio
 import dataclasses
+import itertools
 import json
 import pathlib
 import statistics
@@ -85,7 +86,9 @@ class Setting:
 
     def double_queries(self) -> list[Query]:
         """Return every query twice, with different ids."""
-        return [dataclasses.replace(query, id=f"{n}-{query.id}") for query in self.queries for n in range(2)]
+        return [
+            dataclasses.replace(query, id=f"{n}-{query.id}") for query, n in itertools.product(self.queries, range(2))
+        ]
 
 
 Run = Callable[[Setting], Awaitable[int]]

@@ -149,10 +149,11 @@ def time_run(rows: int, execution: ExecutionConfig, folder: Path) -> Run:
     plan = check_run(config, overwrite=True)
     summary = run_plan(plan, allot_resources(plan), WaitingActor)
     units = json.loads((folder / "out" / "_manifest.json").read_text())["units"].values()
-    seconds = max(unit["ended"] for unit in units) - min(unit["began"] for unit in units)
+    began = min(unit["began"] for unit in units)
+    ended = max(unit["ended"] for unit in units)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     steady = compute_steady_rate([unit["began"] for unit in units], execution.actors * execution.units_in_flight)
-    return Run(rows, execution.actors, seconds, summary.seconds, memory, steady * execution.unit_rows)
+    return Run(rows, execution.actors, ended - began, summary.seconds, memory, steady * execution.unit_rows)
 
 
 def build_scaling_tables(sizes: Sequence[Run], pools: Sequence[Run], latency: float) -> list[Table]:

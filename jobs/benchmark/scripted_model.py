@@ -138,7 +138,8 @@ class Prompter:
         first, last = self.build_frame(prompt)
         length = len(generation.token_ids)
         number = [self.digits[int(digit)] for digit in str(hash_prompt(prompt))[-DIGITS:]]
-        text = [*number, *(number[0] if i in self.non_text_ids else i for i in generation.token_ids)]
+        replaced = dict.fromkeys(self.non_text_ids, number[0])
+        text = [*number, *(replaced.get(token, token) for token in generation.token_ids)]
         ids = [*first, *text[: max(0, length - len(first) - len(last))], *last][:length]
         table = np.full((length, len(REFLECTION_TOKENS)), OTHERS)
         for position, token in enumerate(ids):

@@ -228,7 +228,8 @@ def _find_grading(row: Row, columns: Columns, tasks: Mapping[str, Any]) -> tuple
     """Return the headline metric of a row's task, whether its set of answers is closed, and whether answers cite."""
     name = row.get(columns.task) or ""
     if name in tasks:
-        metric, choices, cites = tasks[name]["metric"], tasks[name]["choices"], tasks[name]["decoding"]["citations"]
+        task = tasks[name]
+        metric, choices, cites = task["metric"], task["choices"], task["decoding"]["citations"]
     else:
         profile = read_built_in_profiles().get(name, Profile())
         metric, choices, cites = profile.metric, profile.choices, bool(profile.decoding.get("citations"))

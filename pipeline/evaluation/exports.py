@@ -34,12 +34,13 @@ def encode_alce(rows: Iterable[Row], query: str = "query") -> str:
 
 def _convert_row(row: Row, query: str) -> dict[str, Any]:
     references = list(row.get("answers") or ())
+    long_answers = (references * 2)[: max(2, len(references))]
     return {
         "question": row[query],
         "output": join_cited(row["segments"] or ()),
         "docs": [{"id": p["id"], "title": p["title"], "text": p["text"]} for p in row["passages"] or ()],
         "qa_pairs": [{"short_answers": golds} for golds in row.get("short_answers") or ()],
-        "annotations": [{"long_answer": answer} for answer in (references * 2)[: max(2, len(references))]],
+        "annotations": [{"long_answer": answer} for answer in long_answers],
         "answer": references[0] if references else "",
     }
 

@@ -1,6 +1,6 @@
 """Judges an annotated row against its gold answers and its gold passage."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,8 +68,14 @@ def grade_answer(row: Mapping[str, Any], metric: str, closed: bool) -> dict[str,
     golds, sets = list_golds(row), list_short_golds(row)
     names = ["str_em"] if sets else []
     if golds:
-        names += ["accuracy"] if closed or metric == "accuracy" else ["rouge_l"] if metric in LONG_FORM else SHORT_FORM
+        names += _choose_metrics(metric, closed)
     return {name: score(row, name) for name in names}
+
+
+def _choose_metrics(headline: str, closed: bool) -> list[str]:
+    if closed or headline == "accuracy":
+        return ["accuracy"]
+    return ["rouge_l"] if headline in LONG_FORM else SHORT_FORM
 
 
 def score(row: Mapping[str, Any], metric: str) -> float:
@@ -82,19 +88,25 @@ def score(row: Mapping[str, Any], metric: str) -> float:
 
 def list_golds(row: Mapping[str, Any]) -> list[str]:
     """Return the gold answers of a row, without nulls."""
-    return [gold for gold in row.get("answers") or () if gold is not None]
+    return _drop_nulls(row.get("answers"))
 
 
 def list_short_golds(row: Mapping[str, Any]) -> list[list[str]]:
     """Return the sets of short gold answers of a row, without nulls and empty sets."""
-    sets = [[gold for gold in golds or () if gold is not None] for golds in row.get("short_answers") or ()]
+    sets = map(_drop_nulls, row.get("short_answers") or ())
     return [golds for golds in sets if golds]
+
+
+def _drop_nulls(golds: Sequence[str | None] | None) -> list[str]:
+    return [gold for gold in golds or () if gold is not None]
 
 
 def _measure_citations(row: Mapping[str, Any]) -> dict[str, float]:
     """Return the share of the answer's segments with text that cite a passage."""
     texts = [segment for segment in row.get("segments") or () if segment["text"]]
-    return {"cited": sum(s["citation"] is not None for s in texts) / len(texts)} if texts else {}
+    if not texts:
+        return {}
+    return {"cited": sum(segment["citation"] is not None for segment in texts) / len(texts)}
 
 
 def _measure_recall(row: Mapping[str, Any]) -> dict[str, float]:
@@ -120,10 +132,10 @@ def _judge_relevance(row: Mapping[str, Any]) -> list[tuple[bool, float]]:
 
 def _judge_support(row: Mapping[str, Any]) -> list[tuple[bool, float]]:
     passages = {p["id"]: p["text"] for p in row.get("evidence") or ()}
-    judged = []
+    golds, judged = list_golds(row), []
     for c in _list_first_read(row):
-        if c["is_sup"] is not None and list_golds(row):
+        if c["is_sup"] is not None and golds:
             text = passages[c["passage_id"]]
-            borne = any(contains(c["text"], gold) and contains(text, gold) for gold in list_golds(row))
+            borne = any(contains(c["text"], gold) and contains(text, gold) for gold in golds)
             judged.append((borne, c["is_sup"]))
     return judged

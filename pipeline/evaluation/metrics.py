@@ -53,7 +53,11 @@ def string_em(answer: str, sets: Sequence[Sequence[str]]) -> float:
 
     This is STR-EM of ASQA (Stelmakh et al. 2022), but matches whole words only; the original matches parts of words.
     """
-    return sum(any(contains(answer, gold) for gold in golds) for golds in sets) / len(sets)
+    return sum(_contains_any(answer, golds) for golds in sets) / len(sets)
+
+
+def _contains_any(answer: str, golds: Sequence[str]) -> bool:
+    return any(contains(answer, gold) for gold in golds)
 
 
 def rouge_l(answer: str, gold: str) -> float:

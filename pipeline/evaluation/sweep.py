@@ -165,7 +165,7 @@ def sweep(examples: Sequence[GradedRow], keys: Sequence[str]) -> Sweep:
     reported_on = [example for example in examples if not is_in_first_half(example.id)]
     if len(chosen_on) < 2 or len(reported_on) < 2:
         raise ValueError(f"{len(examples)} rows with gold answers are too few for a sweep")
-    curves = {key: [_measure_point(examples, key, value) for value in GRID[key]] for key in keys}
+    curves = {key: _measure_curve(examples, key) for key in keys}
     recommended = _recommend(chosen_on, keys)
     before, after = grade(reported_on, {})[0], grade(reported_on, recommended)[0]
     difference = compare(after, before)
@@ -173,6 +173,10 @@ def sweep(examples: Sequence[GradedRow], keys: Sequence[str]) -> Sweep:
     metric = ", ".join(sorted({example.metric for example in examples}))
     ends = estimate(list(before.values())), estimate(list(after.values()))
     return Sweep(metric, curves, recommended, *ends, difference)
+
+
+def _measure_curve(examples: Sequence[GradedRow], key: str) -> list[Point]:
+    return [_measure_point(examples, key, value) for value in GRID[key]]
 
 
 def _measure_point(examples: Sequence[GradedRow], key: str, value: Any) -> Point:
@@ -235,10 +239,14 @@ def draw_sweep(found: Sweep) -> bytes:
     figure = Figure(figsize=(3.2 * len(curves), 3.2), layout="constrained")
     panels: Any = figure.subplots(1, len(curves), sharey=True, squeeze=False)[0]
     for panel, (key, points) in zip(panels, curves.items(), strict=True):
-        by_rate = key == "threshold"
-        across = [100 * point.retrieval_rate if by_rate else point.value for point in points]
+        if key == "threshold":
+            label = "rows that used a passage (%), δ from 0 to 1"
+            across = [100 * point.retrieval_rate for point in points]
+        else:
+            label = key
+            across = [point.value for point in points]
         panel.plot(across, [100 * point.score for point in points], marker="o", markersize=3)
-        panel.set_xlabel("rows that used a passage (%), δ from 0 to 1" if by_rate else key)
+        panel.set_xlabel(label)
         panel.grid(alpha=0.3)
     panels[0].set_ylabel(f"{found.metric} (%)")
     file = io.BytesIO()

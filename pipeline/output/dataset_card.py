@@ -6,6 +6,7 @@ folder, or on its copy on the hub, returns the answers; the failed rows are a se
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -42,8 +43,10 @@ class FinishedSet:
         manifest = folder.read_manifest()
         if manifest is None or not folder.is_finished():
             raise ValueError(f"{folder.location.uri}: not a finished annotated set; run jobs.annotate to completion")
-        first = {part: (folder.location / part).list_files(".parquet")[:1] for part in ("data", "errors")}
-        schemas = {part: read_footer(file).schema.to_arrow_schema() for part, files in first.items() for file in files}
+        schemas = {}
+        for part in ("data", "errors"):
+            if files := (folder.location / part).list_files(".parquet"):
+                schemas[part] = read_footer(files[0]).schema.to_arrow_schema()
         return cls(manifest, schemas)
 
     @property
@@ -114,21 +117,29 @@ def _describe_origin(manifest: Mapping[str, Any]) -> dict[str, str]:
     configuration, counts = manifest["configuration"], manifest["counts"]
     model, index, encoder = (manifest.get(part) or {} for part in ("model", "index", "encoder"))
     adapter = configuration["model"].get("lora")
+    answered = counts["rows"] - counts["errors"]
+    outcome = f"{answered:,} answered, {counts['errors']:,} failed, {counts['retrieved']:,} with a passage"
+    versions = ", ".join(f"{name} {number}" for name, number in manifest.get("versions", {}).items())
     lines = {
         "model": _format_identity(configuration["model"]["name"], model.get("commit"), model.get("digest")),
         "adapter": _format_identity(adapter, None, model.get("lora")) if adapter else None,
         "index": index and _format_identity(f"{index['passages']:,} passages", None, index["digest"]),
         "encoder": encoder and _format_identity(encoder["name"], encoder["revision"], encoder["digest"]),
         "queries": _format_identity(f"{counts['rows']:,} rows", None, (manifest.get("queries") or {}).get("digest")),
-        "tasks": ", ".join(
-            f"{_format_code(name) if name else 'none'} {t['rows']:,}" for name, t in manifest["tasks"].items()
-        ),
-        "outcome": f"{counts['rows'] - counts['errors']:,} answered, {counts['errors']:,} failed"
-        + f", {counts['retrieved']:,} with a passage",
-        "versions": ", ".join(f"{name} {number}" for name, number in manifest.get("versions", {}).items()),
+        "tasks": _format_tasks(manifest["tasks"]),
+        "outcome": outcome,
+        "versions": versions,
         "finished": format_end_time(manifest),
     }
     return {name: text for name, text in lines.items() if text}
+
+
+def _format_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> str:
+    lines = []
+    for name, task in tasks.items():
+        label = _format_code(name) if name else "none"
+        lines.append(f"{label} {task['rows']:,}")
+    return ", ".join(lines)
 
 
 def format_end_time(manifest: Mapping[str, Any]) -> str:
@@ -149,7 +160,7 @@ def _format_settings(manifest: Mapping[str, Any]) -> str:
 
 def render_columns(schema: pa.Schema) -> str:
     """Return a table of the meanings of columns; the columns of the query set share one line."""
-    known = {name for names in MEANINGS for name in names}
+    known = set(chain.from_iterable(MEANINGS))
     own = [name for name in schema.names if name not in known]
     rows = {_join_names(own): "unchanged from the query set"} if own else {}
     for names, meaning in MEANINGS.items():
@@ -178,12 +189,14 @@ def _escape_cell(text: str) -> str:
 
 def _render_caveats(found: FinishedSet, licence: str | None) -> str:
     counts = found.manifest["counts"]
-    failed = ", ".join(f"{name} {count:,}" for name, count in counts.get("error_types", {}).items())
+    error_types = ", ".join(f"{name} {count:,}" for name, count in counts.get("error_types", {}).items())
+    failed = f" ({error_types})" if error_types else ""
+    unlicensed = "" if licence else " This card does not state a license."
     caveats = [
         "A language model generated the answers; they are not verified. The scores are the model's own probabilities.",
         "Passages are quoted from the searched corpus and remain under its license; the licenses of the query set and "
-        "the model may also apply." + ("" if licence else " This card does not state a license."),
-        f"{counts['errors']:,} rows failed and have no answer{f' ({failed})' if failed else ''}.",
+        f"the model may also apply.{unlicensed}",
+        f"{counts['errors']:,} rows failed and have no answer{failed}.",
         "Seconds in `usage` depend on the machines and on the rows that ran concurrently.",
     ]
     return "\n".join(f"- {caveat}" for caveat in caveats)

@@ -97,7 +97,7 @@ MEANINGS: Mapping[tuple[str, ...], str] = {
     ),
     ("passages",): "passages that the answer used: `id`, `title`, `text`, `retrieval_score`, `rank`",
     ("candidates", "evidence"): (
-        "with `decoding.keep_candidates`: every scored segment (`parent` is its place in the tree) and every "
+        "with `decoding.keep_candidates`: every scored segment (`parent` is its parent's index in the list) and every "
         "passage read"
     ),
     ("usage",): (
@@ -120,8 +120,11 @@ def hash_columns() -> str:
 
 def rename_inputs(schema: pa.Schema) -> pa.Schema:
     """Return the input columns as the output names them: a reserved name becomes ``input_NAME``."""
-    names = [f"input_{name}" if name in RESERVED else name for name in schema.names]
-    return pa.schema([field.with_name(name) for field, name in zip(schema, names, strict=True)])
+    return pa.schema([field.with_name(_rename_reserved(field.name)) for field in schema])
+
+
+def _rename_reserved(name: str) -> str:
+    return f"input_{name}" if name in RESERVED else name
 
 
 def build_data_schema(inputs: pa.Schema, keep_candidates: bool) -> pa.Schema:
@@ -137,16 +140,18 @@ def build_error_schema(inputs: pa.Schema) -> pa.Schema:
 
 def convert_answer(answer: Answer) -> dict[str, Any]:
     """Convert an answer to the values of the output columns."""
+    numbers = number_citations(answer.segments)
+    segments = [
+        {**_convert_segment(segment), "citation": number}
+        for segment, number in zip(answer.segments, numbers, strict=True)
+    ]
     return {
         "answer": answer.answer,
         "raw_output": answer.raw_output,
         "retrieved": answer.retrieved,
         "retrieve_probability": answer.retrieve_probability,
         "finish_reason": answer.finish,
-        "segments": [
-            {**_convert_segment(segment), "citation": number}
-            for segment, number in zip(answer.segments, number_citations(answer.segments), strict=True)
-        ],
+        "segments": segments,
         "passages": [_convert_passage(used) for used in list_cited_passages(answer.segments)],
         "usage": vars(answer.usage),
         "candidates": [_convert_candidate(candidate) for candidate in answer.candidates],

@@ -75,19 +75,22 @@ class ColumnMapping:
             if (value := find_value(values, path)) is not None:
                 row[column] = self._convert(column, path, value)
         row["task"] = self.task or row["task"]
-        return {**replace_labels(row), **{name: value for name, value in values.items() if name not in self._taken}}
+        passed = {name: value for name, value in values.items() if name not in self._taken}
+        return {**replace_labels(row), **passed}
 
     def _convert(self, column: str, path: str, value: Any) -> Any:
         try:
             return CONVERTERS[column](value)
         except ValueError as error:
-            raise ValueError(f"column {column!r}{f' (from {path})' if path != column else ''}: {error}") from None
+            source = f" (from {path})" if path != column else ""
+            raise ValueError(f"column {column!r}{source}: {error}") from None
 
     @cached_property
     def _paths(self) -> dict[str, str]:
         """The source's path of each column; a column that is mapped or dropped is not also read under its own name."""
         taken = {*self.columns.values(), *self.drop}
-        return {**{column: column for column in CONVERTERS if column not in taken}, **self.columns}
+        unmapped = {column: column for column in CONVERTERS if column not in taken}
+        return {**unmapped, **self.columns}
 
     @cached_property
     def _taken(self) -> frozenset[str]:
@@ -158,7 +161,11 @@ def to_text_sets(value: Any) -> list[list[str]] | None:
 
 def to_choices(value: Any) -> list[Any] | None:
     """Convert a list to choices: texts, or objects with a label and a text, which :func:`replace_labels` replaces."""
-    return [item if _is_labelled(item) else to_text(item) for item in _to_items(value)] or None
+    return [_to_choice(item) for item in _to_items(value)] or None
+
+
+def _to_choice(item: Any) -> Any:
+    return item if _is_labelled(item) else to_text(item)
 
 
 def to_passages(value: Any) -> list[Row] | None:
@@ -167,7 +174,11 @@ def to_passages(value: Any) -> list[Row] | None:
     for item in found:
         if not isinstance(item, dict):
             raise ValueError(f"expected a passage with id, title and text, found {_describe_type(item)}")
-    return [{name: to_text(item.get(name)) for name in ("id", "title", "text")} for item in found] or None
+    return [_to_passage(item) for item in found] or None
+
+
+def _to_passage(item: Mapping[str, Any]) -> Row:
+    return {name: to_text(item.get(name)) for name in ("id", "title", "text")}
 
 
 def _to_items(value: Any) -> list[Any]:

@@ -3,9 +3,10 @@
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import chain
 from typing import Any
 
 import pyarrow as pa
@@ -92,11 +93,10 @@ def inspect_queries(location: Location, columns: Columns, unit_rows: int) -> Que
     if rows == 0:
         raise ValueError(f"{location.uri}: the query set has no rows")
     _check_ids(files, columns.id)
-    units = tuple(unit for file, footer in footers for unit in _divide_file(file, footer, unit_rows))
+    units = tuple(chain.from_iterable(_divide_file(file, footer, unit_rows) for file, footer in footers))
     digest = hashlib.sha256("".join(unit.id for unit in units).encode()).hexdigest()
-    return QuerySet(
-        schema, units, len(files), rows, digest, _has_passages(schema, columns), _count_tasks(files, schema, columns)
-    )
+    given, tasks = _has_passages(schema, columns), _count_tasks(files, schema, columns)
+    return QuerySet(schema, units, len(files), rows, digest, given, tasks)
 
 
 def read_query_ids(queries: QuerySet, column: str, storage: StorageConfig) -> pa.ChunkedArray:
@@ -105,21 +105,29 @@ def read_query_ids(queries: QuerySet, column: str, storage: StorageConfig) -> pa
     Raises:
         StorageError: the storage cannot be read.
     """
-    files = [locate(uri, storage) for uri in dict.fromkeys(unit.uri for unit in queries.units)]
-    columns = [_read_column(file, column, pa.large_string()) for file in files]
-    return pa.chunked_array([chunk for values in columns for chunk in values.chunks], pa.large_string())
+    uris = dict.fromkeys(unit.uri for unit in queries.units)
+    return _concatenate_ids([_read_column(locate(uri, storage), column, pa.large_string()) for uri in uris])
 
 
 def _read_column(file: Location, name: str, kind: pa.DataType) -> pa.ChunkedArray:
     return read_parquet(file, lambda stream: pq.read_table(stream, columns=[name])[name].cast(kind))
 
 
+def _concatenate_ids(columns: Sequence[pa.ChunkedArray]) -> pa.ChunkedArray:
+    chunks = chain.from_iterable(column.chunks for column in columns)
+    return pa.chunked_array(list(chunks), pa.large_string())
+
+
 def _describe_difference(one: pa.Schema, other: pa.Schema) -> str:
     for name in [*one.names, *other.names]:
-        types = [str(s.field(name).type) if name in s.names else "missing" for s in (one, other)]
-        if types[0] != types[1]:
-            return f"column {name!r} is {types[1]}, not {types[0]}"
+        expected, found = _describe_type(one, name), _describe_type(other, name)
+        if found != expected:
+            return f"column {name!r} is {found}, not {expected}"
     return "the columns are in another order, or differ in nullability"
+
+
+def _describe_type(schema: pa.Schema, column: str) -> str:
+    return str(schema.field(column).type) if column in schema.names else "missing"
 
 
 def _check_ids(files: list[Location], column: str) -> None:
@@ -134,17 +142,18 @@ def _check_ids(files: list[Location], column: str) -> None:
         except pa.ArrowInvalid as error:
             raise ValueError(f"{file.uri}: column {column!r} is not UTF-8: {join_lines(error)}") from None
         ids.append(values)
-    merged = pa.chunked_array([chunk for values in ids for chunk in values.chunks], pa.large_string())
+    merged = _concatenate_ids(ids)
     if pc.count_distinct(merged).as_py() != len(merged):
         counts = pc.value_counts(merged)
         double = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
-        places = [f"{f.uri} row {n}" for f, v in zip(files, ids, strict=True) for n in _find_rows(v, double)]
+        found = (_find_places(file, values, double) for file, values in zip(files, ids, strict=True))
+        places = list(chain.from_iterable(found))
         raise ValueError(f"id {double!r} is not unique: {', '.join(places[:3])}")
 
 
-def _find_rows(values: pa.ChunkedArray, value: str) -> list[int]:
+def _find_places(file: Location, values: pa.ChunkedArray, value: str) -> list[str]:
     mask = pc.equal(values, value).combine_chunks()
-    return list(pc.indices_nonzero(mask).to_pylist())
+    return [f"{file.uri} row {row}" for row in pc.indices_nonzero(mask).to_pylist()]
 
 
 def _has_passages(schema: pa.Schema, columns: Columns) -> bool:
@@ -166,7 +175,7 @@ def _count_tasks(files: list[Location], schema: pa.Schema, columns: Columns) -> 
 
 
 def _hash_file(file: Location) -> tuple[int, str]:
-    def work() -> tuple[int, str]:
+    def hash_blocks() -> tuple[int, str]:
         digest, size = hashlib.sha256(), 0
         with file.filesystem.open_input_stream(file.path) as stream:
             while block := stream.read(READ_BYTES):
@@ -174,7 +183,7 @@ def _hash_file(file: Location) -> tuple[int, str]:
                 size += len(block)
         return size, digest.hexdigest()
 
-    return file.retrying(work)
+    return file.retrying(hash_blocks)
 
 
 def _decode(stream: Any) -> None:
@@ -202,7 +211,7 @@ def _read_row_group(
     group: int,
     storage: StorageConfig,
 ) -> pa.Table:
-    def work(stream: Any) -> pa.Table:
+    def read_group(stream: Any) -> pa.Table:
         if stream.size() != size:
             raise ValueError(
                 f"{uri}: has changed since the run began, from {size} to {stream.size()} bytes; choose another "
@@ -210,7 +219,7 @@ def _read_row_group(
             )
         return pq.ParquetFile(stream).read_row_group(group).replace_schema_metadata(None)
 
-    return read_parquet(locate(uri, storage), work)
+    return read_parquet(locate(uri, storage), read_group)
 
 
 def read_unit(unit: Unit, storage: StorageConfig) -> pa.Table:

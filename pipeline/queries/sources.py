@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import IO, Any
 
@@ -140,10 +141,13 @@ def _read_dataset(uri: str, dataset: Any, names: Mapping[str, list[str]]) -> Ite
     with _wrapping_errors(uri):
         for table in dataset.with_format("arrow").iter(batch_size=BATCH_ROWS):
             for row in _convert_table(table, uri, first):
-                classes = {column: row.values.get(column) for column in names}
-                named = {c: None if n is None or n < 0 else names[c][n] for c, n in classes.items()}
-                yield replace(row, values={**row.values, **named})
+                labels = {column: _get_label(names[column], row.values.get(column)) for column in names}
+                yield replace(row, values={**row.values, **labels})
             first += table.num_rows
+
+
+def _get_label(names: list[str], number: int | None) -> str | None:
+    return None if number is None or number < 0 else names[number]
 
 
 @contextmanager
@@ -172,7 +176,7 @@ def _open_files(location: Location) -> Source:
         schema = pa.unify_schemas(schemas, promote_options="permissive") if schemas else ()
     except pa.ArrowException as error:
         raise ValueError(f"{location.uri}: its Parquet files have incompatible schemas: {join_lines(error)}") from None
-    rows = (row for file in files for row in _read_file(file))
+    rows = chain.from_iterable(map(_read_file, files))
     return Source(rows, {column.name: column.type for column in schema})
 
 

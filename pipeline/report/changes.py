@@ -71,5 +71,6 @@ def compare_answers(ours: Sequence[Answers], theirs: Sequence[Answers], sample: 
 
 def _concatenate(parts: Sequence[Answers]) -> Answers:
     nothing = np.array([], np.uint64)
-    ids, answers = [part.ids for part in parts], [part.answers for part in parts]
-    return Answers(np.concatenate([nothing, *ids]), np.concatenate([nothing, *answers]))
+    ids = np.concatenate([nothing, *(part.ids for part in parts)])
+    answers = np.concatenate([nothing, *(part.answers for part in parts)])
+    return Answers(ids, answers)

@@ -142,7 +142,9 @@ def _build_stretch(units: Sequence[UnitSummary], busy: float) -> Stretch:
         Rate(float(left), float(right), float(rows), float(tokens))
         for left, right, (rows, tokens) in zip(edges[:-1], edges[1:], speeds, strict=True)
     )
-    return Stretch(began, ended, sum(u.rows for u in units), sum(u.generated_tokens for u in units), rates)
+    total_rows = sum(unit.rows for unit in units)
+    total_tokens = sum(unit.generated_tokens for unit in units)
+    return Stretch(began, ended, total_rows, total_tokens, rates)
 
 
 @dataclass(frozen=True, eq=False)

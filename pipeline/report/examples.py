@@ -172,7 +172,8 @@ def read_examples(
     read: dict[tuple[str, int], Mapping[str, Any]] = {}
     for path, wanted in by_file.items():
         table = read_columns(wanted[0].file, [*names, "segments", "passages"]).take([pick.row for pick in wanted])
-        read.update(((path, pick.row), row) for pick, row in zip(wanted, table.to_pylist(), strict=True))
+        for pick, row in zip(wanted, table.to_pylist(), strict=True):
+            read[path, pick.row] = row
     return [_build_example(pick.kind, task, read[pick.file.path, pick.row], columns) for task, pick in chosen]
 
 
@@ -195,13 +196,8 @@ def _choose_picks(
 
 def _build_example(kind: str, task: str, row: Mapping[str, Any], columns: Columns) -> ExampleRow:
     answer = row["answer"] or ""
-    segments = [Scored(**{name: s.get(name) for name in Scored.__annotations__}) for s in row["segments"] or []]
-    sources = [
-        SourcePassage(
-            number, p["id"], p["title"] or "", mark_words(p["text"] or "", answer), p["rank"], p["retrieval_score"]
-        )
-        for number, p in enumerate(row["passages"] or [], 1)
-    ]
+    segments = tuple(map(_to_scored, row["segments"] or []))
+    sources = tuple(_to_source(number, passage, answer) for number, passage in enumerate(row["passages"] or [], 1))
     return ExampleRow(
         kind=kind,
         task=task,
@@ -211,9 +207,20 @@ def _build_example(kind: str, task: str, row: Mapping[str, Any], columns: Column
         answer=shorten_text(answer),
         retrieve_probability=row["retrieve_probability"],
         finish_reason=row.get("finish_reason") or "",
-        segments=tuple(segments),
-        sources=tuple(sources),
+        segments=segments,
+        sources=sources,
     )
+
+
+def _to_scored(segment: Mapping[str, Any]) -> Scored:
+    values: dict[str, Any] = {name: segment.get(name) for name in Scored.__annotations__}
+    return Scored(**values)
+
+
+def _to_source(number: int, passage: Mapping[str, Any], answer: str) -> SourcePassage:
+    pieces = mark_words(passage["text"] or "", answer)
+    title, rank, score = passage["title"] or "", passage["rank"], passage["retrieval_score"]
+    return SourcePassage(number, passage["id"], title, pieces, rank, score)
 
 
 def shorten_text(text: str, longest: int = LONGEST_TEXT) -> str:
@@ -227,9 +234,11 @@ def mark_words(text: str, answer: str) -> tuple[Piece, ...]:
     start = max(0, spans[0][0] - LEAD) if spans and len(text) > LONGEST_PASSAGE else 0
     end = min(len(text), start + LONGEST_PASSAGE)
     found, place = [Piece("…", False)] * bool(start), start
-    for left, right in ((left, min(right, end)) for left, right in spans if left < end):
-        found += [Piece(text[place:left], False), Piece(text[left:right], True)]
-        place = right
+    for left, right in spans:
+        if left < end:
+            stop = min(right, end)
+            found += [Piece(text[place:left], False), Piece(text[left:stop], True)]
+            place = stop
     found += [Piece(text[place:end], False), Piece("…" * (end < len(text)), False)]
     return tuple(piece for piece in found if piece.text)
 

@@ -192,7 +192,10 @@ class SetFigures:
 
 def add_up(ours: Mapping[Any, Any], theirs: Mapping[Any, Any]) -> dict[Any, Any]:
     """Merge two mappings; the values of a key that is in both are added."""
-    return {**ours, **{key: ours[key] + value if key in ours else value for key, value in theirs.items()}}
+    merged = dict(ours)
+    for key, value in theirs.items():
+        merged[key] = merged[key] + value if key in merged else value
+    return merged
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,9 @@ class ReadOptions:
 
     def get_limits(self, score: str) -> tuple[float, float]:
         """Return the lowest and highest possible value of one of ``SCORES``."""
-        return self.scores if score == "score" else (-1.0, 1.0) if score == "is_use" else (0.0, 1.0)
+        if score == "score":
+            return self.scores
+        return (-1.0, 1.0) if score == "is_use" else (0.0, 1.0)
 
 
 def compute_score_range(manifest: Mapping[str, Any]) -> tuple[float, float]:
@@ -245,8 +250,8 @@ def read_set(output: OutputFolder, reading: ReadOptions) -> SetFigures:
 
 def _read(files: list[Location], failed: Mapping[str, Location], reading: ReadOptions) -> Iterator[UnitFigures]:
     for start in range(0, len(files), 4 * THREADS):  # bounds the number of units in memory
-        some = files[start : start + 4 * THREADS]
-        yield from map_in_threads(lambda file: count_unit(file, failed.get(parse_unit_id(file)), reading), some)
+        batch = files[start : start + 4 * THREADS]
+        yield from map_in_threads(lambda file: count_unit(file, failed.get(parse_unit_id(file)), reading), batch)
 
 
 def count_unit(data: Location, errors: Location | None, reading: ReadOptions) -> UnitFigures:
@@ -271,8 +276,12 @@ def count_unit(data: Location, errors: Location | None, reading: ReadOptions) ->
     spent = rows["usage"].combine_chunks()
     usage = {name: to_floats(spent, name) for name in (*ROW_SECONDS, *REQUEST_SECONDS, *USAGE_COUNTS)}
     writing = np.maximum(usage["seconds"] - usage["decide_seconds"] - usage["retrieve_seconds"], 0.0)
-    times = {**{name: usage[name] for name in (*ROW_SECONDS, *REQUEST_SECONDS)}, WRITING: writing}
+    times = {name: usage[name] for name in (*ROW_SECONDS, *REQUEST_SECONDS)}
+    times[WRITING] = writing
     failures = _count_failures(failed, task)
+    answers = None
+    if reading.compared:
+        answers = hash_answers(rows[reading.columns.id], rows["answer"], reading.compared)
     return UnitFigures(
         unit=summarize_unit(parse_unit_id(data), rows, failed),
         groups=_group_rows(rows, tasks, failures, reading),
@@ -280,7 +289,7 @@ def count_unit(data: Location, errors: Location | None, reading: ReadOptions) ->
         counts={name: int(np.nansum(usage[name])) for name in USAGE_COUNTS},
         failures=failures,
         picks=pick_rows(data, tasks, scores, np.asarray(rows["retrieved"].fill_null(False))),
-        answers=hash_answers(rows[reading.columns.id], rows["answer"], reading.compared) if reading.compared else None,
+        answers=answers,
     )
 
 

@@ -111,6 +111,7 @@ def compute_headlines(annotated: ReportedSet, price: float | None) -> list[Headl
     figures, times, overall = annotated.figures, annotated.timeline, annotated.figures.overall
     cost = Cost.of(annotated, price)
     seconds = figures.durations.get("seconds")
+    median, p95 = (seconds.quantile(0.5), seconds.quantile(0.95)) if seconds else (None, None)
     means = {name: spread.mean for name, spread in overall.spreads.items()}
     return [
         Headline("Rows", annotated.rows, "rows"),
@@ -119,8 +120,8 @@ def compute_headlines(annotated: ReportedSet, price: float | None) -> list[Headl
         Headline("Rows per second", times.divide_by_busy(times.rows), "rate"),
         Headline("Generated tokens per second", times.divide_by_busy(times.generated_tokens), "rate"),
         Headline("Cost of 1,000 queries", cost.per_thousand if cost else None, "money"),
-        Headline("Latency of a row, median", seconds.quantile(0.5) if seconds else None, "seconds"),
-        Headline("Latency of a row, p95", seconds.quantile(0.95) if seconds else None, "seconds"),
+        Headline("Latency of a row, median", median, "seconds"),
+        Headline("Latency of a row, p95", p95, "seconds"),
         Headline("Generated tokens per row", divide(figures.counts.get("generated_tokens"), overall.rows), "rate"),
         Headline("Searches per row", divide(figures.counts.get("retrievals"), overall.rows), "rate"),
         *(Headline(f"Mean {TITLES[name]}", means.get(name), "score") for name in TITLES),
@@ -134,31 +135,59 @@ def divide(part: float | None, whole: float) -> float | None:
 
 def collect_facts(annotated: ReportedSet) -> dict[str, dict[str, Any]]:
     """Describe the run, model, index, decoding and versions: names and values by heading, without None values."""
+    manifest = annotated.manifest
+    config = manifest.get("configuration", {})
+    found = {
+        "Run": _describe_run(annotated),
+        "Model": _describe_model(config.get("model", {}), manifest.get("model") or {}),
+        "Index": _describe_index(manifest),
+        "Decoding": flatten(config.get("decoding", {})),
+        "Versions": dict(manifest.get("versions", {})),
+    }
+    known = {title: _drop_unknown(entries) for title, entries in found.items()}
+    return {title: entries for title, entries in known.items() if entries}
+
+
+def _describe_run(annotated: ReportedSet) -> dict[str, Any]:
     manifest, times = annotated.manifest, annotated.timeline.stretches
     config = manifest.get("configuration", {})
-    model, execution, retrieval = (config.get(name, {}) for name in ("model", "execution", "retrieval"))
-    identity, index = manifest.get("model") or {}, manifest.get("index") or {}
-    run = {
+    execution = config.get("execution", {})
+    began, ended = manifest.get("started"), manifest.get("finished")
+    active = pauses = None
+    if times:
+        began, ended = format_time(times[0].began), format_time(times[-1].ended)
+        active = format_duration(annotated.timeline.busy)
+    if len(times) > 1:
+        pauses = f"{len(times) - 1}, {format_duration(sum(annotated.timeline.pauses))} in total"
+    return {
         "Output": annotated.output.location.uri,
         "Query set": config.get("queries"),
         "Rescored from": manifest.get("settings", {}).get("rescored"),
-        "First unit started": format_time(times[0].began) if times else manifest.get("started"),
-        "Last unit finished": format_time(times[-1].ended) if times else manifest.get("finished"),
-        "Active time": format_duration(annotated.timeline.busy) if times else None,
-        "Pauses": f"{len(times) - 1}, {format_duration(sum(annotated.timeline.pauses))} in total"
-        if len(times) > 1
-        else None,
+        "First unit started": began,
+        "Last unit finished": ended,
+        "Active time": active,
+        "Pauses": pauses,
         "Actors": execution.get("actors"),
         "GPUs per actor": execution.get("gpus_per_actor"),
     }
-    served = {
+
+
+def _describe_model(model: Mapping[str, Any], identity: Mapping[str, Any]) -> dict[str, Any]:
+    return {
         "Name": model.get("name"),
         "Revision": model.get("revision"),
         "Digest": shorten_digest(identity.get("digest")),
         "Adapter": model.get("lora"),
         **flatten(model.get("engine", {})),
     }
-    searched = {
+
+
+def _describe_index(manifest: Mapping[str, Any]) -> dict[str, Any]:
+    index, config = manifest.get("index") or {}, manifest.get("configuration", {})
+    if not index:
+        return {}
+    retrieval = config.get("retrieval", {})
+    return {
         "Folder": config.get("index"),
         "Encoder": (manifest.get("encoder") or {}).get("name"),
         "Passages": index.get("passages"),
@@ -167,11 +196,10 @@ def collect_facts(annotated: ReportedSet) -> dict[str, dict[str, Any]]:
         "Topology": retrieval.get("topology"),
         "Search": retrieval.get("search") or None,
     }
-    decoding = flatten(config.get("decoding", {}))
-    found = {"Run": run, "Model": served, "Index": searched if index else {}, "Decoding": decoding}
-    found["Versions"] = dict(manifest.get("versions", {}))
-    known = {title: {k: v for k, v in entries.items() if v is not None} for title, entries in found.items()}
-    return {title: entries for title, entries in known.items() if entries}
+
+
+def _drop_unknown(entries: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in entries.items() if value is not None}
 
 
 def collect_thresholds(annotated: ReportedSet) -> dict[str, float]:
@@ -257,12 +285,12 @@ class Bar:
 def build_bars(spread: Histogram) -> list[Bar]:
     """Return the bars of a histogram; a bin with few values still gets a visible bar."""
     width, most = (spread.high - spread.low) / BINS, max(1, int(spread.counts.max()))
-    return [
-        Bar(
-            spread.low + n * width, spread.low + (n + 1) * width, int(count), max(100 * count / most, 1.5 * (count > 0))
-        )
-        for n, count in enumerate(spread.counts)
-    ]
+    bars = []
+    for n, count in enumerate(spread.counts):
+        low, high = spread.low + n * width, spread.low + (n + 1) * width
+        height = max(100 * count / most, 1.5 * (count > 0))
+        bars.append(Bar(low, high, int(count), height))
+    return bars
 
 
 def format_headline(value: float | None, unit: str) -> str:
@@ -270,7 +298,8 @@ def format_headline(value: float | None, unit: str) -> str:
     if value is None:
         return NONE
     if unit == "share":
-        return f"{100 * value:.1f} %" if value in (0, 1) or 0.001 <= value <= 0.999 else f"{100 * value:.3f} %"
+        digits = 1 if value in (0, 1) or 0.001 <= value <= 0.999 else 3
+        return f"{100 * value:.{digits}f} %"
     return {
         "rows": f"{value:,.0f}",
         "rate": format_number(value),

@@ -124,12 +124,13 @@ async def annotate_table(
         outcomes = [await one_by_one.annotate(system, row, config, n) for n, row in enumerate(rows)]
     schema = build_annotated_schema(inputs.schema, config.decoding.keep_candidates)
     passed = inputs.rename_columns(rename_inputs(inputs.schema).names)
-    columns = [
-        passed[field.name]
-        if field.name in passed.schema.names
-        else pa.array([outcome.get(field.name) for outcome in outcomes], field.type)
-        for field in schema
-    ]
+    columns = []
+    for field in schema:
+        if field.name in passed.schema.names:
+            columns.append(passed[field.name])
+        else:
+            values = [outcome.get(field.name) for outcome in outcomes]
+            columns.append(pa.array(values, field.type))
     return pa.table(columns, schema=schema)
 
 

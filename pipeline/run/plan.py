@@ -83,14 +83,13 @@ class RunPlan:
     def describe(self) -> list[str]:
         """Describe the plan in lines of text."""
         config, rows = self.config, sum(unit.rows for unit in self.todo)
+        passages = f": {self.index['passages']} passages" if self.index else ""
+        lines = [f"queries  {config.queries}: {self.queries.rows} rows in {self.queries.files} files"]
+        if config.skip_annotated:
+            lines.append(f"skipped  {self.known} rows already answered or failed below {config.skip_annotated}")
         return [
-            f"queries  {config.queries}: {self.queries.rows} rows in {self.queries.files} files",
-            *(
-                [f"skipped  {self.known} rows already answered or failed below {config.skip_annotated}"]
-                if config.skip_annotated
-                else []
-            ),
-            f"index    {config.index or 'none'}" + (f": {self.index['passages']} passages" if self.index else ""),
+            *lines,
+            f"index    {config.index or 'none'}{passages}",
             f"model    {config.model.name}",
             f"decoding {config.decoding.mode}, δ = {config.decoding.threshold}, k = {config.decoding.passages}",
             *self._format_tasks(),
@@ -108,11 +107,11 @@ class RunPlan:
         return {name: {"rows": count, **tasks.describe(name)} for name, count in rows.items() if count}
 
     def _format_tasks(self) -> list[str]:
-        return [
-            f"task     {name or '(none)'}: {task['rows']} rows, "
-            + (f"profile {task['profile']}" if task["profile"] else "no profile")
-            for name, task in self.describe_tasks().items()
-        ]
+        lines = []
+        for name, task in self.describe_tasks().items():
+            profile = f"profile {task['profile']}" if task["profile"] else "no profile"
+            lines.append(f"task     {name or '(none)'}: {task['rows']} rows, {profile}")
+        return lines
 
 
 def check_run(config: RunConfig, overwrite: bool = False) -> RunPlan:
@@ -146,7 +145,9 @@ def check_run(config: RunConfig, overwrite: bool = False) -> RunPlan:
     plan.describe_tasks()  # a profile may contradict the run
     plan = inspect_output(plan)
     begun = plan.output.read_manifest() is not None and not overwrite
-    return plan if config.skip_annotated is None or selection or begun else _select_new(plan, config.skip_annotated)
+    if config.skip_annotated is None or selection or begun:
+        return plan
+    return _select_new(plan, config.skip_annotated)
 
 
 def _select_new(plan: RunPlan, folder: str) -> RunPlan:

@@ -13,12 +13,14 @@ import json
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+Row = dict[str, Any]
 Encode = Callable[[Sequence[str]], npt.NDArray[np.float32]]
 
 
@@ -95,7 +97,7 @@ class TeachingData:
         return train, test
 
 
-def _read_rows(path: Path) -> list[dict[str, Any]]:
+def _read_rows(path: Path) -> list[Row]:
     if not path.exists():
         return []
     with path.open(encoding="utf-8") as lines:
@@ -115,25 +117,33 @@ def read_data(folder: Path) -> TeachingData:
         )
     try:
         return TeachingData(
-            tuple(
-                ReadingTriple(r["question"], r.get("title", ""), r["passage"], r["answer"])
-                for r in _read_rows(readings)
-            ),
-            tuple(
-                Instruction(r["instruction"], r["output"], r.get("source", ""))
-                for r in _read_rows(folder / "no_retrieval.jsonl")
-            ),
-            tuple(
-                Pair(r["question"], r["answer_sentence"]) for r in _read_rows(folder / "question_sentence_pairs.jsonl")
-            ),
-            tuple(
-                Claim(r["question"], tuple(r["choices"]), r["answers"][0], passage["title"], passage["text"])
-                for r in _read_rows(folder / "fact_verification.jsonl")
-                for passage in r["gold_passages"][:1]
-            ),
+            tuple(map(_to_reading, _read_rows(readings))),
+            tuple(map(_to_instruction, _read_rows(folder / "no_retrieval.jsonl"))),
+            tuple(map(_to_pair, _read_rows(folder / "question_sentence_pairs.jsonl"))),
+            tuple(chain.from_iterable(map(_to_claims, _read_rows(folder / "fact_verification.jsonl")))),
         )
     except KeyError as missing:
         raise ValueError(f"{folder}: a row lacks the field {missing}") from None
+
+
+def _to_reading(row: Row) -> ReadingTriple:
+    return ReadingTriple(row["question"], row.get("title", ""), row["passage"], row["answer"])
+
+
+def _to_instruction(row: Row) -> Instruction:
+    return Instruction(row["instruction"], row["output"], row.get("source", ""))
+
+
+def _to_pair(row: Row) -> Pair:
+    return Pair(row["question"], row["answer_sentence"])
+
+
+def _to_claims(row: Row) -> list[Claim]:
+    """Convert a row to the claim with its first gold passage; a row without gold passages has no claim."""
+    return [
+        Claim(row["question"], tuple(row["choices"]), row["answers"][0], passage["title"], passage["text"])
+        for passage in row["gold_passages"][:1]
+    ]
 
 
 def find_nearest(encode: Encode, questions: Sequence[str], texts: Sequence[str], k: int) -> npt.NDArray[np.int64]:

@@ -5,7 +5,7 @@ Every row has its own passages, so that no index is needed: the gold passage and
 
 import hashlib
 import random
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import pyarrow as pa
@@ -47,16 +47,20 @@ def build_held_out_queries(data: TeachingData, negatives: Negatives, rows: int, 
         seed: seed of the random choice and order of the passages.
     """
     rng = random.Random(seed)
+    readings = [_build_reading(row, negatives, rng) for row in data.readings[:rows]]
+    pairs = list(_build_pairs(data.readings, negatives, rows // 2, rng))
+    claims = [_build_claim(row, negatives, rng) for row in data.claims[:rows]]
+    instructions = [_build_instruction(row, negatives, rng) for row in data.instructions[:rows]]
     found = [
-        *_number_rows("reading", (_build_reading(row, negatives, rng) for row in data.readings[:rows])),
-        *_number_rows("two_questions", _build_pairs(data.readings, negatives, rows // 2, rng)),
-        *_number_rows("claim", (_build_claim(row, negatives, rng) for row in data.claims[:rows])),
-        *_number_rows("instruction", (_build_instruction(row, negatives, rng) for row in data.instructions[:rows])),
+        *_number_rows("reading", readings),
+        *_number_rows("two_questions", pairs),
+        *_number_rows("claim", claims),
+        *_number_rows("instruction", instructions),
     ]
     return pa.Table.from_pylist(found, schema=SCHEMA)
 
 
-def _number_rows(task: str, rows: Iterator[Row]) -> list[Row]:
+def _number_rows(task: str, rows: Iterable[Row]) -> list[Row]:
     return [{"id": f"{task}-{n}", "task": task, **row} for n, row in enumerate(rows)]
 
 

@@ -94,21 +94,21 @@ def draw_wrong_span(passage: str, answer: str, rng: random.Random) -> str:
     words = passage.split()
     length = max(1, len(answer.split()) + rng.choice((-1, 0, 0, 1)))
 
-    def alike(word: str) -> bool:
+    def is_alike(word: str) -> bool:
         if any(c.isdigit() for c in answer):
             return any(c.isdigit() for c in word)
         return word[:1].isupper() if answer[:1].isupper() else word.isalpha()
 
-    def unlike(span: str) -> bool:
+    def is_unlike(span: str) -> bool:
         return answer.casefold() not in span.casefold() and span.casefold() not in answer.casefold()
 
-    starts = [i for i, word in enumerate(words) if alike(word)] or list(range(len(words)))
+    starts = [i for i, word in enumerate(words) if is_alike(word)] or list(range(len(words)))
     for _ in range(8):
         start = rng.choice(starts)
         span = " ".join(words[start : start + length]).strip(".,;:()\"'")
-        if span and unlike(span):
+        if span and is_unlike(span):
             return span
-    return "unknown" if unlike("unknown") else "none of it"
+    return "unknown" if is_unlike("unknown") else "none of it"
 
 
 @dataclass(frozen=True)
