@@ -7,7 +7,8 @@ Everything else is real: Ray, its actors, the files, the checks. What a row come
 - ``HANGS`` takes longer than any patience;
 - ``ENGINE`` and ``MEMORY`` end the engine, for no known reason and for want of memory.
 
-A file ``dies_at_start`` in the model's folder holds how many more processes are killed while they start.
+A file ``dies_at_start`` in the model's folder holds how many more processes are killed while they start, a file
+``actors`` how many actors must have started before the first row is answered.
 """
 
 import asyncio
@@ -38,9 +39,14 @@ START_SECONDS = 1.0
 
 
 class ScriptedGenerator(DrawingGenerator):
-    """Answers after some milliseconds; what it writes follows from the prompt alone."""
+    """Answers after some milliseconds, once all actors have started; what it writes follows from the prompt alone."""
+
+    pids: Path | None = None
+    actors = 0
 
     async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
+        while self.pids is not None and len(list(self.pids.iterdir())) < self.actors:
+            await asyncio.sleep(0.05)
         text = self.tokenizer.decode(list(prompt))
         if "DIES" in text:
             os.kill(os.getpid(), signal.SIGKILL)
@@ -74,12 +80,15 @@ class ScriptedActor(SelfRagActor):
         return ReflectionCritic(word_tokenizer())
 
     def _start_engine(self, critic: Any) -> ScriptedGenerator:
+        generator = ScriptedGenerator(critic.tokenizer, random.Random(os.getpid()))
         if folder := os.environ.get("FAULTS_PIDS"):
             began, record = time.time(), assigned()
             time.sleep(START_SECONDS if 0 < record["amount"] < 1 else 0)
             record["started"] = (began, time.time())
             (Path(folder) / str(os.getpid())).write_text(json.dumps(record))
-        return ScriptedGenerator(critic.tokenizer, random.Random(os.getpid()))
+            if (awaited := Path(self.config.model.name) / "actors").exists():
+                generator.pids, generator.actors = Path(folder), int(awaited.read_text())
+        return generator
 
 
 def assigned() -> dict[str, Any]:

@@ -73,6 +73,7 @@ def test_actors_get_their_own_gpus(
     settings: list[str], each: dict[str, float], cards: list[int], job: Job, made: Any, pids: Path, tmp_path: Path
 ) -> None:
     job.settings += settings
+    (job.model / "actors").write_text(str(len(cards)))
     with asked_during(made.address) as asked:
         status, said = job.finish()
     assert job.problems(tmp_path / "queries", status, said) == []
@@ -85,13 +86,11 @@ def test_actors_get_their_own_gpus(
 
 
 def test_actors_sharing_a_gpu_start_one_at_a_time(job: Job, made: Any, pids: Path, tmp_path: Path) -> None:
-    write_queries(tmp_path / "many", 200)
-    job.queries = str(tmp_path / "many")  # so many that the second actor starts before the first has done them all
+    (job.model / "actors").write_text("2")
     job.settings += ["execution.actors=2", "execution.gpus_per_actor=0.5", "model.engine.gpu_memory_utilization=0.45"]
-    job.settings += ["execution.unit_rows=1", "execution.units_in_flight=1"]
     with asked_during(made.address) as asked:
         status, said = job.finish()
-    assert job.problems(tmp_path / "many", status, said) == []
+    assert job.problems(tmp_path / "queries", status, said) == []
     assert workers(asked, "ScriptedActor") == [{"CPU": 2.0, "GPU": 0.5}] * 2
     first, second = sorted(assigned(pids), key=lambda one: one["started"])
     assert (first["gpus"], first["amount"]) == (second["gpus"], 0.5)
