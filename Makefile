@@ -51,7 +51,7 @@ lock: $(BIN)/uv ## pin the newest versions that pyproject.toml allows
 		--no-annotate --no-header --no-emit-index-url --no-emit-find-links --output-file $(LOCK)
 
 clean: ## delete the environment, outputs and tool caches
-	rm -rf $(VENV) out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf $(VENV) out build *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis .coverage*
 
 # An environment of the other extra is made anew: both bring a package that provides the module faiss.
 $(READY): pyproject.toml $(LOCK)

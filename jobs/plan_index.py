@@ -32,7 +32,6 @@ from pipeline.indexing.sizing import (
     USUAL_FACTORIES,
     Corpus,
     SizePlan,
-    compute_index_size,
     compute_room_beside_7b,
     compute_share_beside,
     count_cards,
@@ -74,7 +73,8 @@ def plan_index(
         files = find_passages(source, embeddings)
         style = build_encoder_style(query_prefix, passage_prefix, normalise, dtype)
         loaded = Encoder.load(resolve_encoder_name(encoder), style=style)
-        compute_index_size(factory, loaded.dimension)  # rejects a bad factory before the sample is encoded
+        rows = sum(part.rows for part in files)
+        plan_sizes(rows, loaded.dimension, shards, [factory])  # rejects a bad factory before the sample is encoded
         tables = build_plan_tables(survey_corpus(files, loaded, batch_size), factory, shards)
     for table in tables:
         Console().print(table)

@@ -1,4 +1,4 @@
-"""A map of the rooms (packages), in the order in which a query passes through them.
+"""The way of a query through the rooms (packages), and a table of the rooms in the order of their imports.
 
 ``run`` plans the work units of a query set and gives them to actors. An actor reads the rows of a unit (``queries``)
 and decodes each of them: decide, retrieve, generate, critique, choose (``decoding``). Decoding asks a model

@@ -49,7 +49,7 @@ def get_assigned_gpus() -> AssignedGpus | None:
     return AssignedGpus(ids, float(context.get_assigned_resources().get("GPU", len(ids))))
 
 
-def may_use_gpu(device: str) -> bool:
+def decide_gpu_use(device: str) -> bool:
     """Whether this process may use a GPU; outside of Ray tasks and actors, it may unless ``device`` is ``cpu``.
 
     Args:

@@ -317,7 +317,7 @@ class Trial:
         names = list(reversed(runs)) if backwards else list(runs)
         return {name: (len(self.queries), runs[name]) for name in names}
 
-    def list_other_variants(self, found: Sequence[Sequence[RetrievedPassage]], few: int) -> dict[str, tuple[int, Run]]:
+    def list_baselines(self, found: Sequence[Sequence[RetrievedPassage]], few: int) -> dict[str, tuple[int, Run]]:
         """Return the baselines of other implementations: number of queries and run function of each.
 
         Args:

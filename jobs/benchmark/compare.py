@@ -181,18 +181,16 @@ class Measurement:
         plan, queries = self.plan, to_queries(prepared.repeats[number])
         trial = await Trial.begin(bench, plan.build_decoding(workload), plan.build_script(workload), queries)
         self.report.tokens[workload.name] = trial.count_tokens()
-        own, shapes = (
-            trial.list_own_variants(backwards=number % 2 == 1),
-            trial.list_other_variants(prepared.found[number], plan.serial_rows),
-        )
-        runs = {**own, **(shapes if workload.short_form else {})}
+        own = trial.list_own_variants(backwards=number % 2 == 1)
+        baselines = trial.list_baselines(prepared.found[number], plan.serial_rows) if workload.short_form else {}
+        runs = {**own, **baselines}
         for name in [name for name in runs if name not in plan.without]:
             rows, run = runs[name]
             measured = self.report.results[workload.name].setdefault(name, Measured(rows))
             rate, outcome = await trial.time_variant(rows, run)
             if name == "direct":
                 measured.load = compute_load(outcome, bench.generator.load.slots)
-            elif name in shapes:
+            elif name in baselines:
                 measured.agreement = measure_agreement(trial.ours, outcome)
             self.add_rates(workload, name, rate)
 

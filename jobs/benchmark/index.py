@@ -145,7 +145,7 @@ def draw_all_vectors(rows: int, dimension: int) -> Vectors:
 def compare_adding(
     rows: int, dimension: int, factory: str, shards: int, repeats: int, folder: Path
 ) -> tuple[list[Comparison], Any]:
-    """Compare the build from given vectors with ``faiss.add``; also return the bare index of all vectors."""
+    """Compare the build from precomputed vectors with ``faiss.add``; also return the bare index of all vectors."""
     request = {"embeddings": "vector", "factory": factory, "shards": shards}
     vectors = draw_all_vectors(rows, dimension)
     ours, bare, peak, index = [], [], 0.0, None

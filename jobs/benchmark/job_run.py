@@ -68,18 +68,10 @@ class Job:
 
     def _call(self) -> "subprocess.CompletedProcess[str]":
         queries, settings = self._write_inputs()
-        options = [
-            "--config",
-            settings,
-            "--queries",
-            queries,
-            "--index",
-            get_demo_index(),
-            "--output",
-            self.folder / "out",
-        ]
+        files = {"config": settings, "queries": queries, "index": get_demo_index(), "output": self.folder / "out"}
+        options = [f"--{name}={file}" for name, file in files.items()]
         module = "jobs.annotate" if self.script is None else "jobs.benchmark.scripted_model"
-        command = [sys.executable, "-m", module, *map(str, options), "--json"]
+        command = [sys.executable, "-m", module, *options, "--json"]
         script = {} if self.script is None else {SCRIPT: json.dumps(dataclasses.asdict(self.script))}
         done = subprocess.run(command, capture_output=True, text=True, check=False, env=os.environ | script)  # noqa: S603  our own
         if done.returncode != 0:

@@ -19,14 +19,14 @@ BUILT_IN = Path(__file__).with_suffix(".yaml")
 
 
 @cache
-def read_built_in_profiles() -> dict[str, Profile]:
+def load_built_in_profiles() -> dict[str, Profile]:
     """Read the built-in profiles, by name."""
     return {name: Profile.model_validate(tree) for name, tree in yaml.safe_load(BUILT_IN.read_text("utf-8")).items()}
 
 
 def hash_built_in_profiles() -> str:
     """Return a digest of the built-in profiles: a run can only be resumed with the same ones."""
-    return hash_tree({name: tree.model_dump(exclude_unset=True) for name, tree in read_built_in_profiles().items()})
+    return hash_tree({name: tree.model_dump(exclude_unset=True) for name, tree in load_built_in_profiles().items()})
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,7 @@ class Tasks:
     @cached_property
     def known(self) -> dict[str, Profile]:
         """All profiles by name, built-in and configured."""
-        return {**read_built_in_profiles(), **self.profiles}
+        return {**load_built_in_profiles(), **self.profiles}
 
     @cached_property
     def _settled(self) -> dict[str, DecodingConfig]:

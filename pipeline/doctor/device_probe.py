@@ -17,7 +17,7 @@ from pipeline.decoding.types import Passage, Query
 from pipeline.engine.arguments import get_gpu_share
 from pipeline.engine.models import load_critic
 from pipeline.engine.vllm import VllmGenerator, prepare_environment
-from pipeline.gpus import lock_gpus, may_use_gpu
+from pipeline.gpus import decide_gpu_use, lock_gpus
 from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.manifest import EncoderEntry, IndexManifest, write_manifest
 from pipeline.retrieval.shard_files import PASSAGE_SCHEMA, build_shard, create_empty_index
@@ -85,7 +85,7 @@ class DeviceProbe:
         random = np.random.default_rng(0)
         vectors = random.normal(size=(VECTORS, DIMENSION)).astype(np.float32)
         queries = random.normal(size=(8, DIMENSION)).astype(np.float32)
-        device = "cuda" if may_use_gpu(self._config.retrieval.device) and torch.cuda.is_available() else "cpu"
+        device = "cuda" if decide_gpu_use(self._config.retrieval.device) and torch.cuda.is_available() else "cpu"
         scores = torch.from_numpy(queries).to(device) @ torch.from_numpy(vectors).to(device).T
         exact = scores.topk(NEIGHBORS).indices.cpu().tolist()
         with tempfile.TemporaryDirectory() as folder:

@@ -6,7 +6,7 @@ from typing import Any
 
 from pipeline.config.sections import ModelConfig
 from pipeline.engine.models import resolve_model_path
-from pipeline.gpus import may_use_gpu
+from pipeline.gpus import decide_gpu_use
 
 # Tokens of a KV block, the unit that prefix caching shares. vLLM's default is 16 on GPUs. On CPUs it is 128, longer
 # than most prefixes shared here; CPUs accept multiples of 32.
@@ -117,7 +117,7 @@ def check_assigned_gpus() -> None:
     """
     from vllm.platforms import current_platform
 
-    if current_platform.is_cuda_alike() and not may_use_gpu("auto"):
+    if current_platform.is_cuda_alike() and not decide_gpu_use("auto"):
         raise ValueError(
             "vLLM's GPU build is installed, but Ray assigned no GPU to this actor: set execution.gpus_per_actor to the "
             "GPUs of a replica, or install the cpu extra"

@@ -26,16 +26,16 @@ def identify_model(model: ModelConfig, path: str) -> dict[str, Any]:
     """
     lora = model.lora
     if lora and Path(lora).is_dir():
-        lora = hash_folder(Path(lora))
+        lora = hash_model_folder(Path(lora))
     if Path(path).is_dir():
-        return {"digest": hash_folder(Path(path)), "lora": lora}
+        return {"digest": hash_model_folder(Path(path)), "lora": lora}
     from transformers import AutoConfig
 
     commit = getattr(AutoConfig.from_pretrained(path, revision=model.revision), "_commit_hash", None)
     return {"name": path, "commit": commit, "lora": lora}
 
 
-def hash_folder(folder: Path) -> str:
+def hash_model_folder(folder: Path) -> str:
     """Return the SHA-256, in hex, over names, sizes and contents of the files in a model folder.
 
     Hidden files and the middle of files larger than ``WHOLE_FILE_BYTES`` are skipped.

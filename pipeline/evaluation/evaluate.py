@@ -12,7 +12,7 @@ from pyarrow import dataset
 
 from pipeline.config.sections import Columns, Profile
 from pipeline.decoding.choose import match_choice
-from pipeline.decoding.profiles import read_built_in_profiles
+from pipeline.decoding.profiles import load_built_in_profiles
 from pipeline.decoding.reflection import Retrieve
 from pipeline.evaluation.judging import READ_COLUMNS, Judged, judge
 from pipeline.evaluation.statistics import (
@@ -149,7 +149,7 @@ class Evaluation:
 View = Callable[[Row], Row | None]
 
 
-def keep_answer(row: Row) -> Row:
+def keep_row(row: Row) -> Row:
     """Return the row unchanged."""
     return row
 
@@ -179,9 +179,7 @@ def _replace_answer(row: Row, wanted: Callable[[Row], bool], retrieved: bool) ->
     return {**row, "answer": match_choice(text, row.get("choices") or ()) or text, "retrieved": retrieved, **read}
 
 
-def evaluate_set(
-    folder: Location, by: str | None = None, task: str | None = None, view: View = keep_answer
-) -> Evaluation:
+def evaluate_set(folder: Location, by: str | None = None, task: str | None = None, view: View = keep_row) -> Evaluation:
     """Judge the annotated set in a folder.
 
     Args:
@@ -231,7 +229,7 @@ def _find_grading(row: Row, columns: Columns, tasks: Mapping[str, Any]) -> tuple
         task = tasks[name]
         metric, choices, cites = task["metric"], task["choices"], task["decoding"]["citations"]
     else:
-        profile = read_built_in_profiles().get(name, Profile())
+        profile = load_built_in_profiles().get(name, Profile())
         metric, choices, cites = profile.metric, profile.choices, bool(profile.decoding.get("citations"))
     return metric, bool(row.get(columns.choices) or choices), cites
 

@@ -13,25 +13,25 @@ _PUNCTUATION = str.maketrans("", "", string.punctuation)
 _ARTICLES = re.compile(r"\b(a|an|the)\b")
 
 
-def normalise(text: str) -> str:
+def normalize(text: str) -> str:
     """Lower-case a text and remove ASCII punctuation, English articles and extra spaces (Rajpurkar et al. 2016)."""
     return " ".join(_ARTICLES.sub(" ", text.lower().translate(_PUNCTUATION)).split())
 
 
 def contains(answer: str, gold: str) -> bool:
     """Whether the answer contains the gold answer as a sequence of whole words."""
-    wanted = normalise(gold)
-    return bool(wanted) and f" {wanted} " in f" {normalise(answer)} "
+    wanted = normalize(gold)
+    return bool(wanted) and f" {wanted} " in f" {normalize(answer)} "
 
 
 def is_exact_match(answer: str, gold: str) -> bool:
     """Whether both are equal after normalization."""
-    return normalise(answer) == normalise(gold)
+    return normalize(answer) == normalize(gold)
 
 
 def token_f1(answer: str, gold: str) -> float:
     """Return the harmonic mean of the precision and recall of the answer's words, in [0, 1]."""
-    words, wanted = normalise(answer).split(), normalise(gold).split()
+    words, wanted = normalize(answer).split(), normalize(gold).split()
     if not words or not wanted:
         return float(words == wanted)
     shared = sum((Counter(words) & Counter(wanted)).values())

@@ -35,7 +35,7 @@ from pipeline.decoding.types import (
     Usage,
 )
 from pipeline.output.folder import OutputFolder
-from pipeline.output.schema import convert_answer
+from pipeline.output.schema import to_answer_row
 from pipeline.storage.location import check_apart, locate
 from pipeline.storage.parquet import encode_parquet
 
@@ -128,9 +128,8 @@ def _change_settings(task: Mapping[str, Any], changes: Mapping[str, Any]) -> tup
             "answers of one segment"
         )
     weights = {**before["weights"], **changes.get("weights", {})}
-    return validate_section(DecodingConfig, {**before, **changes, "weights": weights}, "decoding"), tuple(
-        task["choices"]
-    )
+    decoding = validate_section(DecodingConfig, {**before, **changes, "weights": weights}, "decoding")
+    return decoding, tuple(task["choices"])
 
 
 def supports_any_threshold(decoding: Mapping[str, Any]) -> bool:
@@ -287,7 +286,7 @@ def rescore_table(table: pa.Table, rescoring: Rescoring) -> pa.Table:
     """Rescore the rows of a table; columns and order stay the same."""
 
     async def choose() -> list[dict[str, Any]]:
-        return [convert_answer(await rescoring.answer(row)) for row in table.to_pylist()]
+        return [to_answer_row(await rescoring.answer(row)) for row in table.to_pylist()]
 
     rows = asyncio.run(choose())
     for name in REWRITTEN:

@@ -146,7 +146,7 @@ def grade(examples: Sequence[GradedRow], settings: Mapping[str, Any]) -> tuple[d
     return asyncio.run(_grade(examples, settings))
 
 
-def is_in_first_half(id_: str) -> bool:
+def is_for_choosing(id_: str) -> bool:
     """Whether a row is in the half on which settings are chosen; depends on the digest of its id alone."""
     return hashlib.sha256(id_.encode()).digest()[0] < 128
 
@@ -161,8 +161,8 @@ def sweep(examples: Sequence[GradedRow], keys: Sequence[str]) -> Sweep:
     Raises:
         ValueError: there are too few rows for two halves.
     """
-    chosen_on = [example for example in examples if is_in_first_half(example.id)]
-    reported_on = [example for example in examples if not is_in_first_half(example.id)]
+    chosen_on = [example for example in examples if is_for_choosing(example.id)]
+    reported_on = [example for example in examples if not is_for_choosing(example.id)]
     if len(chosen_on) < 2 or len(reported_on) < 2:
         raise ValueError(f"{len(examples)} rows with gold answers are too few for a sweep")
     curves = {key: _measure_curve(examples, key) for key in keys}

@@ -148,7 +148,11 @@ def format_end_time(manifest: Mapping[str, Any]) -> str:
 
 
 def _format_identity(name: str, revision: str | None, digest: str | None) -> str:
-    identity = [f"revision {revision}"] * bool(revision) + [f"digest {str(digest)[:SHOWN]}"] * bool(digest)
+    identity = []
+    if revision:
+        identity.append(f"revision {revision}")
+    if digest:
+        identity.append(f"digest {digest[:SHOWN]}")
     return f"{name} ({', '.join(identity)})" if identity else name
 
 

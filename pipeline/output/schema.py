@@ -93,7 +93,8 @@ MEANINGS: Mapping[tuple[str, ...], str] = {
     ("finish_reason",): "why the answer ended: `stop`, `segments`, `length`, `room` or `constraint`",
     ("segments",): (
         "`text`, `passage_id`, `citation` (place in `passages`), `is_rel` = p(Relevant), `is_sup` = p(Fully) + 0.5 "
-        "p(Partially), `is_use` in −1 … 1, `sequence_probability`, `score`; null if the model wrote no token of a group"
+        "p(Partially), `is_use` in −1 … 1 (null if the model wrote no token of that group), `sequence_probability`, "
+        "`score`"
     ),
     ("passages",): "passages that the answer used: `id`, `title`, `text`, `retrieval_score`, `rank`",
     ("candidates", "evidence"): (
@@ -118,7 +119,7 @@ def hash_columns() -> str:
     return hashlib.sha256(str(fields).encode()).hexdigest()[:12]
 
 
-def rename_inputs(schema: pa.Schema) -> pa.Schema:
+def rename_reserved_columns(schema: pa.Schema) -> pa.Schema:
     """Return the input columns as the output names them: a reserved name becomes ``input_NAME``."""
     return pa.schema([field.with_name(_rename_reserved(field.name)) for field in schema])
 
@@ -130,15 +131,15 @@ def _rename_reserved(name: str) -> str:
 def build_data_schema(inputs: pa.Schema, keep_candidates: bool) -> pa.Schema:
     """Return the schema of ``data/*.parquet``."""
     extra = CANDIDATE_FIELDS if keep_candidates else []
-    return pa.schema([*rename_inputs(inputs), *ANSWER_FIELDS, *extra])
+    return pa.schema([*rename_reserved_columns(inputs), *ANSWER_FIELDS, *extra])
 
 
 def build_error_schema(inputs: pa.Schema) -> pa.Schema:
     """Return the schema of ``errors/*.parquet``."""
-    return pa.schema([*rename_inputs(inputs), *ERROR_FIELDS])
+    return pa.schema([*rename_reserved_columns(inputs), *ERROR_FIELDS])
 
 
-def convert_answer(answer: Answer) -> dict[str, Any]:
+def to_answer_row(answer: Answer) -> dict[str, Any]:
     """Convert an answer to the values of the output columns."""
     numbers = number_citations(answer.segments)
     segments = [

@@ -165,7 +165,7 @@ def to_choices(value: Any) -> list[Any] | None:
 
 
 def _to_choice(item: Any) -> Any:
-    return item if _is_labelled(item) else to_text(item)
+    return item if _is_labeled(item) else to_text(item)
 
 
 def to_passages(value: Any) -> list[Row] | None:
@@ -201,7 +201,7 @@ def _parse_json(value: str) -> Any:
         raise ValueError(f"expected a list, found {value[:60]!r}, which is not JSON") from None
 
 
-def _is_labelled(item: Any) -> bool:
+def _is_labeled(item: Any) -> bool:
     return isinstance(item, dict) and item.keys() >= {"label", "text"}
 
 
@@ -221,9 +221,9 @@ def replace_labels(row: Row) -> Row:
         ValueError: a choice has no label, two have the same, or there are more than 26 choices.
     """
     choices = row["choices"] or []
-    if not row["query"] or not any(map(_is_labelled, choices)):
+    if not row["query"] or not any(map(_is_labeled, choices)):
         return row
-    if not all(map(_is_labelled, choices)) or len(choices) > len(ascii_uppercase):
+    if not all(map(_is_labeled, choices)) or len(choices) > len(ascii_uppercase):
         raise ValueError("column 'choices': every choice needs a label and a text, and at most 26 are supported")
     letters = {to_text(choice["label"]): letter for choice, letter in zip(choices, ascii_uppercase, strict=False)}
     if len(letters) < len(choices):

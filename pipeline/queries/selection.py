@@ -121,9 +121,8 @@ class Selection:
             ValueError: an earlier set has no column of ids.
             StorageError: the storage cannot be read.
         """
-        new = pc.invert(
-            pc.is_in(read_query_ids(queries, earlier.id_column, storage), value_set=earlier.read_known_ids())
-        )
+        ids = read_query_ids(queries, earlier.id_column, storage)
+        new = pc.invert(pc.is_in(ids, value_set=earlier.read_known_ids()))
         if not (count := pc.sum(new).as_py()):
             raise NothingNewError(
                 f"all {queries.rows} queries are already answered or failed below {earlier.folder.uri}; "

@@ -44,7 +44,7 @@ class Changes:
     sample: int
 
 
-def choose_sampling(*manifests: Mapping[str, Any]) -> int:
+def choose_sampling_interval(*manifests: Mapping[str, Any]) -> int:
     """Return the sampling interval for sets with these manifests; 1 if none has more than ``MOST_COMPARED`` rows."""
     rows: int = max(manifest.get("queries", {}).get("rows", 0) for manifest in manifests)
     return max(1, -(-rows // MOST_COMPARED))

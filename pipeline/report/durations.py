@@ -84,7 +84,7 @@ class Timeline:
         """Seconds between each stretch and the next."""
         return [after.began - before.ended for before, after in pairwise(self.stretches)]
 
-    def divide_by_busy(self, amount: float) -> float | None:
+    def compute_rate(self, amount: float) -> float | None:
         """Divide an amount of the whole set by the busy seconds; None if no times are known."""
         return amount / self.busy if self.busy else None
 

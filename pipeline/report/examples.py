@@ -233,7 +233,8 @@ def mark_words(text: str, answer: str) -> tuple[Piece, ...]:
     spans = _find_spans(text, answer)
     start = max(0, spans[0][0] - LEAD) if spans and len(text) > LONGEST_PASSAGE else 0
     end = min(len(text), start + LONGEST_PASSAGE)
-    found, place = [Piece("…", False)] * bool(start), start
+    found = [Piece("…", False)] if start else []
+    place = start
     for left, right in spans:
         if left < end:
             stop = min(right, end)

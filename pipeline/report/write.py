@@ -4,7 +4,7 @@ import logging
 from typing import Any
 
 from pipeline.output.folder import REPORT, OutputFolder, get_columns
-from pipeline.report.changes import choose_sampling, compare_answers
+from pipeline.report.changes import choose_sampling_interval, compare_answers
 from pipeline.report.examples import read_examples
 from pipeline.report.figures import ReadOptions, read_set
 from pipeline.report.page import Compared, ReportedSet, compute_headlines, render_page
@@ -28,7 +28,7 @@ def write_report(
         ValueError: a folder holds no annotated set, or a column is missing.
         OSError: a file cannot be read or written.
     """
-    sample = choose_sampling(_read_manifest(folder), _read_manifest(baseline)) if baseline else 0
+    sample = choose_sampling_interval(_read_manifest(folder), _read_manifest(baseline)) if baseline else 0
     annotated, compared = _read(folder, sample), None
     if baseline:
         earlier = _read(baseline, sample)

@@ -12,7 +12,7 @@ import numpy.typing as npt
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from pipeline.config.loading import Frozen
-from pipeline.gpus import may_use_gpu
+from pipeline.gpus import decide_gpu_use
 from pipeline.storage.location import join_lines
 
 Vectors = npt.NDArray[np.float32]
@@ -99,7 +99,7 @@ class Encoder:
         if torch_device != "cpu":
             model = model.to(getattr(torch, style.dtype))
         commit = folder.name if folder.parent.name == "snapshots" else None
-        return cls(model, name, commit, _hash_folder(folder), style)
+        return cls(model, name, commit, _hash_encoder_folder(folder), style)
 
     @property
     def device(self) -> str:
@@ -139,7 +139,7 @@ def hash_encoder(name: str, revision: str | None = None) -> str | None:
             folder = Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
         except (OSError, ValueError):
             return None
-    return _hash_folder(folder)
+    return _hash_encoder_folder(folder)
 
 
 def _find_folder(name: str) -> Path | None:
@@ -174,7 +174,7 @@ def _fetch(name: str, revision: str | None) -> Path:
     return folder
 
 
-def _hash_folder(folder: Path) -> str:
+def _hash_encoder_folder(folder: Path) -> str:
     total = hashlib.sha256()
     for file in _list_own_files(folder):
         with file.open("rb") as content:
@@ -199,7 +199,7 @@ def _list_own_files(folder: Path) -> list[Path]:
 def _choose_torch_device(device: str) -> str:
     import torch
 
-    if may_use_gpu(device) and torch.cuda.is_available():
+    if decide_gpu_use(device) and torch.cuda.is_available():
         return "cuda"
     if device == "gpu":
         raise ValueError("device gpu: PyTorch finds no usable GPU on this machine; set device to auto or cpu")

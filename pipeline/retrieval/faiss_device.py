@@ -9,7 +9,7 @@ import faiss
 
 from pipeline.config.loading import parse_search
 from pipeline.config.sections import RetrievalConfig
-from pipeline.gpus import get_assigned_gpus, may_use_gpu
+from pipeline.gpus import decide_gpu_use, get_assigned_gpus
 from pipeline.retrieval.manifest import IndexManifest
 from pipeline.retrieval.shard_files import create_empty_index, extract_faiss_message
 
@@ -182,7 +182,7 @@ class Device:
             ValueError: ``retrieval.device`` is ``gpu``, but there is no GPU, FAISS does not support the index on GPUs,
                 or too little memory is left.
         """
-        if not may_use_gpu(retrieval.device):
+        if not decide_gpu_use(retrieval.device):
             return cls(None)
         required = retrieval.device == "gpu"
         if not has_gpu():

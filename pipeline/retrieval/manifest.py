@@ -131,7 +131,9 @@ def read_manifest(folder: Location, digest: str | None = None) -> IndexManifest:
             f"{file.uri}: {where}{problem['msg'].lower()}{found}; rebuild the index with this version"
         ) from None
     if digest not in (None, manifest.compute_digest()):
-        raise DamagedIndexError(f"{file.uri}: the index was replaced during the run; restore it, or start a new run")
+        raise DamagedIndexError(
+            f"{file.uri}: the index was replaced during the run; restore it, or choose another output"
+        )
     return manifest
 
 

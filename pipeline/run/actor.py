@@ -27,7 +27,7 @@ from pipeline.engine.postmortem import Death
 from pipeline.engine.vllm import EngineDeadError, VllmGenerator, prepare_environment
 from pipeline.gpus import lock_gpus
 from pipeline.output.folder import OutputFolder
-from pipeline.output.schema import ANSWER_FIELDS, CANDIDATE_FIELDS, ERROR_FIELDS, convert_answer, rename_inputs
+from pipeline.output.schema import ANSWER_FIELDS, CANDIDATE_FIELDS, ERROR_FIELDS, rename_reserved_columns, to_answer_row
 from pipeline.queries.query_set import Unit, read_unit
 from pipeline.queries.schema import Row, read_rows, to_query
 from pipeline.retrieval.retriever import IndexRetriever
@@ -48,7 +48,7 @@ log = logging.getLogger(__name__)
 def build_annotated_schema(inputs: pa.Schema, keep_candidates: bool) -> pa.Schema:
     """Return the schema of an annotated unit, whose answers and errors are not separated yet: columns of both."""
     extra = CANDIDATE_FIELDS if keep_candidates else []
-    return pa.schema([*rename_inputs(inputs), *ANSWER_FIELDS, *extra, *ERROR_FIELDS])
+    return pa.schema([*rename_reserved_columns(inputs), *ANSWER_FIELDS, *extra, *ERROR_FIELDS])
 
 
 async def annotate_row(system: Answering, row: Row, config: RunConfig) -> dict[str, Any]:
@@ -63,7 +63,7 @@ async def annotate_row(system: Answering, row: Row, config: RunConfig) -> dict[s
     clock = asyncio.timeout(limit)
     try:
         async with clock:
-            return convert_answer(await system.answer(to_query(row, config.columns)))
+            return to_answer_row(await system.answer(to_query(row, config.columns)))
     except (EngineDeadError, IndexLostError):
         raise
     except Exception as error:  # noqa: BLE001  no error of one row may fail the other rows
@@ -123,7 +123,7 @@ async def annotate_table(
     else:
         outcomes = [await one_by_one.annotate(system, row, config, n) for n, row in enumerate(rows)]
     schema = build_annotated_schema(inputs.schema, config.decoding.keep_candidates)
-    passed = inputs.rename_columns(rename_inputs(inputs.schema).names)
+    passed = inputs.rename_columns(rename_reserved_columns(inputs.schema).names)
     columns = []
     for field in schema:
         if field.name in passed.schema.names:

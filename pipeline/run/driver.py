@@ -94,7 +94,7 @@ def run_plan(plan: RunPlan, resources: Resources | None, actor: type[SelfRagActo
         RuntimeError: too many rows failed, or rows are missing at the end.
     """
     started, begun = time.monotonic(), datetime.now(UTC)
-    record = {"configuration": plan.config.to_record(), **plan.get_identity(), "tasks": plan.describe_tasks()}
+    record = {"configuration": plan.config.to_record(), **plan.compute_identity(), "tasks": plan.describe_tasks()}
     record |= {"encoder": plan.encoder, "known": plan.known, "versions": read_versions(), "started": begun.isoformat()}
     if resources is None:
         return summarize_run(plan, verify_units(plan), 0, time.monotonic() - started)

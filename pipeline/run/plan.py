@@ -66,7 +66,7 @@ class RunPlan:
         """Whether nothing is left to do."""
         return self.succeeded and not self.todo
 
-    def get_identity(self) -> dict[str, Any]:
+    def compute_identity(self) -> dict[str, Any]:
         """Return everything that decides the results; an output holds rows of one identity only."""
         return {
             "settings": {
@@ -226,7 +226,7 @@ def _check_output(plan: RunPlan) -> None:
     manifest = plan.output.read_manifest()
     if manifest is None or plan.overwrite:
         return
-    identity = plan.get_identity()
+    identity = plan.compute_identity()
     before, now = manifest.get("settings", {}), identity["settings"]
     differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
     differing += [part for part in ("queries", "model", "index") if manifest.get(part) != identity[part]]

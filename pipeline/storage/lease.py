@@ -96,7 +96,7 @@ class Lease:
         time.sleep(SETTLE_S)
         if rivals := [other for other in self._list_others() if other.seniority < self._holder.seniority]:
             self._locate(self._holder).delete()
-            raise self._build_error(rivals[0])
+            raise self._build_in_use_error(rivals[0])
         self._thread.start()
         _HELD.add(self._holder.id)
         return self
@@ -147,7 +147,7 @@ class Lease:
         """
         if other.host == _identify_machine():
             if read_process_start(other.pid) == other.born and (other.pid != os.getpid() or other.id in _HELD):
-                raise self._build_error(other)
+                raise self._build_in_use_error(other)
             return
         warning = "%s: a run on %s holds a lease; waiting %.0f s for its heartbeat"
         log.warning(warning, self._output.uri, other.host, EXPIRY_S)
@@ -158,9 +158,9 @@ class Lease:
             if now is None:
                 return
             if now.beats != other.beats:
-                raise self._build_error(other)
+                raise self._build_in_use_error(other)
 
-    def _build_error(self, other: Holder) -> OutputInUseError:
+    def _build_in_use_error(self, other: Holder) -> OutputInUseError:
         since = time.strftime("%Y-%m-%d %H:%M", time.localtime(other.started))
         return OutputInUseError(
             f"{self._output.uri}: another run is using this output (process {other.pid} on {other.host}, "

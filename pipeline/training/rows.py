@@ -234,9 +234,8 @@ class TreeBuilder:
         evidence = self._build_passage(row.title, row.text).with_children(self._build_right(row.label), *judged)
         if other.title == row.title or other.text == row.text:
             return start.with_children(evidence)
-        return start.with_children(
-            evidence, self._build_passage(other.title, other.text) + self._build_irrelevant(rng.choice(row.choices))
-        )
+        distractor = self._build_passage(other.title, other.text) + self._build_irrelevant(rng.choice(row.choices))
+        return start.with_children(evidence, distractor)
 
     def stream_trees(self, data: TeachingData, rng: random.Random, longest: Callable[[], int]) -> Iterator[Branch]:
         """Yield random trees of all kinds that have data, without end.

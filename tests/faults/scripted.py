@@ -30,7 +30,7 @@ from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.types import Generation
 from pipeline.engine.postmortem import Death
 from pipeline.engine.vllm import EngineDeadError
-from pipeline.gpus import get_assigned_gpus, may_use_gpu
+from pipeline.gpus import decide_gpu_use, get_assigned_gpus
 from pipeline.run.actor import SelfRagActor
 from tests.support.fakes import DrawingGenerator, word_tokenizer
 
@@ -45,7 +45,7 @@ class ScriptedGenerator(DrawingGenerator):
     actors = 0
 
     async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
-        while self.pids is not None and len(list(self.pids.iterdir())) < self.actors:
+        while self.pids is not None and len(list(self.pids.iterdir())) < self.actors:  # noqa: ASYNC110  no event spans processes
             await asyncio.sleep(0.05)
         text = self.tokenizer.decode(list(prompt))
         if "DIES" in text:
@@ -95,7 +95,7 @@ def assigned() -> dict[str, Any]:
     """What Ray assigned to this actor, and the device that its searches would run on."""
     context, gpus = ray.get_runtime_context(), get_assigned_gpus()
     assert gpus is not None
-    return {"node": context.get_node_id(), "gpus": gpus.ids, "amount": gpus.amount, "gpu": may_use_gpu("auto")}
+    return {"node": context.get_node_id(), "gpus": gpus.ids, "amount": gpus.amount, "gpu": decide_gpu_use("auto")}
 
 
 def main() -> None:

@@ -20,7 +20,7 @@ from pipeline.cluster import CONTEXTS, check_sharing
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import ModelConfig, RetrievalConfig, StorageConfig
 from pipeline.engine.vllm import VllmGenerator, prepare_environment
-from pipeline.gpus import lock_gpus, may_use_gpu
+from pipeline.gpus import decide_gpu_use, lock_gpus
 from pipeline.retrieval.encoder import Encoder
 from pipeline.retrieval.index import PassageIndex
 from pipeline.storage.location import locate
@@ -185,7 +185,7 @@ class Loader:
     """Loads the encoder where Ray put this actor, and says on which device."""
 
     def device(self) -> tuple[bool, str]:
-        return may_use_gpu("auto"), Encoder.load("demo").device
+        return decide_gpu_use("auto"), Encoder.load("demo").device
 
 
 def test_encoder_uses_a_gpu_only_if_ray_assigned_one() -> None:

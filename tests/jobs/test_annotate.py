@@ -109,7 +109,7 @@ def test_plan_records_the_index_and_its_encoder(options, saved: Location):
     assert (plan.index["passages"], plan.index["shards"]) == (60, 3)
     assert plan.encoder is not None
     assert (plan.encoder["name"], plan.encoder["digest"]) == ("tiny", "d" * 64)
-    assert "encoder" not in plan.get_identity()
+    assert "encoder" not in plan.compute_identity()
 
 
 def test_run_with_a_held_lease_stops_before_the_engine_starts(options, monkeypatch):

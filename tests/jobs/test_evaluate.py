@@ -15,7 +15,7 @@ from pipeline.evaluation.evaluate import (
     answer_from_first_passage,
     answer_without_retrieval,
     evaluate_set,
-    keep_answer,
+    keep_row,
 )
 from pipeline.output.folder import FORMAT_VERSION
 from pipeline.output.schema import CANDIDATE_FIELDS
@@ -247,7 +247,7 @@ def test_views_replace_the_answer_with_another_candidate() -> None:
     row = {"answer": "Paris", "candidates": [read, first, alone]}
     assert answer_from_first_passage(row) == {**row, "answer": "Rome", "retrieved": True}
     assert answer_without_retrieval(row) == {**row, "answer": "Hello", "retrieved": False, "candidates": []}
-    assert keep_answer(row) == row
+    assert keep_row(row) == row
 
 
 def test_views_keep_or_drop_rows_without_the_needed_candidate() -> None:

@@ -14,13 +14,13 @@ APP.command()(plan_index)
 
 
 def test_plan_estimates_sizes_and_writes_nothing(tmp_path: Path) -> None:
-    flags = ["--passages", str(DEMO / "passages.parquet"), "--factory", "SQfp16"]
+    flags = ["--passages", str(DEMO / "passages.parquet"), "--factory", "IVF{lists},SQfp16"]
     result = CliRunner().invoke(APP, flags, env={"COLUMNS": "120"})
     assert result.exit_code == 0, result.output
     cells = [[cell.strip() for cell in line.split("│")[1:-1]] for line in result.stdout.splitlines() if "│" in line]
     assert ["passages", "1,271"] in cells
     assert ["dimensions", "384"] in cells
-    assert ["SQfp16", "768", "0.00 GB", "0.00 GB"] in cells
+    assert ["IVF128,SQfp16", "776", "0.00 GB", "0.00 GB"] in cells
     assert not (tmp_path / "index").exists()
 
 

@@ -11,7 +11,7 @@ import filelock
 import pytest
 import ray
 
-from pipeline.gpus import AssignedGpus, get_assigned_gpus, lock_gpus, may_use_gpu
+from pipeline.gpus import AssignedGpus, decide_gpu_use, get_assigned_gpus, lock_gpus
 
 
 @pytest.fixture(scope="module")
@@ -33,7 +33,7 @@ class Probe:
 
     def chosen(self, device: str) -> Any:
         try:
-            return may_use_gpu(device)
+            return decide_gpu_use(device)
         except ValueError as error:
             return str(error)
 
@@ -59,8 +59,8 @@ def test_actor_uses_only_gpus_assigned_by_ray() -> None:
 @pytest.mark.usefixtures("cluster")
 def test_driver_without_assignment_may_use_a_gpu() -> None:
     assert get_assigned_gpus() is None
-    assert may_use_gpu("auto")
-    assert not may_use_gpu("cpu")
+    assert decide_gpu_use("auto")
+    assert not decide_gpu_use("cpu")
 
 
 def lock_file(number: str) -> Path:

@@ -2,12 +2,12 @@ import pytest
 from pydantic import ValidationError
 
 from pipeline.config.sections import DecodingConfig, Profile, Weights
-from pipeline.decoding.profiles import Tasks, read_built_in_profiles
+from pipeline.decoding.profiles import Tasks, load_built_in_profiles
 from pipeline.decoding.types import Query
 
 
 def test_built_in_profiles_cover_the_tasks_of_the_paper() -> None:
-    profiles = read_built_in_profiles()
+    profiles = load_built_in_profiles()
     expected = {"popqa", "triviaqa", "nq", "arc_challenge", "pubhealth", "fever", "asqa", "eli5", "biography"}
     assert profiles.keys() == expected
     long = {name for name, profile in profiles.items() if profile.decoding.get("segments", 1) > 1}

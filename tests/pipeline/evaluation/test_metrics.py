@@ -5,7 +5,7 @@ from pipeline.evaluation.metrics import (
     contains,
     is_exact_match,
     is_same_choice,
-    normalise,
+    normalize,
     rouge_l,
     string_em,
     strip_citations,
@@ -26,7 +26,7 @@ from pipeline.evaluation.metrics import (
     ],
 )
 def test_normalization_removes_case_articles_and_punctuation(text: str, expected: str) -> None:
-    assert normalise(text) == expected
+    assert normalize(text) == expected
 
 
 @pytest.mark.parametrize(

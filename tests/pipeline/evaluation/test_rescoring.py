@@ -11,7 +11,7 @@ from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Query
 from pipeline.evaluation.rescoring import to_recorded
-from pipeline.output.schema import build_data_schema, convert_answer
+from pipeline.output.schema import build_data_schema, to_answer_row
 from tests.support.fakes import DrawingGenerator, DrawingRetriever, word_tokenizer
 
 SCHEMA = build_data_schema(pa.schema([]), keep_candidates=True)
@@ -32,12 +32,12 @@ def annotated(config: DecodingConfig, choices: tuple[str, ...] = (), rows: int =
     generator = DrawingGenerator(tokenizer, random.Random(0), choices or ("w1", "w2", "w3"))
     rag = SelfRag(generator, ReflectionCritic(tokenizer), Tasks(config), DrawingRetriever())
     answers = [asyncio.run(rag.answer(Query(str(n), f"Tell {n}", choices=choices))) for n in range(rows)]
-    return list(pa.Table.from_pylist([convert_answer(answer) for answer in answers], schema=SCHEMA).to_pylist())
+    return list(pa.Table.from_pylist([to_answer_row(answer) for answer in answers], schema=SCHEMA).to_pylist())
 
 
 def rechosen(row: dict[str, Any], config: DecodingConfig, choices: tuple[str, ...] = ()) -> dict[str, Any]:
     answer = asyncio.run(to_recorded(row).rechoose(config, choices))
-    return dict(pa.Table.from_pylist([convert_answer(answer)], schema=SCHEMA).to_pylist()[0])
+    return dict(pa.Table.from_pylist([to_answer_row(answer)], schema=SCHEMA).to_pylist()[0])
 
 
 @pytest.mark.parametrize("choices", [(), ("yes", "no")])

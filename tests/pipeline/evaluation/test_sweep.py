@@ -4,7 +4,7 @@ from pipeline.config.sections import DecodingConfig
 from pipeline.decoding.reflection import Retrieve
 from pipeline.decoding.types import Boundary, Candidate, Critique, Passage, Path, RetrievedPassage, Segment, Usage
 from pipeline.evaluation.rescoring import Recorded
-from pipeline.evaluation.sweep import GradedRow, is_in_first_half, sweep
+from pipeline.evaluation.sweep import GradedRow, is_for_choosing, sweep
 
 CONFIG = DecodingConfig(keep_candidates=True, explore=True)
 
@@ -40,7 +40,7 @@ def test_settings_are_swept_one_at_a_time() -> None:
 def test_recommendation_is_evaluated_on_the_other_half() -> None:
     found = sweep([example(str(n)) for n in range(20)], ["weights.relevance", "weights.sequence"])
     assert found.recommended == {"weights.relevance": 4.0}
-    others = sum(not is_in_first_half(str(n)) for n in range(20))
+    others = sum(not is_for_choosing(str(n)) for n in range(20))
     assert (found.before.mean, found.after.mean, found.after.rows) == (0.0, 1.0, others)
     assert (found.difference.mean, found.difference.rows) == (1.0, others)
     assert found.metric == "match"
@@ -64,5 +64,5 @@ def test_too_few_rows_are_refused() -> None:
 
 
 def test_halves_are_about_equal_and_deterministic() -> None:
-    assert 400 < sum(is_in_first_half(str(n)) for n in range(1000)) < 600
-    assert [is_in_first_half(id_) for id_ in ("a", "b", "c", "d")] == [False, True, True, True]
+    assert 400 < sum(is_for_choosing(str(n)) for n in range(1000)) < 600
+    assert [is_for_choosing(id_) for id_ in ("a", "b", "c", "d")] == [False, True, True, True]

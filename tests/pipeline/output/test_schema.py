@@ -14,7 +14,13 @@ from pipeline.decoding.types import (
     Segment,
     Usage,
 )
-from pipeline.output.schema import ANSWER_FIELDS, build_data_schema, build_error_schema, convert_answer, rename_inputs
+from pipeline.output.schema import (
+    ANSWER_FIELDS,
+    build_data_schema,
+    build_error_schema,
+    rename_reserved_columns,
+    to_answer_row,
+)
 from pipeline.queries.schema import check_query_schema, to_query
 
 PASSAGE = Passage("p1", "Title", "Text")
@@ -80,7 +86,7 @@ def test_null_query_becomes_an_empty_query():
 
 def test_citations_are_numbered_by_first_use():
     other = Passage("p2", "", "Other")
-    row = convert_answer(answer(segment(other), segment(None), segment(PASSAGE, 2), segment(other)))
+    row = to_answer_row(answer(segment(other), segment(None), segment(PASSAGE, 2), segment(other)))
     assert [s["citation"] for s in row["segments"]] == [1, None, 2, 1]
     assert [p["id"] for p in row["passages"]] == ["p2", "p1"]
     assert row["passages"][1] == {"id": "p1", "title": "Title", "text": "Text", "retrieval_score": 0.9, "rank": 2}
@@ -90,7 +96,7 @@ def test_candidates_form_a_tree_and_passages_are_stored_once():
     other = Passage("p2", "", "Other")
     first = Candidate(segment(PASSAGE), None, Boundary(0.25, keep=True))
     second, third = (Candidate(s, 0, None, Finish.LENGTH) for s in (segment(other, 2), segment(PASSAGE)))
-    row = convert_answer(answer(candidates=(first, second, third)))
+    row = to_answer_row(answer(candidates=(first, second, third)))
     schema = build_data_schema(pa.schema([]), keep_candidates=True)
     (back,) = pa.Table.from_pylist([row], schema=schema).to_pylist()
     assert [c["parent"] for c in back["candidates"]] == [None, 0, 0]
@@ -103,7 +109,7 @@ def test_candidates_form_a_tree_and_passages_are_stored_once():
 
 def test_missing_critique_is_null_in_arrow():
     candidate = Candidate(segment(None), parent=None, boundary=None, finish=Finish.STOP)
-    row = convert_answer(answer(segment(PASSAGE), candidates=(candidate,)))
+    row = to_answer_row(answer(segment(PASSAGE), candidates=(candidate,)))
     schema = build_data_schema(pa.schema([]), keep_candidates=True)
     (back,) = pa.Table.from_pylist([row], schema=schema).to_pylist()
     assert back["segments"][0] == {
@@ -130,7 +136,7 @@ def test_batch_of_nulls_has_the_same_schema():
 
 def test_colliding_input_columns_are_renamed():
     inputs = pa.schema([("id", pa.string()), ("answer", pa.string()), ("passages", pa.int32())])
-    assert rename_inputs(inputs).names == ["id", "input_answer", "input_passages"]
+    assert rename_reserved_columns(inputs).names == ["id", "input_answer", "input_passages"]
     assert build_error_schema(inputs).names[:3] == ["id", "input_answer", "input_passages"]
 
 

@@ -3,7 +3,7 @@ from typing import Any
 
 import pytest
 
-from pipeline.decoding.profiles import read_built_in_profiles
+from pipeline.decoding.profiles import load_built_in_profiles
 from pipeline.queries.converters import (
     ColumnMapping,
     Ids,
@@ -202,5 +202,5 @@ def test_numbers_are_formatted_as_in_json() -> None:
 def test_known_datasets_have_a_profile_and_valid_columns() -> None:
     for name, known in load_known_datasets().items():
         assert known.task == name
-        assert known.task in read_built_in_profiles()
+        assert known.task in load_built_in_profiles()
         assert ColumnMapping(known.columns).columns["query"]

@@ -1,7 +1,7 @@
 import pyarrow as pa
 
 from pipeline.report import changes as report_changes
-from pipeline.report.changes import Answers, Changes, choose_sampling, compare_answers, hash_answers
+from pipeline.report.changes import Answers, Changes, choose_sampling_interval, compare_answers, hash_answers
 
 
 def answers(sample: int = 1, **by_id: str | None) -> Answers:
@@ -23,7 +23,7 @@ def test_disjoint_sets_share_no_answers():
 
 def test_large_sets_are_compared_on_a_sample_of_ids(monkeypatch):
     monkeypatch.setattr(report_changes, "MOST_COMPARED", 1000)
-    sample = choose_sampling({"queries": {"rows": 8000}}, {"queries": {"rows": 5}})
+    sample = choose_sampling_interval({"queries": {"rows": 8000}}, {"queries": {"rows": 5}})
     assert sample == 8
     ours = {f"q{n}": "a" for n in range(8000)}
     theirs = {f"q{n}": "a" if n % 4 else "b" for n in reversed(range(8000))}
@@ -33,5 +33,5 @@ def test_large_sets_are_compared_on_a_sample_of_ids(monkeypatch):
 
 
 def test_sets_up_to_four_million_rows_are_compared_completely():
-    assert choose_sampling({"queries": {"rows": 4_000_000}}, {}) == 1
-    assert choose_sampling({}, {"queries": {"rows": 4_000_001}}) == 2
+    assert choose_sampling_interval({"queries": {"rows": 4_000_000}}, {}) == 1
+    assert choose_sampling_interval({}, {"queries": {"rows": 4_000_001}}) == 2

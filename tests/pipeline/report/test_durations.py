@@ -17,7 +17,7 @@ def test_overlapping_units_form_one_period_and_pauses_separate_periods():
         (1000, 1060, 20, 200),
     ]
     assert (found.busy, found.pauses, found.rows) == (160, [400], 40)
-    assert found.divide_by_busy(found.rows) == 0.25
+    assert found.compute_rate(found.rows) == 0.25
 
 
 def test_short_wait_is_not_a_pause():
@@ -44,12 +44,12 @@ def test_periods_divide_the_bins_by_their_length():
 
 def test_timeline_of_units_without_times_is_empty():
     found = build_timeline([unit(None, None)])
-    assert (found.stretches, found.busy, found.divide_by_busy(10)) == ((), 0, None)
+    assert (found.stretches, found.busy, found.compute_rate(10)) == ((), 0, None)
 
 
 def test_units_of_zero_duration_have_no_rate():
     found = build_timeline([unit(7, 7)])
-    assert (found.busy, found.divide_by_busy(10), found.stretches[0].rows) == (0, None, 10)
+    assert (found.busy, found.compute_rate(10), found.stretches[0].rows) == (0, None, 10)
 
 
 def test_merged_quantiles_are_exact_to_half_a_percent():
