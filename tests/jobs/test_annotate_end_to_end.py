@@ -9,7 +9,6 @@ from pathlib import Path
 
 import datasets
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
@@ -270,22 +269,23 @@ def test_s3_run_with_shard_servers_gives_the_same_answers(s3, queries, small_ind
     store = fs.S3FileSystem(
         access_key=s3.access_key, secret_key=s3.secret_key, endpoint_override=s3.endpoint, region="us-east-1"
     )
-    for folder, name in ((queries, "queries"), (small_index, "index")):
-        for file in folder.iterdir():
-            with store.open_output_stream(f"{s3.bucket}/{name}/{file.name}") as stream:
-                stream.write(file.read_bytes())
+    for file in small_index.iterdir():
+        with store.open_output_stream(f"{s3.bucket}/index/{file.name}") as stream:
+            stream.write(file.read_bytes())
+    copied = pq.read_table(queries / "one.parquet")
+    pq.write_table(copied, f"{s3.bucket}/queries/one.parquet", filesystem=store)
     base = f"s3://{s3.bucket}"
     options = ["--queries", f"{base}/queries", "--index", f"{base}/index", "--output", f"{base}/out"]
     servers = ["retrieval.topology=partitioned", "execution.shard_servers=2", "execution.cpus_per_server=0"]
     options += [word for setting in servers for word in ("--set", setting)]
-    result = annotate(*options, "--set", "execution.max_error_rate=0.1", **s3.environment)
-    assert result.returncode == 3, result.stderr[-3000:]
+    result = annotate(*options, **s3.environment)
+    assert result.returncode == 0, result.stderr[-3000:]
 
     assert "2 shard server(s) in addition to the actors" in result.stderr
     table = ds.dataset(f"{s3.bucket}/out/data", filesystem=store).to_table()
     found = {row["id"]: row["answer"] for row in table.to_pylist()}
-    assert found == {key: row["answer"] for key, row in answers.items()}
-    assert pc.count_distinct(table["id"]).as_py() == 13
+    assert found == {key: answers[key]["answer"] for key in copied["id"].to_pylist()}
+    assert table.num_rows == len(found) == 9
     with store.open_input_stream(f"{s3.bucket}/out/_manifest.json") as stream:
         manifest = stream.read().decode()
     assert s3.secret_key not in manifest + result.stderr + result.stdout
