@@ -25,6 +25,7 @@ from pipeline.evaluation.evaluate import Evaluation, Figures, Row, evaluate_set,
 from pipeline.evaluation.exports import EXPORTED, encode_alce, encode_factscore
 from pipeline.evaluation.statistics import Calibration, Estimate
 from pipeline.evaluation.sweep import Sweep, save_sweep, sweep_set
+from pipeline.evaluation.words import split_pair, split_squad_pair
 from pipeline.output.folder import OutputFolder, get_columns
 from pipeline.storage.location import Location, locate
 
@@ -134,6 +135,13 @@ def evaluate(
         str | None,
         typer.Option(help="Sweep weights, δ and constraints over the candidates; write the results to this folder."),
     ] = None,
+    squad: Annotated[
+        bool,
+        typer.Option(
+            "--squad",
+            help="Compare words exactly as SQuAD's script does, as papers do; has no effect on --sweep.",
+        ),
+    ] = False,
     alce_file: Annotated[
         str | None, typer.Option("--alce", help="Write the rows in ALCE's input format to this file.")
     ] = None,
@@ -148,7 +156,8 @@ def evaluate(
     with checking():
         storage = load_storage(config, settings or [])
         sets = {MAIN: annotations, **_parse_baselines(baseline or [])}
-        evaluated = {name: evaluate_set(locate(uri, storage), by, task) for name, uri in sets.items()}
+        split = split_squad_pair if squad else split_pair
+        evaluated = {name: evaluate_set(locate(uri, storage), by, task, split=split) for name, uri in sets.items()}
         main, others = evaluated[MAIN], {name: other for name, other in evaluated.items() if name != MAIN}
         found = sweep_set(locate(annotations, storage), task) if sweep else None
         if found and sweep:

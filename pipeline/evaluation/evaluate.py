@@ -24,6 +24,7 @@ from pipeline.evaluation.statistics import (
     mean,
     measure_calibration,
 )
+from pipeline.evaluation.words import SplitPair, split_pair
 from pipeline.output.folder import OutputFolder, get_columns
 from pipeline.queries.schema import GOLD_TYPES, check_types
 from pipeline.storage.location import Location
@@ -179,7 +180,13 @@ def _replace_answer(row: Row, wanted: Callable[[Row], bool], retrieved: bool) ->
     return {**row, "answer": match_choice(text, row.get("choices") or ()) or text, "retrieved": retrieved, **read}
 
 
-def evaluate_set(folder: Location, by: str | None = None, task: str | None = None, view: View = keep_row) -> Evaluation:
+def evaluate_set(
+    folder: Location,
+    by: str | None = None,
+    task: str | None = None,
+    view: View = keep_row,
+    split: SplitPair = split_pair,
+) -> Evaluation:
     """Judge the annotated set in a folder.
 
     Args:
@@ -187,6 +194,7 @@ def evaluate_set(folder: Location, by: str | None = None, task: str | None = Non
         task: task to evaluate; by default all rows are evaluated.
         view: function applied to each row first, such as :func:`answer_from_first_passage`; rows for which it returns
             None are left out.
+        split: splits answers and gold answers into words.
 
     Raises:
         ValueError: the folder has no annotated set or no rows of the task, or a column is missing or of the wrong
@@ -201,7 +209,7 @@ def evaluate_set(folder: Location, by: str | None = None, task: str | None = Non
     required = [columns.id, "answer", "retrieved", *([by] if by else [])]
     for row in iterate_rows(folder / "data", wanted, required):
         if task in (None, row.get(columns.task)) and (seen := view(row)) is not None:
-            judged = judge(seen, *_find_grading(row, columns, manifest.get("tasks", {})))
+            judged = judge(seen, *_find_grading(row, columns, manifest.get("tasks", {})), split)
             groups[_get_group(row, group)].add(row[columns.id], judged)
     for row in iterate_rows(folder / "errors", [columns.task, group], required=None):
         if task in (None, row.get(columns.task)):

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 from pipeline.evaluation.metrics import (
@@ -14,19 +15,19 @@ from pipeline.evaluation.metrics import (
     strip_citations,
     token_f1,
 )
+from pipeline.evaluation.words import SplitPair, split_pair
 from pipeline.queries.schema import GOLD_TYPES
 
 # Columns that a row is judged by; a set may lack some of them.
 READ_COLUMNS = ("answer", "retrieved", "segments", "candidates", "evidence", *GOLD_TYPES)
 SHORT_FORM = ["match", "exact_match", "f1"]
 LONG_FORM = ("str_em", "rouge_l")
-METRICS: Mapping[str, Callable[[str, str], float]] = {
+WORD_METRICS: Mapping[str, Callable[..., float]] = {
     "match": contains,
     "exact_match": is_exact_match,
     "f1": token_f1,
-    "accuracy": is_same_choice,
-    "rouge_l": rouge_l,
 }
+TEXT_METRICS: Mapping[str, Callable[[str, str], float]] = {"accuracy": is_same_choice, "rouge_l": rouge_l}
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,13 @@ class Judged:
     support: tuple[tuple[bool, float], ...] = field(default=())
 
 
-def judge(row: Mapping[str, Any], metric: str = "match", closed: bool = False, cites: bool = False) -> Judged:
+def judge(
+    row: Mapping[str, Any],
+    metric: str = "match",
+    closed: bool = False,
+    cites: bool = False,
+    split: SplitPair = split_pair,
+) -> Judged:
     """Judge an annotated row.
 
     Args:
@@ -54,22 +61,23 @@ def judge(row: Mapping[str, Any], metric: str = "match", closed: bool = False, c
         metric: headline metric of the row's task; ``str_em`` and ``rouge_l`` mark long-form answers.
         closed: whether the answer is from a closed set.
         cites: whether the answer was decoded with citations.
+        split: splits answers and gold answers into words.
     """
     metrics = {
-        **grade_answer(row, metric, closed),
+        **grade_answer(row, metric, closed, split),
         **(_measure_citations(row) if cites else {}),
         **_measure_recall(row),
     }
     return Judged(bool(row["retrieved"]), metrics, tuple(_judge_relevance(row)), tuple(_judge_support(row)))
 
 
-def grade_answer(row: Mapping[str, Any], metric: str, closed: bool) -> dict[str, float]:
+def grade_answer(row: Mapping[str, Any], metric: str, closed: bool, split: SplitPair = split_pair) -> dict[str, float]:
     """Compute the metrics of the answer's text; empty if the row has no gold answers."""
     golds, sets = list_golds(row), list_short_golds(row)
     names = ["str_em"] if sets else []
     if golds:
         names += _choose_metrics(metric, closed)
-    return {name: score(row, name) for name in names}
+    return {name: score(row, name, split) for name in names}
 
 
 def _choose_metrics(headline: str, closed: bool) -> list[str]:
@@ -78,12 +86,13 @@ def _choose_metrics(headline: str, closed: bool) -> list[str]:
     return ["rouge_l"] if headline in LONG_FORM else SHORT_FORM
 
 
-def score(row: Mapping[str, Any], metric: str) -> float:
+def score(row: Mapping[str, Any], metric: str, split: SplitPair = split_pair) -> float:
     """Compute one metric of a row that has gold answers for it."""
     answer = strip_citations(row["answer"] or "")
     if metric == "str_em":
-        return string_em(answer, list_short_golds(row))
-    return best_over_golds(METRICS[metric], answer, list_golds(row))
+        return string_em(answer, list_short_golds(row), split)
+    measure = TEXT_METRICS.get(metric) or partial(WORD_METRICS[metric], split=split)
+    return best_over_golds(measure, answer, list_golds(row))
 
 
 def list_golds(row: Mapping[str, Any]) -> list[str]:

@@ -91,6 +91,16 @@ def run(*arguments: str) -> Result:
     return CliRunner().invoke(app, list(arguments), env={"COLUMNS": "160"})
 
 
+@pytest.mark.parametrize(("options", "match", "exact"), [((), 0.0, 0.0), (("--squad",), 1.0, 1.0)])
+def test_numbers_differ_by_their_signs_unless_squad_is_asked_for(
+    tmp_path: Path, options: tuple[str, ...], match: float, exact: float
+) -> None:
+    rows = [{"id": "1", "task": "qa", "answer": "3.5", "retrieved": False, "answers": ["35"]}]
+    write_rows(tmp_path / "data" / "part-a.parquet", rows)
+    metrics = json.loads(run("--annotations", str(tmp_path), "--json", "-", *options).stdout)["overall"]["metrics"]
+    assert (metrics["match"]["mean"], metrics["exact_match"]["mean"]) == (match, exact)
+
+
 def test_figures_are_computed_by_task_and_overall(annotated: Path) -> None:
     evaluation = judged(annotated)
     assert list(evaluation.by_group) == ["(none)", "instruction", "qa"]
