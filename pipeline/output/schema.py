@@ -120,12 +120,15 @@ def hash_columns() -> str:
 
 
 def rename_reserved_columns(schema: pa.Schema) -> pa.Schema:
-    """Return the input columns as the output names them: a reserved name becomes ``input_NAME``."""
+    """Return the input columns as the output names them: a reserved name becomes ``input_NAME``.
+
+    Case does not count, as in DuckDB and Spark, which could not tell ``Answer`` from ``answer``.
+    """
     return pa.schema([field.with_name(_rename_reserved(field.name)) for field in schema])
 
 
 def _rename_reserved(name: str) -> str:
-    return f"input_{name}" if name in RESERVED else name
+    return f"input_{name}" if name.casefold() in RESERVED else name
 
 
 def build_data_schema(inputs: pa.Schema, keep_candidates: bool) -> pa.Schema:

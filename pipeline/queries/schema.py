@@ -8,7 +8,7 @@ import pyarrow as pa
 
 from pipeline.config.sections import Columns
 from pipeline.decoding.types import Passage, Query
-from pipeline.output.schema import RESERVED
+from pipeline.output.schema import rename_reserved_columns
 
 
 def _is_text(kind: pa.DataType) -> bool:
@@ -105,9 +105,16 @@ def check_query_schema(schema: pa.Schema, columns: Columns, source: str) -> None
         **GOLD_TYPES,
     }
     check_types(schema, wanted, source)
-    for name in schema.names:
-        if name in RESERVED and f"input_{name}" in schema.names:
-            raise ValueError(f"{source}: columns {name!r} and 'input_{name}' would both be written as 'input_{name}'")
+    _check_output_names(schema, source)
+
+
+def _check_output_names(schema: pa.Schema, source: str) -> None:
+    """Reject a column that would get the same name in the output as another one; case does not count."""
+    outputs = dict(zip(schema.names, rename_reserved_columns(schema).names, strict=True))
+    for name, output in outputs.items():
+        others = [other for other in outputs if other != name and outputs[other].casefold() == output.casefold()]
+        if name != output and others:
+            raise ValueError(f"{source}: columns {name!r} and {others[0]!r} would both be written as {output!r}")
 
 
 Row = dict[str, Any] | UnicodeDecodeError

@@ -146,6 +146,10 @@ PARQUET: dict[str, tuple[Spoil, str]] = {
         lambda c: c.write(**ONE, answer=["y"], input_answer=["z"]),
         "columns 'answer' and 'input_answer' would both be written as 'input_answer'",
     ),
+    "output's names twice but for case": (
+        lambda c: c.write(**ONE, Answer=["y"], answer=["z"]),
+        "columns 'Answer' and 'answer' would both be written as 'input_Answer'",
+    ),
     "no rows": (lambda c: c.write(**NONE), "the query set has no rows"),
     "one column twice": (
         lambda c: pq.write_table(pa.table([["a"], ["x"], ["1"], ["2"]], ["id", "query", "n", "n"]), c.write(**ONE)),

@@ -140,6 +140,11 @@ def test_colliding_input_columns_are_renamed():
     assert build_error_schema(inputs).names[:3] == ["id", "input_answer", "input_passages"]
 
 
+def test_input_columns_that_differ_from_output_columns_only_in_case_are_renamed():
+    inputs = pa.schema([("ID", pa.string()), ("Answer", pa.string()), ("PASSAGES", pa.int32()), ("Answers", pa.null())])
+    assert rename_reserved_columns(inputs).names == ["ID", "input_Answer", "input_PASSAGES", "Answers"]
+
+
 @pytest.mark.parametrize(
     "kind", [pa.string(), pa.large_string(), pa.string_view(), pa.dictionary(pa.int32(), pa.string())]
 )

@@ -59,6 +59,12 @@ async def test_every_input_row_gives_one_output_row_in_order():
     assert found["error_type"].null_count == 3
 
 
+async def test_input_column_that_differs_from_an_output_column_only_in_case_is_renamed():
+    found = await annotate_table(system(), table("one").rename_columns(["id", "query", "Answer"]), CONFIG)
+    assert (found["answer"].to_pylist(), found["input_Answer"].to_pylist()) == (["one"], ["0"])
+    assert len({name.casefold() for name in found.column_names}) == found.num_columns
+
+
 async def test_bad_rows_do_not_affect_others():
     found = await annotate_table(system(), table("one", "poison", None, "two"), CONFIG)
     assert found["answer"].to_pylist() == ["one", None, None, "two"]
