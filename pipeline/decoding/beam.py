@@ -50,9 +50,14 @@ def is_permitted(segment: Segment, constraint: str) -> bool:
     return support is not IsSup.NONE
 
 
-def rank_key(path: Path) -> tuple[float, tuple[str, ...]]:
-    """Sort key: highest score first; ties are broken by passage ids, so that the order of the input does not matter."""
-    return -path.score, tuple(segment.passage_id or "" for segment in path.segments)
+def rank_key(path: Path) -> tuple[bool, float, tuple[str, ...]]:
+    """Sort key: paths with text first, then the highest score.
+
+    Bare reflection tokens can score higher than words with a bad critique, but are no answer. Ties are broken by
+    passage ids, so that the order of the input does not matter.
+    """
+    has_text = any(segment.text for segment in path.segments)
+    return not has_text, -path.score, tuple(segment.passage_id or "" for segment in path.segments)
 
 
 def drop_duplicates(paths: Iterable[Path]) -> list[Path]:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.config.sections import DecodingConfig
 from pipeline.decoding.beam import decide_opening, gather_all, search
-from pipeline.decoding.choose import choose, join_cited_text, join_text
+from pipeline.decoding.choose import choose, join_cited_text, join_text, list_cited_passages
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.protocols import Critic, Generator, Reader, Retriever
 from pipeline.decoding.reflection import Retrieve
@@ -130,7 +130,7 @@ def conclude(
     if answer is None:
         answer = join_cited_text(best.segments) if config.citations else join_text(best.segments)
     raw_output = "".join(segment.raw for segment in best.segments)
-    retrieved = any(segment.evidence is not None for segment in best.segments)
+    retrieved = bool(list_cited_passages(best.segments))
     return Answer(
         answer=answer,
         raw_output=raw_output,

@@ -272,7 +272,7 @@ class Answer:
     Attributes:
         answer: text of the answer, or the chosen one of a closed set.
         raw_output: text of the answer with reflection tokens, without passages.
-        retrieved: whether any segment of the answer has a passage.
+        retrieved: whether any text of the answer has a passage.
         retrieve_probability: p(Yes) / (p(Yes) + p(No)) at the first decision; None if the mode decided.
         finish: finish reason.
         segments: segments of the answer, in order.

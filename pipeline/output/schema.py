@@ -144,11 +144,10 @@ def build_error_schema(inputs: pa.Schema) -> pa.Schema:
 
 def to_answer_row(answer: Answer) -> dict[str, Any]:
     """Convert an answer to the values of the output columns."""
-    numbers = number_citations(answer.segments)
-    segments = [
-        {**_convert_segment(segment), "citation": number}
-        for segment, number in zip(answer.segments, numbers, strict=True)
-    ]
+    segments = []
+    for segment, number in zip(answer.segments, number_citations(answer.segments), strict=True):
+        used = segment.passage_id if segment.text else None
+        segments.append({**_convert_segment(segment), "passage_id": used, "citation": number})
     return {
         "answer": answer.answer,
         "raw_output": answer.raw_output,

@@ -11,6 +11,7 @@ from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Passage, Query
+from pipeline.output.schema import to_answer_row
 from tests.support.fakes import ListRetriever, ScriptedGenerator, generation, word_tokenizer
 
 PASSAGES = [Passage("p1", "", "wrong passage"), Passage("p2", "", "right passage"), Passage("p3", "", "other passage")]
@@ -50,6 +51,41 @@ async def test_best_passage_wins_over_the_first():
     assert answer.segments[0].critique.score == pytest.approx(0.5 + 0.9)
     assert answer.raw_output == "[Retrieval][Relevant] Paris"
     assert answer.candidates == ()
+
+
+def bare_system(texts: dict[str, str | None]):
+    """A model that writes a text, with [Utility:1], or only [Irrelevant] for each passage."""
+    tokenizer = word_tokenizer()
+
+    def script(prompt):
+        (text,) = (text for passage, text in texts.items() if passage in prompt)
+        if text is None:
+            relevance = {0: {"[Relevant]": 0.339, "[Irrelevant]": 0.661}}
+            return generation(tokenizer, ["[Irrelevant]", "</s>"], relevance)
+        critique = {0: {"[Relevant]": 0.4, "[Irrelevant]": 0.6}, 2: {"[Utility:1]": 1.0}}
+        return generation(tokenizer, ["[Irrelevant]", (text, 0.408), "[Utility:1]", "</s>"], critique)
+
+    config = DecodingConfig(mode="always", keep_candidates=True)
+    return SelfRag(
+        ScriptedGenerator(tokenizer, script), ReflectionCritic(tokenizer), Tasks(config), ListRetriever(PASSAGES)
+    )
+
+
+async def test_candidate_without_text_does_not_win_over_one_with_words():
+    answer = await bare_system({"wrong": None, "right": "Paris", "other": None}).answer(Query("q", "Capital?"))
+    scores = {c.segment.passage_id: c.segment.critique.score for c in answer.candidates}
+    assert scores == pytest.approx({"p1": 0.339, "p2": 0.408 + 0.4 - 0.5, "p3": 0.339})
+    assert (answer.answer, answer.retrieved) == ("Paris", True)
+    row = to_answer_row(answer)
+    assert [p["id"] for p in row["passages"]] == [s["passage_id"] for s in row["segments"]] == ["p2"]
+
+
+async def test_columns_agree_if_no_candidate_has_text():
+    answer = await bare_system({"wrong": None, "right": None, "other": None}).answer(Query("q", "Capital?"))
+    row = to_answer_row(answer)
+    assert (row["answer"], row["retrieved"], row["passages"]) == ("", False, [])
+    assert [(s["passage_id"], s["citation"]) for s in row["segments"]] == [(None, None)]
+    assert [c["passage_id"] for c in row["candidates"]] == ["p1", "p2", "p3"]
 
 
 async def test_usage_counts_every_request():
