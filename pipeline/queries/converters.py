@@ -1,10 +1,7 @@
 """Convert a source's rows to rows of a query set. The columns of known datasets are in ``converters.yaml``."""
 
-import hashlib
-import json
-import re
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -17,10 +14,9 @@ from pydantic import Field
 from pipeline.config.loading import Frozen
 from pipeline.config.sections import Columns
 from pipeline.queries.schema import QUERY_FIELDS, to_query
+from pipeline.queries.values import hash_values, is_labeled, to_choices, to_passages, to_text, to_text_sets, to_texts
 
 BUILT_IN = Path(__file__).with_suffix(".yaml")
-# A list in JSON within a string, as in PopQA's possible_answers; a string such as [1] is text.
-WRITTEN_LIST = re.compile(r"""\s*\[\s*(["'\]])""")
 
 Row = dict[str, Any]
 
@@ -114,102 +110,6 @@ def _get_member(value: Any, name: str) -> Any:
     return value.get(name) if isinstance(value, dict) else None
 
 
-def to_text(value: Any) -> str | None:
-    """Convert a value to text: a number or boolean to its JSON form, null or blank text to None.
-
-    Raises:
-        ValueError: the value is of another type, or not UTF-8.
-    """
-    if value is None:
-        return None
-    if isinstance(value, (bool, int, float)):
-        return json.dumps(value)
-    if not isinstance(value, str):
-        raise ValueError(
-            f"expected text, found {_describe_type(value)} (map a field, such as --column answers=answer.aliases)"
-        )
-    try:
-        value.encode()
-    except UnicodeEncodeError as error:
-        raise ValueError(f"not UTF-8: {error}") from None
-    return value if value.strip() else None
-
-
-def to_texts(value: Any) -> list[str] | None:
-    """Flatten a list, nested lists, or a list in JSON to its texts; a single text becomes a list of one.
-
-    Blank and repeated texts are left out.
-    """
-    if isinstance(value, str) and WRITTEN_LIST.match(value):
-        value = _parse_json(value)
-    found = (to_text(item) for item in _flatten(value))
-    return list(dict.fromkeys(item for item in found if item is not None)) or None
-
-
-def _flatten(value: Any) -> Iterator[Any]:
-    if isinstance(value, list):
-        for item in value:
-            yield from _flatten(item)
-    else:
-        yield value
-
-
-def to_text_sets(value: Any) -> list[list[str]] | None:
-    """Convert a list to sets of short answers; empty sets are left out."""
-    return [found for found in map(to_texts, _to_items(value)) if found] or None
-
-
-def to_choices(value: Any) -> list[Any] | None:
-    """Convert a list to choices: texts, or objects with a label and a text, which :func:`replace_labels` replaces."""
-    return [_to_choice(item) for item in _to_items(value)] or None
-
-
-def _to_choice(item: Any) -> Any:
-    return item if _is_labeled(item) else to_text(item)
-
-
-def to_passages(value: Any) -> list[Row] | None:
-    """Convert a list to given passages; fields other than id, title and text are left out."""
-    found = _to_items(value)
-    for item in found:
-        if not isinstance(item, dict):
-            raise ValueError(f"expected a passage with id, title and text, found {_describe_type(item)}")
-    return [_to_passage(item) for item in found] or None
-
-
-def _to_passage(item: Mapping[str, Any]) -> Row:
-    return {name: to_text(item.get(name)) for name in ("id", "title", "text")}
-
-
-def _to_items(value: Any) -> list[Any]:
-    """Return the items of a list, of a list in JSON, or of an object of equally long lists."""
-    if isinstance(value, str) and value.strip():
-        value = _parse_json(value)
-    if isinstance(value, dict) and value and all(isinstance(member, list) for member in value.values()):
-        return [dict(zip(value, members, strict=True)) for members in zip(*value.values(), strict=True)]
-    if value in (None, ""):
-        return []
-    if not isinstance(value, list):
-        raise ValueError(f"expected a list, found {_describe_type(value)}")
-    return value
-
-
-def _parse_json(value: str) -> Any:
-    try:
-        return json.loads(value)
-    except ValueError:
-        raise ValueError(f"expected a list, found {value[:60]!r}, which is not JSON") from None
-
-
-def _is_labeled(item: Any) -> bool:
-    return isinstance(item, dict) and item.keys() >= {"label", "text"}
-
-
-def _describe_type(value: Any) -> str:
-    kinds: dict[type, str] = {dict: "an object", list: "a list", str: "text"}
-    return kinds.get(type(value), type(value).__name__)
-
-
 def replace_labels(row: Row) -> Row:
     """Replace labeled choices, as in ARC, by the letters A, B, …, and append their texts to the query.
 
@@ -221,9 +121,9 @@ def replace_labels(row: Row) -> Row:
         ValueError: a choice has no label, two have the same, or there are more than 26 choices.
     """
     choices = row["choices"] or []
-    if not row["query"] or not any(map(_is_labeled, choices)):
+    if not row["query"] or not any(map(is_labeled, choices)):
         return row
-    if not all(map(_is_labeled, choices)) or len(choices) > len(ascii_uppercase):
+    if not all(map(is_labeled, choices)) or len(choices) > len(ascii_uppercase):
         raise ValueError("column 'choices': every choice needs a label and a text, and at most 26 are supported")
     letters = {to_text(choice["label"]): letter for choice, letter in zip(choices, ascii_uppercase, strict=False)}
     if len(letters) < len(choices):
@@ -290,8 +190,7 @@ class Ids:
 
 def hash_content(row: Mapping[str, Any]) -> str:
     """Return a digest of query, input, choices and given passages: 20 hexadecimal digits."""
-    asked = [row[name] for name in ("query", "input", "choices", "passages")]
-    return hashlib.sha256(json.dumps(asked, ensure_ascii=False).encode()).hexdigest()[:20]
+    return hash_values([row[name] for name in ("query", "input", "choices", "passages")])
 
 
 def check_row(row: Mapping[str, Any]) -> None:

@@ -28,6 +28,8 @@ from pipeline.storage.parquet import RowRange, read_footer, read_range
 HUB = "hf:"
 # Rows of a Hugging Face dataset that are read at a time.
 BATCH_ROWS = 1024
+# Cells of text files that stand for missing values, besides empty ones.
+MISSING = frozenset({"", "nan", "NaN", "NaT", "None", "null", "<NA>"})
 # Files that ``save_to_disk`` writes for a single dataset and for several splits.
 SAVED = ("state.json", "dataset_dict.json")
 
@@ -252,7 +254,7 @@ def _to_source_row(place: str, values: Any) -> SourceRow:
 
 
 def _read_csv(stream: IO[bytes], uri: str, delimiter: str = ",") -> Iterator[SourceRow]:
-    """Yield the rows below the header; an empty cell is null."""
+    """Yield the rows below the header; empty cells, and those that pandas or Python wrote for None or NaN, are null."""
     csv.field_size_limit(sys.maxsize)
     # Bytes that are not UTF-8 become surrogates, so that the error can name the row.
     text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
@@ -267,7 +269,9 @@ def _read_csv(stream: IO[bytes], uri: str, delimiter: str = ",") -> Iterator[Sou
         elif not _is_utf8("".join(cells)):
             yield SourceRow(place, problem="not UTF-8")
         else:
-            yield SourceRow(place, {name: cell or None for name, cell in zip(header, cells, strict=True)})
+            yield SourceRow(
+                place, {name: None if cell in MISSING else cell for name, cell in zip(header, cells, strict=True)}
+            )
 
 
 def _is_utf8(text: str) -> bool:

@@ -35,6 +35,55 @@ def read(folder: Path) -> list[dict[str, Any]]:
 MAPPED = ["--column", "query=question", "--column", "answers=answer.aliases"]
 
 
+CSV = """q,gold,year
+Who?,"['Paris', 'Lutetia']",1
+When?,"[1969, 1970]",nan
+Where?,None,2
+NaN,x,3
+"""
+LINES = """{"q": "Who?", "gold": ["Paris", "Lutetia", NaN], "year": 1}
+{"q": "When?", "gold": "[1969, 1970]", "year": NaN}
+{"q": "Where?", "gold": NaN, "year": 2}
+{"q": NaN, "gold": "x", "year": 3}
+"""
+
+
+@pytest.mark.parametrize(("name", "content"), [("a.csv", CSV), ("a.jsonl", LINES)])
+def test_markers_of_missing_values_and_written_lists_are_understood(
+    name: str, content: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / name).write_text(content)
+    result = run(tmp_path / name, tmp_path / "set", "--column", "query=q", "--column", "answers=gold", "--skip-bad")
+    assert result.exit_code == 3, result.stderr
+    assert "row 3: the query is empty" in caplog.text
+    found = pq.read_table(tmp_path / "set").to_pylist()
+    assert [(row["query"], row["answers"]) for row in found] == [
+        ("Who?", ["Paris", "Lutetia"]),
+        ("When?", ["1969", "1970"]),
+        ("Where?", None),
+    ]
+
+
+def test_float_columns_of_pandas_lose_their_nan(tmp_path: Path) -> None:
+    columns = {"id": [1.0, 2.0], "query": ["Who?", "When?"], "answers": [1969.0, float("nan")]}
+    pq.write_table(pa.table(columns), tmp_path / "a.parquet")
+    assert run(tmp_path / "a.parquet", tmp_path / "set").exit_code == 0
+    found = pq.read_table(tmp_path / "set").to_pylist()
+    assert [(row["id"], row["answers"]) for row in found] == [("1.0", ["1969.0"]), ("2.0", None)]
+
+
+def test_passages_of_released_files_need_no_ids(tmp_path: Path) -> None:
+    contexts = [{"title": "a", "text": "one"}, {"title": "b", "text": "two"}, {"title": "a", "text": "one"}]
+    lines(tmp_path / "a.jsonl", {"question": "Who?", "ctxs": contexts})
+    mapped = ["--column", "query=question", "--column", "passages=ctxs"]
+    assert run(tmp_path / "a.jsonl", tmp_path / "set", *mapped).exit_code == 0
+    (row,) = pq.read_table(tmp_path / "set").to_pylist()
+    ids = [passage["id"] for passage in row["passages"]]
+    assert [passage["text"] for passage in row["passages"]] == ["one", "two", "one"]
+    assert ids[2] == f"{ids[0]}-2"
+    assert len(set(ids)) == 3
+
+
 def test_json_lines_become_a_valid_query_set(tmp_path: Path) -> None:
     rows = [{"question": f"q{n}", "answer": {"aliases": ["a", str(n)]}, "year": n} for n in range(3)]
     file = lines(tmp_path / "in.jsonl", *rows)
