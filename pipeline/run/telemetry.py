@@ -6,17 +6,24 @@ https://prometheus.io/docs/practices/naming/. Ray's histograms have no exact sum
 counters. Ray drops a gauge that has not been set for some seconds, but keeps the counters of ended processes.
 """
 
+import logging
+import string
 import threading
 from collections import Counter as Tally
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from types import TracebackType
+from typing import Any
+from urllib.parse import quote
 
 import pyarrow as pa
 import pyarrow.compute as pc
 from ray.util.metrics import Counter, Gauge, Histogram
 
 from pipeline.decoding.types import REQUEST_SECONDS, ROW_SECONDS
+from pipeline.storage.location import join_lines
+
+log = logging.getLogger(__name__)
 
 # Bucket bounds in seconds, from a short answer on a fast GPU to a long one on a slow machine.
 ROW_BUCKETS = [0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 25.0, 50.0, 100.0, 250.0, 500.0, 1000.0]
@@ -34,21 +41,55 @@ REPEAT_SECONDS = 5.0
 STAGES = [name.removesuffix("_seconds") for name in (*ROW_SECONDS, *REQUEST_SECONDS) if name != "seconds"]
 
 
-def _make_counter(run: str, name: str, text: str, *labels: str) -> Counter:
-    return Counter(f"selfrag_{name}_total", text, ("run", *labels)).set_default_tags({"run": run})
+class _Metric:
+    """A metric of a run. The first failure is logged; none is raised, since metrics must never end a run.
+
+    Args:
+        run: URI of the output.
+        update: name of the method of Ray's metric that takes a value.
+        make: creates Ray's metric.
+    """
+
+    def __init__(self, run: str, update: str, make: Callable[[], Any]) -> None:
+        self._warned = False
+        self._update = self._attempt(lambda: getattr(make().set_default_tags({"run": encode_label(run)}), update))
+
+    def record(self, value: float, **labels: str) -> None:
+        """Add to a counter, set a gauge, or observe a value of a histogram."""
+        encoded = {name: encode_label(label) for name, label in labels.items()}
+        if self._update is not None:
+            self._attempt(lambda: self._update(value, encoded))
+
+    def _attempt(self, work: Callable[[], Any]) -> Any:
+        try:
+            return work()
+        except Exception as error:  # noqa: BLE001  whatever Ray raises
+            if not self._warned:
+                log.warning("a metric is not exported: %s: %s", type(error).__name__, join_lines(error))
+            self._warned = True
+            return None
 
 
-def _make_gauge(run: str, name: str, text: str) -> Gauge:
-    return Gauge(f"selfrag_{name}", text, ("run",)).set_default_tags({"run": run})
+def encode_label(text: str) -> str:
+    """Percent-encode characters outside ASCII, which Ray does not accept in labels."""
+    return quote(text, safe=string.printable)
 
 
-def _make_histogram(run: str, name: str, text: str, buckets: list[float]) -> Histogram:
-    return Histogram(f"selfrag_{name}", text, buckets, ("run",)).set_default_tags({"run": run})
+def _make_counter(run: str, name: str, text: str, *labels: str) -> _Metric:
+    return _Metric(run, "inc", lambda: Counter(f"selfrag_{name}_total", text, ("run", *labels)))
 
 
-def _add(counter: Counter, value: float | None, **labels: str) -> None:
+def _make_gauge(run: str, name: str, text: str) -> _Metric:
+    return _Metric(run, "set", lambda: Gauge(f"selfrag_{name}", text, ("run",)))
+
+
+def _make_histogram(run: str, name: str, text: str, buckets: list[float]) -> _Metric:
+    return _Metric(run, "observe", lambda: Histogram(f"selfrag_{name}", text, buckets, ("run",)))
+
+
+def _add(counter: _Metric, value: float | None, **labels: str) -> None:
     if value:  # Ray's counters reject 0
-        counter.inc(value, labels)
+        counter.record(value, **labels)
 
 
 class ActorTelemetry:
@@ -96,17 +137,17 @@ class ActorTelemetry:
         for stage in STAGES:
             _add(self._stages, pc.sum(pc.struct_field(usage, f"{stage}_seconds")).as_py(), stage=stage)
         for seconds in pc.struct_field(usage, "seconds").drop_null().to_pylist():
-            self._seconds.observe(seconds)
+            self._seconds.record(seconds)
 
     def record_step(self, running: int, waiting: int, _: int) -> None:
         """Set the gauges after a step of the engine; see ``EngineLoad.on_step``."""
-        self._in_flight.set(self._flying)
-        self._running.set(running)
-        self._waiting.set(waiting)
+        self._in_flight.record(self._flying)
+        self._running.record(running)
+        self._waiting.record(waiting)
 
     def record_search(self, seconds: float) -> None:
         """Record the latency in seconds of one batch of queries."""
-        self._searches.observe(seconds)
+        self._searches.record(seconds)
 
 
 class RunTelemetry:
@@ -143,8 +184,8 @@ class RunTelemetry:
         over = False
         while not over:
             over = self._over.is_set()
-            self._planned_gauge.set(self._rows)
-            self._written_gauge.set(self._written)
+            self._planned_gauge.record(self._rows)
+            self._written_gauge.record(self._written)
             self._over.wait(REPEAT_SECONDS)
 
 
@@ -161,8 +202,8 @@ class DeathTelemetry:
 
     def count_start(self) -> None:
         """Count an actor that starts."""
-        self._starts.inc()
+        self._starts.record(1)
 
     def count_death(self, out_of_memory: bool) -> None:
         """Count an engine that died."""
-        self._deaths.inc(1, {"out_of_memory": str(out_of_memory).lower()})
+        self._deaths.record(1, out_of_memory=str(out_of_memory).lower())

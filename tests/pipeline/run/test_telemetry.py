@@ -10,9 +10,10 @@ from pathlib import Path
 import pyarrow as pa
 import pytest
 import ray
+from ray.util.metrics import Counter, Gauge, Histogram
 
 from pipeline.run.actor import build_annotated_schema
-from pipeline.run.telemetry import ActorTelemetry, DeathTelemetry, RunTelemetry
+from pipeline.run.telemetry import ActorTelemetry, DeathTelemetry, RunTelemetry, encode_label
 from tests.faults.campaign import model_folder
 from tests.faults.harness import Job, write_queries
 from tests.faults.series import cluster
@@ -113,6 +114,26 @@ EXPECTED = {
 }
 
 
+@pytest.mark.parametrize("method", ["inc", "set", "observe", "set_default_tags"])
+def test_failing_metrics_are_logged_once_and_raise_nothing(
+    method: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fails(*_: object) -> None:
+        raise UnicodeEncodeError("ascii", "ü", 0, 1, "ordinal not in range(128)")
+
+    for kind in (Counter, Gauge, Histogram):
+        monkeypatch.setattr(kind, method, fails, raising=False)
+    counting = Counting()
+    counting.count()
+    warnings = [record.message for record in caplog.records if "a metric is not exported" in record.message]
+    assert 0 < len(warnings) < 20
+    assert all("UnicodeEncodeError: 'ascii' codec can't encode" in warning for warning in warnings)
+
+
+def test_labels_are_percent_encoded_where_they_are_not_ascii() -> None:
+    assert encode_label("s3://bucket/größe 100%/{date}") == "s3://bucket/gr%C3%B6%C3%9Fe 100%/{date}"
+
+
 def test_metrics_can_be_scraped(port: tuple[str, int]) -> None:
     ray.shutdown()  # other tests leave theirs up
     ray.init(address=port[0], log_to_driver=False, namespace="metrics")
@@ -126,12 +147,12 @@ def test_metrics_can_be_scraped(port: tuple[str, int]) -> None:
 
 
 def test_metrics_of_a_run_can_be_scraped(port: tuple[str, int], tmp_path: Path) -> None:
-    """60 rows in six units; one raises, and one hangs until its time is over."""
+    """60 rows in six units; one raises, and one hangs until its time is over. The output's name is not ASCII."""
     write_queries(tmp_path / "queries", 60, {5: "RAISES", 55: "HANGS"})
     settings = [f"execution.ray_address={port[0]}", "execution.row_timeout_s=20", "execution.max_error_rate=0.5"]
-    job = Job(str(tmp_path / "queries"), str(tmp_path / "out"), model_folder(tmp_path), settings)
+    job = Job(str(tmp_path / "queries"), str(tmp_path / "größe-東京"), model_folder(tmp_path), settings)
     running = job.start()
-    run = f"run={tmp_path}/out"
+    run = f"run={encode_label(f'{tmp_path}/größe-東京')}"
     most = {("selfrag_rows_total", run): 50, ("selfrag_run_rows_written", run): 40}
     found = wait_for(port[1], lambda sample: all(sample.get(key, 0) >= count for key, count in most.items()))
     status, said = running.ended()
