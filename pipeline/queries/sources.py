@@ -12,7 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from itertools import chain
+from itertools import chain, starmap
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,9 +23,10 @@ from pyarrow import fs
 from pipeline.config.sections import StorageConfig
 from pipeline.queries.schema import read_rows
 from pipeline.storage.location import Location, join_lines, locate
-from pipeline.storage.parquet import RowRange, read_footer, read_range
+from pipeline.storage.parquet import RowRange, is_parquet, map_in_threads, read_footer, read_range, warn_of_other_files
 
 HUB = "hf:"
+PARQUET = "parquet"
 # Rows of a Hugging Face dataset that are read at a time.
 BATCH_ROWS = 1024
 # Cells of text files that stand for missing values, besides empty ones.
@@ -172,41 +173,47 @@ def _convert_table(table: pa.Table, place: str, first: int) -> Iterator[SourceRo
 
 def _open_files(location: Location) -> Source:
     files = _list_files(location)
-    footers = [read_footer(file) for file in files if _get_suffix(file) == "parquet"]
+    footers = [read_footer(file) for file, kind in files if kind == PARQUET]
     schemas = [footer.schema.to_arrow_schema().remove_metadata() for footer in footers]
     try:
         schema = pa.unify_schemas(schemas, promote_options="permissive") if schemas else ()
     except pa.ArrowException as error:
         raise ValueError(f"{location.uri}: its Parquet files have incompatible schemas: {join_lines(error)}") from None
-    rows = chain.from_iterable(map(_read_file, files))
+    rows = chain.from_iterable(starmap(_read_file, files))
     return Source(rows, {column.name: column.type for column in schema})
 
 
-def _list_files(location: Location) -> list[Location]:
-    kind = location.get_type()
-    if kind == fs.FileType.NotFound:
+def _list_files(location: Location) -> list[tuple[Location, str]]:
+    """List the files to import with their kinds: keys of ``TEXT_KINDS``, or ``PARQUET``."""
+    found = location.get_type()
+    if found == fs.FileType.NotFound:
         raise ValueError(f"{location.uri}: not found (a dataset on the Hugging Face hub is written hf:OWNER/NAME)")
-    files = [location] if kind == fs.FileType.File else location.list_files()
-    known = [file for file in files if _get_suffix(file) in (*TEXT_KINDS, "parquet")]
+    files = [location] if found == fs.FileType.File else location.list_files()
+    kinds = map_in_threads(_find_kind, files)
+    known = [(file, kind) for file, kind in zip(files, kinds, strict=True) if kind]
     if not known:
-        kinds = ", ".join(f".{kind}" for kind in (*TEXT_KINDS, "parquet"))
-        raise ValueError(f"{location.uri}: no files to import; supported are {kinds}, text also with .gz")
+        texts = ", ".join(f".{kind}" for kind in TEXT_KINDS)
+        raise ValueError(f"{location.uri}: no files to import; supported are Parquet, {texts}, text also with .gz")
+    warn_of_other_files(location, files, [file for file, _ in known])
     return known
 
 
-def _get_suffix(file: Location) -> str:
-    return file.path.lower().removesuffix(".gz").rsplit(".", 1)[-1]
+def _find_kind(file: Location) -> str | None:
+    suffix = file.path.lower().removesuffix(".gz").rsplit(".", 1)[-1]
+    if suffix in TEXT_KINDS:
+        return suffix
+    return PARQUET if is_parquet(file) else None
 
 
-def _read_file(file: Location) -> Iterator[SourceRow]:
-    if _get_suffix(file) == "parquet":
+def _read_file(file: Location, kind: str) -> Iterator[SourceRow]:
+    if kind == PARQUET:
         footer = read_footer(file)
         columns = footer.schema.to_arrow_schema().names
         for row, batch in read_range(RowRange(file, 0, footer.num_rows), columns):
             yield from _convert_table(pa.Table.from_batches([batch]), file.uri, row)
         return
     with _open_text(file) as stream:
-        yield from TEXT_KINDS[_get_suffix(file)](stream, file.uri)
+        yield from TEXT_KINDS[kind](stream, file.uri)
 
 
 @contextmanager

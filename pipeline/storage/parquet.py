@@ -1,6 +1,7 @@
 """Parquet files at any URI: listed, opened and read in one way, with errors that name the file."""
 
 import io
+import logging
 import re
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -15,6 +16,14 @@ from pyarrow import fs
 
 from pipeline.storage.location import Location, MissingFileError, StorageError, join_lines
 
+log = logging.getLogger(__name__)
+
+# Names of Parquet files end in these, in any case; files with other names count if they begin with the magic bytes
+# (https://parquet.apache.org/docs/file-format/).
+SUFFIXES = (".parquet", ".pq", ".parq")
+MAGIC = b"PAR1"
+# Files named at most where some are not read.
+NAMED_FILES = 5
 # Rows read at a time by default: a few megabytes.
 BATCH_ROWS = 1024
 # Files read at once: an object store takes many requests and answers each of them slowly.
@@ -43,6 +52,8 @@ class RowRange:
 def list_parquet(location: Location) -> list[Location]:
     """List the Parquet files of a URI: the file itself, or all files below the folder, by name.
 
+    Files that are not Parquet are left out with a warning; hidden ones without.
+
     Raises:
         ValueError: there are none.
         StorageError: the storage cannot be read.
@@ -50,15 +61,40 @@ def list_parquet(location: Location) -> list[Location]:
     kind = location.get_type()
     if kind == fs.FileType.File:
         return [location]
-    files = location.list_files(".parquet")
+    listed = location.list_files()
+    taken = map_in_threads(is_parquet, listed)
+    files = [file for file, is_taken in zip(listed, taken, strict=True) if is_taken]
     if not files:
         raise ValueError(f"{location.uri}: {_explain_absence(location, kind)}")
+    warn_of_other_files(location, listed, files)
     return files
+
+
+def is_parquet(file: Location) -> bool:
+    """Whether a file is Parquet by its name, in any case, or else by its first bytes: Trino writes no suffix."""
+    if file.path.lower().endswith(SUFFIXES):
+        return True
+
+    def read_start() -> bytes:
+        with file.filesystem.open_input_stream(file.path) as stream:
+            return bytes(stream.read(len(MAGIC)))
+
+    return file.retrying(read_start) == MAGIC
+
+
+def warn_of_other_files(folder: Location, listed: list[Location], taken: list[Location]) -> None:
+    """Log the files of a folder that are not read."""
+    read = {file.path for file in taken}
+    others = [file.name for file in listed if file.path not in read]
+    if others:
+        more = ", …" if len(others) > NAMED_FILES else ""
+        names = ", ".join(others[:NAMED_FILES])
+        log.warning("%s: %d files are not read (%s%s)", folder.uri, len(others), names, more)
 
 
 def _explain_absence(location: Location, kind: fs.FileType) -> str:
     if kind != fs.FileType.NotFound:
-        return "no *.parquet files in it"
+        return "no Parquet files in it"
     bucket = location.path.partition("/")[0]
     if not location.local and not replace(location, path=bucket).exists():
         return f"not found; its store has no bucket {bucket}"

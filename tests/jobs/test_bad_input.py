@@ -177,7 +177,7 @@ PARQUET: dict[str, tuple[Spoil, str]] = {
     ),
     "task is not UTF-8": (lambda c: c.write(**ONE, task=text([NOT_UTF8])), "queries.parquet: column 'task' is not UTF"),
     "missing file": (lambda c: c.use(queries=c.folder / "no.parquet"), "no.parquet: not found"),
-    "no Parquet in it": (lambda c: ((c.folder / "e").mkdir(), c.use(queries=c.folder / "e")), "no .*.parquet files in"),
+    "no Parquet in it": (lambda c: ((c.folder / "e").mkdir(), c.use(queries=c.folder / "e")), "no Parquet files in it"),
 }
 CONFIGURATION: dict[str, tuple[Spoil, str]] = {
     "unknown key": (

@@ -122,7 +122,7 @@ def test_missing_passages_are_named(tmp_path: Path) -> None:
 
 
 def test_folder_without_parquet_is_named(tmp_path: Path) -> None:
-    refused(run(tmp_path, tmp_path / "out"), f"{tmp_path}: no *.parquet files in it")
+    refused(run(tmp_path, tmp_path / "out"), f"{tmp_path}: no Parquet files in it")
 
 
 def test_unknown_scheme_is_named(tmp_path: Path) -> None:

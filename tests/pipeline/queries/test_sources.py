@@ -47,6 +47,16 @@ def test_all_text_file_types_are_read(name: str, tmp_path: Path) -> None:
     assert rows(tmp_path / name) == [{"q": "é", "n": "1"}, {"q": "b", "n": "2"}]
 
 
+def test_parquet_of_any_name_is_read_and_other_files_are_named(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    for name in ("a.PARQUET", "b.pq", "c"):
+        pq.write_table(pa.table({"q": [name]}), tmp_path / name)
+    (tmp_path / "notes.txt").write_text("q")
+    assert [row["q"] for row in rows(tmp_path)] == ["a.PARQUET", "b.pq", "c"]
+    assert "1 files are not read (notes.txt)" in caplog.text
+
+
 def test_folder_is_read_in_file_order_without_other_file_types(tmp_path: Path) -> None:
     lines(tmp_path / "b.jsonl", {"q": "second"})
     lines(tmp_path / "a" / "one.jsonl", {"q": "first"})
@@ -113,7 +123,11 @@ def test_invalid_utf8_in_parquet_is_reported(tmp_path: Path) -> None:
         ("a.jsonl.gz", b'{"q": 1}', "a.jsonl.gz: cannot be read: Not a gzipped file"),
         ("a.csv", b"q,q\n1,2\n", "a.csv: every column in the header .* needs a unique name"),
         ("a.parquet", b"PAR1", "a.parquet: not a readable Parquet file"),
-        ("a.txt", b"q", "no files to import; supported are .jsonl, .ndjson, .json, .csv, .tsv, .parquet"),
+        (
+            "a.txt",
+            b"q",
+            "no files to import; supported are Parquet, .jsonl, .ndjson, .json, .csv, .tsv, text also",
+        ),
     ],
 )
 def test_unreadable_file_is_named(name: str, content: bytes, problem: str, tmp_path: Path) -> None:

@@ -45,6 +45,36 @@ def test_parquet_files_are_listed_by_name(tmp_path: Path) -> None:
     assert [file.name for file in list_parquet(place(tmp_path / "a.json"))] == ["a.json"]
 
 
+def test_parquet_files_are_known_by_suffix_in_any_case_or_by_content(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = ["a.PARQUET", "b.pq", "c.Parq", "d", "20240101_trino-0", "e.snappy", "f.parquet.bin"]
+    for name in names:
+        write(tmp_path / name, 1)
+    for name in ("_SUCCESS", ".crc", "_temporary/x"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_bytes(b"PAR1")
+    (tmp_path / "notes.txt").write_text("PAR")
+    (tmp_path / "empty").touch()
+    assert [file.name for file in list_parquet(place(tmp_path))] == sorted(names)
+    (record,) = caplog.records
+    assert record.message == f"{tmp_path}: 2 files are not read (empty, notes.txt)"
+
+
+def test_damaged_file_with_a_parquet_suffix_is_not_left_out(tmp_path: Path) -> None:
+    write(tmp_path / "a.parquet", 1)
+    (tmp_path / "b.pq").write_bytes(b"")
+    assert [file.name for file in list_parquet(place(tmp_path))] == ["a.parquet", "b.pq"]
+
+
+def test_many_other_files_are_counted_and_some_named(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    write(tmp_path / "a.parquet", 1)
+    for number in range(7):
+        (tmp_path / f"{number}.txt").touch()
+    list_parquet(place(tmp_path))
+    assert "7 files are not read (0.txt, 1.txt, 2.txt, 3.txt, 4.txt, …)" in caplog.text
+
+
 def test_row_range_can_start_and_stop_within_row_groups(tmp_path: Path) -> None:
     file = place(write(tmp_path / "a.parquet", 20, row_group_size=6))
     read = [(row, batch["id"].to_pylist()) for row, batch in read_range(RowRange(file, 4, 14), ["id"], batch_rows=5)]
