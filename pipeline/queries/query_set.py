@@ -14,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config.sections import Columns, StorageConfig
-from pipeline.queries.schema import check_query_schema
+from pipeline.queries.schema import check_query_schema, replace_views
 from pipeline.storage.location import Location, join_lines, locate
 from pipeline.storage.parquet import list_parquet, read_footer, read_parquet
 
@@ -82,10 +82,10 @@ def inspect_queries(location: Location, columns: Columns, unit_rows: int) -> Que
     """
     files = list_parquet(location)
     footers = [(file, read_footer(file)) for file in files]
-    schema = footers[0][1].schema.to_arrow_schema().remove_metadata()
+    schema = _read_schema(footers[0][1])
     for file, footer in footers:
         check_query_schema(footer.schema.to_arrow_schema(), columns, file.uri)
-        if (other := footer.schema.to_arrow_schema().remove_metadata()) != schema:
+        if (other := _read_schema(footer)) != schema:
             raise ValueError(
                 f"{file.uri}: its schema differs from that of {files[0].uri}: {_describe_difference(schema, other)}"
             )
@@ -97,6 +97,10 @@ def inspect_queries(location: Location, columns: Columns, unit_rows: int) -> Que
     digest = hashlib.sha256("".join(unit.id for unit in units).encode()).hexdigest()
     given, tasks = _has_passages(schema, columns), _count_tasks(files, schema, columns)
     return QuerySet(schema, units, len(files), rows, digest, given, tasks)
+
+
+def _read_schema(footer: pq.FileMetaData) -> pa.Schema:
+    return replace_views(footer.schema.to_arrow_schema())
 
 
 def read_query_ids(queries: QuerySet, column: str, storage: StorageConfig) -> pa.ChunkedArray:
@@ -217,7 +221,8 @@ def _read_row_group(
                 f"{uri}: has changed since the run began, from {size} to {stream.size()} bytes; choose another "
                 "output, or pass --overwrite"
             )
-        return pq.ParquetFile(stream).read_row_group(group).replace_schema_metadata(None)
+        rows = pq.ParquetFile(stream).read_row_group(group)
+        return rows.cast(replace_views(rows.schema))
 
     return read_parquet(locate(uri, storage), read_group)
 
