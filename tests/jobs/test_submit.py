@@ -54,7 +54,7 @@ def server() -> Iterator[Server]:
     head = {"num_cpus": 2, "include_dashboard": True, "dashboard_host": "127.0.0.1", **ports}
     made = Cluster(initialize_head=True, head_node_args=head)
     found = Server(f"http://127.0.0.1:{ports['dashboard_port']}")
-    until = time.monotonic() + 60  # the server answers before it can start anything
+    until = time.monotonic() + 240  # the server answers before it can start anything
     while found.ask("submit", "--", "true")[0] != 0 and time.monotonic() < until:
         time.sleep(1)
     yield found
@@ -70,7 +70,7 @@ def folder(tmp_path: Path) -> Path:
 
 def test_stopped_run_resumes_when_submitted_again(server: Server, folder: Path) -> None:
     assert server.submit(folder, "--no-wait", "--submission-id", "night")[0] == 0
-    until = time.monotonic() + 60
+    until = time.monotonic() + 240
     while len(written(f"{folder}/out")) < 2 and time.monotonic() < until:
         time.sleep(0.05)
     assert server.ask("stop", "night")[0] == 0

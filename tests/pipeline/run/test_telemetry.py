@@ -36,7 +36,7 @@ def scrape(port: int) -> Sample:
     return dict(found)
 
 
-def wait_for(port: int, holds: Callable[[Sample], bool], seconds: float = 60) -> Sample:
+def wait_for(port: int, holds: Callable[[Sample], bool], seconds: float = 240) -> Sample:
     """What is there as soon as something holds; Ray exports every few seconds."""
     until = time.monotonic() + seconds
     while not holds(found := scrape(port)) and time.monotonic() < until:
