@@ -43,6 +43,11 @@ from pipeline.indexing.build_pool import run_build
 log = logging.getLogger(__name__)
 
 
+Actors = Annotated[
+    int | None, typer.Option(min=1, help="Number of encoding actors; by default one per GPU or machine.")
+]
+
+
 def build_index(
     passages: Passages = "",
     output: Annotated[str, typer.Option(help="Folder for the index.")] = "",
@@ -55,9 +60,7 @@ def build_index(
     factory: Factory = "Flat",
     shards: Shards = 1,
     batch_size: BatchSize = 32,
-    actors: Annotated[
-        int | None, typer.Option(min=1, help="Number of encoding actors; by default one per GPU or machine.")
-    ] = None,
+    actors: Actors = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing index.")] = False,
     config: IndexFile = None,
     settings: IndexSettings = None,
@@ -80,31 +83,30 @@ def build_index(
         return
     if old_plan:
         hint_at_new_form("build_index --plan", "plan_index")
-        style = query_prefix, passage_prefix, normalise, dtype
-        plan_index(passages, encoder, *style, embeddings, factory, shards, batch_size, config, settings)
+        styled = query_prefix, passage_prefix, normalise, dtype
+        plan_index(passages, encoder, *styled, embeddings, factory, shards, batch_size, config, settings)
         return
     start_logging(progress=[__name__, "pipeline.indexing.build_pool"], timestamps=True)
+    with checking():
+        source, folder = require(passages, "--passages"), require(output, "--output")
+        storage = load_index_storage(config, settings)
+        style = build_encoder_style(query_prefix, passage_prefix, normalise, dtype)
+        request = BuildRequest(
+            source, folder, encoder, style, embeddings, factory, shards, batch_size, actors, overwrite, storage
+        )
+    _build(request)
+
+
+def _build(request: BuildRequest) -> None:
     begun = time.monotonic()
     with checking():
-        request = BuildRequest(
-            passages=require(passages, "--passages"),
-            output=require(output, "--output"),
-            encoder=encoder,
-            style=build_encoder_style(query_prefix, passage_prefix, normalise, dtype),
-            embeddings=embeddings,
-            factory=factory,
-            shards=shards,
-            batch_size=batch_size,
-            actors=actors,
-            overwrite=overwrite,
-            storage=load_index_storage(config, settings),
-        )
         plan = check_build(request)
-    log.info("indexing %d passages into %d shards of %s", plan.passages, shards, factory)
+    log.info("indexing %d passages into %d shards of %s", plan.passages, request.shards, request.factory)
     with working("the build failed; rerun the same command to continue"):
         run_build(plan)
     seconds = time.monotonic() - begun
-    typer.echo(f"index: {output}, {plan.passages} passages, {shards} shards, {seconds:.1f} s", err=True)
+    shards = f"{request.shards} shards"
+    typer.echo(f"index: {request.output}, {plan.passages} passages, {shards}, {seconds:.1f} s", err=True)
 
 
 if __name__ == "__main__":

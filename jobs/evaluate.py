@@ -118,36 +118,36 @@ def _export(folder: Location, task: str | None, export: Callable[[Iterable[Row],
     logging.info("written: %s", file.uri)
 
 
+JsonFile = Annotated[
+    str | None,
+    typer.Option("--json", help="Write the figures to this JSON file; - prints them on stdout instead of the table."),
+]
+Baselines = Annotated[
+    list[str] | None, typer.Option(help="NAME=URI of another set of the same queries to compare with; repeatable.")
+]
+SweepFolder = Annotated[
+    str | None,
+    typer.Option(help="Sweep weights, δ and constraints over the candidates; write the results to this folder."),
+]
+Squad = Annotated[
+    bool, typer.Option("--squad", help="Compare words as SQuAD's script does, as papers do; has no effect on --sweep.")
+]
+AlceFile = Annotated[str | None, typer.Option("--alce", help="Write the rows in ALCE's input format to this file.")]
+FactscoreFile = Annotated[
+    str | None, typer.Option("--factscore", help="Write the rows in FActScore's input format to this file.")
+]
+
+
 def evaluate(
     annotations: Annotated[str, typer.Option(help="Folder of an annotated set: the --output of jobs.annotate.")],
     task: Annotated[str | None, typer.Option(help="Evaluate only the rows of this task.")] = None,
     by: Annotated[str | None, typer.Option(help="Column to group the figures by; the task by default.")] = None,
-    json_file: Annotated[
-        str | None,
-        typer.Option(
-            "--json", help="Write the figures to this JSON file; - prints them on stdout instead of the table."
-        ),
-    ] = None,
-    baseline: Annotated[
-        list[str] | None, typer.Option(help="NAME=URI of another set of the same queries to compare with; repeatable.")
-    ] = None,
-    sweep: Annotated[
-        str | None,
-        typer.Option(help="Sweep weights, δ and constraints over the candidates; write the results to this folder."),
-    ] = None,
-    squad: Annotated[
-        bool,
-        typer.Option(
-            "--squad",
-            help="Compare words exactly as SQuAD's script does, as papers do; has no effect on --sweep.",
-        ),
-    ] = False,
-    alce_file: Annotated[
-        str | None, typer.Option("--alce", help="Write the rows in ALCE's input format to this file.")
-    ] = None,
-    factscore_file: Annotated[
-        str | None, typer.Option("--factscore", help="Write the rows in FActScore's input format to this file.")
-    ] = None,
+    json_file: JsonFile = None,
+    baseline: Baselines = None,
+    sweep: SweepFolder = None,
+    squad: Squad = False,
+    alce_file: AlceFile = None,
+    factscore_file: FactscoreFile = None,
     config: RunFile = None,
     settings: StorageSettings = None,
 ) -> None:

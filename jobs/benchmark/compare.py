@@ -216,6 +216,16 @@ def run_comparison(plan: ComparisonPlan, file: Path | None) -> Report:
     return Measurement(plan, Report(results, scripted=scripted), file).run()
 
 
+SerialRows = Annotated[
+    int | None,
+    typer.Option(min=1, help=f"Queries for 'released', which answers one at a time; {SHAPE_SERIAL_ROWS} with --shape."),
+]
+LeftOut = Annotated[
+    list[str] | None,
+    typer.Option(help=f"A variant to skip: {', '.join(OPTIONAL)}; 'ours' and 'direct' are always measured."),
+]
+
+
 def benchmark(
     quick: Annotated[bool, typer.Option("--quick", help="One workload, few rows, one repeat.")] = False,
     rows: Annotated[int | None, typer.Option(min=4, help="Queries per workload and repeat.")] = None,
@@ -223,22 +233,14 @@ def benchmark(
     only: Annotated[
         list[str] | None, typer.Option(help="Start of the names of the workloads to run; all by default.")
     ] = None,
-    without: Annotated[
-        list[str] | None,
-        typer.Option(help=f"A variant to skip: {', '.join(OPTIONAL)}; 'ours' and 'direct' are always measured."),
-    ] = None,
+    without: LeftOut = None,
     model: Annotated[str | None, typer.Option(help="Model: hub name, folder, or 'demo', which is the default.")] = None,
     shape: Annotated[Shape | None, typer.Option(help="Model size, with dummy weights and scripted output.")] = None,
     tokens: Annotated[
         int, typer.Option(min=5, help="Tokens of a scripted segment, critique included.")
     ] = SEGMENT_TOKENS,
     passages: Annotated[int, typer.Option(min=1, help="Passages per query.")] = 3,
-    serial_rows: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help=f"Queries for 'released', which answers one at a time; {SHAPE_SERIAL_ROWS} with --shape."
-        ),
-    ] = None,
+    serial_rows: SerialRows = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="An engine argument for all variants, such as dtype=bfloat16.")
     ] = None,

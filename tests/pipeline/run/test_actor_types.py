@@ -13,10 +13,10 @@ from typer.testing import CliRunner
 from pipeline.config.sections import StorageConfig
 from pipeline.output.folder import OutputFolder
 from pipeline.queries.query_set import inspect_queries, read_unit
-from pipeline.run.actor import annotate_table
+from pipeline.run.actor import annotate_table, build_annotated_schema
 from pipeline.storage.location import locate
 from tests.jobs.test_import_queries import APP as IMPORT
-from tests.pipeline.run.test_actor import CONFIG, system
+from tests.pipeline.run.test_actor import CONFIG, system, table
 
 # Without large_list_view, which pyarrow 26 cannot read, and lists of structs of views, which it cannot write.
 DAY, TEXT = datetime.date(2020, 1, 31), pa.string_view()
@@ -98,3 +98,15 @@ def test_column_of_any_type_is_imported(name: str, tmp_path: Path) -> None:
         ("4", None),
     ]
     inspect_queries(locate(str(file), StorageConfig()), CONFIG.columns, 256)
+
+
+async def test_input_column_that_differs_from_an_output_column_only_in_case_is_renamed():
+    found = await annotate_table(system(), table("one").rename_columns(["id", "query", "Answer"]), CONFIG)
+    assert (found["answer"].to_pylist(), found["input_Answer"].to_pylist()) == (["one"], ["0"])
+    assert len({name.casefold() for name in found.column_names}) == found.num_columns
+
+
+async def test_schema_does_not_depend_on_the_batch():
+    good = await annotate_table(system(), table("one"), CONFIG)
+    bad = await annotate_table(system(), table("poison"), CONFIG)
+    assert good.schema == bad.schema == build_annotated_schema(table("x").schema, keep_candidates=False)
