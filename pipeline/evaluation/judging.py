@@ -68,7 +68,7 @@ def judge(
         **(_measure_citations(row) if cites else {}),
         **_measure_recall(row),
     }
-    return Judged(bool(row["retrieved"]), metrics, tuple(_judge_relevance(row)), tuple(_judge_support(row)))
+    return Judged(bool(row["retrieved"]), metrics, tuple(_judge_relevance(row)), tuple(_judge_support(row, split)))
 
 
 def grade_answer(row: Mapping[str, Any], metric: str, closed: bool, split: SplitPair = split_pair) -> dict[str, float]:
@@ -139,12 +139,12 @@ def _judge_relevance(row: Mapping[str, Any]) -> list[tuple[bool, float]]:
     return [(c["passage_id"] == gold, c["is_rel"]) for c in _list_first_read(row) if c["is_rel"] is not None]
 
 
-def _judge_support(row: Mapping[str, Any]) -> list[tuple[bool, float]]:
+def _judge_support(row: Mapping[str, Any], split: SplitPair) -> list[tuple[bool, float]]:
     passages = {p["id"]: p["text"] for p in row.get("evidence") or ()}
     golds, judged = list_golds(row), []
     for c in _list_first_read(row):
         if c["is_sup"] is not None and golds:
             text = passages[c["passage_id"]]
-            borne = any(contains(c["text"], gold) and contains(text, gold) for gold in golds)
+            borne = any(contains(c["text"], gold, split) and contains(text, gold, split) for gold in golds)
             judged.append((borne, c["is_sup"]))
     return judged

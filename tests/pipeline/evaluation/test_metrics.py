@@ -28,6 +28,11 @@ from pipeline.evaluation.metrics import (
         ("Denver Carolina Broncos", "Denver Broncos", False),  # words with another between
         ("a man", "the", False),
         ("I saw The The live.", "The The", True),
+        ("It is a dog", "A", False),
+        ("B. It is a mammal", "A", False),
+        ("A. It is a mammal", "A", True),
+        ("首都はParis、London、Tokyoです", "London", True),
+        ("3，4", "34", False),
         ("It is 3.5 km long.", "3.5", True),
         ("It is 35 km long.", "3.5", False),
         ("5 degrees", "-5", False),

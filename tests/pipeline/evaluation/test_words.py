@@ -1,3 +1,6 @@
+import re
+import string
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -23,7 +26,16 @@ from pipeline.evaluation.words import split_pair, split_squad_pair
         ("1914\u20131918", "1914-1918", "1914\u20131918"),
         ("10:30", "10:30", "1030"),
         ("C++ and C#", "c++ and c#", "c and c"),
-        ("10th\u201311th", "10th11th", "10th\u201311th"),
+        ("10th\u201311th", "10th 11th", "10th\u201311th"),
+        ("Paris\u2014the capital", "paris capital", "paris\u2014 capital"),
+        ("wait\u2026Paris", "wait paris", "wait\u2026paris"),
+        ("1,00,000", "100000", "100000"),
+        ("首都はParis、London、Tokyoです", "首 都 は paris london tokyo で す", "首都はparis、london、tokyoです"),
+        ("1、2、3", "1 2 3", "1、2、3"),
+        ("3，4", "3 4", "3，4"),
+        ("ལྷ་ས་གྲོང", "ལྷ ས གྲོང", "ལྷ་ས་གྲོང"),
+        ("አዲስ፡አበባ፡ናት", "አዲስ አበባ ናት", "አዲስ፡አበባ፡ናት"),
+        ("a²the", "a²the", "a²the"),
         ("“Paris”", "paris", "“paris”"),
         ("don\u2019t", "dont", "don\u2019t"),
         ("cafe\u0301", "caf\u00e9", "cafe\u0301"),
@@ -34,27 +46,33 @@ from pipeline.evaluation.words import split_pair, split_squad_pair
         ("«Москва»", "москва", "«москва»"),
         ("¿Qué?", "qué", "¿qué"),
         ("नई दिल्ली।", "नई दिल्ली", "नई दिल्ली।"),
-        ("A", "a", ""),
-        ("The The", "the the", ""),
+        ("A", "A", ""),
+        ("The The", "The The", ""),
         ("-", "-", ""),
         ("", "", ""),
     ],
 )
 def test_words_match_worked_examples(text: str, words: str, squad: str) -> None:
-    assert split_pair(text, text) == (words.split(), words.split())
-    assert split_squad_pair(text, text) == (squad.split(), squad.split())
+    assert split_pair(text, text) == (tuple(words.split()),) * 2
+    assert split_squad_pair(text, text) == (tuple(squad.split()),) * 2
 
 
-def test_articles_of_the_answer_count_only_beside_a_gold_answer_of_articles() -> None:
-    assert split_pair("the answer is A.", "A") == (["the", "answer", "is", "a"], ["a"])
-    assert split_pair("the answer is A.", "answer") == (["answer", "is"], ["answer"])
-    assert split_pair("the sign is -", "-") == (["the", "sign", "is", "-"], ["-"])
+def test_articles_and_case_count_only_beside_a_gold_answer_of_articles() -> None:
+    assert split_pair("the answer is A.", "A") == (("the", "answer", "is", "A"), ("A",))
+    assert split_pair("the answer is A.", "answer") == (("answer", "is"), ("answer",))
+    assert split_pair("the sign is -", "-") == (("the", "sign", "is", "-"), ("-",))
 
 
 @given(st.text("abthenxyzABC '\"!?,.;()", max_size=40))
 def test_english_words_are_split_as_in_squad(text: str) -> None:
     words, gold = split_pair(text, "x")
     assert (words, gold) == split_squad_pair(text, "x")
+
+
+@given(st.text())
+def test_squad_words_are_those_of_its_script(text: str) -> None:
+    plain = "".join(character for character in text.lower() if character not in set(string.punctuation))
+    assert split_squad_pair(text, "")[0] == tuple(re.sub(r"\b(a|an|the)\b", " ", plain).split())
 
 
 @given(st.text())
