@@ -23,7 +23,7 @@ def to_text(value: Any) -> str | None:
     Raises:
         ValueError: the value is of another type, or not UTF-8.
     """
-    if value is None or (isinstance(value, float) and math.isnan(value)):
+    if is_missing(value):
         return None
     if isinstance(value, (bool, int, float)):
         return json.dumps(value)
@@ -35,7 +35,14 @@ def to_text(value: Any) -> str | None:
         value.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"not UTF-8: {error}") from None
-    return value if value.strip() else None
+    return value
+
+
+def is_missing(value: Any) -> bool:
+    """Whether a value is null, NaN or blank."""
+    if isinstance(value, str):
+        return not value.strip()
+    return value is None or (isinstance(value, float) and math.isnan(value))
 
 
 def to_texts(value: Any) -> list[str] | None:
@@ -113,12 +120,12 @@ def hash_values(values: list[Any]) -> str:
 
 def _to_items(value: Any) -> list[Any]:
     """Return the items of a list, of a list within a string, or of an object of equally long lists."""
-    if isinstance(value, str) and value.strip():
+    if is_missing(value):
+        return []
+    if isinstance(value, str):
         value = parse_list(value)
     if isinstance(value, dict) and value and all(isinstance(member, list) for member in value.values()):
         return [dict(zip(value, members, strict=True)) for members in zip(*value.values(), strict=True)]
-    if value in (None, ""):
-        return []
     if not isinstance(value, list):
         raise ValueError(f"expected a list, found {_describe_type(value)}")
     return value
@@ -135,17 +142,36 @@ def parse_list(text: str) -> Any:
     except (ValueError, RecursionError):
         pass
     try:
-        value = ast.literal_eval(text.strip())
+        value = ast.literal_eval(_MissingNames().visit(ast.parse(text.strip(), mode="eval")))
         tokens = [token.type for token in tokenize.generate_tokens(io.StringIO(text.strip()).readline)]
+        written = _to_lists(value)
     except (ValueError, SyntaxError, MemoryError, RecursionError, tokenize.TokenError):
         raise ValueError(f"expected a list, found {text[:60]!r}, which is neither JSON nor a Python list") from None
     if (tokenize.STRING, tokenize.STRING) in pairwise(token for token in tokens if token != tokenize.NL):
         raise ValueError(f"expected a list, found {text[:60]!r}, which has no commas between its texts")
-    return _to_lists(value)
+    return written
+
+
+class _MissingNames(ast.NodeTransformer):
+    """Replaces ``nan`` and ``NaT``, which pandas writes for missing values, by None."""
+
+    def visit_Name(self, node: ast.Name) -> ast.expr:
+        return ast.Constant(None) if node.id in ("nan", "NaN", "NaT") else node
 
 
 def _to_lists(value: Any) -> Any:
-    return [_to_lists(item) for item in value] if isinstance(value, (list, tuple)) else value
+    """Turn tuples into lists.
+
+    Raises:
+        ValueError: there is a value that JSON does not have, such as ``...`` or bytes.
+    """
+    if isinstance(value, (list, tuple)):
+        return [_to_lists(item) for item in value]
+    if isinstance(value, dict):
+        return {name: _to_lists(item) for name, item in value.items()}
+    if value is None or isinstance(value, (str, int, float)):
+        return value
+    raise ValueError(f"{type(value).__name__} in a list")
 
 
 def is_labeled(item: Any) -> bool:

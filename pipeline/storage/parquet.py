@@ -18,8 +18,8 @@ from pipeline.storage.location import Location, MissingFileError, StorageError, 
 
 log = logging.getLogger(__name__)
 
-# Names of Parquet files end in these, in any case; files with other names count if they begin with the magic bytes
-# (https://parquet.apache.org/docs/file-format/).
+# Names of Parquet files end in these, in any case. Trino and Athena write names without a suffix: those count if they
+# begin with the magic bytes (https://parquet.apache.org/docs/file-format/).
 SUFFIXES = (".parquet", ".pq", ".parq")
 MAGIC = b"PAR1"
 # Files named at most where some are not read.
@@ -71,9 +71,12 @@ def list_parquet(location: Location) -> list[Location]:
 
 
 def is_parquet(file: Location) -> bool:
-    """Whether a file is Parquet by its name, in any case, or else by its first bytes: Trino writes no suffix."""
-    if file.path.lower().endswith(SUFFIXES):
-        return True
+    """Whether a file is Parquet: by its suffix, in any case, or, without a suffix, by its first bytes.
+
+    Copies such as ``a.parquet.bak`` are not.
+    """
+    if "." in file.name:
+        return file.name.lower().endswith(SUFFIXES)
 
     def read_start() -> bytes:
         with file.filesystem.open_input_stream(file.path) as stream:

@@ -34,7 +34,11 @@ NAN = math.nan
         ("('x', 'y')", ["x", "y"]),
         ("('x',)", ["x"]),
         (" ['it\\'s', \"O'Neill\"]\n", ["it's", "O'Neill"]),
+        ("[nan, 'a']", ["a"]),
+        ("['nan', NaT]", ["nan"]),
         ("[sic]", ["[sic]"]),
+        ("[...]", ["[...]"]),
+        ("[1+2j]", ["[1+2j]"]),
         ("[Paris, Lutetia]", ["[Paris, Lutetia]"]),
         ("(1, 2)", ["(1, 2)"]),  # a point rather than two answers
         ("('tis the season)", ["('tis the season)"]),
@@ -49,7 +53,8 @@ def test_answers_become_a_list_of_texts(value: Any, answers: list[str] | None) -
     ("text", "problem"),
     [
         ("['a', 'b'", "neither JSON nor a Python list"),
-        ("['a', nan]", "neither JSON nor a Python list"),
+        ("['a', b'x']", "neither JSON nor a Python list"),
+        ("['a', ...]", "neither JSON nor a Python list"),
         ("['a', open('x')]", "neither JSON nor a Python list"),
         ("['Paris' 'Lutetia']", "no commas between its texts"),
         ("['Paris'\n 'Lutetia']", "no commas between its texts"),
@@ -76,6 +81,13 @@ def test_numbers_and_booleans_become_their_json_form_and_missing_values_none() -
 def test_missing_values_are_left_out_of_choices_and_sets() -> None:
     assert to_text_sets([["a", NAN], [NAN], "b"]) == [["a"], ["b"]]
     assert to_choices("('yes', 'no')") == ["yes", "no"]
+    for missing in (None, NAN, "", "  "):
+        assert to_choices(missing) is to_text_sets(missing) is to_passages(missing) is None
+
+
+def test_passages_of_pandas_are_read_with_their_missing_values() -> None:
+    (passage,) = to_passages("[{'id': nan, 'title': None, 'text': 't'}]") or []
+    assert (passage["title"], passage["text"], len(passage["id"])) == (None, "t", 20)
 
 
 def test_passages_without_ids_get_digests_of_their_content() -> None:

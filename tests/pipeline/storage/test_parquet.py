@@ -48,17 +48,18 @@ def test_parquet_files_are_listed_by_name(tmp_path: Path) -> None:
 def test_parquet_files_are_known_by_suffix_in_any_case_or_by_content(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
-    names = ["a.PARQUET", "b.pq", "c.Parq", "d", "20240101_trino-0", "e.snappy", "f.parquet.bin"]
+    names = ["a.PARQUET", "b.pq", "c.Parq", "d", "20240101_trino-0"]
     for name in names:
         write(tmp_path / name, 1)
     for name in ("_SUCCESS", ".crc", "_temporary/x"):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         (tmp_path / name).write_bytes(b"PAR1")
-    (tmp_path / "notes.txt").write_text("PAR")
+    for name in ("a.parquet.bak", "a.parquet~", "e.bin"):
+        write(tmp_path / name, 1)
     (tmp_path / "empty").touch()
     assert [file.name for file in list_parquet(place(tmp_path))] == sorted(names)
     (record,) = caplog.records
-    assert record.message == f"{tmp_path}: 2 files are not read (empty, notes.txt)"
+    assert record.message == f"{tmp_path}: 4 files are not read (a.parquet.bak, a.parquet~, e.bin, empty)"
 
 
 def test_damaged_file_with_a_parquet_suffix_is_not_left_out(tmp_path: Path) -> None:
