@@ -34,7 +34,7 @@ from pipeline.decoding.types import (
     Segment,
     Usage,
 )
-from pipeline.output.folder import OutputFolder
+from pipeline.output.folder import OutputFolder, get_columns
 from pipeline.output.schema import to_answer_row
 from pipeline.storage.location import check_apart, locate
 from pipeline.storage.parquet import encode_parquet
@@ -79,7 +79,7 @@ class Rescoring:
     """Settings with which the rows of a run are rescored.
 
     Attributes:
-        columns: names of the columns of the query set.
+        columns: names in the annotated set of the columns of the query set.
         tasks: decoding settings and closed set by task; ``""`` stands for rows without one.
     """
 
@@ -99,8 +99,8 @@ class Rescoring:
         """
         if "tasks" not in manifest:
             raise ValueError("the run's manifest does not describe its tasks: it was written by an earlier version")
-        columns = Columns.model_validate(manifest["configuration"]["columns"])
-        return cls(columns, {name: _change_settings(task, changes) for name, task in manifest["tasks"].items()})
+        tasks = {name: _change_settings(task, changes) for name, task in manifest["tasks"].items()}
+        return cls(get_columns(manifest), tasks)
 
     async def answer(self, row: Mapping[str, Any]) -> Answer:
         """Rescore one annotated row."""

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config.sections import Columns
-from pipeline.output.schema import build_data_schema, build_error_schema
+from pipeline.output.schema import build_data_schema, build_error_schema, get_output_name
 from pipeline.storage.location import Location
 from pipeline.storage.parquet import encode_parquet, map_in_threads, read_columns
 
@@ -231,5 +231,6 @@ def parse_unit_id(file: Location) -> str:
 
 
 def get_columns(manifest: Mapping[str, Any]) -> Columns:
-    """Return the names of the query set's columns that an annotated set was made with."""
-    return Columns.model_validate(manifest.get("configuration", {}).get("columns", {}))
+    """Return the names in an annotated set of the query set's columns that it was made with."""
+    columns = Columns.model_validate(manifest.get("configuration", {}).get("columns", {}))
+    return Columns(**{key: get_output_name(name) for key, name in columns})

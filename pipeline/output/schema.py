@@ -110,13 +110,16 @@ MEANINGS: Mapping[tuple[str, ...], str] = {
     ),
     ("error_type", "error_message", "attempts"): "why a row failed, and the number of attempts",
 }
+# Raised whenever a row of the same columns would get other values: 2 since candidates without text are chosen last,
+# ``retrieved`` is about the text, and the case of reserved names does not count.
+MEANING = 2
 RESERVED = frozenset(f.name for f in [*ANSWER_FIELDS, *CANDIDATE_FIELDS, *ERROR_FIELDS])
 
 
 def hash_columns() -> str:
-    """Return a digest of the columns that a run adds; a run is resumed only if its output has the same."""
+    """Return a digest of the columns that a run adds and of their meaning; an output holds rows of one digest only."""
     fields = pa.schema([*ANSWER_FIELDS, *CANDIDATE_FIELDS, *ERROR_FIELDS])
-    return hashlib.sha256(str(fields).encode()).hexdigest()[:12]
+    return hashlib.sha256(f"{MEANING} {fields}".encode()).hexdigest()[:12]
 
 
 def rename_reserved_columns(schema: pa.Schema) -> pa.Schema:
@@ -124,10 +127,11 @@ def rename_reserved_columns(schema: pa.Schema) -> pa.Schema:
 
     Case does not count, as in DuckDB and Spark, which could not tell ``Answer`` from ``answer``.
     """
-    return pa.schema([field.with_name(_rename_reserved(field.name)) for field in schema])
+    return pa.schema([field.with_name(get_output_name(field.name)) for field in schema])
 
 
-def _rename_reserved(name: str) -> str:
+def get_output_name(name: str) -> str:
+    """Return the name in the output of an input column."""
     return f"input_{name}" if name.casefold() in RESERVED else name
 
 

@@ -105,6 +105,10 @@ def check_query_schema(schema: pa.Schema, columns: Columns, source: str) -> None
         **GOLD_TYPES,
     }
     check_types(schema, wanted, source)
+    for field in schema:
+        if "large_list_view" in str(field.type):  # at any depth
+            kind = f"column {field.name!r} is {field.type}"
+            raise ValueError(f"{source}: {kind}, which pyarrow cannot read; use large_list")
     _check_output_names(schema, source)
 
 
@@ -139,7 +143,7 @@ def _to_large_type(kind: pa.DataType) -> pa.DataType:
         return pa.list_(_replace_view(kind.value_field), kind.list_size)
     if pa.types.is_list(kind):
         return pa.list_(_replace_view(kind.value_field))
-    if pa.types.is_large_list(kind) or pa.types.is_list_view(kind) or pa.types.is_large_list_view(kind):
+    if pa.types.is_large_list(kind) or pa.types.is_list_view(kind):
         return pa.large_list(_replace_view(kind.value_field))
     return kind
 

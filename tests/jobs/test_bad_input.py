@@ -150,6 +150,10 @@ PARQUET: dict[str, tuple[Spoil, str]] = {
         lambda c: c.write(**ONE, Answer=["y"], answer=["z"]),
         "columns 'Answer' and 'answer' would both be written as 'input_Answer'",
     ),
+    "a type that cannot be read": (
+        lambda c: c.write(**ONE, tags=pa.array([["x"]], pa.large_list_view(pa.string()))),
+        "column 'tags' is large_list_view<.*>, which pyarrow cannot read; use large_list",
+    ),
     "no rows": (lambda c: c.write(**NONE), "the query set has no rows"),
     "one column twice": (
         lambda c: pq.write_table(pa.table([["a"], ["x"], ["1"], ["2"]], ["id", "query", "n", "n"]), c.write(**ONE)),

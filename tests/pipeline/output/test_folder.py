@@ -5,7 +5,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.sections import StorageConfig
-from pipeline.output.folder import OutputFolder, UnitSummary
+from pipeline.output.folder import OutputFolder, UnitSummary, get_columns
 from pipeline.run.actor import build_annotated_schema
 from pipeline.storage.location import Location, StorageError, locate
 
@@ -137,3 +137,8 @@ def test_unreadable_unit_file_is_named(folder, tmp_path):
     (tmp_path / f"out/data/part-{U1}.parquet").write_bytes(b"PAR1")
     with pytest.raises(StorageError, match=f"part-{U1}.parquet: .*; delete it and run again"):
         folder.summarize_units([U1])
+
+
+def test_columns_of_a_set_are_named_as_in_its_files():
+    columns = get_columns({"configuration": {"columns": {"choices": "Candidates", "query": "answer", "task": "kind"}}})
+    assert (columns.choices, columns.query, columns.task) == ("input_Candidates", "input_answer", "kind")

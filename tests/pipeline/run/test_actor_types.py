@@ -18,7 +18,8 @@ from pipeline.storage.location import locate
 from tests.jobs.test_import_queries import APP as IMPORT
 from tests.pipeline.run.test_actor import CONFIG, system, table
 
-# Without large_list_view, which pyarrow 26 cannot read, and lists of structs of views, which it cannot write.
+# Without large_list_view, which is refused since pyarrow 26 cannot read it, and lists of structs of views, which it
+# cannot write.
 DAY, TEXT = datetime.date(2020, 1, 31), pa.string_view()
 TYPES: dict[str, tuple[pa.DataType, Any]] = {
     "null": (pa.null(), None),
