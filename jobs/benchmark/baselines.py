@@ -108,7 +108,8 @@ class Outcome:
     @classmethod
     def of(cls, answer: Answer) -> "Outcome":
         """Return the decision and the first segment of an answer of our decoding."""
-        return cls(answer.retrieved, answer.segments[0].text if answer.segments else "")
+        read = any(segment.evidence is not None for segment in answer.segments)
+        return cls(read, answer.segments[0].text if answer.segments else "")
 
 
 @dataclass

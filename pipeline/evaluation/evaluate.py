@@ -177,7 +177,8 @@ def _replace_answer(row: Row, wanted: Callable[[Row], bool], retrieved: bool) ->
     if text is None:
         return row
     read: Row = {} if retrieved else {"candidates": []}
-    return {**row, "answer": match_choice(text, row.get("choices") or ()) or text, "retrieved": retrieved, **read}
+    answer = match_choice(text, row.get("choices") or ()) or text
+    return {**row, "answer": answer, "retrieved": retrieved and bool(text), **read}
 
 
 def evaluate_set(

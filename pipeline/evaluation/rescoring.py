@@ -179,7 +179,7 @@ def _to_candidate(row: Mapping[str, Any], passages: Mapping[str, Passage]) -> Ca
 
 
 # Columns that rescoring replaces; ``usage`` stays that of the run.
-REWRITTEN = ("answer", "raw_output", "retrieved", "segments", "passages", "candidates")
+REWRITTEN = ("answer", "raw_output", "retrieved", "finish_reason", "segments", "passages", "candidates")
 
 
 @dataclass(frozen=True)

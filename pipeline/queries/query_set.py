@@ -84,7 +84,7 @@ def inspect_queries(location: Location, columns: Columns, unit_rows: int) -> Que
     footers = [(file, read_footer(file)) for file in files]
     schema = _read_schema(footers[0][1])
     for file, footer in footers:
-        check_query_schema(footer.schema.to_arrow_schema(), columns, file.uri)
+        check_query_schema(_read_schema(footer), columns, file.uri)
         if (other := _read_schema(footer)) != schema:
             raise ValueError(
                 f"{file.uri}: its schema differs from that of {files[0].uri}: {_describe_difference(schema, other)}"

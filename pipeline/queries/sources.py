@@ -21,7 +21,7 @@ import smart_open
 from pyarrow import fs
 
 from pipeline.config.sections import StorageConfig
-from pipeline.queries.schema import read_rows
+from pipeline.queries.schema import read_rows, replace_views
 from pipeline.storage.location import Location, join_lines, locate
 from pipeline.storage.parquet import RowRange, is_parquet, map_in_threads, read_footer, read_range, warn_of_other_files
 
@@ -174,7 +174,7 @@ def _convert_table(table: pa.Table, place: str, first: int) -> Iterator[SourceRo
 def _open_files(location: Location) -> Source:
     files = _list_files(location)
     footers = [read_footer(file) for file, kind in files if kind == PARQUET]
-    schemas = [footer.schema.to_arrow_schema().remove_metadata() for footer in footers]
+    schemas = [replace_views(footer.schema.to_arrow_schema()) for footer in footers]
     try:
         schema = pa.unify_schemas(schemas, promote_options="permissive") if schemas else ()
     except pa.ArrowException as error:

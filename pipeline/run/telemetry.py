@@ -56,9 +56,8 @@ class _Metric:
 
     def record(self, value: float, **labels: str) -> None:
         """Add to a counter, set a gauge, or observe a value of a histogram."""
-        encoded = {name: encode_label(label) for name, label in labels.items()}
         if self._update is not None:
-            self._attempt(lambda: self._update(value, encoded))
+            self._attempt(lambda: self._update(value, {name: encode_label(text) for name, text in labels.items()}))
 
     def _attempt(self, work: Callable[[], Any]) -> Any:
         try:

@@ -93,6 +93,7 @@ def test_column_of_any_type_is_imported(name: str, tmp_path: Path) -> None:
     result = CliRunner().invoke(IMPORT, options)
     assert result.exit_code == 3, result.stderr
     (file,) = (tmp_path / "set").iterdir()
+    assert "view" not in str(pq.read_schema(file))
     assert [(row["id"], row["x"]) for row in pq.read_table(file).to_pylist()] == [
         ("1", value),
         ("2", None),

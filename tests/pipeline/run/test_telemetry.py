@@ -130,6 +130,11 @@ def test_failing_metrics_are_logged_once_and_raise_nothing(
     assert all("UnicodeEncodeError: 'ascii' codec can't encode" in warning for warning in warnings)
 
 
+def test_label_that_cannot_be_encoded_raises_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    DeathTelemetry("out/\udcff").count_start()
+    assert "UnicodeEncodeError" in caplog.text
+
+
 def test_labels_are_percent_encoded_where_they_are_not_ascii() -> None:
     assert encode_label("s3://bucket/größe 100%/{date}") == "s3://bucket/gr%C3%B6%C3%9Fe 100%/{date}"
 
