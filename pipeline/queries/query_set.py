@@ -1,12 +1,13 @@
 """Check a query set and divide it into units."""
 
+import contextlib
 import hashlib
 import threading
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import lru_cache
 from itertools import chain
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -14,36 +15,16 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config.sections import Columns, StorageConfig
-from pipeline.queries.schema import check_query_schema, replace_views
+from pipeline.queries.partitions import append_partition, find_partition, infer_types, parse_partition
+from pipeline.queries.schema import GOLD_TYPES, check_query_schema
+from pipeline.queries.unified_schema import cast_table, replace_views, unify_schemas
+from pipeline.queries.units import Part, Unit, join_parts
 from pipeline.storage.location import Location, join_lines, locate
-from pipeline.storage.parquet import list_parquet, read_footer, read_parquet
+from pipeline.storage.parquet import SMALL_BYTES, list_parquet, map_in_threads, read_parquet
 
 READ_BYTES = 8 * 2**20
-# The units of an actor start at the same time, and a row group may be large: only one of them reads it.
-READING = threading.Lock()
-
-
-@dataclass(frozen=True)
-class Unit:
-    """A range of rows of one row group: one actor call, one output file.
-
-    Attributes:
-        id: hexadecimal digest of the file's content and the range; the same in every run on the same files.
-        uri: URI of the Parquet file.
-        row_group: number of the row group in the file, from 0.
-        offset: first row within the row group.
-        rows: number of rows.
-        size: size of the file in bytes.
-        digest: hexadecimal digest of the file's content.
-    """
-
-    id: str
-    uri: str
-    row_group: int
-    offset: int
-    rows: int
-    size: int
-    digest: str
+# Files are read in parallel, but only one large one at a time: its row groups may be large.
+READING_LARGE = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -51,13 +32,14 @@ class QuerySet:
     """A checked query set.
 
     Attributes:
-        schema: schema of every file.
+        schema: schema to which every file is cast.
         units: all units, in the order of files and rows.
         files: number of files.
         rows: number of rows.
         digest: digest of all unit ids: the identity of the query set and of its division into units.
         given: whether there is a column of given passages.
         tasks: number of rows by task; rows without a task are not counted.
+        partitions: columns that are read from the paths of the files.
     """
 
     schema: pa.Schema
@@ -67,6 +49,39 @@ class QuerySet:
     digest: str
     given: bool
     tasks: Mapping[str, int]
+    partitions: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class QueryFile:
+    """What the inspection of a file has found.
+
+    Attributes:
+        file: the file.
+        schema: schema of its columns, without views.
+        partition: folders that name its partition columns.
+        groups: number of rows of each row group.
+        size: size in bytes.
+        digest: hexadecimal digest of its content.
+        ids: ids of its rows: large_string.
+        tasks: number of rows by task.
+    """
+
+    file: Location
+    schema: pa.Schema
+    partition: str
+    groups: tuple[int, ...]
+    size: int
+    digest: str
+    ids: pa.ChunkedArray
+    tasks: Mapping[str, int]
+
+    def divide(self, unit_rows: int) -> Iterator[Part]:
+        """Divide the rows into parts of at most ``unit_rows`` rows."""
+        for group, rows in enumerate(self.groups):
+            for offset in range(0, rows, unit_rows):
+                size = min(unit_rows, rows - offset)
+                yield Part(self.file.uri, self.size, self.digest, self.partition, group, offset, size)
 
 
 def inspect_queries(location: Location, columns: Columns, unit_rows: int) -> QuerySet:
@@ -76,31 +91,143 @@ def inspect_queries(location: Location, columns: Columns, unit_rows: int) -> Que
     Driver memory: all ids of the set at once while they are compared.
 
     Raises:
-        ValueError: there are no Parquet files, a file is unreadable or has another schema, a column is missing or of
-            the wrong type, an id is null or not unique, or there are no rows.
+        ValueError: there are no Parquet files, a file is unreadable, its schema cannot be unified with the others, a
+            column is missing or of the wrong type, or contradicts the partition in the path, an id is null or not
+            unique, or there are no rows.
         StorageError: the storage cannot be read.
     """
     files = list_parquet(location)
-    footers = [(file, read_footer(file)) for file in files]
-    schema = _read_schema(footers[0][1])
-    for file, footer in footers:
-        check_query_schema(_read_schema(footer), columns, file.uri)
-        if (other := _read_schema(footer)) != schema:
-            raise ValueError(
-                f"{file.uri}: its schema differs from that of {files[0].uri}: {_describe_difference(schema, other)}"
-            )
-    rows = sum(footer.num_rows for _, footer in footers)
-    if rows == 0:
+    found = map_in_threads(lambda file: _inspect_file(file, find_partition(file, location), columns), files)
+    filled = [file for file in found if any(file.groups)]
+    if not filled:
         raise ValueError(f"{location.uri}: the query set has no rows")
-    _check_ids(files, columns.id)
-    units = tuple(chain.from_iterable(_divide_file(file, footer, unit_rows) for file, footer in footers))
+    partitions = _infer_partition_types(filled, columns)
+    schema = _unify_files(filled, partitions)
+    _check_unique(filled)
+    units = tuple(join_parts(chain.from_iterable(file.divide(unit_rows) for file in filled), unit_rows))
     digest = hashlib.sha256("".join(unit.id for unit in units).encode()).hexdigest()
-    given, tasks = _has_passages(schema, columns), _count_tasks(files, schema, columns)
-    return QuerySet(schema, units, len(files), rows, digest, given, tasks)
+    tasks: Counter[str] = sum((Counter(file.tasks) for file in filled), Counter())
+    return QuerySet(
+        schema=schema,
+        units=units,
+        files=len(files),
+        rows=sum(unit.rows for unit in units),
+        digest=digest,
+        given=_has_passages(schema, columns),
+        tasks=dict(sorted(tasks.items())),
+        partitions=tuple(partitions),
+    )
 
 
-def _read_schema(footer: pq.FileMetaData) -> pa.Schema:
-    return replace_views(footer.schema.to_arrow_schema())
+def _inspect_file(file: Location, partition: str, columns: Columns) -> QueryFile:
+    def inspect(stream: Any) -> QueryFile:
+        with READING_LARGE if stream.size() > SMALL_BYTES else contextlib.nullcontext():
+            return _inspect_stream(stream, file, partition, columns)
+
+    return read_parquet(file, inspect)
+
+
+def _inspect_stream(stream: Any, file: Location, partition: str, columns: Columns) -> QueryFile:
+    size, digest = _hash_stream(stream)
+    parquet = pq.ParquetFile(stream)
+    metadata = parquet.metadata
+    groups = tuple(metadata.row_group(n).num_rows for n in range(metadata.num_row_groups))
+    schema = replace_views(metadata.schema.to_arrow_schema())
+    ids, tasks = [pa.chunked_array([], pa.large_string())], Counter[str]()
+    if any(groups):  # pandas writes an empty table without the types of its columns
+        check_query_schema(_append_partition(schema, partition), columns, file.uri)
+    for table in _read_tables(parquet, file, partition):
+        ids.append(table[columns.id].cast(pa.large_string()))
+        if columns.task in table.schema.names:
+            tasks.update(_count_tasks(table[columns.task], columns.task, file))
+    found = _concatenate(ids)
+    _check_ids_of_file(found, columns.id, file)
+    return QueryFile(file, schema, partition, groups, size, digest, found, tasks)
+
+
+def _hash_stream(stream: Any) -> tuple[int, str]:
+    digest = hashlib.sha256()
+    while block := stream.read(READ_BYTES):
+        digest.update(block)
+    return stream.size(), digest.hexdigest()
+
+
+def _append_partition(
+    schema: pa.Schema, partition: str, types: Mapping[str, pa.DataType] = MappingProxyType({})
+) -> pa.Schema:
+    """Append the partition columns that a file does not have itself; their type is string unless ``types`` has one."""
+    missing = [name for name in parse_partition(partition) if name not in schema.names]
+    return pa.schema([*schema, *(pa.field(name, types.get(name, pa.string())) for name in missing)])
+
+
+def _read_tables(parquet: pq.ParquetFile, file: Location, partition: str) -> Iterator[pa.Table]:
+    """Read every page, so that a damaged one is found before the run starts."""
+    for batch in parquet.iter_batches():
+        yield append_partition(pa.Table.from_batches([batch]), parse_partition(partition), file.uri)
+
+
+def _count_tasks(values: pa.ChunkedArray, column: str, file: Location) -> dict[str, int]:
+    try:
+        counts = pc.value_counts(values.cast(pa.string()).drop_null()).to_pylist()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{file.uri}: column {column!r} is not UTF-8: {error}") from None
+    return {entry["values"]: entry["counts"] for entry in counts}
+
+
+def _check_ids_of_file(ids: pa.ChunkedArray, column: str, file: Location) -> None:
+    if ids.null_count:
+        row = pc.index(ids.is_null(), True).as_py()
+        raise ValueError(f"{file.uri}: column {column!r} is null in row {row}; every query needs an id")
+    try:
+        ids.validate(full=True)
+    except pa.ArrowInvalid as error:
+        raise ValueError(f"{file.uri}: column {column!r} is not UTF-8: {join_lines(error)}") from None
+
+
+def _infer_partition_types(files: Sequence[QueryFile], columns: Columns) -> dict[str, pa.DataType]:
+    texts = [*vars(columns).values(), *GOLD_TYPES]
+    return infer_types((parse_partition(file.partition) for file in files), texts)
+
+
+def _unify_files(files: Sequence[QueryFile], partitions: Mapping[str, pa.DataType]) -> pa.Schema:
+    """Unify the schemas of the files, and check that every value fits."""
+    schemas = {file.file.uri: _append_partition(file.schema, file.partition, partitions) for file in files}
+    unified = unify_schemas(schemas)
+    map_in_threads(
+        lambda file: _check_cast(file, unified), [file for file in files if _differs(schemas[file.file.uri], unified)]
+    )
+    return unified
+
+
+def _differs(schema: pa.Schema, unified: pa.Schema) -> bool:
+    return any(field.type != unified.field(field.name).type for field in schema)
+
+
+def _check_cast(file: QueryFile, schema: pa.Schema) -> None:
+    def cast(stream: Any) -> None:
+        for table in _read_tables(pq.ParquetFile(stream), file.file, file.partition):
+            cast_table(table, schema, file.file.uri)
+
+    read_parquet(file.file, cast)
+
+
+def _check_unique(files: Sequence[QueryFile]) -> None:
+    merged = _concatenate([file.ids for file in files])
+    if pc.count_distinct(merged).as_py() == len(merged):
+        return
+    counts = pc.value_counts(merged)
+    double = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
+    places = list(chain.from_iterable(_find_places(file, double) for file in files))
+    raise ValueError(f"id {double!r} is not unique: {', '.join(places[:3])}")
+
+
+def _find_places(file: QueryFile, value: str) -> list[str]:
+    mask = pc.equal(file.ids, value).combine_chunks()
+    return [f"{file.file.uri} row {row}" for row in pc.indices_nonzero(mask).to_pylist()]
+
+
+def _has_passages(schema: pa.Schema, columns: Columns) -> bool:
+    return columns.passages in schema.names and not pa.types.is_null(schema.field(columns.passages).type)
 
 
 def read_query_ids(queries: QuerySet, column: str, storage: StorageConfig) -> pa.ChunkedArray:
@@ -109,136 +236,14 @@ def read_query_ids(queries: QuerySet, column: str, storage: StorageConfig) -> pa
     Raises:
         StorageError: the storage cannot be read.
     """
-    uris = dict.fromkeys(unit.uri for unit in queries.units)
-    return _concatenate_ids([_read_column(locate(uri, storage), column, pa.large_string()) for uri in uris])
+    uris = dict.fromkeys(part.uri for unit in queries.units for part in unit.parts)
+    return _concatenate(map_in_threads(lambda uri: _read_ids(locate(uri, storage), column), uris))
 
 
-def _read_column(file: Location, name: str, kind: pa.DataType) -> pa.ChunkedArray:
-    return read_parquet(file, lambda stream: pq.read_table(stream, columns=[name])[name].cast(kind))
+def _read_ids(file: Location, column: str) -> pa.ChunkedArray:
+    return read_parquet(file, lambda stream: pq.read_table(stream, columns=[column])[column].cast(pa.large_string()))
 
 
-def _concatenate_ids(columns: Sequence[pa.ChunkedArray]) -> pa.ChunkedArray:
+def _concatenate(columns: Iterable[pa.ChunkedArray]) -> pa.ChunkedArray:
     chunks = chain.from_iterable(column.chunks for column in columns)
     return pa.chunked_array(list(chunks), pa.large_string())
-
-
-def _describe_difference(one: pa.Schema, other: pa.Schema) -> str:
-    for name in [*one.names, *other.names]:
-        expected, found = _describe_type(one, name), _describe_type(other, name)
-        if found != expected:
-            return f"column {name!r} is {found}, not {expected}"
-    return "the columns are in another order, or differ in nullability"
-
-
-def _describe_type(schema: pa.Schema, column: str) -> str:
-    return str(schema.field(column).type) if column in schema.names else "missing"
-
-
-def _check_ids(files: list[Location], column: str) -> None:
-    ids: list[pa.ChunkedArray] = []
-    for file in files:
-        values = _read_column(file, column, pa.large_string())
-        if values.null_count:
-            row = pc.index(values.is_null(), True).as_py()
-            raise ValueError(f"{file.uri}: column {column!r} is null in row {row}; every query needs an id")
-        try:
-            values.validate(full=True)
-        except pa.ArrowInvalid as error:
-            raise ValueError(f"{file.uri}: column {column!r} is not UTF-8: {join_lines(error)}") from None
-        ids.append(values)
-    merged = _concatenate_ids(ids)
-    if pc.count_distinct(merged).as_py() != len(merged):
-        counts = pc.value_counts(merged)
-        double = counts.filter(pc.greater(counts.field("counts"), 1))[0]["values"].as_py()
-        found = (_find_places(file, values, double) for file, values in zip(files, ids, strict=True))
-        places = list(chain.from_iterable(found))
-        raise ValueError(f"id {double!r} is not unique: {', '.join(places[:3])}")
-
-
-def _find_places(file: Location, values: pa.ChunkedArray, value: str) -> list[str]:
-    mask = pc.equal(values, value).combine_chunks()
-    return [f"{file.uri} row {row}" for row in pc.indices_nonzero(mask).to_pylist()]
-
-
-def _has_passages(schema: pa.Schema, columns: Columns) -> bool:
-    return columns.passages in schema.names and not pa.types.is_null(schema.field(columns.passages).type)
-
-
-def _count_tasks(files: list[Location], schema: pa.Schema, columns: Columns) -> dict[str, int]:
-    if columns.task not in schema.names:
-        return {}
-    tasks: Counter[str] = Counter()
-    for file in files:
-        values = _read_column(file, columns.task, pa.string())
-        try:
-            counts = pc.value_counts(values.drop_null()).to_pylist()
-        except UnicodeDecodeError as error:
-            raise ValueError(f"{file.uri}: column {columns.task!r} is not UTF-8: {error}") from None
-        tasks.update({entry["values"]: entry["counts"] for entry in counts})
-    return dict(sorted(tasks.items()))
-
-
-def _hash_file(file: Location) -> tuple[int, str]:
-    def hash_blocks() -> tuple[int, str]:
-        digest, size = hashlib.sha256(), 0
-        with file.filesystem.open_input_stream(file.path) as stream:
-            while block := stream.read(READ_BYTES):
-                digest.update(block)
-                size += len(block)
-        return size, digest.hexdigest()
-
-    return file.retrying(hash_blocks)
-
-
-def _decode(stream: Any) -> None:
-    """Read every page, so that a damaged one is found before the run starts."""
-    for _ in pq.ParquetFile(stream).iter_batches():
-        pass
-
-
-def _divide_file(file: Location, footer: pq.FileMetaData, unit_rows: int) -> Iterator[Unit]:
-    size, digest = _hash_file(file)
-    read_parquet(file, _decode)
-    for group in range(footer.num_row_groups):
-        total = footer.row_group(group).num_rows
-        for offset in range(0, total, unit_rows):
-            rows = min(unit_rows, total - offset)
-            key = hashlib.sha256(f"{digest}:{group}:{offset}:{rows}".encode()).hexdigest()[:20]
-            yield Unit(key, file.uri, group, offset, rows, size, digest)
-
-
-@lru_cache(maxsize=1)
-def _read_row_group(
-    uri: str,
-    size: int,
-    digest: str,  # noqa: ARG001  part of the cache key: a process may outlive a run, and the file may change
-    group: int,
-    storage: StorageConfig,
-) -> pa.Table:
-    def read_group(stream: Any) -> pa.Table:
-        if stream.size() != size:
-            raise ValueError(
-                f"{uri}: has changed since the run began, from {size} to {stream.size()} bytes; choose another "
-                "output, or pass --overwrite"
-            )
-        rows = pq.ParquetFile(stream).read_row_group(group)
-        return rows.cast(replace_views(rows.schema))
-
-    return read_parquet(locate(uri, storage), read_group)
-
-
-def read_unit(unit: Unit, storage: StorageConfig) -> pa.Table:
-    """Read the rows of a unit; thread-safe.
-
-    The last row group stays in memory, since the other units of it tend to follow.
-
-    Raises:
-        ValueError: the size of the file has changed since the run was planned. A change that keeps the size is not
-            detected: every process would have to compute the digest of the whole file.
-        StorageError: the storage cannot be read.
-    """
-    with READING:
-        group = _read_row_group(unit.uri, unit.size, unit.digest, unit.row_group, storage)
-    rows = group.slice(unit.offset, unit.rows)
-    assert rows.num_rows == unit.rows, f"unit {unit.id} has {unit.rows} rows, but {rows.num_rows} were read"
-    return rows

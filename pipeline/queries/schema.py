@@ -121,33 +121,6 @@ def _check_output_names(schema: pa.Schema, source: str) -> None:
             raise ValueError(f"{source}: columns {name!r} and {others[0]!r} would both be written as {output!r}")
 
 
-def replace_views(schema: pa.Schema) -> pa.Schema:
-    """Replace Arrow's view types, which polars writes, by large types: pyarrow cannot filter views."""
-    return pa.schema([_replace_view(field) for field in schema])
-
-
-def _replace_view(field: pa.Field) -> pa.Field:
-    return field.with_type(_to_large_type(field.type))
-
-
-def _to_large_type(kind: pa.DataType) -> pa.DataType:
-    if pa.types.is_string_view(kind):
-        return pa.large_string()
-    if pa.types.is_binary_view(kind):
-        return pa.large_binary()
-    if pa.types.is_struct(kind):
-        return pa.struct([_replace_view(field) for field in kind])
-    if pa.types.is_map(kind):
-        return pa.map_(_replace_view(kind.key_field), _replace_view(kind.item_field), kind.keys_sorted)
-    if pa.types.is_fixed_size_list(kind):
-        return pa.list_(_replace_view(kind.value_field), kind.list_size)
-    if pa.types.is_list(kind):
-        return pa.list_(_replace_view(kind.value_field))
-    if pa.types.is_large_list(kind) or pa.types.is_list_view(kind):
-        return pa.large_list(_replace_view(kind.value_field))
-    return kind
-
-
 Row = dict[str, Any] | UnicodeDecodeError
 
 

@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 
 from pipeline.config.sections import StorageConfig
 from pipeline.output.folder import is_unit_file
-from pipeline.queries.query_set import QuerySet, read_query_ids, read_unit
+from pipeline.queries.query_set import QuerySet, read_query_ids
+from pipeline.queries.units import read_unit
 from pipeline.queries.writer import FILE_ROWS, GROUP_ROWS
 from pipeline.storage.location import Location
 from pipeline.storage.parquet import encode_parquet, map_in_threads, read_columns
@@ -154,7 +155,7 @@ def _read_selected(queries: QuerySet, new: pa.ChunkedArray, storage: StorageConf
         mask = new.slice(first, unit.rows)
         first += unit.rows
         if pc.any(mask).as_py():
-            yield read_unit(unit, storage).filter(mask)
+            yield read_unit(unit, queries.schema, storage).filter(mask)
 
 
 def _merge_tables(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:

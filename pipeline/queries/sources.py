@@ -21,7 +21,8 @@ import smart_open
 from pyarrow import fs
 
 from pipeline.config.sections import StorageConfig
-from pipeline.queries.schema import read_rows, replace_views
+from pipeline.queries.schema import read_rows
+from pipeline.queries.unified_schema import replace_views
 from pipeline.storage.location import Location, join_lines, locate
 from pipeline.storage.parquet import RowRange, is_parquet, map_in_threads, read_footer, read_range, warn_of_other_files
 

@@ -28,8 +28,8 @@ from pipeline.engine.vllm import EngineDeadError, VllmGenerator, prepare_environ
 from pipeline.gpus import lock_gpus
 from pipeline.output.folder import OutputFolder
 from pipeline.output.schema import ANSWER_FIELDS, CANDIDATE_FIELDS, ERROR_FIELDS, rename_reserved_columns, to_answer_row
-from pipeline.queries.query_set import Unit, read_unit
 from pipeline.queries.schema import Row, read_rows, to_query
+from pipeline.queries.units import Unit, read_unit
 from pipeline.retrieval.retriever import IndexRetriever
 from pipeline.retrieval.shard_servers import IndexLostError
 from pipeline.run.attempts import (
@@ -159,15 +159,23 @@ class SelfRagActor:
     would not do after an exception.
 
     Args:
+        config: configuration of the run.
+        schema: schema of the query set.
         attempts: Ray handle of ``Attempts``.
         servers: handles of the shard servers of a partitioned index.
         index_digest: digest that the index must have.
     """
 
     def __init__(
-        self, config: RunConfig, attempts: Any, servers: Sequence[Any] = (), index_digest: str | None = None
+        self,
+        config: RunConfig,
+        schema: pa.Schema,
+        attempts: Any,
+        servers: Sequence[Any] = (),
+        index_digest: str | None = None,
     ) -> None:
         self.config = config
+        self.schema = schema
         self.output = OutputFolder(locate(config.output, config.storage))
         self.attempts = attempts
         self.lock = SharedExclusiveLock()
@@ -203,17 +211,17 @@ class SelfRagActor:
         """Read, annotate and write one unit; reading and writing overlap with the decoding of other units.
 
         Args:
-            batch: a table with a single row, the fields of a ``Unit``.
+            batch: a table with a single row, the record of a ``Unit``.
 
         Returns:
             The ``UnitSummary`` of the unit as JSON, in the column ``summary``.
         """
         (planned,) = batch.to_pylist()
-        unit, config = Unit(**planned), self.config
+        unit, config = Unit.from_record(planned), self.config
         async with self._attempting(unit.id) as one_by_one:
             await asyncio.shield(self._warm)
             began = time.time()
-            rows = await asyncio.to_thread(read_unit, unit, config.storage)
+            rows = await asyncio.to_thread(read_unit, unit, self.schema, config.storage)
             with self.telemetry.counting_rows(unit.rows):
                 annotated = await annotate_table(self.system, rows, config, one_by_one)
             times, keep_candidates = (began, time.time()), config.decoding.keep_candidates

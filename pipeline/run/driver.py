@@ -165,7 +165,13 @@ def annotate_units(plan: RunPlan, resources: Resources, actor: type[SelfRagActor
     units = [dataclasses.asdict(unit) for unit in plan.todo]
     summaries = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
         actor,
-        fn_constructor_args=[config, attempts, start_partitions(plan, resources), plan.index and plan.index["digest"]],
+        fn_constructor_args=[
+            config,
+            plan.queries.schema,
+            attempts,
+            start_partitions(plan, resources),
+            plan.index and plan.index["digest"],
+        ],
         batch_size=1,  # one unit, the only row of its block; Ray Data refuses None with GPUs
         batch_format="pyarrow",
         compute=pool,

@@ -28,6 +28,8 @@ NAMED_FILES = 5
 BATCH_ROWS = 1024
 # Files read at once: an object store takes many requests and answers each of them slowly.
 THREADS = 16
+# Files up to this size are read whole, in one request to the store.
+SMALL_BYTES = 4 << 20
 # Arrow reports damaged metadata and damaged pages as I/O errors with these words.
 DAMAGED = re.compile("thrift|[Cc]orrupt|decompress")
 
@@ -105,7 +107,7 @@ def _explain_absence(location: Location, kind: fs.FileType) -> str:
 
 
 def read_parquet(file: Location, work: Callable[[Any], Result]) -> Result:
-    """Call ``work`` with the file opened for random access; retries transient errors.
+    """Call ``work`` with the file opened for random access, a small one in memory; retries transient errors.
 
     Raises:
         ValueError: the file is not Parquet, or damaged.
@@ -114,7 +116,8 @@ def read_parquet(file: Location, work: Callable[[Any], Result]) -> Result:
 
     def open_and_work() -> Result:
         with file.filesystem.open_input_file(file.path) as stream:
-            return work(stream)
+            is_small = not file.local and stream.size() <= SMALL_BYTES
+            return work(pa.BufferReader(stream.read_buffer(stream.size())) if is_small else stream)
 
     with _naming_file(file):
         return file.retrying(open_and_work)

@@ -15,7 +15,8 @@ from pipeline.cluster import Resources
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import StorageConfig
 from pipeline.output.folder import OutputFolder, UnitSummary
-from pipeline.queries.query_set import QuerySet, Unit
+from pipeline.queries.query_set import QuerySet
+from pipeline.queries.units import Part, Unit
 from pipeline.run.actor import build_annotated_schema
 from pipeline.run.driver import Summary, annotate_todo, verify_units
 from pipeline.run.plan import RunPlan, check_run
@@ -102,6 +103,18 @@ def test_dry_run_prints_the_plan_and_writes_nothing(options):
     assert not Path(options["--output"]).exists()
 
 
+def test_dry_run_names_the_partition_columns(options, tmp_path, caplog):
+    folder = tmp_path / "day" / "dt=2024-01-31" / "task=popqa"
+    folder.mkdir(parents=True)
+    query_set(folder, id=["c", "d"], query=["Who?", "What?"])
+    whole = call({**options, "--queries": str(tmp_path / "day")}, "--dry-run").stderr
+    assert "columns  dt, task: read from the folders' names" in whole
+    assert "task     popqa: 2 rows, profile popqa" in whole
+    inside = call({**options, "--queries": str(folder)}, "--dry-run").stderr
+    assert "task=popqa: columns that only its own path names are not read (dt, task)" in caplog.text
+    assert "task     (none): 2 rows" in inside
+
+
 def test_plan_records_the_index_and_its_encoder(options, saved: Location):
     run = {"queries": options["--queries"], "output": options["--output"], "model": {"name": options["--model"]}}
     plan = check_run(RunConfig.model_validate({**run, "index": saved.path}))
@@ -171,6 +184,10 @@ def failing(tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch, *errors:
     return RunPlan(config, queries, OutputFolder(locate(str(tmp_path / "out"), StorageConfig())), {}, None), seen
 
 
+def unit(number: int, rows: int) -> Unit:
+    return Unit(f"{number:020x}", (Part("q", 1, "d", "", 0, 0, rows),))
+
+
 def test_run_above_the_error_rate_stops_early(tmp_path, monkeypatch):
     plan, seen = failing(tmp_path, 20_000, monkeypatch, 0, 90, 90, 90, 90)
     with pytest.raises(RuntimeError, match=r"^270 of 400 rows failed \(KeyError\), more than execution.max_error_rate"):
@@ -181,7 +198,7 @@ def test_run_above_the_error_rate_stops_early(tmp_path, monkeypatch):
 def test_errors_of_earlier_attempts_count_toward_the_error_rate(tmp_path, monkeypatch):
     plan, seen = failing(tmp_path, 20_000, monkeypatch, 90, 90)
     monkeypatch.setattr(OutputFolder, "count_error_rows", lambda _, units: 30 * len(units))
-    units = [Unit(f"{n:020x}", "q", 0, 0, 100, 1, "d") for n in range(4)]
+    units = [unit(n, 100) for n in range(4)]
     queries = dataclasses.replace(plan.queries, units=tuple(units))
     plan = dataclasses.replace(plan, queries=queries, done=frozenset(unit.id for unit in units))
     with pytest.raises(RuntimeError, match=r"^210 of 500 rows failed"):
@@ -191,7 +208,7 @@ def test_errors_of_earlier_attempts_count_toward_the_error_rate(tmp_path, monkey
 
 def test_incomplete_unit_is_deleted_and_reported(tmp_path, monkeypatch):
     plan, _ = failing(tmp_path, 30, monkeypatch)
-    units = tuple(Unit(f"{n:020x}", "q", 0, 0, 10, 1, "d") for n in range(3))
+    units = tuple(unit(n, 10) for n in range(3))
     plan = dataclasses.replace(plan, queries=dataclasses.replace(plan.queries, units=units))
     files = [tmp_path / "out" / "data" / f"part-{unit.id}.parquet" for unit in units[:2]]
     files[0].parent.mkdir(parents=True)

@@ -161,11 +161,11 @@ PARQUET: dict[str, tuple[Spoil, str]] = {
     ),
     "types drift": (
         lambda c: (c.write("one.parquet", **ONE, year=[1]), c.write("two.parquet", **SECOND, year=["1"])),
-        "two.parquet: its schema differs from that of .*one.parquet: column 'year' is string, not int64",
+        "two.parquet: column 'year' is string, not int64 as in .*one.parquet; write all files with one schema",
     ),
     "columns drift": (
         lambda c: (c.write("one.parquet", **ONE, year=[1]), c.write("two.parquet", **SECOND)),
-        "two.parquet: its schema differs from that of .*one.parquet: column 'year' is missing, not int64",
+        "two.parquet: no column 'year', which .*one.parquet has; write all files with one schema",
     ),
     "empty file": (lambda c: c.write(**ONE).write_bytes(b""), "queries.parquet: not a readable Parquet file"),
     "not Parquet": (lambda c: c.write(**ONE).write_text("id,query\na,b\n"), "not a readable Parquet file"),

@@ -18,7 +18,7 @@ from typer.testing import CliRunner, Result
 from jobs.annotate import annotate
 from pipeline.cluster import Resources
 from pipeline.config.sections import StorageConfig
-from pipeline.queries.query_set import read_unit
+from pipeline.queries.units import read_unit
 from pipeline.run.actor import build_annotated_schema
 from pipeline.storage.lease import Lease
 from pipeline.storage.location import locate
@@ -34,7 +34,7 @@ def answers(plan, *_):
             {**row, "error_type": "ValueError", "error_message": "no", "attempts": 1}
             if row["query"] == "bad"
             else {**row, "answer": row["query"].upper(), "retrieved": False}
-            for row in read_unit(unit, StorageConfig()).to_pylist()
+            for row in read_unit(unit, plan.queries.schema, StorageConfig()).to_pylist()
         ]
         table = pa.Table.from_pylist(rows, build_annotated_schema(plan.queries.schema, keep_candidates=False))
         yield plan.output.write_unit(unit.id, table, plan.queries.schema, keep_candidates=False)

@@ -1,6 +1,8 @@
 import shutil
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
+from threading import Barrier
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -9,10 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.sections import Columns, StorageConfig
-from pipeline.queries import query_set
-from pipeline.queries.query_set import inspect_queries, read_unit
+from pipeline.queries import query_set, units
+from pipeline.queries.query_set import QuerySet, inspect_queries
+from pipeline.queries.units import read_unit
 from pipeline.storage.location import locate
 from pipeline.storage.parquet import read_parquet
+from tests.support.flaky import flaky
 
 HERE = StorageConfig()
 
@@ -26,6 +30,11 @@ def inspect(path, unit_rows=4):
     return inspect_queries(locate(str(path), HERE), Columns(), unit_rows)
 
 
+def read(found: QuerySet) -> pa.Table:
+    """All rows, through the units."""
+    return pa.concat_tables([read_unit(unit, found.schema, HERE) for unit in found.units])
+
+
 @given(st.lists(st.integers(0, 23), min_size=1, max_size=3), st.integers(1, 9), st.integers(1, 9))
 @settings(max_examples=25)
 def test_units_cover_every_row_once(tmp_path_factory, sizes, group, unit_rows):
@@ -33,11 +42,11 @@ def test_units_cover_every_row_once(tmp_path_factory, sizes, group, unit_rows):
     for n, size in enumerate([*sizes, 1]):
         write(folder / f"{n}.parquet", [f"{n}-{row}" for row in range(size)], group)
     found = inspect(folder, unit_rows)
-    read = [i for unit in found.units for i in read_unit(unit, HERE)["id"].to_pylist()]
-    assert read == [f"{n}-{row}" for n, size in enumerate([*sizes, 1]) for row in range(size)]
+    rows = read(found).column("id").to_pylist()
+    assert rows == [f"{n}-{row}" for n, size in enumerate([*sizes, 1]) for row in range(size)]
     assert all(1 <= unit.rows <= unit_rows for unit in found.units)
     assert len({unit.id for unit in found.units}) == len(found.units)
-    assert found.rows == len(read)
+    assert found.rows == len(rows)
 
 
 def test_unit_ids_do_not_depend_on_the_location(tmp_path):
@@ -61,20 +70,20 @@ def test_replaced_file_is_read_again(tmp_path):
     file = tmp_path / "a.parquet"
     for ids in (list("abcd"), list("wxyz"), list("abcdefgh")):
         write(file, ids)
-        assert [i for unit in inspect(file, 2).units for i in read_unit(unit, HERE)["id"].to_pylist()] == ids
+        assert read(inspect(file, 2))["id"].to_pylist() == ids
 
 
 def test_file_changed_during_the_run_is_named(tmp_path):
     write(tmp_path / "a.parquet", list("abcd"))
-    first, *_ = inspect(tmp_path / "a.parquet", 2).units
+    found = inspect(tmp_path / "a.parquet", 2)
     write(tmp_path / "a.parquet", list("abcdefgh"))
     with pytest.raises(ValueError, match=r"a.parquet: has changed since the run began, from \d+ to \d+ bytes"):
-        read_unit(first, HERE)
+        read(found)
 
 
 def test_concurrent_units_read_their_row_group_once(tmp_path, monkeypatch):
     write(tmp_path / "a.parquet", list("abcdefgh"))
-    units = inspect(tmp_path / "a.parquet", 2).units
+    found = inspect(tmp_path / "a.parquet", 2)
     reads = []
 
     def slowly(file, work):
@@ -82,9 +91,9 @@ def test_concurrent_units_read_their_row_group_once(tmp_path, monkeypatch):
         time.sleep(0.05)
         return read_parquet(file, work)
 
-    monkeypatch.setattr(query_set, "read_parquet", slowly)
+    monkeypatch.setattr(units, "read_parquet", slowly)
     with ThreadPoolExecutor(4) as pool:
-        tables = list(pool.map(lambda unit: read_unit(unit, HERE), units))
+        tables = list(pool.map(lambda unit: read_unit(unit, found.schema, HERE), found.units))
     assert [table["id"].to_pylist() for table in tables] == [["a", "b"], ["c", "d"], ["e", "f"], ["g", "h"]]
     assert len(reads) == 1
 
@@ -98,3 +107,41 @@ def test_single_file_is_a_query_set(tmp_path):
 def test_column_of_nulls_gives_no_passages(tmp_path):
     pq.write_table(pa.table({"id": ["1"], "query": ["x"], "passages": [None]}), tmp_path / "a.parquet")
     assert not inspect(tmp_path).given
+
+
+def test_small_files_are_read_once_each_and_share_units(tmp_path):
+    (tmp_path / "set").mkdir()
+    names = [f"set/{n}.parquet" for n in range(10)]
+    for n, name in enumerate(names):
+        write(tmp_path / name, [f"{n}-{row}" for row in range(3)])
+    location, files = flaky(tmp_path, [])
+    found = inspect_queries(replace(location, path="set"), Columns(), 8)
+    assert sorted(files.opened) == names
+    assert [unit.rows for unit in found.units] == [6, 6, 6, 6, 6]
+    assert read(inspect(tmp_path, 8))["id"].to_pylist() == [f"{n}-{row}" for n in range(10) for row in range(3)]
+
+
+def test_parts_are_joined_in_the_order_of_the_rows(tmp_path):
+    write(tmp_path / "a.parquet", list("abcdefg"), 5)
+    write(tmp_path / "b.parquet", list("h"))
+    found = [unit.parts for unit in inspect(tmp_path, 3).units]
+    assert [[(part.row_group, part.offset, part.rows) for part in parts] for parts in found] == [
+        [(0, 0, 3)],
+        [(0, 3, 2)],
+        [(1, 0, 2), (0, 0, 1)],
+    ]
+
+
+def test_files_are_read_in_parallel(tmp_path, monkeypatch):
+    for n in range(4):
+        write(tmp_path / f"{n}.parquet", [str(n)])
+    together = Barrier(4, timeout=60)
+
+    def wait(file, work):
+        together.wait()
+        return read_parquet(file, work)
+
+    monkeypatch.setattr(query_set, "read_parquet", wait)
+    found = inspect(tmp_path)
+    monkeypatch.setattr(units, "read_parquet", wait)
+    assert read(found)["id"].to_pylist() == list("0123")

@@ -129,7 +129,7 @@ def test_selection_is_split_into_several_files(asked: Path, tmp_path: Path, monk
     monkeypatch.setattr("pipeline.queries.selection.GROUP_ROWS", 3)
     found = select(asked, tmp_path / "sets")
     files = sorted(Path(found.folder.path).glob("part-*.parquet"))
-    assert [pq.read_metadata(file).num_rows for file in files] == [4, 5, 1]
+    assert [pq.read_metadata(file).num_rows for file in files] == [6, 4]
     assert max(pq.read_metadata(file).num_row_groups for file in files) == 2
     assert [row for row, _ in rows(found)] == [f"q{n}" for n in range(10)]
 

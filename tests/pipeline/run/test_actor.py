@@ -146,11 +146,12 @@ class Folder:
         file = folder / f"{name}.parquet"
         pq.write_table(queries, file)
         self.output = OutputFolder(locate(str(folder / "out"), HERE))
-        (self.unit,) = inspect_queries(locate(str(file), HERE), CONFIG.columns, ExecutionConfig().unit_rows).units
+        found = inspect_queries(locate(str(file), HERE), CONFIG.columns, ExecutionConfig().unit_rows)
+        (self.unit,), self.schema = found.units, found.schema
 
     async def annotate(self, actor: SelfRagActor) -> UnitSummary | None:
         """What the unit comes to; None where the actor's process died of it."""
-        actor.output = self.output
+        actor.output, actor.schema = self.output, self.schema
         try:
             found = await actor(pa.Table.from_pylist([dataclasses.asdict(self.unit)]))
         except Died:

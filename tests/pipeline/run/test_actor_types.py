@@ -12,7 +12,8 @@ from typer.testing import CliRunner
 
 from pipeline.config.sections import StorageConfig
 from pipeline.output.folder import OutputFolder
-from pipeline.queries.query_set import inspect_queries, read_unit
+from pipeline.queries.query_set import inspect_queries
+from pipeline.queries.units import read_unit
 from pipeline.run.actor import annotate_table, build_annotated_schema
 from pipeline.storage.location import locate
 from tests.jobs.test_import_queries import APP as IMPORT
@@ -70,7 +71,7 @@ async def test_column_of_any_type_passes_through_data_and_errors(name: str, tmp_
     write_set(tmp_path / "queries.parquet", kind, value)
     queries = inspect_queries(locate(str(tmp_path / "queries.parquet"), StorageConfig()), CONFIG.columns, 256)
     (unit,) = queries.units
-    rows = read_unit(unit, StorageConfig())
+    rows = read_unit(unit, queries.schema, StorageConfig())
     assert rows.schema == queries.schema
     annotated = await annotate_table(system(), rows, CONFIG)
     output = OutputFolder(locate(str(tmp_path / "out"), StorageConfig()))
