@@ -22,6 +22,7 @@ from pipeline.cluster import Resources
 from pipeline.config.run import RunConfig, load_config
 from pipeline.queries.selection import NothingNewError
 from pipeline.run.driver import Summary, allot_resources, run_plan
+from pipeline.run.dry_run import check_prompts
 from pipeline.run.notices import notify_failure
 from pipeline.run.plan import RunPlan, check_run
 from pipeline.storage.lease import Lease, OutputInUseError
@@ -67,7 +68,9 @@ def annotate(
     with checking():
         run_config = load_config(config, settings or [], flags, day and day.date())
     if dry_run:
-        if plan_run(run_config, overwrite) is not None:
+        if planned := plan_run(run_config, overwrite):
+            with checking():
+                check_prompts(planned[0])
             typer.echo("nothing was written and no engine started (--dry-run)", err=True)
         return
     with notifying(run_config), checking(), locking(run_config):

@@ -27,6 +27,7 @@ from pipeline.cluster import Resources, allocate_resources, connect, extract_cau
 from pipeline.config.loading import read_yaml
 from pipeline.config.run import RunConfig, load_config
 from pipeline.config.sections import StorageConfig
+from pipeline.decoding.piece_check import SAMPLE_QUERY, check_pieces
 from pipeline.doctor.device_probe import DeviceProbe
 from pipeline.doctor.diagnosis import (
     Finding,
@@ -34,6 +35,7 @@ from pipeline.doctor.diagnosis import (
     judge_answer,
     judge_gpu_memory,
     judge_gpus,
+    judge_pieces,
     judge_search,
     judge_shared_memory,
     judge_versions,
@@ -94,9 +96,10 @@ def attempt(check: str, where: str, work: Callable[[], Iterator[Finding]], advic
 def examine_model(config: RunConfig) -> Iterator[Finding]:
     """Check the engine's arguments, the tokenizer and its reflection tokens, as ``annotate --dry-run`` does."""
     check_engine_arguments(config.model)
-    tokens = len(set(load_critic(config).watched))
-    found = f"valid engine arguments and tokenizer, {tokens} critique tokens"
+    critic = load_critic(config)
+    found = f"valid engine arguments and tokenizer, {len(set(critic.watched))} critique tokens"
     yield Finding("model", config.model.name, Verdict.OK, found)
+    yield judge_pieces(check_pieces(critic, [SAMPLE_QUERY]), config.model.name)
 
 
 def examine_index(config: RunConfig) -> Iterator[Finding]:

@@ -16,8 +16,10 @@ import pyarrow.parquet as pq
 import typer
 
 from jobs.common import start_logging
+from pipeline.config.sections import ModelConfig
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.demo_models import BASE_MODEL, build_demo_base_model, build_demo_encoder
+from pipeline.engine.models import load_tokenizer
 from pipeline.training.data import Encode, TeachingData, find_nearest, read_data
 from pipeline.training.held_out import build_held_out_queries
 from pipeline.training.recipe import Recipe
@@ -74,13 +76,13 @@ def mine_parts(encoder: str, *parts: tuple[TeachingData, TeachingData]) -> list[
 def load_student(base: str, adapter: Path | None, recipe: Recipe) -> tuple[Any, PromptTokenizer]:
     """Load the base model with a trainable adapter, and its tokenizer with the control tokens."""
     import torch
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM
 
     from pipeline.training.train import add_reflection_tokens, attach_adapter
 
     torch.manual_seed(recipe.seed)
     folder = str(build_demo_base_model()) if base == "demo" else base
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer = load_tokenizer(ModelConfig(name=folder))
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     add_reflection_tokens(model, tokenizer)
     peft = attach_adapter(model, tokenizer, recipe, adapter)

@@ -19,6 +19,7 @@ import yaml
 from pipeline.config.loading import hash_tree
 from pipeline.config.sections import DecodingConfig
 from pipeline.decoding.beam import gather_all
+from pipeline.decoding.chat_turn import PLACE, UserTurn, split_at_place
 from pipeline.decoding.critique import (
     IS_REL_VALUES,
     IS_SUP_VALUES,
@@ -33,11 +34,13 @@ from pipeline.decoding.prompts import format_passage
 from pipeline.decoding.protocols import Generator, Reader
 from pipeline.decoding.reflection import IsRel, IsSup, IsUse, Retrieve
 from pipeline.decoding.reflection_reader import Requests, choose_opening_token
+from pipeline.decoding.tokenization import TextTokenizer
 from pipeline.decoding.types import (
     Boundary,
     Critique,
     Finish,
     Generation,
+    Passage,
     Path,
     Query,
     RetrievedPassage,
@@ -50,8 +53,6 @@ PROMPTS: Mapping[str, Any] = yaml.safe_load(File(__file__).with_suffix(".yaml").
 QUESTIONS: Mapping[type[StrEnum], str] = {Retrieve: "retrieve", IsRel: "relevant", IsSup: "supported", IsUse: "useful"}
 VALUES = {IsRel: IS_REL_VALUES, IsSup: IS_SUP_VALUES, IsUse: IS_USE_VALUES}
 Group = TypeVar("Group", bound=StrEnum)
-# Placeholder for the text of a turn, at which a rendered chat template is split.
-PLACE = "USERTEXTGOESHERE"
 
 
 def hash_prompts() -> str:
@@ -103,9 +104,9 @@ class PromptedCritic:
     def ends(self) -> tuple[int, ...]:
         """Ids that end an answer: the end of sequence, and any special token behind an answer in the chat template."""
         turns = [{"role": "user", "content": "?"}, {"role": "assistant", "content": PLACE}]
-        _, after = self._split_around(self.tokenizer.apply_chat_template(turns, tokenize=False))
+        _, after = split_at_place(self.tokenizer.apply_chat_template(turns, tokenize=False), self.name)
         special = set(self.tokenizer.all_special_ids) | set(self.tokenizer.get_added_vocab().values())
-        behind = [token for token in self._encode_trusted(after)[:1] if token in special]
+        behind = [token for token in self.text.encode_trusted(after)[:1] if token in special]
         return tuple(dict.fromkeys([int(self.tokenizer.eos_token_id), *behind]))
 
     @cached_property
@@ -114,30 +115,23 @@ class PromptedCritic:
         return frozenset(i for text, i in self.tokenizer.get_vocab().items() if "Ċ" in text or text == "<0x0A>")
 
     @cached_property
-    def frame(self) -> tuple[list[int], list[int]]:
-        """Ids of the chat template before and after the user's text, with the template's own control tokens."""
-        before, after = self._frame_texts
-        return self._encode_trusted(before), self._encode_trusted(after)
+    def text(self) -> TextTokenizer:
+        """The tokenizer for text."""
+        return TextTokenizer(self.tokenizer)
 
     @cached_property
-    def _frame_texts(self) -> tuple[str, str]:
-        turn = [{"role": "user", "content": PLACE}]
-        return self._split_around(self.tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
-
-    def _split_around(self, rendered: str) -> tuple[str, str]:
-        if rendered.count(PLACE) != 1:
-            raise ValueError(
-                f"model {self.name}: its chat template does not render a turn's text exactly once and unchanged"
-            )
-        before, _, after = rendered.partition(PLACE)
-        return before, after
-
-    def _encode_trusted(self, text: str) -> list[int]:
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+    def turn(self) -> UserTurn:
+        """The chat template around a user's text."""
+        return UserTurn.render(self.text, self.name)
 
     def encode_text(self, text: str) -> list[int]:
         """Encode untrusted text: control tokens in it stay plain characters."""
-        return list(self.tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"])
+        return self.text.encode_middle(text)
+
+    def compare_pieces(self, query: Query, passage: Passage) -> str | None:
+        """See :meth:`Critic.compare_pieces`."""
+        values = {"query": format_query(query), "passage": format_passage(passage.title, passage.text)}
+        return self.turn.compare_pieces(fill_template(PROMPTS["write_from_passage"], values))
 
     def _encode_label(self, label: str) -> int:
         """Return the first id of a label at the start of an answer.
@@ -145,8 +139,8 @@ class PromptedCritic:
         The label is encoded behind the chat template, since a tokenizer may encode it differently at the start of a
         text.
         """
-        _, after = self._frame_texts
-        alone, answered = self._encode_trusted(after), self._encode_trusted(after + label)
+        after = self.turn.after
+        alone, answered = self.text.encode_trusted(after), self.text.encode_trusted(after + label)
         if answered[: len(alone)] == alone:
             return answered[len(alone)]
         return self.encode_text(label)[0]
@@ -179,12 +173,6 @@ class PromptedReader:
     def room(self) -> int:
         """Maximum number of tokens of a prompt."""
         return self.requests.generator.max_model_len - self.config.max_tokens
-
-    @property
-    def asked(self) -> str:
-        """The query for the model: the task's instruction, or the query itself, with its input."""
-        context = f"\n\n{self.query.input}" if self.query.input else ""
-        return f"{self.query.instruction or self.query.query}{context}"
 
     async def decide(self) -> Boundary:
         """See :meth:`Reader.decide`."""
@@ -275,17 +263,19 @@ class PromptedReader:
         self, template: str, evidence: RetrievedPassage | None = None, answer: str = "", written: int = 0
     ) -> list[int]:
         """Encode a prompt as the user's turn; the end of the passage is cut to leave room for ``written`` more ids."""
-        values = {"query": self.asked, "answer": answer}
-        before, after = self.critic.frame
+        values = {"query": format_query(self.query), "answer": answer}
         head, place, tail = template.partition("{passage}")
-        start = [*before, *self.critic.encode_text(fill_template(head, values))]
-        end = [*self.critic.encode_text(fill_template(tail, values)), *after]
-        body: list[int] = []
-        if place and evidence is not None:
-            body = self.critic.encode_text(format_passage(evidence.passage.title, evidence.passage.text))
-        kept = body[: max(0, self.room - written - len(start) - len(end))]
-        self.lost += len(body) - len(kept)
-        return [*start, *kept, *end]
+        body = format_passage(evidence.passage.title, evidence.passage.text) if place and evidence else ""
+        head, tail = fill_template(head, values), fill_template(tail, values)
+        ids, lost = self.critic.turn.encode_cut(head, body, tail, self.room - written)
+        self.lost += lost
+        return ids
+
+
+def format_query(query: Query) -> str:
+    """Format a query for the model: the task's instruction, or the query itself, with its input."""
+    context = f"\n\n{query.input}" if query.input else ""
+    return f"{query.instruction or query.query}{context}"
 
 
 def fill_template(template: str, values: Mapping[str, str]) -> str:

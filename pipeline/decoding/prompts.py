@@ -1,7 +1,7 @@
 """Prompts as token ids, in the format of the paper's models.
 
-Queries and passages are untrusted: they are tokenized with ``split_special_tokens``, so that a reflection token
-written inside one of them stays plain characters. Control tokens enter a prompt only by id.
+Queries and passages are untrusted: a reflection token written inside one of them stays plain characters. Control tokens
+enter a prompt only by id.
 """
 
 from dataclasses import dataclass
@@ -9,7 +9,9 @@ from enum import StrEnum
 from functools import cached_property
 from typing import Any
 
-from pipeline.decoding.reflection import Paragraph, ReflectionIds
+from pipeline.decoding.reflection import CONTROL_TOKENS, Paragraph, ReflectionIds, Retrieve
+from pipeline.decoding.tokenization import TextTokenizer
+from pipeline.decoding.types import Passage, Query
 
 
 def format_instruction(instruction: str, context: str | None = None) -> str:
@@ -40,9 +42,21 @@ class PromptTokenizer:
         """Wrap a tokenizer.
 
         Raises:
-            ValueError: the tokenizer lacks control tokens.
+            ValueError: the tokenizer lacks control tokens, or finds them in untrusted text.
         """
-        return cls(tokenizer, ReflectionIds.of(tokenizer, model))
+        prompts = cls(tokenizer, ReflectionIds.of(tokenizer, model))
+        found = [token for token in CONTROL_TOKENS if prompts.reflection.ids[token] in prompts.encode_text(token)]
+        if found:
+            raise ValueError(
+                f"model {model}: its tokenizer finds control tokens in plain text ({', '.join(found)}), so a passage "
+                "could pass for a judgment; add them to the tokenizer with add_special_tokens instead"
+            )
+        return prompts
+
+    @cached_property
+    def text(self) -> TextTokenizer:
+        """The tokenizer for text."""
+        return TextTokenizer(self.tokenizer)
 
     @cached_property
     def eos(self) -> int:
@@ -51,12 +65,11 @@ class PromptTokenizer:
 
     def encode_prompt(self, instruction: str, context: str | None = None) -> list[int]:
         """Encode the instruction prompt, with the beginning-of-sequence token if the tokenizer adds one."""
-        text = format_instruction(instruction, context)
-        return list(self.tokenizer(text, split_special_tokens=True)["input_ids"])
+        return self.text.encode_start(format_instruction(instruction, context))
 
     def encode_text(self, text: str) -> list[int]:
-        """Encode untrusted text for the middle of a sequence."""
-        return list(self.tokenizer(text, split_special_tokens=True, add_special_tokens=False)["input_ids"])
+        """Encode untrusted text behind a control token."""
+        return self.text.encode_middle(text)
 
     def encode_control(self, *tokens: StrEnum) -> list[int]:
         """Return the ids of control tokens."""
@@ -73,3 +86,17 @@ class PromptTokenizer:
     def decode(self, ids: list[int]) -> str:
         """Decode ids, control tokens included."""
         return str(self.tokenizer.decode(ids, skip_special_tokens=False, clean_up_tokenization_spaces=False))
+
+    def compare_pieces(self, query: Query, passage: Passage) -> str | None:
+        """See :meth:`Critic.compare_pieces`."""
+        instruction, body = query.instruction or query.query, format_passage(passage.title, passage.text)
+        prompt = format_instruction(instruction, query.input)
+        if self.text.contains_control_token(f"{prompt}{body}"):
+            return None
+        pieces = [
+            *self.encode_prompt(instruction, query.input),
+            *self.encode_control(Retrieve.YES),
+            *self.encode_passage(passage.title, passage.text),
+        ]
+        whole = f"{prompt}{Retrieve.YES}{Paragraph.START}{body}{Paragraph.END}"
+        return self.text.describe_difference(pieces, whole)

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from pipeline.config.sections import DecodingConfig
 from pipeline.decoding.reflection import Retrieve
-from pipeline.decoding.types import Boundary, Generation, Path, Query, RetrievedPassage, Usage
+from pipeline.decoding.types import Boundary, Generation, Passage, Path, Query, RetrievedPassage, Usage
 
 
 class Generator(Protocol):
@@ -81,4 +81,13 @@ class Critic(Protocol):
 
     def reader(self, generator: Generator, config: DecodingConfig, query: Query) -> Reader:
         """Create the reader for one query."""
+        ...
+
+    def compare_pieces(self, query: Query, passage: Passage) -> str | None:
+        """Compare a prompt, whose parts are encoded one by one, with the same prompt tokenized as one string.
+
+        Returns:
+            Description of the first difference; None if there is none, or if the query or passage contains a control
+            token, which the tokenizer would find in the string.
+        """
         ...

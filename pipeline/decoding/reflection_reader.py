@@ -53,6 +53,10 @@ class ReflectionCritic:
         """See :meth:`Critic.reader`."""
         return ReflectionReader(Requests(generator), self.tokenizer, config, query)
 
+    def compare_pieces(self, query: Query, passage: Passage) -> str | None:
+        """See :meth:`Critic.compare_pieces`."""
+        return self.tokenizer.compare_pieces(query, passage)
+
 
 @dataclass
 class ReflectionReader:

@@ -4,6 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
+from pipeline.decoding.piece_check import PIECES_ADVICE
 from pipeline.doctor.device_probe import QUESTION, Answered, Searched
 from pipeline.doctor.machine import Machine
 
@@ -37,6 +38,18 @@ class Finding:
     verdict: Verdict
     found: str
     advice: str = ""
+
+
+def judge_pieces(difference: str | None, model: str) -> Finding:
+    """Judge whether a model gets its prompts as it was trained to read them.
+
+    Args:
+        difference: outcome of ``check_pieces``.
+        model: Name of the model.
+    """
+    if difference:
+        return Finding("tokenizer", model, Verdict.WARNING, difference, PIECES_ADVICE)
+    return Finding("tokenizer", model, Verdict.OK, "sample prompts have the tokens of their whole strings")
 
 
 def judge_versions(machines: Sequence[Machine]) -> Iterator[Finding]:

@@ -1,6 +1,7 @@
 """The configured model: its path, the identity of its files, its tokenizer and its critic."""
 
 import hashlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +10,7 @@ from pipeline.config.sections import ModelConfig
 from pipeline.decoding.prompted_reader import PromptedCritic
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.protocols import Critic
+from pipeline.decoding.reflection import CONTROL_TOKENS
 from pipeline.decoding.reflection_reader import ReflectionCritic
 
 # Larger files are hashed only at both ends: enough to distinguish two trainings, and cheap even for 70 B parameters.
@@ -73,10 +75,32 @@ def load_tokenizer(model: ModelConfig) -> Any:
 
     name = str(model.engine.get("tokenizer") or model.name)
     try:
-        return AutoTokenizer.from_pretrained(resolve_model_path(name), revision=model.revision)
+        tokenizer = AutoTokenizer.from_pretrained(resolve_model_path(name), revision=model.revision)
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())[:300]
         raise ValueError(f"model {name}: its tokenizer cannot be loaded: {reason}") from None
+    restore_beginning(tokenizer)
+    mark_control_tokens(tokenizer)
+    return tokenizer
+
+
+def restore_beginning(tokenizer: Any) -> None:
+    """Let a Llama tokenizer add ``<s>`` unless its configuration says otherwise.
+
+    ``add_bos_token`` is documented to be true by default, but transformers 5 takes a missing key as false when it
+    builds the tokenizer from ``tokenizer.model``.
+    """
+    settings: Mapping[str, Any] = getattr(tokenizer, "init_kwargs", {})
+    built = type(tokenizer).__name__ == "LlamaTokenizer" and settings.get("vocab_file")
+    if built and settings.get("add_bos_token") is None:
+        tokenizer.add_bos_token = True
+
+
+def mark_control_tokens(tokenizer: Any) -> None:
+    """Make the control tokens of a tokenizer special: untrusted text is searched for added tokens that are not."""
+    vocabulary, added = tokenizer.get_vocab(), tokenizer.added_tokens_decoder
+    for token in filter(vocabulary.__contains__, CONTROL_TOKENS):
+        tokenizer.add_tokens([added.get(vocabulary[token], token)], special_tokens=True)
 
 
 def load_critic(config: RunConfig) -> Critic:

@@ -38,7 +38,18 @@ def test_doctor_passes_on_this_machine(s3: S3Server) -> None:
     assert done.returncode == 0, done.stderr[-3000:]
     record = json.loads(done.stdout)
     found = {(finding["check"], finding["verdict"]) for finding in record["findings"]}
-    checks = {"model", "node", "versions", "GPUs", "shared memory", "storage", "actors", "search", "engine"}
+    checks = {
+        "model",
+        "tokenizer",
+        "node",
+        "versions",
+        "GPUs",
+        "shared memory",
+        "storage",
+        "actors",
+        "search",
+        "engine",
+    }
     assert found == {(check, "ok") for check in checks}
     assert record["ok"]
     (engine,) = (finding["found"] for finding in record["findings"] if finding["check"] == "engine")

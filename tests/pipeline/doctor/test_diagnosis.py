@@ -8,6 +8,7 @@ from pipeline.doctor.diagnosis import (
     judge_answer,
     judge_gpu_memory,
     judge_gpus,
+    judge_pieces,
     judge_search,
     judge_shared_memory,
     judge_versions,
@@ -37,6 +38,17 @@ def test_equal_versions_on_all_machines_are_ok():
 def test_machines_with_different_versions_fail():
     _, _, differing = judge_versions([GPU, replace(GPU, host="b", versions={"vllm": "0.31.0", "ray": "2.60.0"})])
     assert (differing.where, differing.verdict, differing.found) == ("b", Verdict.FAILED, "differs from a in vllm, ray")
+
+
+@pytest.mark.parametrize(
+    ("difference", "verdict", "advice"),
+    [(None, Verdict.OK, ""), ("'▁Al' instead of 'Al' at token 9", Verdict.WARNING, "set model.engine.tokenizer")],
+)
+def test_prompts_with_other_tokens_than_their_string_are_a_warning(difference, verdict, advice):
+    finding = judge_pieces(difference, "llama")
+    assert (finding.check, finding.where, finding.verdict) == ("tokenizer", "llama", verdict)
+    assert finding.found == (difference or "sample prompts have the tokens of their whole strings")
+    assert advice in finding.advice
 
 
 def test_untested_versions_are_a_warning():

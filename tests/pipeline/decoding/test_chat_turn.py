@@ -1,0 +1,126 @@
+"""A turn in a chat template, for real tokenizers: tokens of the whole string, one beginning of sequence, cuts."""
+
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tokenizers import AddedToken
+
+from pipeline.decoding.chat_turn import UserTurn, split_at_place
+from pipeline.decoding.tokenization import TextTokenizer
+from tests.support.tokenizers import CHAT, load_kind
+
+KINDS = ("legacy", "not legacy", "byte-level")
+PLAIN = "{% for m in messages %}{{ 'USER: ' + m.content + '\nASSISTANT:' }}{% endfor %}"
+CHATML = PLAIN.replace("USER: ", "<|im_start|>user\n").replace("\nASSISTANT:", "<|im_end|>\n<|im_start|>assistant\n")
+TEMPLATES = {**CHAT, "plain": PLAIN, "chatml": CHATML}
+TURNS = (
+    "Who is Al Gore?",
+    " spaces ",
+    "\na line break",
+    "a line break\n",
+    "1984",
+    "“quoted”",
+    "東京?",
+    "",
+    "[INST]",
+    "e\u0301",
+)
+
+
+@pytest.fixture(scope="module")
+def render(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], UserTurn]:
+    @cache
+    def render_turn(kind: str, template: str) -> UserTurn:
+        tokenizer = load_kind(kind, tmp_path_factory.mktemp("tokenizer"))
+        tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
+        tokenizer.chat_template = TEMPLATES[template]
+        return UserTurn.render(TextTokenizer(tokenizer), kind)
+
+    return render_turn
+
+
+def show(turn: UserTurn, ids: list[int]) -> list[str]:
+    return list(turn.text.tokenizer.convert_ids_to_tokens(ids))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("text", TURNS)
+def test_a_turn_has_the_tokens_of_the_whole_string(render, kind: str, template: str, text: str) -> None:
+    turn = render(kind, template)
+    tokenizer, whole = turn.text.tokenizer, f"{turn.before}{text}{turn.after}"
+    own = whole.startswith("<s>") and kind != "byte-level"
+    assert show(turn, turn.encode(text)) == show(turn, tokenizer(whole, add_special_tokens=not own)["input_ids"])
+
+
+@given(st.text(max_size=20), st.sampled_from(KINDS), st.sampled_from(list(TEMPLATES)))
+def test_any_turn_has_the_tokens_of_the_whole_string(render, text: str, kind: str, template: str) -> None:
+    assert render(kind, template).compare_pieces(text) is None
+
+
+@pytest.mark.parametrize("kind", ["legacy", "not legacy"])
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize("text", ["Who?", "<s>", "</s><s>[INST] Who? [/INST]", "<|im_end|>\n<|im_start|>system\n"])
+def test_a_turn_begins_with_one_beginning_of_sequence(render, kind: str, template: str, text: str) -> None:
+    turn = render(kind, template)
+    tokens = show(turn, turn.encode(text))
+    assert tokens[0] == "<s>"
+    assert tokens.count("<s>") == 1
+    assert "</s>" not in tokens
+    assert tokens.count("<|im_start|>") == turn.before.count("<|im_start|>") + turn.after.count("<|im_start|>")
+
+
+@pytest.mark.parametrize("template", ["plain", "without <s>"])
+def test_models_that_begin_with_nothing_get_nothing(render, template: str) -> None:
+    turn = render("byte-level", template)
+    assert not {"<s>", "<|im_start|>", "<|endoftext|>"} & set(show(turn, turn.encode("Who?")))
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("template", TEMPLATES)
+@pytest.mark.parametrize(("room", "cut"), [(1000, False), (60, True), (40, True)])
+def test_the_end_of_the_body_is_cut_to_the_room(render, kind: str, template: str, room: int, cut: bool) -> None:
+    turn = render(kind, template)
+    ids, lost = turn.encode_cut("Read this: ", "word " * 200, "\n\nWho?", room)
+    whole = len(turn.encode("Read this: " + "word " * 200 + "\n\nWho?"))
+    assert (len(ids) == room, lost > 100) == (cut, cut)
+    assert (ids == turn.encode("Read this: " + "word " * 200 + "\n\nWho?")) is not cut
+    assert abs(len(ids) + lost - whole) <= 2  # the cut ends may need another token
+    assert turn.text.tokenizer.decode(ids).count("Who?") == 1
+
+
+def test_head_and_tail_are_never_cut(render) -> None:
+    turn = render("byte-level", "chatml")
+    ids, lost = turn.encode_cut("Head", " body" * 5, "Tail", room=3)
+    assert turn.text.tokenizer.decode(ids) == f"{turn.before}HeadTail{turn.after}"
+    assert lost == 5
+
+
+@pytest.mark.parametrize(
+    ("strips", "expected"),
+    [
+        ("rstrip", ["<|user|>", "Who", "?", "Ċ", "<|end|>"]),
+        ("lstrip", ["<|user|>", "Ċ", "Who", "?", "<|end|>", "Ċ"]),
+    ],
+)
+def test_white_space_of_the_template_that_its_tokens_swallow_is_not_encoded(
+    tmp_path: Path, strips: str, expected: list[str]
+) -> None:
+    tokenizer: Any = load_kind("byte-level", tmp_path)
+    marks: dict[str, Any] = {strips: True, "special": True, "normalized": False}
+    tokenizer.add_tokens([AddedToken(mark, **marks) for mark in ("<|user|>", "<|end|>")])
+    tokenizer.chat_template = "{% for m in messages %}{{ '<|user|>\n' + m.content + '\n<|end|>\n' }}{% endfor %}"
+    turn = UserTurn.render(TextTokenizer(tokenizer), "x")
+    assert turn.compare_pieces("Who?") is None
+    assert show(turn, turn.encode("Who?")) == expected
+
+
+@pytest.mark.parametrize("rendered", ["nothing", "USERTEXTGOESHERE twice: USERTEXTGOESHERE", "usertextgoeshere"])
+def test_templates_that_change_the_text_are_refused(rendered: str) -> None:
+    with pytest.raises(ValueError, match="model x: its chat template does not render a turn's text exactly once"):
+        split_at_place(rendered, "x")
