@@ -23,7 +23,9 @@ from jobs.common import (
     Factory,
     IndexFile,
     IndexSettings,
+    MaxWords,
     Normalise,
+    PassageColumns,
     PassagePrefix,
     Passages,
     QueryPrefix,
@@ -32,6 +34,7 @@ from jobs.common import (
     checking,
     hint_at_new_form,
     load_index_storage,
+    parse_columns,
     require,
     start_logging,
     working,
@@ -39,6 +42,7 @@ from jobs.common import (
 from jobs.plan_index import plan_index
 from pipeline.indexing.build import BuildRequest, check_build
 from pipeline.indexing.build_pool import run_build
+from pipeline.indexing.form import PassageForm
 
 log = logging.getLogger(__name__)
 
@@ -57,6 +61,8 @@ def build_index(
     normalise: Normalise = True,
     dtype: EncoderType = "float32",
     embeddings: Embeddings = None,
+    column: PassageColumns = None,
+    max_words: MaxWords = None,
     factory: Factory = "Flat",
     shards: Shards = 1,
     batch_size: BatchSize = 32,
@@ -83,16 +89,17 @@ def build_index(
         return
     if old_plan:
         hint_at_new_form("build_index --plan", "plan_index")
-        styled = query_prefix, passage_prefix, normalise, dtype
-        plan_index(passages, encoder, *styled, embeddings, factory, shards, batch_size, config, settings)
+        asked = passages, encoder, query_prefix, passage_prefix, normalise, dtype, embeddings, column, max_words
+        plan_index(*asked, factory, shards, batch_size, config, settings)
         return
     start_logging(progress=[__name__, "pipeline.indexing.build_pool"], timestamps=True)
     with checking():
         source, folder = require(passages, "--passages"), require(output, "--output")
         storage = load_index_storage(config, settings)
         style = build_encoder_style(query_prefix, passage_prefix, normalise, dtype)
+        form = PassageForm(parse_columns(column or [], "text=contents"), embeddings, max_words)
         request = BuildRequest(
-            source, folder, encoder, style, embeddings, factory, shards, batch_size, actors, overwrite, storage
+            source, folder, encoder, style, form, factory, shards, batch_size, actors, overwrite, storage
         )
     _build(request)
 
@@ -103,10 +110,10 @@ def _build(request: BuildRequest) -> None:
         plan = check_build(request)
     log.info("indexing %d passages into %d shards of %s", plan.passages, request.shards, request.factory)
     with working("the build failed; rerun the same command to continue"):
-        run_build(plan)
+        passages = run_build(plan).manifest.passages
     seconds = time.monotonic() - begun
     shards = f"{request.shards} shards"
-    typer.echo(f"index: {request.output}, {plan.passages} passages, {shards}, {seconds:.1f} s", err=True)
+    typer.echo(f"index: {request.output}, {passages} passages, {shards}, {seconds:.1f} s", err=True)
 
 
 if __name__ == "__main__":

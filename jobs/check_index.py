@@ -59,6 +59,8 @@ def summarize_check(checked: Checked) -> list[str]:
         f"{checked.index}: intact, {checked.passages} passages in {checked.shards} shards of {checked.factory}",
         f"queries: {source}; recall measured against {checked.reference}",
     ]
+    if checked.truncation:
+        lines.append(checked.truncation)
     if checked.advice is None:
         lines.append(f"no search setting reaches a recall of {checked.wanted:g}; build the index with another factory")
     elif checked.advice:

@@ -33,7 +33,7 @@ IndexSettings = Annotated[
     typer.Option("--set", help="A setting, such as storage.endpoint_url=http://host:9000, or retrieval.threads=4."),
 ]
 # Options of the commands that build or plan an index.
-Passages = Annotated[str, typer.Option(help="Parquet file or folder with the columns id, title and text.")]
+Passages = Annotated[str, typer.Option(help="Parquet file or folder with the columns id, text and, optionally, title.")]
 EncoderName = Annotated[str, typer.Option("--encoder", help="Encoder: hub name, folder, or 'demo'.")]
 QueryPrefix = Annotated[str, typer.Option(help="Text before every query, such as 'query: ' for E5.")]
 PassagePrefix = Annotated[str, typer.Option(help="Text before every passage, such as 'passage: '.")]
@@ -45,6 +45,14 @@ EncoderType = Annotated[
 ]
 Embeddings = Annotated[
     str | None, typer.Option(help="Column with precomputed vectors of the passages, made by the same encoder.")
+]
+PassageColumns = Annotated[
+    list[str] | None,
+    typer.Option("--column", help="NAME=COLUMN: column of id, title or text, such as text=contents; repeatable."),
+]
+MaxWords = Annotated[
+    int | None,
+    typer.Option(min=1, help="Split longer passages at sentence ends into parts of at most this many words."),
 ]
 Factory = Annotated[str, typer.Option(help="FAISS factory string, such as IVF4096,SQ8 or HNSW32.")]
 Shards = Annotated[int, typer.Option(min=1, help="Number of shards of the index.")]
@@ -69,6 +77,23 @@ def build_encoder_style(query_prefix: str, passage_prefix: str, normalise: bool,
     """
     style = {"query_prefix": query_prefix, "passage_prefix": passage_prefix, "normalised": normalise, "dtype": dtype}
     return validate_section(EncoderStyle, style, "encoder")
+
+
+def parse_columns(options: Iterable[str], example: str) -> dict[str, str]:
+    """Parse options of the form ``NAME=COLUMN`` to columns by name.
+
+    Args:
+        options: values of ``--column``.
+        example: such an option, for the message.
+
+    Raises:
+        ValueError: an option has another form.
+    """
+    pairs = {option: option.partition("=") for option in options}
+    for option, (name, _, column) in pairs.items():
+        if not name or not column:
+            raise ValueError(f"--column {option}: expected NAME=COLUMN, such as {example}")
+    return {name: column for name, _, column in pairs.values()}
 
 
 def require(value: str, option: str) -> str:

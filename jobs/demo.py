@@ -43,6 +43,7 @@ from pipeline.evaluation.evaluate import (
 )
 from pipeline.evaluation.metrics import best_over_golds, contains
 from pipeline.indexing.build import BuildRequest
+from pipeline.indexing.form import PassageForm
 from pipeline.output.folder import REPORT
 from pipeline.run.driver import annotate_set
 from pipeline.storage.location import locate
@@ -98,7 +99,8 @@ def _build_index(target: Path) -> None:
     from pipeline.indexing.build import check_build
     from pipeline.indexing.build_pool import run_build
 
-    run_build(check_build(BuildRequest(str(PASSAGES), str(target), embeddings="vector", shards=SHARDS)))
+    form = PassageForm(embeddings="vector")
+    run_build(check_build(BuildRequest(str(PASSAGES), str(target), form=form, shards=SHARDS)))
 
 
 def write_first_rows(queries: Path, rows: int, file: Path) -> Path:

@@ -15,7 +15,9 @@ from jobs.common import (
     Factory,
     IndexFile,
     IndexSettings,
+    MaxWords,
     Normalise,
+    PassageColumns,
     PassagePrefix,
     Passages,
     QueryPrefix,
@@ -23,9 +25,12 @@ from jobs.common import (
     build_encoder_style,
     checking,
     load_index_storage,
+    parse_columns,
     require,
     start_logging,
 )
+from pipeline.indexing.form import PassageForm
+from pipeline.indexing.parts import estimate_words
 from pipeline.indexing.passages import find_passages
 from pipeline.indexing.sizing import (
     CARDS,
@@ -57,6 +62,8 @@ def plan_index(
     normalise: Normalise = True,
     dtype: EncoderType = "float32",
     embeddings: Embeddings = None,
+    column: PassageColumns = None,
+    max_words: MaxWords = None,
     factory: Factory = "Flat",
     shards: Shards = 1,
     batch_size: BatchSize = 32,
@@ -70,12 +77,13 @@ def plan_index(
     start_logging(timestamps=True)
     with checking():
         source = locate(require(passages, "--passages"), load_index_storage(config, settings))
-        files = find_passages(source, embeddings)
+        form = PassageForm(parse_columns(column or [], "text=contents"), embeddings, max_words)
+        files = find_passages(source, form)
         style = build_encoder_style(query_prefix, passage_prefix, normalise, dtype)
         loaded = Encoder.load(resolve_encoder_name(encoder), style=style)
         rows = sum(part.rows for part in files)
         plan_sizes(rows, loaded.dimension, shards, [factory])  # rejects a bad factory before the sample is encoded
-        tables = build_plan_tables(survey_corpus(files, loaded, batch_size), factory, shards)
+        tables = build_plan_tables(survey_corpus(files, form, loaded, batch_size), factory, shards)
     for table in tables:
         Console().print(table)
 
@@ -88,6 +96,10 @@ def build_plan_tables(corpus: Corpus, factory: str, shards: int) -> list[Table]:
     about.add_row("text, memory-mapped", f"{corpus.text_bytes / GB:.2f} GB")
     about.add_row("dimensions", str(corpus.dimension))
     about.add_row("one encoder on this machine", f"{corpus.rate:.0f} passages/s, {hours:.1f} h in total")
+    if corpus.max_tokens is not None:
+        words = estimate_words(corpus.max_tokens)
+        about.add_row("tokens that the encoder reads", f"{corpus.max_tokens}, some {words} English words")
+        about.add_row("longer passages", f"{corpus.truncated:.0%} of a sample; --max-words splits them")
     sizes = Table(title=f"FAISS index in {shards} shards: memory of the process that searches it")
     for heading in ("factory", "bytes per passage", "all shards", "largest shard"):
         sizes.add_column(heading, justify="left" if heading == "factory" else "right")

@@ -34,6 +34,7 @@ from pipeline.config.sections import RetrievalConfig, StorageConfig
 from pipeline.decoding.prompts import format_passage
 from pipeline.indexing.build import BuildRequest, check_build
 from pipeline.indexing.build_pool import Built, run_build
+from pipeline.indexing.form import PassageForm
 from pipeline.indexing.passages import find_passages, read_passages
 from pipeline.retrieval.encoder import Encoder, Vectors
 from pipeline.retrieval.faiss_device import set_search
@@ -146,7 +147,7 @@ def compare_adding(
     rows: int, dimension: int, factory: str, shards: int, repeats: int, folder: Path
 ) -> tuple[list[Comparison], Any]:
     """Compare the build from precomputed vectors with ``faiss.add``; also return the bare index of all vectors."""
-    request = {"embeddings": "vector", "factory": factory, "shards": shards}
+    request = {"form": PassageForm(embeddings="vector"), "factory": factory, "shards": shards}
     vectors = draw_all_vectors(rows, dimension)
     ours, bare, peak, index = [], [], 0.0, None
     for _ in range(repeats):

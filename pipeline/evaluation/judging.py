@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
+from pipeline.decoding.passage_ids import is_passage_or_part
 from pipeline.evaluation.metrics import (
     best_over_golds,
     contains,
@@ -123,7 +124,7 @@ def _measure_recall(row: Mapping[str, Any]) -> dict[str, float]:
     gold, read = row.get("gold_passage_id"), _list_first_read(row)
     if gold is None or not read:
         return {}
-    ranks = [c["rank"] for c in read if c["passage_id"] == gold]
+    ranks = [c["rank"] for c in read if is_passage_or_part(c["passage_id"], gold)]
     return {"recall@1": float(1 in ranks), "recall@k": float(bool(ranks))}
 
 
@@ -136,7 +137,8 @@ def _judge_relevance(row: Mapping[str, Any]) -> list[tuple[bool, float]]:
     gold = row.get("gold_passage_id")
     if gold is None:
         return []
-    return [(c["passage_id"] == gold, c["is_rel"]) for c in _list_first_read(row) if c["is_rel"] is not None]
+    critiqued = [c for c in _list_first_read(row) if c["is_rel"] is not None]
+    return [(is_passage_or_part(c["passage_id"], gold), c["is_rel"]) for c in critiqued]
 
 
 def _judge_support(row: Mapping[str, Any], split: SplitPair) -> list[tuple[bool, float]]:

@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import faiss
 import numpy as np
@@ -15,6 +15,7 @@ from pyarrow import fs
 from pipeline.config.sections import StorageConfig
 from pipeline.decoding.prompts import format_passage
 from pipeline.indexing.embeddings import Place, convert_embeddings
+from pipeline.indexing.form import PassageForm
 from pipeline.indexing.passages import PassageBatch, ShardPlan, check_passages, find_passages, plan_shards
 from pipeline.retrieval.encoder import Encoder, EncoderStyle, Vectors, resolve_encoder_name
 from pipeline.retrieval.index_cache import SCRATCH_PREFIX
@@ -23,8 +24,17 @@ from pipeline.retrieval.shard_files import SHARD_FILE, count_centroids, create_e
 from pipeline.storage.location import Location, locate
 from pipeline.storage.parquet import RowRange
 
-Vectorize = Callable[[PassageBatch], Vectors]
 Item = TypeVar("Item")
+
+
+class Vectorized(NamedTuple):
+    """The vectors of a batch, float32 [passages, dimension], and the number of passages that were read in part."""
+
+    vectors: Vectors
+    truncated: int = 0
+
+
+Vectorize = Callable[[PassageBatch], Vectorized]
 
 
 @dataclass(frozen=True)
@@ -36,7 +46,7 @@ class BuildRequest:
         output: URI of the folder for the index.
         encoder: name on the Hugging Face hub, local folder, or ``demo``.
         style: usage of the encoder: prefixes, normalization and data type.
-        embeddings: column of the passages with their vectors; None computes the vectors with the encoder.
+        form: columns of the passages and their vectors, and the length of parts.
         factory: FAISS factory string.
         shards: number of shards.
         batch_size: passages encoded at once.
@@ -49,7 +59,7 @@ class BuildRequest:
     output: str
     encoder: str = "demo"
     style: EncoderStyle = field(default_factory=EncoderStyle)
-    embeddings: str | None = None
+    form: PassageForm = field(default_factory=PassageForm)
     factory: str = "Flat"
     shards: int = 1
     batch_size: int = 32
@@ -60,7 +70,11 @@ class BuildRequest:
 
 @dataclass(frozen=True)
 class BuildPlan:
-    """A build request whose inputs have been checked."""
+    """A build request whose inputs have been checked.
+
+    Attributes:
+        max_tokens: number of tokens that the encoder reads of a passage; None is no limit.
+    """
 
     request: BuildRequest
     files: list[RowRange]
@@ -68,10 +82,11 @@ class BuildPlan:
     output: Location
     encoder: EncoderEntry
     dimension: int
+    max_tokens: int | None
 
     @property
     def passages(self) -> int:
-        """Number of passages."""
+        """Number of passages, before they are split."""
         return sum(shard.rows for shard in self.shards)
 
     def compute_identity(self) -> dict[str, Any]:
@@ -85,18 +100,20 @@ class BuildPlan:
         return {
             "passages": files,
             "encoder": self.encoder.model_dump(mode="json"),
-            "embeddings": self.request.embeddings,
+            "embeddings": self.request.form.embeddings,
+            "columns": dict(self.request.form.columns) or None,
+            "max_words": self.request.form.max_words,
             "factory": self.request.factory,
             "shards": len(self.shards),
         }
 
     def check_factory(self, index: Any) -> None:
-        """Check that there are at least as many passages as inverted lists.
+        """Check that there are at least as many passages as inverted lists; parts are counted only while they train.
 
         Raises:
             ValueError: the factory string has more inverted lists than there are passages.
         """
-        if count_centroids(index) > self.passages:
+        if self.request.form.max_words is None and count_centroids(index) > self.passages:
             raise ValueError(
                 f"factory {self.request.factory}: {count_centroids(index)} inverted lists need at least as many "
                 f"passages, but there are {self.passages}; use Flat or fewer lists"
@@ -108,16 +125,16 @@ class BuildPlan:
         That function raises a ValueError if a vector is not finite.
         """
 
-        def vectorize(batch: PassageBatch) -> Vectors:
+        def vectorize(batch: PassageBatch) -> Vectorized:
             titles, texts = batch.passages["title"].to_pylist(), batch.passages["text"].to_pylist()
-            pairs = zip(titles, texts, strict=True)
-            vectors = encoder.encode([format_passage(title, text) for title, text in pairs], self.request.batch_size)
+            passages = list(map(format_passage, titles, texts))
+            vectors = encoder.encode(passages, self.request.batch_size)
             if (wrong := np.logical_not(np.isfinite(vectors).all(axis=1))).any():
                 raise ValueError(
                     f"{batch.file.uri}: row {batch.rows[np.argmax(wrong)]}: the encoder's vector has a "
                     "non-finite value; try another --dtype"
                 )
-            return vectors
+            return Vectorized(vectors, encoder.count_truncated(passages))
 
         return vectorize
 
@@ -127,15 +144,20 @@ class BuildPlan:
         Raises:
             ValueError: the encoder on this machine differs from the one that was checked.
         """
-        column, entry = self.request.embeddings, self.encoder
+        column, entry = self.request.form.embeddings, self.encoder
         if column is not None:
-            return lambda batch: convert_embeddings(
-                batch.embeddings, self.dimension, entry.normalised, Place(batch.file, batch.rows, column)
-            )
+            return self._make_reader(column)
         encoder = Encoder.load(entry.name, revision=entry.revision, style=entry.style)
         if encoder.digest != entry.digest:
             raise ValueError(f"encoder {entry.name} differs between machines; copy the same files to all of them")
         return self.make_vectorizer(encoder)
+
+    def _make_reader(self, column: str) -> Vectorize:
+        def read(batch: PassageBatch) -> Vectorized:
+            place = Place(batch.file, batch.rows, column)
+            return Vectorized(convert_embeddings(batch.embeddings, self.dimension, self.encoder.normalised, place))
+
+        return read
 
 
 class BuildFolder:
@@ -158,7 +180,8 @@ class BuildFolder:
 
     def has_unfinished(self, identity: dict[str, Any]) -> bool:
         """Whether the folder holds an unfinished build of the same identity."""
-        return self._read_identity() == identity and not (self.output / MANIFEST).exists()
+        before = self._read_identity()
+        return before is not None and not _list_differences(before, identity) and not (self.output / MANIFEST).exists()
 
     def _read_identity(self) -> dict[str, Any] | None:
         record = self._unfinished / "build.json"
@@ -177,10 +200,9 @@ class BuildFolder:
             return
         before = self._read_identity()
         if before is not None and not overwrite:
-            differing = sorted(key for key in identity if before.get(key) != identity[key])
             raise ValueError(
-                f"output {self.output.uri}: holds an unfinished build that differs in {', '.join(differing)}; "
-                "pass --overwrite to start over"
+                f"output {self.output.uri}: holds an unfinished build that differs in "
+                f"{', '.join(_list_differences(before, identity))}; pass --overwrite to start over"
             )
         if overwrite:
             self.clear()
@@ -245,6 +267,11 @@ class BuildFolder:
                 file.delete()
 
 
+def _list_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:
+    """Return the keys that differ; one that an earlier version did not know was unset, which is None."""
+    return sorted(key for key in now if before.get(key) != now[key])
+
+
 def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
     """Yield the items; a thread prefetches the next one while the caller works on the current one."""
     with ThreadPoolExecutor(1) as thread:
@@ -264,13 +291,13 @@ def check_build(request: BuildRequest) -> BuildPlan:
     output = locate(request.output, request.storage)
     folder = BuildFolder(output)
     folder.check(request.overwrite)
-    files = find_passages(locate(request.passages, request.storage), request.embeddings)
+    files = find_passages(locate(request.passages, request.storage), request.form)
     shards = plan_shards(files, request.shards)
     # On the CPU, since the GPUs belong to the builders; the driver only needs the encoder's identity and dimension.
     encoder = Encoder.load(resolve_encoder_name(request.encoder), "cpu", style=request.style)
     entry = EncoderEntry.of(encoder)
-    plan = BuildPlan(request, files, shards, output, entry, encoder.dimension)
+    plan = BuildPlan(request, files, shards, output, entry, encoder.dimension, encoder.max_tokens)
     plan.check_factory(create_empty_index(request.factory, encoder.dimension))
     if not folder.has_unfinished(plan.compute_identity()):  # an unfinished build has already checked them
-        check_passages(files)
+        check_passages(files, request.form)
     return plan

@@ -22,6 +22,7 @@ import pyarrow as pa
 from pipeline.cluster import Room, connect, find_max_cpus
 from pipeline.config.sections import ExecutionConfig
 from pipeline.indexing.build import BuildFolder, BuildPlan, read_ahead
+from pipeline.indexing.parts import describe_truncation, estimate_words
 from pipeline.indexing.passages import PassageBatch, Sample, ShardPlan, read_passages, spread_samples
 from pipeline.retrieval.encoder import Vectors
 from pipeline.retrieval.manifest import IndexManifest, ShardEntry, write_manifest
@@ -68,13 +69,14 @@ class SampleEncoder:
         """Return the vectors of samples, given by their numbers: float32 [passages, dimension]."""
         vectors = []
         for part in read_ahead(self._read_samples(batch["item"].to_pylist())):
-            vectors.append(self.vectorize(part))
-            self.tally.add.remote(part.passages.num_rows)
+            vectors.append(self.vectorize(part).vectors)
+            self.tally.add.remote(part.count_rows())
         return {"vectors": np.concatenate(vectors)}
 
     def _read_samples(self, numbers: list[int]) -> Iterator[PassageBatch]:
         for number in numbers:
-            yield from self.samples[number].read(self.plan.request.embeddings)
+            sample = self.samples[number]
+            yield from (batch.thin(sample.parts) for batch in sample.read(self.plan.request.form))
 
 
 @dataclass(frozen=True)
@@ -114,6 +116,9 @@ class ShardBuilder:
         plan: plan of the build.
         template: Ray reference to the empty index, serialized by FAISS: uint8 [bytes].
         tally: Ray handle of a :class:`BuildProgress`.
+
+    Attributes:
+        truncated: passages of the current shard, so far, of which the encoder read only the beginning.
     """
 
     def __init__(self, plan: BuildPlan, template: Any, tally: Any) -> None:
@@ -123,6 +128,7 @@ class ShardBuilder:
         self.template: npt.NDArray[np.uint8] = ray.get(template)
         self.vectorize = plan.load_vectorizer()
         self.folder = BuildFolder(plan.output)
+        self.truncated = 0
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Build the shards with the given numbers and return a row with the report of each."""
@@ -132,18 +138,21 @@ class ShardBuilder:
 
     def build(self, shard: ShardPlan) -> ShardReport:
         """Encode the passages of a shard, write its files, and record it as built."""
-        begun = time.monotonic()
+        begun, self.truncated = time.monotonic(), 0
         # FAISS writes into the index it deserializes, and Ray's arrays are read-only.
         index = faiss.deserialize_index(self.template.copy())
         entry = build_shard(self.plan.output, shard.number, index, self._vectorize_batches(shard))
+        entry = entry.model_copy(update={"truncated_passages": self.truncated})
         self.folder.keep(shard.number, entry)
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return ShardReport(shard.number, entry, time.monotonic() - begun, peak)
 
     def _vectorize_batches(self, shard: ShardPlan) -> Iterator[tuple[pa.RecordBatch, Vectors]]:
-        for batch in read_ahead(read_passages(shard.ranges, self.plan.request.embeddings)):
-            yield batch.passages, self.vectorize(batch)
-            self.tally.add.remote(batch.passages.num_rows)
+        for batch in read_ahead(read_passages(shard.ranges, self.plan.request.form)):
+            vectorized = self.vectorize(batch)
+            self.truncated += vectorized.truncated
+            yield batch.passages, vectorized.vectors
+            self.tally.add.remote(batch.count_rows())
 
 
 def prepare_index(plan: BuildPlan, folder: BuildFolder) -> Any:
@@ -309,12 +318,17 @@ def _execute(plan: BuildPlan) -> Built:
     entries |= {report.number: report.entry for report in reports}
     manifest = IndexManifest(
         encoder=plan.encoder,
-        embeddings=plan.request.embeddings,
+        embeddings=plan.request.form.embeddings,
+        columns=plan.request.form.columns,
+        max_words=plan.request.form.max_words,
         dimension=plan.dimension,
         factory=plan.request.factory,
-        passages=plan.passages,
+        passages=sum(entry.rows for entry in entries.values()),
         shards=tuple(entries[shard.number] for shard in plan.shards),
     )
     write_manifest(plan.output, manifest)
     folder.forget()
+    if (line := describe_truncation(manifest)) and plan.max_tokens:
+        words = estimate_words(plan.max_tokens)
+        log.warning("%s (it reads %d tokens, some %d English words)", line, plan.max_tokens, words)
     return Built(manifest, tuple(reports))

@@ -9,6 +9,7 @@ import pyarrow.parquet as pq
 from pipeline.config.sections import RetrievalConfig, StorageConfig
 from pipeline.decoding.prompts import format_passage
 from pipeline.decoding.types import Passage
+from pipeline.indexing.parts import describe_truncation
 from pipeline.indexing.recall import (
     CANDIDATES,
     Speed,
@@ -66,6 +67,7 @@ class Checked:
         speeds: measurement for each search parameter, fastest parameter first.
         wanted: target recall@k.
         advice: fastest search parameter that reaches the target; None if no parameter reaches it.
+        truncation: line about the passages of which the encoder read only the beginning; None if there are none.
     """
 
     index: str
@@ -79,6 +81,7 @@ class Checked:
     speeds: tuple[Speed, ...]
     wanted: float
     advice: str | None
+    truncation: str | None
 
 
 def check_index_folder(request: CheckRequest) -> Checked:
@@ -117,6 +120,7 @@ def check_index_folder(request: CheckRequest) -> Checked:
         speeds=speeds,
         wanted=request.recall,
         advice=enough[0] if enough else None,
+        truncation=describe_truncation(manifest),
     )
 
 

@@ -1,11 +1,11 @@
 """Find, check, sample and read passages in Parquet files, and divide them into shards."""
 
+import logging
 import tempfile
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,19 +13,24 @@ import pyarrow as pa
 import pyarrow.compute as pc
 from pandas.util import hash_array
 
-from pipeline.indexing.embeddings import check_embeddings
-from pipeline.retrieval.shard_files import PASSAGE_SCHEMA
+from pipeline.indexing.form import PassageForm
+from pipeline.indexing.parts import split_passages
 from pipeline.storage.location import Location
 from pipeline.storage.parquet import RowRange, list_parquet, map_in_threads, read_footer, read_range
+
+log = logging.getLogger(__name__)
+
+# The columns id, title and text, without vectors, whole.
+PLAIN = PassageForm()
 
 
 @dataclass(frozen=True)
 class PassageBatch:
-    """Passages of a file, in the order of its rows.
+    """Passages of a file, or parts of them, in the order of its rows.
 
     Attributes:
         file: file of the passages.
-        rows: row numbers in the file, from 0: int64 [rows].
+        rows: row numbers in the file, from 0; equal for the parts of a passage: int64 [rows].
         passages: passages in ``PASSAGE_SCHEMA``.
         embeddings: vectors as stored in the file, a list array; None if no column was requested.
     """
@@ -41,6 +46,25 @@ class PassageBatch:
         embeddings = None if self.embeddings is None else self.embeddings.take(places)
         return PassageBatch(self.file, self.rows[rows], self.passages.take(places), embeddings)
 
+    def split(self, most: int | None) -> "PassageBatch":
+        """Return a batch of parts of at most ``most`` words; None keeps the passages whole."""
+        if most is None:
+            return self
+        parts, positions = split_passages(self.passages, most)
+        return PassageBatch(self.file, self.rows[positions], parts, None)
+
+    def thin(self, most: int) -> "PassageBatch":
+        """Return a batch with at most ``most`` evenly spaced parts of each passage."""
+        _, first, counts = np.unique(self.rows, return_index=True, return_counts=True)
+        places = np.arange(len(self.rows)) - np.repeat(first, counts)
+        # Begins at another part in each row: first parts alone would be a biased sample.
+        kept = (places + self.rows) * most % np.repeat(counts, counts) < most
+        return self.take(np.flatnonzero(kept))
+
+    def count_rows(self) -> int:
+        """Return the number of rows that the passages, or their parts, are from."""
+        return len(np.unique(self.rows))
+
 
 @dataclass(frozen=True)
 class ShardPlan:
@@ -51,45 +75,47 @@ class ShardPlan:
 
     @property
     def rows(self) -> int:
-        """Number of passages."""
+        """Number of passages, before they are split."""
         return sum(part.rows for part in self.ranges)
 
 
-def find_passages(source: Location, embeddings: str | None = None) -> list[RowRange]:
+def find_passages(source: Location, form: PassageForm = PLAIN) -> list[RowRange]:
     """List the non-empty Parquet files of a source, in the order of names, as ranges of all rows; reads only footers.
 
     Args:
         source: file or folder of passages.
-        embeddings: column that must hold vectors.
+        form: columns of the passages.
 
     Raises:
-        ValueError: there are no files or no passages, a file is not Parquet, or a column is missing or of another type.
+        ValueError: there are no files or no passages, a file is not Parquet, a column is missing or of another type, or
+            the column that ``form`` names for titles is in no file.
         StorageError: the storage cannot be read.
     """
     try:
         files = list_parquet(source)
     except ValueError as error:
         raise ValueError(f"passages {error}") from None
-    rows = map_in_threads(lambda file: _count_checked_rows(file, embeddings), files)
-    found = [RowRange(file, 0, count) for file, count in zip(files, rows, strict=True)]
+    checked = map_in_threads(lambda file: _check_footer(file, form), files)
+    found = [RowRange(file, 0, rows) for file, (rows, _) in zip(files, checked, strict=True)]
     if not any(part.rows for part in found):
         raise ValueError(f"passages {source.uri}: no rows")
+    if not any(has_title for _, has_title in checked):
+        _report_missing_titles(source, form)
     return [part for part in found if part.rows]
 
 
-def _count_checked_rows(file: Location, embeddings: str | None) -> int:
+def _check_footer(file: Location, form: PassageForm) -> tuple[int, bool]:
+    """Check the columns of a file; return its number of rows, and whether it has titles."""
     footer = read_footer(file)
     schema = footer.schema.to_arrow_schema()
-    for name in PASSAGE_SCHEMA.names:
-        if name not in schema.names:
-            raise ValueError(f"{file.uri}: column {name} is missing; passages have the columns id, title and text")
-        kind = schema.field(name).type
-        values = kind.value_type if pa.types.is_dictionary(kind) else kind
-        if not (pa.types.is_string(values) or pa.types.is_large_string(values) or pa.types.is_string_view(values)):
-            raise ValueError(f"{file.uri}: column {name} is {kind}; convert it to string")
-    if embeddings:
-        check_embeddings(file, schema, embeddings)
-    return int(footer.num_rows)
+    form.check_schema(file, schema)
+    return int(footer.num_rows), form.has_title(schema)
+
+
+def _report_missing_titles(source: Location, form: PassageForm) -> None:
+    if "title" in form.columns:
+        raise ValueError(f"passages {source.uri}: no file has the column {form.columns['title']} of --column title")
+    log.warning("%s: no file has titles; if another column holds them, pass --column title=COLUMN", source.uri)
 
 
 def plan_shards(files: list[RowRange], shards: int) -> tuple[ShardPlan, ...]:
@@ -116,27 +142,29 @@ def _cut(files: list[RowRange], start: int, stop: int) -> tuple[RowRange, ...]:
     return tuple(parts)
 
 
-def read_passages(parts: Iterable[RowRange], embeddings: str | None = None) -> Iterator[PassageBatch]:
-    """Read the passages of ranges, at most ``BATCH_ROWS`` at a time; null titles become empty.
+def read_passages(parts: Iterable[RowRange], form: PassageForm = PLAIN) -> Iterator[PassageBatch]:
+    """Read the passages of ranges, those of ``BATCH_ROWS`` rows at a time, and split long ones if ``form`` says so.
 
     Args:
         parts: ranges to read.
-        embeddings: column of vectors to read too.
+        form: columns of the passages and their vectors, and the length of parts.
 
     Raises:
         ValueError: a file is not Parquet, or damaged; names it.
         StorageError: a file cannot be read.
     """
-    columns = list(PASSAGE_SCHEMA.names)
-    if embeddings:
-        columns.append(embeddings)
+    for batch in _read_whole(parts, form):
+        yield batch.split(form.max_words)
+
+
+def _read_whole(parts: Iterable[RowRange], form: PassageForm) -> Iterator[PassageBatch]:
+    columns = form.list_columns()
+    if form.embeddings:
+        columns.append(form.embeddings)
     for part in parts:
         for row, batch in read_range(part, columns):
-            strings = [batch[name].cast(pa.string()) for name in PASSAGE_SCHEMA.names]
-            strings[1] = pc.fill_null(strings[1], "")
-            passages = pa.record_batch(strings, schema=PASSAGE_SCHEMA)
-            vectors = batch[embeddings] if embeddings else None
-            yield PassageBatch(part.file, np.arange(row, row + len(batch)), passages, vectors)
+            vectors = batch[form.embeddings] if form.embeddings else None
+            yield PassageBatch(part.file, np.arange(row, row + len(batch)), form.convert(batch), vectors)
 
 
 @dataclass(frozen=True)
@@ -146,18 +174,20 @@ class Sample:
     Attributes:
         part: range that is sampled.
         rows: sampled rows, counted from the start of the range: int64 [rows].
+        parts: number of parts of each passage that suffice for the size of the whole sample.
     """
 
     part: RowRange
     rows: npt.NDArray[np.int64]
+    parts: int = 1
 
-    def read(self, embeddings: str | None = None) -> Iterator[PassageBatch]:
-        """Read the sampled passages, like :func:`read_passages`."""
-        for batch in read_passages([self.part], embeddings):
+    def read(self, form: PassageForm = PLAIN) -> Iterator[PassageBatch]:
+        """Read the sampled passages, with all their parts, like :func:`read_passages`."""
+        for batch in _read_whole([self.part], form):
             start = batch.rows[0] - self.part.start
             taken = self.rows[(self.rows >= start) & (self.rows < start + batch.passages.num_rows)] - start
             if len(taken):
-                yield batch.take(taken)
+                yield batch.take(taken).split(form.max_words)
 
 
 def spread_samples(files: list[RowRange], size: int) -> list[Sample]:
@@ -174,7 +204,7 @@ def spread_samples(files: list[RowRange], size: int) -> list[Sample]:
     samples = []
     for part, rows, end in zip(parts, split, ends, strict=True):
         if len(rows):
-            samples.append(Sample(part, rows - (end - part.rows)))
+            samples.append(Sample(part, rows - (end - part.rows), -(-size // int(ends[-1]))))
     return samples
 
 
@@ -208,8 +238,8 @@ MOST_REPEATED = 1000
 COMPARED_IDS = 1 << 23
 
 
-def check_passages(files: list[RowRange], compared: int = COMPARED_IDS) -> None:
-    """Check that every passage has a unique id and a text that is not blank.
+def check_passages(files: list[RowRange], form: PassageForm = PLAIN, compared: int = COMPARED_IDS) -> None:
+    """Check that every passage has an id and a text that is not blank, and that no two, or parts of them, share an id.
 
     Memory does not grow with the corpus: 64-bit hashes of the ids are partitioned by value into temporary files of
     about ``compared`` hashes each, so that equal hashes are in the same file. Ids with equal hashes are then compared
@@ -222,14 +252,21 @@ def check_passages(files: list[RowRange], compared: int = COMPARED_IDS) -> None:
     with tempfile.TemporaryDirectory(prefix="selfrag-ids-") as folder:
         names = [Path(folder) / str(number) for number in range(parts)]
         for part in files:
-            for row, batch in read_range(part, ["id", "text"], CHECKED_ROWS):
-                _refuse(pc.is_null(batch["id"]), part.file, row, "column id is null")
-                blank = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(_to_strings(batch["text"]))), 0)
-                _refuse(pc.fill_null(blank, True), part.file, row, "column text is empty")
-                _scatter(_hash_ids(batch["id"]), names)
+            for batch in _read_checked(part, form):
+                _scatter(_hash_ids(batch.passages["id"]), names)
         for name in names:
             if len(repeated := _find_repeated(name)):
-                _refuse_equal_ids(files, repeated)
+                _refuse_equal_ids(files, form, repeated)
+
+
+def _read_checked(part: RowRange, form: PassageForm) -> Iterator[PassageBatch]:
+    """Read and check ids and texts, and split the texts, since parts have ids of their own; titles are not read."""
+    for row, read in read_range(part, form.list_columns(("id", "text")), CHECKED_ROWS):
+        passages = form.convert(read)
+        _refuse(pc.is_null(passages["id"]), part.file, row, f"column {form.sources['id']} is null")
+        blank = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(passages["text"])), 0)
+        _refuse(pc.fill_null(blank, True), part.file, row, f"column {form.sources['text']} is empty")
+        yield PassageBatch(part.file, np.arange(row, row + len(read)), passages, None).split(form.max_words)
 
 
 def _refuse(wrong: pa.Array, file: Location, first_row: int, problem: str) -> None:
@@ -238,12 +275,8 @@ def _refuse(wrong: pa.Array, file: Location, first_row: int, problem: str) -> No
         raise ValueError(f"{file.uri}: row {first_row + place}: {problem}; give every passage an id and a text")
 
 
-def _to_strings(column: Any) -> pa.Array:
-    return column.cast(pa.string())
-
-
 def _hash_ids(ids: pa.Array) -> npt.NDArray[np.uint64]:
-    hashes: npt.NDArray[np.uint64] = hash_array(_to_strings(ids).to_numpy(zero_copy_only=False), categorize=False)
+    hashes: npt.NDArray[np.uint64] = hash_array(ids.to_numpy(zero_copy_only=False), categorize=False)
     return hashes
 
 
@@ -263,12 +296,16 @@ def _find_repeated(file: Path) -> npt.NDArray[np.uint64]:
     return np.unique(hashes[1:][repeated])[:MOST_REPEATED]
 
 
-def _refuse_equal_ids(files: list[RowRange], hashes: npt.NDArray[np.uint64]) -> None:
+def _refuse_equal_ids(files: list[RowRange], form: PassageForm, hashes: npt.NDArray[np.uint64]) -> None:
     places: dict[str, str] = {}
-    for part in files:
-        for row, batch in read_range(part, ["id"], CHECKED_ROWS):
-            for n in np.flatnonzero(np.isin(_hash_ids(batch["id"]), hashes)).tolist():
-                place, name = f"{part.file.uri}: row {row + n}", batch["id"][n].as_py()
-                if name in places:
-                    raise ValueError(f"{place}: column id: {name!r} is also in {places[name]}; ids must be unique")
-                places[name] = place
+    for batch in chain.from_iterable(_read_checked(part, form) for part in files):
+        ids = batch.passages["id"]
+        for n in np.flatnonzero(np.isin(_hash_ids(ids), hashes)).tolist():
+            place, name = f"{batch.file.uri}: row {batch.rows[n]}", ids[n].as_py()
+            if name in places:
+                parts = ", and so must those of parts (#1, #2, …)" if form.max_words else ""
+                column = form.sources["id"]
+                raise ValueError(
+                    f"{place}: column {column}: {name!r} is also in {places[name]}; ids must be unique{parts}"
+                )
+            places[name] = place

@@ -9,10 +9,11 @@ from typing import Any
 import faiss
 
 from pipeline.decoding.prompts import format_passage
+from pipeline.indexing.form import PassageForm
 from pipeline.indexing.passages import spread_samples
 from pipeline.retrieval.encoder import Encoder
 from pipeline.retrieval.faiss_device import RESERVED_BYTES, WORKING_BYTES, supports_gpu
-from pipeline.retrieval.shard_files import PASSAGE_SCHEMA, create_empty_index
+from pipeline.retrieval.shard_files import create_empty_index
 from pipeline.storage.parquet import RowRange, map_in_threads, read_footer
 
 FLOAT = 4
@@ -252,34 +253,48 @@ class Corpus:
     """The properties of a corpus that decide the size and the build time of its index.
 
     Attributes:
-        passages: number of passages.
+        passages: number of passages; estimated from a sample if they are split.
         text_bytes: uncompressed bytes of ids, titles and texts: the size of the index's passage files.
         dimension: dimension of the encoder's vectors.
         rate: throughput of one encoder on this machine, in passages per second.
+        truncated: share of passages of which the encoder would read only the beginning, in a sample.
+        max_tokens: number of tokens that the encoder reads of a passage; None is no limit.
     """
 
     passages: int
     text_bytes: int
     dimension: int
     rate: float
+    truncated: float
+    max_tokens: int | None
 
 
-def survey_corpus(files: list[RowRange], encoder: Encoder, batch_size: int) -> Corpus:
-    """Count passages and bytes from the footers, and measure the encoder's throughput on a sample."""
-    batches = [batch.passages for sample in spread_samples(files, SAMPLE) for batch in sample.read()]
+def survey_corpus(files: list[RowRange], form: PassageForm, encoder: Encoder, batch_size: int) -> Corpus:
+    """Count passages and bytes from the footers, and measure lengths and the encoder's throughput on a sample."""
+    samples = spread_samples(files, SAMPLE)
+    batches = [batch.passages for sample in samples for batch in sample.read(form)]
     texts = [format_passage(row["title"], row["text"]) for batch in batches for row in batch.to_pylist()]
+    parts = len(texts) / sum(len(sample.rows) for sample in samples)
+    return Corpus(
+        passages=round(parts * sum(file.rows for file in files)),
+        text_bytes=sum(map_in_threads(lambda part: _count_text_bytes(part, form), files)),
+        dimension=encoder.dimension,
+        rate=_measure_rate(encoder, texts[:: -(-len(texts) // SAMPLE)], batch_size),
+        truncated=encoder.count_truncated(texts) / len(texts),
+        max_tokens=encoder.max_tokens,
+    )
+
+
+def _measure_rate(encoder: Encoder, texts: list[str], batch_size: int) -> float:
     encoder.encode(texts[:batch_size], batch_size)  # warm-up
     begun = time.monotonic()
     encoder.encode(texts, batch_size)
-    rate = len(texts) / (time.monotonic() - begun)
-    passages = sum(file.rows for file in files)
-    text_bytes = sum(map_in_threads(_count_text_bytes, files))
-    return Corpus(passages, text_bytes, encoder.dimension, rate)
+    return len(texts) / (time.monotonic() - begun)
 
 
-def _count_text_bytes(part: RowRange) -> int:
-    footer, total = read_footer(part.file), 0
+def _count_text_bytes(part: RowRange, form: PassageForm) -> int:
+    footer, total, read = read_footer(part.file), 0, form.list_columns()
     for group in range(footer.num_row_groups):
         columns = [footer.row_group(group).column(n) for n in range(footer.num_columns)]
-        total += sum(c.total_uncompressed_size for c in columns if c.path_in_schema in PASSAGE_SCHEMA.names)
+        total += sum(c.total_uncompressed_size for c in columns if c.path_in_schema in read)
     return total

@@ -28,6 +28,8 @@ _CONFIGURATION = (
 )
 # The first of these formats that a folder has is the one that is loaded.
 _WEIGHTS = ("*.safetensors", "*.bin")
+# Tokenizers without a limit have one beyond this.
+_UNLIMITED = 10**6
 _OTHER_RUNTIMES = ["*.onnx", "*.h5", "*.ot", "*.msgpack", "onnx/*", "openvino/*"]
 
 
@@ -55,6 +57,7 @@ class Encoder:
         revision: commit on the Hugging Face hub; None for a folder.
         digest: SHA-256, in hex, over names and contents of the model's configuration and weight files.
         dimension: number of dimensions of the vectors.
+        max_tokens: number of tokens that the model reads of a text, special ones included; None is no limit.
         style: usage of the model.
     """
 
@@ -63,6 +66,8 @@ class Encoder:
         self.revision = revision
         self.digest = digest
         self.dimension = int(model.get_embedding_dimension())
+        limit = model.max_seq_length
+        self.max_tokens = None if limit is None or limit >= _UNLIMITED else int(limit)
         self.style = style
         self._model = model
         # Tokenizers in Rust raise "Already borrowed" if two threads use one at once.
@@ -109,6 +114,21 @@ class Encoder:
     def encode(self, texts: list[str], batch_size: int = 32) -> Vectors:
         """Encode passages as float32 [len(texts), dimension]; thread-safe."""
         return self._encode(self._model.encode_document, texts, batch_size, self.style.passage_prefix)
+
+    def count_truncated(self, texts: list[str]) -> int:
+        """Count the passages that have more tokens than the model reads of a text; thread-safe."""
+        if self.max_tokens is None or not texts:
+            return 0
+        prompted = [self._passage_prompt + text for text in texts]
+        with self._lock:
+            ids = self._model.tokenizer(prompted, truncation=False, verbose=False)["input_ids"]
+        return sum(len(found) > self.max_tokens for found in ids)
+
+    @property
+    def _passage_prompt(self) -> str:
+        """The text before every passage: the style's, or that of the model, as ``encode_document`` finds it."""
+        named = (self._model.prompts.get(name) for name in ("document", "passage", "corpus"))
+        return self.style.passage_prefix or next((prompt for prompt in named if prompt is not None), "")
 
     def encode_queries(self, texts: list[str], batch_size: int = 32) -> Vectors:
         """Encode queries as float32 [len(texts), dimension], with the prefix or prompt of queries; thread-safe."""

@@ -1,6 +1,8 @@
 """Reads and writes the manifest of an index, and checks whether a run can use the index."""
 
 import hashlib
+from collections.abc import Mapping
+from operator import not_
 from typing import Annotated, Literal
 
 from pyarrow import fs
@@ -19,6 +21,10 @@ FileName = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
+def _is_none(value: object) -> bool:
+    return value is None
+
+
 class ShardEntry(Frozen):
     """The manifest's entry of a shard.
 
@@ -27,6 +33,8 @@ class ShardEntry(Frozen):
         passages_file, passages_bytes, passages_sha256: name, size in bytes and digest in hex of the passages, an Arrow
             IPC file.
         rows: number of vectors, and of passages.
+        truncated_passages: number of passages of which the encoder read only the beginning; 0 if the vectors were
+            given, None if an earlier version built the shard.
     """
 
     file: FileName
@@ -36,6 +44,7 @@ class ShardEntry(Frozen):
     sha256: Digest
     passages_bytes: Positive
     passages_sha256: Digest
+    truncated_passages: int | None = Field(default=None, exclude_if=_is_none)
 
     def list_files(self) -> tuple[tuple[str, int, str], tuple[str, int, str]]:
         """Return name, size in bytes and digest of the FAISS index, and of the passages."""
@@ -69,16 +78,22 @@ class IndexManifest(Frozen):
         format_version: version of this format.
         encoder: encoder of the queries, and of the passages unless ``embeddings`` is set.
         embeddings: column that the vectors were read from; None if the encoder computed them.
+        columns: columns that id, title and text were read from, if they have other names.
+        max_words: number of words of the longest part that a passage was split into; None if all are whole.
         dimension: number of dimensions of the vectors.
         metric: always the inner product, which is the cosine if ``encoder.normalised``.
         factory: FAISS factory string of every shard.
-        passages: number of passages in all shards.
+        passages: number of passages, or parts of them, in all shards.
         shards: entries of the shards in the order of the passages.
+
+    Unset values that earlier versions do not know are left out, so that the digests of their indexes stay.
     """
 
     format_version: Literal[1] = 1
     encoder: EncoderEntry
     embeddings: str | None = None
+    columns: Mapping[str, str] = Field(default_factory=dict, exclude_if=not_)
+    max_words: Positive | None = Field(default=None, exclude_if=_is_none)
     dimension: Positive
     metric: Literal["inner_product"] = "inner_product"
     factory: str
@@ -89,6 +104,12 @@ class IndexManifest(Frozen):
     def bytes(self) -> int:
         """Size of the FAISS files of all shards, in bytes."""
         return sum(shard.bytes for shard in self.shards)
+
+    @property
+    def truncated_passages(self) -> int | None:
+        """Number of passages of which the encoder read only the beginning; None if it was not counted."""
+        counts = [shard.truncated_passages for shard in self.shards]
+        return None if None in counts else sum(filter(None, counts))
 
     def compute_digest(self) -> str:
         """Return the SHA-256, in hex, of the manifest; it identifies the whole index, as it covers all file digests."""

@@ -144,8 +144,8 @@ def test_truncated_parquet_is_named(source: Path, tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("change", "problem"),
     [
-        ({"title": None}, "c.parquet: column title is missing"),
-        ({"id": [1, 2, 3]}, "c.parquet: column id is int64; convert it to string"),
+        ({"text": None}, "c.parquet: no column text, found id, title; name another with --column text=COLUMN"),
+        ({"id": [1.5, 2.5, 3.5]}, "c.parquet: column id is double; convert it to string"),
         ({"id": ["20", None, "22"]}, "c.parquet: row 1: column id is null"),
         ({"id": ["20", "7", "22"]}, "c.parquet: row 1: column id: '7' is also in "),
         ({"text": ["a", "b", " \n"]}, "c.parquet: row 2: column text is empty"),

@@ -1,6 +1,6 @@
 import pytest
 
-from jobs.common import FailedError, checking, working
+from jobs.common import FailedError, checking, parse_columns, working
 from pipeline.retrieval.index_cache import DamagedIndexError
 from pipeline.storage.lease import OutputInUseError
 from pipeline.storage.location import StorageError
@@ -52,3 +52,23 @@ def test_message_keeps_its_subject_and_all_lines() -> None:
 def test_unexpected_error_logs_its_traceback(caplog: pytest.LogCaptureFixture) -> None:
     assert fails(working(), KeyError("v2")).exit_code == 1
     assert "KeyError" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("options", "columns"),
+    [
+        ([], {}),
+        (["id=docid", "text=contents"], {"id": "docid", "text": "contents"}),
+        (["text=a=b"], {"text": "a=b"}),
+        (["text=two words"], {"text": "two words"}),
+        (["text=a", "text=b"], {"text": "b"}),
+    ],
+)
+def test_column_options_are_parsed(options: list[str], columns: dict[str, str]) -> None:
+    assert parse_columns(options, "text=contents") == columns
+
+
+@pytest.mark.parametrize("option", ["", "text", "=", "=contents", "text="])
+def test_column_option_without_name_or_column_is_refused(option: str) -> None:
+    with pytest.raises(ValueError, match=f"^--column {option}: expected NAME=COLUMN, such as text=contents$"):
+        parse_columns(["id=docid", option], "text=contents")

@@ -1,3 +1,4 @@
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.indexing.build import read_ahead
+from pipeline.indexing.form import PassageForm
 from pipeline.indexing.passages import (
+    PassageBatch,
     Sample,
     check_passages,
     find_passages,
@@ -18,8 +21,11 @@ from pipeline.indexing.passages import (
     read_passages,
     spread_samples,
 )
+from pipeline.retrieval.shard_files import PASSAGE_SCHEMA
 from pipeline.storage.parquet import RowRange
 from tests.support.indexes import numbered, place
+
+GIVEN = PassageForm(embeddings="vector")
 
 
 @pytest.fixture
@@ -62,8 +68,8 @@ def test_passages_are_read_as_plain_strings(tmp_path: Path) -> None:
 
 
 def test_vectors_are_read_with_their_passages_and_row_numbers(source: Path) -> None:
-    shard = plan_shards(find_passages(place(source), "vector"), 2)[1]
-    read = list(read_passages(shard.ranges, "vector"))
+    shard = plan_shards(find_passages(place(source), GIVEN), 2)[1]
+    read = list(read_passages(shard.ranges, GIVEN))
     for batch in read:
         names = [int(name) for name in batch.passages["id"].to_pylist()]
         assert batch.embeddings is not None
@@ -73,7 +79,7 @@ def test_vectors_are_read_with_their_passages_and_row_numbers(source: Path) -> N
 
 
 def test_small_corpus_is_sampled_evenly(source: Path) -> None:
-    files = find_passages(place(source), "vector")
+    files = find_passages(place(source), GIVEN)
 
     def sample(size: int) -> list[str]:
         return ids(batch for sample in spread_samples(files, size) for batch in sample.read())
@@ -84,7 +90,7 @@ def test_small_corpus_is_sampled_evenly(source: Path) -> None:
 
 def test_samples_are_read_with_their_vectors_and_row_numbers(source: Path) -> None:
     part = RowRange(place(source / "a.parquet"), 4, 10)
-    (batch,) = Sample(part, np.array([1, 5])).read("vector")
+    (batch,) = Sample(part, np.array([1, 5])).read(GIVEN)
     assert batch.passages["id"].to_pylist() == ["5", "9"]
     assert batch.embeddings is not None
     assert batch.embeddings.to_pylist() == [[5.0], [9.0]]
@@ -121,10 +127,93 @@ def test_sample_size_does_not_depend_on_row_groups(
 
 @pytest.mark.parametrize("compared", [1, 4, 1000])
 def test_duplicate_ids_are_found_with_any_batch_size(source: Path, compared: int) -> None:
-    check_passages(find_passages(place(source)), compared)
+    check_passages(find_passages(place(source)), compared=compared)
     pq.write_table(pa.table(numbered(1, 12)), source / "c.parquet")
     with pytest.raises(ValueError, match=r"c.parquet: row 0: column id: '12' is also in .*b.parquet: row 2; ids must"):
-        check_passages(find_passages(place(source)), compared)
+        check_passages(find_passages(place(source)), compared=compared)
+
+
+@pytest.fixture
+def long(tmp_path: Path) -> Path:
+    """Sixty passages of one, two or three sentences, in row groups of seven."""
+    texts = [" ".join(f"Sentence {part} of {n}." for part in range(1 + n % 3)) for n in range(60)]
+    pq.write_table(pa.table({**numbered(60), "text": texts}), tmp_path / "p.parquet", row_group_size=7)
+    return tmp_path
+
+
+SHORT = PassageForm(max_words=4)
+
+
+def test_split_passages_are_whole_in_their_shards(long: Path) -> None:
+    shards = plan_shards(find_passages(place(long), SHORT), 4)
+    assert [shard.rows for shard in shards] == [15, 15, 15, 15]
+    batches = [batch for shard in shards for batch in read_passages(shard.ranges, SHORT)]
+    rows = [row for batch in batches for row in batch.passages.to_pylist()]
+    assert len(rows) == 60 + 20 + 2 * 20
+    assert [row["id"] for row in rows[:6]] == ["0", "1#1", "1#2", "2#1", "2#2", "2#3"]
+    assert [row["title"] for row in rows[:4]] == ["title 0", "title 1", "title 1", "title 2"]
+    assert [row["text"] for row in rows[3:6]] == [f"Sentence {part} of 2." for part in range(3)]
+    assert np.concatenate([batch.rows for batch in batches]).tolist() == [
+        n for n in range(60) for _ in range(1 + n % 3)
+    ]
+    assert sum(batch.count_rows() for batch in batches) == 60
+
+
+def test_samples_are_read_with_all_parts_of_their_passages(long: Path) -> None:
+    samples = spread_samples(find_passages(place(long), SHORT), 6)
+    read = [batch for sample in samples for batch in sample.read(SHORT)]
+    assert ids(read) == ["0", "10#1", "10#2", "20#1", "20#2", "20#3", "30", "40#1", "40#2", "50#1", "50#2", "50#3"]
+    assert [sample.parts for sample in samples] == [1] * len(samples)
+    assert [sample.parts for sample in spread_samples(find_passages(place(long), SHORT), 150)] == [3] * 9
+
+
+@pytest.mark.parametrize(
+    ("rows", "most", "kept"),
+    [
+        ([0, 1, 2], 1, [0, 1, 2]),
+        ([4, 4, 4], 1, [2]),
+        ([4, 4, 4], 2, [1, 2]),
+        ([4, 4, 4], 3, [0, 1, 2]),
+        ([4, 4, 4], 9, [0, 1, 2]),
+        ([0, 0, 1, 1, 2, 2], 1, [0, 3, 4]),
+        ([0] * 6, 2, [0, 3]),
+        ([0, 1, 1, 1, 1, 2], 2, [0, 2, 4, 5]),
+        ([7] * 5 + [8], 2, [1, 3, 5]),
+        ([], 1, []),
+    ],
+)
+def test_parts_of_a_sample_are_thinned_evenly(rows: list[int], most: int, kept: list[int], tmp_path: Path) -> None:
+    names = [str(n) for n in range(len(rows))]
+    passages = pa.record_batch([names, names, names], schema=PASSAGE_SCHEMA)
+    batch = PassageBatch(place(tmp_path), np.array(rows, np.int64), passages, None)
+    assert batch.thin(most).passages["id"].to_pylist() == [str(n) for n in kept]
+
+
+WHOLE, SPLIT = "One.", "One two. Three four."
+
+
+@pytest.mark.parametrize(
+    ("texts", "problem"),
+    [
+        ({"a": SPLIT, "a#1": WHOLE}, "row 1: column id: 'a#1' is also in .* row 0; ids .* those of parts"),
+        ({"a#2": WHOLE, "a": SPLIT}, "row 1: column id: 'a#2' is also in .* row 0; ids must be unique, and so"),
+        ({"a#1": SPLIT, "b": SPLIT, "a#1#2": WHOLE}, "row 2: column id: 'a#1#2' is also in .* row 0"),
+        ({"#1": WHOLE, "": SPLIT}, "row 1: column id: '#1' is also in .* row 0"),
+        ({"a": SPLIT, "a#3": WHOLE}, None),
+        ({"a": WHOLE, "a#1": WHOLE}, None),
+        ({"a": SPLIT, "a#1": SPLIT}, None),
+        ({"a": SPLIT, "a#x": WHOLE}, None),
+        ({"a": SPLIT, "A#1": WHOLE}, None),
+        ({"a": SPLIT, "b#1": WHOLE}, None),
+    ],
+)
+def test_ids_of_parts_must_differ_from_other_ids(tmp_path: Path, texts: dict[str, str], problem: str | None) -> None:
+    names = list(texts)
+    pq.write_table(pa.table({"id": names, "title": names, "text": list(texts.values())}), tmp_path / "p.parquet")
+    files = find_passages(place(tmp_path))
+    check_passages(files)
+    with pytest.raises(ValueError, match=problem) if problem else nullcontext():
+        check_passages(files, PassageForm(max_words=3))
 
 
 def test_ids_with_equal_hashes_are_compared_directly(source: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.demo_models import build_demo_encoder
-from pipeline.retrieval.encoder import Encoder, hash_encoder
+from pipeline.retrieval.encoder import Encoder, EncoderStyle, hash_encoder
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +39,54 @@ def test_concurrent_threads_get_their_own_vectors(encoder: Encoder) -> None:
     np.testing.assert_allclose(found, [encoder.encode([text])[0] for text in texts], atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("texts", "prefix", "truncated"),
+    [
+        ([], "", 0),
+        ([""], "", 0),
+        (["word " * 254], "", 0),  # and two special tokens
+        (["word " * 255], "", 1),
+        (["word " * 250, "word " * 600, "a", "word " * 255 + "end"], "", 2),
+        (["word " * 252], "passage: ", 0),
+        (["word " * 253], "passage: ", 1),
+        (["字" * 254], "", 0),
+        (["字" * 255], "", 1),
+        (["\n" * 5000], "", 0),
+        (["." * 255], "", 1),
+        (["[PAD]" * 300], "", 1),
+    ],
+)
+def test_texts_longer_than_the_model_reads_are_counted(
+    encoder: Encoder, texts: list[str], prefix: str, truncated: int
+) -> None:
+    style = EncoderStyle(passage_prefix=prefix)
+    styled = Encoder(encoder._model, encoder.name, encoder.revision, encoder.digest, style)
+    assert styled.max_tokens == 256
+    assert styled.count_truncated(texts) == truncated
+
+
+def test_prompt_of_the_model_counts_as_part_of_a_passage(encoder: Encoder, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert encoder.count_truncated(["word " * 254]) == 0
+    monkeypatch.setattr(encoder._model, "prompts", {"query": "a b c: ", "passage": "text: "})
+    assert encoder.count_truncated(["word " * 252, "word " * 253]) == 1
+
+
+@pytest.mark.parametrize("limit", [None, float("inf"), 10**30])
+def test_model_without_a_limit_truncates_nothing(encoder: Encoder, limit: float | None) -> None:
+    class Unlimited:
+        max_seq_length = limit
+
+        def get_embedding_dimension(self) -> int:
+            return 4
+
+    unlimited = Encoder(Unlimited(), "x", None, "d", EncoderStyle())
+    assert unlimited.max_tokens is None
+    assert unlimited.count_truncated(["word " * 9999]) == 0
+
+
 def test_encoding_prints_nothing(encoder: Encoder, capfd: pytest.CaptureFixture[str]) -> None:
     encoder.encode(["a"] * 40)
+    encoder.count_truncated(["word " * 600])
     assert capfd.readouterr() == ("", "")
 
 

@@ -1,3 +1,4 @@
+import json
 from pathlib import Path
 from typing import Any
 
@@ -5,7 +6,13 @@ import pytest
 
 from pipeline.config.sections import RetrievalConfig
 from pipeline.retrieval.encoder import EncoderStyle
-from pipeline.retrieval.manifest import check_encoder, check_index_manifest, read_manifest
+from pipeline.retrieval.manifest import (
+    IndexManifest,
+    check_encoder,
+    check_index_manifest,
+    read_manifest,
+    write_manifest,
+)
 from pipeline.storage.location import Location
 from tests.support.indexes import CPU
 
@@ -73,3 +80,39 @@ def test_encoder_style_is_read_back(saved: Location) -> None:
 
 def test_index_size_covers_all_faiss_files(saved: Location) -> None:
     assert read_manifest(saved).bytes == sum(file.stat().st_size for file in Path(saved.path).glob("*.faiss"))
+
+
+OLD = """{"format_version": 1, "encoder": {"query_prefix": "", "passage_prefix": "", "normalised": true,
+"dtype": "float32", "name": "tiny", "revision": null, "digest": "DIGEST"}, "embeddings": null, "dimension": 16,
+"metric": "inner_product", "factory": "Flat", "passages": 5, "shards": [{"file": "shard-00000.faiss",
+"passages_file": "shard-00000.passages.arrow",
+"rows": 5, "bytes": 365, "sha256": "DIGEST", "passages_bytes": 900, "passages_sha256": "DIGEST"}]}"""
+
+
+def test_index_of_an_earlier_version_keeps_its_digest() -> None:
+    old = IndexManifest.model_validate_json(OLD.replace("DIGEST", "d" * 64))
+    assert old.compute_digest() == "7cd0b69981411460a4efbeda49f3f85b3502bf7d33acd7f4bc1cd546d339d319"
+    assert (dict(old.columns), old.max_words, old.truncated_passages) == ({}, None, None)
+    assert not {"columns", "max_words", "truncated_passages"} & set(json.loads(old.model_dump_json()))
+
+
+@pytest.mark.parametrize("update", [{"columns": {"text": "contents"}}, {"max_words": 150}])
+def test_form_of_the_passages_is_read_back_and_part_of_the_digest(saved: Location, update: dict[str, Any]) -> None:
+    manifest = read_manifest(saved)
+    changed = manifest.model_copy(update=update)
+    write_manifest(saved, changed)
+    assert read_manifest(saved) == changed
+    assert changed.compute_digest() != manifest.compute_digest()
+
+
+@pytest.mark.parametrize(
+    ("counts", "total"), [([1, 0, 4], 5), ([0, 0, 0], 0), ([None, 1, 2], None), ([None, None, None], None)]
+)
+def test_truncated_passages_are_summed_over_the_shards(
+    saved: Location, counts: list[int | None], total: int | None
+) -> None:
+    manifest = read_manifest(saved)
+    pairs = zip(manifest.shards, counts, strict=True)
+    shards = tuple(shard.model_copy(update={"truncated_passages": count}) for shard, count in pairs)
+    write_manifest(saved, manifest.model_copy(update={"shards": shards}))
+    assert read_manifest(saved).truncated_passages == total
