@@ -57,6 +57,17 @@ class UserTurn:
         kept = ids[: max(0, room - len(start) - len(end))]
         return [*start, *kept, *end], len(ids) - len(kept)
 
+    def encode_answer(self, answer: str) -> list[int]:
+        """Encode a short answer as the template renders it behind the turn, such as with a space before it."""
+        turns = [{"role": "user", "content": PLACE}, {"role": "assistant", "content": answer}]
+        _, _, after = self.text.tokenizer.apply_chat_template(turns, tokenize=False).partition(PLACE)
+        if not after.startswith(self.after):
+            after = self.after + answer
+        alone, answered = self.text.encode_trusted(self.after), self.text.encode_trusted(after)
+        if answered[: len(alone)] == alone:
+            return answered[len(alone) :]
+        return self.text.encode_middle(answer)
+
     def compare_pieces(self, turn: str) -> str | None:
         """Describe where the ids of a turn differ from those of the whole string; None if they are equal."""
         if self.text.contains_control_token(turn):

@@ -6,11 +6,11 @@ beam are the same. In the long form a segment is a line; in the short form it is
 """
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import cached_property
-from itertools import chain
+from itertools import chain, takewhile
 from pathlib import Path as File
 from typing import Any, TypeVar
 
@@ -61,6 +61,26 @@ def hash_prompts() -> str:
 
 
 @dataclass(frozen=True)
+class Labels:
+    """Ids of the labels of a question, as answers in a chat template.
+
+    Attributes:
+        lead: ids that all labels begin with, such as a word start before digits; they stand behind the question.
+        firsts: the id of each label that follows them.
+    """
+
+    lead: list[int]
+    firsts: tuple[int, ...]
+
+    @classmethod
+    def of(cls, answers: Iterable[Sequence[int]]) -> "Labels":
+        """Split the ids of the labels at the first place at which they differ."""
+        places = list(zip(*answers, strict=False))
+        lead = list(takewhile(lambda ids: len(set(ids)) == 1, places[:-1]))
+        return cls([ids[0] for ids in lead], places[len(lead)])
+
+
+@dataclass(frozen=True)
 class PromptedCritic:
     """An instruct model, prompted in its own chat template.
 
@@ -80,8 +100,8 @@ class PromptedCritic:
         if not self.tokenizer.chat_template:
             raise ValueError(f"model {self.name}: no chat template, which decoding.critic=prompted requires")
         for question in QUESTIONS.values():
-            ids = [self._encode_label(label) for label in PROMPTS[question]["labels"]]
-            if len(set(ids)) < len(ids):
+            firsts = self.labels[question].firsts
+            if len(set(firsts)) < len(firsts):
                 raise ValueError(
                     f"model {self.name}: two labels of the question {question!r} start with the same token"
                 )
@@ -96,9 +116,14 @@ class PromptedCritic:
 
         ``[Continue to Use Evidence]`` has no label; its place repeats that of ``[No Retrieval]`` and is never read.
         """
-        labels = [PROMPTS[question]["labels"] for question in QUESTIONS.values()]
-        labels[0] = [*labels[0], labels[0][-1]]
-        return tuple(self._encode_label(label) for label in chain.from_iterable(labels))
+        decide, *judge = (self.labels[question].firsts for question in QUESTIONS.values())
+        return (*decide, decide[-1], *chain.from_iterable(judge))
+
+    @cached_property
+    def labels(self) -> Mapping[str, "Labels"]:
+        """Ids of the labels of each question."""
+        questions = {name: entry["labels"] for name, entry in PROMPTS.items() if isinstance(entry, Mapping)}
+        return {name: Labels.of(map(self.turn.encode_answer, labels)) for name, labels in questions.items()}
 
     @cached_property
     def ends(self) -> tuple[int, ...]:
@@ -133,18 +158,6 @@ class PromptedCritic:
         values = {"query": format_query(query), "passage": format_passage(passage.title, passage.text)}
         return self.turn.compare_pieces(fill_template(PROMPTS["write_from_passage"], values))
 
-    def _encode_label(self, label: str) -> int:
-        """Return the first id of a label at the start of an answer.
-
-        The label is encoded behind the chat template, since a tokenizer may encode it differently at the start of a
-        text.
-        """
-        after = self.turn.after
-        alone, answered = self.text.encode_trusted(after), self.text.encode_trusted(after + label)
-        if answered[: len(alone)] == alone:
-            return answered[len(alone)]
-        return self.encode_text(label)[0]
-
     def decode(self, ids: Sequence[int]) -> str:
         """Decode ids, without special tokens."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=True, clean_up_tokenization_spaces=False))
@@ -176,7 +189,7 @@ class PromptedReader:
 
     async def decide(self) -> Boundary:
         """See :meth:`Reader.decide`."""
-        fixed = max(len(self._build_prompt(PROMPTS[name]["prompt"])) for name in QUESTIONS.values())
+        fixed = max(len(self._build_question(question)) for question in QUESTIONS.values())
         if fixed > self.room:
             raise ValueError(f"the query needs {fixed} tokens, but the model accepts {self.room}; shorten it")
         return await self._ask_boundary("") if self.config.mode == "adaptive" else Boundary()
@@ -190,7 +203,7 @@ class PromptedReader:
     def has_room(self, path: Path) -> bool:
         """See :meth:`Reader.has_room`."""
         written = sum(len(segment.token_ids) for segment in path.segments)
-        return len(self._build_prompt(PROMPTS["retrieve_again"]["prompt"])) + written <= self.room
+        return len(self._build_question("retrieve_again")) + written <= self.room
 
     async def write(self, path: Path, opening: Retrieve, evidence: RetrievedPassage | None) -> Path:
         """See :meth:`Reader.write`: generates a segment, then prompts for critique and next decision concurrently."""
@@ -256,8 +269,12 @@ class PromptedReader:
         )
 
     async def _ask(self, question: str, evidence: RetrievedPassage | None = None, answer: str = "") -> Generation:
-        prompt = self._build_prompt(PROMPTS[question]["prompt"], evidence, answer)
-        return await self.requests.ask(prompt, 1, self.critic.ends)
+        return await self.requests.ask(self._build_question(question, evidence, answer), 1, self.critic.ends)
+
+    def _build_question(self, question: str, evidence: RetrievedPassage | None = None, answer: str = "") -> list[int]:
+        """Encode a question up to the first token in which its labels differ."""
+        lead = self.critic.labels[question].lead
+        return self._build_prompt(PROMPTS[question]["prompt"], evidence, answer, written=len(lead)) + lead
 
     def _build_prompt(
         self, template: str, evidence: RetrievedPassage | None = None, answer: str = "", written: int = 0

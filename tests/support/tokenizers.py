@@ -22,7 +22,10 @@ LLAMA = {
     "pad_token": "<pad>",
 }
 # A chat template of Llama 2's kind, with and without its own beginning of sequence.
-INST = "{% for m in messages %}{{ 'BOS[INST] ' + m.content + ' [/INST]' }}{% endfor %}"
+INST = (
+    "{% for m in messages %}{% if m.role == 'user' %}{{ 'BOS[INST] ' + m.content + ' [/INST]' }}"
+    "{% else %}{{ ' ' + m.content + ' </s>' }}{% endif %}{% endfor %}"
+)
 CHAT = {"with <s>": INST.replace("BOS", "<s>"), "without <s>": INST.replace("BOS", "")}
 
 

@@ -18,6 +18,16 @@ KINDS = ("legacy", "not legacy", "byte-level")
 PLAIN = "{% for m in messages %}{{ 'USER: ' + m.content + '\nASSISTANT:' }}{% endfor %}"
 CHATML = PLAIN.replace("USER: ", "<|im_start|>user\n").replace("\nASSISTANT:", "<|im_end|>\n<|im_start|>assistant\n")
 TEMPLATES = {**CHAT, "plain": PLAIN, "chatml": CHATML}
+# Templates that render an answer in other ways: by the roles of the turns, with more before it, or not at all.
+ROLES = (
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + 'THINK' * (m.role == 'assistant') + m.content }}"
+    "{{ '<|im_end|>' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+ANSWERS = {
+    "by roles": ROLES.replace("THINK", "").replace("'<|im_end|>'", "'<|im_end|>\n'"),
+    "thinking": ROLES.replace("THINK", "<think></think>"),
+    "of users": "{{ 'USER: ' + messages[0].content + '\nASSISTANT:' * add_generation_prompt }}",
+}
 TURNS = (
     "Who is Al Gore?",
     " spaces ",
@@ -38,7 +48,7 @@ def render(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Use
     def render_turn(kind: str, template: str) -> UserTurn:
         tokenizer = load_kind(kind, tmp_path_factory.mktemp("tokenizer"))
         tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
-        tokenizer.chat_template = TEMPLATES[template]
+        tokenizer.chat_template = (TEMPLATES | ANSWERS)[template]
         return UserTurn.render(TextTokenizer(tokenizer), kind)
 
     return render_turn
@@ -118,6 +128,26 @@ def test_white_space_of_the_template_that_its_tokens_swallow_is_not_encoded(
     turn = UserTurn.render(TextTokenizer(tokenizer), "x")
     assert turn.compare_pieces("Who?") is None
     assert show(turn, turn.encode("Who?")) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "template", "answer", "expected"),
+    [
+        ("not legacy", "with <s>", "Yes", ["▁Yes", "▁", "</s>"]),
+        ("not legacy", "with <s>", "1", ["▁", "1", "▁", "</s>"]),
+        ("legacy", "without <s>", "Yes", ["▁Yes", "▁", "</s>"]),
+        ("byte-level", "with <s>", "Yes", ["ĠYes", "Ġ</", "s", ">"]),
+        ("byte-level", "by roles", "Yes", ["Yes", "<|im_end|>", "Ċ"]),
+        ("not legacy", "by roles", "Yes", ["Yes", "<|im_end|>", "<0x0A>"]),
+        ("byte-level", "thinking", "Yes", ["<", "think", "></", "think", ">", "Yes", "<|im_end|>"]),
+        ("byte-level", "of users", "Yes", ["Yes"]),
+    ],
+)
+def test_an_answer_is_encoded_as_the_template_renders_it(
+    render, kind: str, template: str, answer: str, expected: list[str]
+) -> None:
+    turn = render(kind, template)
+    assert show(turn, turn.encode_answer(answer)) == expected
 
 
 @pytest.mark.parametrize("rendered", ["nothing", "USERTEXTGOESHERE twice: USERTEXTGOESHERE", "usertextgoeshere"])

@@ -4,19 +4,23 @@ import asyncio
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
 from pipeline.config.sections import DecodingConfig, ModelConfig
+from pipeline.decoding.chat_turn import UserTurn
 from pipeline.decoding.profiles import Tasks
-from pipeline.decoding.prompted_reader import PromptedCritic, fill_template
+from pipeline.decoding.prompted_reader import Labels, PromptedCritic, PromptedReader, fill_template
 from pipeline.decoding.reflection import REFLECTION_TOKENS, IsRel, IsSup, IsUse
+from pipeline.decoding.reflection_reader import Requests
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Answer, Generation, Passage, Query
 from pipeline.demo_models import build_demo_base_model
 from pipeline.engine.models import load_tokenizer
+from tests.support.tokenizers import CHAT, load_folder, write_llama
 
 PARIS, ROME = Passage("p1", "Paris", "Paris is the capital of France."), Passage("p2", "Rome", "Rome is old.")
 QUERY = Query("q", "What is the capital of France?", passages=(ROME, PARIS))
@@ -76,6 +80,48 @@ def ask(clerk: Clerk, query: Query = QUERY, **decoding: Any) -> Answer:
 def test_labels_stand_for_the_reflection_tokens(critic: PromptedCritic) -> None:
     labels = [critic.decode([token]) for token in critic.watched]
     assert labels == ["Yes", "No", "No", "Yes", "No", "A", "B", "C", "1", "2", "3", "4", "5"]
+
+
+@pytest.mark.parametrize("legacy", [True, False])
+def test_labels_are_encoded_as_the_template_renders_answers(tmp_path: Path, legacy: bool) -> None:
+    folder = write_llama(tmp_path, legacy=legacy, chat_template=CHAT["with <s>"])
+    critic = PromptedCritic(load_folder(folder), "llama")
+    show = critic.tokenizer.convert_ids_to_tokens
+    labels = ["▁Yes", "▁No", "▁No", "▁Yes", "▁No", "▁A", "▁B", "▁C", "1", "2", "3", "4", "5"]
+    assert show(list(critic.watched)) == labels
+    leads = {question: show(found.lead) for question, found in critic.labels.items()}
+    assert leads == {"retrieve": [], "retrieve_again": [], "relevant": [], "supported": [], "useful": ["▁"]}
+
+
+@pytest.mark.parametrize(
+    ("answers", "lead", "firsts"),
+    [
+        ([[1, 9], [2, 9]], [], (1, 2)),
+        ([[7, 1, 9], [7, 2, 9]], [7], (1, 2)),
+        ([[7, 8, 1], [7, 8, 2], [7, 8, 3]], [7, 8], (1, 2, 3)),
+        ([[1], [2, 3]], [], (1, 2)),
+        ([[7, 1], [7, 1]], [7], (1, 1)),
+        ([[7], [7]], [], (7, 7)),
+    ],
+)
+def test_labels_are_split_where_they_differ(answers: list[list[int]], lead: list[int], firsts: tuple[int, ...]) -> None:
+    assert Labels.of(answers) == Labels(lead, firsts)
+
+
+def test_questions_end_before_the_first_token_in_which_labels_differ(tmp_path: Path) -> None:
+    folder = write_llama(tmp_path, chat_template=CHAT["with <s>"])
+    critic = PromptedCritic(load_folder(folder), "llama")
+    query, config = Query("q", "Who?"), DecodingConfig.model_validate({"critic": "prompted"})
+    clerk = Clerk(critic)
+    reader = PromptedReader(critic, Requests(clerk), config, query)
+    ends = [reader._build_question(question)[-2:] for question in ("relevant", "useful")]
+    assert [critic.tokenizer.convert_ids_to_tokens(end) for end in ends] == [["INST", "]"], ["]", "▁"]]
+
+
+def test_labels_that_begin_with_the_same_token_are_refused(critic: PromptedCritic, monkeypatch) -> None:
+    monkeypatch.setattr(UserTurn, "encode_answer", lambda _, answer: [7])
+    with pytest.raises(ValueError, match="model x: two labels of the question 'retrieve' start with the same token"):
+        PromptedCritic(critic.tokenizer, "x")
 
 
 def test_scores_follow_the_equations_of_the_paper(critic: PromptedCritic) -> None:
