@@ -69,9 +69,9 @@ class PassageForm:
         taken = self.columns.values()
         return {name: self.columns.get(name, name) for name in NAMES if name in self.columns or name not in taken}
 
-    def list_columns(self, names: tuple[str, ...] = NAMES) -> list[str]:
-        """Return the columns of the files to read for some of id, title and text; each once."""
-        return list(dict.fromkeys(self.sources[name] for name in names if name in self.sources))
+    def list_columns(self) -> list[str]:
+        """Return the columns of the files that id, title and text are read from, each once."""
+        return list(dict.fromkeys(self.sources.values()))
 
     def check_schema(self, file: Location, schema: pa.Schema) -> None:
         """Check the columns of a file; the title may be missing.

@@ -239,14 +239,15 @@ COMPARED_IDS = 1 << 23
 
 
 def check_passages(files: list[RowRange], form: PassageForm = PLAIN, compared: int = COMPARED_IDS) -> None:
-    """Check that every passage has an id and a text that is not blank, and that no two, or parts of them, share an id.
+    """Check that every passage has an id and a text in UTF-8, and that no two passages, or parts of them, share an id.
 
     Memory does not grow with the corpus: 64-bit hashes of the ids are partitioned by value into temporary files of
     about ``compared`` hashes each, so that equal hashes are in the same file. Ids with equal hashes are then compared
     in full.
 
     Raises:
-        ValueError: an id is null or not unique, or a text is null or blank; names file, column and row (from 0).
+        ValueError: an id is null or not unique, a text is null or blank, or a value is not UTF-8; names file, column
+            and row (from 0).
     """
     parts = 1 + sum(part.rows for part in files) // compared
     with tempfile.TemporaryDirectory(prefix="selfrag-ids-") as folder:
@@ -260,13 +261,29 @@ def check_passages(files: list[RowRange], form: PassageForm = PLAIN, compared: i
 
 
 def _read_checked(part: RowRange, form: PassageForm) -> Iterator[PassageBatch]:
-    """Read and check ids and texts, and split the texts, since parts have ids of their own; titles are not read."""
-    for row, read in read_range(part, form.list_columns(("id", "text")), CHECKED_ROWS):
+    """Read and check passages, and split their texts, since parts have ids of their own."""
+    for row, read in read_range(part, form.list_columns(), CHECKED_ROWS):
         passages = form.convert(read)
+        for name, column in form.sources.items():
+            _refuse_other_encodings(passages[name], part.file, row, column)
         _refuse(pc.is_null(passages["id"]), part.file, row, f"column {form.sources['id']} is null")
         blank = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(passages["text"])), 0)
         _refuse(pc.fill_null(blank, True), part.file, row, f"column {form.sources['text']} is empty")
         yield PassageBatch(part.file, np.arange(row, row + len(read)), passages, None).split(form.max_words)
+
+
+def _refuse_other_encodings(strings: pa.Array, file: Location, first_row: int, column: str) -> None:
+    if not _is_utf8(strings):
+        place = next(n for n in range(len(strings)) if not _is_utf8(strings.slice(n, 1)))
+        raise ValueError(f"{file.uri}: row {first_row + place}: column {column} is not UTF-8; convert it to UTF-8")
+
+
+def _is_utf8(strings: pa.Array) -> bool:
+    try:
+        strings.validate(full=True)
+    except pa.ArrowInvalid:
+        return False
+    return True
 
 
 def _refuse(wrong: pa.Array, file: Location, first_row: int, problem: str) -> None:

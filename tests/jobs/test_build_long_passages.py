@@ -12,13 +12,19 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import ray
+import typer
+from typer.testing import CliRunner
 
+from jobs.check_index import check_index
 from pipeline.config.sections import RetrievalConfig
 from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.manifest import read_manifest
 from pipeline.retrieval.retriever import IndexRetriever
 from tests.support.building import run
 from tests.support.indexes import place
+
+checking = typer.Typer()
+checking.command()(check_index)
 
 FILLER = "This sentence is about nothing in particular. "
 SUBJECTS = ["Otters hold hands while they sleep.", "Basalt is a volcanic rock.", "Violins have four strings."]
@@ -61,10 +67,13 @@ def test_truncated_passages_are_counted_with_one_warning(
     assert [shard.truncated_passages for shard in manifest.shards] == [2, 1]
     assert (manifest.columns, manifest.max_words) == ({"id": "docid", "text": "contents"}, None)
     (warned,) = [line for line in caplog.messages if "longer" in line]
-    assert warned == (
+    line = (
         "3 of 4 passages are longer than the encoder reads, and only their beginning is searched; to split them, "
-        "build the index with --max-words (it reads 256 tokens, some 150 English words)"
+        "build the index with --max-words"
     )
+    assert warned == f"{line} (it reads 256 tokens, some 150 English words)"
+    checked = CliRunner().invoke(checking, ["--index", str(tmp_path / "out"), "--k", "3"])
+    assert line in checked.stdout.splitlines()
 
 
 async def test_split_passages_are_found_by_their_ends(

@@ -146,6 +146,16 @@ def test_unusable_columns_are_named(
         read(tmp_path, columns=columns)
 
 
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+@pytest.mark.parametrize("wrong", ["id", "title", "text"])
+def test_value_that_is_not_utf8_is_named(tmp_path: Path, wrong: str, kind: pa.DataType) -> None:
+    binary = {pa.string(): pa.binary(), pa.large_string(): pa.large_binary()}[kind]
+    latin = pa.Array.from_buffers(kind, 3, pa.array([b"a", b"caf\xe9", b"\xe9"], binary).buffers())
+    write(tmp_path, {name: ["x", "y", "z"] for name in ("id", "title", "text")} | {wrong: latin})
+    with pytest.raises(ValueError, match=rf"a.parquet: row 1: column {wrong} is not UTF-8; convert it to UTF-8$"):
+        read(tmp_path)
+
+
 def test_repeated_column_is_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table([IDS, TEXTS, TEXTS], names=["id", "text", "text"]), tmp_path / "a.parquet")
     with pytest.raises(ValueError, match=r"a.parquet: several columns are named text; rename all but one"):
