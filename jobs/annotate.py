@@ -18,6 +18,7 @@ import typer
 
 from jobs.common import FailedError, checking, fail, hint_at_new_form, start_logging, working
 from jobs.rescore import rescore
+from jobs.shell import run
 from pipeline.cluster import Resources
 from pipeline.config.run import RunConfig, load_config
 from pipeline.queries.selection import NothingNewError
@@ -116,7 +117,8 @@ def annotate_queries(config: RunConfig, overwrite: bool, as_json: bool) -> int:
     planned = plan_run(config, overwrite)
     if planned is None:
         return 0
-    with working("the run failed; rerun the same command to continue", bad_input=(OutputInUseError,)):
+    hint = "the run failed; rerun the same command to continue"
+    with working(hint, bad_input=(OutputInUseError,), resumable=True):
         summary = run_plan(*planned)
     print_summary(summary, as_json)
     if summary.exit_status == 1:
@@ -141,7 +143,7 @@ def print_summary(summary: Summary, as_json: bool) -> None:
 
 def main() -> None:
     """Run the command."""
-    typer.run(annotate)
+    run(annotate)
 
 
 if __name__ == "__main__":

@@ -40,6 +40,7 @@ from jobs.common import (
     working,
 )
 from jobs.plan_index import plan_index
+from jobs.shell import run
 from pipeline.indexing.build import BuildRequest, check_build
 from pipeline.indexing.build_pool import run_build
 from pipeline.indexing.form import PassageForm
@@ -109,7 +110,7 @@ def _build(request: BuildRequest) -> None:
     with checking():
         plan = check_build(request)
     log.info("indexing %d passages into %d shards of %s", plan.passages, request.shards, request.factory)
-    with working("the build failed; rerun the same command to continue"):
+    with working("the build failed; rerun the same command to continue", resumable=True):
         passages = run_build(plan).manifest.passages
     seconds = time.monotonic() - begun
     shards = f"{request.shards} shards"
@@ -117,4 +118,4 @@ def _build(request: BuildRequest) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(build_index)
+    run(build_index)

@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.common import IndexFile, IndexSettings, checking, start_logging, working
+from jobs.shell import run
 from pipeline.config.loading import validate_section
 from pipeline.config.run import load_sections
 from pipeline.config.sections import RetrievalConfig, StorageConfig
@@ -81,4 +82,4 @@ def build_speeds_table(checked: Checked) -> Table:
 
 
 if __name__ == "__main__":
-    typer.run(check_index)
+    run(check_index)

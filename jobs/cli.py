@@ -11,6 +11,7 @@ import typer
 from typer.core import TyperGroup
 from typer.main import get_command
 
+from jobs.shell import Application
 from pipeline.versions import read_versions
 
 JOBS = {
@@ -65,7 +66,7 @@ def show_versions(wanted: bool) -> None:
         raise typer.Exit
 
 
-app = typer.Typer(cls=Jobs, no_args_is_help=True)
+app = Application(cls=Jobs, no_args_is_help=True)
 
 
 @app.callback()

@@ -8,6 +8,7 @@ from typing import Annotated, NoReturn
 
 import typer
 
+from jobs.shell import Interrupted
 from pipeline.cluster import extract_cause
 from pipeline.config.loading import validate_section
 from pipeline.config.run import load_sections
@@ -145,6 +146,7 @@ def working(
     hint: str | None = None,
     bad_input: tuple[type[ValueError], ...] = (ValueError,),
     subject: str | None = None,
+    resumable: bool = False,
 ) -> Iterator[None]:
     """End the command if its work fails: status 2 for bad input that only the work could find, otherwise 1.
 
@@ -153,9 +155,13 @@ def working(
             whose messages are reduced to their cause.
         bad_input: exceptions that mean bad input.
         subject: name that the message begins with.
+        resumable: whether the same command continues work that was interrupted.
     """
     try:
         yield
+    except Interrupted as end:
+        end.resumable = resumable
+        raise
     except typer.Exit:
         raise
     except Exception as error:

@@ -23,6 +23,7 @@ from rich.table import Table
 
 from jobs.common import start_logging, working
 from jobs.evaluate import build_comparison_table
+from jobs.shell import run
 from pipeline.config.loading import validate_section
 from pipeline.config.run import RunConfig, get_cache_folder
 from pipeline.config.sections import (
@@ -223,4 +224,4 @@ def demo(
 
 
 if __name__ == "__main__":
-    typer.run(demo)
+    run(demo)

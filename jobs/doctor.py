@@ -23,6 +23,7 @@ from rich.table import Table
 from rich.text import Text
 
 from jobs.common import checking, start_logging
+from jobs.shell import run
 from pipeline.cluster import Resources, allocate_resources, connect, extract_cause
 from pipeline.config.loading import read_yaml
 from pipeline.config.run import RunConfig, load_config
@@ -312,4 +313,4 @@ def print_findings(findings: Sequence[Finding]) -> None:
 
 
 if __name__ == "__main__":
-    typer.run(doctor)
+    run(doctor)

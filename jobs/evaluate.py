@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.common import RunFile, StorageSettings, checking, start_logging
+from jobs.shell import run
 from pipeline.config.run import load_storage
 from pipeline.evaluation.evaluate import Evaluation, Figures, Row, evaluate_set, iterate_rows
 from pipeline.evaluation.exports import EXPORTED, encode_alce, encode_factscore
@@ -203,4 +204,4 @@ def build_sweep_tables(found: Sweep) -> list[Table]:
 
 
 if __name__ == "__main__":
-    typer.run(evaluate)
+    run(evaluate)

@@ -18,6 +18,7 @@ from typing import Annotated
 import typer
 
 from jobs.common import RunFile, StorageSettings, checking, start_logging, working
+from jobs.shell import run
 from pipeline.config.run import load_storage
 from pipeline.config.sections import StorageConfig
 from pipeline.queries.converters import (
@@ -209,4 +210,4 @@ def import_queries(
 
 
 if __name__ == "__main__":
-    typer.run(import_queries)
+    run(import_queries)

@@ -3,7 +3,6 @@
 ``python -m jobs.plan_index --passages URI [--factory IVF4096,SQ8] [--shards 4]``
 """
 
-import typer
 from rich.console import Console
 from rich.table import Table
 
@@ -29,6 +28,7 @@ from jobs.common import (
     require,
     start_logging,
 )
+from jobs.shell import run
 from pipeline.indexing.form import PassageForm
 from pipeline.indexing.parts import estimate_words
 from pipeline.indexing.passages import find_passages
@@ -139,4 +139,4 @@ def _format_share(index: int, card: int, need: str) -> str:
 
 
 if __name__ == "__main__":
-    typer.run(plan_index)
+    run(plan_index)

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from jobs.common import RunFile, StorageSettings, checking, start_logging
+from jobs.shell import run
 from pipeline.config.run import load_storage
 from pipeline.report.write import write_report
 from pipeline.storage.location import locate
@@ -44,4 +45,4 @@ def report(
 
 
 if __name__ == "__main__":
-    typer.run(report)
+    run(report)

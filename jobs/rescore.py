@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from jobs.common import RunFile, checking, start_logging, working
+from jobs.shell import run
 from pipeline.config.run import load_sections, load_storage
 from pipeline.evaluation.rescoring import check_rescoring, rescore_set
 
@@ -50,4 +51,4 @@ def rescore(
 
 
 if __name__ == "__main__":
-    typer.run(rescore)
+    run(rescore)

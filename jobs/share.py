@@ -15,6 +15,7 @@ from typing import Annotated
 import typer
 
 from jobs.common import RunFile, StorageSettings, checking, start_logging, working
+from jobs.shell import run
 from pipeline.config.run import load_storage
 from pipeline.output.dataset_card import FinishedSet, format_end_time, render_card
 from pipeline.output.folder import CARD, OutputFolder
@@ -121,4 +122,4 @@ def share(
 
 
 if __name__ == "__main__":
-    typer.run(share)
+    run(share)

@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 import typer
 
 from jobs.common import start_logging
+from jobs.shell import run
 from pipeline.config.sections import ModelConfig
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.demo_models import BASE_MODEL, build_demo_base_model, build_demo_encoder
@@ -200,4 +201,4 @@ def teach(
 
 
 if __name__ == "__main__":
-    typer.run(teach)
+    run(teach)

@@ -4,7 +4,11 @@ import dataclasses
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+import signal
+import tempfile
+import uuid
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Self
 
 from pipeline.config.run import RunConfig
@@ -15,6 +19,8 @@ from pipeline.engine.arguments import count_replica_gpus, get_gpu_share
 CONTEXTS = 0.05
 # Ray counts resources in ten-thousandths, so three actors of 0.3333 fill a GPU.
 ROUNDING = 1e-4
+# Longest path of a socket on Linux, in bytes (man 7 unix).
+SOCKET_BYTES = 107
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,10 +54,57 @@ def connect(execution: ExecutionConfig) -> None:
 
     if not ray.is_initialized():
         address = execution.ray_address or os.environ.get("RAY_ADDRESS") or "local"
-        ray.init(address=address, include_dashboard=False, logging_level="WARNING")
+        if address == "local":
+            check_socket_paths()
+        with _keep_sigterm_handler():
+            ray.init(address=address, include_dashboard=False, logging_level="WARNING")
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+
+
+def check_socket_paths() -> None:
+    """Check that the sockets of a local Ray instance and of its engines can be created in the temporary folders.
+
+    Raises:
+        ValueError: their paths are too long; the message names the variables to set.
+    """
+    # https://docs.ray.io/en/latest/ray-core/configure.html: Ray prefers RAY_TMPDIR.
+    session = f"/ray/session_2026-01-31_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
+    ray_folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108
+    for folder, socket in ((ray_folder, session), (tempfile.gettempdir(), f"/{uuid.UUID(int=0)}")):
+        excess = len(os.fsencode(folder)) + len(socket) - SOCKET_BYTES
+        if excess > 0:
+            raise ValueError(
+                f"temporary folder {folder}: its path is {excess} bytes too long for the sockets of Ray and vLLM; set "
+                "TMPDIR and RAY_TMPDIR to a folder with a short path, such as /tmp"
+            )
+
+
+@contextmanager
+def _keep_sigterm_handler() -> Iterator[None]:
+    """Keep this program's handler of SIGTERM while the body starts Ray, whose own handlers abort the process.
+
+    A signal that arrives meanwhile is handled at the end of the body: Ray may swallow the exception of a handler.
+    """
+    handler = signal.getsignal(signal.SIGTERM)
+    if not callable(handler):  # a program without one keeps Ray's
+        yield
+        return
+    received, noting = os.pipe2(os.O_NONBLOCK)
+    before = signal.set_wakeup_fd(noting)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        signal.signal(signal.SIGTERM, handler)
+        os.write(noting, b"\0")
+        numbers = os.read(received, 4096)
+        os.close(noting)
+        os.close(received)
+        if signal.SIGTERM in numbers:
+            signal.alarm(0)  # with which Ray's handler would abort the process after three seconds
+            handler(signal.SIGTERM, None)
 
 
 # The line of a traceback that names the exception and its message.

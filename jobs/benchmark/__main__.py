@@ -1,8 +1,7 @@
 """Run the comparison with other implementations: ``python -m jobs.benchmark``."""
 
-import typer
-
 from jobs.benchmark.compare import benchmark
+from jobs.shell import run
 
 if __name__ == "__main__":
-    typer.run(benchmark)
+    run(benchmark)

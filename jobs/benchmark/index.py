@@ -30,6 +30,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.common import start_logging
+from jobs.shell import run
 from pipeline.config.sections import RetrievalConfig, StorageConfig
 from pipeline.decoding.prompts import format_passage
 from pipeline.indexing.build import BuildRequest, check_build
@@ -237,4 +238,4 @@ def benchmark_index(
 
 
 if __name__ == "__main__":
-    typer.run(benchmark_index)
+    run(benchmark_index)

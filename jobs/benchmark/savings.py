@@ -34,6 +34,7 @@ from jobs.benchmark.savings_variants import (
 from jobs.benchmark.scripted_model import Prompter, Script, ScriptedGenerator, make_endless
 from jobs.benchmark.workloads import Workload, choose_names
 from jobs.common import checking, start_logging
+from jobs.shell import run
 from pipeline.config.loading import apply_settings
 from pipeline.config.sections import DecodingConfig, ModelConfig, Weights
 from pipeline.decoding.answer_cache import AnsweredOnce, Answering
@@ -344,4 +345,4 @@ def benchmark_savings(
 
 
 if __name__ == "__main__":
-    typer.run(benchmark_savings)
+    run(benchmark_savings)

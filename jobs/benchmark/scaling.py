@@ -28,6 +28,7 @@ from rich.table import Table
 
 from jobs.benchmark.scripted_model import WRITTEN, Prompter, Script
 from jobs.common import start_logging
+from jobs.shell import run
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import DecodingConfig, ExecutionConfig, ModelConfig
 from pipeline.decoding.profiles import Tasks
@@ -204,4 +205,4 @@ def benchmark_scaling(
 
 
 if __name__ == "__main__":
-    typer.run(benchmark_scaling)
+    run(benchmark_scaling)

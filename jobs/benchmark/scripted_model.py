@@ -22,6 +22,7 @@ import numpy as np
 import typer
 
 from jobs.common import start_logging
+from jobs.shell import run
 from pipeline.config.run import load_config
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.prompts import PromptTokenizer
@@ -213,4 +214,4 @@ if __name__ == "__main__":
     # Ray pickles the classes of __main__ by value instead of importing them, which fails for the locks in them.
     from jobs.benchmark import scripted_model
 
-    typer.run(scripted_model.annotate_scripted)
+    run(scripted_model.annotate_scripted)

@@ -12,6 +12,8 @@ import smart_open
 import yaml
 from pydantic import BaseModel, ConfigDict, ValidationError
 
+from pipeline.config.paths import find_local_path
+
 _DATE = re.compile(r"\{date(?::([^{}]+))?\}")
 
 
@@ -57,7 +59,7 @@ def read_yaml(uri: str) -> dict[str, Any]:
         ValueError: the file cannot be read, is not YAML, or is not a mapping; the message names the file.
     """
     try:
-        with smart_open.open(uri, encoding="utf-8") as file:
+        with smart_open.open(find_local_path(uri) or uri, encoding="utf-8") as file:
             tree = yaml.safe_load(file)
     except (OSError, yaml.YAMLError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)

@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_args
 from pydantic import Field
 
 from pipeline.config.loading import Frozen, apply_settings, assign, fill_date, flatten, read_yaml, validate_section
+from pipeline.config.paths import find_local_path
 from pipeline.config.sections import (
     FREE_ENGINE_ARGUMENTS,
     Columns,
@@ -167,11 +168,12 @@ def make_paths_absolute(config: RunConfig) -> RunConfig:
 
 
 def _make_absolute(uri: str) -> str:
-    return uri if "://" in uri else str(Path(uri).expanduser().absolute())
+    return str(find_local_path(uri) or uri)
 
 
 def _is_folder(name: str) -> bool:
-    return name != "demo" and Path(name).expanduser().is_dir()
+    local = find_local_path(name)
+    return name != "demo" and local is not None and local.is_dir()
 
 
 def get_cache_folder() -> Path:

@@ -91,7 +91,7 @@ def open_source(request: SourceRequest, storage: StorageConfig) -> Source:
         return _open_dataset(request, _load_hub_dataset)
     location = locate(request.uri, storage)
     if location.local and any((location / name).exists() for name in SAVED):
-        return _open_dataset(request, _load_saved_dataset)
+        return _open_dataset(replace(request, uri=location.path), _load_saved_dataset)
     for option in ("name", "split", "revision"):
         if getattr(request, option) is not None:
             raise ValueError(f"--{option} is for Hugging Face datasets (hf:…, or saved by save_to_disk)")

@@ -14,6 +14,7 @@ import socket
 import threading
 import time
 import uuid
+from collections.abc import Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -90,13 +91,11 @@ class Lease:
                 dead[other.id] = other
         if not self._folder.local:
             (self._folder / ANCHOR).write(b"Runs that use this folder keep their leases beside this file.\n")
-        self._write()
-        for other in dead.values():
-            self._locate(other).delete()
-        time.sleep(SETTLE_S)
-        if rivals := [other for other in self._list_others() if other.seniority < self._holder.seniority]:
+        try:
+            self._claim(dead.values())
+        except BaseException:  # such as an interruption, after which the next run must not wait
             self._locate(self._holder).delete()
-            raise self._build_in_use_error(rivals[0])
+            raise
         self._thread.start()
         _HELD.add(self._holder.id)
         return self
@@ -114,6 +113,19 @@ class Lease:
         if self._folder.local:
             with contextlib.suppress(OSError):  # another run's lease is in it
                 Path(self._folder.path).rmdir()
+
+    def _claim(self, dead: Iterable[Holder]) -> None:
+        """Write this run's lease in place of expired ones.
+
+        Raises:
+            OutputInUseError: another run has written its own at the same time, and comes first.
+        """
+        self._write()
+        for other in dead:
+            self._locate(other).delete()
+        time.sleep(SETTLE_S)
+        if rivals := [other for other in self._list_others() if other.seniority < self._holder.seniority]:
+            raise self._build_in_use_error(rivals[0])
 
     def _locate(self, holder: Holder) -> Location:
         return self._folder / f"{holder.id}.json"

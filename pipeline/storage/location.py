@@ -15,6 +15,7 @@ from typing import TypeVar
 import tenacity
 from pyarrow import fs
 
+from pipeline.config.paths import find_local_path
 from pipeline.config.sections import StorageConfig
 
 log = logging.getLogger(__name__)
@@ -41,7 +42,7 @@ class Location:
     """A file or folder, which need not exist.
 
     Attributes:
-        uri: URI or path as the user wrote it, for messages and manifests.
+        uri: URI or path as the user wrote it, for messages and manifests; of a ``file:`` URI its path.
         filesystem: file system of the URI.
         path: path within the file system.
         patience_s: seconds for which transient errors are retried.
@@ -206,15 +207,28 @@ def locate(uri: str, storage: StorageConfig) -> Location:
     Raises:
         ValueError: there is no file system for the URI's scheme, or it cannot be opened.
     """
-    if "://" not in uri:
-        return Location(uri, fs.LocalFileSystem(), str(Path(uri).expanduser().absolute()))
+    if (local := find_local_path(uri)) is not None:
+        # The names of files are appended to the path as they are, so a ``file:`` URI, in which they would be encoded,
+        # is replaced by its path.
+        return Location(str(local) if uri.lower().startswith("file:") else uri, fs.LocalFileSystem(), str(local))
     if uri.startswith("s3://"):
         return Location(uri, _open_s3(storage), uri.removeprefix("s3://").rstrip("/"), storage.patience_s)
     try:
         filesystem, path = fs.FileSystem.from_uri(uri)
     except (ValueError, OSError) as error:
-        raise ValueError(f"{uri}: {join_lines(error)}") from None
+        raise ValueError(f"{uri}: {_explain_unopened(error)}") from None
     return Location(uri, filesystem, path, storage.patience_s)
+
+
+def _explain_unopened(error: Exception) -> str:
+    """Return the reason why a file system cannot be opened; Arrow lists each folder without HDFS's libraries."""
+    reason = join_lines(error)
+    if "libjvm" not in reason and "libhdfs" not in reason:
+        return reason
+    return (
+        "HDFS needs Java and Hadoop's client on every machine; set JAVA_HOME, HADOOP_HOME and CLASSPATH (the output of "
+        "hadoop classpath --glob), or copy the files to another store"
+    )
 
 
 def _open_s3(storage: StorageConfig) -> fs.S3FileSystem:

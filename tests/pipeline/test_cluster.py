@@ -1,3 +1,9 @@
+import contextlib
+import os
+import signal
+import sys
+from collections.abc import Iterator
+
 import pytest
 
 from pipeline.cluster import (
@@ -5,6 +11,7 @@ from pipeline.cluster import (
     Room,
     check_device,
     check_sharing,
+    check_socket_paths,
     choose_actor_gpus,
     connect,
     count_servers,
@@ -14,6 +21,8 @@ from pipeline.cluster import (
 )
 from pipeline.config.run import RunConfig
 
+# Bytes of the path of a temporary folder that leave room for the names of the sockets in it.
+RAY_LIMIT, ENGINE_LIMIT = 46 - len(str(os.getpid())), 70
 LAPTOP = [Room(2.0)]
 GPU_NODES = [Room(0.0), Room(16.0, (1.0, 1.0)), Room(16.0, (1.0, 1.0))]
 # A head that searches and writes nothing, as in ray_cluster.yaml, beside two machines of one GPU.
@@ -273,3 +282,70 @@ To change retry attempts, configure `ray.data.DataContext.get_current()` (any ta
 )
 def test_cause_is_the_first_error_in_one_line(text, expected):
     assert extract_cause(RuntimeError(text)) == expected
+
+
+@pytest.mark.parametrize(
+    ("ray", "temporary", "named"),
+    [
+        (None, 1, None),
+        (None, RAY_LIMIT, None),
+        (None, RAY_LIMIT + 1, "/tttt"),
+        (None, 200, "/tttt"),
+        (RAY_LIMIT, 1, None),
+        (RAY_LIMIT + 1, 1, "/rrrr"),
+        (RAY_LIMIT, ENGINE_LIMIT, None),
+        (RAY_LIMIT, ENGINE_LIMIT + 1, "/tttt"),
+        (1, 200, "/tttt"),
+        (200, 200, "/rrrr"),
+    ],
+)
+def test_temporary_folders_must_leave_room_for_sockets(monkeypatch, ray, temporary, named):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    if ray is not None:
+        monkeypatch.setenv("RAY_TMPDIR", "/" + "r" * (ray - 1))
+    folder = "/" + "t" * (temporary - 1)
+    monkeypatch.setenv("TMPDIR", folder)
+    monkeypatch.setattr("tempfile.tempdir", folder)
+    if named is None:
+        check_socket_paths()
+        return
+    with pytest.raises(ValueError, match=rf"^temporary folder {named}\w+: .*set TMPDIR and RAY_TMPDIR to a folder"):
+        check_socket_paths()
+
+
+@pytest.fixture
+def handled() -> Iterator[list[int]]:
+    """Signals that this program's handler of SIGTERM has received."""
+    numbers: list[int] = []
+    before = signal.signal(signal.SIGTERM, lambda number, _: numbers.append(number))
+    yield numbers
+    signal.signal(signal.SIGTERM, before)
+
+
+@pytest.mark.parametrize("end", [lambda: sys.exit(15), lambda: sys.exit(1), lambda: None])
+def test_signal_that_arrives_while_ray_starts_is_handled_afterwards(handled, monkeypatch, end):
+    def start(**_: object) -> None:
+        signal.signal(signal.SIGTERM, lambda *_: end())  # as Ray does
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", start)
+    with contextlib.suppress(SystemExit):
+        connect(config().execution)
+    assert handled == [signal.SIGTERM]
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert handled == [signal.SIGTERM] * 2
+
+
+def test_program_without_a_handler_keeps_that_of_ray(monkeypatch):
+    def theirs(*_: object) -> None:
+        """Stands for Ray's."""
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", lambda **_: signal.signal(signal.SIGTERM, theirs))
+    before = signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    try:
+        connect(config().execution)
+        assert signal.getsignal(signal.SIGTERM) is theirs
+    finally:
+        signal.signal(signal.SIGTERM, before)

@@ -1,7 +1,9 @@
+from datetime import date
 from pathlib import Path
 
 import pytest
 
+from pipeline.config.loading import flatten
 from pipeline.config.run import RunConfig, load_config, load_storage, make_paths_absolute
 
 NEEDED = {"queries": "q", "output": "o", "model.name": "m"}
@@ -168,3 +170,23 @@ def test_local_replicas_are_not_fixed_settings():
     assert (
         load_config(None, replicas, NEEDED).get_fixed_settings() == load_config(None, [], NEEDED).get_fixed_settings()
     )
+
+
+@pytest.mark.parametrize("key", ["queries", "index", "output", "skip_annotated", "model.name", "model.lora"])
+@pytest.mark.parametrize("form", ["file://{}", "file:{}", "file://localhost{}"])
+def test_file_uris_become_paths(tmp_path, key, form):
+    (tmp_path / "sav ed 2026-01-31").mkdir()
+    flags = {**NEEDED, key: form.format(f"{tmp_path}/sav%20ed%202026-01-31")}
+    record = flatten(make_paths_absolute(load_config(None, [], flags)).to_record())
+    assert record[key] == str(tmp_path / "sav ed 2026-01-31")
+
+
+def test_date_of_a_file_uri_is_filled_in(tmp_path):
+    flags = {**NEEDED, "output": f"file://{tmp_path}/a%20{{date:%Y}}"}
+    config = make_paths_absolute(load_config(None, [], flags, date(2026, 1, 31)))
+    assert config.output == str(tmp_path / "a 2026")
+
+
+def test_configuration_is_read_from_a_file_uri(tmp_path):
+    (tmp_path / "my run.yaml").write_text("task: popqa\n")
+    assert load_config(f"file://{tmp_path}/my%20run.yaml", [], NEEDED).task == "popqa"

@@ -153,3 +153,14 @@ def test_only_one_of_several_concurrent_runs_gets_the_lease(output: Location) ->
 def test_missing_process_has_no_start_time() -> None:
     assert read_process_start(os.getpid())
     assert read_process_start(2**22 + 1) is None
+
+
+def test_interrupted_start_leaves_no_lease(output: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(_: float) -> None:
+        assert len(claims(output)) == 1
+        raise SystemExit(143)
+
+    monkeypatch.setattr("pipeline.storage.lease.time.sleep", interrupt)
+    with pytest.raises(SystemExit), Lease(output):
+        raise AssertionError
+    assert claims(output) == []

@@ -176,3 +176,26 @@ def test_folder_deleted_during_listing_is_listed_again(tmp_path):
     )
     assert gone.list_files() == []
     assert answers == []
+
+
+@pytest.mark.parametrize("form", ["file://{}", "file:{}", "file://localhost{}"])
+def test_files_of_a_file_uri_are_found_again_by_their_own_uris(tmp_path, form):
+    (tmp_path / "sav ed").mkdir()
+    (tmp_path / "sav ed" / "100%25 sure.parquet").touch()
+    (file,) = locate(form.format(f"{tmp_path}/sav%20ed"), HERE).list_files()
+    assert file.local
+    assert locate(file.uri, HERE).path == file.path == str(tmp_path / "sav ed" / "100%25 sure.parquet")
+
+
+@pytest.mark.parametrize(
+    "reason",
+    ["Unable to load libjvm\ndlopen(/usr/lib/jvm/libjvm.so) failed\n" * 9, "Prior attempt to load libhdfs failed"],
+)
+def test_missing_libraries_of_hdfs_are_explained_in_one_line(monkeypatch, reason):
+    def fail(_):
+        raise OSError(reason)
+
+    monkeypatch.setattr("pipeline.storage.location.fs", SimpleNamespace(FileSystem=SimpleNamespace(from_uri=fail)))
+    with pytest.raises(ValueError, match="^hdfs://host/x: HDFS needs Java.*JAVA_HOME") as caught:
+        locate("hdfs://host/x", HERE)
+    assert len(str(caught.value)) < 250

@@ -1,0 +1,58 @@
+"""Find a home folder for the libraries; this has to happen before they are imported."""
+
+import getpass
+import os
+import sys
+from pathlib import Path
+from typing import NoReturn
+
+CACHE = "SELFRAG_CACHE"
+# Files of a read-only home folder that stay in use, by the variable for their place.
+KEPT = {
+    "AWS_CONFIG_FILE": ".aws/config",
+    "AWS_SHARED_CREDENTIALS_FILE": ".aws/credentials",
+    "HF_TOKEN_PATH": ".cache/huggingface/token",
+}
+
+
+def find_home() -> None:
+    """Use a folder in ``SELFRAG_CACHE`` as the home folder if this user has none that can be written to.
+
+    Hugging Face, vLLM, PyTorch, Triton, Matplotlib and Ray keep files there, and some read ``HOME`` on import. PyTorch
+    also asks for the user's name: that of a user without one, as in many containers, is the user id.
+
+    Raises:
+        SystemExit: there is no such home folder, and ``SELFRAG_CACHE`` is missing or cannot be written to.
+    """
+    _name_user()
+    home, cache = Path(os.path.expanduser("~")), os.environ.get(CACHE)  # noqa: PTH111  Path.expanduser raises
+    if home.is_absolute() and _is_writable(home) and _is_writable(home / ".cache"):
+        return
+    if not cache:
+        _refuse(f"the home folder (HOME: {home}) cannot be written to; set {CACHE} to a folder that can")
+    folder = Path(cache).absolute() / "home"
+    if not _is_writable(folder):
+        _refuse(f"{CACHE}={cache} cannot be written to; set it to a folder that can")
+    folder.mkdir(parents=True, exist_ok=True)
+    for name, file in KEPT.items():
+        if os.access(home / file, os.R_OK):
+            os.environ.setdefault(name, str(home / file))
+    os.environ["HOME"] = str(folder)
+
+
+def _name_user() -> None:
+    try:
+        getpass.getuser()
+    except (KeyError, OSError):
+        os.environ["USER"] = str(os.getuid())
+
+
+def _is_writable(folder: Path) -> bool:
+    """Whether a folder can be written to, or created."""
+    existing = next(path for path in (folder, *folder.parents) if os.access(path, os.F_OK))
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
+def _refuse(reason: str) -> NoReturn:
+    sys.stderr.write(f"error: {reason}\n")
+    raise SystemExit(2)

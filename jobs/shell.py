@@ -1,0 +1,69 @@
+"""Start commands: output that every terminal can show, and one line and a status for a command that is interrupted."""
+
+import io
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+import typer
+
+# Sent by Ctrl-C; and by ``kill``, ``ray job stop`` and Kubernetes.
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+
+
+class Interrupted(SystemExit):
+    """SIGINT or SIGTERM has reached the command, which ends with status 130 or 143.
+
+    Attributes:
+        resumable: whether the same command continues the work.
+    """
+
+    def __init__(self, number: int) -> None:
+        super().__init__(128 + number)
+        self.resumable = False
+
+
+class Application(typer.Typer):
+    """An application whose commands can be interrupted, and print in any encoding."""
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the command that the arguments of this process select; see :class:`typer.Typer`."""
+        replace_unprintable()
+        handle_signals()
+        try:
+            return super().__call__(*args, **kwargs)
+        except Interrupted as end:
+            typer.echo("interrupted; the same command continues it" if end.resumable else "interrupted", err=True)
+            raise
+
+
+def run(job: Callable[..., None]) -> None:
+    """Run a job's function as the command of this process, for ``python -m jobs.NAME``."""
+    app = Application(add_completion=False)
+    app.command()(job)
+    app()
+
+
+def replace_unprintable() -> None:
+    r"""Print characters that the output's encoding lacks in the form ``\u2026``, instead of raising an error."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def handle_signals() -> None:
+    """Raise :class:`Interrupted` on SIGINT or SIGTERM, so that a job releases what it holds.
+
+    A second signal ends the process at once. An ignored signal stays ignored, as after ``nohup``.
+    """
+    for number in SIGNALS:
+        if signal.getsignal(number) != signal.SIG_IGN:
+            signal.signal(number, _interrupt)
+
+
+def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+    for either in SIGNALS:
+        signal.signal(either, signal.SIG_DFL)
+    raise Interrupted(number)

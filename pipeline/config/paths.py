@@ -1,0 +1,41 @@
+"""Tell local paths from URIs, and find the path that a ``file:`` URI names."""
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import unquote_to_bytes
+
+# https://www.rfc-editor.org/rfc/rfc3986#section-3.1; one letter would be a folder such as ``c:``.
+_SCHEME = re.compile(r"(?P<scheme>[A-Za-z][A-Za-z0-9+.-]+):(?P<slashes>/*)")
+
+
+def find_local_path(uri: str) -> Path | None:
+    """Return the absolute local path that a path or a ``file:`` URI names; None for a URI of another scheme.
+
+    ``file:/x``, ``file:///x`` and ``file://localhost/x`` are ``/x``, and ``%20`` in them is a space
+    (https://www.rfc-editor.org/rfc/rfc8089). In a path, ``~`` is the home folder.
+
+    Raises:
+        ValueError: a ``file:`` URI has a relative path or another host, or a URI has one slash instead of two.
+    """
+    found = _SCHEME.match(uri)
+    if found and found["scheme"].lower() == "file":
+        return _decode_path(uri, uri[found.start("slashes") :])
+    if found and len(found["slashes"]) == 1:
+        rest = uri[found.end() :]
+        raise ValueError(f"{uri}: write {found['scheme']}://{rest}, or ./{uri} for a path")
+    return None if "://" in uri else Path(uri).expanduser().absolute()
+
+
+def _decode_path(uri: str, rest: str) -> Path:
+    host, path = "", rest
+    if rest.startswith("//"):
+        host, slash, path = rest[2:].partition("/")
+        path = slash + path
+    if host not in ("", "localhost"):
+        raise ValueError(
+            f"{uri}: {host!r} is taken as the name of a host; write file:///{host}{path}, or the path alone"
+        )
+    if not path.startswith("/"):
+        raise ValueError(f"{uri}: the path of a file: URI begins with /; write file:///…, or the path alone")
+    return Path(os.fsdecode(unquote_to_bytes(path)))

@@ -1,0 +1,67 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from pipeline.config.paths import find_local_path
+
+
+@pytest.mark.parametrize(
+    ("uri", "path"),
+    [
+        ("/data/q.parquet", "/data/q.parquet"),
+        ("/data/100%25 sure", "/data/100%25 sure"),
+        ("file:/x", "/x"),
+        ("file:///x", "/x"),
+        ("FILE:///x", "/x"),
+        ("file://localhost/x", "/x"),
+        ("file:///sav%20ed/a", "/sav ed/a"),
+        ("file:/sav%20ed", "/sav ed"),
+        ("file:///caf%C3%A9", "/café"),
+        ("file:///100%", "/100%"),
+        ("file:///a#1?b", "/a#1?b"),
+        ("file:///data/{date:%Y}", "/data/{date:%Y}"),
+        ("file:///", "/"),
+    ],
+)
+def test_paths_and_file_uris_name_local_paths(uri: str, path: str) -> None:
+    assert find_local_path(uri) == Path(path)
+
+
+def test_bytes_that_are_not_utf_8_are_kept() -> None:
+    assert os.fsencode(find_local_path("file:///%ff") or "") == b"/\xff"
+
+
+@pytest.mark.parametrize("relative", ["data", "./s3:/b", "2026:01/q", "run:1", "a/file:/x"])
+def test_other_texts_are_relative_paths(relative: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert find_local_path(relative) == tmp_path / relative
+
+
+def test_tilde_is_the_home_folder(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", "/home/me")
+    assert find_local_path("~/q") == Path("/home/me/q")
+
+
+@pytest.mark.parametrize("uri", ["s3://bucket/q", "gs://bucket/q", "hdfs://host/q", "abfs://c@a/q", "https://a/b"])
+def test_other_schemes_name_no_local_path(uri: str) -> None:
+    assert find_local_path(uri) is None
+
+
+@pytest.mark.parametrize(
+    ("uri", "advice"),
+    [
+        ("file:x", "write file:///…, or the path alone"),
+        ("file:", "write file:///…, or the path alone"),
+        ("file://", "write file:///…, or the path alone"),
+        ("file:~/x", "write file:///…, or the path alone"),
+        ("file://data/x", "'data' is taken as the name of a host; write file:///data/x, or the path alone"),
+        ("s3:/bucket/q", "write s3://bucket/q, or ./s3:/bucket/q for a path"),
+        ("hdfs:/q", "write hdfs://q, or ./hdfs:/q for a path"),
+        ("S3:/bucket/q", "write S3://bucket/q"),
+    ],
+)
+def test_malformed_uris_are_rejected_with_the_right_form(uri: str, advice: str) -> None:
+    with pytest.raises(ValueError, match=uri) as caught:
+        find_local_path(uri)
+    assert advice in str(caught.value)
