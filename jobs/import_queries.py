@@ -3,7 +3,7 @@
 ``python -m jobs.import_queries --source URI --output URI [--column query=question]...``
 ``python -m jobs.import_queries --dataset popqa --output URI``
 
-Rows are read one by one, spooled to the local disk, checked as ``jobs.annotate`` checks them, and only then published:
+Rows are read in batches, spooled to the local disk, checked as ``jobs.annotate`` checks them, and only then published:
 an import that fails earlier leaves an existing query set unchanged.
 """
 
@@ -11,13 +11,12 @@ import logging
 import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
-from jobs.common import RunFile, StorageSettings, checking, start_logging, working
+from jobs.common import RunFile, StorageSettings, checking, parse_columns, start_logging, working
 from jobs.shell import run
 from pipeline.config.run import load_storage
 from pipeline.config.sections import StorageConfig
@@ -28,11 +27,11 @@ from pipeline.queries.converters import (
     Row,
     check_row,
     load_known_datasets,
-    parse_columns,
 )
 from pipeline.queries.query_set import QuerySet
-from pipeline.queries.sources import HUB, Source, SourceRequest, SourceRow, open_source
-from pipeline.queries.writer import PlacedRow, Spool, check_free, publish_query_set, write_query_set
+from pipeline.queries.source_rows import SourceBatch, SourceRow
+from pipeline.queries.sources import HUB, SourceRequest, open_source
+from pipeline.queries.writer import Spool, check_free, publish_query_set, write_query_set
 from pipeline.storage.lease import Lease
 from pipeline.storage.location import Location, check_apart, check_bucket, locate
 
@@ -49,38 +48,40 @@ class Import:
         skipped: number of rows left out so far.
     """
 
-    source: Source
-    recipe: ColumnMapping
+    source: Iterator[SourceBatch]
+    mapping: ColumnMapping
     output: Location
     skip_bad: bool = False
     limit: int | None = None
     skipped: int = 0
     ids: Ids = field(default_factory=Ids)
 
-    def read_rows(self) -> Iterator[PlacedRow]:
-        """Yield the good rows with their places.
+    def _convert_batch(self, batch: SourceBatch, limit: int | None) -> dict[int, Row]:
+        """Convert the good rows of a batch, at most ``limit``, by their numbers in the batch.
 
         Raises:
             ValueError: a row is bad and ``skip_bad`` is not set; the message names its place.
         """
-        for row in self.source.rows:
+        good: dict[int, Row] = {}
+        for number, row in enumerate(batch.read_rows(self.mapping)):
+            if len(good) == limit:
+                break
             try:
-                query = self._convert_row(row)
+                good[number] = self._convert_row(row)
             except ValueError as error:
                 if not self.skip_bad:
-                    columns = f" (columns: {', '.join(row.values)}; map them with --column)" if row.values else ""
+                    columns = f" (columns: {', '.join(batch.list_columns())}; map them with --column)"
                     raise ValueError(
                         f"{row.place}: {error}{columns}; fix the row, or skip it with --skip-bad"
                     ) from None
                 log.warning("skipped: %s: %s", row.place, error)
                 self.skipped += 1
-            else:
-                yield row.place, query
+        return good
 
     def _convert_row(self, row: SourceRow) -> Row:
         if row.problem is not None:
             raise ValueError(row.problem)
-        query = self.recipe.apply(row.values)
+        query = self.mapping.apply(row.values)
         check_row(query)
         self.ids.assign(query)
         return query
@@ -95,11 +96,16 @@ class Import:
         spooled, written = scratch / "spool", scratch / "set"
         for folder in (spooled, written):
             folder.mkdir()
-        spool = Spool(spooled, self.source.types)
-        spool.write(islice(self.read_rows(), self.limit))
-        if not spool.schemas:
+        spool = Spool(spooled)
+        for batch in self.source:
+            if spool.rows == self.limit:
+                break
+            good = self._convert_batch(batch, self.limit and self.limit - spool.rows)
+            if good:
+                spool.write(batch.place, list(good.values()), batch.pass_columns(self.mapping, list(good)))
+        if not spool.rows:
             raise ValueError(f"no rows to import ({self.skipped} bad rows skipped)")
-        for column, path in self.recipe.columns.items():
+        for column, path in self.mapping.columns.items():
             if column not in spool.filled:
                 raise ValueError(f"--column {column}={path}: empty in every row")
         return write_query_set(spool, written, self.output)
@@ -130,7 +136,9 @@ def build_request(
     return SourceRequest(source or known.source, name or known.name, split or known.split, revision), known
 
 
-def open_import(request: SourceRequest, output: Location, storage: StorageConfig, overwrite: bool) -> Source:
+def open_import(
+    request: SourceRequest, mapping: ColumnMapping, output: Location, storage: StorageConfig, overwrite: bool
+) -> Iterator[SourceBatch]:
     """Check source and output before any row is read, and open the source.
 
     Raises:
@@ -142,7 +150,7 @@ def open_import(request: SourceRequest, output: Location, storage: StorageConfig
         check_apart(locate(request.uri, storage), output)
     check_bucket(output)
     check_free(output, overwrite)
-    return open_source(request, storage)
+    return open_source(request, storage, mapping)
 
 
 def run_import(job: Import, target: Location, overwrite: bool) -> QuerySet:
@@ -198,10 +206,11 @@ def import_queries(
     with checking():
         storage = load_storage(config, settings or [])
         request, known = build_request(dataset, source, name, split, revision)
-        columns = {**(known.columns if known else {}), **parse_columns(column or [])}
-        recipe = ColumnMapping(columns, task or (known.task if known else None), frozenset(drop or []))
+        columns = {**(known.columns if known else {}), **parse_columns(column or [], "query=question")}
+        mapping = ColumnMapping(columns, task or (known.task if known else None), frozenset(drop or []))
         target = locate(output, storage)
-        job = Import(open_import(request, target, storage, overwrite), recipe, target, skip_bad, limit)
+        found = open_import(request, mapping, target, storage, overwrite)
+        job = Import(found, mapping, target, skip_bad, limit)
     with working():
         written = run_import(job, target, overwrite)
     skipped = f", {job.skipped} bad rows skipped" if job.skipped else ""

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import pyarrow as pa
 from pyarrow import dataset
 
 from pipeline.config.sections import Columns, Profile
@@ -264,4 +265,18 @@ def iterate_rows(folder: Location, columns: list[str], required: list[str] | Non
         raise ValueError(f"{folder.uri}: no column {missing[0]!r}; it has {', '.join(data.schema.names)}")
     check_types(data.schema, GOLD_TYPES, folder.uri)
     for batch in data.to_batches(columns=[name for name in dict.fromkeys(columns) if name in data.schema.names]):
-        yield from batch.to_pylist()
+        yield from _format_times(pa.Table.from_batches([batch])).to_pylist()
+
+
+def _format_times(rows: pa.Table) -> pa.Table:
+    """Convert dates and times, of which Python holds only some, to text; times of a zone in UTC."""
+    for place, name in enumerate(rows.column_names):
+        if pa.types.is_temporal(rows.schema.field(place).type):
+            rows = rows.set_column(place, name, _format_column(rows[name]))
+    return rows
+
+
+def _format_column(times: pa.ChunkedArray) -> pa.ChunkedArray:
+    if pa.types.is_timestamp(times.type):
+        times = times.cast(pa.timestamp(times.type.unit))
+    return times.cast(pa.string())

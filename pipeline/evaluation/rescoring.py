@@ -284,9 +284,12 @@ def _rescore_units(batch: pa.Table, plan: RescorePlan) -> pa.Table:
 
 def rescore_table(table: pa.Table, rescoring: Rescoring) -> pa.Table:
     """Rescore the rows of a table; columns and order stay the same."""
+    columns = rescoring.columns
+    needed = [columns.task, columns.choices, "candidates", "evidence", "retrieve_probability", "usage"]
+    read = table.select([name for name in needed if name in table.column_names])  # Python cannot hold every value
 
     async def choose() -> list[dict[str, Any]]:
-        return [to_answer_row(await rescoring.answer(row)) for row in table.to_pylist()]
+        return [to_answer_row(await rescoring.answer(row)) for row in read.to_pylist()]
 
     rows = asyncio.run(choose())
     for name in REWRITTEN:

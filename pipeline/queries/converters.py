@@ -1,7 +1,7 @@
 """Convert a source's rows to rows of a query set. The columns of known datasets are in ``converters.yaml``."""
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
@@ -60,8 +60,16 @@ class ColumnMapping:
             if column not in CONVERTERS:
                 raise ValueError(f"--column {column}=…: a query set has the columns {', '.join(CONVERTERS)}")
 
+    def reads(self, column: str) -> bool:
+        """Whether a column of the source is read."""
+        return any(column in (path, path.split(".")[0]) for path in self._paths.values())
+
+    def passes(self, column: str) -> bool:
+        """Whether a column of the source passes through unchanged."""
+        return column not in self._taken
+
     def apply(self, values: Mapping[str, Any]) -> Row:
-        """Convert a row: the query set's columns, null if the source has no value, then its other columns unchanged.
+        """Convert the values of a row to the query set's columns; null if the source has no value.
 
         Raises:
             ValueError: a value cannot be converted to its column's type; names the column.
@@ -71,8 +79,7 @@ class ColumnMapping:
             if (value := find_value(values, path)) is not None:
                 row[column] = self._convert(column, path, value)
         row["task"] = self.task or row["task"]
-        passed = {name: value for name, value in values.items() if name not in self._taken}
-        return {**replace_labels(row), **passed}
+        return replace_labels(row)
 
     def _convert(self, column: str, path: str, value: Any) -> Any:
         try:
@@ -200,16 +207,3 @@ def check_row(row: Mapping[str, Any]) -> None:
         ValueError: the query is empty, a choice is null, a given passage has no id, or two have the same.
     """
     to_query(row, Columns()).check()
-
-
-def parse_columns(options: Iterable[str]) -> dict[str, str]:
-    """Parse options of the form ``NAME=PATH`` to paths by name.
-
-    Raises:
-        ValueError: an option has another form.
-    """
-    pairs = {option: option.partition("=") for option in options}
-    for option, (name, _, path) in pairs.items():
-        if not name or not path:
-            raise ValueError(f"--column {option}: expected NAME=COLUMN, such as query=question")
-    return {name: path for name, _, path in pairs.values()}

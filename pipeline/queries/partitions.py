@@ -5,6 +5,7 @@ path only (https://duckdb.org/docs/stable/data/partitioning/hive_partitioning). 
 not read, as in Spark and pyarrow.
 """
 
+import logging
 import re
 from collections.abc import Iterable, Mapping
 from datetime import date
@@ -14,6 +15,8 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.storage.location import Location
+
+log = logging.getLogger(__name__)
 
 # The value that Hive and Spark write for null.
 NULL = "__HIVE_DEFAULT_PARTITION__"
@@ -30,9 +33,16 @@ def find_partition(file: Location, root: Location) -> str:
     return "/".join(folder for folder in folders if _is_partition(folder))
 
 
-def find_columns_above(root: Location) -> list[str]:
-    """Return the partition columns that the path of a root itself names, which are not read."""
-    return [unquote(folder.partition("=")[0]) for folder in root.path.split("/") if _is_partition(folder)]
+def warn_of_columns_above(root: Location, known: Iterable[str]) -> None:
+    """Log the partition columns that the path of a root itself names, which are not read, if they are not known."""
+    named = [unquote(folder.partition("=")[0]) for folder in root.path.split("/") if _is_partition(folder)]
+    missing = [name for name in named if name not in known]
+    if missing:
+        log.warning(
+            "%s: columns that only its own path names are not read (%s); give the folder above it, or set the task",
+            root.uri,
+            ", ".join(missing),
+        )
 
 
 def _is_partition(folder: str) -> bool:

@@ -54,7 +54,7 @@ class QuerySet:
 
 @dataclass(frozen=True)
 class QueryFile:
-    """What the inspection of a file has found.
+    """A file of a query set, as its inspection has found it.
 
     Attributes:
         file: the file.

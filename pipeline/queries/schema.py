@@ -121,14 +121,16 @@ def _check_output_names(schema: pa.Schema, source: str) -> None:
             raise ValueError(f"{source}: columns {name!r} and {others[0]!r} would both be written as {output!r}")
 
 
-Row = dict[str, Any] | UnicodeDecodeError
+# What Python raises for text that is not UTF-8, for dates and times beyond its range, and for unknown time zones.
+UNREADABLE = (ValueError, OverflowError, KeyError)
+Row = dict[str, Any] | ValueError
 
 
 def read_rows(table: pa.Table) -> list[Row]:
-    """Convert a table to rows; a row whose text is not UTF-8, which Arrow does not check, is replaced by the error."""
+    """Convert a table to rows; a row with a value that Python cannot read is replaced by an error that says so."""
     try:
         return list(table.to_pylist())
-    except UnicodeDecodeError:
+    except UNREADABLE:
         return [_read_row(table.slice(n, 1)) for n in range(table.num_rows)]
 
 
@@ -136,7 +138,9 @@ def _read_row(table: pa.Table) -> Row:
     try:
         (row,) = table.to_pylist()
     except UnicodeDecodeError as error:
-        return error
+        return ValueError(f"its text is not UTF-8: {error}")
+    except UNREADABLE as error:
+        return ValueError(f"a value cannot be read: {error}")
     return dict(row)
 
 

@@ -1,62 +1,48 @@
-"""Read the rows of Hugging Face datasets and of files.
-
-Rows are streamed; only ``.json`` files are read into memory as a whole.
-"""
+"""Read the rows of Hugging Face datasets and of files, in batches."""
 
 import csv
-import io
-import json
-import sys
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field, replace
-from itertools import chain, starmap
+from dataclasses import dataclass, replace
+from itertools import chain, islice
 from pathlib import Path
 from typing import IO, Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import smart_open
 from pyarrow import fs
 
 from pipeline.config.sections import StorageConfig
-from pipeline.queries.schema import read_rows
-from pipeline.queries.unified_schema import replace_views
+from pipeline.queries.converters import ColumnMapping
+from pipeline.queries.partitions import (
+    Partition,
+    append_partition,
+    find_partition,
+    infer_types,
+    parse_partition,
+    warn_of_columns_above,
+)
+from pipeline.queries.source_rows import ArrowBatch, PythonBatch, SourceBatch, SourceRow
+from pipeline.queries.text_files import TEXT_KINDS
+from pipeline.queries.unified_schema import replace_views, unify_optional_columns
 from pipeline.storage.location import Location, join_lines, locate
-from pipeline.storage.parquet import RowRange, is_parquet, map_in_threads, read_footer, read_range, warn_of_other_files
+from pipeline.storage.parquet import (
+    BATCH_ROWS,
+    RowRange,
+    is_parquet,
+    map_in_threads,
+    read_footer,
+    read_range,
+    warn_of_other_files,
+)
 
 HUB = "hf:"
 PARQUET = "parquet"
-# Rows of a Hugging Face dataset that are read at a time.
-BATCH_ROWS = 1024
-# Cells of text files that stand for missing values, besides empty ones.
-MISSING = frozenset({"", "nan", "NaN", "NaT", "None", "null", "<NA>"})
 # Files that ``save_to_disk`` writes for a single dataset and for several splits.
 SAVED = ("state.json", "dataset_dict.json")
-
-
-@dataclass(frozen=True)
-class SourceRow:
-    """A row of a source.
-
-    Attributes:
-        place: file and row number, from 0, for messages.
-        values: values by column; empty if the row cannot be read.
-        problem: reason why the row cannot be read.
-    """
-
-    place: str
-    values: Mapping[str, Any] = field(default_factory=dict)
-    problem: str | None = None
-
-
-@dataclass(frozen=True)
-class Source:
-    """The rows of a source, and the declared types of its columns."""
-
-    rows: Iterator[SourceRow]
-    types: Mapping[str, pa.DataType]
 
 
 @dataclass(frozen=True)
@@ -76,15 +62,21 @@ class SourceRequest:
     revision: str | None = None
 
 
-def open_source(request: SourceRequest, storage: StorageConfig) -> Source:
+def open_source(request: SourceRequest, storage: StorageConfig, mapping: ColumnMapping) -> Iterator[SourceBatch]:
     """Open a source; its rows are read lazily.
 
     A local folder that ``save_to_disk`` has written is read as a dataset; in any other folder, every file of a known
     kind is read. ``hf:`` may also be followed by a local folder, which is then read like a repository on the hub, by
     its dataset card and its file names.
 
+    Args:
+        request: source to read.
+        storage: access to object storage.
+        mapping: columns to read; others that do not pass either are not read at all.
+
     Raises:
-        ValueError: the source does not exist, or has no such configuration or split; one line.
+        ValueError: the source does not exist, has no such configuration or split, or columns of its Parquet files have
+            types that cannot be unified; one line.
         StorageError: the storage cannot be read.
     """
     if request.uri.startswith(HUB):
@@ -95,7 +87,7 @@ def open_source(request: SourceRequest, storage: StorageConfig) -> Source:
     for option in ("name", "split", "revision"):
         if getattr(request, option) is not None:
             raise ValueError(f"--{option} is for Hugging Face datasets (hf:…, or saved by save_to_disk)")
-    return _open_files(location)
+    return _open_files(location, mapping)
 
 
 def _load_hub_dataset(request: SourceRequest) -> Any:
@@ -114,16 +106,14 @@ def _load_saved_dataset(request: SourceRequest) -> Any:
     return load_from_disk(request.uri)
 
 
-def _open_dataset(request: SourceRequest, opened: Callable[[SourceRequest], Any]) -> Source:
+def _open_dataset(request: SourceRequest, opened: Callable[[SourceRequest], Any]) -> Iterator[SourceBatch]:
     from datasets import ClassLabel
 
     with _wrapping_errors(request.uri):
         dataset = _choose_split(opened(request), request.split)
-    if dataset.features is None:  # a streamed dataset without declared features
-        return Source(_read_dataset(request.uri, dataset, {}), {})
-    names = {column: kind.names for column, kind in dataset.features.items() if isinstance(kind, ClassLabel)}
-    types = {column.name: column.type for column in dataset.features.arrow_schema}
-    return Source(_read_dataset(request.uri, dataset, names), types | dict.fromkeys(names, pa.string()))
+    features = dataset.features or {}  # a streamed dataset may have none declared
+    names = {column: kind.names for column, kind in features.items() if isinstance(kind, ClassLabel)}
+    return _read_dataset(request.uri, dataset, names)
 
 
 def _choose_split(found: Any, wanted: str | None) -> Any:
@@ -139,19 +129,21 @@ def _choose_split(found: Any, wanted: str | None) -> Any:
     return found[wanted]
 
 
-def _read_dataset(uri: str, dataset: Any, names: Mapping[str, list[str]]) -> Iterator[SourceRow]:
+def _read_dataset(uri: str, dataset: Any, names: Mapping[str, list[str]]) -> Iterator[SourceBatch]:
     """Yield the rows of a dataset; class labels become their names, and -1 (no class) becomes null."""
     first = 0
     with _wrapping_errors(uri):
         for table in dataset.with_format("arrow").iter(batch_size=BATCH_ROWS):
-            for row in _convert_table(table, uri, first):
-                labels = {column: _get_label(names[column], row.values.get(column)) for column in names}
-                yield replace(row, values={**row.values, **labels})
+            rows = table.cast(replace_views(table.schema))
+            for column, labels in names.items():
+                rows = rows.set_column(rows.schema.get_field_index(column), column, _name_labels(rows[column], labels))
+            yield ArrowBatch(uri, first, rows)
             first += table.num_rows
 
 
-def _get_label(names: list[str], number: int | None) -> str | None:
-    return None if number is None or number < 0 else names[number]
+def _name_labels(numbers: pa.ChunkedArray, names: list[str]) -> pa.ChunkedArray:
+    known = pc.if_else(pc.greater_equal(numbers, 0), numbers, None)
+    return pc.take(pa.array(names, pa.string()), known)
 
 
 @contextmanager
@@ -164,28 +156,38 @@ def _wrapping_errors(uri: str) -> Iterator[None]:
         raise ValueError(f"{uri}: {join_lines(error)}") from None
 
 
-def _convert_table(table: pa.Table, place: str, first: int) -> Iterator[SourceRow]:
-    for row, values in enumerate(read_rows(table), first):
-        if isinstance(values, UnicodeDecodeError):
-            yield SourceRow(f"{place} row {row}", problem=f"not UTF-8: {values}")
-        else:
-            yield SourceRow(f"{place} row {row}", values)
+@dataclass(frozen=True)
+class SourceFile:
+    """A file to import.
+
+    Attributes:
+        file: the file.
+        kind: key of ``TEXT_KINDS``, or ``PARQUET``.
+        partition: partition columns that its path names, as texts.
+    """
+
+    file: Location
+    kind: str
+    partition: Partition
 
 
-def _open_files(location: Location) -> Source:
+def _open_files(location: Location, mapping: ColumnMapping) -> Iterator[SourceBatch]:
     files = _list_files(location)
-    footers = [read_footer(file) for file, kind in files if kind == PARQUET]
-    schemas = [replace_views(footer.schema.to_arrow_schema()) for footer in footers]
-    try:
-        schema = pa.unify_schemas(schemas, promote_options="permissive") if schemas else ()
-    except pa.ArrowException as error:
-        raise ValueError(f"{location.uri}: its Parquet files have incompatible schemas: {join_lines(error)}") from None
-    rows = chain.from_iterable(starmap(_read_file, files))
-    return Source(rows, {column.name: column.type for column in schema})
+    warn_of_columns_above(location, [name for file in files for name in file.partition])
+    read = [name for file in files for name in file.partition if mapping.reads(name)]
+    types = infer_types((file.partition for file in files), read)
+    _check_types([file.file for file in files if file.kind == PARQUET], mapping)
+    return chain.from_iterable(_read_file(file, types, mapping) for file in files)
 
 
-def _list_files(location: Location) -> list[tuple[Location, str]]:
-    """List the files to import with their kinds: keys of ``TEXT_KINDS``, or ``PARQUET``."""
+def _check_types(files: list[Location], mapping: ColumnMapping) -> None:
+    """Check that the columns that pass can be unified, which would otherwise fail after the last file is read."""
+    schemas = map_in_threads(lambda file: replace_views(read_footer(file).schema.to_arrow_schema()), files)
+    passed = [pa.schema([field for field in schema if mapping.passes(field.name)]) for schema in schemas]
+    unify_optional_columns({file.uri: schema for file, schema in zip(files, passed, strict=True)})
+
+
+def _list_files(location: Location) -> list[SourceFile]:
     found = location.get_type()
     if found == fs.FileType.NotFound:
         raise ValueError(f"{location.uri}: not found (a dataset on the Hugging Face hub is written hf:OWNER/NAME)")
@@ -196,7 +198,7 @@ def _list_files(location: Location) -> list[tuple[Location, str]]:
         texts = ", ".join(f".{kind}" for kind in TEXT_KINDS)
         raise ValueError(f"{location.uri}: no files to import; supported are Parquet, {texts}, text also with .gz")
     warn_of_other_files(location, files, [file for file, _ in known])
-    return known
+    return [SourceFile(file, kind, parse_partition(find_partition(file, location))) for file, kind in known]
 
 
 def _find_kind(file: Location) -> str | None:
@@ -206,15 +208,39 @@ def _find_kind(file: Location) -> str | None:
     return PARQUET if is_parquet(file) else None
 
 
-def _read_file(file: Location, kind: str) -> Iterator[SourceRow]:
-    if kind == PARQUET:
-        footer = read_footer(file)
-        columns = footer.schema.to_arrow_schema().names
-        for row, batch in read_range(RowRange(file, 0, footer.num_rows), columns):
-            yield from _convert_table(pa.Table.from_batches([batch]), file.uri, row)
+def _read_file(source: SourceFile, types: Mapping[str, pa.DataType], mapping: ColumnMapping) -> Iterator[SourceBatch]:
+    if source.kind == PARQUET:
+        yield from _read_parquet(source, types, mapping)
         return
-    with _open_text(file) as stream:
-        yield from TEXT_KINDS[kind](stream, file.uri)
+    with _open_text(source.file) as stream:
+        rows = TEXT_KINDS[source.kind](stream, source.file.uri)
+        while batch := list(islice(rows, BATCH_ROWS)):
+            yield PythonBatch([_add_partition(row, source.partition, types) for row in batch])
+
+
+def _read_parquet(
+    source: SourceFile, types: Mapping[str, pa.DataType], mapping: ColumnMapping
+) -> Iterator[SourceBatch]:
+    footer = read_footer(source.file)
+    schema = footer.schema.to_arrow_schema()
+    names = [name for name in schema.names if mapping.reads(name) or mapping.passes(name)]
+    for row, batch in read_range(RowRange(source.file, 0, footer.num_rows), names):
+        rows = pa.Table.from_batches([batch])
+        table = append_partition(rows.cast(replace_views(rows.schema)), source.partition, source.file.uri)
+        typed = [pa.field(f.name, f.type if f.name in names else types[f.name]) for f in table.schema]
+        yield ArrowBatch(source.file.uri, row, table.cast(pa.schema(typed)))
+
+
+def _add_partition(row: SourceRow, partition: Partition, types: Mapping[str, pa.DataType]) -> SourceRow:
+    """Add the partition columns to a row of a text file; its own columns must have the same values."""
+    for name, value in partition.items():
+        own = row.values.get(name)
+        if own is not None and str(own) != value:
+            return SourceRow(
+                row.place, problem=f"column {name!r} differs from the partition {name}={value} in its path"
+            )
+    typed = {name: pa.scalar(value, pa.string()).cast(types[name]).as_py() for name, value in partition.items()}
+    return replace(row, values={**typed, **row.values})
 
 
 @contextmanager
@@ -230,74 +256,3 @@ def _open_text(file: Location) -> Iterator[IO[bytes]]:
                 yield stream
         except (EOFError, OSError, csv.Error, zlib.error) as error:
             raise ValueError(f"{file.uri}: cannot be read: {join_lines(error)}") from None
-
-
-def _read_json_lines(stream: IO[bytes], uri: str) -> Iterator[SourceRow]:
-    for row, line in enumerate(stream):
-        if line.strip():
-            try:
-                values = json.loads(line.decode("utf-8-sig"))
-            except (ValueError, RecursionError) as error:
-                yield SourceRow(f"{uri} row {row}", problem=f"not JSON: {join_lines(error)}")
-            else:
-                yield _to_source_row(f"{uri} row {row}", values)
-
-
-def _read_json(stream: IO[bytes], uri: str) -> Iterator[SourceRow]:
-    """Yield the objects of a list; a file that is not JSON as a whole is read as JSON Lines."""
-    content = stream.read()
-    try:
-        values = json.loads(content.decode("utf-8-sig"))
-    except (ValueError, RecursionError):
-        yield from _read_json_lines(io.BytesIO(content), uri)
-        return
-    for row, value in enumerate(values if isinstance(values, list) else [values]):
-        yield _to_source_row(f"{uri} row {row}", value)
-
-
-def _to_source_row(place: str, values: Any) -> SourceRow:
-    if isinstance(values, dict):
-        return SourceRow(place, values)
-    return SourceRow(place, problem=f"expected a JSON object, found {type(values).__name__}")
-
-
-def _read_csv(stream: IO[bytes], uri: str, delimiter: str = ",") -> Iterator[SourceRow]:
-    """Yield the rows below the header; empty cells, and those that pandas or Python wrote for None or NaN, are null."""
-    csv.field_size_limit(sys.maxsize)
-    # Bytes that are not UTF-8 become surrogates, so that the error can name the row.
-    text = io.TextIOWrapper(stream, "utf-8-sig", "surrogateescape", newline="")
-    lines = csv.reader(text, delimiter=delimiter)
-    header = next(lines, [])
-    if len(set(header)) < len(header) or not _is_utf8("".join(header)):
-        raise ValueError(f"{uri}: every column in the header (the first line) needs a unique name in UTF-8")
-    for row, cells in enumerate(line for line in lines if line):
-        place = f"{uri} row {row}"
-        if len(cells) != len(header):
-            yield SourceRow(place, problem=f"{len(cells)} cells, but the header has {len(header)}")
-        elif not _is_utf8("".join(cells)):
-            yield SourceRow(place, problem="not UTF-8")
-        else:
-            yield SourceRow(
-                place, {name: None if cell in MISSING else cell for name, cell in zip(header, cells, strict=True)}
-            )
-
-
-def _is_utf8(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _read_tsv(stream: IO[bytes], uri: str) -> Iterator[SourceRow]:
-    return _read_csv(stream, uri, "\t")
-
-
-TEXT_KINDS: Mapping[str, Callable[[IO[bytes], str], Iterator[SourceRow]]] = {
-    "jsonl": _read_json_lines,
-    "ndjson": _read_json_lines,
-    "json": _read_json,
-    "csv": _read_csv,
-    "tsv": _read_tsv,
-}

@@ -7,6 +7,7 @@ import pyarrow as pa
 from pipeline.storage.location import join_lines
 
 HINT = "write all files with one schema, or unify them with python -m jobs.import_queries"
+DROP = "leave it out with --drop"
 
 
 def replace_views(schema: pa.Schema) -> pa.Schema:
@@ -36,7 +37,7 @@ def _to_large_type(kind: pa.DataType) -> pa.DataType:
     return kind
 
 
-def unify_schemas(schemas: Mapping[str, pa.Schema]) -> pa.Schema:
+def unify_schemas(schemas: Mapping[str, pa.Schema], hint: str = HINT) -> pa.Schema:
     """Return one schema for all files, with the columns in the order of the first.
 
     Null becomes any type; string, large_string and dictionaries of them become the widest; numbers and units of time
@@ -44,6 +45,7 @@ def unify_schemas(schemas: Mapping[str, pa.Schema]) -> pa.Schema:
 
     Args:
         schemas: schema of each file by its URI; not empty.
+        hint: advice at the end of messages.
 
     Raises:
         ValueError: a column is missing in a file, or has types that cannot be unified; names the file and the column.
@@ -52,32 +54,49 @@ def unify_schemas(schemas: Mapping[str, pa.Schema]) -> pa.Schema:
     for file, schema in schemas.items():
         for name in {*first.names} ^ {*schema.names}:
             lacking, having = (file, first_file) if name in first.names else (first_file, file)
-            raise ValueError(f"{lacking}: no column {name!r}, which {having} has; {HINT}")
-    return pa.schema([_unify_column(name, schemas) for name in first.names])
+            raise ValueError(f"{lacking}: no column {name!r}, which {having} has; {hint}")
+    return pa.schema([_unify_column(name, schemas, hint) for name in first.names])
 
 
-def _unify_column(name: str, schemas: Mapping[str, pa.Schema]) -> pa.Field:
+def unify_optional_columns(schemas: Mapping[str, pa.Schema]) -> pa.Schema:
+    """Return one schema for all files of an import, whose columns may be missing in some of them.
+
+    Args:
+        schemas: schema of each file, or part of a file, by its place.
+
+    Raises:
+        ValueError: a column has types that cannot be unified; names the places and the column.
+    """
+    names = dict.fromkeys(name for schema in schemas.values() for name in schema.names)
+    return pa.schema([_unify_optional_column(name, schemas) for name in names])
+
+
+def _unify_optional_column(name: str, schemas: Mapping[str, pa.Schema]) -> pa.Field:
+    having = {place: schema for place, schema in schemas.items() if name in schema.names}
+    return _unify_column(name, having, f"{DROP} {name}")
+
+
+def _unify_column(name: str, schemas: Mapping[str, pa.Schema], hint: str) -> pa.Field:
     place, merged = "", None
     for file, schema in schemas.items():
         field = schema.field(name)
         if merged is None:
             place, merged = file, field
         elif merged != field:
-            merged = _merge_fields(
-                merged, field, f"{file}: column {name!r} is {field.type}, not {merged.type} as in {place}"
-            )
+            problem = f"{file}: column {name!r} is {field.type}, not {merged.type} as in {place}; {hint}"
+            merged = _merge_fields(merged, field, problem)
     return merged
 
 
-def _merge_fields(one: pa.Field, other: pa.Field, difference: str) -> pa.Field:
+def _merge_fields(one: pa.Field, other: pa.Field, problem: str) -> pa.Field:
     if one.type != other.type:
         one, other = _decode_dictionary(one), _decode_dictionary(other)
     try:
         merged = pa.unify_schemas([pa.schema([one]), pa.schema([other])], promote_options="permissive").field(0)
     except pa.ArrowException:
-        raise ValueError(f"{difference}; {HINT}") from None
+        raise ValueError(problem) from None
     if _rounds(one.type, merged.type) or _rounds(other.type, merged.type):
-        raise ValueError(f"{difference}; {HINT}")
+        raise ValueError(problem)
     return merged
 
 
@@ -94,25 +113,26 @@ def _rounds(kind: pa.DataType, merged: pa.DataType) -> bool:
     return bool(pa.types.is_decimal(kind) and pa.types.is_floating(merged))
 
 
-def cast_table(table: pa.Table, schema: pa.Schema, place: str) -> pa.Table:
+def cast_table(table: pa.Table, schema: pa.Schema, place: str, hint: str = HINT) -> pa.Table:
     """Cast the rows of a file to a unified schema.
 
     Args:
         table: rows with the columns of the schema, in any order.
         schema: schema to cast to.
         place: URI of the file, for messages.
+        hint: advice at the end of messages.
 
     Raises:
         ValueError: the schema's type cannot hold a value.
     """
-    return pa.table([_cast_column(table[field.name], field, place) for field in schema], schema=schema)
+    return pa.table([_cast_column(table[field.name], field, place, hint) for field in schema], schema=schema)
 
 
-def _cast_column(column: pa.ChunkedArray, field: pa.Field, place: str) -> pa.ChunkedArray:
+def _cast_column(column: pa.ChunkedArray, field: pa.Field, place: str, hint: str) -> pa.ChunkedArray:
     try:
         return column.cast(field.type)
     except (pa.ArrowInvalid, pa.ArrowNotImplementedError) as error:
         raise ValueError(
             f"{place}: a value of column {field.name!r} does not fit {field.type}, its type in other files "
-            f"({join_lines(error)}); {HINT}"
+            f"({join_lines(error)}); {hint}"
         ) from None

@@ -10,6 +10,7 @@ import tokenize
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
+from uuid import UUID
 
 # A list within a string, in JSON as in PopQA's possible_answers, or in Python as pandas writes it.
 WRITTEN_LIST = re.compile(r"""\s*\[.*\]\s*|\s*\(\s*['"].*\)\s*""", re.DOTALL)
@@ -18,7 +19,7 @@ QUOTED_LIST = re.compile(r"""\s*\[\s*['"]""")
 
 
 def to_text(value: Any) -> str | None:
-    """Convert a value to text: a number or boolean to its JSON form; null, NaN or blank text to None.
+    """Convert a value to text: a number or boolean to its JSON form, a UUID to its own; null, NaN or blank to None.
 
     Raises:
         ValueError: the value is of another type, or not UTF-8.
@@ -27,6 +28,8 @@ def to_text(value: Any) -> str | None:
         return None
     if isinstance(value, (bool, int, float)):
         return json.dumps(value)
+    if isinstance(value, UUID):
+        return str(value)
     if not isinstance(value, str):
         raise ValueError(
             f"expected text, found {_describe_type(value)} (map a field, such as --column answers=answer.aliases)"

@@ -1,11 +1,9 @@
 """Write rows as a query set: spool them locally, unify their schema, check the whole set, then publish it."""
 
-import bisect
 import logging
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from pyarrow import feather, fs
 from pipeline.config.sections import Columns, ExecutionConfig
 from pipeline.queries.query_set import QuerySet, inspect_queries
 from pipeline.queries.schema import QUERY_FIELDS
+from pipeline.queries.unified_schema import DROP, cast_table, replace_views, unify_optional_columns
 from pipeline.storage.location import Location, join_lines
 
 log = logging.getLogger(__name__)
@@ -26,94 +25,76 @@ GROUP_ROWS = 1 << 11
 # In the folder while its files are replaced. It is not valid Parquet, so a partial set is rejected by every reader.
 UNFINISHED = "import-unfinished.parquet"
 OWN_FILE = re.compile(rf"queries-\d{{5}}\.parquet|{re.escape(UNFINISHED)}")
-# Errors that pyarrow raises for values that do not fit a type, or each other.
-UNFIT = (pa.ArrowException, TypeError, ValueError, OverflowError)
-
-PlacedRow = tuple[str, Mapping[str, Any]]
 
 
 @dataclass
 class Spool:
-    """Local files of up to ``FILE_ROWS`` rows each; undeclared types are inferred for each file.
+    """Local files of the imported rows, one for each batch.
 
     Attributes:
         folder: local folder of the files.
-        types: declared types by column.
-        schemas: schemas of the files so far.
+        places: place of the first row of each file, for messages.
+        schemas: schema of each file.
         filled: columns of the query set that are not null in some row.
+        rows: number of rows.
     """
 
     folder: Path
-    types: Mapping[str, pa.DataType]
+    places: list[str] = field(default_factory=list)
     schemas: list[pa.Schema] = field(default_factory=list)
     filled: set[str] = field(default_factory=set)
+    rows: int = 0
 
-    def write(self, rows: Iterable[PlacedRow]) -> None:
-        """Write all rows to files.
+    def write(self, place: str, rows: Sequence[Mapping[str, Any]], passed: pa.Table) -> None:
+        """Write a batch.
 
-        Raises:
-            ValueError: the values of a column do not fit one type; names the column and the row.
+        Args:
+            place: place of the batch in the source, for messages.
+            rows: the columns of the query set.
+            passed: the other columns, with as many rows.
         """
-        rows, written = iter(rows), 0
-        while batch := list(islice(rows, FILE_ROWS)):
-            table = _build_table(batch, {**self.types, **{column.name: column.type for column in QUERY_FIELDS}})
-            feather.write_feather(table, self._locate_file(len(self.schemas)))
-            self.schemas.append(table.schema)
-            self.filled |= {c for c in QUERY_FIELDS.names if table[c].null_count < len(table)}
-            written += len(batch)
-            log.info("%d rows read", written)
+        table = pa.Table.from_pylist(list(rows), schema=QUERY_FIELDS)
+        self.filled |= {name for name in QUERY_FIELDS.names if table[name].null_count < len(table)}
+        for name in passed.column_names:
+            table = table.append_column(passed.schema.field(name), passed[name])
+        feather.write_feather(table, self._locate_file(len(self.schemas)))
+        self.places.append(place)
+        self.rows += len(table)
+        if self.rows // FILE_ROWS > (self.rows - len(table)) // FILE_ROWS:
+            log.info("%d rows read", self.rows)
+        self.schemas.append(replace_views(table.schema))
 
     def read_tables(self) -> Iterator[pa.Table]:
-        """Read the files, cast to a common schema; columns of the query set without any value are left out.
+        """Read tables of ``FILE_ROWS`` rows, the last one of fewer; leaves out empty columns of the query set.
 
         Raises:
             ValueError: the types of a column cannot be unified; names the column.
         """
-        names = dict.fromkeys(name for schema in self.schemas for name in schema.names)
-        kept = [name for name in names if name not in QUERY_FIELDS.names or name in self.filled]
-        schema = pa.schema([_unify_field(name, self.schemas) for name in kept])
-        for number in range(len(self.schemas)):
+        named = unify_optional_columns(dict(zip(self.places, self.schemas, strict=True)))
+        schema = pa.schema(
+            [column for column in named if column.name not in QUERY_FIELDS.names or column.name in self.filled]
+        )
+        waiting = schema.empty_table()
+        for number, place in enumerate(self.places):
             table = feather.read_table(self._locate_file(number))
-            whole = pa.concat_tables([schema.empty_table(), table], promote_options="permissive")
-            yield whole.select(schema.names).cast(schema)
+            whole = cast_table(_fill_columns(table, schema), schema, place, DROP)
+            waiting = pa.concat_tables([waiting, whole])
+            while len(waiting) >= FILE_ROWS:
+                yield waiting.slice(0, FILE_ROWS)
+                waiting = waiting.slice(FILE_ROWS)
+        if len(waiting):
+            yield waiting
 
     def _locate_file(self, number: int) -> Path:
         return self.folder / f"{number:05}.arrow"
 
 
-def _build_table(rows: Sequence[PlacedRow], types: Mapping[str, pa.DataType]) -> pa.Table:
-    names = dict.fromkeys(name for _, row in rows for name in row)
-    return pa.table({name: _build_array(name, rows, types.get(name)) for name in names})
-
-
-def _build_array(name: str, rows: Sequence[PlacedRow], kind: pa.DataType | None) -> pa.Array:
-    values = [row.get(name) for _, row in rows]
-    try:
-        return pa.array(values, kind)
-    except UNFIT as error:
-        first = bisect.bisect_left(range(len(values)), True, key=lambda n: not _can_convert(values[: n + 1], kind))
-        raise ValueError(
-            f"{rows[first][0]}: column {name!r} does not match its declared or inferred type ({join_lines(error)}); "
-            f"leave it out with --drop {name}"
-        ) from None
-
-
-def _can_convert(values: Sequence[Any], kind: pa.DataType | None) -> bool:
-    try:
-        pa.array(values, kind)
-    except UNFIT:
-        return False
-    return True
-
-
-def _unify_field(name: str, schemas: Sequence[pa.Schema]) -> pa.Field:
-    fields = [schema.field(name) for schema in schemas if name in schema.names]
-    try:
-        merged = pa.unify_schemas([pa.schema([column]) for column in fields], promote_options="permissive")
-    except pa.ArrowException:
-        kinds = " and ".join(sorted({str(column.type) for column in fields}))
-        raise ValueError(f"column {name!r} has the types {kinds}; leave it out with --drop {name}") from None
-    return merged.field(name)
+def _fill_columns(table: pa.Table, schema: pa.Schema) -> pa.Table:
+    """Append the columns of a schema that a table lacks, filled with nulls."""
+    for name in schema.names:
+        if name not in table.column_names:
+            table = table.append_column(name, pa.nulls(len(table)))
+    return table
 
 
 def write_query_set(spool: Spool, folder: Path, output: Location) -> QuerySet:

@@ -57,8 +57,8 @@ async def annotate_row(system: Answering, row: Row, config: RunConfig) -> dict[s
     Raises:
         EngineDeadError, IndexLostError: the row did not cause the error.
     """
-    if isinstance(row, UnicodeDecodeError):
-        return build_error_columns(ValueError(f"its text is not UTF-8: {row}"))
+    if isinstance(row, ValueError):
+        return build_error_columns(row)
     limit = config.execution.row_timeout_s
     clock = asyncio.timeout(limit)
     try:

@@ -35,7 +35,7 @@ def read_first_queries(plan: RunPlan) -> Iterator[Query]:
     tasks = Tasks(config.decoding, config.profiles, config.task)
     table = read_unit(plan.queries.units[0], plan.queries.schema, config.storage)
     for row in read_rows(table.slice(0, CHECKED_ROWS)):
-        if isinstance(row, UnicodeDecodeError):
+        if isinstance(row, ValueError):
             continue
         try:
             query, _ = tasks.apply(to_query(row, config.columns))

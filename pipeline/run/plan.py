@@ -1,7 +1,6 @@
 """Checks a run before any engine starts, and plans the units that are left to annotate."""
 
 import atexit
-import logging
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
@@ -16,14 +15,12 @@ from pipeline.engine.arguments import check_engine_arguments
 from pipeline.engine.models import identify_model, load_critic, resolve_model_path
 from pipeline.output.folder import OutputFolder
 from pipeline.output.schema import hash_columns
-from pipeline.queries.partitions import find_columns_above
+from pipeline.queries.partitions import warn_of_columns_above
 from pipeline.queries.query_set import QuerySet, inspect_queries
 from pipeline.queries.selection import Earlier, Selection
 from pipeline.queries.units import Unit
 from pipeline.retrieval.manifest import IndexManifest, check_index_manifest
 from pipeline.storage.location import Location, check_apart, check_bucket, locate
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -136,7 +133,7 @@ def check_run(config: RunConfig, overwrite: bool = False) -> RunPlan:
     selection = Selection.load(output, config.queries) if config.skip_annotated and not overwrite else None
     asked = selection.folder if selection else queries_location
     queries = inspect_queries(asked, config.columns, config.execution.unit_rows)
-    _warn_of_columns_above(queries_location, queries)
+    warn_of_columns_above(queries_location, queries.schema.names)
     check_bucket(output)
     manifest = _check_retrieval(config, queries)
     index = encoder = None
@@ -156,17 +153,6 @@ def check_run(config: RunConfig, overwrite: bool = False) -> RunPlan:
     if config.skip_annotated is None or selection or begun:
         return plan
     return _select_new(plan, config.skip_annotated)
-
-
-def _warn_of_columns_above(location: Location, queries: QuerySet) -> None:
-    """Log the partition columns that a query set lacks, since it is given from within its partitioned folders."""
-    missing = [name for name in find_columns_above(location) if name not in queries.schema.names]
-    if missing:
-        log.warning(
-            "%s: columns that only its own path names are not read (%s); give the folder above it, or --set task=NAME",
-            location.uri,
-            ", ".join(missing),
-        )
 
 
 def _select_new(plan: RunPlan, folder: str) -> RunPlan:

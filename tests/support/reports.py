@@ -86,7 +86,7 @@ def write_set(
         "queries": {"files": 1, "rows": sum(map(len, units)), "digest": "d"},
         "model": {"digest": "0123456789abcdef", "lora": None},
         "index": {"passages": 1271, "shards": 2, "digest": "fedcba9876543210"},
-        "encoder": {"name": "MiniLM"},
+        "encoder": {"name": "MiniLM", "revision": None, "digest": "abcdef0123456789"},
         "tasks": {name: {"rows": 1, **tasks.describe(name)} for name in names},
         "versions": {"ray": "2.60.0"},
         "started": "2025-01-01T00:00:00+00:00",

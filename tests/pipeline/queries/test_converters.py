@@ -20,7 +20,9 @@ def query(values: dict[str, Any], **columns: str) -> dict[str, Any]:
 
 def test_columns_are_mapped_renamed_and_passed_through() -> None:
     row = {"question": "Who?", "qid": 7, "year": 1999, "id": "old"}
-    assert query(row, query="question", id="qid") == {"id": "7", "query": "Who?", "year": 1999}
+    assert query(row, query="question", id="qid") == {"id": "7", "query": "Who?"}
+    mapping = ColumnMapping({"query": "question", "id": "qid"})
+    assert [name for name in row if mapping.passes(name)] == ["year"]
 
 
 def test_dotted_paths_follow_objects_and_lists() -> None:
@@ -33,11 +35,10 @@ def test_dotted_paths_follow_objects_and_lists() -> None:
 
 def test_nested_source_columns_are_kept_and_renamed_ones_are_not() -> None:
     row = {"input": "Claim.", "output": [{"answer": "SUPPORTS"}, {"answer": ""}, {"answer": None}]}
-    assert query(row, query="input", answers="output.answer") == {
-        "query": "Claim.",
-        "answers": ["SUPPORTS"],
-        "output": row["output"],
-    }
+    assert query(row, query="input", answers="output.answer") == {"query": "Claim.", "answers": ["SUPPORTS"]}
+    mapping = ColumnMapping({"query": "input", "answers": "output.answer"})
+    assert [name for name in row if mapping.passes(name)] == ["output"]
+    assert [name for name in [*row, "answer"] if mapping.reads(name)] == ["input", "output"]
 
 
 @pytest.mark.parametrize(
@@ -119,10 +120,12 @@ def test_constant_task_overrides_the_task_of_the_row() -> None:
     assert ColumnMapping().apply({"query": "q", "task": "qa"})["task"] == "qa"
 
 
-def test_dropped_columns_are_removed() -> None:
+def test_dropped_columns_are_read_only_where_they_are_mapped() -> None:
     dropped = ColumnMapping({"answers": "answer.value"}, drop=frozenset({"answer", "id"}))
-    row = dropped.apply({"query": "q", "id": 1, "answer": {"value": "a"}, "n": 1})
-    assert {name: value for name, value in row.items() if value is not None} == {"query": "q", "answers": ["a"], "n": 1}
+    row = dropped.apply({"query": "q", "id": 1, "answer": {"value": "a"}})
+    assert {name: value for name, value in row.items() if value is not None} == {"query": "q", "answers": ["a"]}
+    assert [name for name in ("query", "id", "answer", "n") if dropped.reads(name)] == ["query", "answer"]
+    assert [name for name in ("query", "id", "answer", "n") if dropped.passes(name)] == ["n"]
 
 
 def test_unknown_target_column_is_refused() -> None:

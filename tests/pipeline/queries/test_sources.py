@@ -1,6 +1,6 @@
 import gzip
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -10,16 +10,24 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.sections import StorageConfig
-from pipeline.queries.sources import Source, SourceRequest, SourceRow, open_source
+from pipeline.queries.converters import ColumnMapping
+from pipeline.queries.source_rows import SourceBatch, SourceRow
+from pipeline.queries.sources import SourceRequest, open_source
 from tests.support.s3 import S3Server
 
+EVERY_COLUMN = ColumnMapping({"query": "q", "answers": "n", "choices": "x", "task": "label", "input": "dt"})
 
-def source(uri: object, **options: str) -> Source:
-    return open_source(SourceRequest(str(uri), **options), StorageConfig())
+
+def source(uri: object, mapping: ColumnMapping = EVERY_COLUMN, **options: str) -> Iterator[SourceBatch]:
+    return open_source(SourceRequest(str(uri), **options), StorageConfig(), mapping)
+
+
+def read(batches: Iterator[SourceBatch]) -> list[SourceRow]:
+    return [row for batch in batches for row in batch.read_rows(EVERY_COLUMN)]
 
 
 def rows(uri: object, **options: str) -> list[dict[str, Any]]:
-    found = list(source(uri, **options).rows)
+    found = read(source(uri, EVERY_COLUMN, **options))
     assert not any(row.problem for row in found)
     return [dict(row.values) for row in found]
 
@@ -61,7 +69,7 @@ def test_folder_is_read_in_file_order_without_other_file_types(tmp_path: Path) -
     lines(tmp_path / "b.jsonl", {"q": "second"})
     lines(tmp_path / "a" / "one.jsonl", {"q": "first"})
     (tmp_path / "LICENSE.md").write_text("mine")
-    found = list(source(tmp_path).rows)
+    found = read(source(tmp_path))
     assert [(row.place, row.values["q"]) for row in found] == [
         (f"{tmp_path}/a/one.jsonl row 0", "first"),
         (f"{tmp_path}/b.jsonl row 0", "second"),
@@ -82,7 +90,6 @@ def test_files_are_read_from_object_storage(tmp_path: Path, s3: S3Server, monkey
 def test_parquet_keeps_its_types(tmp_path: Path) -> None:
     pq.write_table(pa.table({"n": pa.array([1], pa.int32())}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"n": pa.array([2], pa.int16()), "x": ["y"]}), tmp_path / "b.parquet")
-    assert source(tmp_path).types == {"n": pa.int32(), "x": pa.string()}
     assert rows(tmp_path) == [{"n": 1}, {"n": 2, "x": "y"}]
 
 
@@ -101,7 +108,7 @@ def test_unreadable_rows_are_reported_and_others_are_read(
     name: str, content: bytes, row: int, problem: str, tmp_path: Path
 ) -> None:
     (tmp_path / name).write_bytes(content)
-    good, bad = source(tmp_path / name).rows
+    good, bad = read(source(tmp_path / name))
     assert good.problem is None
     assert bad == SourceRow(f"{tmp_path}/{name} row {row}", {}, bad.problem)
     assert problem in str(bad.problem)
@@ -110,10 +117,10 @@ def test_unreadable_rows_are_reported_and_others_are_read(
 def test_invalid_utf8_in_parquet_is_reported(tmp_path: Path) -> None:
     column = pa.array([b"a", b"caf\xe9"], pa.binary()).view(pa.string())
     pq.write_table(pa.table({"q": column}), tmp_path / "a.parquet")
-    good, bad = source(tmp_path / "a.parquet").rows
+    good, bad = read(source(tmp_path / "a.parquet"))
     assert good.values == {"q": "a"}
     assert bad.place.endswith("a.parquet row 1")
-    assert "not UTF-8" in str(bad.problem)
+    assert bad.problem == "column 'q' is not valid: Invalid UTF8 sequence at string index 0"
 
 
 @pytest.mark.parametrize(
@@ -139,8 +146,9 @@ def test_unreadable_file_is_named(name: str, content: bytes, problem: str, tmp_p
 def test_parquet_files_with_incompatible_schemas_are_refused(tmp_path: Path) -> None:
     pq.write_table(pa.table({"n": [1]}), tmp_path / "a.parquet")
     pq.write_table(pa.table({"n": ["1"]}), tmp_path / "b.parquet")
-    with pytest.raises(ValueError, match="its Parquet files have incompatible schemas"):
-        source(tmp_path)
+    with pytest.raises(ValueError, match="b.parquet: column 'n' is string, not int64 as in .*a.parquet; .* --drop n"):
+        source(tmp_path, ColumnMapping())
+    assert rows(tmp_path) == [{"n": 1}, {"n": "1"}]
 
 
 def test_missing_source_is_refused_with_a_hint(tmp_path: Path) -> None:
@@ -162,7 +170,7 @@ def hub_folder(tmp_path: Path) -> Path:
 
 
 def test_dataset_is_streamed_from_its_split(hub_folder: Path) -> None:
-    found = list(source(f"hf:{hub_folder}", split="test").rows)
+    found = read(source(f"hf:{hub_folder}", split="test"))
     assert [row.values["q"] for row in found] == [f"t{n}" for n in range(2000)]
     assert found[1999].place == f"hf:{hub_folder} row 1999"
 
@@ -209,7 +217,6 @@ def saved(folder: Path) -> datasets.Dataset:
 
 def test_saved_dataset_is_read_with_class_names(tmp_path: Path) -> None:
     saved(tmp_path / "one")
-    assert source(tmp_path / "one").types == {"q": pa.string(), "label": pa.string(), "n": pa.int8()}
     assert rows(tmp_path / "one") == [
         {"q": "a", "label": "true", "n": 1},
         {"q": "b", "label": "false", "n": 2},

@@ -7,8 +7,10 @@ import pytest
 
 from pipeline.config.sections import Columns, StorageConfig
 from pipeline.queries import writer as query_writer
+from pipeline.queries.converters import ColumnMapping
 from pipeline.queries.query_set import QuerySet, inspect_queries
 from pipeline.queries.schema import QUERY_FIELDS
+from pipeline.queries.source_rows import PythonBatch, SourceRow
 from pipeline.queries.writer import UNFINISHED, Spool, check_free, publish_query_set, write_query_set
 from pipeline.storage.location import Location, StorageError, locate
 
@@ -24,12 +26,16 @@ def output(tmp_path: Path) -> Location:
     return locate(str(tmp_path / "out"), StorageConfig())
 
 
-def write(tmp_path: Path, rows: list[dict[str, Any]], output: Location, **types: pa.DataType) -> QuerySet:
+def write(tmp_path: Path, rows: list[dict[str, Any]], output: Location, batch_rows: int = 3) -> QuerySet:
     """A set of rows that have an id and a query beside what is given."""
     for name in ("spool", "set"):
         (tmp_path / name).mkdir(exist_ok=True)
-    spool, empty = Spool(tmp_path / "spool", types), dict.fromkeys(QUERY_FIELDS.names)
-    spool.write((f"f row {n}", {**empty, "id": str(n), "query": f"q{n}", **row}) for n, row in enumerate(rows))
+    spool, mapping = Spool(tmp_path / "spool"), ColumnMapping()
+    for start in range(0, len(rows), batch_rows):
+        numbered = list(enumerate(rows))[start : start + batch_rows]
+        batch = PythonBatch([SourceRow(f"f row {n}", {"id": str(n), "query": f"q{n}", **row}) for n, row in numbered])
+        queries = [{name: row.values.get(name) for name in QUERY_FIELDS.names} for row in batch.rows]
+        spool.write(batch.place, queries, batch.pass_columns(mapping, range(len(numbered))))
     return write_query_set(spool, tmp_path / "set", output)
 
 
@@ -37,8 +43,9 @@ def written(tmp_path: Path) -> pa.Table:
     return pa.concat_tables(map(pq.read_table, sorted((tmp_path / "set").iterdir())))
 
 
-def test_files_and_row_groups_are_bounded(tmp_path: Path, output: Location) -> None:
-    found = write(tmp_path, [{}] * 7, output)
+@pytest.mark.parametrize("batch_rows", [1, 2, 3, 5, 7])
+def test_files_and_row_groups_are_bounded(tmp_path: Path, output: Location, batch_rows: int) -> None:
+    found = write(tmp_path, [{}] * 7, output, batch_rows)
     assert (found.files, found.rows) == (3, 7)
     files = sorted((tmp_path / "set").iterdir())
     groups = [pq.read_metadata(file) for file in files]
@@ -54,7 +61,7 @@ def test_empty_columns_are_not_written(tmp_path: Path, output: Location) -> None
 
 
 def test_column_types_are_unified_across_files(tmp_path: Path, output: Location) -> None:
-    """Three rows are a file."""
+    """Three rows are a batch."""
     rows: list[dict[str, Any]] = [{"n": None, "o": {"a": 1}, "l": []}] * 3 + [{"n": 1, "o": {"b": "x"}, "l": ["y"]}] * 3
     write(tmp_path, [*rows, {"n": 1.5, "late": True}], output)
     table = written(tmp_path)
@@ -65,20 +72,15 @@ def test_column_types_are_unified_across_files(tmp_path: Path, output: Location)
     assert table["late"].to_pylist() == [None] * 6 + [True]
 
 
-def test_declared_types_are_kept(tmp_path: Path, output: Location) -> None:
-    write(tmp_path, [{"n": 1}], output, n=pa.int8())
-    assert written(tmp_path).schema.field("n").type == pa.int8()
-
-
 def test_value_that_does_not_fit_its_column_is_named(tmp_path: Path, output: Location) -> None:
     with pytest.raises(
-        ValueError, match="f row 2: column 'n' does not match its declared or inferred type .* --drop n"
+        ValueError, match="f row 2: column 'n' does not match the type of the rows before it .* --drop n"
     ):
         write(tmp_path, [{"n": 1}, {"n": 2}, {"n": "x"}], output)
 
 
 def test_incompatible_column_types_are_refused(tmp_path: Path, output: Location) -> None:
-    with pytest.raises(ValueError, match="column 'n' has the types int64 and string; leave it out with --drop n"):
+    with pytest.raises(ValueError, match="f row 3: column 'n' is string, not int64 as in f row 0; .* --drop n"):
         write(tmp_path, [{"n": 1}] * 3 + [{"n": "x"}], output)
 
 

@@ -4,6 +4,7 @@ import datetime
 from decimal import Decimal
 from pathlib import Path
 from typing import Any
+from uuid import UUID
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -11,13 +12,17 @@ import pytest
 from typer.testing import CliRunner
 
 from pipeline.config.sections import StorageConfig
+from pipeline.evaluation.evaluate import evaluate_set
 from pipeline.output.folder import OutputFolder
 from pipeline.queries.query_set import inspect_queries
 from pipeline.queries.units import read_unit
+from pipeline.report.write import write_report
 from pipeline.run.actor import annotate_table, build_annotated_schema
 from pipeline.storage.location import locate
 from tests.jobs.test_import_queries import APP as IMPORT
+from tests.jobs.test_share import APP as SHARE
 from tests.pipeline.run.test_actor import CONFIG, system, table
+from tests.support.reports import write_set as write_annotated_set
 
 # Without large_list_view, which is refused since pyarrow 26 cannot read it, and lists of structs of views, which it
 # cannot write.
@@ -43,6 +48,8 @@ TYPES: dict[str, tuple[pa.DataType, Any]] = {
     "binary_view": (pa.binary_view(), b"\xff"),
     "fixed_size_binary": (pa.binary(2), b"\xff\x00"),
     "dictionary": (pa.dictionary(pa.int32(), pa.string()), "é"),
+    "uuid": (pa.uuid(), UUID(int=7)),
+    "json": (pa.json_(), '{"a": 1}'),
     "list": (pa.list_(pa.int64()), [1, None]),
     "list of views": (pa.list_(TEXT), ["é", None]),
     "large_list of views": (pa.large_list(TEXT), ["é"]),
@@ -74,7 +81,7 @@ async def test_column_of_any_type_passes_through_data_and_errors(name: str, tmp_
     rows = read_unit(unit, queries.schema, StorageConfig())
     assert rows.schema == queries.schema
     annotated = await annotate_table(system(), rows, CONFIG)
-    output = OutputFolder(locate(str(tmp_path / "out"), StorageConfig()))
+    output = write_annotated_set(tmp_path / "out", finished=False)
     summary = output.write_unit(unit.id, annotated, rows.schema, keep_candidates=False)
     assert (summary.rows, summary.errors) == (4, {"ValueError": 1})
     data, errors = (pq.read_table(tmp_path / "out" / part).to_pylist() for part in ("data", "errors"))
@@ -84,10 +91,33 @@ async def test_column_of_any_type_passes_through_data_and_errors(name: str, tmp_
         ("4", None, ["é"]),
     ]
     assert [(row["id"], row["x"], row["answers"]) for row in errors] == [("3", value, [])]
+    check_finished_set(output)
+
+
+def check_finished_set(output: OutputFolder) -> None:
+    """Evaluate a set by its column, rescore it, and write its report and its card."""
+    manifest = output.read_manifest()
+    assert manifest is not None
+    output.finish(
+        {
+            **manifest,
+            "tasks": {},
+            "counts": {"rows": 4, "errors": 1, "retrieved": 0},
+            "known": 0,
+            "finished": "2025-01-01",
+        }
+    )
+    groups = evaluate_set(output.location, by="x").by_group.values()
+    assert (sum(group.rows for group in groups), sum(group.errors for group in groups)) == (3, 1)
+    write_report(output.location)
+    card = CliRunner().invoke(SHARE, ["--annotations", output.location.path])
+    assert card.exit_code == 0, card.output
+    assert "| `x` | unchanged from the query set |" in Path(output.location.path, "README.md").read_text()
 
 
 @pytest.mark.parametrize("name", TYPES)
-def test_column_of_any_type_is_imported(name: str, tmp_path: Path) -> None:
+def test_column_of_any_type_is_imported(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.storage.lease.SETTLE_S", 0)
     kind, value = TYPES[name]
     write_set(tmp_path / "a.parquet", kind, value)
     options = ["--source", str(tmp_path / "a.parquet"), "--output", str(tmp_path / "set"), "--skip-bad"]
