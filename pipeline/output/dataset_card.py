@@ -81,7 +81,7 @@ def render_card(found: FinishedSet, title: str, licence: str | None) -> str:
 
 
 def _render_front_matter(found: FinishedSet, title: str, licence: str | None) -> str:
-    from datasets import DatasetInfo, Features
+    from datasets import DatasetInfo
     from datasets.info import DatasetInfosDict
     from huggingface_hub import DatasetCardData
 
@@ -94,12 +94,29 @@ def _render_front_matter(found: FinishedSet, title: str, licence: str | None) ->
         tags=["self-rag", "retrieval-augmented-generation"],
         configs=[{**configs[0], "default": True}, *configs[1:]],
     )
-    features = {
-        part: DatasetInfo(features=Features.from_arrow_schema(schema.remove_metadata()))
-        for part, schema in found.schemas.items()
-    }
+    features = {part: DatasetInfo(features=_convert_schema(schema)) for part, schema in found.schemas.items()}
     DatasetInfosDict(features).to_dataset_card_data(data)
     return str(data.to_yaml())
+
+
+def _convert_schema(schema: pa.Schema) -> Any:
+    """Convert a schema to ``datasets.Features``.
+
+    Raises:
+        ValueError: ``datasets`` has no such type, and could not load the set; names the column.
+    """
+    from datasets import Features
+    from datasets.features.features import generate_from_arrow_type
+
+    for field in schema:
+        try:
+            generate_from_arrow_type(field.type)
+        except ValueError:
+            raise ValueError(
+                f"column {field.name!r} is {field.type}, which the library datasets cannot load; leave it out of the "
+                "query set, or convert it"
+            ) from None
+    return Features.from_arrow_schema(schema.remove_metadata())
 
 
 def _choose_size(rows: int) -> str:
