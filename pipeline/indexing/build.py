@@ -108,7 +108,7 @@ class BuildPlan:
         }
 
     def check_factory(self, index: Any) -> None:
-        """Check that there are at least as many passages as inverted lists; parts are counted only while they train.
+        """Check that there are at least as many passages as inverted lists, unless parts, not yet counted, are indexed.
 
         Raises:
             ValueError: the factory string has more inverted lists than there are passages.
