@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
-CACHE = "SELFRAG_CACHE"
 # Files of a read-only home folder that stay in use, by the variable for their place.
 KEPT = {
     "AWS_CONFIG_FILE": ".aws/config",
@@ -25,14 +24,14 @@ def find_home() -> None:
         SystemExit: there is no such home folder, and ``SELFRAG_CACHE`` is missing or cannot be written to.
     """
     _name_user()
-    home, cache = Path(os.path.expanduser("~")), os.environ.get(CACHE)  # noqa: PTH111  Path.expanduser raises
+    home, cache = Path(os.path.expanduser("~")), os.environ.get("SELFRAG_CACHE")  # noqa: PTH111  Path.expanduser raises
     if home.is_absolute() and _is_writable(home) and _is_writable(home / ".cache"):
         return
     if not cache:
-        _refuse(f"the home folder (HOME: {home}) cannot be written to; set {CACHE} to a folder that can")
+        _refuse(f"the home folder (HOME: {home}) cannot be written to; set SELFRAG_CACHE to a folder that can")
     folder = Path(cache).absolute() / "home"
     if not _is_writable(folder):
-        _refuse(f"{CACHE}={cache} cannot be written to; set it to a folder that can")
+        _refuse(f"SELFRAG_CACHE={cache} cannot be written to; set it to a folder that can")
     folder.mkdir(parents=True, exist_ok=True)
     for name, file in KEPT.items():
         if os.access(home / file, os.R_OK):

@@ -178,4 +178,4 @@ def _is_folder(name: str) -> bool:
 
 def get_cache_folder() -> Path:
     """Return the folder in which the demo models are cached: ``SELFRAG_CACHE``, or ``~/.cache/selfrag``."""
-    return Path(os.environ.get("SELFRAG_CACHE", "~/.cache/selfrag")).expanduser()
+    return Path(os.environ.get("SELFRAG_CACHE") or "~/.cache/selfrag").expanduser()

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.loading import flatten
-from pipeline.config.run import RunConfig, load_config, load_storage, make_paths_absolute
+from pipeline.config.run import RunConfig, get_cache_folder, load_config, load_storage, make_paths_absolute
 
 NEEDED = {"queries": "q", "output": "o", "model.name": "m"}
 
@@ -190,3 +190,15 @@ def test_date_of_a_file_uri_is_filled_in(tmp_path):
 def test_configuration_is_read_from_a_file_uri(tmp_path):
     (tmp_path / "my run.yaml").write_text("task: popqa\n")
     assert load_config(f"file://{tmp_path}/my%20run.yaml", [], NEEDED).task == "popqa"
+
+
+@pytest.mark.parametrize(
+    ("value", "folder"),
+    [(None, "/home/me/.cache/selfrag"), ("", "/home/me/.cache/selfrag"), ("~/c", "/home/me/c"), ("/c d", "/c d")],
+)
+def test_cache_folder_is_the_one_that_is_set(monkeypatch, value, folder):
+    monkeypatch.setenv("HOME", "/home/me")
+    monkeypatch.delenv("SELFRAG_CACHE", raising=False)
+    if value is not None:
+        monkeypatch.setenv("SELFRAG_CACHE", value)
+    assert get_cache_folder() == Path(folder)

@@ -1,0 +1,105 @@
+"""Whole commands that SIGINT or SIGTERM interrupts, with a Ray instance of their own, and the same commands again."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pyarrow.parquet as pq
+import pytest
+
+from tests.faults.campaign import model_folder
+from tests.faults.harness import Job, Running, write_queries
+from tests.support.building import given_vectors
+
+# Names the processes that a command has started, by its value in their environments.
+MARK = "SELFRAG_TEST_INTERRUPTION"
+# Seconds in which an interrupted command and all its processes end, on a busy machine.
+PATIENCE_S = 40.0
+
+
+@pytest.fixture
+def job(tmp_path: Path) -> Job:
+    write_queries(tmp_path / "queries", 60, {40: "HANGS"})
+    environment = {MARK: str(tmp_path), "FAULTS_PIDS": str(tmp_path / "pids")}
+    (tmp_path / "pids").mkdir()
+    return Job(str(tmp_path / "queries"), str(tmp_path / "out"), model_folder(tmp_path), [], [], environment)
+
+
+def await_true(reached: Callable[[], object], timeout: float = 120.0) -> None:
+    until = time.monotonic() + timeout
+    while not reached():
+        assert time.monotonic() < until
+        time.sleep(0.1)
+
+
+def list_marked(mark: str) -> list[int]:
+    """List the processes of a command that are alive, but not those that have ended and await their parent."""
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if process.environ().get(MARK) == mark and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process.pid)
+        except psutil.Error:
+            continue
+    return found
+
+
+def interrupt(running: Running, number: signal.Signals, mark: str) -> tuple[int, str]:
+    """Interrupt a command; return its status and last line once all its processes have ended."""
+    running.process.send_signal(number)
+    status, said = running.ended(PATIENCE_S)
+    await_true(lambda: not list_marked(mark), PATIENCE_S)
+    return status, said.splitlines()[-1]
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_interrupted_run_leaves_nothing_behind_and_can_be_continued(
+    job: Job, tmp_path: Path, number: signal.Signals, expected: int
+) -> None:
+    running = job.start()
+    await_true(lambda: list((tmp_path / "out").glob("data/*.parquet")))
+    status, line = interrupt(running, number, str(tmp_path))
+    assert (status, line) == (expected, "interrupted; the same command continues it")
+    assert not (tmp_path / "out" / "_running").exists()
+    job.settings += ["execution.row_timeout_s=1", "execution.max_error_rate=0.1"]
+    status, said = job.finish()
+    assert status == 3, said
+    assert "59 of 60 rows answered" in said
+
+
+def test_run_is_interrupted_before_its_first_row(job: Job, tmp_path: Path) -> None:
+    running = job.start()
+    (job.model / "actors").write_text("2")  # rows wait for a second actor, and there is only one
+    await_true(lambda: list((tmp_path / "pids").iterdir()))
+    assert interrupt(running, signal.SIGTERM, str(tmp_path)) == (143, "interrupted; the same command continues it")
+    assert not (tmp_path / "out" / "_running").exists()
+
+
+@pytest.mark.parametrize("seconds", [0.0, 1.0, 2.0])
+def test_run_is_interrupted_while_ray_starts(job: Job, tmp_path: Path, seconds: float) -> None:
+    running = job.start()
+    await_true(lambda: len(list_marked(str(tmp_path))) > 1)  # Ray's first process
+    time.sleep(seconds)
+    status, line = interrupt(running, signal.SIGTERM, str(tmp_path))
+    assert (status, line.partition(";")[0]) == (143, "interrupted")
+    assert not (tmp_path / "out" / "_running").exists()
+
+
+def test_interrupted_build_can_be_continued(tmp_path: Path) -> None:
+    pq.write_table(given_vectors(200)[0], tmp_path / "passages.parquet")
+    options = ["--passages", f"{tmp_path}/passages.parquet", "--output", f"{tmp_path}/index", "--embeddings", "vector"]
+    command = [sys.executable, "-m", "jobs.build_index", *options]
+    with (tmp_path / "log").open("w+") as log:
+        process = subprocess.Popen(command, stderr=log, env={**os.environ, MARK: str(tmp_path)})
+        running = Running(process, log)
+        await_true(lambda: "starting 1 actor(s)" in (tmp_path / "log").read_text())
+        status, line = interrupt(running, signal.SIGTERM, str(tmp_path))
+    assert (status, line) == (143, "interrupted; the same command continues it")
+    assert not (tmp_path / "index" / "_running").exists()
+    assert subprocess.run(command, check=False).returncode == 0
+    assert (tmp_path / "index" / "index.json").exists()
