@@ -175,10 +175,10 @@ def test_local_replicas_are_not_fixed_settings():
 @pytest.mark.parametrize("key", ["queries", "index", "output", "skip_annotated", "model.name", "model.lora"])
 @pytest.mark.parametrize("form", ["file://{}", "file:{}", "file://localhost{}"])
 def test_file_uris_become_paths(tmp_path, key, form):
-    (tmp_path / "sav ed 2026-01-31").mkdir()
-    flags = {**NEEDED, key: form.format(f"{tmp_path}/sav%20ed%202026-01-31")}
+    (tmp_path / "my set 2026-01-31").mkdir()
+    flags = {**NEEDED, key: form.format(f"{tmp_path}/my%20set%202026-01-31")}
     record = flatten(make_paths_absolute(load_config(None, [], flags)).to_record())
-    assert record[key] == str(tmp_path / "sav ed 2026-01-31")
+    assert record[key] == str(tmp_path / "my set 2026-01-31")
 
 
 def test_date_of_a_file_uri_is_filled_in(tmp_path):

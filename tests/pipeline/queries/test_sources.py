@@ -232,5 +232,5 @@ def test_saved_dataset_is_read_with_class_names(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("form", ["file://{}", "file:{}", "file://localhost{}"])
 def test_saved_dataset_is_found_by_its_file_uri(tmp_path: Path, form: str) -> None:
-    saved(tmp_path / "sav ed")
-    assert rows(form.format(f"{tmp_path}/sav%20ed")) == rows(tmp_path / "sav ed")
+    saved(tmp_path / "my set")
+    assert rows(form.format(f"{tmp_path}/my%20set")) == rows(tmp_path / "my set")

@@ -180,11 +180,11 @@ def test_folder_deleted_during_listing_is_listed_again(tmp_path):
 
 @pytest.mark.parametrize("form", ["file://{}", "file:{}", "file://localhost{}"])
 def test_files_of_a_file_uri_are_found_again_by_their_own_uris(tmp_path, form):
-    (tmp_path / "sav ed").mkdir()
-    (tmp_path / "sav ed" / "100%25 sure.parquet").touch()
-    (file,) = locate(form.format(f"{tmp_path}/sav%20ed"), HERE).list_files()
+    (tmp_path / "my set").mkdir()
+    (tmp_path / "my set" / "100%25 sure.parquet").touch()
+    (file,) = locate(form.format(f"{tmp_path}/my%20set"), HERE).list_files()
     assert file.local
-    assert locate(file.uri, HERE).path == file.path == str(tmp_path / "sav ed" / "100%25 sure.parquet")
+    assert locate(file.uri, HERE).path == file.path == str(tmp_path / "my set" / "100%25 sure.parquet")
 
 
 @pytest.mark.parametrize(
