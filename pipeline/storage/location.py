@@ -6,6 +6,7 @@ A written file appears whole or not at all. Transient errors of object stores ar
 import logging
 import os
 import re
+import time
 import uuid
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,6 +22,9 @@ from pipeline.config.sections import StorageConfig
 log = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
+
+# Seconds for which a store may hide the files of a folder after a deletion: rclone's with --dir-cache-time 1s.
+HIDDEN_S = 1.5
 
 # Errors that a retry cannot fix: the request, the credentials or the name is wrong.
 _PERMANENT = re.compile(
@@ -158,11 +162,16 @@ class Location:
             try:
                 self.filesystem.delete_file(self.path)
             except OSError:
-                # Arrow replaces a folder's last file by a directory marker, which some stores refuse.
+                # Arrow writes a directory marker after a deletion. rclone's store refuses it, and then says for a while
+                # that no file of the folder exists.
+                time.sleep(0 if self.local else HIDDEN_S)
                 if self.filesystem.get_file_info(self.path).type != fs.FileType.NotFound:
                     raise
 
-        self.retrying(delete_file)
+        again = tenacity.Retrying(
+            retry=tenacity.retry_if_exception_type(FileNotFoundError), stop=tenacity.stop_after_attempt(3), reraise=True
+        )
+        self.retrying(lambda: again(delete_file))
 
 
 def _is_hidden(path: str) -> bool:

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.config.sections import StorageConfig
 from pipeline.storage.lease import Lease, OutputInUseError, read_process_start
-from pipeline.storage.location import Location, locate
+from pipeline.storage.location import HIDDEN_S, Location, locate
 from tests.support.leases import leave_lease
 from tests.support.s3 import S3Server
 
@@ -47,6 +47,20 @@ def test_object_storage_lease_is_exclusive_and_reusable(s3: S3Server, monkeypatc
             Lease(output).__enter__()
 
 
+def test_lease_on_object_storage_is_released_after_a_file_was_deleted(
+    s3: S3Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    output = locate("s3://bucket/imported", StorageConfig())
+    with Lease(output):
+        for name in ("unfinished", "part-0"):
+            (output / name).write(b"x")
+        (output / "unfinished").delete()
+    time.sleep(HIDDEN_S)
+    assert [file.name for file in (output / "_running").list_files()] == ["README"]
+
+
 def test_second_run_on_the_same_machine_is_refused(output: Location) -> None:
     with Lease(output):
         with pytest.raises(OutputInUseError, match=rf"another run is using this output \(process {os.getpid()} on "):
@@ -71,7 +85,7 @@ def test_lease_of_a_killed_run_is_ignored(output: Location) -> None:
 import time
 from pipeline.storage.lease import Lease
 from pipeline.config.run import StorageConfig
-from pipeline.storage.location import locate
+from pipeline.storage.location import HIDDEN_S, locate
 with Lease(locate({output.path!r}, StorageConfig())):
     print("claimed", flush=True)
     time.sleep(60)

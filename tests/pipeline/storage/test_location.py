@@ -1,4 +1,5 @@
 import dataclasses
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -7,7 +8,7 @@ import pytest
 from pyarrow import fs
 
 from pipeline.config.sections import StorageConfig
-from pipeline.storage.location import MissingFileError, StorageError, is_transient, locate
+from pipeline.storage.location import HIDDEN_S, MissingFileError, StorageError, is_transient, locate
 from tests.support.flaky import BUSY, flaky
 
 HERE = StorageConfig()
@@ -75,6 +76,21 @@ def test_s3_round_trip_with_configured_credentials(s3, monkeypatch):
     assert (folder / "data" / "part-1.parquet").get_type() == fs.FileType.File
     (folder / "data" / "part-1.parquet").delete()
     assert not (folder / "data" / "part-1.parquet").exists()
+
+
+def test_deleted_files_of_a_folder_are_gone_and_the_others_are_there(s3, monkeypatch):
+    """rclone's store hides the other files of a folder for a second after each deletion."""
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    folder = locate(f"s3://{s3.bucket}/several", HERE)
+    for name in ("a", "b", "c"):
+        (folder / name).write(b"x")
+    for name in ("a", "b"):
+        (folder / name).delete()
+        assert folder.list_files()[-1].name == "c"
+    assert [file.name for file in folder.list_files()] == ["c"]
+    time.sleep(HIDDEN_S)
+    assert [file.name for file in folder.list_files()] == ["c"]
 
 
 @pytest.fixture
@@ -153,7 +169,7 @@ def test_delete_with_a_lost_response_succeeds(tmp_path, waits):
     folder, _ = flaky(tmp_path, [BUSY])
     (folder / "file").delete()
     assert not (tmp_path / "file").exists()
-    assert waits == []  # that it is gone is seen at once
+    assert waits == [HIDDEN_S]  # the deletion is not repeated
 
 
 def test_missing_file_has_its_own_error_type(tmp_path, waits):
