@@ -27,6 +27,12 @@ def find_local_path(uri: str) -> Path | None:
     return None if "://" in uri else Path(uri).expanduser().absolute()
 
 
+def find_local_folder(name: str) -> Path | None:
+    """Return the local folder of a model or an encoder; None if the name is not that of a folder, as on the hub."""
+    local = find_local_path(name)
+    return local if local is not None and local.is_dir() else None
+
+
 def _decode_path(uri: str, rest: str) -> Path:
     host, path = "", rest
     if rest.startswith("//"):

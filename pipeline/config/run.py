@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 from pydantic import Field
 
 from pipeline.config.loading import Frozen, apply_settings, assign, fill_date, flatten, read_yaml, validate_section
-from pipeline.config.paths import find_local_path
+from pipeline.config.paths import find_local_folder, find_local_path
 from pipeline.config.sections import (
     FREE_ENGINE_ARGUMENTS,
     Columns,
@@ -162,18 +162,14 @@ def make_paths_absolute(config: RunConfig) -> RunConfig:
     folders = {}
     for name in ("name", "lora"):
         path = getattr(config.model, name)
-        if path and _is_folder(path):
-            folders[name] = _make_absolute(path)
+        folder = find_local_folder(path) if path and path != "demo" else None
+        if folder is not None:
+            folders[name] = str(folder)
     return config.model_copy(update={**places, "model": config.model.model_copy(update=folders)})
 
 
 def _make_absolute(uri: str) -> str:
     return str(find_local_path(uri) or uri)
-
-
-def _is_folder(name: str) -> bool:
-    local = find_local_path(name)
-    return name != "demo" and local is not None and local.is_dir()
 
 
 def get_cache_folder() -> Path:

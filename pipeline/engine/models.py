@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pipeline.config.paths import find_local_folder
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import ModelConfig
 from pipeline.decoding.prompted_reader import PromptedCritic
@@ -57,9 +58,9 @@ def hash_model_folder(folder: Path) -> str:
 
 
 def resolve_model_path(name: str) -> str:
-    """Return the folder of the embedded model for ``demo``; other names (hub or local folder) unchanged."""
+    """Return the local folder of a model, of the embedded one for ``demo``; a name on the hub unchanged."""
     if name != "demo":
-        return name
+        return str(find_local_folder(name) or name)
     from pipeline.demo_models import build_demo_model
 
     return str(build_demo_model())

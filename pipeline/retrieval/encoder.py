@@ -12,7 +12,7 @@ import numpy.typing as npt
 from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from pipeline.config.loading import Frozen
-from pipeline.config.paths import find_local_path
+from pipeline.config.paths import find_local_folder
 from pipeline.gpus import decide_gpu_use
 from pipeline.storage.location import join_lines
 
@@ -172,8 +172,7 @@ def _find_folder(name: str) -> Path | None:
             return build_demo_encoder()
         except RuntimeError as error:
             raise ValueError(f"encoder demo: {join_lines(error)}") from None
-    folder = find_local_path(name)
-    if folder is not None and folder.is_dir():
+    if (folder := find_local_folder(name)) is not None:
         return folder
     if name.lower().startswith((".", "/", "~", "file:")):
         raise ValueError(f"encoder {name}: no such folder")
@@ -229,5 +228,5 @@ def _choose_torch_device(device: str) -> str:
 
 def resolve_encoder_name(encoder: str) -> str:
     """Return the absolute path of a folder, since actors and later runs use other folders; other names unchanged."""
-    folder = find_local_path(encoder)
-    return str(folder.resolve()) if encoder != "demo" and folder is not None and folder.is_dir() else encoder
+    folder = find_local_folder(encoder) if encoder != "demo" else None
+    return encoder if folder is None else str(folder.resolve())

@@ -9,7 +9,7 @@ from tokenizers import AddedToken
 from pipeline.config.run import RunConfig
 from pipeline.decoding.piece_check import SAMPLE_QUERY, check_pieces
 from pipeline.decoding.reflection import CONTROL_TOKENS, ReflectionIds
-from pipeline.engine.models import load_critic
+from pipeline.engine.models import load_critic, resolve_model_path
 from tests.support.tokenizers import CHAT, add_control_tokens, load_folder, write_llama
 
 
@@ -71,3 +71,14 @@ def test_critics_of_a_llama_model_give_it_the_tokens_of_whole_prompts(
     run = {"queries": "", "output": "", "model": {"name": str(add_control_tokens(tmp_path))}}
     config = RunConfig.model_validate({**run, "decoding": {"critic": critic}})
     assert check_pieces(load_critic(config), [SAMPLE_QUERY]) is None
+
+
+@pytest.mark.parametrize("form", ["{}/my model", "file://{}/my%20model", "file:{}/my%20model"])
+def test_folder_of_a_model_is_passed_on_as_a_path(tmp_path: Path, form: str) -> None:
+    (tmp_path / "my model").mkdir()
+    assert resolve_model_path(form.format(tmp_path)) == str(tmp_path / "my model")
+
+
+@pytest.mark.parametrize("name", ["selfrag/selfrag_llama2_7b", "s3://bucket/model", "gpt2"])
+def test_other_names_of_models_are_passed_on(name: str) -> None:
+    assert resolve_model_path(name) == name

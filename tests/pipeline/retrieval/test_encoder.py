@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.demo_models import build_demo_encoder
-from pipeline.retrieval.encoder import Encoder, EncoderStyle, hash_encoder
+from pipeline.retrieval.encoder import Encoder, EncoderStyle, hash_encoder, resolve_encoder_name
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +122,21 @@ def test_loaded_encoder_has_the_digest_of_its_files(encoder: Encoder) -> None:
     assert (encoder.name, encoder.revision) == ("demo", None)
 
 
-def test_missing_folder_is_named() -> None:
-    with pytest.raises(ValueError, match=r"^encoder /no/such: no such folder$"):
-        Encoder.load("/no/such")
+@pytest.mark.parametrize("name", ["/no/such", "file:///no/such", "file:/no/such", "~/no/such", "./no/such"])
+def test_missing_folder_is_named(name: str) -> None:
+    with pytest.raises(ValueError, match=rf"^encoder {name}: no such folder$"):
+        Encoder.load(name)
+
+
+@pytest.mark.parametrize("form", ["{}/my model", "file://{}/my%20model", "file:{}/my%20model"])
+def test_folder_of_an_encoder_is_recorded_as_its_path(tmp_path: Path, form: str) -> None:
+    (tmp_path / "my model").mkdir()
+    assert resolve_encoder_name(form.format(tmp_path)) == str(tmp_path / "my model")
+
+
+@pytest.mark.parametrize("name", ["demo", "sentence-transformers/all-MiniLM-L6-v2", "s3://bucket/model"])
+def test_other_names_of_encoders_are_kept(name: str) -> None:
+    assert resolve_encoder_name(name) == name
 
 
 def test_folder_without_a_model_is_named(tmp_path: Path) -> None:
