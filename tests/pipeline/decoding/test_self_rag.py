@@ -80,6 +80,25 @@ async def test_candidate_without_text_does_not_win_over_one_with_words():
     assert [p["id"] for p in row["passages"]] == [s["passage_id"] for s in row["segments"]] == ["p2"]
 
 
+@pytest.mark.parametrize(
+    ("texts", "answer", "used"),
+    [
+        ({"wrong": "Rome", "right": None, "other": None}, "Rome", "p1"),
+        ({"wrong": None, "right": None, "other": "Paris"}, "Paris", "p3"),
+        ({"wrong": "Rome", "right": "Paris", "other": None}, "Rome", "p1"),
+        ({"wrong": None, "right": "東京", "other": None}, "東京", "p2"),
+        ({"wrong": None, "right": "-5", "other": None}, "-5", "p2"),
+        ({"wrong": None, "right": "?", "other": None}, "?", "p2"),
+        ({"wrong": None, "right": "0", "other": None}, "0", "p2"),
+        ({"wrong": "   ", "right": None, "other": "Paris"}, "Paris", "p3"),
+    ],
+)
+async def test_any_text_wins_over_candidates_without_text(texts, answer, used):
+    row = to_answer_row(await bare_system(texts).answer(Query("q", "Capital?")))
+    assert (row["answer"], row["retrieved"]) == (answer, True)
+    assert [p["id"] for p in row["passages"]] == [s["passage_id"] for s in row["segments"]] == [used]
+
+
 async def test_columns_agree_if_no_candidate_has_text():
     answer = await bare_system({"wrong": None, "right": None, "other": None}).answer(Query("q", "Capital?"))
     row = to_answer_row(answer)

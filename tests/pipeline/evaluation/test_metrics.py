@@ -123,6 +123,16 @@ def test_rouge_l_matches_worked_examples() -> None:
         "नई दिल्ली भारत की राजधानी है।",
         "กรุงเทพฯ",
         "ソウル",
+        "서울은 수도이다.",
+        "Αθήνα",
+        "Երևան",
+        "თბილისი",
+        "ירושלים",
+        "Đà Nẵng",
+        "أديس أبابا",
+        "កម្ពុជា",
+        "မြန်မာ",
+        "🇫🇷 Paris",
     ],
 )
 def test_rouge_l_of_equal_answers_is_one_in_any_script(answer: str) -> None:

@@ -18,6 +18,7 @@ from pipeline.output.schema import (
     ANSWER_FIELDS,
     build_data_schema,
     build_error_schema,
+    get_output_name,
     rename_reserved_columns,
     to_answer_row,
 )
@@ -143,6 +144,32 @@ def test_colliding_input_columns_are_renamed():
 def test_input_columns_that_differ_from_output_columns_only_in_case_are_renamed():
     inputs = pa.schema([("ID", pa.string()), ("Answer", pa.string()), ("PASSAGES", pa.int32()), ("Answers", pa.null())])
     assert rename_reserved_columns(inputs).names == ["ID", "input_Answer", "input_PASSAGES", "Answers"]
+
+
+@pytest.mark.parametrize(
+    ("name", "output"),
+    [
+        ("answer", "input_answer"),
+        ("ANSWER", "input_ANSWER"),
+        ("Raw_Output", "input_Raw_Output"),
+        ("Finish_reason", "input_Finish_reason"),
+        ("SEGMENTS", "input_SEGMENTS"),
+        ("Usage", "input_Usage"),
+        ("Retrieve_Probability", "input_Retrieve_Probability"),
+        ("Candidates", "input_Candidates"),
+        ("Evidence", "input_Evidence"),
+        ("ERROR_type", "input_ERROR_type"),
+        ("Attempts", "input_Attempts"),
+        ("answers", "answers"),
+        ("Answer_", "Answer_"),
+        (" answer", " answer"),
+        ("input_answer", "input_answer"),
+        ("Query", "Query"),
+        ("réponse", "réponse"),
+    ],
+)
+def test_reserved_names_are_known_in_any_case(name, output):
+    assert get_output_name(name) == output
 
 
 @pytest.mark.parametrize(

@@ -98,6 +98,29 @@ def test_passages_without_ids_get_digests_of_their_content() -> None:
     assert to_passages([{"text": "a"}]) == [first]
 
 
-def test_passages_with_equal_ids_are_numbered() -> None:
-    given = [{"id": 7, "text": "a"}, {"id": "7", "text": "b"}, {"id": "7-2", "text": "c"}, {"id": 7, "text": "d"}]
-    assert [passage["id"] for passage in to_passages(given) or []] == ["7", "7-2", "7-2-2", "7-3"]
+@pytest.mark.parametrize(
+    ("ids", "expected"),
+    [
+        ([7, "7", "7-2", 7], ["7", "7-2", "7-2-2", "7-3"]),
+        (["a", "a"], ["a", "a-2"]),
+        (["a", "a", "a"], ["a", "a-2", "a-3"]),
+        (["a-2", "a", "a"], ["a-2", "a", "a-3"]),
+        (["a", "A"], ["a", "A"]),
+        ([1, 1.0], ["1", "1.0"]),
+        ([True, "true"], ["true", "true-2"]),
+        (["é", "e\u0301"], ["é", "e\u0301"]),
+        ([0, "0"], ["0", "0-2"]),
+        (["a", " a"], ["a", " a"]),
+    ],
+)
+def test_passages_with_equal_ids_are_numbered(ids: list[Any], expected: list[str]) -> None:
+    given = [{"id": name, "text": str(number)} for number, name in enumerate(ids)]
+    assert [passage["id"] for passage in to_passages(given) or []] == expected
+
+
+@pytest.mark.parametrize("missing", [None, "", "  ", float("nan"), "\t\n"])
+def test_passage_with_a_missing_id_gets_one(missing: Any) -> None:
+    (passage,) = to_passages([{"id": missing, "text": "a"}]) or []
+    (other,) = to_passages([{"text": "a"}]) or []
+    assert passage == other
+    assert len(passage["id"]) == 20

@@ -135,8 +135,23 @@ def test_label_that_cannot_be_encoded_raises_nothing(caplog: pytest.LogCaptureFi
     assert "UnicodeEncodeError" in caplog.text
 
 
-def test_labels_are_percent_encoded_where_they_are_not_ascii() -> None:
-    assert encode_label("s3://bucket/größe 100%/{date}") == "s3://bucket/gr%C3%B6%C3%9Fe 100%/{date}"
+@pytest.mark.parametrize(
+    ("label", "encoded"),
+    [
+        ("s3://bucket/größe 100%/{date}", "s3://bucket/gr%C3%B6%C3%9Fe 100%/{date}"),
+        ("/data/año=2024", "/data/a%C3%B1o=2024"),
+        ("東京", "%E6%9D%B1%E4%BA%AC"),
+        ("القاهرة", "%D8%A7%D9%84%D9%82%D8%A7%D9%87%D8%B1%D8%A9"),
+        ("out/😀", "out/%F0%9F%98%80"),
+        ("cafe\u0301", "cafe%CC%81"),
+        ("a\u00a0b", "a%C2%A0b"),
+        ("a\u2028b", "a%E2%80%A8b"),
+        ("plain", "plain"),
+        ("", ""),
+    ],
+)
+def test_labels_are_percent_encoded_where_they_are_not_ascii(label: str, encoded: str) -> None:
+    assert encode_label(label) == encoded
 
 
 def test_metrics_can_be_scraped(port: tuple[str, int]) -> None:

@@ -11,6 +11,7 @@ from pipeline.storage.location import StorageError, locate
 from pipeline.storage.parquet import (
     RowRange,
     encode_parquet,
+    is_parquet,
     list_parquet,
     map_in_threads,
     read_columns,
@@ -60,6 +61,32 @@ def test_parquet_files_are_known_by_suffix_in_any_case_or_by_content(
     assert [file.name for file in list_parquet(place(tmp_path))] == sorted(names)
     (record,) = caplog.records
     assert record.message == f"{tmp_path}: 4 files are not read (a.parquet.bak, a.parquet~, e.bin, empty)"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "expected"),
+    [
+        ("part-00000-1a2b.c000.snappy.parquet", b"", True),
+        ("A.PARQUET", b"", True),
+        ("a.Pq", b"", True),
+        ("2024.01.01.parq", b"", True),
+        ("000000_0", b"PAR1...", True),
+        ("20240101_120000_00001_trino", b"PAR1...", True),
+        ("delta_1", b"PAR1", True),
+        ("encrypted", b"PARE...", False),
+        ("orc", b"ORC...", False),
+        ("short", b"PAR", False),
+        ("empty", b"", False),
+        ("a.parquet.gz", b"PAR1", False),
+        ("a.parquet.crc", b"PAR1", False),
+        ("a.parquet.tmp", b"PAR1", False),
+        ("parquet", b"text", False),
+        ("a.", b"PAR1", False),
+    ],
+)
+def test_parquet_is_recognized(tmp_path: Path, name: str, content: bytes, expected: bool) -> None:
+    (tmp_path / name).write_bytes(content)
+    assert is_parquet(place(tmp_path / name)) is expected
 
 
 def test_damaged_file_with_a_parquet_suffix_is_not_left_out(tmp_path: Path) -> None:
