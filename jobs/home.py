@@ -6,6 +6,8 @@ import sys
 from pathlib import Path
 from typing import NoReturn
 
+from pipeline.config.paths import is_writable
+
 # Files of a read-only home folder that stay in use, by the variable for their place.
 KEPT = {
     "AWS_CONFIG_FILE": ".aws/config",
@@ -25,12 +27,12 @@ def find_home() -> None:
     """
     _name_user()
     home, cache = Path(os.path.expanduser("~")), os.environ.get("SELFRAG_CACHE")  # noqa: PTH111  Path.expanduser raises
-    if home.is_absolute() and _is_writable(home) and _is_writable(home / ".cache"):
+    if home.is_absolute() and is_writable(home) and is_writable(home / ".cache"):
         return
     if not cache:
         _refuse(f"the home folder (HOME: {home}) cannot be written to; set SELFRAG_CACHE to a folder that can")
     folder = Path(cache).absolute() / "home"
-    if not _is_writable(folder):
+    if not is_writable(folder):
         _refuse(f"SELFRAG_CACHE={cache} cannot be written to; set it to a folder that can")
     folder.mkdir(parents=True, exist_ok=True)
     for name, file in KEPT.items():
@@ -44,12 +46,6 @@ def _name_user() -> None:
         getpass.getuser()
     except (KeyError, OSError):
         os.environ["USER"] = str(os.getuid())
-
-
-def _is_writable(folder: Path) -> bool:
-    """Whether a folder can be written to, or created."""
-    existing = next(path for path in (folder, *folder.parents) if os.access(path, os.F_OK))
-    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
 
 
 def _refuse(reason: str) -> NoReturn:

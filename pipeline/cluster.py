@@ -9,8 +9,10 @@ import tempfile
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Self
 
+from pipeline.config.paths import is_writable
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import ExecutionConfig
 from pipeline.engine.arguments import count_replica_gpus, get_gpu_share
@@ -55,7 +57,7 @@ def connect(execution: ExecutionConfig) -> None:
     if not ray.is_initialized():
         address = execution.ray_address or os.environ.get("RAY_ADDRESS") or "local"
         if address == "local":
-            check_socket_paths()
+            check_temporary_folders()
         with _keep_sigterm_handler():
             ray.init(address=address, include_dashboard=False, logging_level="WARNING")
     context = ray.data.DataContext.get_current()
@@ -63,15 +65,19 @@ def connect(execution: ExecutionConfig) -> None:
     context.print_on_execution_start = False
 
 
-def check_socket_paths() -> None:
-    """Check that the sockets of a local Ray instance and of its engines can be created in the temporary folders.
+def check_temporary_folders() -> None:
+    """Check that a local Ray instance and its engines can create files and sockets in their temporary folders.
 
     Raises:
-        ValueError: their paths are too long; the message names the variables to set.
+        ValueError: the folder is read-only, or paths of sockets are too long; the message names the variables to set.
     """
     # https://docs.ray.io/en/latest/ray-core/configure.html: Ray prefers RAY_TMPDIR.
     session = f"/ray/session_2026-01-31_00-00-00_000000_{os.getpid()}/sockets/plasma_store"
     ray_folder = os.environ.get("RAY_TMPDIR") or os.environ.get("TMPDIR") or "/tmp"  # noqa: S108
+    if not is_writable(Path(ray_folder).absolute() / "ray"):
+        raise ValueError(
+            f"temporary folder {ray_folder}: Ray cannot write to ray in it; set TMPDIR and RAY_TMPDIR to another one"
+        )
     for folder, socket in ((ray_folder, session), (tempfile.gettempdir(), f"/{uuid.UUID(int=0)}")):
         excess = len(os.fsencode(folder)) + len(socket) - SOCKET_BYTES
         if excess > 0:

@@ -6,6 +6,7 @@ The model folders built from them are in :func:`get_cache_folder`, and appear th
 
 import hashlib
 import logging
+import os
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from zipfile import ZipFile
 
 from filelock import FileLock
 
+from pipeline.config.paths import is_writable
 from pipeline.config.run import get_cache_folder
 
 log = logging.getLogger(__name__)
@@ -107,9 +109,16 @@ def build_once(folder: Path, build: Callable[[Path], None]) -> Path:
     Args:
         folder: target folder; it appears only when it is complete.
         build: function that fills an empty sibling folder, which is then renamed to the target.
+
+    Raises:
+        RuntimeError: the folder must be built, and its parent cannot be written to.
     """
-    if folder.is_dir():
+    if os.access(folder, os.F_OK):  # unlike Path.is_dir, false if this user may not look there
         return folder
+    if not is_writable(folder.parent.absolute()):
+        raise RuntimeError(
+            f"the cache folder {folder.parent} cannot be written to; set SELFRAG_CACHE to a folder that can"
+        )
     folder.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(folder.with_name(f".{folder.name}.lock")):
         if not folder.is_dir():

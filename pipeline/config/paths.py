@@ -33,6 +33,13 @@ def find_local_folder(name: str) -> Path | None:
     return local if local is not None and local.is_dir() else None
 
 
+def is_writable(folder: Path) -> bool:
+    """Whether this user can write to an absolute local folder, or create it."""
+    # Unlike Path.exists, os.access does not raise an error about a folder in which this user may not look.
+    existing = next(path for path in (folder, *folder.parents) if os.access(path, os.F_OK))
+    return existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)
+
+
 def _decode_path(uri: str, rest: str) -> Path:
     host, path = "", rest
     if rest.startswith("//"):

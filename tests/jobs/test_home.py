@@ -34,7 +34,7 @@ def make_read_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def access(path: Any, mode: int) -> bool:
         return allowed(path, mode) and not (mode & os.W_OK and Path(path).is_relative_to(folder))
 
-    monkeypatch.setattr("jobs.home.os.access", access)
+    monkeypatch.setattr("pipeline.config.paths.os.access", access)
 
 
 @pytest.mark.parametrize("home", ["present", "absent/but/allowed"])

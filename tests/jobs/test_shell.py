@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from jobs.cli import JOBS
+from jobs.cli import JOBS, app
+from jobs.shell import Application
 
 ROOT = Path(__file__).parents[2]
 # A job that prints a line when its work begins, and one when it has released what it held.
@@ -102,3 +103,4 @@ def test_every_job_starts_in_the_same_way() -> None:
     }
     assert {name.removeprefix("benchmark_") for name in JOBS if name != "benchmark"} <= started
     assert not [file for file in mains if "typer.run(" in file.read_text()]
+    assert isinstance(app, Application)

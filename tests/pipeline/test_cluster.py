@@ -11,7 +11,7 @@ from pipeline.cluster import (
     Room,
     check_device,
     check_sharing,
-    check_socket_paths,
+    check_temporary_folders,
     choose_actor_gpus,
     connect,
     count_servers,
@@ -306,11 +306,21 @@ def test_temporary_folders_must_leave_room_for_sockets(monkeypatch, ray, tempora
     folder = "/" + "t" * (temporary - 1)
     monkeypatch.setenv("TMPDIR", folder)
     monkeypatch.setattr("tempfile.tempdir", folder)
+    monkeypatch.setattr("pipeline.cluster.is_writable", lambda _: True)
     if named is None:
-        check_socket_paths()
+        check_temporary_folders()
         return
     with pytest.raises(ValueError, match=rf"^temporary folder {named}\w+: .*set TMPDIR and RAY_TMPDIR to a folder"):
-        check_socket_paths()
+        check_temporary_folders()
+
+
+@pytest.mark.parametrize("variable", ["TMPDIR", "RAY_TMPDIR"])
+@pytest.mark.parametrize("folder", ["/dev/null", "/dev/null/a"])
+def test_temporary_folder_of_ray_must_be_writable(monkeypatch, variable, folder):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv(variable, folder)
+    with pytest.raises(ValueError, match=f"^temporary folder {folder}: .*set TMPDIR and RAY_TMPDIR to another one$"):
+        check_temporary_folders()
 
 
 @pytest.fixture

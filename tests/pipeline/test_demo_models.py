@@ -155,3 +155,10 @@ def test_demo_encoder_is_all_minilm() -> None:
     assert json.loads((folder / "1_Pooling" / "config.json").read_text())["word_embedding_dimension"] == 384
     weights = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
     assert weights == "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db"
+
+
+@pytest.mark.parametrize("folder", ["/dev/null", "/dev/null/cache"])
+def test_cache_folder_that_cannot_be_written_to_is_named(monkeypatch: pytest.MonkeyPatch, folder: str) -> None:
+    monkeypatch.setenv("SELFRAG_CACHE", folder)
+    with pytest.raises(RuntimeError, match=f"^the cache folder {folder} cannot be written to; set SELFRAG_CACHE to a "):
+        build_demo_encoder()

@@ -3,7 +3,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config.paths import find_local_path
+from pipeline.config.paths import find_local_path, is_writable
 
 
 @pytest.mark.parametrize(
@@ -65,3 +65,11 @@ def test_malformed_uris_are_rejected_with_the_right_form(uri: str, advice: str) 
     with pytest.raises(ValueError, match=uri) as caught:
         find_local_path(uri)
     assert advice in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("name", "writable"), [("", True), ("new", True), ("new/folder", True), ("file", False), ("file/below", False)]
+)
+def test_folder_is_writable_if_it_can_be_created(tmp_path: Path, name: str, writable: bool) -> None:
+    (tmp_path / "file").touch()
+    assert is_writable(tmp_path / name) is writable
