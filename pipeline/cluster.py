@@ -6,6 +6,7 @@ import os
 import re
 import signal
 import tempfile
+import threading
 import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -94,7 +95,8 @@ def _keep_sigterm_handler() -> Iterator[None]:
     A signal that arrives meanwhile is handled at the end of the body: Ray may swallow the exception of a handler.
     """
     handler = signal.getsignal(signal.SIGTERM)
-    if not callable(handler):  # a program without one keeps Ray's
+    # A program without one keeps Ray's, which Ray sets in the main thread only.
+    if not callable(handler) or threading.current_thread() is not threading.main_thread():
         yield
         return
     received, noting = os.pipe2(os.O_NONBLOCK)
