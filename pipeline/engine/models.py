@@ -108,9 +108,11 @@ def load_critic(config: RunConfig) -> Critic:
     """Return the critic of a run, for which only the model's tokenizer is loaded.
 
     Raises:
-        ValueError: the tokenizer cannot be loaded, or does not support this critic.
+        ValueError: the tokenizer cannot be loaded, has no end-of-sequence token, or does not support this critic.
     """
     tokenizer = load_tokenizer(config.model)
+    if tokenizer.eos_token_id is None:
+        raise ValueError(f"model {config.model.name}: its tokenizer has no end-of-sequence token; set its eos_token")
     if config.decoding.critic == "prompted":
         return PromptedCritic(tokenizer, config.model.name)
     return ReflectionCritic(PromptTokenizer.of(tokenizer, config.model.name))

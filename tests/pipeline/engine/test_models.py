@@ -9,6 +9,7 @@ from tokenizers import AddedToken
 from pipeline.config.run import RunConfig
 from pipeline.decoding.piece_check import SAMPLE_QUERY, check_pieces
 from pipeline.decoding.reflection import CONTROL_TOKENS, ReflectionIds
+from pipeline.demo_models import build_demo_encoder
 from pipeline.engine.models import load_critic, resolve_model_path
 from tests.support.tokenizers import CHAT, add_control_tokens, load_folder, write_llama
 
@@ -71,6 +72,13 @@ def test_critics_of_a_llama_model_give_it_the_tokens_of_whole_prompts(
     run = {"queries": "", "output": "", "model": {"name": str(add_control_tokens(tmp_path))}}
     config = RunConfig.model_validate({**run, "decoding": {"critic": critic}})
     assert check_pieces(load_critic(config), [SAMPLE_QUERY]) is None
+
+
+@pytest.mark.parametrize("critic", ["reflection", "prompted"])
+def test_a_tokenizer_without_an_end_of_sequence_is_refused(critic: str) -> None:
+    run = {"queries": "", "output": "", "model": {"name": str(build_demo_encoder())}, "decoding": {"critic": critic}}
+    with pytest.raises(ValueError, match=r"^model .*: its tokenizer has no end-of-sequence token; set its eos_token$"):
+        load_critic(RunConfig.model_validate(run))
 
 
 @pytest.mark.parametrize("form", ["{}/my model", "file://{}/my%20model", "file:{}/my%20model"])
