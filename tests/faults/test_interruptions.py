@@ -80,6 +80,7 @@ def test_run_is_interrupted_before_its_first_row(job: Job, tmp_path: Path) -> No
     assert not (tmp_path / "out" / "_running").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seconds", [0.0, 1.0, 2.0])
 def test_run_is_interrupted_while_ray_starts(job: Job, tmp_path: Path, seconds: float) -> None:
     running = job.start()
