@@ -70,7 +70,8 @@ class Import:
                 good[number] = self._convert_row(row)
             except ValueError as error:
                 if not self.skip_bad:
-                    columns = f" (columns: {', '.join(batch.list_columns())}; map them with --column)"
+                    named = f" (columns: {', '.join(batch.list_columns())}; map them with --column)"
+                    columns = "" if row.problem else named
                     raise ValueError(
                         f"{row.place}: {error}{columns}; fix the row, or skip it with --skip-bad"
                     ) from None

@@ -9,6 +9,7 @@ from functools import cached_property
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 from pyarrow import dataset
 
 from pipeline.config.sections import Columns, Profile
@@ -27,7 +28,7 @@ from pipeline.evaluation.statistics import (
 )
 from pipeline.evaluation.words import SplitPair, split_pair
 from pipeline.output.folder import OutputFolder, get_columns
-from pipeline.queries.schema import GOLD_TYPES, check_types
+from pipeline.queries.schema import GOLD_TYPES, UNREADABLE, check_types
 from pipeline.storage.location import Location
 
 log = logging.getLogger(__name__)
@@ -265,18 +266,24 @@ def iterate_rows(folder: Location, columns: list[str], required: list[str] | Non
         raise ValueError(f"{folder.uri}: no column {missing[0]!r}; it has {', '.join(data.schema.names)}")
     check_types(data.schema, GOLD_TYPES, folder.uri)
     for batch in data.to_batches(columns=[name for name in dict.fromkeys(columns) if name in data.schema.names]):
-        yield from _format_times(pa.Table.from_batches([batch])).to_pylist()
+        values = [_read_column(batch, name, folder) for name in batch.schema.names]
+        for row in zip(*values, strict=True):
+            yield dict(zip(batch.schema.names, row, strict=True))
 
 
-def _format_times(rows: pa.Table) -> pa.Table:
+def _read_column(batch: pa.RecordBatch, name: str, folder: Location) -> list[Any]:
+    try:
+        return list(_format_times(batch[name]).to_pylist())
+    except UNREADABLE as error:
+        raise ValueError(f"{folder.uri}: column {name!r} has a value that cannot be read: {error}") from None
+
+
+def _format_times(values: pa.Array) -> pa.Array:
     """Convert dates and times, of which Python holds only some, to text; times of a zone in UTC."""
-    for place, name in enumerate(rows.column_names):
-        if pa.types.is_temporal(rows.schema.field(place).type):
-            rows = rows.set_column(place, name, _format_column(rows[name]))
-    return rows
-
-
-def _format_column(times: pa.ChunkedArray) -> pa.ChunkedArray:
-    if pa.types.is_timestamp(times.type):
-        times = times.cast(pa.timestamp(times.type.unit))
-    return times.cast(pa.string())
+    kind = values.type
+    if not pa.types.is_temporal(kind) or pa.types.is_interval(kind):
+        return values
+    if pa.types.is_timestamp(kind):
+        values = values.cast(pa.timestamp(kind.unit))
+    texts = values.cast(pa.string())
+    return pc.binary_join_element_wise(texts, kind.unit, " ") if pa.types.is_duration(kind) else texts

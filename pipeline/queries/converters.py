@@ -1,13 +1,14 @@
 """Convert a source's rows to rows of a query set. The columns of known datasets are in ``converters.yaml``."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache, cached_property
 from pathlib import Path
 from string import ascii_uppercase
 from typing import Any
 
+import pyarrow as pa
 import yaml
 from pydantic import Field
 
@@ -64,6 +65,13 @@ class ColumnMapping:
         """Whether a column of the source is read."""
         return any(column in (path, path.split(".")[0]) for path in self._paths.values())
 
+    def select_fields(self, field: pa.Field) -> pa.Field:
+        """Return a column of the source with only those of its inner fields that are read."""
+        paths = [path.split(".") for path in self._paths.values()]
+        if any(path == field.name for path in self._paths.values()):
+            return field
+        return field.with_type(_select_fields(field.type, [path[1:] for path in paths if path[0] == field.name]))
+
     def passes(self, column: str) -> bool:
         """Whether a column of the source passes through unchanged."""
         return column not in self._taken
@@ -99,6 +107,20 @@ class ColumnMapping:
     def _taken(self) -> frozenset[str]:
         """The columns of the source that do not pass through."""
         return frozenset([*self.columns.values(), *self.drop, *CONVERTERS])
+
+
+def _select_fields(kind: pa.DataType, paths: Sequence[Sequence[str]]) -> pa.DataType:
+    """Leave out the inner fields of a type that none of the paths leads to."""
+    if not all(paths):  # one of them reads all
+        return kind
+    if pa.types.is_struct(kind):
+        inner = {field.name: [path[1:] for path in paths if path[0] == field.name] for field in kind}
+        return pa.struct([f.with_type(_select_fields(f.type, inner[f.name])) for f in kind if inner[f.name]])
+    if pa.types.is_list(kind):
+        return pa.list_(_select_fields(kind.value_type, paths))
+    if pa.types.is_large_list(kind):
+        return pa.large_list(_select_fields(kind.value_type, paths))
+    return kind
 
 
 def find_value(values: Mapping[str, Any], path: str) -> Any:

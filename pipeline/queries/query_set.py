@@ -7,7 +7,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
-from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -15,7 +14,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config.sections import Columns, StorageConfig
-from pipeline.queries.partitions import append_partition, find_partition, infer_types, parse_partition
+from pipeline.queries.partitions import append_fields, append_partition, find_partition, infer_types, parse_partition
 from pipeline.queries.schema import GOLD_TYPES, check_query_schema
 from pipeline.queries.unified_schema import cast_table, replace_views, unify_schemas
 from pipeline.queries.units import Part, Unit, join_parts
@@ -76,12 +75,16 @@ class QueryFile:
     ids: pa.ChunkedArray
     tasks: Mapping[str, int]
 
+    def complete_schema(self, types: Mapping[str, pa.DataType]) -> pa.Schema:
+        """Return the schema with the partition columns; their types are strings unless ``types`` has others."""
+        return append_fields(self.schema, parse_partition(self.partition), types)
+
     def divide(self, unit_rows: int) -> Iterator[Part]:
         """Divide the rows into parts of at most ``unit_rows`` rows."""
         for group, rows in enumerate(self.groups):
             for offset in range(0, rows, unit_rows):
-                size = min(unit_rows, rows - offset)
-                yield Part(self.file.uri, self.size, self.digest, self.partition, group, offset, size)
+                taken = min(unit_rows, rows - offset)
+                yield Part(self.file.uri, self.size, self.digest, self.partition, group, rows, offset, taken)
 
 
 def inspect_queries(location: Location, columns: Columns, unit_rows: int) -> QuerySet:
@@ -135,7 +138,7 @@ def _inspect_stream(stream: Any, file: Location, partition: str, columns: Column
     schema = replace_views(metadata.schema.to_arrow_schema())
     ids, tasks = [pa.chunked_array([], pa.large_string())], Counter[str]()
     if any(groups):  # pandas writes an empty table without the types of its columns
-        check_query_schema(_append_partition(schema, partition), columns, file.uri)
+        check_query_schema(append_fields(schema, parse_partition(partition), {}), columns, file.uri)
     for table in _read_tables(parquet, file, partition):
         ids.append(table[columns.id].cast(pa.large_string()))
         if columns.task in table.schema.names:
@@ -152,18 +155,11 @@ def _hash_stream(stream: Any) -> tuple[int, str]:
     return stream.size(), digest.hexdigest()
 
 
-def _append_partition(
-    schema: pa.Schema, partition: str, types: Mapping[str, pa.DataType] = MappingProxyType({})
-) -> pa.Schema:
-    """Append the partition columns that a file does not have itself; their type is string unless ``types`` has one."""
-    missing = [name for name in parse_partition(partition) if name not in schema.names]
-    return pa.schema([*schema, *(pa.field(name, types.get(name, pa.string())) for name in missing)])
-
-
 def _read_tables(parquet: pq.ParquetFile, file: Location, partition: str) -> Iterator[pa.Table]:
     """Read every page, so that a damaged one is found before the run starts."""
     for batch in parquet.iter_batches():
-        yield append_partition(pa.Table.from_batches([batch]), parse_partition(partition), file.uri)
+        rows = pa.Table.from_batches([batch])
+        yield append_partition(rows.cast(replace_views(rows.schema)), parse_partition(partition), file.uri)
 
 
 def _count_tasks(values: pa.ChunkedArray, column: str, file: Location) -> dict[str, int]:
@@ -186,16 +182,16 @@ def _check_ids_of_file(ids: pa.ChunkedArray, column: str, file: Location) -> Non
 
 def _infer_partition_types(files: Sequence[QueryFile], columns: Columns) -> dict[str, pa.DataType]:
     texts = [*vars(columns).values(), *GOLD_TYPES]
-    return infer_types((parse_partition(file.partition) for file in files), texts)
+    own = {field.name: field.type for file in files for field in file.schema if not pa.types.is_null(field.type)}
+    return infer_types((parse_partition(file.partition) for file in files), texts, own)
 
 
 def _unify_files(files: Sequence[QueryFile], partitions: Mapping[str, pa.DataType]) -> pa.Schema:
     """Unify the schemas of the files, and check that every value fits."""
-    schemas = {file.file.uri: _append_partition(file.schema, file.partition, partitions) for file in files}
+    schemas = {file.file.uri: file.complete_schema(partitions) for file in files}
     unified = unify_schemas(schemas)
-    map_in_threads(
-        lambda file: _check_cast(file, unified), [file for file in files if _differs(schemas[file.file.uri], unified)]
-    )
+    differing = [file for file in files if _differs(schemas[file.file.uri], unified)]
+    map_in_threads(lambda file: _check_cast(file, unified), differing)
     return unified
 
 

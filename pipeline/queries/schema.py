@@ -12,17 +12,24 @@ from pipeline.output.schema import rename_reserved_columns
 
 
 def _is_text(kind: pa.DataType) -> bool:
+    """Whether a column or an inner field holds text; a null type stands for text that is missing throughout."""
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    return bool(pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind))
+    texts = pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_string_view(kind)
+    return bool(texts or pa.types.is_null(kind))
 
 
 def _is_list(kind: pa.DataType) -> bool:
-    return bool(pa.types.is_list(kind) or pa.types.is_large_list(kind))
+    lists = pa.types.is_list(kind) or pa.types.is_large_list(kind) or pa.types.is_list_view(kind)
+    return bool(lists or pa.types.is_fixed_size_list(kind))
 
 
 def _is_passages(kind: pa.DataType) -> bool:
-    if not (_is_list(kind) and pa.types.is_struct(kind.value_type)):
+    if not _is_list(kind):
+        return False
+    if pa.types.is_null(kind.value_type):
+        return True
+    if not pa.types.is_struct(kind.value_type):
         return False
     fields = {field.name: field.type for field in kind.value_type}
     return {"id", "text"} <= fields.keys() and all(_is_text(fields[n]) for n in ("id", "title", "text") if n in fields)
@@ -30,6 +37,10 @@ def _is_passages(kind: pa.DataType) -> bool:
 
 def _is_texts(kind: pa.DataType) -> bool:
     return _is_list(kind) and _is_text(kind.value_type)
+
+
+def _is_text_sets(kind: pa.DataType) -> bool:
+    return _is_list(kind) and (pa.types.is_null(kind.value_type) or _is_texts(kind.value_type))
 
 
 # Other columns pass through.
@@ -54,7 +65,7 @@ TypeCheck = tuple[Callable[[pa.DataType], bool], str]
 # Columns that the evaluation reads.
 GOLD_TYPES: Mapping[str, TypeCheck] = {
     "answers": (_is_texts, "list<string>"),
-    "short_answers": (lambda kind: _is_list(kind) and _is_texts(kind.value_type), "list<list<string>>"),
+    "short_answers": (_is_text_sets, "list<list<string>>"),
     "gold_passage_id": (_is_text, "string"),
 }
 
@@ -92,9 +103,7 @@ def check_query_schema(schema: pa.Schema, columns: Columns, source: str) -> None
                 f"{source}: no column {column!r}; it has {', '.join(schema.names) or 'none'} "
                 "(columns can be mapped: --set columns.query=NAME)"
             )
-    for name, count in Counter(schema.names).items():
-        if count > 1:
-            raise ValueError(f"{source}: {count} columns are named {name!r}")
+    check_readable(schema, source)
     wanted: dict[str, TypeCheck] = {
         columns.id: (_is_text, "string"),
         columns.query: (_is_text, "string"),
@@ -105,11 +114,22 @@ def check_query_schema(schema: pa.Schema, columns: Columns, source: str) -> None
         **GOLD_TYPES,
     }
     check_types(schema, wanted, source)
+    _check_output_names(schema, source)
+
+
+def check_readable(schema: pa.Schema, source: str) -> None:
+    """Check that pyarrow can read the columns of a file by name.
+
+    Raises:
+        ValueError: two columns have one name, or a type cannot be read; names the column.
+    """
+    for name, count in Counter(schema.names).items():
+        if count > 1:
+            raise ValueError(f"{source}: {count} columns are named {name!r}; rename all but one")
     for field in schema:
         if "large_list_view" in str(field.type):  # at any depth
             kind = f"column {field.name!r} is {field.type}"
             raise ValueError(f"{source}: {kind}, which pyarrow cannot read; use large_list")
-    _check_output_names(schema, source)
 
 
 def _check_output_names(schema: pa.Schema, source: str) -> None:
@@ -135,13 +155,15 @@ def read_rows(table: pa.Table) -> list[Row]:
 
 
 def _read_row(table: pa.Table) -> Row:
-    try:
-        (row,) = table.to_pylist()
-    except UnicodeDecodeError as error:
-        return ValueError(f"its text is not UTF-8: {error}")
-    except UNREADABLE as error:
-        return ValueError(f"a value cannot be read: {error}")
-    return dict(row)
+    row = {}
+    for name in table.column_names:
+        try:
+            (row[name],) = table[name].to_pylist()
+        except UnicodeDecodeError as error:
+            return ValueError(f"column {name!r} is not UTF-8: {error}")
+        except UNREADABLE as error:
+            return ValueError(f"column {name!r} has a value that cannot be read: {error}")
+    return row
 
 
 def to_query(row: Mapping[str, Any], columns: Columns) -> Query:

@@ -112,8 +112,8 @@ class ArrowBatch:
 
     def read_rows(self, mapping: ColumnMapping) -> list[SourceRow]:
         """Read all rows, with the columns that the mapping reads; rows with text that is not UTF-8 have a problem."""
-        names = [name for name in self.list_columns() if mapping.reads(name)]
-        values = read_rows(self.table.select(names)) if names else [{} for _ in range(self.table.num_rows)]
+        read = pa.schema([mapping.select_fields(field) for field in self.table.schema if mapping.reads(field.name)])
+        values = read_rows(self.table.select(read.names).cast(read)) if read else [{}] * self.table.num_rows
         used = [name for name in self.list_columns() if mapping.reads(name) or mapping.passes(name)]
         problems = find_invalid_rows(self.table.select(used))
         return [_build_row(self._locate_row(n), problems.get(n, row)) for n, row in enumerate(values)]
@@ -152,7 +152,7 @@ def _build_array(name: str, rows: Sequence[SourceRow]) -> pa.Array:
     except UNFIT as error:
         first = bisect.bisect_left(range(len(values)), True, key=lambda n: not _can_convert(values[: n + 1]))
         raise ValueError(
-            f"{rows[first].place}: column {name!r} does not match the type of the rows before it "
+            f"{rows[first].place}: column {name!r} fits no type, or not that of the rows before it "
             f"({join_lines(error)}); leave it out with --drop {name}"
         ) from None
 

@@ -19,12 +19,15 @@ from pipeline.config.sections import StorageConfig
 from pipeline.queries.converters import ColumnMapping
 from pipeline.queries.partitions import (
     Partition,
+    add_partition_values,
+    append_fields,
     append_partition,
     find_partition,
     infer_types,
     parse_partition,
     warn_of_columns_above,
 )
+from pipeline.queries.schema import check_readable
 from pipeline.queries.source_rows import ArrowBatch, PythonBatch, SourceBatch, SourceRow
 from pipeline.queries.text_files import TEXT_KINDS
 from pipeline.queries.unified_schema import replace_views, unify_optional_columns
@@ -175,16 +178,29 @@ def _open_files(location: Location, mapping: ColumnMapping) -> Iterator[SourceBa
     files = _list_files(location)
     warn_of_columns_above(location, [name for file in files for name in file.partition])
     read = [name for file in files for name in file.partition if mapping.reads(name)]
-    types = infer_types((file.partition for file in files), read)
-    _check_types([file.file for file in files if file.kind == PARQUET], mapping)
+    own = _unify_passed_columns([file.file for file in files if file.kind == PARQUET], mapping)
+    types = infer_types((file.partition for file in files), read, {field.name: field.type for field in own})
     return chain.from_iterable(_read_file(file, types, mapping) for file in files)
 
 
-def _check_types(files: list[Location], mapping: ColumnMapping) -> None:
-    """Check that the columns that pass can be unified, which would otherwise fail after the last file is read."""
-    schemas = map_in_threads(lambda file: replace_views(read_footer(file).schema.to_arrow_schema()), files)
-    passed = [pa.schema([field for field in schema if mapping.passes(field.name)]) for schema in schemas]
-    unify_optional_columns({file.uri: schema for file, schema in zip(files, passed, strict=True)})
+def _unify_passed_columns(files: list[Location], mapping: ColumnMapping) -> pa.Schema:
+    """Unify the columns that pass, which would otherwise fail after the last file is read.
+
+    Raises:
+        ValueError: they cannot be unified, one occurs twice in a file, or pyarrow cannot read it.
+    """
+    footers = map_in_threads(read_footer, files)
+    schemas = {}
+    for file, footer in zip(files, footers, strict=True):
+        if footer.num_rows:  # pandas writes an empty table without the types of its columns
+            schema = _select_used_columns(footer.schema.to_arrow_schema(), mapping)
+            check_readable(schema, file.uri)
+            schemas[file.uri] = pa.schema([field for field in replace_views(schema) if mapping.passes(field.name)])
+    return unify_optional_columns(schemas)
+
+
+def _select_used_columns(schema: pa.Schema, mapping: ColumnMapping) -> pa.Schema:
+    return pa.schema([field for field in schema if mapping.reads(field.name) or mapping.passes(field.name)])
 
 
 def _list_files(location: Location) -> list[SourceFile]:
@@ -222,25 +238,20 @@ def _read_parquet(
     source: SourceFile, types: Mapping[str, pa.DataType], mapping: ColumnMapping
 ) -> Iterator[SourceBatch]:
     footer = read_footer(source.file)
-    schema = footer.schema.to_arrow_schema()
-    names = [name for name in schema.names if mapping.reads(name) or mapping.passes(name)]
-    for row, batch in read_range(RowRange(source.file, 0, footer.num_rows), names):
-        rows = pa.Table.from_batches([batch])
-        table = append_partition(rows.cast(replace_views(rows.schema)), source.partition, source.file.uri)
-        typed = [pa.field(f.name, f.type if f.name in names else types[f.name]) for f in table.schema]
-        yield ArrowBatch(source.file.uri, row, table.cast(pa.schema(typed)))
+    schema = replace_views(_select_used_columns(footer.schema.to_arrow_schema(), mapping))
+    whole = append_fields(schema, source.partition, types)
+    for row, batch in read_range(RowRange(source.file, 0, footer.num_rows), schema.names):
+        table = append_partition(pa.Table.from_batches([batch]).cast(schema), source.partition, source.file.uri)
+        yield ArrowBatch(source.file.uri, row, table.select(whole.names).cast(whole))
 
 
 def _add_partition(row: SourceRow, partition: Partition, types: Mapping[str, pa.DataType]) -> SourceRow:
-    """Add the partition columns to a row of a text file; its own columns must have the same values."""
-    for name, value in partition.items():
-        own = row.values.get(name)
-        if own is not None and str(own) != value:
-            return SourceRow(
-                row.place, problem=f"column {name!r} differs from the partition {name}={value} in its path"
-            )
-    typed = {name: pa.scalar(value, pa.string()).cast(types[name]).as_py() for name, value in partition.items()}
-    return replace(row, values={**typed, **row.values})
+    if row.problem is not None:
+        return row
+    try:
+        return replace(row, values=add_partition_values(row.values, partition, types))
+    except ValueError as error:
+        return SourceRow(row.place, problem=str(error))
 
 
 @contextmanager

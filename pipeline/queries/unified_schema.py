@@ -6,7 +6,9 @@ import pyarrow as pa
 
 from pipeline.storage.location import join_lines
 
-HINT = "write all files with one schema, or unify them with python -m jobs.import_queries"
+HINT = (
+    "write all files with one schema, or convert them with python -m jobs.import_queries (--drop leaves a column out)"
+)
 DROP = "leave it out with --drop"
 
 
@@ -108,7 +110,9 @@ def _rounds(kind: pa.DataType, merged: pa.DataType) -> bool:
     """Whether values change in the merged type without an error: decimals become floats."""
     if pa.types.is_struct(kind):
         return any(_rounds(field.type, merged.field(field.name).type) for field in kind)
-    if pa.types.is_nested(kind) and not pa.types.is_map(kind):
+    if pa.types.is_map(kind):
+        return _rounds(kind.key_type, merged.key_type) or _rounds(kind.item_type, merged.item_type)
+    if pa.types.is_nested(kind):
         return _rounds(kind.value_type, merged.value_type)
     return bool(pa.types.is_decimal(kind) and pa.types.is_floating(merged))
 

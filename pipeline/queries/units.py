@@ -2,7 +2,7 @@
 
 import hashlib
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
@@ -30,6 +30,7 @@ class Part:
         digest: hexadecimal digest of the file's content.
         partition: folders that name the partition columns of the file, as ``task=popqa/dt=2024-01-01``.
         row_group: number of the row group in the file, from 0.
+        group_rows: number of rows of the row group.
         offset: first row within the row group.
         rows: number of rows.
     """
@@ -39,6 +40,7 @@ class Part:
     digest: str
     partition: str
     row_group: int
+    group_rows: int
     offset: int
     rows: int
 
@@ -97,7 +99,8 @@ def join_parts(parts: Iterable[Part], unit_rows: int) -> Iterator[Unit]:
 def read_unit(unit: Unit, schema: pa.Schema, storage: StorageConfig) -> pa.Table:
     """Read the rows of a unit; thread-safe.
 
-    The last row group stays in memory, since the other units of it tend to follow; small parts are read in parallel.
+    Whole row groups are read in parallel. Of those that several units share, the last one stays in memory, since the
+    other units tend to follow.
 
     Args:
         unit: unit to read.
@@ -109,16 +112,16 @@ def read_unit(unit: Unit, schema: pa.Schema, storage: StorageConfig) -> pa.Table
             detected: every process would have to compute the digest of the whole file.
         StorageError: the storage cannot be read.
     """
-    if len(unit.parts) == 1:
-        with READING:
-            tables = [_read_part(unit.parts[0], schema, storage, _read_last_group)]
+    return pa.concat_tables(map_in_threads(lambda part: _read_part(part, schema, storage), unit.parts))
+
+
+def _read_part(part: Part, schema: pa.Schema, storage: StorageConfig) -> pa.Table:
+    place = part.uri, part.size, part.digest, part.row_group
+    if part.rows == part.group_rows:
+        group = _read_group(*place, storage)
     else:
-        tables = map_in_threads(lambda part: _read_part(part, schema, storage, _read_group), unit.parts)
-    return pa.concat_tables(tables)
-
-
-def _read_part(part: Part, schema: pa.Schema, storage: StorageConfig, read: Callable[..., pa.Table]) -> pa.Table:
-    group = read(part.uri, part.size, part.digest, part.row_group, storage)
+        with READING:
+            group = _read_last_group(*place, storage)
     rows = group.slice(part.offset, part.rows)
     assert rows.num_rows == part.rows, f"{part.uri} has {rows.num_rows} of the {part.rows} rows that were planned"
     return cast_table(append_partition(rows, parse_partition(part.partition), part.uri), schema, part.uri)

@@ -185,7 +185,7 @@ def failing(tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch, *errors:
 
 
 def unit(number: int, rows: int) -> Unit:
-    return Unit(f"{number:020x}", (Part("q", 1, "d", "", 0, 0, rows),))
+    return Unit(f"{number:020x}", (Part("q", 1, "d", "", 0, rows, 0, rows),))
 
 
 def test_run_above_the_error_rate_stops_early(tmp_path, monkeypatch):

@@ -5,6 +5,7 @@ import uuid
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -77,8 +78,7 @@ def test_read_column_with_a_value_that_python_cannot_hold_is_named(unreadable: s
     result = run(tmp_path / "a.parquet", tmp_path / "set", "--column", "answers=gold")
     assert result.exit_code == 2
     (line,) = [line for line in result.stderr.splitlines() if line.startswith("error:")]
-    assert "a.parquet row 1: a value cannot be read: " in line
-    assert "(columns: id, query, gold; map them with --column)" in line
+    assert "a.parquet row 1: column 'gold' has a value that cannot be read: " in line
     assert run(tmp_path / "a.parquet", tmp_path / "set", "--drop", "gold").exit_code == 0
 
 
@@ -130,7 +130,99 @@ def test_row_that_contradicts_its_partition_is_bad(name: str, content: str, tmp_
     (tmp_path / "task=popqa" / name).write_text(content)
     refused = run(tmp_path, tmp_path.parent / "set")
     assert refused.exit_code == 2
-    assert f"{name} row 0: column 'task' differs from the partition task=popqa in its path" in refused.stderr
+    assert f"{name} row 0: column 'task' differs from the partition task=popqa in the path" in refused.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.csv", "id,query,task\n1,q,\n2,q,popqa\n"),
+        ("a.jsonl", '{"id": "1", "query": "q", "task": null}\n{"id": "2", "query": "q", "task": "popqa"}\n'),
+        ("a.jsonl", '{"id": "1", "query": "q"}\n{"id": "2", "query": "q", "Task": "popqa"}\n'),
+    ],
+)
+def test_missing_value_is_that_of_the_partition(name: str, content: str, tmp_path: Path) -> None:
+    (tmp_path / "in" / "task=popqa").mkdir(parents=True)
+    (tmp_path / "in" / "task=popqa" / name).write_text(content)
+    assert run(tmp_path / "in", tmp_path / "set").exit_code == 0
+    assert pq.read_table(tmp_path / "set")["task"].to_pylist()[0] == "popqa"
+
+
+@pytest.mark.parametrize(
+    ("content", "folder", "exit_code"),
+    [
+        ('{"query": "q", "x": true}', "x=true", 0),
+        ('{"query": "q", "x": 1}', "x=1", 0),
+        ('{"query": "q", "x": 1.0}', "x=1", 0),
+        ('{"query": "q", "x": 1}', "x=01", 0),
+        ('{"query": "q", "x": "2024-01-01"}', "x=2024-01-01", 0),
+        ('{"query": "q", "x": 2}', "x=1", 2),
+        ('{"query": "q", "x": [1]}', "x=1", 2),
+        ('{"query": "q", "x": {"a": 1}}', "x=1", 2),
+        ('{"query": "q", "x": false}', "x=true", 2),
+        ('{"query": "q", "x": "a"}', "x=__HIVE_DEFAULT_PARTITION__", 2),
+    ],
+)
+def test_values_are_compared_with_the_partition(content: str, folder: str, exit_code: int, tmp_path: Path) -> None:
+    (tmp_path / "in" / folder).mkdir(parents=True)
+    (tmp_path / "in" / folder / "a.jsonl").write_text(content)
+    result = run(tmp_path / "in", tmp_path / "set")
+    assert result.exit_code == exit_code, result.output
+    assert ("differs from the partition" in result.stderr) == bool(exit_code)
+
+
+def test_column_that_occurs_twice_is_named(tmp_path: Path) -> None:
+    columns = [["1"], ["q"], ["x"], ["y"]]
+    pq.write_table(pa.table(columns, names=["id", "query", "x", "x"]), tmp_path / "a.parquet")
+    result = run(tmp_path / "a.parquet", tmp_path / "set")
+    assert (result.exit_code, "a.parquet: 2 columns are named 'x'; rename all but one" in result.stderr) == (2, True)
+    assert run(tmp_path / "a.parquet", tmp_path / "set", "--drop", "x").exit_code == 0
+
+
+def test_type_that_cannot_be_read_is_named_before_the_import(tmp_path: Path) -> None:
+    views = pa.array([["a"]], pa.large_list_view(pa.string()))
+    pq.write_table(pa.table({"id": ["1"], "query": ["q"], "x": views}), tmp_path / "a.parquet")
+    result = run(tmp_path / "a.parquet", tmp_path / "set")
+    assert result.exit_code == 2
+    assert f"{tmp_path}/a.parquet: column 'x' is large_list_view" in result.stderr
+    assert run(tmp_path / "a.parquet", tmp_path / "set", "--drop", "x").exit_code == 0
+
+
+@pytest.mark.parametrize("wrap", ["struct", "list"])
+def test_only_the_mapped_field_of_a_nested_column_is_read(wrap: str, tmp_path: Path) -> None:
+    times = pa.array([2**40], pa.int64()).cast(pa.timestamp("s"))
+    nested = pa.StructArray.from_arrays([pa.array(["Paris"]), times], ["a", "t"])
+    if wrap == "list":
+        nested = pa.ListArray.from_arrays([0, 1], nested)
+    pq.write_table(pa.table({"id": ["1"], "query": ["q"], "m": nested}), tmp_path / "a.parquet")
+    assert run(tmp_path / "a.parquet", tmp_path / "set", "--column", "answers=m.a").exit_code == 0
+    found = pq.read_table(tmp_path / "set")
+    assert found["answers"].to_pylist() == [["Paris"]]
+    assert found.schema.names == ["id", "query", "answers", "m"]
+
+
+@pytest.mark.parametrize("empty", [pd.DataFrame({"id": [], "query": [], "x": []}), pd.DataFrame()])
+def test_file_without_rows_does_not_matter(empty: pd.DataFrame, tmp_path: Path) -> None:
+    (tmp_path / "in").mkdir()
+    empty.to_parquet(tmp_path / "in" / "a.parquet")
+    pq.write_table(pa.table({"id": ["1"], "query": ["q"], "x": [[1]]}), tmp_path / "in" / "b.parquet")
+    assert run(tmp_path / "in", tmp_path / "set").exit_code == 0
+    assert pq.read_table(tmp_path / "set").to_pylist() == [{"id": "1", "query": "q", "x": [1]}]
+
+
+@pytest.mark.parametrize("kind", [pa.struct([("t", pa.timestamp("s"))]), pa.list_(pa.timestamp("s"))])
+def test_group_that_cannot_be_read_is_named(kind: pa.DataType, tmp_path: Path) -> None:
+    times = pa.array([2**40], pa.int64()).cast(pa.timestamp("s"))
+    nested = (
+        pa.StructArray.from_arrays([times], ["t"])
+        if pa.types.is_struct(kind)
+        else pa.ListArray.from_arrays([0, 1], times)
+    )
+    answers = {"id": ["1"], "answer": ["a"], "retrieved": [True], "answers": [["a"]], "x": nested}
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.table(answers), tmp_path / "data" / "part-0.parquet")
+    with pytest.raises(ValueError, match=f"^{tmp_path}/data: column 'x' has a value that cannot be read: "):
+        evaluate_set(locate(str(tmp_path), StorageConfig()), by="x")
 
 
 def test_schema_drift_is_unified_by_an_import(tmp_path: Path) -> None:

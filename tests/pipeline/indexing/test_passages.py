@@ -4,6 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -47,6 +48,12 @@ def test_shards_span_files_and_row_groups_without_loss(source: Path) -> None:
     read = [ids(read_passages(shard.ranges)) for shard in shards]
     assert read == [["0", "1", "2"], ["3", "4", "5", "6"], ["7", "8", "9", "10"], ["11", "12", "13", "14"]]
     assert [shard.rows for shard in shards] == [3, 4, 4, 4]
+
+
+@pytest.mark.parametrize("empty", [{"id": [], "title": [], "text": []}, {}])
+def test_file_without_rows_may_have_any_columns(source: Path, empty: dict[str, list[Any]]) -> None:
+    pd.DataFrame(empty).to_parquet(source / "c.parquet")
+    assert [part.rows for part in find_passages(place(source))] == [10, 5]
 
 
 def test_passages_are_read_as_plain_strings(tmp_path: Path) -> None:

@@ -1,5 +1,7 @@
-from datetime import date
+import re
+from datetime import date, datetime
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -16,7 +18,7 @@ from pipeline.storage.location import locate
 HERE = StorageConfig()
 
 
-def write(file: Path, ids: list[str], **columns: list[object]) -> None:
+def write(file: Path, ids: list[str], **columns: Any) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(pa.table({"id": ids, "query": [f"q {name}" for name in ids], **columns}), file)
 
@@ -92,13 +94,46 @@ def test_names_and_values_are_decoded(folders: str, values: dict[str, str | None
     ],
 )
 def test_types_are_inferred_from_all_values(values: list[str | None], kind: pa.DataType) -> None:
-    assert infer_types([{"x": value} for value in values], []) == {"x": kind}
-    assert infer_types([{"x": value} for value in values], ["x"]) == {"x": pa.string()}
+    assert infer_types([{"x": value} for value in values], [], {}) == {"x": kind}
+    assert infer_types([{"x": value} for value in values], ["x"], {}) == {"x": pa.string()}
+
+
+@pytest.mark.parametrize(
+    ("values", "own", "kind"),
+    [
+        (["1"], pa.string(), pa.string()),
+        (["1"], pa.int8(), pa.int8()),
+        (["01"], pa.int64(), pa.int64()),
+        (["1"], pa.float64(), pa.float64()),
+        (["2024-01-31"], pa.timestamp("us"), pa.timestamp("us")),
+        (["x"], pa.int64(), pa.string()),
+        (["300"], pa.int8(), pa.int64()),
+        (["1"], pa.list_(pa.int64()), pa.int64()),
+        (["true", "False"], pa.bool_(), pa.bool_()),
+        ([None], pa.int64(), pa.int64()),
+    ],
+)
+def test_type_of_the_files_own_column_is_taken(values: list[str | None], own: pa.DataType, kind: pa.DataType) -> None:
+    assert infer_types([{"x": value} for value in values], [], {"x": own}) == {"x": kind}
+
+
+@pytest.mark.parametrize(
+    ("folders", "problem"),
+    [
+        ("a=1/a=2", "two of the folders a=1/a=2 name the column 'a'"),
+        ("task=a/Task=b", "two of the folders task=a/Task=b name the column 'Task'"),
+        ("a=%FF", "the folder a=%FF is not UTF-8 behind its percent signs"),
+        ("%E9=1", "the folder %E9=1 is not UTF-8"),
+    ],
+)
+def test_ambiguous_folders_are_refused(folders: str, problem: str) -> None:
+    with pytest.raises(ValueError, match=re.escape(problem)):
+        parse_partition(folders)
 
 
 @given(st.integers(-(10**18) + 1, 10**18 - 1) | st.dates())
 def test_typed_values_are_written_as_in_the_path(value: int | date) -> None:
-    kind = infer_types([{"x": str(value)}], [])["x"]
+    kind = infer_types([{"x": str(value)}], [], {})["x"]
     assert pa.scalar(str(value)).cast(kind).as_py() == value
 
 
@@ -136,26 +171,51 @@ def test_digest_depends_on_the_partition(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
-    ("folder", "values"),
+    ("value", "own", "expected"),
     [
-        ("task=popqa", ["popqa", "popqa"]),
-        ("task=7", [7, 7]),
-        (f"task={NULL}", [None, None]),
+        ("popqa", pa.array(["popqa", "popqa"]), "popqa"),
+        ("popqa", pa.array(["popqa", None]), "popqa"),
+        ("popqa", pa.array([None, None], pa.string()), "popqa"),
+        ("popqa", pa.nulls(2), "popqa"),
+        ("popqa", pa.array(["popqa", None], pa.string_view()), "popqa"),
+        ("popqa", pa.array(["popqa", None]).dictionary_encode(), "popqa"),
+        ("7", pa.array([7, 7]), 7),
+        ("01", pa.array([1, None]), 1),
+        ("1.0", pa.array([1.0, 1.0]), 1.0),
+        ("True", pa.array([True, None]), True),
+        ("2024-01-01 00%3A00%3A00", pa.array([datetime(2024, 1, 1)] * 2), datetime(2024, 1, 1)),
+        ("2024-01-01", pa.array([date(2024, 1, 1)] * 2), date(2024, 1, 1)),
+        (NULL, pa.array([None, None], pa.string()), None),
     ],
 )
-def test_column_that_agrees_with_its_partition_is_kept(tmp_path: Path, folder: str, values: list[object]) -> None:
-    write(tmp_path / folder / "a.parquet", ["a", "b"], label=values)
-    (tmp_path / folder).rename(tmp_path / folder.replace("task", "label"))
-    assert read(inspect(tmp_path))["label"].to_pylist() == values
+def test_own_column_agrees_with_its_partition_or_is_filled(
+    tmp_path: Path, value: str, own: pa.Array, expected: object
+) -> None:
+    write(tmp_path / f"label={value}" / "a.parquet", ["a", "b"], label=own)
+    assert read(inspect(tmp_path))["label"].to_pylist() == [expected, expected]
+
+
+def test_partition_takes_the_type_of_files_that_have_the_column(tmp_path: Path) -> None:
+    write(tmp_path / "a=1" / "p.parquet", ["a"], a=["1"])
+    write(tmp_path / "a=2" / "p.parquet", ["b"])
+    assert read(inspect(tmp_path))["a"].to_pylist() == ["1", "2"]
+
+
+def test_case_of_a_partition_column_does_not_count(tmp_path: Path) -> None:
+    write(tmp_path / "Label=x" / "p.parquet", ["a", "b"], label=["x", None])
+    assert read(inspect(tmp_path)).to_pylist() == [
+        {"id": "a", "query": "q a", "label": "x"},
+        {"id": "b", "query": "q b", "label": "x"},
+    ]
 
 
 @pytest.mark.parametrize(
-    "values", [["popqa", "other"], ["popqa", None], [None, None], [1, 2], [["popqa"], ["popqa"]], ["POPQA", "POPQA"]]
+    "values", [["popqa", "other"], [None, "other"], [1, 2], [["popqa"], ["popqa"]], ["POPQA", "POPQA"], [True, None]]
 )
 def test_column_that_contradicts_its_partition_is_refused(tmp_path: Path, values: list[object]) -> None:
     write(tmp_path / "label=popqa" / "a.parquet", ["a", "b"], label=values)
     with pytest.raises(
-        ValueError, match="a.parquet: column 'label' differs from the partition label=popqa in its path"
+        ValueError, match="a.parquet: column 'label' differs from the partition label=popqa in the path"
     ):
         inspect(tmp_path)
 

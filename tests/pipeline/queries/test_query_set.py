@@ -132,6 +132,23 @@ def test_parts_are_joined_in_the_order_of_the_rows(tmp_path):
     ]
 
 
+def test_row_group_of_several_units_is_read_once_beside_small_files(tmp_path, monkeypatch):
+    for n in range(3):
+        write(tmp_path / f"{n}a.parquet", [f"{n}-{row}" for row in range(10)])
+        write(tmp_path / f"{n}b.parquet", [f"{n}+{row}" for row in range(2)])
+    found = inspect(tmp_path, 7)
+    assert [[part.rows for part in unit.parts] for unit in found.units] == [[7], [3, 2], [7], [3, 2], [7], [3, 2]]
+    reads = []
+
+    def note(file, work):
+        reads.append(file.name)
+        return read_parquet(file, work)
+
+    monkeypatch.setattr(units, "read_parquet", note)
+    assert read(found)["id"].to_pylist()[:12] == [*(f"0-{row}" for row in range(10)), "0+0", "0+1"]
+    assert sorted(reads) == ["0a.parquet", "0b.parquet", "1a.parquet", "1b.parquet", "2a.parquet", "2b.parquet"]
+
+
 def test_files_are_read_in_parallel(tmp_path, monkeypatch):
     for n in range(4):
         write(tmp_path / f"{n}.parquet", [str(n)])

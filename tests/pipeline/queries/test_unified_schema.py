@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.config.sections import Columns, StorageConfig
 from pipeline.queries.query_set import QuerySet, inspect_queries
+from pipeline.queries.schema import to_query
 from pipeline.queries.units import read_unit
 from pipeline.storage.location import locate
 
@@ -82,6 +83,38 @@ def test_types_are_unified_without_loss(name: str, order: str, tmp_path: Path) -
         assert found.schema.field("x").type == unified
 
 
+TEXTS, PASSAGE = pa.list_(TEXT), pa.struct([("id", TEXT), ("title", TEXT), ("text", TEXT)])
+UNTITLED = pa.struct([("id", TEXT), ("title", pa.null()), ("text", TEXT)])
+# Columns of a query set whose writer knew nothing of their inner types: column, type and value, in two files.
+INNER_NULLS: list[tuple[str, pa.DataType, Any, pa.DataType, Any]] = [
+    ("answers", pa.list_(pa.null()), [], TEXTS, ["x"]),
+    ("answers", pa.null(), None, TEXTS, ["x"]),
+    ("answers", pa.list_(TEXT, 1), ["y"], TEXTS, ["x", "z"]),
+    ("choices", pa.list_(pa.null()), [], TEXTS, ["x", "y"]),
+    ("choices", pa.large_list(pa.null()), [], TEXTS, ["x", "y"]),
+    ("short_answers", pa.list_(pa.null()), [], pa.list_(TEXTS), [["x"]]),
+    ("short_answers", pa.list_(pa.list_(pa.null())), [[]], pa.list_(TEXTS), [["x"]]),
+    ("passages", pa.list_(pa.null()), [], pa.list_(PASSAGE), [{"id": "1", "title": "t", "text": "x"}]),
+    ("passages", pa.list_(UNTITLED), [{"id": "1", "title": None, "text": "x"}], pa.list_(UNTITLED), []),
+    ("input", pa.null(), None, TEXT, "x"),
+    ("task", pa.null(), None, TEXT, "popqa"),
+    ("gold_passage_id", pa.null(), None, LARGE, "x"),
+]
+
+
+@pytest.mark.parametrize(("column", "one", "first", "other", "second"), INNER_NULLS)
+@pytest.mark.parametrize("order", ["ab", "ba"])
+def test_columns_that_a_run_reads_may_be_null_within(
+    column: str, one: pa.DataType, first: Any, other: pa.DataType, second: Any, order: str, tmp_path: Path
+) -> None:
+    values = [pa.array([first], one), pa.array([second], other)]
+    for key, array in zip(order, values, strict=True):
+        pq.write_table(pa.table({"id": [key], "query": [key], column: array}), tmp_path / f"{key}.parquet")
+    rows = read(inspect(tmp_path)).to_pylist()
+    assert [row[column] for row in rows] == ([first, second] if order == "ab" else [second, first])
+    assert [to_query(row, Columns()).id for row in rows] == ["a", "b"]
+
+
 REFUSED: dict[str, tuple[pa.Array, pa.Array, str]] = {
     "string and int64": (
         pa.array(["a"]),
@@ -96,6 +129,11 @@ REFUSED: dict[str, tuple[pa.Array, pa.Array, str]] = {
         r"column 'x' is double, not decimal128\(2, 2\)",
     ),
     "list of decimals and of doubles": (pa.array([[Decimal("0.10")]]), pa.array([[0.5]]), "column 'x' is list"),
+    "map of decimals and of doubles": (
+        pa.array([[("k", Decimal("0.12345678901234567890"))]], pa.map_(TEXT, pa.decimal128(30, 20))),
+        pa.array([[("k", 0.5)]], pa.map_(TEXT, pa.float64())),
+        "column 'x' is map",
+    ),
     "zones": (pa.array([NOW], pa.timestamp("us", "UTC")), pa.array([NOW]), r"column 'x' is timestamp\[us\]"),
     "date and time": (pa.array([NOW.date()]), pa.array([NOW]), r"column 'x' is timestamp\[us\], not date32"),
     "large integer and double": (

@@ -74,7 +74,7 @@ def test_column_types_are_unified_across_files(tmp_path: Path, output: Location)
 
 def test_value_that_does_not_fit_its_column_is_named(tmp_path: Path, output: Location) -> None:
     with pytest.raises(
-        ValueError, match="f row 2: column 'n' does not match the type of the rows before it .* --drop n"
+        ValueError, match="f row 2: column 'n' fits no type, or not that of the rows before it .* --drop n"
     ):
         write(tmp_path, [{"n": 1}, {"n": 2}, {"n": "x"}], output)
 
