@@ -1,8 +1,11 @@
 """Start commands: output that every terminal can show, and one line and a status for a command that is interrupted."""
 
 import io
+import os
+import select
 import signal
 import sys
+import threading
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
@@ -11,6 +14,12 @@ import typer
 
 # Sent by Ctrl-C; and by ``kill``, ``ray job stop`` and Kubernetes.
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+# Seconds in which the main thread handles a signal, unless it waits in C++ code, such as Arrow's for a store.
+PATIENCE_S = 10.0
+# Seconds in which it does so after a second signal: two may arrive almost at once.
+GRACE_S = 1.0
+
+_handled = threading.Event()
 
 
 class Interrupted(SystemExit):
@@ -56,14 +65,35 @@ def replace_unprintable() -> None:
 def handle_signals() -> None:
     """Raise :class:`Interrupted` on SIGINT or SIGTERM, so that a job releases what it holds.
 
-    A second signal ends the process at once. An ignored signal stays ignored, as after ``nohup``.
+    A second signal ends the process at once. If the main thread does not handle the first one, the process ends after
+    ``PATIENCE_S`` without releasing anything. An ignored signal stays ignored, as after ``nohup``.
     """
     for number in SIGNALS:
         if signal.getsignal(number) != signal.SIG_IGN:
             signal.signal(number, _interrupt)
+    received, noting = os.pipe()
+    os.set_blocking(noting, False)
+    signal.set_wakeup_fd(noting, warn_on_full_buffer=False)
+    # A forked child writes its own signals into the same pipe.
+    os.register_at_fork(after_in_child=lambda: signal.set_wakeup_fd(-1))
+    threading.Thread(target=_end_unless_handled, args=(received,), name="signals", daemon=True).start()
+
+
+def _end_unless_handled(received: int) -> None:
+    """End the process if the main thread does not handle its signals, whose numbers are read from a pipe."""
+    while (number := os.read(received, 1)[0]) not in SIGNALS:
+        continue
+    select.select([received], [], [], PATIENCE_S)
+    if _handled.wait(GRACE_S):
+        return
+    try:
+        os.write(2, b"interrupted\n")
+    finally:
+        os._exit(128 + number)
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+    _handled.set()
     for either in SIGNALS:
         signal.signal(either, signal.SIG_DFL)
     raise Interrupted(number)

@@ -99,20 +99,31 @@ def _keep_sigterm_handler() -> Iterator[None]:
     if not callable(handler) or threading.current_thread() is not threading.main_thread():
         yield
         return
-    received, noting = os.pipe2(os.O_NONBLOCK)
-    before = signal.set_wakeup_fd(noting)
+    received, noting = os.pipe()
+    os.set_blocking(noting, False)
+    before, numbers = signal.set_wakeup_fd(noting), list[int]()
+    forwarding = threading.Thread(target=_forward_signals, args=(received, before, numbers), daemon=True)
+    forwarding.start()
     try:
         yield
     finally:
         signal.set_wakeup_fd(before)
         signal.signal(signal.SIGTERM, handler)
         os.write(noting, b"\0")
-        numbers = os.read(received, 4096)
+        forwarding.join()
         os.close(noting)
         os.close(received)
         if signal.SIGTERM in numbers:
             signal.alarm(0)  # with which Ray's handler would abort the process after three seconds
             handler(signal.SIGTERM, None)
+
+
+def _forward_signals(received: int, before: int, numbers: list[int]) -> None:
+    """Note the numbers of signals until a 0, and pass them on to the program's own wakeup file descriptor, if any."""
+    while number := os.read(received, 1)[0]:
+        numbers.append(number)
+        if before >= 0:
+            os.write(before, bytes([number]))
 
 
 # The line of a traceback that names the exception and its message.

@@ -1,7 +1,9 @@
 """What a command prints in any encoding, and how it ends when it is interrupted."""
 
+import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from pathlib import Path
@@ -22,7 +24,7 @@ def job() -> None:
     with working(resumable={resumable}):
         try:
             print("working", flush=True)
-            time.sleep(60)
+            {work}
         finally:
             {release}
             print("released", flush=True)
@@ -30,15 +32,29 @@ def job() -> None:
 {before}
 run(job)
 """
+# Seconds for a signal, and after a second one, that the main thread does not handle.
+LIMITS = "import jobs.shell; jobs.shell.PATIENCE_S, jobs.shell.GRACE_S = {}, 0.1"
+# Waits for a lock that is never released, in C code, which signals do not interrupt.
+STUCK = "import ctypes; c, lock = ctypes.CDLL(None), bytes(64); c.pthread_mutex_lock(lock); c.pthread_mutex_lock(lock)"
 
 
-def start(resumable: bool = False, release: str = "pass", before: str = "") -> subprocess.Popen[str]:
+def start(
+    resumable: bool = False, release: str = "pass", before: str = "", work: str = "time.sleep(60)"
+) -> subprocess.Popen[str]:
     """Start a job and wait for its work."""
-    script = JOB.format(resumable=resumable, release=release, before=before)
+    script = JOB.format(resumable=resumable, release=release, before=before, work=work)
     command = [sys.executable, "-c", script]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None
     assert process.stdout.readline() == "working\n"
+    return process
+
+
+def start_stuck(before: str, resumable: bool = False) -> subprocess.Popen[str]:
+    """Start a job and wait until its main thread is in C code."""
+    process = start(resumable, before=before, work=STUCK)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.3)
     return process
 
 
@@ -65,6 +81,72 @@ def test_second_signal_ends_a_command_at_once(first: signal.Signals, second: sig
     process.send_signal(second)
     assert process.communicate(timeout=20) == ("", "")
     assert process.returncode == -second
+
+
+@pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_command_stuck_in_c_code_ends_after_a_while(number: signal.Signals, status: int) -> None:
+    process = start_stuck(LIMITS.format(0.5), resumable=True)
+    process.send_signal(number)
+    assert process.communicate(timeout=20) == ("", "interrupted\n")
+    assert process.returncode == status
+
+
+@pytest.mark.parametrize("second", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(("first", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_second_signal_ends_a_command_stuck_in_c_code(
+    first: signal.Signals, second: signal.Signals, status: int
+) -> None:
+    process = start_stuck(LIMITS.format(3600))
+    process.send_signal(first)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.3)
+    process.send_signal(second)
+    assert process.communicate(timeout=20) == ("", "interrupted\n")
+    assert process.returncode == status
+
+
+def test_command_stuck_in_c_code_ends_without_an_open_stderr() -> None:
+    process = start_stuck(LIMITS.format(0.1) + "; import os; os.close(2)")
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == 143
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        "pid = os.fork(); time.sleep(0.5 if pid else 60); os.kill(pid, signal.SIGTERM); os.waitpid(pid, 0)",
+        "signal.signal(signal.SIGUSR1, print); os.kill(os.getpid(), signal.SIGUSR1)",
+    ],
+    ids=["signal of a forked child", "signal of another kind"],
+)
+def test_signals_that_are_no_interruption_do_not_end_a_command(work: str) -> None:
+    process = start(before=f"import os; {LIMITS.format(0.1)}", work=f"{work}; time.sleep(1); print('finished')")
+    output, errors = process.communicate(timeout=20)
+    assert output.endswith("finished\nreleased\n")
+    assert process.returncode == 0, errors
+
+
+def test_slow_release_of_what_a_command_holds_is_not_cut_short() -> None:
+    process = start(before=LIMITS.format(0.1), release="time.sleep(1)")
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20) == ("released\n", "interrupted\n")
+
+
+def test_command_that_waits_for_a_silent_store_can_be_interrupted(tmp_path: Path) -> None:
+    arguments = ["annotate", "--queries", "s3://bucket/q", "--output", f"{tmp_path}/out", "--model", "demo"]
+    script = f"import sys; from jobs.cli import app; {LIMITS.format(0.5)}; sys.argv[1:] = {arguments}; app()"
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        server.settimeout(60)
+        store = {"AWS_ENDPOINT_URL": f"http://127.0.0.1:{server.getsockname()[1]}", "AWS_REGION": "us-east-1"}
+        keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b"}
+        process = subprocess.Popen(
+            [sys.executable, "-c", script], stderr=subprocess.PIPE, text=True, env=os.environ | store | keys, cwd=ROOT
+        )
+        connection, _ = server.accept()
+        with connection:
+            process.send_signal(signal.SIGTERM)
+            _, errors = process.communicate(timeout=20)
+    assert (process.returncode, errors) == (143, "interrupted\n")
 
 
 def test_ignored_signal_stays_ignored() -> None:

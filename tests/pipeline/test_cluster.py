@@ -347,6 +347,29 @@ def test_signal_that_arrives_while_ray_starts_is_handled_afterwards(handled, mon
     assert handled == [signal.SIGTERM] * 2
 
 
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_watcher_of_signals_receives_those_that_arrive_while_ray_starts(handled, monkeypatch, number):
+    received, noting = os.pipe()
+    os.set_blocking(noting, False)
+    seen = []
+
+    def start(**_: object) -> None:
+        os.kill(os.getpid(), number)
+        seen.append(os.read(received, 1)[0])
+
+    monkeypatch.setattr("ray.is_initialized", lambda: False)
+    monkeypatch.setattr("ray.init", start)
+    before = signal.set_wakeup_fd(noting), signal.signal(signal.SIGINT, lambda *_: None)
+    try:
+        connect(config().execution)
+        assert (seen, signal.set_wakeup_fd(-1)) == ([number], noting)
+    finally:
+        signal.set_wakeup_fd(before[0])
+        signal.signal(signal.SIGINT, before[1])
+        os.close(received)
+        os.close(noting)
+
+
 def test_program_without_a_handler_keeps_that_of_ray(monkeypatch):
     def theirs(*_: object) -> None:
         """Stands for Ray's."""
