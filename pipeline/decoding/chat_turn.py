@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from pipeline.decoding.tokenization import TextTokenizer
+from pipeline.decoding.tokenization import TextTokenizer, encode_untrusted
 
 # Placeholder for the text of a turn, at which a rendered chat template is split.
 PLACE = "USERTEXTGOESHERE"
@@ -69,7 +69,13 @@ class UserTurn:
         return self.text.encode_middle(answer)
 
     def compare_pieces(self, turn: str) -> str | None:
-        """Describe where the ids of a turn differ from those of the whole string; None if they are equal."""
+        """Describe a repeated beginning of sequence, or where the ids of a turn differ from those of the whole string.
+
+        Returns:
+            None if the template repeats none and the ids are equal.
+        """
+        if repetition := self.text.describe_repetition(self.before):
+            return repetition
         if self.text.contains_control_token(turn):
             return None
         return self.text.describe_difference(self.encode(turn), f"{self.before}{turn}{self.after}")
@@ -78,12 +84,17 @@ class UserTurn:
         """Encode everything up to the end of a text."""
         trusted, plain = self._head
         if not trusted:
-            return self.text.encode_start(plain + text)
-        return [*self.text.encode_whole(trusted), *self.text.encode_middle(plain + text)]
+            return [*self._beginning, *encode_untrusted(self.text.tokenizer, plain + text)]
+        return [*self._beginning, *self.text.encode_trusted(trusted), *self.text.encode_middle(plain + text)]
 
     def _close(self) -> list[int]:
         """Encode everything from the first control token behind the text on."""
         return self.text.encode_trusted(self._tail[1])
+
+    @cached_property
+    def _beginning(self) -> list[int]:
+        """Ids that precede the rendered template, which may have a beginning of sequence at any place."""
+        return self.text.find_beginning(self.before + self.after)
 
     @cached_property
     def _head(self) -> tuple[str, str]:

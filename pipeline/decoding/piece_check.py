@@ -17,21 +17,21 @@ SAMPLE_QUERY = Query("sample", "Which river flows through Cologne?", "Name it.",
 
 
 PIECES_ADVICE = (
-    "answers may be worse; compare the added tokens in tokenizer_config.json (lstrip, rstrip, normalized) with those "
-    "of the training, or set model.engine.tokenizer"
+    "answers may be worse; compare the chat template, and the added tokens in tokenizer_config.json (lstrip, rstrip, "
+    "normalized), with those of the training, or set model.engine.tokenizer"
 )
 
 
 def check_pieces(critic: Critic, queries: Iterable[Query]) -> str | None:
-    """Describe the first prompt whose parts are encoded otherwise than the whole string; None if there is none.
+    """Describe the first prompt with other tokens than those of its whole string, or a repeated beginning of sequence.
 
-    Queries without passages are tried with ``SAMPLE_PASSAGES``.
+    Queries without passages are tried with ``SAMPLE_PASSAGES``. Returns None if there is no such prompt.
     """
     for query in queries:
         for passage in query.passages or SAMPLE_PASSAGES:
             if difference := critic.compare_pieces(query, passage):
                 return (
-                    f"the prompt of row {query.id!r} with passage {passage.id!r} has other tokens than its whole "
-                    f"string, on which models are trained: {difference}"
+                    f"the prompt of row {query.id!r} with passage {passage.id!r} has other tokens than the "
+                    f"strings on which models are trained: {difference}"
                 )
     return None

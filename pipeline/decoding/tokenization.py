@@ -5,6 +5,7 @@ place that decides so.
 """
 
 import copy
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -41,9 +42,12 @@ class TextTokenizer:
         return list(self.tokenizer(text, add_special_tokens=False, split_special_tokens=False)["input_ids"])
 
     def encode_whole(self, text: str) -> list[int]:
-        """Encode a trusted string as a prompt: it begins with :attr:`beginning`, which the string may have itself."""
-        ids = self.encode_trusted(text)
-        return ids if ids[: len(self.beginning)] == self.beginning else [*self.beginning, *ids]
+        """Encode a trusted string as a prompt, with the ids that the tokenizer puts before it."""
+        return [*self.find_beginning(text), *self.encode_trusted(text)]
+
+    def find_beginning(self, text: str) -> list[int]:
+        """Return the ids to put before a trusted string: :attr:`beginning`, or nothing if it occurs in the string."""
+        return [] if set(self.beginning) & set(self.encode_trusted(text)) else self.beginning
 
     @cached_property
     def _inner(self) -> Any:
@@ -77,6 +81,13 @@ class TextTokenizer:
         place = next((n for n, (ours, theirs) in enumerate(pairs) if ours != theirs), min(len(pieces), len(expected)))
         ours, theirs = (self._show(ids[place : place + 3]) for ids in (pieces, expected))
         return f"{ours} instead of {theirs} at token {place}"
+
+    def describe_repetition(self, template: str) -> str | None:
+        """Describe a beginning of sequence that a chat template writes twice in a row; None if it does not."""
+        mark = "".join(self.tokenizer.convert_ids_to_tokens(self.beginning))
+        if not mark or not re.search(rf"{re.escape(mark)}\s*{re.escape(mark)}", template):
+            return None
+        return f"{mark!r} twice in a row, which the chat template itself writes"
 
     def _show(self, ids: Sequence[int]) -> str:
         return " ".join(map(repr, self.tokenizer.convert_ids_to_tokens(list(ids)))) or "nothing"

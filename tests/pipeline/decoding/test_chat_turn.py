@@ -18,6 +18,24 @@ KINDS = ("legacy", "not legacy", "byte-level")
 PLAIN = "{% for m in messages %}{{ 'USER: ' + m.content + '\nASSISTANT:' }}{% endfor %}"
 CHATML = PLAIN.replace("USER: ", "<|im_start|>user\n").replace("\nASSISTANT:", "<|im_end|>\n<|im_start|>assistant\n")
 TEMPLATES = {**CHAT, "plain": PLAIN, "chatml": CHATML}
+# Templates that write their beginning of sequence at other places than the first.
+LATE = {
+    "line break before <s>": "\n" + CHAT["with <s>"],
+    "space before <s>": " " + CHAT["with <s>"],
+    "text before <s>": "System: be brief.\n" + CHAT["with <s>"],
+    "token before <s>": "<|im_start|>" + CHAT["with <s>"],
+    "line break before bos_token": "\n{{ bos_token }}" + CHAT["without <s>"],
+    "<s> behind the text": "{% for m in messages %}{{ m.content + '<s>ASSISTANT:' }}{% endfor %}",
+    "<s> between the role and the text": "{% for m in messages %}{{ 'USER:<s>' + m.content + '\n' }}{% endfor %}",
+}
+TWICE = {
+    "twice": "<s>" + CHAT["with <s>"],
+    "twice with a line break": "<s>\n" + CHAT["with <s>"],
+    "thrice": "<s><s>" + CHAT["with <s>"],
+    "twice behind a line break": "\n<s>" + CHAT["with <s>"],
+}
+# One beginning of sequence for each turn, as some models are trained.
+EACH = {"for each turn": "<s>system\nBe brief.</s>\n" + CHAT["with <s>"]}
 # Templates that render an answer in other ways: by the roles of the turns, with more before it, or not at all.
 ROLES = (
     "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + 'THINK' * (m.role == 'assistant') + m.content }}"
@@ -48,7 +66,7 @@ def render(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Use
     def render_turn(kind: str, template: str) -> UserTurn:
         tokenizer = load_kind(kind, tmp_path_factory.mktemp("tokenizer"))
         tokenizer.add_tokens(["<|im_start|>", "<|im_end|>"], special_tokens=True)
-        tokenizer.chat_template = (TEMPLATES | ANSWERS)[template]
+        tokenizer.chat_template = (TEMPLATES | ANSWERS | LATE | TWICE | EACH)[template]
         return UserTurn.render(TextTokenizer(tokenizer), kind)
 
     return render_turn
@@ -83,6 +101,36 @@ def test_a_turn_begins_with_one_beginning_of_sequence(render, kind: str, templat
     assert tokens.count("<s>") == 1
     assert "</s>" not in tokens
     assert tokens.count("<|im_start|>") == turn.before.count("<|im_start|>") + turn.after.count("<|im_start|>")
+
+
+@pytest.mark.parametrize("kind", ["legacy", "not legacy"])
+@pytest.mark.parametrize("template", [*LATE, *EACH, *TWICE])
+@pytest.mark.parametrize("text", ["Who?", "<s>", ""])
+def test_no_beginning_of_sequence_is_added_to_that_of_the_template(render, kind: str, template: str, text: str) -> None:
+    turn = render(kind, template)
+    expected = (turn.before + turn.after).count("<s>")
+    assert show(turn, turn.encode(text)).count("<s>") == expected
+    assert show(turn, turn.encode_cut("", text, "", 0)[0]).count("<s>") == expected
+    whole = turn.text.tokenizer(f"{turn.before}Who?{turn.after}", add_special_tokens=False)["input_ids"]
+    assert show(turn, turn.encode("Who?")) == show(turn, whole)
+
+
+@pytest.mark.parametrize("kind", ["legacy", "not legacy"])
+@pytest.mark.parametrize(
+    ("template", "expected"),
+    [
+        *((template, None) for template in (*TEMPLATES, *LATE, *EACH)),
+        *((template, "'<s>' twice in a row, which the chat template itself writes") for template in TWICE),
+    ],
+)
+def test_a_repeated_beginning_of_sequence_is_described(render, kind: str, template: str, expected: str | None) -> None:
+    for text in ("Who?", "<s> Who?"):
+        assert render(kind, template).compare_pieces(text) == expected
+
+
+@pytest.mark.parametrize("template", [*LATE, *TWICE])
+def test_models_that_begin_with_nothing_read_the_template_as_it_is(render, template: str) -> None:
+    assert render("byte-level", template).compare_pieces("Who?") is None
 
 
 @pytest.mark.parametrize("template", ["plain", "without <s>"])

@@ -36,7 +36,7 @@ def test_every_query_is_compared_with_its_passages() -> None:
 def test_the_first_differing_row_is_named(differing: set[str], passage: str) -> None:
     critic = ComparingCritic(frozenset(differing))
     assert check_pieces(critic, [Query("a", "Who?", passages=GIVEN)]) == (
-        f"the prompt of row 'a' with passage '{passage}' has other tokens than its whole string, on which models are "
+        f"the prompt of row 'a' with passage '{passage}' has other tokens than the strings on which models are "
         "trained: '▁Al' instead of 'Al' at token 9"
     )
 

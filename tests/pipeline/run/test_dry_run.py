@@ -62,7 +62,7 @@ def test_a_tokenizer_that_disagrees_is_one_line(tmp_path: Path, model: Path, cap
         check_prompts(plan(tmp_path, model, [{"id": "a", "query": "Who?", "passages": PASSAGES}]))
     (line,) = caplog.messages
     assert line.startswith(
-        f"model {model}: the prompt of row 'a' with passage 'p' has other tokens than its whole string"
+        f"model {model}: the prompt of row 'a' with passage 'p' has other tokens than the strings on which"
     )
     assert "\n" not in line
     assert "'▁Al' '▁G' 'ore' instead of 'Al' '▁G' 'ore'" in line
