@@ -9,7 +9,7 @@ from typing import Annotated, Any, get_args
 from pydantic import Field
 
 from pipeline.config.loading import Frozen, apply_settings, assign, fill_date, flatten, read_yaml, validate_section
-from pipeline.config.paths import find_local_folder, find_local_path
+from pipeline.config.paths import expand_home, find_local_folder, find_local_path
 from pipeline.config.sections import (
     FREE_ENGINE_ARGUMENTS,
     Columns,
@@ -174,4 +174,4 @@ def _make_absolute(uri: str) -> str:
 
 def get_cache_folder() -> Path:
     """Return the folder in which the demo models are cached: ``SELFRAG_CACHE``, or ``~/.cache/selfrag``."""
-    return Path(os.environ.get("SELFRAG_CACHE") or "~/.cache/selfrag").expanduser()
+    return expand_home(os.environ.get("SELFRAG_CACHE") or "~/.cache/selfrag")

@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+from pipeline.config.paths import expand_home
 from pipeline.config.sections import RetrievalConfig
 from pipeline.storage.location import Location, MissingFileError
 
@@ -47,7 +48,7 @@ def obtain_file(source: Location, size: int, sha256: str, retrieval: RetrievalCo
     if source.local:
         check_file(Path(source.path), source.uri, size, sha256 if retrieval.verify else None)
         return Path(source.path)
-    cache = Path(retrieval.cache).expanduser()
+    cache = expand_home(retrieval.cache)
     cache.mkdir(parents=True, exist_ok=True)
     copy = cache / f"{sha256}-{Path(source.path).name}"
     # The lock ensures that concurrent readers on one machine fetch a file only once.
@@ -85,7 +86,7 @@ def reserve_room(retrieval: RetrievalConfig, wanted: list[CachedFile], others: l
     if retrieval.cache_gb is None:
         yield
         return
-    cache = Path(retrieval.cache).expanduser()
+    cache = expand_home(retrieval.cache)
     cache.mkdir(parents=True, exist_ok=True)
     with _locking(cache / ".room.lock"):
         _make_room(cache, int(retrieval.cache_gb * 1e9), wanted, others)

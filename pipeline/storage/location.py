@@ -13,10 +13,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TypeVar
 
+import pyarrow as pa
 import tenacity
 from pyarrow import fs
 
-from pipeline.config.paths import find_local_path
+from pipeline.config.paths import find_existing, find_local_path, is_writable
 from pipeline.config.sections import StorageConfig
 
 log = logging.getLogger(__name__)
@@ -94,6 +95,11 @@ class Location:
         except FileNotFoundError as error:
             raise MissingFileError(f"{self.uri}: {join_lines(error)}") from error
         except OSError as error:
+            raise StorageError(f"{self.uri}: {join_lines(error)}") from error
+        except pa.ArrowException as error:
+            # Errors of Azure's client, such as refused credentials, have no more specific type.
+            if self.local or type(error) is not pa.ArrowException:
+                raise
             raise StorageError(f"{self.uri}: {join_lines(error)}") from error
 
     def _log_retry(self, state: tenacity.RetryCallState) -> None:
@@ -224,7 +230,7 @@ def locate(uri: str, storage: StorageConfig) -> Location:
         return Location(uri, _open_s3(storage), uri.removeprefix("s3://").rstrip("/"), storage.patience_s)
     try:
         filesystem, path = fs.FileSystem.from_uri(uri)
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, pa.ArrowException) as error:
         raise ValueError(f"{uri}: {_explain_unopened(error)}") from None
     return Location(uri, filesystem, path, storage.patience_s)
 
@@ -273,11 +279,19 @@ def check_apart(source: Location, output: Location) -> None:
 
 
 def check_bucket(output: Location) -> None:
-    """Check that the bucket of the output exists, since a write creates missing folders but no bucket.
+    """Check that the output's bucket exists or, on a local disk, that this user can write to its folder or create it.
+
+    A write creates missing folders but no bucket.
 
     Raises:
-        ValueError: the bucket does not exist.
+        ValueError: the bucket does not exist, or the folder or its nearest existing parent cannot be written to.
     """
+    if output.local and not is_writable(Path(output.path)):
+        folder = find_existing(Path(output.path))
+        raise ValueError(
+            f"--output {output.uri}: this user cannot create files in {folder}; choose another output, or change "
+            "its permissions"
+        )
     bucket = output.path.split("/", 1)[0]
     if not output.local and not Location(output.uri, output.filesystem, bucket).exists():
         raise ValueError(f"--output {output.uri}: the store has no bucket {bucket!r}")

@@ -1,3 +1,4 @@
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -8,7 +9,17 @@ import pyarrow.parquet as pq
 import pytest
 from rich.console import Console
 
-from jobs.demo import PASSAGES, QUERIES, DemoSet, build_answers_table, evaluate_demo, summarize_demo, write_first_rows
+from jobs.demo import (
+    PASSAGES,
+    QUERIES,
+    DemoSet,
+    build_answers_table,
+    demo,
+    evaluate_demo,
+    summarize_demo,
+    write_first_rows,
+)
+from jobs.shell import Interrupted
 from pipeline.decoding.prompts import format_passage
 from pipeline.evaluation.evaluate import Evaluation, Tally
 from pipeline.evaluation.judging import Judged
@@ -92,6 +103,19 @@ def test_table_shows_answers_with_and_without_evidence(tmp_path: Path) -> None:
         ["Who led the Norse?", "Rollo", "✓", "Normans", "0.99", "0.91", "0.82", "0.73", "2.64"],
         ["Say hello", "Hello", "", "–", "0.01", "–", "–", "–", "–"],
     ]
+
+
+@pytest.mark.parametrize("step", ["build_demo_model", "get_demo_index", "annotate_demo"])
+def test_interrupted_demo_can_be_continued(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupt(*_: object) -> None:
+        raise Interrupted(signal.SIGTERM)
+
+    for name in ("build_demo_model", "get_demo_index"):
+        monkeypatch.setattr(f"jobs.demo.{name}", lambda: Path("index"))
+    monkeypatch.setattr(f"jobs.demo.{step}", interrupt)
+    with pytest.raises(Interrupted) as caught:
+        demo()
+    assert caught.value.resumable
 
 
 @pytest.mark.slow

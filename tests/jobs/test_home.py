@@ -6,11 +6,11 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
 from jobs.home import find_home
+from tests.support.folders import make_read_only
 
 # A user without an entry in the password database, that may read every file but write none of others.
 STRANGER = (
@@ -25,16 +25,6 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
     monkeypatch.setattr("jobs.home.os.environ", variables)
     monkeypatch.setattr("jobs.home.os.path.expanduser", lambda _: variables.get("HOME", "~"))
     return variables
-
-
-def make_read_only(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Forbid to write to a folder, even to root."""
-    allowed = os.access
-
-    def access(path: Any, mode: int) -> bool:
-        return allowed(path, mode) and not (mode & os.W_OK and Path(path).is_relative_to(folder))
-
-    monkeypatch.setattr("pipeline.config.paths.os.access", access)
 
 
 @pytest.mark.parametrize("home", ["present", "absent/but/allowed"])

@@ -4,12 +4,14 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import pyarrow as pa
 import pytest
 from pyarrow import fs
 
 from pipeline.config.sections import StorageConfig
-from pipeline.storage.location import HIDDEN_S, MissingFileError, StorageError, is_transient, locate
+from pipeline.storage.location import HIDDEN_S, MissingFileError, StorageError, check_bucket, is_transient, locate
 from tests.support.flaky import BUSY, flaky
+from tests.support.folders import make_read_only
 
 HERE = StorageConfig()
 
@@ -215,3 +217,92 @@ def test_missing_libraries_of_hdfs_are_explained_in_one_line(monkeypatch, reason
     with pytest.raises(ValueError, match="^hdfs://host/x: HDFS needs Java.*JAVA_HOME") as caught:
         locate("hdfs://host/x", HERE)
     assert len(str(caught.value)) < 250
+
+
+@pytest.mark.parametrize(
+    "reason",
+    [
+        pa.lib.ArrowException("Unknown error: first\nsecond"),
+        pa.ArrowNotImplementedError("Got GCS URI but\nArrow lacks it"),
+        pa.ArrowInvalid("no\naccount"),
+        OSError("no\nroute"),
+    ],
+)
+def test_store_that_cannot_be_opened_is_named_in_one_line(monkeypatch, reason):
+    def fail(_):
+        raise reason
+
+    monkeypatch.setattr("pipeline.storage.location.fs", SimpleNamespace(FileSystem=SimpleNamespace(from_uri=fail)))
+    with pytest.raises(ValueError, match="^abfs://c@x/q: ") as caught:
+        locate("abfs://c@x/q", HERE)
+    assert str(caught.value) == f"abfs://c@x/q: {' '.join(str(reason).split())}"
+
+
+class FailingStore:
+    """An object store that answers every request with an error."""
+
+    def __init__(self, error: Exception) -> None:
+        self._error = error
+
+    def __getattr__(self, name: str) -> Any:
+        def fail(*_: object, **__: object) -> None:
+            raise self._error
+
+        return fail
+
+
+@pytest.mark.parametrize(
+    "operation",
+    [
+        lambda place: place.get_type(),
+        lambda place: place.exists(),
+        lambda place: place.list_files(),
+        lambda place: place.read(),
+        lambda place: place.write(b"x"),
+        lambda place: place.delete(),
+        check_bucket,
+    ],
+)
+def test_errors_of_a_store_without_a_specific_type_are_named_in_one_line(monkeypatch, operation):
+    monkeypatch.setattr("time.sleep", lambda _: None)
+    place = dataclasses.replace(locate("mock://x/q", HERE), uri="abfs://c@x/q")
+    refused = pa.lib.ArrowException("Unknown error: Check failed:\nFailed to get token")
+    with pytest.raises(StorageError, match="^abfs://c@x/q: Unknown error: Check failed: Failed to get token$"):
+        operation(dataclasses.replace(place, filesystem=FailingStore(refused)))
+
+
+def test_errors_of_the_content_of_a_file_keep_their_type():
+    place = dataclasses.replace(locate("mock://x/q", HERE), filesystem=FailingStore(pa.ArrowInvalid("damaged")))
+    with pytest.raises(pa.ArrowInvalid, match="^damaged$"):
+        place.read()
+
+
+@pytest.mark.parametrize(
+    ("output", "named"),
+    [
+        ("", None),
+        ("new", None),
+        ("new/set", None),
+        ("locked-not", None),
+        ("locked", "locked"),
+        ("locked/", "locked"),
+        ("locked/set", "locked"),
+        ("locked/a/b/c", "locked"),
+        ("file", "file"),
+        ("file/below", "file"),
+    ],
+)
+@pytest.mark.parametrize("scheme", ["", "file://"])
+def test_local_output_must_be_in_a_folder_that_can_be_written_to(tmp_path, monkeypatch, output, named, scheme):
+    (tmp_path / "locked").mkdir()
+    (tmp_path / "file").touch()
+    make_read_only(tmp_path / "locked", monkeypatch)
+    place = locate(f"{scheme}{tmp_path}/{output}", HERE)
+    if named is None:
+        check_bucket(place)
+        return
+    with pytest.raises(
+        ValueError, match=f"^--output {place.uri}: this user cannot create files in {tmp_path}/{named};"
+    ):
+        check_bucket(place)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "locked"]
