@@ -1,6 +1,7 @@
 """Shared fixtures: the embedded model and encoder, a small index, and a real S3 server on loopback."""
 
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -20,6 +21,9 @@ from tests.support.s3 import S3Server, serving_s3
 
 # A Ray cluster that happens to run on this machine is none of the tests' business.
 os.environ["RAY_ADDRESS"] = "local"
+# Commands in the background of a shell ignore Ctrl-C, and so would the commands that tests start and interrupt.
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 # Tests judge values, never the time that they take.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")

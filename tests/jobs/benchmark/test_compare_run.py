@@ -118,7 +118,7 @@ class Rehearsal:
         self.events.append("direct")
         self.asked.append([query.id for query in queries])
         system.generator.work.extend([((1, 2, 3), 5)] * len(queries))
-        return [SimpleNamespace(retrieved=False, segments=[SimpleNamespace(text="a")]) for _ in queries]
+        return [SimpleNamespace(retrieved=False, segments=[SimpleNamespace(text="a", evidence=None)]) for _ in queries]
 
     async def replay(self, work, watched=()):
         self.events.append("scored" if watched else "ceiling")
