@@ -57,7 +57,9 @@ def interrupt(running: Running, number: signal.Signals, mark: str) -> tuple[int,
     return status, said.splitlines()[-1]
 
 
-@pytest.mark.parametrize(("number", "expected"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize(
+    ("number", "expected"), [pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow), (signal.SIGTERM, 143)]
+)
 def test_interrupted_run_leaves_nothing_behind_and_can_be_continued(
     job: Job, tmp_path: Path, number: signal.Signals, expected: int
 ) -> None:
@@ -91,6 +93,7 @@ def test_run_is_interrupted_while_ray_starts(job: Job, tmp_path: Path, seconds: 
     assert not (tmp_path / "out" / "_running").exists()
 
 
+@pytest.mark.slow
 def test_interrupted_build_can_be_continued(tmp_path: Path) -> None:
     pq.write_table(given_vectors(200)[0], tmp_path / "passages.parquet")
     options = ["--passages", f"{tmp_path}/passages.parquet", "--output", f"{tmp_path}/index", "--embeddings", "vector"]
