@@ -34,8 +34,11 @@ run(job)
 """
 # Seconds for a signal, and after a second one, that the main thread does not handle.
 LIMITS = "import jobs.shell; jobs.shell.PATIENCE_S, jobs.shell.GRACE_S = {}, 0.1"
-# Waits for a lock that is never released, in C code, which signals do not interrupt.
-STUCK = "import ctypes; c, lock = ctypes.CDLL(None), bytes(64); c.pthread_mutex_lock(lock); c.pthread_mutex_lock(lock)"
+# Waits for a lock that is never released, in C code, which no signal but that of the alarm ends.
+STUCK = (
+    "import ctypes; signal.alarm(60); c, lock = ctypes.CDLL(None), bytes(64); "
+    "c.pthread_mutex_lock(lock); c.pthread_mutex_lock(lock)"
+)
 
 
 def start(
