@@ -33,7 +33,7 @@ from pipeline.queries.source_rows import SourceBatch, SourceRow
 from pipeline.queries.sources import HUB, SourceRequest, open_source
 from pipeline.queries.writer import Spool, check_free, publish_query_set, write_query_set
 from pipeline.storage.lease import Lease
-from pipeline.storage.location import Location, check_apart, check_bucket, locate
+from pipeline.storage.location import Location, check_apart, check_writable, locate
 
 log = logging.getLogger(__name__)
 
@@ -149,7 +149,7 @@ def open_import(
     """
     if not request.uri.startswith(HUB):
         check_apart(locate(request.uri, storage), output)
-    check_bucket(output)
+    check_writable(output)
     check_free(output, overwrite)
     return open_source(request, storage, mapping)
 

@@ -36,7 +36,7 @@ from pipeline.decoding.types import (
 )
 from pipeline.output.folder import OutputFolder, get_columns
 from pipeline.output.schema import to_answer_row
-from pipeline.storage.location import check_apart, locate
+from pipeline.storage.location import check_apart, check_writable, locate
 from pipeline.storage.parquet import encode_parquet
 
 CHANGEABLE = frozenset({"threshold", "weights", "constraint", "citations"})
@@ -219,6 +219,7 @@ def check_rescoring(
     if manifest is None or not source.is_finished():
         raise ValueError(f"{run}: not a finished annotated set")
     check_apart(source.location, target.location)
+    check_writable(target.location)
     if foreign := target.find_foreign_file():
         raise ValueError(
             f"--output {output} contains files that are not part of an annotated set ({foreign}); choose another"

@@ -21,7 +21,7 @@ from pipeline.retrieval.encoder import Encoder, EncoderStyle, Vectors, resolve_e
 from pipeline.retrieval.index_cache import SCRATCH_PREFIX
 from pipeline.retrieval.manifest import MANIFEST, EncoderEntry, ShardEntry
 from pipeline.retrieval.shard_files import SHARD_FILE, count_centroids, create_empty_index
-from pipeline.storage.location import Location, locate
+from pipeline.storage.location import Location, check_writable, locate
 from pipeline.storage.parquet import RowRange
 
 Item = TypeVar("Item")
@@ -290,6 +290,7 @@ def check_build(request: BuildRequest) -> BuildPlan:
     """
     output = locate(request.output, request.storage)
     folder = BuildFolder(output)
+    check_writable(output)
     folder.check(request.overwrite)
     files = find_passages(locate(request.passages, request.storage), request.form)
     shards = plan_shards(files, request.shards)

@@ -20,7 +20,7 @@ from pipeline.queries.query_set import QuerySet, inspect_queries
 from pipeline.queries.selection import Earlier, Selection
 from pipeline.queries.units import Unit
 from pipeline.retrieval.manifest import IndexManifest, check_index_manifest
-from pipeline.storage.location import Location, check_apart, check_bucket, locate
+from pipeline.storage.location import Location, check_apart, check_writable, locate
 
 
 @dataclass(frozen=True)
@@ -134,7 +134,7 @@ def check_run(config: RunConfig, overwrite: bool = False) -> RunPlan:
     asked = selection.folder if selection else queries_location
     queries = inspect_queries(asked, config.columns, config.execution.unit_rows)
     warn_of_columns_above(queries_location, queries.schema.names)
-    check_bucket(output)
+    check_writable(output)
     manifest = _check_retrieval(config, queries)
     index = encoder = None
     if manifest is not None:

@@ -278,7 +278,7 @@ def check_apart(source: Location, output: Location) -> None:
         raise ValueError(f"--output {output.uri} and {source.uri}: one contains the other; choose another output")
 
 
-def check_bucket(output: Location) -> None:
+def check_writable(output: Location) -> None:
     """Check that the output's bucket exists or, on a local disk, that this user can write to its folder or create it.
 
     A write creates missing folders but no bucket.

@@ -18,8 +18,9 @@ from tests.support.folders import make_read_only
         ["annotate", "--dry-run", "--queries", "{}/queries.parquet", "--model", "demo"],
         ["annotate", "--queries", "{}/queries.parquet", "--model", "demo"],
         ["import-queries", "--source", "{}/queries.parquet"],
+        ["build-index", "--passages", "{}/queries.parquet"],
     ],
-    ids=["dry run", "run", "import"],
+    ids=["dry run", "run", "import", "index"],
 )
 def test_folder_that_cannot_be_written_to_is_refused_before_any_work(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str], output: str

@@ -126,7 +126,7 @@ def test_invalid_utf8_in_parquet_is_reported(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("name", "content", "problem"),
     [
-        ("a.jsonl.gz", gzip.compress(b'{"q": 1}\n' * 1000)[:-9], "a.jsonl.gz: cannot be read"),
+        ("a.jsonl.gz", gzip.compress(b'{"q": 1}\n' * 1000, mtime=0)[:-9], "a.jsonl.gz: cannot be read"),
         ("a.jsonl.gz", b'{"q": 1}', "a.jsonl.gz: cannot be read: Not a gzipped file"),
         ("a.csv", b"q,q\n1,2\n", "a.csv: every column in the header .* needs a unique name"),
         ("a.parquet", b"PAR1", "a.parquet: not a readable Parquet file"),

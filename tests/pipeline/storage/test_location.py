@@ -9,7 +9,7 @@ import pytest
 from pyarrow import fs
 
 from pipeline.config.sections import StorageConfig
-from pipeline.storage.location import HIDDEN_S, MissingFileError, StorageError, check_bucket, is_transient, locate
+from pipeline.storage.location import HIDDEN_S, MissingFileError, StorageError, check_writable, is_transient, locate
 from tests.support.flaky import BUSY, flaky
 from tests.support.folders import make_read_only
 
@@ -260,7 +260,7 @@ class FailingStore:
         lambda place: place.read(),
         lambda place: place.write(b"x"),
         lambda place: place.delete(),
-        check_bucket,
+        check_writable,
     ],
 )
 def test_errors_of_a_store_without_a_specific_type_are_named_in_one_line(monkeypatch, operation):
@@ -299,10 +299,10 @@ def test_local_output_must_be_in_a_folder_that_can_be_written_to(tmp_path, monke
     make_read_only(tmp_path / "locked", monkeypatch)
     place = locate(f"{scheme}{tmp_path}/{output}", HERE)
     if named is None:
-        check_bucket(place)
+        check_writable(place)
         return
     with pytest.raises(
         ValueError, match=f"^--output {place.uri}: this user cannot create files in {tmp_path}/{named};"
     ):
-        check_bucket(place)
+        check_writable(place)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "locked"]
