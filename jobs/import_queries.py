@@ -70,14 +70,21 @@ class Import:
                 good[number] = self._convert_row(row)
             except ValueError as error:
                 if not self.skip_bad:
-                    named = f" (columns: {', '.join(batch.list_columns())}; map them with --column)"
-                    columns = "" if row.problem else named
+                    columns = "" if row.problem else f" ({self._describe_columns(batch)}; map them with --column)"
                     raise ValueError(
                         f"{row.place}: {error}{columns}; fix the row, or skip it with --skip-bad"
                     ) from None
                 log.warning("skipped: %s: %s", row.place, error)
                 self.skipped += 1
         return good
+
+    def _describe_columns(self, batch: SourceBatch) -> str:
+        names = batch.list_columns()
+        missing = [
+            path for path in self.mapping.columns.values() if path not in names and path.split(".")[0] not in names
+        ]
+        absent = f"no column {missing[0]!r}; " if missing else ""
+        return f"{absent}columns: {', '.join(names)}"
 
     def _convert_row(self, row: SourceRow) -> Row:
         if row.problem is not None:

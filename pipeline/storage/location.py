@@ -288,6 +288,8 @@ def check_writable(output: Location) -> None:
     """
     if output.local and not is_writable(Path(output.path)):
         folder = find_existing(Path(output.path))
+        if folder.is_file():
+            raise ValueError(f"--output {output.uri}: {folder} is a file; name a folder")
         raise ValueError(
             f"--output {output.uri}: this user cannot create files in {folder}; choose another output, or change "
             "its permissions"

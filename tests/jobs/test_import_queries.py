@@ -218,7 +218,7 @@ def test_bad_rows_are_logged_and_skipped_on_request(tmp_path: Path, caplog: pyte
         (["--source", "IN", "--column", "answers=gold"], "--column answers=gold: empty in every row"),
         (
             ["--source", "IN", "--column", "query=question"],
-            "row 0: the query is empty (columns: query, n; map them with --column)",
+            "row 0: the query is empty (no column 'question'; columns: query, n; map them with --column)",
         ),
         (["--source", "EMPTY"], "no rows to import (0 bad rows skipped)"),
         (["--source", "FOLDER"], "one contains the other"),

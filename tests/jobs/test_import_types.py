@@ -234,3 +234,10 @@ def test_schema_drift_is_unified_by_an_import(tmp_path: Path) -> None:
         {"id": "1", "query": "a", "n": 1.0, "m": "x"},
         {"id": "2", "query": "b", "n": 0.5, "m": None},
     ]
+
+
+def test_mapped_column_that_does_not_exist_is_named(tmp_path: Path) -> None:
+    (tmp_path / "a.csv").write_text("id,question\n1,Who?\n")
+    result = run(tmp_path / "a.csv", tmp_path / "set", "--column", "query=questoin")
+    assert result.exit_code == 2
+    assert "the query is empty (no column 'questoin'; columns: id, question; map them with --column)" in result.stderr

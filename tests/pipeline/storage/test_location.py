@@ -278,31 +278,29 @@ def test_errors_of_the_content_of_a_file_keep_their_type():
 
 
 @pytest.mark.parametrize(
-    ("output", "named"),
+    ("output", "problem"),
     [
         ("", None),
         ("new", None),
         ("new/set", None),
         ("locked-not", None),
-        ("locked", "locked"),
-        ("locked/", "locked"),
-        ("locked/set", "locked"),
-        ("locked/a/b/c", "locked"),
-        ("file", "file"),
-        ("file/below", "file"),
+        ("locked", "this user cannot create files in {}/locked;"),
+        ("locked/", "this user cannot create files in {}/locked;"),
+        ("locked/set", "this user cannot create files in {}/locked;"),
+        ("locked/a/b/c", "this user cannot create files in {}/locked;"),
+        ("file", "{}/file is a file; name a folder"),
+        ("file/below", "{}/file is a file; name a folder"),
     ],
 )
 @pytest.mark.parametrize("scheme", ["", "file://"])
-def test_local_output_must_be_in_a_folder_that_can_be_written_to(tmp_path, monkeypatch, output, named, scheme):
+def test_local_output_must_be_in_a_folder_that_can_be_written_to(tmp_path, monkeypatch, output, problem, scheme):
     (tmp_path / "locked").mkdir()
     (tmp_path / "file").touch()
     make_read_only(tmp_path / "locked", monkeypatch)
     place = locate(f"{scheme}{tmp_path}/{output}", HERE)
-    if named is None:
+    if problem is None:
         check_writable(place)
         return
-    with pytest.raises(
-        ValueError, match=f"^--output {place.uri}: this user cannot create files in {tmp_path}/{named};"
-    ):
+    with pytest.raises(ValueError, match=f"^--output {place.uri}: {problem.format(tmp_path)}"):
         check_writable(place)
     assert sorted(path.name for path in tmp_path.iterdir()) == ["file", "locked"]
