@@ -15,6 +15,7 @@ from urllib.parse import unquote
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.queries.values import is_missing
 from pipeline.storage.location import Location
 
 log = logging.getLogger(__name__)
@@ -184,7 +185,7 @@ def add_partition_values(
     added = dict(values)
     for name, value in partition.items():
         own = find_name(name, values) or name
-        if values.get(own) is None:
+        if is_missing(values.get(own)):
             added[own] = pa.scalar(value, pa.string()).cast(types[name]).as_py()
         elif not _equals(values[own], value):
             raise ValueError(_describe_conflict(own, name, value))

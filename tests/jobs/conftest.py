@@ -1,10 +1,21 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+import ray
 
 from tests.support.building import given_vectors
+
+
+@pytest.fixture(scope="module")
+def lasting_ray() -> Iterator[None]:
+    """Ray stays up from one build to the next."""
+    was_running = ray.is_initialized()
+    yield
+    if not was_running:
+        ray.shutdown()
 
 
 @pytest.fixture

@@ -3,7 +3,6 @@
 import json
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 
 import faiss
@@ -11,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 import typer
 from typer.testing import CliRunner
 
@@ -23,20 +21,13 @@ from pipeline.retrieval.retriever import IndexRetriever
 from tests.support.building import run
 from tests.support.indexes import place
 
+pytestmark = pytest.mark.usefixtures("lasting_ray")
+
 checking = typer.Typer()
 checking.command()(check_index)
 
 FILLER = "This sentence is about nothing in particular. "
 SUBJECTS = ["Otters hold hands while they sleep.", "Basalt is a volcanic rock.", "Violins have four strings."]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    """Ray stays up from one build to the next."""
-    was_running = ray.is_initialized()
-    yield
-    if not was_running:
-        ray.shutdown()
 
 
 @pytest.fixture

@@ -10,7 +10,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import ray
 from typer.testing import Result
 
 from pipeline.config.sections import RetrievalConfig
@@ -23,14 +22,7 @@ from tests.support.building import given_vectors, run
 from tests.support.indexes import place
 from tests.support.leases import finishing_elsewhere
 
-
-@pytest.fixture(scope="module", autouse=True)
-def cluster() -> Iterator[None]:
-    """Ray stays up from one build to the next."""
-    was_running = ray.is_initialized()
-    yield
-    if not was_running:
-        ray.shutdown()
+pytestmark = pytest.mark.usefixtures("lasting_ray")
 
 
 @pytest.fixture

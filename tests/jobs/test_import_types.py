@@ -138,6 +138,8 @@ def test_row_that_contradicts_its_partition_is_bad(name: str, content: str, tmp_
     [
         ("a.csv", "id,query,task\n1,q,\n2,q,popqa\n"),
         ("a.jsonl", '{"id": "1", "query": "q", "task": null}\n{"id": "2", "query": "q", "task": "popqa"}\n'),
+        ("a.jsonl", '{"id": "1", "query": "q", "task": " "}\n'),
+        ("a.jsonl", '{"id": "1", "query": "q", "task": NaN}\n'),
         ("a.jsonl", '{"id": "1", "query": "q"}\n{"id": "2", "query": "q", "Task": "popqa"}\n'),
     ],
 )
