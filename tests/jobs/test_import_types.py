@@ -240,6 +240,6 @@ def test_schema_drift_is_unified_by_an_import(tmp_path: Path) -> None:
 
 def test_mapped_column_that_does_not_exist_is_named(tmp_path: Path) -> None:
     (tmp_path / "a.csv").write_text("id,question\n1,Who?\n")
-    result = run(tmp_path / "a.csv", tmp_path / "set", "--column", "query=questoin")
+    result = run(tmp_path / "a.csv", tmp_path / "set", "--column", "query=quiz")
     assert result.exit_code == 2
-    assert "the query is empty (no column 'questoin'; columns: id, question; map them with --column)" in result.stderr
+    assert "the query is empty (no column 'quiz'; columns: id, question; map them with --column)" in result.stderr
