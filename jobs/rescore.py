@@ -13,7 +13,9 @@ import typer
 from jobs.common import RunFile, checking, start_logging, working
 from jobs.shell import run
 from pipeline.config.run import load_sections, load_storage
-from pipeline.evaluation.rescoring import check_rescoring, rescore_set
+from pipeline.evaluation.rescored_set import check_rescoring, rescore_set
+from pipeline.report.write import leave_report
+from pipeline.storage.lease import OutputInUseError
 
 
 def rescore(
@@ -39,11 +41,12 @@ def rescore(
         changes = load_sections(None, of_decoding, ["decoding"])["decoding"]
         plan = check_rescoring(annotations, output, changes, load_storage(config, of_storage), overwrite)
     if dry_run:
-        units = len(plan.manifest["units"])
-        typer.echo(f"to do    {units} units of {annotations}; nothing was written (--dry-run)", err=True)
+        typer.echo(f"to do    {len(plan.units)} units of {annotations}; nothing was written (--dry-run)", err=True)
         return
-    with working("the rescoring failed; rerun with --overwrite", bad_input=()):
+    hint = "the rescoring failed; rerun the same command to continue"
+    with working(hint, bad_input=(OutputInUseError,), resumable=True):
         done = rescore_set(plan)
+    leave_report(plan.output.location)
     typer.echo(f"{done.changed} of {done.rows} answers changed; annotated set: {output}", err=True)
     if as_json:
         typer.echo(json.dumps(dataclasses.asdict(done)))

@@ -5,18 +5,15 @@ settings the answers are those of the run.
 """
 
 import asyncio
-import io
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
-from pipeline.cluster import connect
-from pipeline.config.loading import assign, flatten, validate_section
-from pipeline.config.sections import Columns, DecodingConfig, ExecutionConfig, StorageConfig, Weights
+from pipeline.config.loading import validate_section
+from pipeline.config.sections import Columns, DecodingConfig, Weights
 from pipeline.decoding.beam import search
 from pipeline.decoding.critique import segment_score
 from pipeline.decoding.profiles import limit_segments
@@ -34,10 +31,8 @@ from pipeline.decoding.types import (
     Segment,
     Usage,
 )
-from pipeline.output.folder import OutputFolder, get_columns
+from pipeline.output.folder import get_columns
 from pipeline.output.schema import to_answer_row
-from pipeline.storage.location import check_apart, check_writable, locate
-from pipeline.storage.parquet import encode_parquet
 
 CHANGEABLE = frozenset({"threshold", "weights", "constraint", "citations"})
 CHANGEABLE_NAMES = ", ".join(f"decoding.{name}" for name in sorted(CHANGEABLE))
@@ -180,107 +175,6 @@ def _to_candidate(row: Mapping[str, Any], passages: Mapping[str, Passage]) -> Ca
 
 # Columns that rescoring replaces; ``usage`` stays that of the run.
 REWRITTEN = ("answer", "raw_output", "retrieved", "finish_reason", "segments", "passages", "candidates")
-
-
-@dataclass(frozen=True)
-class RescorePlan:
-    """A checked rescoring.
-
-    Attributes:
-        run: folder of the annotated set.
-        output: folder of the rescored set.
-        rescoring: settings by task.
-        manifest: manifest of the run, with the changed settings.
-    """
-
-    run: OutputFolder
-    output: OutputFolder
-    rescoring: Rescoring
-    manifest: dict[str, Any]
-
-
-def check_rescoring(
-    run: str, output: str, changes: Mapping[str, Any], storage: StorageConfig, overwrite: bool
-) -> RescorePlan:
-    """Check a rescoring and plan it.
-
-    Args:
-        run: URI of a finished annotated set.
-        output: URI of the folder for the rescored set.
-        changes: settings of the section ``decoding``, nested as in the configuration.
-        overwrite: whether a set in the output is replaced.
-
-    Raises:
-        ValueError: there is no finished run, a setting cannot be changed, the run did not keep the data that this
-            needs, the output contains other files, or it contains a set and ``overwrite`` is false.
-    """
-    source, target = OutputFolder(locate(run, storage)), OutputFolder(locate(output, storage))
-    manifest = source.read_manifest()
-    if manifest is None or not source.is_finished():
-        raise ValueError(f"{run}: not a finished annotated set")
-    check_apart(source.location, target.location)
-    check_writable(target.location)
-    if foreign := target.find_foreign_file():
-        raise ValueError(
-            f"--output {output} contains files that are not part of an annotated set ({foreign}); choose another"
-        )
-    if target.read_manifest() and not overwrite:
-        raise ValueError(
-            f"--output {output} already contains an annotated set; choose another, or replace it with --overwrite"
-        )
-    rescoring = Rescoring.of(manifest, changes)
-    tasks = {
-        name: {**task, "decoding": rescoring.tasks[name][0].model_dump(mode="json")}
-        for name, task in manifest["tasks"].items()
-    }
-    changed = {f"decoding.{key}": value for key, value in flatten(dict(changes)).items()}
-    for key, value in changed.items():
-        assign(manifest["configuration"], key, value)
-    # The source is part of the identity, so that an annotation run does not resume a rescored set.
-    settings = {**manifest["settings"], **changed, "rescored": source.location.uri}
-    return RescorePlan(source, target, rescoring, {**manifest, "settings": settings, "tasks": tasks})
-
-
-@dataclass(frozen=True)
-class Rescored:
-    """The outcome of a rescoring: number of rows, of rows in ``errors/``, and of answers that changed."""
-
-    rows: int
-    errors: int
-    changed: int
-
-
-def rescore_set(plan: RescorePlan) -> Rescored:
-    """Rescore every row and write the rescored set."""
-    import ray
-
-    connect(ExecutionConfig())
-    plan.output.clear()
-    plan.output.begin(plan.manifest)
-    units = list(plan.manifest["units"])
-    for unit, held in plan.manifest["units"].items():
-        if held["errors"]:
-            name = f"errors/part-{unit}.parquet"
-            (plan.output.location / name).write((plan.run.location / name).read())
-    rescored = ray.data.from_items([{"unit": unit} for unit in units], override_num_blocks=len(units)).map_batches(
-        _rescore_units, fn_args=[plan], batch_size=None, batch_format="pyarrow"
-    )
-    changed = sum(int(row["changed"]) for row in rescored.iter_rows())
-    retrieved = sum(unit.retrieved for unit in plan.output.summarize_units(units))
-    counts = {**plan.manifest["counts"], "output": plan.output.location.uri, "retrieved": retrieved}
-    plan.output.finish({**plan.manifest, "counts": counts})
-    return Rescored(counts["rows"], counts["errors"], changed)
-
-
-def _rescore_units(batch: pa.Table, plan: RescorePlan) -> pa.Table:
-    changed = 0
-    for unit in batch["unit"].to_pylist():
-        name = f"data/part-{unit}.parquet"
-        before = pq.read_table(io.BytesIO((plan.run.location / name).read()))
-        after = rescore_table(before, plan.rescoring)
-        changed += sum(a != b for a, b in zip(before["answer"], after["answer"], strict=True))
-        (plan.output.location / name).write(encode_parquet(after))
-    return pa.table({"changed": [changed]})
 
 
 def rescore_table(table: pa.Table, rescoring: Rescoring) -> pa.Table:

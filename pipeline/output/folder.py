@@ -1,60 +1,31 @@
-"""Read and write the output folder: atomic unit files, manifest and success marker.
+"""The folder of an annotated set: its manifest, its success marker, and the files of its units.
 
-The visible data files are the commit log. A unit writes its errors file first, if it has errors, and always its data
-file last. Both names are derived from the unit id, so a unit that runs twice writes the same files.
+The visible data files are the commit log: a unit is finished when its data file exists.
 """
 
 import json
-import re
-from collections import Counter
+import logging
+import uuid
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.compute as pc
 
+from pipeline.config.loading import hash_tree
 from pipeline.config.sections import Columns
-from pipeline.output.schema import build_data_schema, build_error_schema, get_output_name
-from pipeline.storage.location import Location
-from pipeline.storage.parquet import encode_parquet, map_in_threads, read_columns
+from pipeline.output.schema import get_output_name
+from pipeline.output.unit_files import UnitSummary, parse_unit_id, summarize_unit
+from pipeline.storage.location import Location, MissingFileError
+from pipeline.storage.parquet import encode_parquet, map_in_threads, read_footer
+
+log = logging.getLogger(__name__)
 
 FORMAT_VERSION = 1
 REPORT = "report.html"
 CARD = "README.md"
-UNIT_FILE = re.compile(r"part-[0-9a-f]{20}\.parquet")
-# Metadata key of a data file for the start and end times of its unit.
-TIMES = b"selfrag.times"
-
-
-@dataclass(frozen=True)
-class UnitSummary:
-    """Counts of a finished unit.
-
-    Attributes:
-        unit: id of the unit.
-        rows: number of rows, failed ones included.
-        errors: number of failed rows by error type.
-        retrieved: number of answered rows that used a passage.
-        generated_tokens: tokens generated for answered rows.
-        prompt_tokens: prompt tokens of answered rows.
-        began: time when an actor started the unit, after the engine's first request, in seconds since the epoch;
-            None if unknown.
-        ended: time when all rows were annotated, in seconds since the epoch; None if unknown.
-    """
-
-    unit: str
-    rows: int
-    errors: dict[str, int] = field(default_factory=dict)
-    retrieved: int = 0
-    generated_tokens: int = 0
-    prompt_tokens: int = 0
-    began: float | None = None
-    ended: float | None = None
-
-    def to_record(self) -> dict[str, Any]:
-        """Return the unit's entry in the manifest."""
-        return {"rows": self.rows, "errors": sum(self.errors.values()), "began": self.began, "ended": self.ended}
+# Keys of a manifest that decide the results; an output holds rows of one identity only.
+IDENTITY = ("settings", "queries", "model", "index")
 
 
 @dataclass(frozen=True)
@@ -91,21 +62,20 @@ class OutputFolder:
         """Whether a run has finished here."""
         return self._success.exists()
 
-    def list_data_files(self) -> list[Location]:
-        """List the data files, one for each finished unit."""
-        return (self.location / "data").list_files(".parquet")
-
-    def list_done_units(self) -> frozenset[str]:
-        """Return the ids of the finished units: those that have a data file."""
-        return frozenset(parse_unit_id(file) for file in self.list_data_files())
+    def list_unit_files(self, folder: str) -> dict[str, Location]:
+        """List the files of units in ``data``, one for each finished unit, or in ``errors``, by the unit's id."""
+        found = ((parse_unit_id(file), file) for file in (self.location / folder).list_files(".parquet"))
+        return {unit: file for unit, file in found if unit and file.path == self.locate_unit_file(folder, unit).path}
 
     def find_foreign_file(self) -> str | None:
         """Return the URI of a file that no run has written, in a folder without a manifest; None if there is none.
 
         A dataset card does not count: it may be left over from a set that was deleted.
         """
-        found = [file for file in self.location.list_files() if file.path != (self.location / CARD).path]
-        return found[0].uri if found and not self._manifest.exists() else None
+        if self._manifest.exists():
+            return None
+        card = (self.location / CARD).path
+        return next((file.uri for file in self.location.list_files() if file.path != card), None)
 
     def clear(self) -> None:
         """Delete the files that runs have written and nothing else; the success marker first, the manifest last.
@@ -115,9 +85,8 @@ class OutputFolder:
         if self._success.exists():
             self._success.delete()
         for folder in ("data", "errors"):
-            for file in (self.location / folder).list_files(".parquet"):
-                if UNIT_FILE.fullmatch(file.path.removeprefix(f"{self.location.path}/{folder}/")):
-                    file.delete()
+            for file in self.list_unit_files(folder).values():
+                file.delete()
         for file in (self.location / REPORT, self._manifest):
             if file.exists():
                 file.delete()
@@ -127,6 +96,13 @@ class OutputFolder:
         if self._success.exists():
             self._success.delete()
         self._write_manifest({**manifest, "status": "running"})
+
+    def reopen(self) -> None:
+        """Mark a finished set as unfinished again."""
+        if self._success.exists():
+            self._success.delete()
+        if manifest := self.read_manifest():
+            self._write_manifest({**manifest, "status": "running"})
 
     def finish(self, manifest: dict[str, Any]) -> None:
         """Write the manifest of a finished run, then ``_SUCCESS``."""
@@ -140,94 +116,105 @@ class OutputFolder:
     def write_unit(
         self,
         unit: str,
-        annotated: pa.Table,
-        inputs: pa.Schema,
-        keep_candidates: bool,
-        times: tuple[float, float] | None = None,
+        answers: pa.Table,
+        errors: pa.Table,
+        run: str,
+        times: tuple[float | None, float | None] = (None, None),
     ) -> UnitSummary:
-        """Write the data file of a unit, and its errors file if rows failed.
+        """Write the errors file of a unit, if rows failed, and then its data file.
 
-        The files of a finished unit are kept, since two files cannot be replaced atomically.
+        Files that this run has already written are kept, since two files cannot be replaced atomically.
 
         Args:
             unit: id of the unit.
-            annotated: input, answer and error columns; rows with an ``error_type`` have failed.
-            inputs: schema of the query set.
-            keep_candidates: whether to write the columns of candidates.
-            times: start and end of the unit; kept in the data file's metadata, so that they survive a resume.
+            answers: rows of the data file.
+            errors: rows of the errors file.
+            run: digest of the run's identity.
+            times: start and end of the unit, in seconds since the epoch.
         """
-        errors_file = self.location / "errors" / f"part-{unit}.parquet"
-        if self._locate_data_file(unit).exists():
-            return self._summarize_files(unit, errors_file.exists())
-        failed = pc.is_valid(annotated["error_type"])
-        answers = annotated.filter(pc.invert(failed)).select(build_data_schema(inputs, keep_candidates).names)
-        answers = answers.replace_schema_metadata({TIMES: json.dumps(times)} if times else None)
-        errors = annotated.filter(failed).select(build_error_schema(inputs).names)
+        if kept := self.read_unit(unit, run):
+            return kept
+        began, ended = times
+        counted = summarize_unit(unit, answers, errors)
+        summary = replace(counted, began=began, ended=ended, run=run, attempt=uuid.uuid4().hex)
+        metadata, errors_file = summary.to_metadata(), self.locate_unit_file("errors", unit)
         if errors.num_rows:
-            errors_file.write(encode_parquet(errors))
+            errors_file.write(encode_parquet(errors.replace_schema_metadata(metadata)))
         elif errors_file.exists():
             errors_file.delete()  # left by an attempt that died before it wrote the data file
-        self._locate_data_file(unit).write(encode_parquet(answers))
-        return summarize_unit(unit, answers, errors)
+        self.locate_unit_file("data", unit).write(encode_parquet(answers.replace_schema_metadata(metadata)))
+        return summary
 
-    def _locate_data_file(self, unit: str) -> Location:
-        return self.location / "data" / f"part-{unit}.parquet"
+    def read_unit(self, unit: str, run: str) -> UnitSummary | None:
+        """Read the summary of a finished unit; None if it has no data file, or if it must be annotated again.
 
-    def withdraw(self, unit: str) -> None:
-        """Delete the unit's data file, so that it is annotated again."""
-        self._locate_data_file(unit).delete()
-
-    def count_error_rows(self, units: Iterable[str]) -> int:
-        """Count the rows of units in ``errors/``."""
-        wanted = frozenset(units)
-        files = [file for file in (self.location / "errors").list_files(".parquet") if parse_unit_id(file) in wanted]
-        return sum(table.num_rows for table in map_in_threads(lambda file: read_columns(file, ["error_type"]), files))
-
-    def summarize_units(self, units: Iterable[str]) -> list[UnitSummary]:
-        """Count the rows of finished units; units without a data file are left out.
+        That is the case if its files are damaged, of different attempts, or of another run.
 
         Raises:
             StorageError: a file cannot be read.
         """
-        failed = frozenset(parse_unit_id(file) for file in (self.location / "errors").list_files(".parquet"))
-        done = self.list_done_units()
-        finished = [unit for unit in units if unit in done]
-        return map_in_threads(lambda unit: self._summarize_files(unit, unit in failed), finished)
+        try:
+            answers = _read_summary(self.locate_unit_file("data", unit))
+            if answers is None:
+                return None
+            errors = _read_summary(self.locate_unit_file("errors", unit))
+            return _join_summaries(answers, errors, run)
+        except ValueError as problem:
+            log.warning("%s: unit %s is annotated again: %s", self.location.uri, unit, problem)
+            return None
 
-    def _summarize_files(self, unit: str, failed: bool) -> UnitSummary:
-        answers = read_columns(self._locate_data_file(unit), ["retrieved", "usage"])
-        errors = self.location / "errors" / f"part-{unit}.parquet"
-        return summarize_unit(unit, answers, read_columns(errors, ["error_type"]) if failed else NO_ERRORS)
+    def locate_unit_file(self, folder: str, unit: str) -> Location:
+        """Return the location of a unit's file in ``data`` or ``errors``."""
+        return self.location / folder / f"part-{unit}.parquet"
 
+    def withdraw(self, unit: str) -> None:
+        """Delete the unit's files, its data file first."""
+        for folder in ("data", "errors"):
+            if (file := self.locate_unit_file(folder, unit)).exists():
+                file.delete()
 
-NO_ERRORS = pa.table({"error_type": pa.array([], pa.string())})
-
-
-def summarize_unit(unit: str, answers: pa.Table, errors: pa.Table) -> UnitSummary:
-    """Count a unit's rows."""
-    usage = answers["usage"].combine_chunks()
-    began, ended = json.loads((answers.schema.metadata or {}).get(TIMES, b"[null, null]"))
-    return UnitSummary(
-        unit=unit,
-        rows=answers.num_rows + errors.num_rows,
-        errors=dict(Counter(errors["error_type"].to_pylist())),
-        retrieved=pc.sum(answers["retrieved"]).as_py() or 0,
-        generated_tokens=pc.sum(pc.struct_field(usage, "generated_tokens")).as_py() or 0,
-        prompt_tokens=pc.sum(pc.struct_field(usage, "prompt_tokens")).as_py() or 0,
-        began=began,
-        ended=ended,
-    )
+    def count_error_rows(self, units: Iterable[str]) -> int:
+        """Count the rows of units in ``errors/``."""
+        files = self.list_unit_files("errors")
+        wanted = [files[unit] for unit in units if unit in files]
+        return sum(footer.num_rows for footer in map_in_threads(read_footer, wanted))
 
 
-def is_unit_file(file: Location, folder: str) -> bool:
-    """Whether a file is a unit file in ``folder``, which is ``data`` or ``errors``."""
-    *_, parent, _ = ["", *file.path.split("/")]
-    return parent == folder and UNIT_FILE.fullmatch(file.name) is not None
+def _read_summary(file: Location) -> tuple[UnitSummary | None, int] | None:
+    """Read the summary in a unit file and the number of its rows; None if there is no such file.
+
+    Raises:
+        ValueError: the file is damaged.
+    """
+    try:
+        footer = read_footer(file)
+    except MissingFileError:
+        return None
+    return UnitSummary.from_metadata(footer.metadata), footer.num_rows
 
 
-def parse_unit_id(file: Location) -> str:
-    """Return the unit id in the name of a unit file."""
-    return file.name.removeprefix("part-").removesuffix(".parquet")
+def _join_summaries(
+    answers: tuple[UnitSummary | None, int], errors: tuple[UnitSummary | None, int] | None, run: str
+) -> UnitSummary:
+    """Return the summary of a unit whose files belong together, given what each of them holds.
+
+    Raises:
+        ValueError: they do not, or another run wrote them.
+    """
+    summary, answered = answers
+    beside, failed = errors or (None, 0)
+    if summary is None or summary.run != run:
+        raise ValueError("another run wrote its data file")
+    if beside != (summary if summary.failed else None) or bool(errors) != bool(summary.failed):
+        raise ValueError("its two files are from different attempts")
+    if (answered + failed, failed) != (summary.rows, summary.failed):
+        raise ValueError(f"its files hold {answered + failed} rows, {failed} of them failed, instead of those counted")
+    return summary
+
+
+def hash_identity(manifest: Mapping[str, Any]) -> str:
+    """Return the digest of a run's identity, which the files of its units carry."""
+    return hash_tree({key: manifest.get(key) for key in IDENTITY})
 
 
 def get_columns(manifest: Mapping[str, Any]) -> Columns:

@@ -110,9 +110,9 @@ MEANINGS: Mapping[tuple[str, ...], str] = {
     ),
     ("error_type", "error_message", "attempts"): "why a row failed, and the number of attempts",
 }
-# Raised whenever a row of the same columns would get other values: 2 since candidates without text are chosen last,
-# ``retrieved`` is about the text, and the case of reserved names does not count.
-MEANING = 2
+# Raised whenever a row of the same columns would get other values, or its file other metadata: 3 since both files of a
+# unit carry its summary.
+MEANING = 3
 RESERVED = frozenset(f.name for f in [*ANSWER_FIELDS, *CANDIDATE_FIELDS, *ERROR_FIELDS])
 
 

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config.sections import StorageConfig
-from pipeline.output.folder import is_unit_file
+from pipeline.output.unit_files import is_unit_file
 from pipeline.queries.query_set import QuerySet, read_query_ids
 from pipeline.queries.units import read_unit
 from pipeline.queries.writer import FILE_ROWS, GROUP_ROWS

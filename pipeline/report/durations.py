@@ -7,7 +7,7 @@ from itertools import pairwise
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.output.folder import UnitSummary
+from pipeline.output.unit_files import UnitSummary
 
 Floats = npt.NDArray[np.float64]
 

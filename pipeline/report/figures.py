@@ -16,7 +16,8 @@ import pyarrow.compute as pc
 from pipeline.config.sections import Columns, Weights
 from pipeline.decoding.types import REQUEST_SECONDS, ROW_SECONDS, USAGE_COUNTS
 from pipeline.evaluation.evaluate import NOTHING
-from pipeline.output.folder import NO_ERRORS, OutputFolder, UnitSummary, get_columns, parse_unit_id, summarize_unit
+from pipeline.output.folder import OutputFolder, get_columns
+from pipeline.output.unit_files import NO_ERRORS, UnitSummary, find_summary
 from pipeline.report.changes import Answers, hash_answers
 from pipeline.report.durations import Durations, Floats
 from pipeline.report.examples import Pick, keep_best, pick_rows
@@ -241,23 +242,24 @@ def read_set(output: OutputFolder, reading: ReadOptions) -> SetFigures:
         ValueError: a column of the output is missing.
         StorageError: a file cannot be read.
     """
-    failed = {parse_unit_id(file): file for file in (output.location / "errors").list_files(".parquet")}
     figures = SetFigures()
-    for part in _read(output.list_data_files(), failed, reading):
+    for part in _read(output.list_unit_files("data"), output.list_unit_files("errors"), reading):
         figures.add(part)
     return figures
 
 
-def _read(files: list[Location], failed: Mapping[str, Location], reading: ReadOptions) -> Iterator[UnitFigures]:
-    for start in range(0, len(files), 4 * THREADS):  # bounds the number of units in memory
-        batch = files[start : start + 4 * THREADS]
-        yield from map_in_threads(lambda file: count_unit(file, failed.get(parse_unit_id(file)), reading), batch)
+def _read(files: Mapping[str, Location], failed: Mapping[str, Location], reading: ReadOptions) -> Iterator[UnitFigures]:
+    units = list(files)
+    for start in range(0, len(units), 4 * THREADS):  # bounds the number of units in memory
+        batch = units[start : start + 4 * THREADS]
+        yield from map_in_threads(lambda unit: count_unit(unit, files[unit], failed.get(unit), reading), batch)
 
 
-def count_unit(data: Location, errors: Location | None, reading: ReadOptions) -> UnitFigures:
+def count_unit(unit: str, data: Location, errors: Location | None, reading: ReadOptions) -> UnitFigures:
     """Compute the figures of one unit from its files.
 
     Args:
+        unit: id of the unit.
         data: data file of the unit.
         errors: error file of the unit, if it has one.
         reading: options for reading.
@@ -283,7 +285,7 @@ def count_unit(data: Location, errors: Location | None, reading: ReadOptions) ->
     if reading.compared:
         answers = hash_answers(rows[reading.columns.id], rows["answer"], reading.compared)
     return UnitFigures(
-        unit=summarize_unit(parse_unit_id(data), rows, failed),
+        unit=find_summary(unit, rows, failed),
         groups=_group_rows(rows, tasks, failures, reading),
         durations={name: Durations.of(values) for name, values in times.items()},
         counts={name: int(np.nansum(usage[name])) for name in USAGE_COUNTS},

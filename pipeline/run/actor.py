@@ -28,12 +28,14 @@ from pipeline.engine.vllm import EngineDeadError, VllmGenerator, prepare_environ
 from pipeline.gpus import lock_gpus
 from pipeline.output.folder import OutputFolder
 from pipeline.output.schema import ANSWER_FIELDS, CANDIDATE_FIELDS, ERROR_FIELDS, rename_reserved_columns, to_answer_row
+from pipeline.output.unit_files import split_failed
 from pipeline.queries.schema import Row, read_rows, to_query
 from pipeline.queries.units import Unit, read_unit
 from pipeline.retrieval.retriever import IndexRetriever
 from pipeline.retrieval.shard_servers import IndexLostError
 from pipeline.run.attempts import (
     BESIDE_OTHERS,
+    PERMIT_WAIT_S,
     ROW_DEATHS,
     OutOfMemoryError,
     ProcessDiedError,
@@ -164,6 +166,7 @@ class SelfRagActor:
         attempts: Ray handle of ``Attempts``.
         servers: handles of the shard servers of a partitioned index.
         index_digest: digest that the index must have.
+        run: digest of the run's identity.
     """
 
     def __init__(
@@ -173,8 +176,10 @@ class SelfRagActor:
         attempts: Any,
         servers: Sequence[Any] = (),
         index_digest: str | None = None,
+        run: str = "",
     ) -> None:
         self.config = config
+        self.run = run
         self.schema = schema
         self.output = OutputFolder(locate(config.output, config.storage))
         self.attempts = attempts
@@ -225,10 +230,10 @@ class SelfRagActor:
             with self.telemetry.counting_rows(unit.rows):
                 annotated = await annotate_table(self.system, rows, config, one_by_one)
             times, keep_candidates = (began, time.time()), config.decoding.keep_candidates
-            await self.attempts.begin_writing.remote(unit.id)
-            summary = await asyncio.to_thread(
-                self.output.write_unit, unit.id, annotated, rows.schema, keep_candidates, times
-            )
+            files = split_failed(annotated, rows.schema, keep_candidates)
+            while not await self.attempts.begin_writing.remote(unit.id):  # noqa: ASYNC110  another process decides
+                await asyncio.sleep(PERMIT_WAIT_S)
+            summary = await asyncio.to_thread(self.output.write_unit, unit.id, *files, self.run, times)
         self.telemetry.count_unit(annotated)
         return pa.table({"summary": [json.dumps(dataclasses.asdict(summary))]})
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 
 from pipeline.engine.postmortem import Death
 from pipeline.run.telemetry import DeathTelemetry
+from pipeline.storage.lease import EXPIRY_S, read_clock
 
 # Attempts of a unit beside others; the next one has the process to itself, and those after it run row by row.
 BESIDE_OTHERS = 2
@@ -20,6 +21,11 @@ ROW_DEATHS = 2
 # Consecutive crashes, without any finished unit or row, that are allowed for each unit in flight; a single poison row
 # causes five.
 MAX_CONSECUTIVE_CRASHES = 10
+# Seconds after a heartbeat of the run's lease for which its actors may begin to write: another run can take over after
+# EXPIRY_S.
+PERMIT_S = 0.8 * EXPIRY_S
+# Seconds between two requests of an actor for that permit.
+PERMIT_WAIT_S = 1.0
 # Crashes while the files of one unit are written after which the run ends: no row is the cause.
 WRITING_DEATHS = 3
 
@@ -68,6 +74,11 @@ class Attempts:
         self._last: Death | None = None
         self._starting = 0
         self._crashes = 0
+        self._renewed = read_clock()
+
+    def renew_permit(self) -> None:
+        """Note a heartbeat of the run's lease."""
+        self._renewed = read_clock()
 
     def begin_start(self) -> None:
         """Count an actor that starts; a start counts as a crash if another one has not ended.
@@ -103,16 +114,22 @@ class Attempts:
             last = f"; last engine failure: {self._last.reason}" if self._last else ""
             raise CrashLoopError(f"{self._crashes} consecutive attempts crashed without progress{last}")
 
-    def begin_writing(self, unit: str) -> None:
+    def begin_writing(self, unit: str) -> bool:
         """Count an attempt to write a unit's files; actors that outlive their run cannot write, since this one is gone.
+
+        Returns:
+            Whether they may be written now; not while the run's lease has no heartbeat, since another run may take it.
 
         Raises:
             CrashLoopError: too many processes crashed while writing them.
         """
+        if read_clock() - self._renewed > PERMIT_S:
+            return False
         record = self._units[unit]
         if record.writing >= WRITING_DEATHS:
             raise CrashLoopError(f"{WRITING_DEATHS} processes died while writing the files of unit {unit}")
         record.writing += 1
+        return True
 
     def record_death(self, death: Death, unit: str, row: int | None = None) -> None:
         """Record the death of the engine that decoded this unit or row."""

@@ -11,7 +11,8 @@ from typing import Any
 
 from pipeline.cluster import Resources, allocate_resources, connect
 from pipeline.config.run import RunConfig
-from pipeline.output.folder import UnitSummary
+from pipeline.output.inventory import complete_output, take_inventory
+from pipeline.output.unit_files import UnitSummary
 from pipeline.report.write import leave_report
 from pipeline.retrieval.shard_servers import ServedIndex, start_servers
 from pipeline.run.actor import SelfRagActor
@@ -96,23 +97,30 @@ def run_plan(plan: RunPlan, resources: Resources | None, actor: type[SelfRagActo
     started, begun = time.monotonic(), datetime.now(UTC)
     record = {"configuration": plan.config.to_record(), **plan.compute_identity(), "tasks": plan.describe_tasks()}
     record |= {"encoder": plan.encoder, "known": plan.known, "versions": read_versions(), "started": begun.isoformat()}
-    if resources is None:
-        return summarize_run(plan, verify_units(plan), 0, time.monotonic() - started)
-    with Lease(plan.output.location):
+    if plan.finished and (found := take_inventory(plan.output, plan.rows, plan.digest)).complete:
+        return summarize_run(plan, list(found.whole), 0, time.monotonic() - started)
+    with Lease(plan.output.location) as lease:
         plan = inspect_output(store_selection(plan))  # another run may have held the lease until now
-        annotated = 0 if plan.finished else annotate_todo(plan, resources, record, actor)
-        units = verify_units(plan)
+        annotated = 0
+        if resources and not plan.finished:
+            annotated = annotate_todo(plan, resources, record, lease, actor)
+        units = complete_output(plan.output, plan.rows, plan.digest)
         summary = summarize_run(plan, units, annotated, time.monotonic() - started)
         if not plan.finished:
             files = {unit.unit: unit.to_record() for unit in units}
             times = {"finished": datetime.now(UTC).isoformat()}
+            lease.renew()
             plan.output.finish({**record, **times, "counts": dataclasses.asdict(summary), "units": files})
             leave_report(plan.output.location)
     return summary
 
 
 def annotate_todo(
-    plan: RunPlan, resources: Resources, record: dict[str, Any], actor: type[SelfRagActor] = SelfRagActor
+    plan: RunPlan,
+    resources: Resources,
+    record: dict[str, Any],
+    lease: Lease,
+    actor: type[SelfRagActor] = SelfRagActor,
 ) -> int:
     """Annotate the remaining units and return the number of their rows.
 
@@ -128,7 +136,7 @@ def annotate_todo(
     with (
         RunTelemetry(plan.config.output, rows) as telemetry,
         Progress(rows) as progress,
-        contextlib.closing(annotate_units(plan, resources, actor)) as units,
+        contextlib.closing(annotate_units(plan, resources, lease, actor)) as units,
     ):
         for unit in units:
             progress.add(unit)
@@ -142,7 +150,9 @@ def annotate_todo(
     return progress.done
 
 
-def annotate_units(plan: RunPlan, resources: Resources, actor: type[SelfRagActor]) -> Generator[UnitSummary]:
+def annotate_units(
+    plan: RunPlan, resources: Resources, lease: Lease, actor: type[SelfRagActor]
+) -> Generator[UnitSummary]:
     """Run the Ray Data job; yields the summary of each unit once its files are written."""
     if not plan.todo:
         return
@@ -162,6 +172,7 @@ def annotate_units(plan: RunPlan, resources: Resources, actor: type[SelfRagActor
     lasting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
     max_crashes = MAX_CONSECUTIVE_CRASHES * config.execution.actors * config.execution.units_in_flight
     attempts = lasting(Attempts).remote(max_crashes, config.output)
+    lease.on_renewal = attempts.renew_permit.remote
     units = [dataclasses.asdict(unit) for unit in plan.todo]
     summaries = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
         actor,
@@ -171,6 +182,7 @@ def annotate_units(plan: RunPlan, resources: Resources, actor: type[SelfRagActor
             attempts,
             start_partitions(plan, resources),
             plan.index and plan.index["digest"],
+            plan.digest,
         ],
         batch_size=1,  # one unit, the only row of its block; Ray Data refuses None with GPUs
         batch_format="pyarrow",
@@ -184,6 +196,7 @@ def annotate_units(plan: RunPlan, resources: Resources, actor: type[SelfRagActor
                 yield UnitSummary(**json.loads(row))
     finally:
         # When a run ends early, its units in flight continue; without Attempts they cannot write files.
+        lease.on_renewal = None
         ray.kill(attempts)
 
 
@@ -195,26 +208,6 @@ def start_partitions(plan: RunPlan, resources: Resources) -> list[Any]:
     digest, shards = plan.index["digest"], plan.index["shards"]
     index = ServedIndex(config.index, digest, shards, config.retrieval, config.storage)
     return start_servers(index, resources.servers, config.execution)
-
-
-def verify_units(plan: RunPlan) -> list[UnitSummary]:
-    """Summarize the files of all units and check that they contain every row of the query set.
-
-    Raises:
-        RuntimeError: rows are missing; the data files of units with wrong counts are deleted, so that these units are
-            annotated again.
-    """
-    units, rows = plan.output.summarize_units(unit.id for unit in plan.queries.units), plan.rows
-    whole = [unit for unit in units if unit.rows == rows[unit.unit]]
-    for unit in units:
-        if unit.rows != rows[unit.unit]:
-            plan.output.withdraw(unit.unit)
-    if len(whole) != len(rows):
-        raise RuntimeError(
-            f"{plan.config.output}: {sum(unit.rows for unit in whole)} of {plan.queries.rows} rows are complete, in "
-            f"{len(whole)} of {len(rows)} units; rerun the same command to continue"
-        )
-    return units
 
 
 def summarize_run(plan: RunPlan, units: list[UnitSummary], annotated: int, seconds: float) -> Summary:

@@ -13,7 +13,7 @@ from pipeline.decoding.profiles import Tasks, hash_built_in_profiles
 from pipeline.decoding.prompted_reader import hash_prompts
 from pipeline.engine.arguments import check_engine_arguments
 from pipeline.engine.models import identify_model, load_critic, resolve_model_path
-from pipeline.output.folder import OutputFolder
+from pipeline.output.folder import IDENTITY, OutputFolder, hash_identity
 from pipeline.output.schema import hash_columns
 from pipeline.queries.partitions import warn_of_columns_above
 from pipeline.queries.query_set import QuerySet, inspect_queries
@@ -81,6 +81,11 @@ class RunPlan:
             "model": self.model,
             "index": self.index,
         }
+
+    @cached_property
+    def digest(self) -> str:
+        """The digest of the identity, which the files of the run's units carry."""
+        return hash_identity(self.compute_identity())
 
     def describe(self) -> list[str]:
         """Describe the plan in lines of text."""
@@ -200,7 +205,8 @@ def inspect_output(plan: RunPlan) -> RunPlan:
     if plan.overwrite:
         return plan
     known = {unit.id for unit in plan.queries.units}
-    return replace(plan, done=plan.output.list_done_units() & known, succeeded=plan.output.is_finished())
+    done = frozenset(known & plan.output.list_unit_files("data").keys())
+    return replace(plan, done=done, succeeded=plan.output.is_finished())
 
 
 def _check_retrieval(config: RunConfig, queries: QuerySet) -> IndexManifest | None:
@@ -234,7 +240,7 @@ def _check_output(plan: RunPlan) -> None:
     identity = plan.compute_identity()
     before, now = manifest.get("settings", {}), identity["settings"]
     differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-    differing += [part for part in ("queries", "model", "index") if manifest.get(part) != identity[part]]
+    differing += [part for part in IDENTITY[1:] if manifest.get(part) != identity[part]]
     if differing:
         raise ValueError(
             f"--output {plan.config.output} contains a run that differs in {', '.join(differing)}; "

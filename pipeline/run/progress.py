@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.progress import Progress as Bar
 
-from pipeline.output.folder import UnitSummary
+from pipeline.output.unit_files import UnitSummary
 
 # Minimum seconds between plain lines: short enough to show that the run is alive, long enough for a log of one night.
 LINE_INTERVAL = 10.0

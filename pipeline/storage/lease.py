@@ -1,25 +1,27 @@
 """A lease keeps a second run off an output: a small file that the run rewrites as a heartbeat.
 
-Correctness hardly depends on it: both runs would write a unit to the same name, and a unit whose files do not add up
-to its rows is annotated again. The lease saves the GPU hours of the second run. No lock works on every object store,
-so a lease counts as expired only if its process is gone (on the same machine), or if no heartbeat was seen while this
-run watched it.
+Correctness hardly depends on it: both runs would write a unit to the same name, and a unit whose files do not belong
+together is annotated again. The lease saves the GPU hours of the second run. No lock works on every object store, so a
+lease counts as expired only if its process is gone (on the same machine), or if no heartbeat was seen while this run
+watched it. A run that was stopped for that long finds its lease gone, and ends.
 """
 
 import contextlib
 import json
 import logging
 import os
+import signal
 import socket
 import threading
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
+from typing import Any
 
-from pipeline.storage.location import Location, MissingFileError, StorageError
+from pipeline.storage.location import HIDDEN_S, Location, MissingFileError, StorageError
 
 log = logging.getLogger(__name__)
 
@@ -39,6 +41,10 @@ ANCHOR = "README"
 
 class OutputInUseError(ValueError):
     """Another run is using the output."""
+
+
+class LeaseLostError(RuntimeError):
+    """Another run may be using the output, since this one's lease is gone."""
 
 
 @dataclass(frozen=True)
@@ -72,14 +78,26 @@ class Holder:
 class Lease:
     """This run's lease on an output folder, held while the context is.
 
+    When a heartbeat finds that another run has taken over, it interrupts the main thread, and the context ends with
+    :class:`LeaseLostError`.
+
+    Attributes:
+        on_renewal: called after every heartbeat, in another thread.
+
     Raises:
         OutputInUseError: on entering, if another run is using the folder.
+        LeaseLostError: on leaving, if another run has taken over.
+        ValueError: on entering, if the file of a lease is damaged or of another version.
     """
 
     def __init__(self, output: Location) -> None:
         self._output = output
         self._folder = output / "_running"
         self._holder = Holder.from_this_process()
+        self._renewed = read_clock()
+        self._lost: LeaseLostError | None = None
+        self.on_renewal: Callable[[], Any] | None = None
+        self._renewing = threading.Lock()
         self._over = threading.Event()
         self._thread = threading.Thread(target=self._send_heartbeats, name="lease", daemon=True)
 
@@ -113,6 +131,8 @@ class Lease:
         if self._folder.local:
             with contextlib.suppress(OSError):  # another run's lease is in it
                 Path(self._folder.path).rmdir()
+        if self._lost:
+            raise self._lost from None
 
     def _claim(self, dead: Iterable[Holder]) -> None:
         """Write this run's lease in place of expired ones.
@@ -122,6 +142,8 @@ class Lease:
         """
         self._write()
         for other in dead:
+            if self._read(self._locate(other)) not in (other, None):  # it was only slow
+                raise self._build_in_use_error(other)
             self._locate(other).delete()
         time.sleep(SETTLE_S)
         if rivals := [other for other in self._list_others() if other.seniority < self._holder.seniority]:
@@ -135,11 +157,46 @@ class Lease:
 
     def _send_heartbeats(self) -> None:
         while not self._over.wait(HEARTBEAT_S):
-            self._holder = replace(self._holder, beats=self._holder.beats + 1)
             try:
-                self._write()
-            except StorageError as problem:
+                self.renew()
+            except LeaseLostError as loss:
+                log.critical("%s", loss)
+                self._lost = loss
+                interrupt_main_thread()
+                return
+            except (StorageError, ValueError) as problem:
                 log.warning("%s", problem)
+
+    def renew(self) -> None:
+        """Check that this run still holds its lease, and send a heartbeat.
+
+        Raises:
+            LeaseLostError: another run has taken over.
+            StorageError: the storage cannot be reached.
+        """
+        with self._renewing:
+            if self._read_own() != self._holder:
+                raise LeaseLostError(self._describe_loss("its lease was deleted or replaced"))
+            late = read_clock() - self._renewed > EXPIRY_S
+            for other in self._list_others():
+                # One without heartbeats is still starting, and gives way unless this run's lease looked expired.
+                if late or (other.beats and other.seniority < self._holder.seniority):
+                    raise LeaseLostError(self._describe_loss(f"process {other.pid} on {other.host} holds one too"))
+            self._holder = replace(self._holder, beats=self._holder.beats + 1)
+            self._write()
+            self._renewed = read_clock()
+        if self.on_renewal:
+            self.on_renewal()
+
+    def _read_own(self) -> Holder | None:
+        found = self._read(self._locate(self._holder))
+        if found is None and not self._folder.local:  # a store may hide it for a moment
+            time.sleep(HIDDEN_S)
+            found = self._read(self._locate(self._holder))
+        return found
+
+    def _describe_loss(self, reason: str) -> str:
+        return f"{self._output.uri}: another run has taken over, since this one was stopped for a while ({reason})"
 
     def _list_others(self) -> list[Holder]:
         found = (self._read(file) for file in self._folder.list_files(".json"))
@@ -150,6 +207,10 @@ class Lease:
             return Holder(**json.loads(file.read()))
         except MissingFileError:
             return None
+        except (ValueError, TypeError):
+            raise ValueError(
+                f"{file.uri}: not the lease of a run, or one of another version; if no run uses the folder, delete it"
+            ) from None
 
     def _await_expiry(self, other: Holder) -> None:
         """Wait until the lease of a holder has expired.
@@ -178,6 +239,19 @@ class Lease:
             f"{self._output.uri}: another run is using this output (process {other.pid} on {other.host}, "
             f"since {since}); wait for it to finish"
         )
+
+
+def interrupt_main_thread() -> None:
+    """Send the main thread a signal that ends the program, if the program handles one."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        if callable(signal.getsignal(number)) and (main := threading.main_thread().ident):
+            signal.pthread_kill(main, number)
+            return
+
+
+def read_clock() -> float:
+    """Return the seconds since this machine started, including those in which it was suspended."""
+    return time.clock_gettime(getattr(time, "CLOCK_BOOTTIME", time.CLOCK_MONOTONIC))
 
 
 def read_process_start(pid: int) -> str | None:

@@ -14,11 +14,12 @@ from jobs.annotate import annotate as command
 from pipeline.cluster import Resources
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import StorageConfig
-from pipeline.output.folder import OutputFolder, UnitSummary
+from pipeline.output.folder import OutputFolder
+from pipeline.output.unit_files import UnitSummary, split_failed
 from pipeline.queries.query_set import QuerySet
 from pipeline.queries.units import Part, Unit
 from pipeline.run.actor import build_annotated_schema
-from pipeline.run.driver import Summary, annotate_todo, verify_units
+from pipeline.run.driver import Summary, annotate_todo
 from pipeline.run.plan import RunPlan, check_run
 from pipeline.storage.lease import Lease
 from pipeline.storage.location import Location, locate
@@ -133,17 +134,19 @@ def test_run_with_a_held_lease_stops_before_the_engine_starts(options, monkeypat
     assert "another run is using this output (process" in result.stderr.splitlines()[-1]
 
 
+def answer_all(plan, *_):
+    """Answer the rows in the engine's place."""
+    rows = [{"id": name, "query": name, "answer": "x", "retrieved": False} for name in ("a", "b")]
+    table = pa.Table.from_pylist(rows, build_annotated_schema(plan.queries.schema, keep_candidates=False))
+    files = split_failed(table, plan.queries.schema, keep_candidates=False)
+    yield plan.output.write_unit(plan.todo[0].id, *files, plan.digest)
+
+
 @pytest.fixture
 def finished(options: dict[str, str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The output of a finished run; nothing can annotate any more."""
-
-    def units(plan, *_):
-        rows = [{"id": name, "query": name, "answer": "x", "retrieved": False} for name in ("a", "b")]
-        table = pa.Table.from_pylist(rows, build_annotated_schema(plan.queries.schema, keep_candidates=False))
-        yield plan.output.write_unit(plan.todo[0].id, table, plan.queries.schema, keep_candidates=False)
-
     monkeypatch.setattr("jobs.annotate.allot_resources", lambda _plan: Resources(1, 0))
-    monkeypatch.setattr("pipeline.run.driver.annotate_units", units)
+    monkeypatch.setattr("pipeline.run.driver.annotate_units", answer_all)
     assert call(options).exit_code == 0
     monkeypatch.setattr(
         "pipeline.run.driver.annotate_units", lambda *_: pytest.fail("work that is done is not done again")
@@ -156,6 +159,35 @@ def test_output_with_other_columns_is_not_resumed(options, finished):
     manifest["settings"]["output.columns"] = "of yore"
     (finished / "_manifest.json").write_text(json.dumps(manifest))
     assert "contains a run that differs in output.columns; choose another output" in refused(call(options))
+
+
+@pytest.mark.parametrize("damaged", ["cut", "swapped"])
+def test_finished_set_with_a_damaged_unit_is_reopened_and_completed(
+    damaged: str, options: dict[str, str], finished: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (file,) = (finished / "data").iterdir()
+    whole = file.read_bytes()
+    file.write_bytes(whole[:-5]) if damaged == "cut" else pq.write_table(pq.read_table(file).slice(1), file)
+    result = call(options)
+    assert result.exit_code == 1
+    assert "0 of 2 rows are complete, in 0 of 1 units; rerun the same command" in result.stderr.splitlines()[-1]
+    assert not (finished / "_SUCCESS").exists()
+    assert list((finished / "data").iterdir()) == []
+    assert json.loads((finished / "_manifest.json").read_text())["status"] == "running"
+    monkeypatch.setattr("pipeline.run.driver.annotate_units", answer_all)
+    assert call(options).exit_code == 0
+    assert (finished / "_SUCCESS").exists()
+
+
+def test_finished_set_is_only_mended_under_its_lease(options: dict[str, str], finished: Path) -> None:
+    (file,) = (finished / "data").iterdir()
+    file.write_bytes(b"")
+    with Lease(locate(str(finished), StorageConfig())):
+        result = call(options)
+    assert result.exit_code == 2
+    assert "another run is using this output" in result.stderr.splitlines()[-1]
+    assert (finished / "_SUCCESS").exists()
+    assert file.exists()
 
 
 def test_run_finished_by_another_while_waiting_does_nothing(options, finished, tmp_path, monkeypatch):
@@ -191,7 +223,7 @@ def unit(number: int, rows: int) -> Unit:
 def test_run_above_the_error_rate_stops_early(tmp_path, monkeypatch):
     plan, seen = failing(tmp_path, 20_000, monkeypatch, 0, 90, 90, 90, 90)
     with pytest.raises(RuntimeError, match=r"^270 of 400 rows failed \(KeyError\), more than execution.max_error_rate"):
-        annotate_todo(plan, Resources(1, 0), {})
+        annotate_todo(plan, Resources(1, 0), {}, Lease(plan.output.location))
     assert seen == [0, 1, 2, 3]
 
 
@@ -202,27 +234,13 @@ def test_errors_of_earlier_attempts_count_toward_the_error_rate(tmp_path, monkey
     queries = dataclasses.replace(plan.queries, units=tuple(units))
     plan = dataclasses.replace(plan, queries=queries, done=frozenset(unit.id for unit in units))
     with pytest.raises(RuntimeError, match=r"^210 of 500 rows failed"):
-        annotate_todo(plan, Resources(1, 0), {})
+        annotate_todo(plan, Resources(1, 0), {}, Lease(plan.output.location))
     assert seen == [0]
-
-
-def test_incomplete_unit_is_deleted_and_reported(tmp_path, monkeypatch):
-    plan, _ = failing(tmp_path, 30, monkeypatch)
-    units = tuple(unit(n, 10) for n in range(3))
-    plan = dataclasses.replace(plan, queries=dataclasses.replace(plan.queries, units=units))
-    files = [tmp_path / "out" / "data" / f"part-{unit.id}.parquet" for unit in units[:2]]
-    files[0].parent.mkdir(parents=True)
-    for file, rows in zip(files, (10, 9), strict=True):
-        usage = pa.array([{"generated_tokens": 1, "prompt_tokens": 1}] * rows)
-        pq.write_table(pa.table({"retrieved": [True] * rows, "usage": usage}), file)
-    with pytest.raises(RuntimeError, match="10 of 30 rows are complete, in 1 of 3 units; rerun the same command"):
-        verify_units(plan)
-    assert [file.exists() for file in files] == [True, False]
 
 
 def test_few_errors_do_not_stop_a_run_early(tmp_path, monkeypatch):
     plan, seen = failing(tmp_path, 300, monkeypatch, 0, 0, 100)
-    assert annotate_todo(plan, Resources(1, 0), {}) == 300
+    assert annotate_todo(plan, Resources(1, 0), {}, Lease(plan.output.location)) == 300
     assert seen == [0, 1, 2]
 
 

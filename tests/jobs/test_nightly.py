@@ -18,6 +18,7 @@ from typer.testing import CliRunner, Result
 from jobs.annotate import annotate
 from pipeline.cluster import Resources
 from pipeline.config.sections import StorageConfig
+from pipeline.output.unit_files import split_failed
 from pipeline.queries.units import read_unit
 from pipeline.run.actor import build_annotated_schema
 from pipeline.storage.lease import Lease
@@ -37,7 +38,8 @@ def answers(plan, *_):
             for row in read_unit(unit, plan.queries.schema, StorageConfig()).to_pylist()
         ]
         table = pa.Table.from_pylist(rows, build_annotated_schema(plan.queries.schema, keep_candidates=False))
-        yield plan.output.write_unit(unit.id, table, plan.queries.schema, keep_candidates=False)
+        files = split_failed(table, plan.queries.schema, keep_candidates=False)
+        yield plan.output.write_unit(unit.id, *files, plan.digest)
 
 
 @pytest.fixture(autouse=True)

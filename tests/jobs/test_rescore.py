@@ -3,6 +3,8 @@
 import asyncio
 import json
 import random
+import re
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +22,9 @@ from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.output.folder import OutputFolder
+from pipeline.output.unit_files import split_failed
 from pipeline.run.actor import annotate_table
+from pipeline.storage.lease import Lease
 from pipeline.storage.location import locate
 from tests.support.fakes import DrawingGenerator, DrawingRetriever, word_tokenizer
 
@@ -55,7 +59,7 @@ def annotated_set(folder: Path, rows: int = 20, **decoding: Any) -> Path:
             }
         )
         found = asyncio.run(annotate_table(rag, table, config))
-        output.write_unit(unit, found, table.schema, config.decoding.keep_candidates)
+        output.write_unit(unit, *split_failed(found, table.schema, config.decoding.keep_candidates), "")
     output.finish(
         {
             "configuration": config.to_record(),
@@ -133,6 +137,102 @@ def test_unfinished_run_is_refused(tmp_path: Path) -> None:
     run = annotated_set(tmp_path / "run", rows=2, keep_candidates=True)
     (run / "_SUCCESS").unlink()
     assert "not a finished annotated set" in rescore(run, tmp_path / "new").stderr
+
+
+EVIL = ["x/../../../victim/evil", "/etc/passwd", "..", "", "\0" * 20, "A" * 20, "0" * 21, "..\\..\\x", "ö" * 20]
+
+
+@pytest.mark.parametrize("name", EVIL, ids=range(len(EVIL)))
+def test_unit_that_is_not_a_file_of_the_run_is_refused(name: str, tmp_path: Path) -> None:
+    run = annotated_set(tmp_path / "run", rows=2, keep_candidates=True)
+    change_manifest(run, lambda manifest: manifest["units"].update({name: manifest["units"].pop(UNITS[1])}))
+    result = rescore(run, tmp_path / "new")
+    assert result.exit_code == 2
+    assert "2 units are in its manifest or in data/, but not in both" in result.stderr
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
+
+
+@pytest.mark.parametrize(
+    "units", [None, [], {UNITS[0]: 2}, {UNITS[0]: {"rows": 2}}, {UNITS[0]: {"rows": "x", "errors": 0}}]
+)
+def test_manifest_without_counts_is_refused(units: Any, tmp_path: Path) -> None:
+    run = annotated_set(tmp_path / "run", rows=2, keep_candidates=True)
+    change_manifest(run, lambda manifest: manifest.update(units=units))
+    result = rescore(run, tmp_path / "new")
+    assert (result.exit_code, result.stderr) == (
+        2,
+        f"error: {run}: its manifest does not count the rows of its units\n",
+    )
+
+
+def change_manifest(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
+    manifest = json.loads((run / "_manifest.json").read_text())
+    change(manifest)
+    (run / "_manifest.json").write_text(json.dumps(manifest))
+
+
+def lose_data(run: Path) -> None:
+    (run / "data" / f"part-{UNITS[1]}.parquet").unlink()
+
+
+def cut_rows(run: Path) -> None:
+    file = run / "data" / f"part-{UNITS[1]}.parquet"
+    pq.write_table(pq.read_table(file).slice(1), file)
+
+
+def lose_errors(run: Path) -> None:
+    (run / "errors" / f"part-{UNITS[1]}.parquet").unlink()
+
+
+def cut_bytes(run: Path) -> None:
+    file = run / "data" / f"part-{UNITS[1]}.parquet"
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+@pytest.mark.parametrize(
+    ("damage", "status", "problem"),
+    [
+        (lose_data, 2, "1 units are in its manifest or in data/, but not in both"),
+        (cut_rows, 1, "hold 2 answers and 1 errors instead of 3 and 1; run jobs.annotate again to repair it"),
+        (lose_errors, 1, "not found|No such file"),
+        (cut_bytes, 1, f"data/part-{UNITS[1]}.parquet: not a readable Parquet file"),
+    ],
+)
+def test_run_with_a_lost_or_damaged_file_is_not_rescored(damage, status: int, problem: str, tmp_path: Path) -> None:
+    run = annotated_set(tmp_path / "run", rows=4, keep_candidates=True)
+    damage(run)
+    result = rescore(run, tmp_path / "new")
+    assert result.exit_code == status
+    assert re.search(problem, result.stderr.splitlines()[-1])
+    assert not (tmp_path / "new" / "_SUCCESS").exists()
+
+
+def test_output_of_another_run_at_work_is_left_alone(tmp_path: Path) -> None:
+    run = annotated_set(tmp_path / "run", rows=2, keep_candidates=True)
+    other = annotated_set(tmp_path / "other", rows=2, keep_candidates=True)
+    before = read(other)
+    options = ["--annotations", str(run), "--output", str(other), "--overwrite"]
+    with Lease(locate(str(other), StorageConfig())):
+        result = CliRunner().invoke(APP, options)
+    assert result.exit_code == 2
+    assert "another run is using this output" in result.stderr.splitlines()[-1]
+    assert read(other) == before
+
+
+def test_interrupted_rescoring_is_continued_by_the_same_command(tmp_path: Path) -> None:
+    run, new = annotated_set(tmp_path / "run", rows=4, keep_candidates=True), tmp_path / "new"
+    settings = "decoding.weights.support=2"
+    assert rescore(run, new, settings).exit_code == 3
+    (first, second) = (new / "data" / f"part-{unit}.parquet" for unit in UNITS)
+    (new / "_SUCCESS").unlink()
+    second.unlink()
+    kept = first.read_bytes()
+    assert "already contains an annotated set" in rescore(run, new).stderr
+    assert rescore(run, new, settings).exit_code == 3
+    assert first.read_bytes() == kept
+    assert [len(pq.read_table(file)) for file in (first, second)] == [3, 3]
+    assert (new / "_SUCCESS").exists()
+    assert (new / "report.html").exists()
 
 
 def test_occupied_output_is_refused(tmp_path: Path) -> None:

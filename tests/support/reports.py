@@ -10,6 +10,7 @@ from pipeline.config.run import RunConfig
 from pipeline.config.sections import StorageConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.output.folder import OutputFolder
+from pipeline.output.unit_files import split_failed
 from pipeline.run.actor import build_annotated_schema
 from pipeline.storage.location import Location, locate
 
@@ -94,8 +95,8 @@ def write_set(
     output.begin(manifest)
     for number, rows in enumerate(units):
         table = pa.Table.from_pylist(list(rows), schema=schema)
-        when = times[number] if times else None
-        output.write_unit(f"{number:020x}", table, INPUTS, keep_candidates=False, times=when)
+        when = times[number] if times else (None, None)
+        output.write_unit(f"{number:020x}", *split_failed(table, INPUTS, keep_candidates=False), "", when)
     if finished:
         output.finish(manifest)
     return output

@@ -1,15 +1,18 @@
 import json
+from dataclasses import replace
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.sections import StorageConfig
-from pipeline.output.folder import OutputFolder, UnitSummary, get_columns
+from pipeline.output.folder import OutputFolder, get_columns
+from pipeline.output.unit_files import UnitSummary, split_failed
 from pipeline.run.actor import build_annotated_schema
-from pipeline.storage.location import Location, StorageError, locate
+from pipeline.storage.location import Location, locate
 
 U1 = f"{1:020x}"
+RUN = "0123456789ab"
 INPUTS = pa.schema([("id", pa.string())])
 USAGE = {"prompt_tokens": 10, "generated_tokens": 3}
 
@@ -31,13 +34,14 @@ def annotated(*ids: str) -> pa.Table:
 
 
 def write(folder: OutputFolder, unit: str, *ids: str) -> UnitSummary:
-    return folder.write_unit(unit, annotated(*ids), INPUTS, keep_candidates=False)
+    return folder.write_unit(unit, *split_failed(annotated(*ids), INPUTS, keep_candidates=False), RUN)
 
 
 def test_rows_are_written_to_data_and_errors(folder, tmp_path):
     summary = write(folder, U1, "a", "bad", "c")
-    assert summary == folder.summarize_units([U1, "0" * 20])[0]
-    assert summary == UnitSummary(U1, 3, {"ValueError": 1}, retrieved=1, generated_tokens=6, prompt_tokens=20)
+    counted = UnitSummary(U1, 3, {"ValueError": 1}, retrieved=1, generated_tokens=6, prompt_tokens=20, run=RUN)
+    assert replace(summary, attempt="") == counted
+    assert folder.read_unit(U1, RUN) == summary
     assert pq.read_table(tmp_path / f"out/data/part-{U1}.parquet")["answer"].to_pylist() == ["A", "C"]
     assert pq.read_table(tmp_path / f"out/errors/part-{U1}.parquet").to_pylist() == [
         {"id": "bad", "error_type": "ValueError", "error_message": "bad", "attempts": 1}
@@ -45,15 +49,16 @@ def test_rows_are_written_to_data_and_errors(folder, tmp_path):
 
 
 def test_file_metadata_hold_the_times_of_the_unit(folder):
-    summary = folder.write_unit(U1, annotated("a"), INPUTS, keep_candidates=False, times=(12.5, 14.0))
+    files = split_failed(annotated("a"), INPUTS, keep_candidates=False)
+    summary = folder.write_unit(U1, *files, RUN, times=(12.5, 14.0))
     assert (summary.began, summary.ended) == (12.5, 14.0)
-    assert folder.summarize_units([U1]) == [summary]
+    assert folder.read_unit(U1, RUN) == summary
 
 
 def test_unit_with_only_errors_has_an_empty_data_file(folder, tmp_path):
     write(folder, U1, "bad")
     assert pq.read_table(tmp_path / f"out/data/part-{U1}.parquet").num_rows == 0
-    assert folder.list_done_units() == {U1}
+    assert list(folder.list_unit_files("data")) == [U1]
 
 
 def test_finished_unit_is_not_overwritten(folder, tmp_path):
@@ -66,9 +71,10 @@ def test_finished_unit_is_not_overwritten(folder, tmp_path):
 def test_deleted_unit_can_be_written_again(folder):
     write(folder, U1, "a", "bad")
     folder.withdraw(U1)
-    assert folder.list_done_units() == frozenset()
+    assert folder.list_unit_files("data") == {}
     assert write(folder, U1, "a", "b").errors == {}
-    (summary,) = folder.summarize_units([U1])
+    summary = folder.read_unit(U1, RUN)
+    assert summary is not None
     assert (summary.rows, summary.errors) == (2, {})
 
 
@@ -94,8 +100,8 @@ def test_kill_during_clear_leaves_a_recognizable_folder(folder, monkeypatch):
 def test_errors_of_an_unfinished_unit_are_ignored(folder, tmp_path):
     write(folder, U1, "a", "bad")
     (tmp_path / f"out/data/part-{U1}.parquet").unlink()  # died between the two files
-    assert folder.list_done_units() == frozenset()
-    assert folder.summarize_units([U1]) == []
+    assert folder.list_unit_files("data") == {}
+    assert folder.read_unit(U1, RUN) is None
 
 
 def test_manifest_and_success_marker_follow_the_run_status(folder, tmp_path):
@@ -132,11 +138,13 @@ def test_restarted_run_removes_the_success_marker(folder):
     assert not folder.is_finished()
 
 
-def test_unreadable_unit_file_is_named(folder, tmp_path):
+def test_damaged_unit_is_written_again(folder, tmp_path, caplog):
     write(folder, U1, "a")
     (tmp_path / f"out/data/part-{U1}.parquet").write_bytes(b"PAR1")
-    with pytest.raises(StorageError, match=f"part-{U1}.parquet: .*; delete it and run again"):
-        folder.summarize_units([U1])
+    assert folder.read_unit(U1, RUN) is None
+    assert f"unit {U1} is annotated again: {folder.location.uri}/data/part-{U1}.parquet: not a readable" in caplog.text
+    written = write(folder, U1, "a")
+    assert folder.read_unit(U1, RUN) == written
 
 
 def test_columns_of_a_set_are_named_as_in_its_files():

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from pipeline.output.folder import UnitSummary
+from pipeline.output.unit_files import UnitSummary
 from pipeline.report.durations import PARTS, PAUSE, Durations, build_timeline
 
 

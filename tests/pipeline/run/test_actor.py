@@ -20,7 +20,8 @@ from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.engine.postmortem import Death
 from pipeline.engine.vllm import EngineDeadError
-from pipeline.output.folder import OutputFolder, UnitSummary
+from pipeline.output.folder import OutputFolder
+from pipeline.output.unit_files import UnitSummary
 from pipeline.queries.query_set import inspect_queries
 from pipeline.retrieval.shard_servers import IndexLostError
 from pipeline.run.actor import OneByOne, SelfRagActor, annotate_table
@@ -203,6 +204,7 @@ def actor(attempts: LocalHandle, seen: list[str], deadly: str = "poison") -> Sel
     made = SelfRagActor.__new__(SelfRagActor)
     made.config, made.attempts, made.lock = CONFIG, attempts, SharedExclusiveLock()
     made.telemetry = ActorTelemetry("run")
+    made.run = ""
     made.system, made.generator = system(), Engine()
     answer = made.system.answer
 
@@ -245,7 +247,8 @@ async def test_engine_death_during_warmup_ends_the_process(tmp_path, monkeypatch
 async def test_unit_is_read_annotated_and_written(tmp_path):
     folder = Folder(tmp_path, table("one", None, "two"))
     summary = await folder.annotate(actor(LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run")), []))
-    assert summary == folder.output.summarize_units([folder.unit.id])[0]
+    assert summary is not None
+    assert summary == folder.output.read_unit(folder.unit.id, "")
     assert (summary.unit, summary.rows, summary.errors) == (folder.unit.id, 3, {"ValueError": 1})
     assert time.time() - 60 < (summary.began or 0) <= (summary.ended or 0) <= time.time()
     assert folder.answers() == ["one", "two"]

@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from pipeline.config.sections import StorageConfig
 from pipeline.evaluation.evaluate import evaluate_set
 from pipeline.output.folder import OutputFolder
+from pipeline.output.unit_files import split_failed
 from pipeline.queries.query_set import inspect_queries
 from pipeline.queries.units import read_unit
 from pipeline.report.write import write_report
@@ -82,7 +83,8 @@ async def test_column_of_any_type_passes_through_data_and_errors(name: str, tmp_
     assert rows.schema == queries.schema
     annotated = await annotate_table(system(), rows, CONFIG)
     output = write_annotated_set(tmp_path / "out", finished=False)
-    summary = output.write_unit(unit.id, annotated, rows.schema, keep_candidates=False)
+    files = split_failed(annotated, rows.schema, keep_candidates=False)
+    summary = output.write_unit(unit.id, *files, "")
     assert (summary.rows, summary.errors) == (4, {"ValueError": 1})
     data, errors = (pq.read_table(tmp_path / "out" / part).to_pylist() for part in ("data", "errors"))
     assert [(row["id"], row["x"], row["answers"]) for row in data] == [

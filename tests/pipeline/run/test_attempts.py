@@ -5,6 +5,7 @@ import pytest
 
 from pipeline.engine.postmortem import Death
 from pipeline.run.attempts import MAX_CONSECUTIVE_CRASHES, Attempts, CrashLoopError, SharedExclusiveLock
+from pipeline.storage.lease import EXPIRY_S, HEARTBEAT_S
 
 
 def test_deaths_are_counted_until_the_unit_ends() -> None:
@@ -14,6 +15,17 @@ def test_deaths_are_counted_until_the_unit_ends() -> None:
     assert (attempts.count_deaths("a"), attempts.count_deaths("b"), attempts.count_deaths("c")) == (2, 1, 0)
     attempts.end("a")
     assert (attempts.count_deaths("a"), attempts.count_deaths("b")) == (0, 1)
+
+
+def test_nothing_is_written_while_the_lease_has_no_heartbeat(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = [0.0]
+    monkeypatch.setattr("pipeline.run.attempts.read_clock", lambda: clock[0])
+    attempts = Attempts(MAX_CONSECUTIVE_CRASHES, "run")
+    assert attempts.begin_writing("u")
+    clock[0] = EXPIRY_S - HEARTBEAT_S / 2
+    assert [attempts.begin_writing("u") for _ in range(9)] == [False] * 9
+    attempts.renew_permit()
+    assert attempts.begin_writing("u")
 
 
 def test_row_counts_are_reset_when_their_unit_ends() -> None:

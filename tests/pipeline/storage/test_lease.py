@@ -1,17 +1,21 @@
 import json
 import multiprocessing
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
 
 from pipeline.config.sections import StorageConfig
-from pipeline.storage.lease import Lease, OutputInUseError, read_process_start
+from pipeline.storage import lease as lease_module
+from pipeline.storage.lease import Lease, LeaseLostError, OutputInUseError, read_process_start
 from pipeline.storage.location import HIDDEN_S, Location, locate
 from tests.support.leases import leave_lease
 from tests.support.s3 import S3Server
@@ -138,6 +142,111 @@ def test_heartbeats_are_written(output: Location, monkeypatch: pytest.MonkeyPatc
         time.sleep(0.4)
         (claim,) = claims(output)
     assert claim["beats"] >= 2
+
+
+def take_over(output: Location, **changes: object) -> None:
+    """Do what a run does that found no heartbeat: write another lease, and delete this one."""
+    for file in Path(output.path).glob("_running/*.json"):
+        file.unlink()
+    leave_lease(Path(output.path), id="f" * 32, host="elsewhere", **changes)
+
+
+def replace_own(output: Location) -> None:
+    (file,) = Path(output.path).glob("_running/*.json")
+    file.write_text(json.dumps({**json.loads(file.read_text()), "pid": 1}))
+
+
+def run_beside(output: Location) -> None:
+    leave_lease(Path(output.path), id="f" * 32, host="elsewhere", started=1.0, beats=1)
+
+
+@pytest.mark.parametrize(
+    ("happens", "reason"),
+    [
+        (take_over, "its lease was deleted or replaced"),
+        (replace_own, "its lease was deleted or replaced"),
+        (run_beside, r"process \d+ on elsewhere holds one too"),
+    ],
+)
+def test_run_ends_when_a_heartbeat_finds_its_lease_lost(
+    happens: Callable[[Location], None], reason: str, output: Location, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.storage.lease.HEARTBEAT_S", 0.2)
+    began, renewed = time.monotonic(), []
+    with pytest.raises(LeaseLostError, match=reason), interruptible(), Lease(output) as lease:  # noqa: PT012
+        lease.on_renewal = lambda: renewed.append(1)
+        while not renewed:
+            time.sleep(0.01)
+        happens(output)
+        time.sleep(20)
+    assert time.monotonic() - began < 10
+    assert len(renewed) < 4
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """Handle SIGTERM as a command does, whatever this process did before."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def test_newcomer_that_gives_way_does_not_end_the_run(output: Location) -> None:
+    with Lease(output) as lease:
+        newcomer = leave_lease(Path(output.path), id="f" * 32, host="elsewhere", started=1.0, beats=0)
+        lease.renew()
+        newcomer.unlink()
+
+
+def test_younger_run_does_not_end_the_run(output: Location) -> None:
+    with Lease(output) as lease:
+        younger = leave_lease(Path(output.path), id="f" * 32, host="elsewhere", started=time.time() + 600, beats=3)
+        lease.renew()
+        younger.unlink()
+
+
+def test_late_run_ends_if_another_one_has_begun(output: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.storage.lease.HEARTBEAT_S", 60)
+    with Lease(output) as lease:
+        late = lease_module.read_clock() + lease_module.EXPIRY_S + 1
+        monkeypatch.setattr("pipeline.storage.lease.read_clock", lambda: late)
+        newcomer = leave_lease(Path(output.path), id="f" * 32, host="elsewhere", started=time.time() + 600)
+        with pytest.raises(LeaseLostError, match="holds one too"):
+            lease.renew()
+        newcomer.unlink()
+        lease.renew()  # nobody else has come: a store was out, for all
+
+
+def test_run_that_was_only_slow_is_not_replaced(output: Location, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.storage.lease.EXPIRY_S", 0.3)
+    leave_lease(Path(output.path), host="elsewhere")
+    write = Lease._write
+
+    def write_while_the_other_wakes(lease: Lease) -> None:
+        write(lease)
+        leave_lease(Path(output.path), host="elsewhere", beats=1)
+
+    monkeypatch.setattr(Lease, "_write", write_while_the_other_wakes)
+    with pytest.raises(OutputInUseError, match="on elsewhere"):
+        Lease(output).__enter__()
+    assert [claim["host"] for claim in claims(output)] == ["elsewhere"]
+
+
+DAMAGED = ["", "{", "[]", "null", '"x"', "{}", '{"id": 1}', "\x00\xff", "PAR1"]
+NEWER = '{"id": "0", "host": "h", "pid": 1, "born": "1", "started": 1.0, "beats": 0, "term": 7}'
+
+
+@pytest.mark.parametrize("content", [*DAMAGED, NEWER], ids=range(len(DAMAGED) + 1))
+def test_damaged_or_newer_lease_is_named_in_one_line(content: str, output: Location) -> None:
+    file = Path(output.path) / "_running" / f"{'0' * 32}.json"
+    file.parent.mkdir(parents=True)
+    file.write_text(content)
+    line = f"{file}: not the lease of a run, or one of another version; if no run uses the folder, delete it"
+    with pytest.raises(ValueError, match=f"^{re.escape(line)}$"):
+        Lease(output).__enter__()
+    assert file.read_text() == content
 
 
 def _race(path: str, start: object, results: object) -> None:

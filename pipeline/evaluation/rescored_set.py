@@ -1,0 +1,192 @@
+"""Rescores an annotated set as a distributed job: a set in, another one out."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.cluster import connect
+from pipeline.config.loading import assign, flatten
+from pipeline.config.sections import ExecutionConfig, StorageConfig
+from pipeline.evaluation.rescoring import Rescoring, rescore_table
+from pipeline.output.folder import OutputFolder, hash_identity
+from pipeline.output.inventory import complete_output
+from pipeline.output.unit_files import NO_ERRORS, find_summary
+from pipeline.storage.lease import Lease
+from pipeline.storage.location import Location, check_apart, check_writable, locate
+from pipeline.storage.parquet import read_parquet
+
+
+@dataclass(frozen=True)
+class RescorePlan:
+    """A checked rescoring.
+
+    Attributes:
+        run: folder of the annotated set.
+        output: folder of the rescored set.
+        rescoring: settings by task.
+        manifest: manifest of the run, with the changed settings.
+        units: number of rows, and of those in ``errors/``, by unit.
+        overwrite: whether a set in the output is replaced.
+    """
+
+    run: OutputFolder
+    output: OutputFolder
+    rescoring: Rescoring
+    manifest: dict[str, Any]
+    units: Mapping[str, tuple[int, int]]
+    overwrite: bool
+
+
+def check_rescoring(
+    run: str, output: str, changes: Mapping[str, Any], storage: StorageConfig, overwrite: bool
+) -> RescorePlan:
+    """Check a rescoring and plan it.
+
+    Args:
+        run: URI of a finished annotated set.
+        output: URI of the folder for the rescored set.
+        changes: settings of the section ``decoding``, nested as in the configuration.
+        overwrite: whether a set in the output is replaced.
+
+    Raises:
+        ValueError: there is no finished run, it has lost a file, a setting cannot be changed, the run did not keep the
+            data that this needs, the output contains other files, or it contains another set and ``overwrite`` is
+            false.
+    """
+    source, target = OutputFolder(locate(run, storage)), OutputFolder(locate(output, storage))
+    manifest = source.read_manifest()
+    if manifest is None or not source.is_finished():
+        raise ValueError(f"{run}: not a finished annotated set")
+    units = _list_units(source, manifest)
+    check_apart(source.location, target.location)
+    check_writable(target.location)
+    rescoring = Rescoring.of(manifest, changes)
+    tasks = {
+        name: {**task, "decoding": rescoring.tasks[name][0].model_dump(mode="json")}
+        for name, task in manifest["tasks"].items()
+    }
+    changed = {f"decoding.{key}": value for key, value in flatten(dict(changes)).items()}
+    for key, value in changed.items():
+        assign(manifest["configuration"], key, value)
+    # The source is part of the identity, so that an annotation run does not resume a rescored set.
+    settings = {**manifest["settings"], **changed, "rescored": source.location.uri}
+    manifest = {**manifest, "settings": settings, "tasks": tasks}
+    plan = RescorePlan(source, target, rescoring, manifest, units, overwrite)
+    _check_output(plan)
+    return plan
+
+
+def _list_units(source: OutputFolder, manifest: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
+    """Return the numbers of rows and of errors of each unit of a finished run, in the order of its manifest.
+
+    Raises:
+        ValueError: a file is missing, or the manifest does not count its rows.
+    """
+    try:
+        counts = {unit: (int(held["rows"]), int(held["errors"])) for unit, held in manifest["units"].items()}
+    except (KeyError, TypeError, ValueError, AttributeError):
+        raise ValueError(f"{source.location.uri}: its manifest does not count the rows of its units") from None
+    if differing := sorted(source.list_unit_files("data").keys() ^ counts.keys()):
+        raise ValueError(
+            f"{source.location.uri}: {len(differing)} units are in its manifest or in data/, but not in both "
+            f"({differing[0]!r}); run jobs.annotate again to complete it"
+        )
+    return counts
+
+
+def _check_output(plan: RescorePlan) -> None:
+    """Check that the output is free, or holds an unfinished rescoring with the same settings.
+
+    Raises:
+        ValueError: it is not.
+    """
+    uri = plan.output.location.uri
+    if foreign := plan.output.find_foreign_file():
+        raise ValueError(
+            f"--output {uri} contains files that are not part of an annotated set ({foreign}); choose another"
+        )
+    found = plan.output.read_manifest()
+    if found is None or plan.overwrite:
+        return
+    if plan.output.is_finished() or hash_identity(found) != hash_identity(plan.manifest):
+        raise ValueError(
+            f"--output {uri} already contains an annotated set; choose another, or replace it with --overwrite"
+        )
+
+
+@dataclass(frozen=True)
+class Rescored:
+    """The outcome of a rescoring: number of rows, of rows in ``errors/``, and of answers that changed."""
+
+    rows: int
+    errors: int
+    changed: int
+
+
+def rescore_set(plan: RescorePlan) -> Rescored:
+    """Rescore every row and write the rescored set.
+
+    Raises:
+        OutputInUseError: another run is using the output.
+        RuntimeError: rows are missing at the end, and the same command continues the rescoring.
+    """
+    connect(ExecutionConfig())
+    with Lease(plan.output.location) as lease:
+        _check_output(plan)  # another run may have held the lease until now
+        if plan.overwrite:
+            plan.output.clear()
+        plan.output.begin(plan.manifest)
+        changed = _rescore_units(plan)
+        rows = {unit: rows for unit, (rows, _) in plan.units.items()}
+        units = complete_output(plan.output, rows, hash_identity(plan.manifest))
+        lease.renew()
+        counts = {**plan.manifest["counts"], "output": plan.output.location.uri}
+        counts["retrieved"] = sum(unit.retrieved for unit in units)
+        records = {unit.unit: unit.to_record() for unit in units}
+        times = {"finished": datetime.now(UTC).isoformat()}
+        plan.output.finish({**plan.manifest, **times, "counts": counts, "units": records})
+    return Rescored(sum(unit.rows for unit in units), sum(unit.failed for unit in units), changed)
+
+
+def _rescore_units(plan: RescorePlan) -> int:
+    """Rescore all units in Ray tasks; returns the number of answers that changed."""
+    import ray
+
+    units = [{"unit": unit} for unit in plan.units]
+    rescored = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
+        _rescore_batch, fn_args=[plan], batch_size=None, batch_format="pyarrow"
+    )
+    return sum(int(row["changed"]) for row in rescored.iter_rows())
+
+
+def _rescore_batch(batch: pa.Table, plan: RescorePlan) -> pa.Table:
+    return pa.table({"changed": [rescore_unit(unit, plan) for unit in batch["unit"].to_pylist()]})
+
+
+def rescore_unit(unit: str, plan: RescorePlan) -> int:
+    """Rescore and write one unit; returns the number of answers that changed.
+
+    Raises:
+        ValueError: a file of the run is damaged, or does not hold the rows that the manifest counts.
+    """
+    rows, failed = plan.units[unit]
+    before = _read_table(plan.run.locate_unit_file("data", unit))
+    errors = _read_table(plan.run.locate_unit_file("errors", unit)) if failed else NO_ERRORS
+    if (before.num_rows, errors.num_rows) != (rows - failed, failed):
+        raise ValueError(
+            f"{plan.run.location.uri}: the files of unit {unit} hold {before.num_rows} answers and {errors.num_rows} "
+            f"errors instead of {rows - failed} and {failed}; run jobs.annotate again to repair it"
+        )
+    after = rescore_table(before, plan.rescoring)
+    measured = find_summary(unit, before, errors)
+    times = measured.began, measured.ended
+    plan.output.write_unit(unit, after, errors, hash_identity(plan.manifest), times)
+    return sum(a != b for a, b in zip(before["answer"], after["answer"], strict=True))
+
+
+def _read_table(file: Location) -> pa.Table:
+    return read_parquet(file, pq.read_table)
