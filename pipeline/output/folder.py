@@ -16,6 +16,7 @@ from pipeline.config.loading import hash_tree
 from pipeline.config.sections import Columns
 from pipeline.output.schema import get_output_name
 from pipeline.output.unit_files import UnitSummary, parse_unit_id, summarize_unit
+from pipeline.output.unit_log import NAME as UNITS
 from pipeline.storage.location import Location, MissingFileError
 from pipeline.storage.parquet import encode_parquet, map_in_threads, read_footer
 
@@ -87,7 +88,7 @@ class OutputFolder:
         for folder in ("data", "errors"):
             for file in self.list_unit_files(folder).values():
                 file.delete()
-        for file in (self.location / REPORT, self._manifest):
+        for file in (self.location / REPORT, self.location / UNITS, self._manifest):
             if file.exists():
                 file.delete()
 
@@ -142,8 +143,9 @@ class OutputFolder:
             errors_file.write(encode_parquet(errors.replace_schema_metadata(metadata)))
         elif errors_file.exists():
             errors_file.delete()  # left by an attempt that died before it wrote the data file
-        self.locate_unit_file("data", unit).write(encode_parquet(answers.replace_schema_metadata(metadata)))
-        return summary
+        content = encode_parquet(answers.replace_schema_metadata(metadata))
+        self.locate_unit_file("data", unit).write(content)
+        return replace(summary, data_bytes=len(content))
 
     def read_unit(self, unit: str, run: str) -> UnitSummary | None:
         """Read the summary of a finished unit; None if it has no data file, or if it must be annotated again.

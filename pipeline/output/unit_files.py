@@ -10,7 +10,6 @@ import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -40,6 +39,7 @@ class UnitSummary:
         ended: time when all rows were annotated, in seconds since the epoch; None if unknown.
         run: digest of the run's identity: of everything that decides its results.
         attempt: random id of the attempt that wrote the files.
+        data_bytes: size of the data file; 0 if unknown, as in the file's own metadata.
     """
 
     unit: str
@@ -52,15 +52,12 @@ class UnitSummary:
     ended: float | None = None
     run: str = ""
     attempt: str = ""
+    data_bytes: int = 0
 
     @property
     def failed(self) -> int:
         """Number of failed rows."""
         return sum(self.errors.values())
-
-    def to_record(self) -> dict[str, Any]:
-        """Return the unit's entry in the manifest."""
-        return {"rows": self.rows, "errors": self.failed, "began": self.began, "ended": self.ended}
 
     def to_metadata(self) -> dict[bytes, bytes]:
         """Return the metadata of the unit's files."""

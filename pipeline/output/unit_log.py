@@ -1,0 +1,99 @@
+"""The summaries of the finished units in one file of the output, so that not every unit's files must be opened."""
+
+import logging
+import time
+from collections.abc import Iterable
+from dataclasses import asdict
+from types import TracebackType
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from pipeline.output.unit_files import UnitSummary
+from pipeline.storage.location import Location, MissingFileError, StorageError
+from pipeline.storage.parquet import encode_parquet, read_parquet
+
+log = logging.getLogger(__name__)
+
+NAME = "_units.parquet"
+# Seconds between two writes while units are finished. The summaries that a killed driver has not written yet are read
+# from the units' files by the next one.
+WRITE_S = 30.0
+SCHEMA = pa.schema(
+    [
+        pa.field("unit", pa.string()),
+        pa.field("rows", pa.int64()),
+        pa.field("errors", pa.map_(pa.string(), pa.int64())),
+        pa.field("retrieved", pa.int64()),
+        pa.field("generated_tokens", pa.int64()),
+        pa.field("prompt_tokens", pa.int64()),
+        pa.field("began", pa.float64()),
+        pa.field("ended", pa.float64()),
+        pa.field("run", pa.string()),
+        pa.field("attempt", pa.string()),
+        pa.field("data_bytes", pa.int64()),
+    ]
+)
+
+
+def read_units(output: Location) -> dict[str, UnitSummary]:
+    """Read the summaries that a run has written, by unit; empty if it has written none.
+
+    Raises:
+        ValueError: the file is damaged, or of another version.
+        StorageError: the file cannot be read.
+    """
+    file = output / NAME
+    try:
+        table = read_parquet(file, pq.read_table)
+    except MissingFileError:
+        return {}
+    if not table.schema.equals(SCHEMA):
+        raise ValueError(f"{file.uri}: not a list of units of this version; delete it and run again")
+    rows = [{**row, "errors": dict(row["errors"])} for row in table.to_pylist()]
+    return {row["unit"]: UnitSummary(**row) for row in rows}
+
+
+def write_units(output: Location, units: Iterable[UnitSummary]) -> None:
+    """Write the summaries of the finished units.
+
+    Raises:
+        StorageError: the file cannot be written.
+    """
+    rows = [{**asdict(unit), "errors": list(unit.errors.items())} for unit in units]
+    (output / NAME).write(encode_parquet(pa.Table.from_pylist(rows, schema=SCHEMA)))
+
+
+class UnitLog:
+    """Writes the summaries of units while they are finished, and once more when the context ends.
+
+    Args:
+        output: folder of the annotated set.
+        done: summaries of the units that were finished before.
+    """
+
+    def __init__(self, output: Location, done: Iterable[UnitSummary]) -> None:
+        self._output = output
+        self._units = list(done)
+        self._written = time.monotonic()
+
+    def __enter__(self) -> "UnitLog":
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._write()
+
+    def add(self, unit: UnitSummary) -> None:
+        """Add a unit that is finished."""
+        self._units.append(unit)
+        if time.monotonic() - self._written > WRITE_S:
+            self._write()
+
+    def _write(self) -> None:
+        try:
+            write_units(self._output, self._units)
+        except StorageError as problem:  # the summaries are in the units' files too
+            log.warning("%s", problem)
+        self._written = time.monotonic()
