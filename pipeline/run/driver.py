@@ -104,6 +104,7 @@ def run_plan(plan: RunPlan, resources: Resources | None, actor: type[SelfRagActo
         units = verify_units(plan)
         summary = summarize_run(plan, units, annotated, time.monotonic() - started)
         if not plan.finished:
+            plan.queries.listing.check_unchanged()
             files = {unit.unit: unit.to_record() for unit in units}
             times = {"finished": datetime.now(UTC).isoformat()}
             plan.output.finish({**record, **times, "counts": dataclasses.asdict(summary), "units": files})
