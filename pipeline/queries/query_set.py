@@ -14,16 +14,25 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config.sections import Columns, StorageConfig
+from pipeline.queries.changes import Listing, reading_version
 from pipeline.queries.partitions import append_fields, append_partition, find_partition, infer_types, parse_partition
 from pipeline.queries.schema import GOLD_TYPES, check_query_schema
 from pipeline.queries.unified_schema import cast_table, replace_views, unify_schemas
 from pipeline.queries.units import Part, Unit, join_parts
 from pipeline.storage.location import Location, join_lines, locate
-from pipeline.storage.parquet import SMALL_BYTES, list_parquet, map_in_threads, read_parquet
+from pipeline.storage.parquet import (
+    SMALL_BYTES,
+    list_parquet,
+    map_in_threads,
+    open_pages,
+    read_batches,
+    read_parquet,
+    read_versioned,
+)
 
 READ_BYTES = 8 * 2**20
-# Files are read in parallel, but only one large one at a time: its row groups may be large.
-READING_LARGE = threading.Lock()
+# Files are read in parallel, but only so many large ones at a time: their pages may be large.
+READING_LARGE = threading.BoundedSemaphore(4)
 
 
 @dataclass(frozen=True)
@@ -38,6 +47,7 @@ class QuerySet:
         digest: digest of all unit ids: the identity of the query set and of its division into units.
         given: whether there is a column of given passages.
         tasks: number of rows by task; rows without a task are not counted.
+        listing: the files with their sizes and modification times.
         partitions: columns that are read from the paths of the files.
     """
 
@@ -48,6 +58,7 @@ class QuerySet:
     digest: str
     given: bool
     tasks: Mapping[str, int]
+    listing: Listing
     partitions: tuple[str, ...] = ()
 
 
@@ -60,7 +71,7 @@ class QueryFile:
         schema: schema of its columns, without views.
         partition: folders that name its partition columns.
         groups: number of rows of each row group.
-        size: size in bytes.
+        version: its size and its ETag or modification time.
         digest: hexadecimal digest of its content.
         ids: ids of its rows: large_string.
         tasks: number of rows by task.
@@ -70,7 +81,7 @@ class QueryFile:
     schema: pa.Schema
     partition: str
     groups: tuple[int, ...]
-    size: int
+    version: str
     digest: str
     ids: pa.ChunkedArray
     tasks: Mapping[str, int]
@@ -84,7 +95,7 @@ class QueryFile:
         for group, rows in enumerate(self.groups):
             for offset in range(0, rows, unit_rows):
                 taken = min(unit_rows, rows - offset)
-                yield Part(self.file.uri, self.size, self.digest, self.partition, group, rows, offset, taken)
+                yield Part(self.file.uri, self.version, self.digest, self.partition, group, rows, offset, taken)
 
 
 def inspect_queries(location: Location, columns: Columns, unit_rows: int) -> QuerySet:
@@ -118,21 +129,22 @@ def inspect_queries(location: Location, columns: Columns, unit_rows: int) -> Que
         digest=digest,
         given=_has_passages(schema, columns),
         tasks=dict(sorted(tasks.items())),
+        listing=Listing.of(location, files),
         partitions=tuple(partitions),
     )
 
 
 def _inspect_file(file: Location, partition: str, columns: Columns) -> QueryFile:
-    def inspect(stream: Any) -> QueryFile:
+    def inspect(stream: Any, version: str) -> QueryFile:
         with READING_LARGE if stream.size() > SMALL_BYTES else contextlib.nullcontext():
-            return _inspect_stream(stream, file, partition, columns)
+            return _inspect_stream(stream, version, file, partition, columns)
 
-    return read_parquet(file, inspect)
+    return read_versioned(file, inspect)
 
 
-def _inspect_stream(stream: Any, file: Location, partition: str, columns: Columns) -> QueryFile:
-    size, digest = _hash_stream(stream)
-    parquet = pq.ParquetFile(stream)
+def _inspect_stream(stream: Any, version: str, file: Location, partition: str, columns: Columns) -> QueryFile:
+    digest = _hash_stream(stream)
+    parquet = open_pages(stream)
     metadata = parquet.metadata
     groups = tuple(metadata.row_group(n).num_rows for n in range(metadata.num_row_groups))
     schema = replace_views(metadata.schema.to_arrow_schema())
@@ -145,19 +157,19 @@ def _inspect_stream(stream: Any, file: Location, partition: str, columns: Column
             tasks.update(_count_tasks(table[columns.task], columns.task, file))
     found = _concatenate(ids)
     _check_ids_of_file(found, columns.id, file)
-    return QueryFile(file, schema, partition, groups, size, digest, found, tasks)
+    return QueryFile(file, schema, partition, groups, version, digest, found, tasks)
 
 
-def _hash_stream(stream: Any) -> tuple[int, str]:
+def _hash_stream(stream: Any) -> str:
     digest = hashlib.sha256()
     while block := stream.read(READ_BYTES):
         digest.update(block)
-    return stream.size(), digest.hexdigest()
+    return digest.hexdigest()
 
 
 def _read_tables(parquet: pq.ParquetFile, file: Location, partition: str) -> Iterator[pa.Table]:
     """Read every page, so that a damaged one is found before the run starts."""
-    for batch in parquet.iter_batches():
+    for batch in read_batches(parquet):
         rows = pa.Table.from_batches([batch])
         yield append_partition(rows.cast(replace_views(rows.schema)), parse_partition(partition), file.uri)
 
@@ -201,7 +213,7 @@ def _differs(schema: pa.Schema, unified: pa.Schema) -> bool:
 
 def _check_cast(file: QueryFile, schema: pa.Schema) -> None:
     def cast(stream: Any) -> None:
-        for table in _read_tables(pq.ParquetFile(stream), file.file, file.partition):
+        for table in _read_tables(open_pages(stream), file.file, file.partition):
             cast_table(table, schema, file.file.uri)
 
     read_parquet(file.file, cast)
@@ -230,14 +242,18 @@ def read_query_ids(queries: QuerySet, column: str, storage: StorageConfig) -> pa
     """Read all ids, in the order of the units: large_string.
 
     Raises:
+        ValueError: a file has changed since it was inspected.
         StorageError: the storage cannot be read.
     """
-    uris = dict.fromkeys(part.uri for unit in queries.units for part in unit.parts)
-    return _concatenate(map_in_threads(lambda uri: _read_ids(locate(uri, storage), column), uris))
+    versions = {part.uri: part.version for unit in queries.units for part in unit.parts}
+    return _concatenate(map_in_threads(lambda uri: _read_ids(locate(uri, storage), versions[uri], column), versions))
 
 
-def _read_ids(file: Location, column: str) -> pa.ChunkedArray:
-    return read_parquet(file, lambda stream: pq.read_table(stream, columns=[column])[column].cast(pa.large_string()))
+def _read_ids(file: Location, version: str, column: str) -> pa.ChunkedArray:
+    with reading_version(file, version):
+        return read_parquet(
+            file, lambda stream: pq.read_table(stream, columns=[column])[column].cast(pa.large_string())
+        )
 
 
 def _concatenate(columns: Iterable[pa.ChunkedArray]) -> pa.ChunkedArray:

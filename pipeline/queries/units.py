@@ -1,23 +1,21 @@
 """Divide a query set into units, and read the rows of a unit."""
 
 import hashlib
-import threading
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.config.sections import StorageConfig
+from pipeline.queries.changes import check_version, reading_version
 from pipeline.queries.partitions import append_partition, parse_partition
+from pipeline.queries.shared_groups import SharedGroups
 from pipeline.queries.unified_schema import cast_table, replace_views
-from pipeline.storage.location import locate
-from pipeline.storage.parquet import map_in_threads, read_parquet
+from pipeline.storage.location import Location, locate
+from pipeline.storage.parquet import GroupReader, map_in_threads, open_versioned, retry_reading
 
-# The units of an actor start at the same time, and a row group may be large: only one of them reads it.
-READING = threading.Lock()
+SHARED = SharedGroups()
 
 
 @dataclass(frozen=True)
@@ -26,7 +24,7 @@ class Part:
 
     Attributes:
         uri: URI of the Parquet file.
-        size: size of the file in bytes.
+        version: size of the file and its ETag or modification time, when it was inspected.
         digest: hexadecimal digest of the file's content.
         partition: folders that name the partition columns of the file, as ``task=popqa/dt=2024-01-01``.
         row_group: number of the row group in the file, from 0.
@@ -36,7 +34,7 @@ class Part:
     """
 
     uri: str
-    size: int
+    version: str
     digest: str
     partition: str
     row_group: int
@@ -97,10 +95,10 @@ def join_parts(parts: Iterable[Part], unit_rows: int) -> Iterator[Unit]:
 
 
 def read_unit(unit: Unit, schema: pa.Schema, storage: StorageConfig) -> pa.Table:
-    """Read the rows of a unit; thread-safe.
+    """Read the rows of a unit, its parts in parallel; thread-safe.
 
-    Whole row groups are read in parallel. Of those that several units share, the last one stays in memory, since the
-    other units tend to follow.
+    Memory: the rows, and a few megabytes for each column. The reader of a row group that several units share stays open
+    and continues where the last unit has ended, since the other units tend to follow.
 
     Args:
         unit: unit to read.
@@ -108,42 +106,33 @@ def read_unit(unit: Unit, schema: pa.Schema, storage: StorageConfig) -> pa.Table
         storage: access to object storage.
 
     Raises:
-        ValueError: the size of a file has changed since the run was planned. A change that keeps the size is not
-            detected: every process would have to compute the digest of the whole file.
+        ValueError: a file has changed since the run was planned.
         StorageError: the storage cannot be read.
     """
     return pa.concat_tables(map_in_threads(lambda part: _read_part(part, schema, storage), unit.parts))
 
 
 def _read_part(part: Part, schema: pa.Schema, storage: StorageConfig) -> pa.Table:
-    place = part.uri, part.size, part.digest, part.row_group
-    if part.rows == part.group_rows:
-        group = _read_group(*place, storage)
-    else:
-        with READING:
-            group = _read_last_group(*place, storage)
-    rows = group.slice(part.offset, part.rows)
+    file = locate(part.uri, storage)
+    with reading_version(file, part.version):
+        rows = retry_reading(file, lambda: _read_rows(part, file))
     assert rows.num_rows == part.rows, f"{part.uri} has {rows.num_rows} of the {part.rows} rows that were planned"
+    rows = rows.cast(replace_views(rows.schema))
     return cast_table(append_partition(rows, parse_partition(part.partition), part.uri), schema, part.uri)
 
 
-def _read_group(
-    uri: str,
-    size: int,
-    digest: str,  # noqa: ARG001  part of the cache key: a process may outlive a run, and the file may change
-    group: int,
-    storage: StorageConfig,
-) -> pa.Table:
-    def read_group(stream: Any) -> pa.Table:
-        if stream.size() != size:
-            raise ValueError(
-                f"{uri}: has changed since the run began, from {size} to {stream.size()} bytes; choose another "
-                "output, or pass --overwrite"
-            )
-        rows = pq.ParquetFile(stream).read_row_group(group)
-        return rows.cast(replace_views(rows.schema))
+def _read_rows(part: Part, file: Location) -> pa.Table:
+    def open_group() -> GroupReader:
+        return GroupReader(_open_planned(part, file), part.row_group)
 
-    return read_parquet(locate(uri, storage), read_group)
+    if part.rows == part.group_rows:
+        return open_group().read(0, part.rows)
+    # The digest, since a process may outlive a run, and a file may be replaced by one of the same size and time.
+    key = part.uri, part.version, part.digest, part.row_group
+    return SHARED.read(key, open_group, part.offset, part.rows)
 
 
-_read_last_group = lru_cache(maxsize=1)(_read_group)
+def _open_planned(part: Part, file: Location) -> Any:
+    stream, version = open_versioned(file)
+    check_version(part.uri, part.version, version)
+    return stream

@@ -16,6 +16,7 @@ from pipeline.queries.query_set import QuerySet, inspect_queries
 from pipeline.queries.schema import QUERY_FIELDS
 from pipeline.queries.unified_schema import DROP, cast_table, replace_views, unify_optional_columns
 from pipeline.storage.location import Location, join_lines
+from pipeline.storage.parquet import WRITING
 
 log = logging.getLogger(__name__)
 
@@ -110,9 +111,7 @@ def write_query_set(spool: Spool, folder: Path, output: Location) -> QuerySet:
     """
     for number, table in enumerate(spool.read_tables()):
         try:
-            pq.write_table(
-                table, folder / f"queries-{number:05}.parquet", row_group_size=GROUP_ROWS, compression="zstd"
-            )
+            pq.write_table(table, folder / f"queries-{number:05}.parquet", row_group_size=GROUP_ROWS, **WRITING)
         except pa.ArrowException as error:
             raise ValueError(f"Parquet cannot store a column ({join_lines(error)}); leave it out with --drop") from None
     here = Location(output.uri, fs.LocalFileSystem(), str(folder))

@@ -107,6 +107,7 @@ def run_plan(plan: RunPlan, resources: Resources | None, actor: type[SelfRagActo
         units = complete_output(plan.output, plan.rows, plan.digest)
         summary = summarize_run(plan, units, annotated, time.monotonic() - started)
         if not plan.finished:
+            plan.queries.listing.check_unchanged()
             files = {unit.unit: unit.to_record() for unit in units}
             times = {"finished": datetime.now(UTC).isoformat()}
             lease.renew()

@@ -9,9 +9,10 @@ import re
 import time
 import uuid
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import tenacity
@@ -51,12 +52,14 @@ class Location:
         filesystem: file system of the URI.
         path: path within the file system.
         patience_s: seconds for which transient errors are retried.
+        stamp: size and modification time when the file was listed, as text; None if it was not.
     """
 
     uri: str
     filesystem: fs.FileSystem
     path: str
     patience_s: float = 0.0
+    stamp: str | None = field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -106,9 +109,39 @@ class Location:
         error = state.outcome.exception() if state.outcome else None
         log.warning("%s: %s; retrying in %.1f s", self.uri, join_lines(error), state.upcoming_sleep)
 
+    def get_info(self) -> fs.FileInfo:
+        """Return type, size and modification time of the location."""
+        return self.retrying(lambda: self.filesystem.get_file_info(self.path))
+
     def get_type(self) -> fs.FileType:
         """Return the type of the location: file, directory or not found."""
-        return self.retrying(lambda: self.filesystem.get_file_info(self.path).type)
+        return self.get_info().type
+
+    def with_stamp(self, info: fs.FileInfo) -> "Location":
+        """Return the location with the size and modification time of a listing."""
+        return replace(self, stamp=_format_stamp(info))
+
+    def read_version(self, stream: Any) -> str:
+        """Return a text that differs after the file is replaced: its size and its ETag, or its modification time.
+
+        Arrow gets the ETag of S3, Azure and Google Cloud Storage by the request that opens the file.
+
+        Args:
+            stream: the file, opened by ``filesystem.open_input_file``.
+        """
+        tags = [value for key, value in (stream.metadata() or {}).items() if key.lower() == "etag"]
+        if tags:
+            return f"{stream.size()} bytes with ETag {tags[0].decode()}"
+        return _format_stamp(self.filesystem.get_file_info(self.path))
+
+    def get_version(self) -> str:
+        """Return the version of the file, as :meth:`read_version` does."""
+
+        def read_version() -> str:
+            with self.filesystem.open_input_file(self.path) as stream:
+                return self.read_version(stream)
+
+        return self.retrying(read_version)
 
     def exists(self) -> bool:
         """Whether the file or folder exists."""
@@ -129,8 +162,9 @@ class Location:
         )
         found = self.retrying(lambda: again(self.filesystem.get_file_info, selector))
         base = self.path.rstrip("/")
-        names = sorted(info.path[len(base) + 1 :] for info in found if info.type == fs.FileType.File)
-        return [self / name for name in names if name.endswith(suffix) and not _is_hidden(name)]
+        infos = {info.path[len(base) + 1 :]: info for info in found if info.type == fs.FileType.File}
+        names = [name for name in sorted(infos) if name.endswith(suffix) and not _is_hidden(name)]
+        return [(self / name).with_stamp(infos[name]) for name in names]
 
     def read(self) -> bytes:
         """Read the whole file."""
@@ -178,6 +212,11 @@ class Location:
             retry=tenacity.retry_if_exception_type(FileNotFoundError), stop=tenacity.stop_after_attempt(3), reraise=True
         )
         self.retrying(lambda: again(delete_file))
+
+
+def _format_stamp(info: fs.FileInfo) -> str:
+    seconds, nanoseconds = divmod(info.mtime_ns or 0, 10**9)
+    return f"{info.size} bytes of {datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{nanoseconds:09}"
 
 
 def _is_hidden(path: str) -> bool:

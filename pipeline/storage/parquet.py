@@ -3,7 +3,7 @@
 import io
 import logging
 import re
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -26,12 +26,19 @@ MAGIC = b"PAR1"
 NAMED_FILES = 5
 # Rows read at a time by default: a few megabytes.
 BATCH_ROWS = 1024
+MAX_BATCH_ROWS = 1 << 16
 # Files read at once: an object store takes many requests and answers each of them slowly.
 THREADS = 16
 # Files up to this size are read whole, in one request to the store.
 SMALL_BYTES = 4 << 20
+# Rows are read in batches of about this size before decoding, whatever the size of their row group.
+BATCH_BYTES = 4 << 20
+# Bytes of each column that are read ahead.
+AHEAD_BYTES = 4 << 20
+# How files are written: with checksums, so that a damaged page is noticed when it is read.
+WRITING = {"compression": "zstd", "write_page_checksum": True}
 # Arrow reports damaged metadata and damaged pages as I/O errors with these words.
-DAMAGED = re.compile("thrift|[Cc]orrupt|decompress")
+DAMAGED = re.compile("thrift|[Cc]orrupt|decompress|page integrity|end of stream")
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -60,14 +67,14 @@ def list_parquet(location: Location) -> list[Location]:
         ValueError: there are none.
         StorageError: the storage cannot be read.
     """
-    kind = location.get_type()
-    if kind == fs.FileType.File:
-        return [location]
+    info = location.get_info()
+    if info.type == fs.FileType.File:
+        return [location.with_stamp(info)]
     listed = location.list_files()
     taken = map_in_threads(is_parquet, listed)
     files = [file for file, is_taken in zip(listed, taken, strict=True) if is_taken]
     if not files:
-        raise ValueError(f"{location.uri}: {_explain_absence(location, kind)}")
+        raise ValueError(f"{location.uri}: {_explain_absence(location, info.type)}")
     warn_of_other_files(location, listed, files)
     return files
 
@@ -107,20 +114,45 @@ def _explain_absence(location: Location, kind: fs.FileType) -> str:
 
 
 def read_parquet(file: Location, work: Callable[[Any], Result]) -> Result:
-    """Call ``work`` with the file opened for random access, a small one in memory; retries transient errors.
+    """Call ``work`` with the file opened for random access; retries transient errors.
 
     Raises:
         ValueError: the file is not Parquet, or damaged.
         StorageError: the file cannot be read.
     """
+    return read_versioned(file, lambda stream, _: work(stream))
+
+
+def read_versioned(file: Location, work: Callable[[Any, str], Result]) -> Result:
+    """Call ``work`` as :func:`read_parquet` does, also with the version of the opened file."""
 
     def open_and_work() -> Result:
-        with file.filesystem.open_input_file(file.path) as stream:
-            is_small = not file.local and stream.size() <= SMALL_BYTES
-            return work(pa.BufferReader(stream.read_buffer(stream.size())) if is_small else stream)
+        stream, version = open_versioned(file)
+        with stream:
+            return work(stream, version)
 
+    return retry_reading(file, open_and_work)
+
+
+def open_versioned(file: Location) -> tuple[Any, str]:
+    """Open a file for random access, a small one of an object store in memory; returns the stream and its version."""
+    stream = file.filesystem.open_input_file(file.path)
+    version = file.read_version(stream)
+    if file.local or stream.size() > SMALL_BYTES:
+        return stream, version
+    with stream:
+        return pa.BufferReader(stream.read_buffer(stream.size())), version
+
+
+def retry_reading(file: Location, work: Callable[[], Result]) -> Result:
+    """Call a function that reads a Parquet file; retries transient errors.
+
+    Raises:
+        ValueError: the file is not Parquet, or damaged.
+        StorageError: the file cannot be read.
+    """
     with _naming_file(file):
-        return file.retrying(open_and_work)
+        return file.retrying(work)
 
 
 @contextmanager
@@ -177,7 +209,8 @@ def read_range(
 
 
 def _open_range(part: RowRange, columns: list[str], batch_rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:
-    with pq.ParquetFile(part.file.path, filesystem=part.file.filesystem) as parquet:
+    with part.file.filesystem.open_input_file(part.file.path) as stream:
+        parquet = open_pages(stream)
         sizes = [parquet.metadata.row_group(n).num_rows for n in range(parquet.metadata.num_row_groups)]
         ends = np.cumsum(sizes)
         groups = [n for n, end in enumerate(ends) if end > part.start and end - sizes[n] < part.stop]
@@ -200,15 +233,64 @@ def read_columns(file: Location, names: list[str]) -> pa.Table:
         StorageError: the file cannot be read, or is damaged.
     """
     try:
-        return read_parquet(file, lambda stream: pq.ParquetFile(stream, pre_buffer=True).read(columns=names))
+        return read_parquet(file, lambda stream: _read_checked(stream, names))
     except (ValueError, MissingFileError) as error:
         raise StorageError(f"{join_lines(error)}; delete it and run again") from error
+
+
+def _read_checked(stream: Any, names: list[str]) -> pa.Table:
+    return pq.ParquetFile(stream, pre_buffer=True, page_checksum_verification=True).read(columns=names)
+
+
+def open_pages(stream: Any) -> pq.ParquetFile:
+    """Open a file to read page after page, compared with their checksums where it has any.
+
+    Arrow would otherwise read the columns of whole row groups ahead.
+    """
+    return pq.ParquetFile(stream, buffer_size=AHEAD_BYTES, pre_buffer=False, page_checksum_verification=True)
+
+
+def read_batches(parquet: pq.ParquetFile, groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
+    """Read row groups, all by default, in batches of about ``BATCH_BYTES``, so that none is in memory as a whole.
+
+    Memory: a batch and, of each column, a page and ``AHEAD_BYTES``.
+    """
+    numbers = range(parquet.metadata.num_row_groups) if groups is None else groups
+    infos = [parquet.metadata.row_group(number) for number in numbers]
+    filled = [info for info in infos if info.num_rows]
+    rows = min((BATCH_BYTES * info.num_rows // max(info.total_byte_size, 1) for info in filled), default=1)
+    yield from parquet.iter_batches(min(max(rows, 1), MAX_BATCH_ROWS), row_groups=list(numbers))
+
+
+class GroupReader:
+    """Reads ranges of a row group, each of which begins where the last one ended, or after it.
+
+    Attributes:
+        start: first row that can still be read.
+    """
+
+    def __init__(self, stream: Any, group: int) -> None:
+        self._batches = read_batches(open_pages(stream), [group])
+        self._held = next(self._batches)
+        self.start = 0
+
+    def read(self, offset: int, rows: int) -> pa.Table:
+        """Read rows; ``offset`` is the first one, not below ``start``."""
+        stop, taken = offset + rows, []
+        while True:
+            end = self.start + self._held.num_rows
+            if end > offset:
+                first = max(offset, self.start)
+                taken.append(self._held.slice(first - self.start, stop - first))
+            if end >= stop:
+                return pa.Table.from_batches(taken)
+            self.start, self._held = end, next(self._batches)
 
 
 def encode_parquet(table: pa.Table, row_group_size: int | None = None) -> bytes:
     """Encode a table as a Parquet file."""
     buffer = io.BytesIO()
-    pq.write_table(table, buffer, row_group_size=row_group_size, compression="zstd")
+    pq.write_table(table, buffer, row_group_size=row_group_size, **WRITING)
     return buffer.getvalue()
 
 

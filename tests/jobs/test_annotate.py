@@ -16,6 +16,7 @@ from pipeline.config.run import RunConfig
 from pipeline.config.sections import StorageConfig
 from pipeline.output.folder import OutputFolder
 from pipeline.output.unit_files import UnitSummary, split_failed
+from pipeline.queries.changes import Listing
 from pipeline.queries.query_set import QuerySet
 from pipeline.queries.units import Part, Unit
 from pipeline.run.actor import build_annotated_schema
@@ -212,12 +213,12 @@ def failing(tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch, *errors:
 
     monkeypatch.setattr("pipeline.run.driver.annotate_units", units)
     config = RunConfig.model_validate({"queries": "q", "output": "o", "model": {"name": "m"}})
-    queries = QuerySet(pa.schema([]), (), 1, rows, "d", False, {})
+    queries = QuerySet(pa.schema([]), (), 1, rows, "d", False, {}, Listing(locate("q", StorageConfig()), {}))
     return RunPlan(config, queries, OutputFolder(locate(str(tmp_path / "out"), StorageConfig())), {}, None), seen
 
 
 def unit(number: int, rows: int) -> Unit:
-    return Unit(f"{number:020x}", (Part("q", 1, "d", "", 0, rows, 0, rows),))
+    return Unit(f"{number:020x}", (Part("q", "v", "d", "", 0, rows, 0, rows),))
 
 
 def test_run_above_the_error_rate_stops_early(tmp_path, monkeypatch):

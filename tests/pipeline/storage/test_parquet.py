@@ -1,4 +1,5 @@
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pyarrow as pa
@@ -9,11 +10,14 @@ from pipeline.config.sections import StorageConfig
 from pipeline.storage import parquet
 from pipeline.storage.location import StorageError, locate
 from pipeline.storage.parquet import (
+    GroupReader,
     RowRange,
     encode_parquet,
     is_parquet,
     list_parquet,
     map_in_threads,
+    open_pages,
+    read_batches,
     read_columns,
     read_footer,
     read_range,
@@ -164,3 +168,87 @@ def test_missing_columns_are_omitted(tmp_path: Path) -> None:
 
 def test_map_in_threads_keeps_the_order_of_items() -> None:
     assert map_in_threads(lambda n: n * n, range(100)) == [n * n for n in range(100)]
+
+
+@pytest.fixture(scope="module")
+def large_group(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A file of one row group with 48 MB that cannot be compressed, in pages of about a megabyte."""
+    file = tmp_path_factory.mktemp("large") / "a.parquet"
+    table = pa.table({"id": [str(n) for n in range(480)], "text": [os.urandom(50_000).hex() for _ in range(480)]})
+    with pq.ParquetWriter(file, table.schema, write_batch_size=8, compression="none") as writer:
+        writer.write_table(table)
+    assert pq.read_metadata(file).num_row_groups == 1
+    return file
+
+
+@pytest.fixture
+def pool() -> Iterator[pa.MemoryPool]:
+    """The default memory pool, counted from here on."""
+    before = pa.default_memory_pool()
+    counted = pa.proxy_memory_pool(before)
+    pa.set_memory_pool(counted)
+    yield counted
+    pa.set_memory_pool(before)
+
+
+def read_ranges(reader: GroupReader) -> int:
+    return sum(reader.read(start, 10).num_rows for start in range(0, 480, 10))
+
+
+@pytest.mark.parametrize(
+    "read",
+    [
+        lambda file: read_ranges(GroupReader(pa.OSFile(str(file)), 0)),
+        lambda file: sum(batch.num_rows for batch in read_batches(open_pages(pa.OSFile(str(file))))),
+        lambda file: sum(b.num_rows for _, b in read_range(RowRange(place(file), 0, 480), ["id", "text"], 16)),
+    ],
+    ids=["ranges", "all batches", "range of the file"],
+)
+def test_a_large_row_group_is_not_read_as_a_whole(
+    large_group: Path, pool: pa.MemoryPool, read: Callable[[Path], int]
+) -> None:
+    assert read(large_group) == 480
+    assert pool.max_memory() < 24e6
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 100])
+@pytest.mark.parametrize("group", [1, 3, 50])
+def test_batches_hold_every_row_whatever_the_row_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, rows: int, group: int
+) -> None:
+    monkeypatch.setattr(parquet, "BATCH_BYTES", 100)
+    file = write(tmp_path / "a.parquet", rows, group)
+    batches = list(read_batches(open_pages(pa.OSFile(str(file)))))
+    assert [name for batch in batches for name in batch["id"].to_pylist()] == [str(n) for n in range(rows)]
+
+
+def test_a_file_without_rows_has_no_batches(tmp_path: Path) -> None:
+    assert list(read_batches(open_pages(pa.OSFile(str(write(tmp_path / "a.parquet", 0)))))) == []
+
+
+PAGES = pa.table({"id": [f"{n:04}" for n in range(400)], "text": [f"text {n:08}" for n in range(400)]})
+
+
+def flip(content: bytes, place: int) -> bytes:
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7, 0.8, 0.9])
+def test_a_changed_bit_in_a_written_file_is_noticed(tmp_path: Path, share: float) -> None:
+    content = encode_parquet(PAGES)
+    footer = int.from_bytes(content[-8:-4], "little") + 8
+    (tmp_path / "a.parquet").write_bytes(flip(content, int((len(content) - footer) * share)))
+    with pytest.raises(StorageError, match=r"a\.parquet: .*; delete it and run again"):
+        read_columns(place(tmp_path / "a.parquet"), ["id", "text"])
+
+
+def test_a_changed_bit_would_be_read_without_checksums(tmp_path: Path) -> None:
+    pq.write_table(PAGES, tmp_path / "a.parquet", compression="none", use_dictionary=False)
+    content = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(content.replace(b"text 00000007", b"text 00000009"))
+    assert read_columns(place(tmp_path / "a.parquet"), ["text"])["text"][7].as_py() == "text 00000009"
+    pq.write_table(PAGES, tmp_path / "a.parquet", compression="none", use_dictionary=False, write_page_checksum=True)
+    content = (tmp_path / "a.parquet").read_bytes()
+    (tmp_path / "a.parquet").write_bytes(content.replace(b"text 00000007", b"text 00000009"))
+    with pytest.raises(StorageError, match=r"a\.parquet: .*CRC.*; delete it and run again"):
+        read_columns(place(tmp_path / "a.parquet"), ["text"])
