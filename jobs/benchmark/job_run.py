@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from datetime import datetime
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -21,7 +20,10 @@ from jobs.benchmark.results import CALL, FILES, STAGES
 from jobs.benchmark.scripted_model import SCRIPT, Script
 from jobs.benchmark.workloads import Row
 from jobs.demo import get_demo_index
-from pipeline.config.sections import DecodingConfig, ModelConfig
+from pipeline.config.sections import DecodingConfig, ModelConfig, StorageConfig
+from pipeline.output.unit_files import UnitSummary
+from pipeline.output.unit_log import read_units
+from pipeline.storage.location import locate
 
 
 @dataclass(frozen=True)
@@ -60,9 +62,9 @@ class Job:
         output = self.folder / "out"
         manifest = json.loads((output / "_manifest.json").read_text())
         finished = datetime.fromisoformat(manifest["finished"]).timestamp()
-        units = manifest["units"]
+        units = read_units(locate(str(output), StorageConfig()))
         taken = compute_unit_seconds(units, finished)
-        rates = [units[name]["rows"] / seconds for name, seconds in taken.items()]
+        rates = [units[name].rows / seconds for name, seconds in taken.items()]
         seconds = compute_stage_seconds(output / "data", {name: units[name] for name in taken})
         return rates, {**seconds, CALL: float(json.loads(done.stdout)["seconds"])}
 
@@ -96,11 +98,11 @@ class Job:
         return queries, settings
 
 
-def compute_unit_seconds(units: Mapping[str, Mapping[str, Any]], finished: float) -> dict[str, float]:
+def compute_unit_seconds(units: Mapping[str, UnitSummary], finished: float) -> dict[str, float]:
     """Return the seconds of each unit but the first: up to the start of the next one, or to the end of the run.
 
     Args:
-        units: units of the manifest, by name.
+        units: summaries of the units, by name.
         finished: time at which the manifest was written, in seconds since the epoch.
 
     Returns:
@@ -109,25 +111,26 @@ def compute_unit_seconds(units: Mapping[str, Mapping[str, Any]], finished: float
     Raises:
         RuntimeError: a row failed, or units overlapped.
     """
-    failed = sum(unit["errors"] for unit in units.values())
+    failed = sum(unit.failed for unit in units.values())
     if failed:
         raise RuntimeError(f"{failed} rows of the job failed, so its rate would be meaningless")
-    names = sorted(units, key=lambda name: float(units[name]["began"]))
-    if any(units[after]["began"] < units[before]["ended"] for before, after in pairwise(names)):
+    names = sorted(units, key=lambda name: units[name].began or 0.0)
+    begins, ends = [units[name].began or 0.0 for name in names], [units[name].ended or 0.0 for name in names]
+    if any(begin < end for begin, end in zip(begins[1:], ends, strict=False)):
         raise RuntimeError(f"the job's units overlapped: {dict(units)}")
-    begins = [*(units[name]["began"] for name in names), finished]
-    return {name: end - begin for name, (begin, end) in zip(names[1:], pairwise(begins[1:]), strict=True)}
+    edges = pairwise([*begins[1:], finished])
+    return {name: end - begin for name, (begin, end) in zip(names[1:], edges, strict=True)}
 
 
-def compute_stage_seconds(folder: Path, units: Mapping[str, Mapping[str, Any]]) -> dict[str, float]:
+def compute_stage_seconds(folder: Path, units: Mapping[str, UnitSummary]) -> dict[str, float]:
     """Return the mean seconds of a row by stage, with its share of the seconds for writing its unit's files.
 
     Args:
         folder: folder of the units' data files.
-        units: units by name, with the time at which each was annotated (``ended``).
+        units: summaries of the units, by name.
     """
     files = {name: folder / f"part-{name}.parquet" for name in units}
     usage = pa.concat_tables([pq.read_table(file, columns=["usage"]) for file in files.values()])["usage"]
     seconds = {stage: float(pc.mean(pc.struct_field(usage.combine_chunks(), stage)).as_py()) for stage in STAGES}
-    writing = sum(file.stat().st_mtime - units[name]["ended"] for name, file in files.items())
+    writing = sum(file.stat().st_mtime - (units[name].ended or 0.0) for name, file in files.items())
     return {**seconds, FILES: writing / len(usage)}

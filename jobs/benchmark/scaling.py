@@ -37,6 +37,7 @@ from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Generation
 from pipeline.engine.models import load_tokenizer
+from pipeline.output.unit_log import read_units
 from pipeline.run.actor import SelfRagActor
 from pipeline.run.driver import allot_resources, run_plan
 from pipeline.run.plan import check_run
@@ -149,12 +150,12 @@ def time_run(rows: int, execution: ExecutionConfig, folder: Path) -> Run:
     )
     plan = check_run(config, overwrite=True)
     summary = run_plan(plan, allot_resources(plan), WaitingActor)
-    units = json.loads((folder / "out" / "_manifest.json").read_text())["units"].values()
-    began = min(unit["began"] for unit in units)
-    ended = max(unit["ended"] for unit in units)
+    units = read_units(plan.output.location).values()
+    begins = [unit.began or 0.0 for unit in units]
+    seconds = max(unit.ended or 0.0 for unit in units) - min(begins)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
-    steady = compute_steady_rate([unit["began"] for unit in units], execution.actors * execution.units_in_flight)
-    return Run(rows, execution.actors, ended - began, summary.seconds, memory, steady * execution.unit_rows)
+    steady = compute_steady_rate(begins, execution.actors * execution.units_in_flight)
+    return Run(rows, execution.actors, seconds, summary.seconds, memory, steady * execution.unit_rows)
 
 
 def build_scaling_tables(sizes: Sequence[Run], pools: Sequence[Run], latency: float) -> list[Table]:

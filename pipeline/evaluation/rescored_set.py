@@ -1,7 +1,8 @@
 """Rescores an annotated set as a distributed job: a set in, another one out."""
 
+import json
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
 
@@ -14,7 +15,8 @@ from pipeline.config.sections import ExecutionConfig, StorageConfig
 from pipeline.evaluation.rescoring import Rescoring, rescore_table
 from pipeline.output.folder import OutputFolder, hash_identity
 from pipeline.output.inventory import complete_output
-from pipeline.output.unit_files import NO_ERRORS, find_summary
+from pipeline.output.unit_files import NO_ERRORS, UnitSummary
+from pipeline.output.unit_log import UNITS, read_units
 from pipeline.storage.lease import Lease
 from pipeline.storage.location import Location, check_apart, check_writable, locate
 from pipeline.storage.parquet import read_parquet
@@ -29,7 +31,7 @@ class RescorePlan:
         output: folder of the rescored set.
         rescoring: settings by task.
         manifest: manifest of the run, with the changed settings.
-        units: number of rows, and of those in ``errors/``, by unit.
+        units: summaries of the units of the run.
         overwrite: whether a set in the output is replaced.
     """
 
@@ -37,7 +39,7 @@ class RescorePlan:
     output: OutputFolder
     rescoring: Rescoring
     manifest: dict[str, Any]
-    units: Mapping[str, tuple[int, int]]
+    units: Mapping[str, UnitSummary]
     overwrite: bool
 
 
@@ -61,7 +63,7 @@ def check_rescoring(
     manifest = source.read_manifest()
     if manifest is None or not source.is_finished():
         raise ValueError(f"{run}: not a finished annotated set")
-    units = _list_units(source, manifest)
+    units = _list_units(source)
     check_apart(source.location, target.location)
     check_writable(target.location)
     rescoring = Rescoring.of(manifest, changes)
@@ -80,22 +82,19 @@ def check_rescoring(
     return plan
 
 
-def _list_units(source: OutputFolder, manifest: Mapping[str, Any]) -> dict[str, tuple[int, int]]:
-    """Return the numbers of rows and of errors of each unit of a finished run, in the order of its manifest.
+def _list_units(source: OutputFolder) -> dict[str, UnitSummary]:
+    """Return the summaries of the units of a finished run, in its order.
 
     Raises:
-        ValueError: a file is missing, or the manifest does not count its rows.
+        ValueError: a file is missing, or there is one that the run does not know.
     """
-    try:
-        counts = {unit: (int(held["rows"]), int(held["errors"])) for unit, held in manifest["units"].items()}
-    except (KeyError, TypeError, ValueError, AttributeError):
-        raise ValueError(f"{source.location.uri}: its manifest does not count the rows of its units") from None
-    if differing := sorted(source.list_unit_files("data").keys() ^ counts.keys()):
+    units = read_units(source.location)
+    if differing := sorted(source.list_unit_files("data").keys() ^ units.keys()):
         raise ValueError(
-            f"{source.location.uri}: {len(differing)} units are in its manifest or in data/, but not in both "
+            f"{source.location.uri}: {len(differing)} units are in {UNITS} or in data/, but not in both "
             f"({differing[0]!r}); run jobs.annotate again to complete it"
         )
-    return counts
+    return units
 
 
 def _check_output(plan: RescorePlan) -> None:
@@ -140,40 +139,44 @@ def rescore_set(plan: RescorePlan) -> Rescored:
         if plan.overwrite:
             plan.output.clear()
         plan.output.begin(plan.manifest)
-        changed = _rescore_units(plan)
-        rows = {unit: rows for unit, (rows, _) in plan.units.items()}
-        units = complete_output(plan.output, rows, hash_identity(plan.manifest))
+        rescored, changed = _rescore_units(plan)
+        rows = {unit: summary.rows for unit, summary in plan.units.items()}
+        units = complete_output(plan.output, rows, hash_identity(plan.manifest), rescored)
         lease.renew()
         counts = {**plan.manifest["counts"], "output": plan.output.location.uri}
         counts["retrieved"] = sum(unit.retrieved for unit in units)
-        records = {unit.unit: unit.to_record() for unit in units}
         times = {"finished": datetime.now(UTC).isoformat()}
-        plan.output.finish({**plan.manifest, **times, "counts": counts, "units": records})
+        plan.output.finish({**plan.manifest, **times, "counts": counts}, units)
     return Rescored(sum(unit.rows for unit in units), sum(unit.failed for unit in units), changed)
 
 
-def _rescore_units(plan: RescorePlan) -> int:
-    """Rescore all units in Ray tasks; returns the number of answers that changed."""
+def _rescore_units(plan: RescorePlan) -> tuple[dict[str, UnitSummary], int]:
+    """Rescore all units in Ray tasks; returns their summaries, and the number of answers that changed."""
     import ray
 
     units = [{"unit": unit} for unit in plan.units]
     rescored = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
         _rescore_batch, fn_args=[plan], batch_size=None, batch_format="pyarrow"
     )
-    return sum(int(row["changed"]) for row in rescored.iter_rows())
+    outcomes = list(rescored.iter_rows())
+    summaries = [UnitSummary(**json.loads(row["summary"])) for row in outcomes]
+    return {unit.unit: unit for unit in summaries}, sum(row["changed"] for row in outcomes)
 
 
 def _rescore_batch(batch: pa.Table, plan: RescorePlan) -> pa.Table:
-    return pa.table({"changed": [rescore_unit(unit, plan) for unit in batch["unit"].to_pylist()]})
+    outcomes = [rescore_unit(unit, plan) for unit in batch["unit"].to_pylist()]
+    summaries = [json.dumps(asdict(summary)) for summary, _ in outcomes]
+    return pa.table({"summary": summaries, "changed": [changed for _, changed in outcomes]})
 
 
-def rescore_unit(unit: str, plan: RescorePlan) -> int:
-    """Rescore and write one unit; returns the number of answers that changed.
+def rescore_unit(unit: str, plan: RescorePlan) -> tuple[UnitSummary, int]:
+    """Rescore and write one unit; returns its summary, and the number of answers that changed.
 
     Raises:
-        ValueError: a file of the run is damaged, or does not hold the rows that the manifest counts.
+        ValueError: a file of the run is damaged, or does not hold the rows that the run has counted.
     """
-    rows, failed = plan.units[unit]
+    measured = plan.units[unit]
+    rows, failed = measured.rows, measured.failed
     before = _read_table(plan.run.locate_unit_file("data", unit))
     errors = _read_table(plan.run.locate_unit_file("errors", unit)) if failed else NO_ERRORS
     if (before.num_rows, errors.num_rows) != (rows - failed, failed):
@@ -182,10 +185,9 @@ def rescore_unit(unit: str, plan: RescorePlan) -> int:
             f"errors instead of {rows - failed} and {failed}; run jobs.annotate again to repair it"
         )
     after = rescore_table(before, plan.rescoring)
-    measured = find_summary(unit, before, errors)
+    changed = sum(a != b for a, b in zip(before["answer"], after["answer"], strict=True))
     times = measured.began, measured.ended
-    plan.output.write_unit(unit, after, errors, hash_identity(plan.manifest), times)
-    return sum(a != b for a, b in zip(before["answer"], after["answer"], strict=True))
+    return plan.output.write_unit(unit, after, errors, hash_identity(plan.manifest), times), changed
 
 
 def _read_table(file: Location) -> pa.Table:

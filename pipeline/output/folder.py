@@ -16,9 +16,9 @@ from pipeline.config.loading import hash_tree
 from pipeline.config.sections import Columns
 from pipeline.output.schema import get_output_name
 from pipeline.output.unit_files import UnitSummary, parse_unit_id, summarize_unit
-from pipeline.output.unit_log import NAME as UNITS
+from pipeline.output.unit_log import UNITS, write_units
 from pipeline.storage.location import Location, MissingFileError
-from pipeline.storage.parquet import encode_parquet, map_in_threads, read_footer
+from pipeline.storage.parquet import encode_parquet, read_footer
 
 log = logging.getLogger(__name__)
 
@@ -98,15 +98,9 @@ class OutputFolder:
             self._success.delete()
         self._write_manifest({**manifest, "status": "running"})
 
-    def reopen(self) -> None:
-        """Mark a finished set as unfinished again."""
-        if self._success.exists():
-            self._success.delete()
-        if manifest := self.read_manifest():
-            self._write_manifest({**manifest, "status": "running"})
-
-    def finish(self, manifest: dict[str, Any]) -> None:
-        """Write the manifest of a finished run, then ``_SUCCESS``."""
+    def finish(self, manifest: dict[str, Any], units: Iterable[UnitSummary]) -> None:
+        """Write the summaries of the units and the manifest of a finished run, then ``_SUCCESS``."""
+        write_units(self.location, units)
         self._write_manifest({**manifest, "status": "finished"})
         self._success.write(b"")
 
@@ -174,12 +168,6 @@ class OutputFolder:
         for folder in ("data", "errors"):
             if (file := self.locate_unit_file(folder, unit)).exists():
                 file.delete()
-
-    def count_error_rows(self, units: Iterable[str]) -> int:
-        """Count the rows of units in ``errors/``."""
-        files = self.list_unit_files("errors")
-        wanted = [files[unit] for unit in units if unit in files]
-        return sum(footer.num_rows for footer in map_in_threads(read_footer, wanted))
 
 
 def _read_summary(file: Location) -> tuple[UnitSummary | None, int] | None:

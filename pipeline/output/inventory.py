@@ -2,10 +2,11 @@
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from pipeline.output.folder import OutputFolder
 from pipeline.output.unit_files import UnitSummary
+from pipeline.storage.location import Location
 from pipeline.storage.parquet import map_in_threads
 
 log = logging.getLogger(__name__)
@@ -33,27 +34,57 @@ class Inventory:
         return not (self.missing or self.strays)
 
 
-def take_inventory(output: OutputFolder, rows: Mapping[str, int], run: str) -> Inventory:
-    """Count the units of an output in their files.
+EMPTY = Inventory((), frozenset(), frozenset(), 0)
 
-    A unit that a store does not list yet is looked up by its name.
+
+def take_inventory(
+    output: OutputFolder,
+    rows: Mapping[str, int],
+    run: str,
+    logged: Mapping[str, UnitSummary],
+    look_up: bool = False,
+) -> Inventory:
+    """Count the units of an output.
+
+    A logged unit without errors counts if its data file has the logged size. The files of the others are opened, since
+    attempts that differ in the rows that failed may have written one of them each.
 
     Args:
         rows: number of rows by unit.
         run: digest of the run's identity.
+        logged: summaries of units by unit, from the log.
+        look_up: whether to look up units by their names that the store does not list, or not yet.
 
     Raises:
         StorageError: a file cannot be read.
     """
-    found = map_in_threads(lambda unit: output.read_unit(unit, run), rows)
+    data, errors = output.list_unit_files("data"), output.list_unit_files("errors")
+
+    def find(unit: str) -> UnitSummary | None:
+        known = logged.get(unit)
+        if known and known.run == run and not known.failed and unit not in errors and _has_size(data.get(unit), known):
+            return known
+        found = output.read_unit(unit, run) if look_up or unit in data else None
+        return _note_size(found, data.get(unit)) if found else None
+
+    found = map_in_threads(find, rows)
     whole = tuple(unit for unit in found if unit and unit.rows == rows[unit.unit])
-    there = output.list_unit_files("data").keys() | output.list_unit_files("errors").keys()
-    known = frozenset(unit.unit for unit in whole)
+    there, known = data.keys() | errors.keys(), {unit.unit for unit in whole}
     broken, strays = frozenset(there & rows.keys() - known), frozenset(there - rows.keys())
     return Inventory(whole, broken, strays, len(rows) - len(whole))
 
 
-def complete_output(output: OutputFolder, rows: Mapping[str, int], run: str) -> list[UnitSummary]:
+def _has_size(file: Location | None, unit: UnitSummary) -> bool:
+    return file is not None and file.stamp is not None and file.stamp.size == unit.data_bytes
+
+
+def _note_size(unit: UnitSummary, file: Location | None) -> UnitSummary:
+    return replace(unit, data_bytes=file.stamp.size) if file and file.stamp else unit
+
+
+def complete_output(
+    output: OutputFolder, rows: Mapping[str, int], run: str, logged: Mapping[str, UnitSummary]
+) -> tuple[UnitSummary, ...]:
     """Return the summaries of all units, in the order of ``rows``, after a check that the output is complete.
 
     Files that are wrong are deleted, so that their units are annotated again; so are files of other units, which a run
@@ -63,9 +94,7 @@ def complete_output(output: OutputFolder, rows: Mapping[str, int], run: str) -> 
         RuntimeError: rows are missing.
         StorageError: a file cannot be read.
     """
-    found = take_inventory(output, rows, run)
-    if not found.complete:
-        output.reopen()
+    found = take_inventory(output, rows, run, logged, look_up=True)
     for unit in sorted(found.broken | found.strays):
         log.warning("%s: the files of unit %s are deleted", output.location.uri, unit)
         output.withdraw(unit)
@@ -74,4 +103,4 @@ def complete_output(output: OutputFolder, rows: Mapping[str, int], run: str) -> 
             f"{output.location.uri}: {sum(unit.rows for unit in found.whole)} of {sum(rows.values())} rows are "
             f"complete, in {len(found.whole)} of {len(rows)} units; rerun the same command to continue"
         )
-    return list(found.whole)
+    return found.whole

@@ -15,7 +15,7 @@ from pipeline.storage.parquet import encode_parquet, read_parquet
 
 log = logging.getLogger(__name__)
 
-NAME = "_units.parquet"
+UNITS = "_units.parquet"
 # Seconds between two writes while units are finished. The summaries that a killed driver has not written yet are read
 # from the units' files by the next one.
 WRITE_S = 30.0
@@ -43,7 +43,7 @@ def read_units(output: Location) -> dict[str, UnitSummary]:
         ValueError: the file is damaged, or of another version.
         StorageError: the file cannot be read.
     """
-    file = output / NAME
+    file = output / UNITS
     try:
         table = read_parquet(file, pq.read_table)
     except MissingFileError:
@@ -61,7 +61,7 @@ def write_units(output: Location, units: Iterable[UnitSummary]) -> None:
         StorageError: the file cannot be written.
     """
     rows = [{**asdict(unit), "errors": list(unit.errors.items())} for unit in units]
-    (output / NAME).write(encode_parquet(pa.Table.from_pylist(rows, schema=SCHEMA)))
+    (output / UNITS).write(encode_parquet(pa.Table.from_pylist(rows, schema=SCHEMA)))
 
 
 class UnitLog:

@@ -6,10 +6,10 @@ from dataclasses import dataclass
 
 from pyarrow import fs
 
-from pipeline.storage.location import Location
+from pipeline.storage.location import Location, Stamp
 
 
-def check_version(uri: str, before: str, now: str) -> None:
+def check_version(uri: str, before: str | Stamp, now: str | Stamp) -> None:
     """Compare the versions, or stamps, of a file.
 
     Raises:
@@ -47,11 +47,11 @@ class Listing:
 
     Attributes:
         source: file or folder of the set.
-        stamps: size and modification time of each file, by URI.
+        stamps: stamps of the files, by URI.
     """
 
     source: Location
-    stamps: Mapping[str, str]
+    stamps: Mapping[str, Stamp]
 
     @classmethod
     def of(cls, source: Location, files: Sequence[Location]) -> "Listing":

@@ -5,14 +5,15 @@ import dataclasses
 import json
 import time
 from collections import Counter
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
 from pipeline.cluster import Resources, allocate_resources, connect
 from pipeline.config.run import RunConfig
-from pipeline.output.inventory import complete_output, take_inventory
+from pipeline.output.inventory import complete_output
 from pipeline.output.unit_files import UnitSummary
+from pipeline.output.unit_log import UnitLog
 from pipeline.report.write import leave_report
 from pipeline.retrieval.shard_servers import ServedIndex, start_servers
 from pipeline.run.actor import SelfRagActor
@@ -97,22 +98,21 @@ def run_plan(plan: RunPlan, resources: Resources | None, actor: type[SelfRagActo
     started, begun = time.monotonic(), datetime.now(UTC)
     record = {"configuration": plan.config.to_record(), **plan.compute_identity(), "tasks": plan.describe_tasks()}
     record |= {"encoder": plan.encoder, "known": plan.known, "versions": read_versions(), "started": begun.isoformat()}
-    if plan.finished and (found := take_inventory(plan.output, plan.rows, plan.digest)).complete:
-        return summarize_run(plan, list(found.whole), 0, time.monotonic() - started)
+    if resources is None:
+        return summarize_run(plan, plan.inventory.whole, 0, time.monotonic() - started)
     with Lease(plan.output.location) as lease:
         plan = inspect_output(store_selection(plan))  # another run may have held the lease until now
-        annotated = 0
-        if resources and not plan.finished:
-            annotated = annotate_todo(plan, resources, record, lease, actor)
-        units = complete_output(plan.output, plan.rows, plan.digest)
+        if plan.finished:
+            return summarize_run(plan, plan.inventory.whole, 0, time.monotonic() - started)
+        done = annotate_todo(plan, resources, record, lease, actor)
+        units = complete_output(plan.output, plan.rows, plan.digest, plan.done | done)
+        plan.queries.listing.check_unchanged()
+        annotated = sum(unit.rows for unit in done.values())
         summary = summarize_run(plan, units, annotated, time.monotonic() - started)
-        if not plan.finished:
-            plan.queries.listing.check_unchanged()
-            files = {unit.unit: unit.to_record() for unit in units}
-            times = {"finished": datetime.now(UTC).isoformat()}
-            lease.renew()
-            plan.output.finish({**record, **times, "counts": dataclasses.asdict(summary), "units": files})
-            leave_report(plan.output.location)
+        times = {"finished": datetime.now(UTC).isoformat()}
+        lease.renew()
+        plan.output.finish({**record, **times, "counts": dataclasses.asdict(summary)}, units)
+        leave_report(plan.output.location)
     return summary
 
 
@@ -122,8 +122,8 @@ def annotate_todo(
     record: dict[str, Any],
     lease: Lease,
     actor: type[SelfRagActor] = SelfRagActor,
-) -> int:
-    """Annotate the remaining units and return the number of their rows.
+) -> dict[str, UnitSummary]:
+    """Annotate the remaining units and return their summaries, by unit.
 
     Raises:
         RuntimeError: more rows failed than ``execution.max_error_rate`` allows of the whole set; finished units stay.
@@ -132,23 +132,27 @@ def annotate_todo(
         plan.output.clear()
     plan.output.begin(record)
     allowed = max(plan.config.execution.max_error_rate * plan.queries.rows, FEWEST_ERRORS)
-    failed, done = plan.output.count_error_rows(plan.done), sum(plan.rows[unit] for unit in plan.done)
+    earlier, done = plan.inventory.whole, dict[str, UnitSummary]()
+    failed, answered = sum(unit.failed for unit in earlier), sum(unit.rows for unit in earlier)
     rows = sum(unit.rows for unit in plan.todo)
     with (
+        UnitLog(plan.output.location, earlier) as units_log,
         RunTelemetry(plan.config.output, rows) as telemetry,
         Progress(rows) as progress,
         contextlib.closing(annotate_units(plan, resources, lease, actor)) as units,
     ):
         for unit in units:
+            done[unit.unit] = unit
+            units_log.add(unit)
             progress.add(unit)
             telemetry.add_written(unit.rows)
             if failed + progress.errors > allowed:
                 raise RuntimeError(
-                    f"{failed + progress.errors} of {done + progress.done} rows failed ({', '.join(unit.errors)}), "
+                    f"{failed + progress.errors} of {answered + progress.done} rows failed ({', '.join(unit.errors)}), "
                     "more than execution.max_error_rate allows for the whole set; inspect errors/, fix the cause, "
                     "and pass --overwrite"
                 )
-    return progress.done
+    return done
 
 
 def annotate_units(
@@ -211,7 +215,7 @@ def start_partitions(plan: RunPlan, resources: Resources) -> list[Any]:
     return start_servers(index, resources.servers, config.execution)
 
 
-def summarize_run(plan: RunPlan, units: list[UnitSummary], annotated: int, seconds: float) -> Summary:
+def summarize_run(plan: RunPlan, units: Sequence[UnitSummary], annotated: int, seconds: float) -> Summary:
     """Add up the summaries of all units."""
     error_types: Counter[str] = sum((Counter(unit.errors) for unit in units), Counter())
     return Summary(

@@ -14,7 +14,10 @@ from pipeline.decoding.prompted_reader import hash_prompts
 from pipeline.engine.arguments import check_engine_arguments
 from pipeline.engine.models import identify_model, load_critic, resolve_model_path
 from pipeline.output.folder import IDENTITY, OutputFolder, hash_identity
+from pipeline.output.inventory import EMPTY, Inventory, take_inventory
 from pipeline.output.schema import hash_columns
+from pipeline.output.unit_files import UnitSummary
+from pipeline.output.unit_log import read_units
 from pipeline.queries.partitions import warn_of_columns_above
 from pipeline.queries.query_set import QuerySet, inspect_queries
 from pipeline.queries.selection import Earlier, Selection
@@ -35,7 +38,8 @@ class RunPlan:
         index: identity of the index, for the manifest; None if no index is used.
         encoder: encoder that the index was built with; None if no index is used.
         overwrite: whether an earlier run in the output is deleted.
-        done: ids of the units that an earlier run finished.
+        manifest: manifest in the output, by which a run that has used it since is noticed; None if there is none.
+        inventory: units that the output holds.
         succeeded: whether the output has its success marker.
         known: number of queries that are skipped, since earlier sets cover them.
         chosen: selection of the remaining queries while it is stored on this machine only; otherwise None.
@@ -48,10 +52,16 @@ class RunPlan:
     index: dict[str, Any] | None
     encoder: dict[str, Any] | None = None
     overwrite: bool = False
-    done: frozenset[str] = frozenset()
+    manifest: dict[str, Any] | None = None
+    inventory: Inventory = EMPTY
     succeeded: bool = False
     known: int = 0
     chosen: Selection | None = None
+
+    @cached_property
+    def done(self) -> dict[str, UnitSummary]:
+        """The units that an earlier run finished."""
+        return {unit.unit: unit for unit in self.inventory.whole}
 
     @cached_property
     def todo(self) -> list[Unit]:
@@ -66,7 +76,7 @@ class RunPlan:
     @property
     def finished(self) -> bool:
         """Whether nothing is left to do."""
-        return self.succeeded and not self.todo
+        return self.succeeded and self.inventory.complete
 
     def compute_identity(self) -> dict[str, Any]:
         """Return everything that decides the results; an output holds rows of one identity only."""
@@ -154,7 +164,7 @@ def check_run(config: RunConfig, overwrite: bool = False) -> RunPlan:
     plan = RunPlan(config, queries, OutputFolder(output), model, index, encoder, overwrite, known=known)
     plan.describe_tasks()  # a profile may contradict the run
     plan = inspect_output(plan)
-    begun = plan.output.read_manifest() is not None and not overwrite
+    begun = plan.manifest is not None and not overwrite
     if config.skip_annotated is None or selection or begun:
         return plan
     return _select_new(plan, config.skip_annotated)
@@ -201,12 +211,15 @@ def inspect_output(plan: RunPlan) -> RunPlan:
         ValueError: the output contains files that no run wrote, or rows of a run with another identity.
         StorageError: the storage cannot be reached.
     """
-    _check_output(plan)
-    if plan.overwrite:
+    manifest = plan.output.read_manifest()
+    if plan.manifest is not None and manifest == plan.manifest:
         return plan
-    known = {unit.id for unit in plan.queries.units}
-    done = frozenset(known & plan.output.list_unit_files("data").keys())
-    return replace(plan, done=done, succeeded=plan.output.is_finished())
+    _check_output(plan, manifest)
+    if plan.overwrite or manifest is None:
+        return replace(plan, manifest=manifest)
+    logged = read_units(plan.output.location)
+    inventory = take_inventory(plan.output, plan.rows, plan.digest, logged)
+    return replace(plan, manifest=manifest, inventory=inventory, succeeded=plan.output.is_finished())
 
 
 def _check_retrieval(config: RunConfig, queries: QuerySet) -> IndexManifest | None:
@@ -222,19 +235,18 @@ def _check_retrieval(config: RunConfig, queries: QuerySet) -> IndexManifest | No
     return check_index_manifest(locate(config.index, config.storage), config.retrieval)
 
 
-def _check_output(plan: RunPlan) -> None:
+def _check_output(plan: RunPlan, manifest: dict[str, Any] | None) -> None:
     """Check that the output is free, has the same identity as the run, or is overwritten.
 
     Raises:
         ValueError: the output contains files that no run wrote, or rows of a run with another identity; the message
             names the differing keys.
     """
-    if foreign := plan.output.find_foreign_file():
+    if manifest is None and (foreign := plan.output.find_foreign_file()):
         raise ValueError(
             f"--output {plan.config.output} contains files that are not part of an annotated set ({foreign}); "
             "choose another"
         )
-    manifest = plan.output.read_manifest()
     if manifest is None or plan.overwrite:
         return
     identity = plan.compute_identity()

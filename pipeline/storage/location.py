@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 import pyarrow as pa
 import tenacity
@@ -43,6 +43,22 @@ class MissingFileError(StorageError):
     """The file does not exist."""
 
 
+class Stamp(NamedTuple):
+    """Size of a file in bytes, and its modification time in nanoseconds since the epoch."""
+
+    size: int
+    mtime_ns: int
+
+    @classmethod
+    def of(cls, info: fs.FileInfo) -> "Stamp":
+        """Return the stamp of a file that was listed."""
+        return cls(info.size or 0, info.mtime_ns or 0)
+
+    def __str__(self) -> str:
+        seconds, nanoseconds = divmod(self.mtime_ns, 10**9)
+        return f"{self.size} bytes of {datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{nanoseconds:09}"
+
+
 @dataclass(frozen=True)
 class Location:
     """A file or folder, which need not exist.
@@ -52,14 +68,14 @@ class Location:
         filesystem: file system of the URI.
         path: path within the file system.
         patience_s: seconds for which transient errors are retried.
-        stamp: size and modification time when the file was listed, as text; None if it was not.
+        stamp: size and modification time when the file was listed; None if it was not.
     """
 
     uri: str
     filesystem: fs.FileSystem
     path: str
     patience_s: float = 0.0
-    stamp: str | None = field(default=None, compare=False, repr=False)
+    stamp: Stamp | None = field(default=None, compare=False, repr=False)
 
     @property
     def name(self) -> str:
@@ -119,7 +135,7 @@ class Location:
 
     def with_stamp(self, info: fs.FileInfo) -> "Location":
         """Return the location with the size and modification time of a listing."""
-        return replace(self, stamp=_format_stamp(info))
+        return replace(self, stamp=Stamp.of(info))
 
     def read_version(self, stream: Any) -> str:
         """Return a text that differs after the file is replaced: its size and its ETag, or its modification time.
@@ -132,7 +148,7 @@ class Location:
         tags = [value for key, value in (stream.metadata() or {}).items() if key.lower() == "etag"]
         if tags:
             return f"{stream.size()} bytes with ETag {tags[0].decode()}"
-        return _format_stamp(self.filesystem.get_file_info(self.path))
+        return str(Stamp.of(self.filesystem.get_file_info(self.path)))
 
     def get_version(self) -> str:
         """Return the version of the file, as :meth:`read_version` does."""
@@ -212,11 +228,6 @@ class Location:
             retry=tenacity.retry_if_exception_type(FileNotFoundError), stop=tenacity.stop_after_attempt(3), reraise=True
         )
         self.retrying(lambda: again(delete_file))
-
-
-def _format_stamp(info: fs.FileInfo) -> str:
-    seconds, nanoseconds = divmod(info.mtime_ns or 0, 10**9)
-    return f"{info.size} bytes of {datetime.fromtimestamp(seconds, UTC):%Y-%m-%d %H:%M:%S}.{nanoseconds:09}"
 
 
 def _is_hidden(path: str) -> bool:

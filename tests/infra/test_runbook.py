@@ -94,14 +94,13 @@ def test_snippets_run(tmp_path, monkeypatch, capsys):
         folder.mkdir(parents=True)
         pandas.DataFrame(columns).to_parquet(folder / "part-0.parquet")
     (tmp_path / "annotated" / "data" / ".part-1.parquet.0123.tmp").touch()
-    (tmp_path / "annotated" / "_manifest.json").write_text('{"status": "running", "units": {"u": {}}}')
+    (tmp_path / "annotated" / "_manifest.json").write_text('{"status": "running"}')
     ((_, python),) = [block for block in BLOCKS if block[0] == "python"]
     ((_, shell),) = [block for block in BLOCKS if block[0] == "bash"]
     exec(python, {})
     shown = capsys.readouterr().out
     assert "TimeoutError" in shown
     assert '"status": "running"' in shown
-    assert "units" not in shown
     assert "cached_tokens" in shown
     subprocess.run(["bash", "-c", shell], check=True)
     assert sorted(file.name for file in (tmp_path / "annotated").rglob("*.*")) == [

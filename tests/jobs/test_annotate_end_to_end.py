@@ -14,8 +14,11 @@ import pyarrow.parquet as pq
 import pytest
 from pyarrow import fs
 
+from pipeline.config.sections import StorageConfig
 from pipeline.demo_models import build_demo_base_model
 from pipeline.output.schema import ANSWER_FIELDS, ERROR_FIELDS
+from pipeline.output.unit_log import read_units
+from pipeline.storage.location import locate
 
 GIVEN = pa.list_(pa.struct([("id", pa.string()), ("title", pa.string()), ("text", pa.string())]))
 DUNE = {"id": "d1", "title": "Dune", "text": "Dune is a novel by Frank Herbert, published in 1965."}
@@ -194,10 +197,11 @@ def test_manifest_records_what_produced_the_rows(finished):
     assert manifest["index"]["passages"] > 50
     assert manifest["encoder"]["name"] == "demo"
     assert len(manifest["encoder"]["digest"]) == 64
-    assert sum(unit["rows"] for unit in manifest["units"].values()) == 14
-    for unit, counted in manifest["units"].items():
-        rows = pq.read_metadata(output / "data" / f"part-{unit}.parquet").num_rows
-        assert rows == counted["rows"] - counted["errors"]
+    units = read_units(locate(str(output), StorageConfig()))
+    assert sum(unit.rows for unit in units.values()) == 14
+    for name, unit in units.items():
+        file = output / "data" / f"part-{name}.parquet"
+        assert (pq.read_metadata(file).num_rows, file.stat().st_size) == (unit.rows - unit.failed, unit.data_bytes)
     assert (output / "_SUCCESS").exists()
 
 

@@ -1,10 +1,10 @@
 """Choosing again through the command: an annotated set in, another one out."""
 
 import asyncio
+import dataclasses
 import json
 import random
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +23,7 @@ from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.output.folder import OutputFolder
 from pipeline.output.unit_files import split_failed
+from pipeline.output.unit_log import read_units, write_units
 from pipeline.run.actor import annotate_table
 from pipeline.storage.lease import Lease
 from pipeline.storage.location import locate
@@ -47,7 +48,7 @@ def annotated_set(folder: Path, rows: int = 20, **decoding: Any) -> Path:
         tasks,
         DrawingRetriever(),
     )
-    output = OutputFolder(locate(str(folder), StorageConfig()))
+    output, units = OutputFolder(locate(str(folder), StorageConfig())), []
     for unit in UNITS:
         queries = [f"Tell {unit[0]} {n}" for n in range(rows - 1)] + [""]
         table = pa.table(
@@ -59,15 +60,15 @@ def annotated_set(folder: Path, rows: int = 20, **decoding: Any) -> Path:
             }
         )
         found = asyncio.run(annotate_table(rag, table, config))
-        output.write_unit(unit, *split_failed(found, table.schema, config.decoding.keep_candidates), "")
+        units.append(output.write_unit(unit, *split_failed(found, table.schema, config.decoding.keep_candidates), ""))
     output.finish(
         {
             "configuration": config.to_record(),
             "settings": config.get_fixed_settings(),
             "tasks": {"": {"rows": rows, **tasks.describe("")}, "label": {"rows": rows, **tasks.describe("label")}},
-            "units": {unit: {"rows": rows, "errors": 1} for unit in UNITS},
             "counts": {"rows": 2 * rows, "errors": 2, "retrieved": -1},
-        }
+        },
+        units,
     )
     return folder
 
@@ -145,30 +146,23 @@ EVIL = ["x/../../../victim/evil", "/etc/passwd", "..", "", "\0" * 20, "A" * 20, 
 @pytest.mark.parametrize("name", EVIL, ids=range(len(EVIL)))
 def test_unit_that_is_not_a_file_of_the_run_is_refused(name: str, tmp_path: Path) -> None:
     run = annotated_set(tmp_path / "run", rows=2, keep_candidates=True)
-    change_manifest(run, lambda manifest: manifest["units"].update({name: manifest["units"].pop(UNITS[1])}))
+    folder = locate(str(run), StorageConfig())
+    first, second = read_units(folder).values()
+    write_units(folder, [first, dataclasses.replace(second, unit=name)])
     result = rescore(run, tmp_path / "new")
     assert result.exit_code == 2
-    assert "2 units are in its manifest or in data/, but not in both" in result.stderr
+    assert "2 units are in _units.parquet or in data/, but not in both" in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
-@pytest.mark.parametrize(
-    "units", [None, [], {UNITS[0]: 2}, {UNITS[0]: {"rows": 2}}, {UNITS[0]: {"rows": "x", "errors": 0}}]
-)
-def test_manifest_without_counts_is_refused(units: Any, tmp_path: Path) -> None:
+def test_damaged_list_of_units_is_refused(tmp_path: Path) -> None:
     run = annotated_set(tmp_path / "run", rows=2, keep_candidates=True)
-    change_manifest(run, lambda manifest: manifest.update(units=units))
-    result = rescore(run, tmp_path / "new")
-    assert (result.exit_code, result.stderr) == (
-        2,
-        f"error: {run}: its manifest does not count the rows of its units\n",
-    )
-
-
-def change_manifest(run: Path, change: Callable[[dict[str, Any]], Any]) -> None:
-    manifest = json.loads((run / "_manifest.json").read_text())
-    change(manifest)
-    (run / "_manifest.json").write_text(json.dumps(manifest))
+    for content in (b"", b"PAR1", (run / "data" / f"part-{UNITS[0]}.parquet").read_bytes()):
+        (run / "_units.parquet").write_bytes(content)
+        result = rescore(run, tmp_path / "new")
+        assert result.exit_code == 2
+        assert result.stderr.startswith(f"error: {run}/_units.parquet: not a ")
+        assert len(result.stderr.splitlines()) == 1
 
 
 def lose_data(run: Path) -> None:
@@ -192,7 +186,7 @@ def cut_bytes(run: Path) -> None:
 @pytest.mark.parametrize(
     ("damage", "status", "problem"),
     [
-        (lose_data, 2, "1 units are in its manifest or in data/, but not in both"),
+        (lose_data, 2, "1 units are in _units.parquet or in data/, but not in both"),
         (cut_rows, 1, "hold 2 answers and 1 errors instead of 3 and 1; run jobs.annotate again to repair it"),
         (lose_errors, 1, "not found|No such file"),
         (cut_bytes, 1, f"data/part-{UNITS[1]}.parquet: not a readable Parquet file"),

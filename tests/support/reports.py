@@ -93,10 +93,13 @@ def write_set(
         "started": "2025-01-01T00:00:00+00:00",
     }
     output.begin(manifest)
+    written = []
     for number, rows in enumerate(units):
         table = pa.Table.from_pylist(list(rows), schema=schema)
         when = times[number] if times else (None, None)
-        output.write_unit(f"{number:020x}", *split_failed(table, INPUTS, keep_candidates=False), "", when)
+        written.append(
+            output.write_unit(f"{number:020x}", *split_failed(table, INPUTS, keep_candidates=False), "", when)
+        )
     if finished:
-        output.finish(manifest)
+        output.finish(manifest, written)
     return output

@@ -1,6 +1,7 @@
 import json
 import os
 import subprocess
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pyarrow as pa
@@ -11,15 +12,18 @@ import yaml
 from jobs.benchmark.job_run import Job, compute_unit_seconds
 from jobs.benchmark.results import CALL, FILES, STAGES
 from pipeline.config.run import load_config
-from pipeline.config.sections import DecodingConfig, ModelConfig
+from pipeline.config.sections import DecodingConfig, ModelConfig, StorageConfig
+from pipeline.output.unit_files import UnitSummary
+from pipeline.output.unit_log import write_units
+from pipeline.storage.location import locate
 
 WARMING = [{"id": "w", "query": "warm?"}]
 REPEATS = [[{"id": f"{n}", "query": f"{n}?"} for n in range(begin, begin + 4)] for begin in (0, 4)]
 ENGINE = {"max_num_seqs": 16, "compilation_config": {"cudagraph_capture_sizes": [1, 8, 64]}}
 
 
-def unit(began: float, ended: float, rows: int = 4, errors: int = 0) -> dict[str, float]:
-    return {"rows": rows, "errors": errors, "began": began, "ended": ended}
+def unit(began: float, ended: float, rows: int = 4, errors: int = 0) -> UnitSummary:
+    return UnitSummary("u", rows, {"KeyError": errors} if errors else {}, began=began, ended=ended)
 
 
 @pytest.fixture
@@ -39,7 +43,8 @@ def called(monkeypatch, tmp_path):
         os.utime(output / "data" / "part-a.parquet", (1028.8, 1028.8))
         units = {"c": unit(900.0, 999.0, rows=1), "b": unit(1000.0, 1008.0), "a": unit(1010.0, 1028.0)}
         finished = datetime.fromtimestamp(1030.0, UTC).isoformat()
-        (output / "_manifest.json").write_text(json.dumps({"units": units, "finished": finished}))
+        (output / "_manifest.json").write_text(json.dumps({"finished": finished}))
+        write_units(locate(str(output), StorageConfig()), [replace(one, unit=name) for name, one in units.items()])
         return subprocess.CompletedProcess(command, seen.get("status", 0), json.dumps({"seconds": 150.0}), "why")
 
     monkeypatch.setattr(subprocess, "run", run)

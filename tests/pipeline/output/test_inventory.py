@@ -10,6 +10,7 @@ from pipeline.config.sections import StorageConfig
 from pipeline.output.folder import OutputFolder
 from pipeline.output.inventory import complete_output, take_inventory
 from pipeline.output.unit_files import UnitSummary, split_failed
+from pipeline.output.unit_log import read_units
 from pipeline.run.actor import build_annotated_schema
 from pipeline.storage.location import Location, locate
 
@@ -23,10 +24,8 @@ IDS = ("q0", "q1", "q2", "q3")
 @pytest.fixture
 def folder(tmp_path: Path) -> OutputFolder:
     output = OutputFolder(locate(str(tmp_path / "out"), StorageConfig()))
-    for unit in UNITS:
-        write(output, unit, {"q1"})
     output.begin({})
-    output.finish({})
+    output.finish({}, [write(output, unit, {"q1"}) for unit in UNITS])
     return output
 
 
@@ -50,7 +49,7 @@ def path(output: OutputFolder, folder: str, unit: str) -> Path:
 
 
 def complete(output: OutputFolder) -> list[UnitSummary]:
-    return complete_output(output, dict.fromkeys(UNITS, len(IDS)), RUN)
+    return list(complete_output(output, dict.fromkeys(UNITS, len(IDS)), RUN, read_units(output.location)))
 
 
 def read_ids(output: OutputFolder) -> list[str]:
@@ -127,17 +126,33 @@ def read_fewer_rows(output: OutputFolder) -> None:
         read_fewer_rows,
     ],
 )
-def test_broken_unit_is_deleted_and_the_set_is_unfinished(break_unit, folder: OutputFolder) -> None:
+def test_broken_unit_is_deleted(break_unit, folder: OutputFolder) -> None:
     break_unit(folder)
     with pytest.raises(RuntimeError, match="8 of 12 rows are complete, in 2 of 3 units; rerun the same command"):
         complete(folder)
-    assert not folder.is_finished()
-    manifest = folder.read_manifest()
-    assert manifest is not None
-    assert manifest["status"] == "running"
     assert sorted(folder.list_unit_files("data")) == sorted(folder.list_unit_files("errors")) == [UNITS[0], UNITS[2]]
     write(folder, UNITS[1], {"q3"})
     assert [unit.rows for unit in complete(folder)] == [4, 4, 4]
+
+
+def test_only_units_with_errors_are_opened_if_they_are_logged(
+    folder: OutputFolder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder.withdraw(UNITS[1])
+    logged = {**read_units(folder.location), UNITS[1]: write(folder, UNITS[1], set())}
+    opened, read = [], OutputFolder.read_unit
+
+    def note(output: OutputFolder, unit: str, run: str) -> UnitSummary | None:
+        opened.append(unit)
+        return read(output, unit, run)
+
+    monkeypatch.setattr(OutputFolder, "read_unit", note)
+    rows = dict.fromkeys(UNITS, len(IDS))
+    assert take_inventory(folder, rows, RUN, logged).complete
+    assert sorted(opened) == [UNITS[0], UNITS[2]]
+    path(folder, "data", UNITS[1]).write_bytes(b"PAR1")
+    assert take_inventory(folder, rows, RUN, logged).broken == {UNITS[1]}
+    assert take_inventory(folder, rows, OTHER_RUN, logged).broken == set(UNITS)
 
 
 def test_unit_of_a_run_with_other_units_is_deleted(folder: OutputFolder) -> None:
@@ -159,7 +174,7 @@ def test_files_of_other_names_are_left_alone(folder: OutputFolder) -> None:
 
 def test_unit_that_is_not_listed_yet_counts(folder: OutputFolder, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Location, "list_files", lambda *_: [])
-    assert take_inventory(folder, dict.fromkeys(UNITS, len(IDS)), RUN).complete
+    assert take_inventory(folder, dict.fromkeys(UNITS, len(IDS)), RUN, {}, look_up=True).complete
 
 
 def test_two_writers_of_a_unit_never_leave_a_mixture_that_counts(tmp_path: Path) -> None:
@@ -169,7 +184,7 @@ def test_two_writers_of_a_unit_never_leave_a_mixture_that_counts(tmp_path: Path)
         output = OutputFolder(locate(str(tmp_path / str(number)), StorageConfig()))
         attempts = [rng.choice([{"q0"}, {"q1"}, {"q2", "q3"}, set()]) for _ in range(2)]
         interleave(output, attempts, rng)
-        if take_inventory(output, {UNITS[0]: len(IDS)}, RUN).complete:
+        if take_inventory(output, {UNITS[0]: len(IDS)}, RUN, {}).complete:
             whole += 1
             assert read_ids(output) == list(IDS)
     assert 0 < whole < 60

@@ -107,7 +107,8 @@ def check_finished_set(output: OutputFolder, loadable: bool) -> None:
             "counts": {"rows": 4, "errors": 1, "retrieved": 0},
             "known": 0,
             "finished": "2025-01-01",
-        }
+        },
+        [],
     )
     groups = evaluate_set(output.location, by="x").by_group.values()
     assert (sum(group.rows for group in groups), sum(group.errors for group in groups)) == (3, 1)
