@@ -15,6 +15,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.config.sections import Columns
+from pipeline.output.partial import clear_partial
 from pipeline.output.schema import build_data_schema, build_error_schema, get_output_name
 from pipeline.storage.location import Location
 from pipeline.storage.parquet import encode_parquet, map_in_threads, read_columns
@@ -118,6 +119,7 @@ class OutputFolder:
             for file in (self.location / folder).list_files(".parquet"):
                 if UNIT_FILE.fullmatch(file.path.removeprefix(f"{self.location.path}/{folder}/")):
                     file.delete()
+        clear_partial(self.location)
         for file in (self.location / REPORT, self._manifest):
             if file.exists():
                 file.delete()
@@ -129,7 +131,8 @@ class OutputFolder:
         self._write_manifest({**manifest, "status": "running"})
 
     def finish(self, manifest: dict[str, Any]) -> None:
-        """Write the manifest of a finished run, then ``_SUCCESS``."""
+        """Delete what units in progress have left, then write the manifest of a finished run, then ``_SUCCESS``."""
+        clear_partial(self.location)
         self._write_manifest({**manifest, "status": "finished"})
         self._success.write(b"")
 

@@ -171,6 +171,7 @@ def annotate_units(plan: RunPlan, resources: Resources, actor: type[SelfRagActor
             attempts,
             start_partitions(plan, resources),
             plan.index and plan.index["digest"],
+            plan.hash_identity(),
         ],
         batch_size=1,  # one unit, the only row of its block; Ray Data refuses None with GPUs
         batch_format="pyarrow",

@@ -1,6 +1,8 @@
 """Checks a run before any engine starts, and plans the units that are left to annotate."""
 
 import atexit
+import hashlib
+import json
 import shutil
 import tempfile
 from dataclasses import dataclass, replace
@@ -81,6 +83,10 @@ class RunPlan:
             "model": self.model,
             "index": self.index,
         }
+
+    def hash_identity(self) -> str:
+        """Return a digest of everything that decides the results: 20 hexadecimal digits."""
+        return hashlib.sha256(json.dumps(self.compute_identity(), sort_keys=True).encode()).hexdigest()[:20]
 
     def describe(self) -> list[str]:
         """Describe the plan in lines of text."""

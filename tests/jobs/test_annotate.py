@@ -17,7 +17,7 @@ from pipeline.config.sections import StorageConfig
 from pipeline.output.folder import OutputFolder, UnitSummary
 from pipeline.queries.query_set import QuerySet
 from pipeline.queries.units import Part, Unit
-from pipeline.run.actor import build_annotated_schema
+from pipeline.run.annotation import build_annotated_schema
 from pipeline.run.driver import Summary, annotate_todo, verify_units
 from pipeline.run.plan import RunPlan, check_run
 from pipeline.storage.lease import Lease

@@ -20,7 +20,7 @@ from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.output.folder import OutputFolder
-from pipeline.run.actor import annotate_table
+from pipeline.run.annotation import annotate_table
 from pipeline.storage.location import locate
 from tests.support.fakes import DrawingGenerator, DrawingRetriever, word_tokenizer
 

@@ -6,7 +6,7 @@ import pytest
 
 from pipeline.config.sections import StorageConfig
 from pipeline.output.folder import OutputFolder, UnitSummary, get_columns
-from pipeline.run.actor import build_annotated_schema
+from pipeline.run.annotation import build_annotated_schema
 from pipeline.storage.location import Location, StorageError, locate
 
 U1 = f"{1:020x}"

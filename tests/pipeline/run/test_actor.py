@@ -23,7 +23,8 @@ from pipeline.engine.vllm import EngineDeadError
 from pipeline.output.folder import OutputFolder, UnitSummary
 from pipeline.queries.query_set import inspect_queries
 from pipeline.retrieval.shard_servers import IndexLostError
-from pipeline.run.actor import OneByOne, SelfRagActor, annotate_table
+from pipeline.run.actor import SelfRagActor
+from pipeline.run.annotation import OneByOne, annotate_table
 from pipeline.run.attempts import MAX_CONSECUTIVE_CRASHES, Attempts, CrashLoopError, SharedExclusiveLock
 from pipeline.run.telemetry import ActorTelemetry
 from pipeline.storage.location import locate
@@ -201,7 +202,7 @@ class Engine:
 def actor(attempts: LocalHandle, seen: list[str], deadly: str = "poison") -> SelfRagActor:
     """A new process: its engine dies of some query, and so does the process."""
     made = SelfRagActor.__new__(SelfRagActor)
-    made.config, made.attempts, made.lock = CONFIG, attempts, SharedExclusiveLock()
+    made.config, made.attempts, made.lock, made.identity = CONFIG, attempts, SharedExclusiveLock(), "same"
     made.telemetry = ActorTelemetry("run")
     made.system, made.generator = system(), Engine()
     answer = made.system.answer
