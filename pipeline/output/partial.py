@@ -124,7 +124,8 @@ class PartialUnit:
     def _read_file(self, file: Location) -> pa.Table:
         try:
             table = read_parquet(file, lambda stream: pq.ParquetFile(stream, page_checksum_verification=True).read())
-            if table.schema.equals(self._schema, check_metadata=True):
+            identity = (table.schema.metadata or {}).get(IDENTITY)
+            if table.schema.equals(self._schema) and identity == self.identity.encode():
                 return table
             problem = "written by a run with other settings"
         except MissingFileError:  # another attempt has finished the unit

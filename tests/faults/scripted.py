@@ -8,12 +8,12 @@ Everything else is real: Ray, its actors, the files, the checks. What a row come
 - ``ENGINE`` and ``MEMORY`` end the engine, for no known reason and for want of memory;
 - ``STALLS`` stops the engine, which makes no step from then on;
 - ``NODE`` kills the machine: the raylet and all its processes;
-- ``SLOW`` takes a second.
+- ``WAITS`` waits as long as there is a file ``waits`` beside the model's folder.
 
 Files in the model's folder: ``dies_at_start`` holds how many more processes are killed while they start, ``actors`` how
 many actors must have started before the first row is answered, ``stalls_at_start`` how many more engines hang in their
 warm-up, ``stalls`` and ``nodes`` how many more times these words have their effect; without the file they have it
-always.
+always. ``keep_s`` holds the seconds between sub-files.
 """
 
 import asyncio
@@ -30,6 +30,7 @@ from typing import Any, TypeVar
 import ray
 
 import jobs.annotate
+import pipeline.run.actor
 import pipeline.run.plan
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.types import Generation
@@ -100,7 +101,9 @@ class ScriptedGenerator(DrawingGenerator):
             kill_node()
         if self.stalled or ("STALLS" in text and take(self.model / "stalls")):
             await self.hang()
-        await asyncio.sleep(3600 if "HANGS" in text else 1 if "SLOW" in text else self.rng.uniform(0, 0.02))
+        while "WAITS" in text and self.model.with_name("waits").exists():  # noqa: ASYNC110  no event spans processes
+            await asyncio.sleep(0.05)
+        await asyncio.sleep(3600 if "HANGS" in text else self.rng.uniform(0, 0.02))
         return await super().generate(prompt, max_tokens, stops)
 
     async def warm(self) -> None:
@@ -129,6 +132,8 @@ class ScriptedActor(SelfRagActor):
         generator = ScriptedGenerator(critic.tokenizer, random.Random(os.getpid()))
         generator.heartbeat = Heartbeat(self.config.execution.engine_stall_s, generator.count_steps)
         generator.model = Path(self.config.model.name)
+        if (seconds := generator.model / "keep_s").exists():
+            vars(pipeline.run.actor)["KEEP_S"] = float(seconds.read_text())
         if folder := os.environ.get("FAULTS_PIDS"):
             began, record = time.time(), assigned()
             time.sleep(START_SECONDS if 0 < record["amount"] < 1 else 0)

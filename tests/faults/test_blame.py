@@ -1,9 +1,11 @@
 """Runs whose engines hang or whose machines vanish: the rows are not to blame."""
 
+import os
 import random
 import re
+import signal
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -11,20 +13,25 @@ import pyarrow.dataset as ds
 import pytest
 
 from tests.faults.campaign import model_folder
-from tests.faults.harness import Job, Running, broken, write_queries
+from tests.faults.harness import Job, Running, broken, processes, write_queries
 from tests.faults.series import cluster, hangs, on
 
 
 @pytest.fixture(scope="module")
-def made(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
-    with cluster(tmp_path_factory.mktemp("blame")) as made:
+def pids(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of the actors' process ids."""
+    return tmp_path_factory.mktemp("blame") / "pids"
+
+
+@pytest.fixture(scope="module")
+def made(pids: Path) -> Iterator[Any]:
+    with cluster(pids.parent) as made:
         yield made
 
 
 @pytest.fixture
 def job(made: Any, tmp_path: Path) -> Job:
-    made_here = Job(str(tmp_path / "queries"), str(tmp_path / "out"), model_folder(tmp_path))
-    return on(made, made_here)
+    return on(made, Job(str(tmp_path / "queries"), str(tmp_path / "out"), model_folder(tmp_path)))
 
 
 def list_errors(job: Job) -> dict[str, tuple[str, str]]:
@@ -76,7 +83,9 @@ def test_engines_that_hang_again_and_again_end_the_run_with_the_cause(job: Job, 
     status, said = job.finish()
     assert status == 1
     (line,) = (line for line in said.splitlines() if line.startswith("error: "))
-    assert "11 consecutive attempts crashed without progress; last engine failure: no step for 0.5 s with" in line
+    assert re.search(
+        "1[12] consecutive attempts crashed without progress; last engine failure: no step for 0.5 s", line
+    )
 
 
 def replace_nodes(running: Running, made: Any, nodes: Path, timeout: float) -> tuple[int, str]:
@@ -109,3 +118,33 @@ def test_no_rows_are_lost_duplicated_or_blamed_in_a_series_of_hangs(job: Job, tm
     hung, problems = hangs(job, tmp_path / "queries", random.Random(5), 3)
     assert hung >= 3
     assert problems == []
+
+
+def wait_for(happened: Callable[[], bool], seconds: float = 120) -> None:
+    until = time.monotonic() + seconds
+    while not happened():
+        assert time.monotonic() < until
+        time.sleep(0.05)
+
+
+@pytest.mark.parametrize("victim", ["driver", "actor"])
+def test_rows_that_had_finished_when_their_unit_was_lost_are_kept(
+    job: Job, pids: Path, tmp_path: Path, victim: str
+) -> None:
+    write_queries(tmp_path / "queries", 10, {7: "WAITS"})
+    (tmp_path / "waits").touch()
+    (job.model / "keep_s").write_text("0")
+    partial = Path(job.output) / "_partial"
+    running = job.start()
+    wait_for(lambda: len(list(partial.glob("*.parquet"))) == 9)
+    kept = ds.dataset(partial).to_table(columns=["row", "usage"]).to_pylist()
+    if victim == "driver":
+        running.kill()
+    else:
+        os.kill(max(processes(pids)), signal.SIGKILL)
+    (tmp_path / "waits").unlink()
+    status, said = job.finish() if victim == "driver" else running.ended()
+    assert job.problems(tmp_path / "queries", status, said) == []
+    assert not partial.exists()
+    found = {row["id"]: row["usage"] for row in ds.dataset(f"{job.output}/data").to_table().to_pylist()}
+    assert {f"q{row['row']}": row["usage"] for row in kept} == {name: found[name] for name in found if name != "q7"}
