@@ -153,7 +153,7 @@ class SelfRagActor:
         return asyncio.create_task(warm())
 
     async def _ask_engine(self) -> None:
-        """Ask the engine for one token.
+        """Ask the engine for one token; an error is an answer, too.
 
         Raises:
             EngineDeadError: it does not answer within ``execution.row_timeout_s``.
@@ -161,9 +161,13 @@ class SelfRagActor:
         limit = self.config.execution.row_timeout_s
         try:
             await asyncio.wait_for(self.generator.warm(), limit)
+        except EngineDeadError:
+            raise
         except TimeoutError:
             reason = f"not even a request for one token was answered within {limit:g} s"
             raise EngineDeadError(Death(reason, out_of_memory=False)) from None
+        except Exception as error:  # noqa: BLE001  the rows that timed out are errors already
+            log.warning("a request for one token failed: %s: %s", type(error).__name__, error)
 
     @asynccontextmanager
     async def _attempting(self, unit: str) -> AsyncIterator[Together | OneByOne]:

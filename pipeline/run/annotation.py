@@ -25,6 +25,9 @@ log = logging.getLogger(__name__)
 
 AskEngine = Callable[[], Awaitable[None]]
 TIMED_OUT = TimeoutError.__name__
+# Rows of a unit that are decoded at once. With more, none would finish for long, since the engine serves the first
+# request of each before the second request of any, and the loss of a large unit would cost all that work.
+ROWS_AT_ONCE = 1024
 
 
 async def assume_alive() -> None:
@@ -89,9 +92,11 @@ class Together:
             EngineDeadError: rows timed out because of the engine: of several rows none was answered, or the engine
                 does not even answer a request for one token.
         """
+        places = asyncio.Semaphore(ROWS_AT_ONCE)
 
         async def annotate(number: int, row: Row) -> None:
-            outcome = await annotate_row(system, row, config)
+            async with places:
+                outcome = await annotate_row(system, row, config)
             await finished.add(number, outcome, keep="error_type" not in outcome)
 
         await asyncio.gather(*(annotate(number, row) for number, row in rows.items()))

@@ -122,6 +122,26 @@ async def test_slow_row_times_out_without_delaying_others():
     assert found["error_message"].to_pylist()[1] == "no answer within execution.row_timeout_s = 0.05 s"
 
 
+@pytest.mark.parametrize(("rows", "most"), [(1, 1), (3, 3), (4, 4), (9, 4), (40, 4)])
+async def test_only_some_rows_of_a_large_unit_are_decoded_at_once(rows, most, monkeypatch):
+    monkeypatch.setattr("pipeline.run.annotation.ROWS_AT_ONCE", 4)
+    counted, inside, seen = system(), 0, 0
+    answer = counted.answer
+
+    async def count(query):
+        nonlocal inside, seen
+        inside += 1
+        seen = max(seen, inside)
+        await asyncio.sleep(0.001)
+        inside -= 1
+        return await answer(query)
+
+    object.__setattr__(counted, "answer", count)
+    found = await annotate_table(counted, table(*[f"query{n}" for n in range(rows)]), CONFIG)
+    assert found["answer"].to_pylist() == [f"query{n}" for n in range(rows)]
+    assert seen == most
+
+
 class LocalHandle:
     """Calls methods of an object as a Ray handle does."""
 
@@ -467,9 +487,11 @@ async def test_row_that_times_out_is_not_blamed_if_the_engine_does_not_answer(qu
     assert [death.reason[:8] for death in attempts.list_engine_deaths("u", 0)] == (["not even"] if alone else [])
 
 
-async def test_rows_that_hang_alone_in_a_sound_engine_time_out():
-    attempts = LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run"))
-    way = OneByOne(attempts, "u", Engine().warm)
+@pytest.mark.parametrize("engine", [Engine(), Engine(error=ValueError("no"))])
+async def test_rows_that_hang_alone_in_an_engine_that_answers_time_out(engine):
+    made = actor(LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run")), [])
+    made.config, made.generator = IMPATIENT, engine
+    way = made._choose_way("u", 3)
     found = await annotate_table(hanging("one", "two"), table("one", "two"), IMPATIENT, way)
     assert found["error_type"].to_pylist() == ["TimeoutError"] * 2
 
