@@ -22,7 +22,7 @@ demo_models    the embedded model and encoder, built on first use            con
 engine         the model process: vLLM, its watchdog, causes of its death    config decoding demo_models gpus
 cluster        connecting to Ray; what an actor gets of a cluster            config engine
 retrieval      search: encoder, FAISS shards, shard servers, the cache       config decoding demo_models gpus storage
-output         an annotated set: unit files, manifest, dataset card          config decoding storage
+output         an annotated set: unit files, sub-files, manifest, card       config decoding storage
 queries        a query set: checked, cut into units, imported, selected      config decoding output storage
 indexing       an index: built, planned and checked                          cluster config decoding retrieval storage
 evaluation     answers scored against gold, and chosen again                 cluster config decoding output queries

@@ -219,6 +219,10 @@ class ExecutionConfig(Frozen):
         unit_rows: Rows of a work unit, which is one output file.
         units_in_flight: Units that an actor works on at once, from reading to writing, to keep its engine full.
         row_timeout_s: Seconds after which a row goes to ``errors/``; it shares the engine with all rows in flight.
+        engine_stall_s: Seconds without a step of the engine, while requests are in flight, after which it counts as
+            hung: it is replaced, and its rows are decoded again. The default exceeds any step of a healthy engine: the
+            first steps may compile kernels, and a long prefill of a large model on few CPU cores is one step of
+            minutes.
         max_error_rate: Share of rows in ``errors/`` above which a finished run counts as failed, and above which (and
             above 100 rows) a run stops early.
         lock: URI of a folder that allows one run at a time, whatever their outputs; by default ``skip_annotated``.
@@ -234,6 +238,7 @@ class ExecutionConfig(Frozen):
     unit_rows: Annotated[Positive, Effect.FIXED] = 256
     units_in_flight: Positive = 3
     row_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
+    engine_stall_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 900.0
     max_error_rate: Share = 0.01
     lock: str | None = None
     ray_address: str | None = None

@@ -18,9 +18,10 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from pipeline.config.sections import ModelConfig
+from pipeline.config.sections import ExecutionConfig, ModelConfig
 from pipeline.decoding.types import Generation
 from pipeline.engine.arguments import build_engine_arguments, check_assigned_gpus
+from pipeline.engine.heartbeat import EngineStalledError, Heartbeat
 from pipeline.engine.postmortem import Death, ErrorLog, configure_error_log, diagnose_death
 from pipeline.engine.watchdog import start_guard
 
@@ -66,8 +67,10 @@ class VllmGenerator:
         max_model_len: maximum tokens of a prompt and its continuation together.
         errors: log of the engine's errors.
         guard: process that ends the engine core when this process ends.
+        heartbeat: watches the engine's steps.
         lora: ``LoRARequest`` of the adapter; None without one.
         numbers: source of request ids.
+        stall: cause of death of an engine that hung; None for any other.
     """
 
     engine: Any
@@ -77,15 +80,20 @@ class VllmGenerator:
     max_model_len: int
     errors: ErrorLog
     guard: subprocess.Popen[bytes]
+    heartbeat: Heartbeat
     lora: Any = None
     numbers: Iterator[int] = dataclasses.field(default_factory=itertools.count)
+    stall: Death | None = None
 
     @classmethod
-    def start(cls, model: ModelConfig, watched: tuple[int, ...]) -> "VllmGenerator":
+    def start(
+        cls, model: ModelConfig, watched: tuple[int, ...], stall_s: float = ExecutionConfig().engine_stall_s
+    ) -> "VllmGenerator":
         """Load the model and start the engine.
 
         Args:
             watched: ids whose log-probabilities every generation includes, in the order of the 13 reflection tokens.
+            stall_s: seconds without a step, while requests are in flight, after which the engine counts as hung.
 
         Raises:
             ValueError: this is a Ray actor without a GPU, and vLLM needs one.
@@ -125,7 +133,9 @@ class VllmGenerator:
             "skip_special_tokens": False,
         }
         lora = LoRARequest("adapter", 1, model.lora) if model.lora else None
-        return cls(engine, loads[0], sampling, watched, int(engine.model_config.max_model_len), errors, watcher, lora)
+        heartbeat = Heartbeat(stall_s, lambda: sum(load.steps for load in loads))  # a load per data-parallel core
+        length = int(engine.model_config.max_model_len)
+        return cls(engine, loads[0], sampling, watched, length, errors, watcher, heartbeat, lora)
 
     async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
         """Continue a prompt greedily; see :meth:`Generator.generate`.
@@ -161,13 +171,25 @@ class VllmGenerator:
             TokensPrompt(prompt_token_ids=list(prompt)), sampling, str(next(self.numbers)), lora_request=self.lora
         )
         try:
-            outputs = [output async for output in stream]
+            async with self.heartbeat.watching():
+                outputs = [output async for output in stream]
+        except EngineStalledError as error:
+            self._kill_core(str(error))
+            raise EngineDeadError(await self._diagnose_death()) from error
         except VllmEngineDeadError as error:
             raise EngineDeadError(await self._diagnose_death()) from error
         return outputs[-1]
 
+    def _kill_core(self, reason: str) -> None:
+        """Have the guard process kill an engine core that hangs, with its workers."""
+        self.stall = Death(reason, out_of_memory=False)
+        if self.guard.stdin is not None:
+            self.guard.stdin.close()
+
     async def _diagnose_death(self) -> Death:
         """Return the cause of death; waits up to 5 s for exit codes, since an engine reports death before it exits."""
+        if self.stall is not None:
+            return self.stall
         processes = list_core_processes(self.engine)
         for _ in range(50):
             if all(process.exitcode is not None for process in processes):

@@ -14,6 +14,7 @@ import pyarrow as pa
 
 from pipeline.config.loading import hash_tree
 from pipeline.config.sections import Columns
+from pipeline.output.partial import clear_partial
 from pipeline.output.schema import get_output_name
 from pipeline.output.unit_files import UnitSummary, parse_unit_id, summarize_unit
 from pipeline.output.unit_log import UNITS, write_units
@@ -88,6 +89,7 @@ class OutputFolder:
         for folder in ("data", "errors"):
             for file in self.list_unit_files(folder).values():
                 file.delete()
+        clear_partial(self.location)
         for file in (self.location / REPORT, self.location / UNITS, self._manifest):
             if file.exists():
                 file.delete()
@@ -99,7 +101,11 @@ class OutputFolder:
         self._write_manifest({**manifest, "status": "running"})
 
     def finish(self, manifest: dict[str, Any], units: Iterable[UnitSummary]) -> None:
-        """Write the summaries of the units and the manifest of a finished run, then ``_SUCCESS``."""
+        """Write the summaries of the units and the manifest of a finished run, then ``_SUCCESS``.
+
+        What units in progress have left is deleted before.
+        """
+        clear_partial(self.location)
         write_units(self.location, units)
         self._write_manifest({**manifest, "status": "finished"})
         self._success.write(b"")

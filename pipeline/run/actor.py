@@ -9,7 +9,6 @@ import sys
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
@@ -27,131 +26,18 @@ from pipeline.engine.postmortem import Death
 from pipeline.engine.vllm import EngineDeadError, VllmGenerator, prepare_environment
 from pipeline.gpus import lock_gpus
 from pipeline.output.folder import OutputFolder
-from pipeline.output.schema import ANSWER_FIELDS, CANDIDATE_FIELDS, ERROR_FIELDS, rename_reserved_columns, to_answer_row
+from pipeline.output.partial import PartialUnit, list_partial_units
 from pipeline.output.unit_files import split_failed
-from pipeline.queries.schema import Row, read_rows, to_query
 from pipeline.queries.units import Unit, read_unit
 from pipeline.retrieval.retriever import IndexRetriever
-from pipeline.retrieval.shard_servers import IndexLostError
-from pipeline.run.attempts import (
-    BESIDE_OTHERS,
-    PERMIT_WAIT_S,
-    ROW_DEATHS,
-    OutOfMemoryError,
-    ProcessDiedError,
-    SharedExclusiveLock,
-)
+from pipeline.run.annotation import OneByOne, Together, annotate_table
+from pipeline.run.attempts import BESIDE_OTHERS, PERMIT_WAIT_S, SharedExclusiveLock
+from pipeline.run.finished_rows import KEEP_S, FinishedRows
+from pipeline.run.nodes import get_node
 from pipeline.run.telemetry import ActorTelemetry
 from pipeline.storage.location import locate
 
 log = logging.getLogger(__name__)
-
-
-def build_annotated_schema(inputs: pa.Schema, keep_candidates: bool) -> pa.Schema:
-    """Return the schema of an annotated unit, whose answers and errors are not separated yet: columns of both."""
-    extra = CANDIDATE_FIELDS if keep_candidates else []
-    return pa.schema([*rename_reserved_columns(inputs), *ANSWER_FIELDS, *extra, *ERROR_FIELDS])
-
-
-async def annotate_row(system: Answering, row: Row, config: RunConfig) -> dict[str, Any]:
-    """Answer one row; an error that concerns this row alone becomes its error columns.
-
-    Raises:
-        EngineDeadError, IndexLostError: the row did not cause the error.
-    """
-    if isinstance(row, ValueError):
-        return build_error_columns(row)
-    limit = config.execution.row_timeout_s
-    clock = asyncio.timeout(limit)
-    try:
-        async with clock:
-            return to_answer_row(await system.answer(to_query(row, config.columns)))
-    except (EngineDeadError, IndexLostError):
-        raise
-    except Exception as error:  # noqa: BLE001  no error of one row may fail the other rows
-        if clock.expired():
-            return build_error_columns(TimeoutError(f"no answer within execution.row_timeout_s = {limit:g} s"))
-        log.warning("row %r failed: %s: %s", row.get(config.columns.id), type(error).__name__, error)
-        return build_error_columns(error)
-
-
-def build_error_columns(error: Exception, attempts: int = 1) -> dict[str, Any]:
-    """Return the error columns of a row."""
-    return {"error_type": type(error).__name__, "error_message": str(error), "attempts": attempts}
-
-
-@dataclass(frozen=True)
-class OneByOne:
-    """Annotates the rows of a unit one at a time, to find a row that kills its process.
-
-    Args:
-        attempts: Ray handle of ``Attempts``.
-        unit: id of the unit, under which attempts at its rows are counted.
-    """
-
-    attempts: Any
-    unit: str
-
-    async def annotate(self, system: Answering, row: Row, config: RunConfig, number: int) -> dict[str, Any]:
-        """Annotate one row; after ``ROW_DEATHS`` crashes of its process, return its error columns instead."""
-        attempts, unit = self.attempts, self.unit
-        deaths = await attempts.count_deaths.remote(unit, number)
-        if deaths >= ROW_DEATHS:
-            return build_error_columns(
-                explain_deaths(deaths, await attempts.list_engine_deaths.remote(unit, number)), deaths
-            )
-        await attempts.begin.remote(unit, number)
-        try:
-            outcome = await annotate_row(system, row, config)
-        except EngineDeadError as error:
-            await attempts.record_death.remote(error.death, unit, number)
-            raise
-        await attempts.end.remote(unit, number)
-        return outcome
-
-
-async def annotate_table(
-    system: Answering, inputs: pa.Table, config: RunConfig, one_by_one: OneByOne | None = None
-) -> pa.Table:
-    """Annotate the rows of a unit; returns one row for each input row, in the same order.
-
-    Args:
-        one_by_one: annotates the rows one at a time; without it they run concurrently.
-    """
-    read = [name for name in vars(config.columns).values() if name in inputs.schema.names]
-    rows = read_rows(inputs.select(read))
-    if one_by_one is None:
-        outcomes = await asyncio.gather(*(annotate_row(system, row, config) for row in rows))
-    else:
-        outcomes = [await one_by_one.annotate(system, row, config, n) for n, row in enumerate(rows)]
-    schema = build_annotated_schema(inputs.schema, config.decoding.keep_candidates)
-    passed = inputs.rename_columns(rename_reserved_columns(inputs.schema).names)
-    columns = []
-    for field in schema:
-        if field.name in passed.schema.names:
-            columns.append(passed[field.name])
-        else:
-            values = [outcome.get(field.name) for outcome in outcomes]
-            columns.append(pa.array(values, field.type))
-    return pa.table(columns, schema=schema)
-
-
-def explain_deaths(deaths: int, engines: Sequence[Death]) -> Exception:
-    """Return the error of a row that is not tried again, since its processes crashed.
-
-    Args:
-        deaths: number of processes that crashed while they decoded only this row.
-        engines: known causes of death of their engines.
-    """
-    if not engines:
-        return ProcessDiedError(f"{deaths} processes died while decoding only this row")
-    last = engines[-1].reason
-    if len(engines) == deaths and all(death.out_of_memory for death in engines):
-        return OutOfMemoryError(
-            f"the engine ran out of memory {deaths} times while decoding only this row ({last}); "
-            "lower model.engine.gpu_memory_utilization, decoding.passages or model.engine.max_model_len"
-        )
-    return ProcessDiedError(f"{deaths} processes died while decoding only this row; last engine failure: {last}")
 
 
 class SelfRagActor:
@@ -186,7 +72,7 @@ class SelfRagActor:
         self.lock = SharedExclusiveLock()
         self.telemetry = ActorTelemetry(config.output)
         # Ray restarts an actor that is killed during its start, and sets no limit; Attempts does.
-        ray.get(attempts.begin_start.remote())
+        ray.get(attempts.begin_start.remote(get_node()))
         self._open(servers, index_digest)
         ray.get(attempts.end_start.remote())
 
@@ -208,7 +94,7 @@ class SelfRagActor:
         return load_critic(self.config)
 
     def _start_engine(self, critic: Critic) -> Any:
-        generator = VllmGenerator.start(self.config.model, critic.watched)
+        generator = VllmGenerator.start(self.config.model, critic.watched, self.config.execution.engine_stall_s)
         generator.load.on_step = self.telemetry.record_step
         return generator
 
@@ -223,19 +109,35 @@ class SelfRagActor:
         """
         (planned,) = batch.to_pylist()
         unit, config = Unit.from_record(planned), self.config
-        async with self._attempting(unit.id) as one_by_one:
+        async with self._attempting(unit.id) as way:
             await asyncio.shield(self._warm)
             began = time.time()
             rows = await asyncio.to_thread(read_unit, unit, self.schema, config.storage)
+            finished = await self._load_finished(unit, way)
             with self.telemetry.counting_rows(unit.rows):
-                annotated = await annotate_table(self.system, rows, config, one_by_one)
+                annotated = await annotate_table(self.system, rows, config, way, finished)
             times, keep_candidates = (began, time.time()), config.decoding.keep_candidates
             files = split_failed(annotated, rows.schema, keep_candidates)
             while not await self.attempts.begin_writing.remote(unit.id):  # noqa: ASYNC110  another process decides
                 await asyncio.sleep(PERMIT_WAIT_S)
             summary = await asyncio.to_thread(self.output.write_unit, unit.id, *files, self.run, times)
+            await finished.discard()
         self.telemetry.count_unit(annotated)
         return pa.table({"summary": [json.dumps(dataclasses.asdict(summary))]})
+
+    async def _load_finished(self, unit: Unit, way: Together | OneByOne) -> FinishedRows:
+        """Return the rows of a unit that earlier attempts have finished, in this run or in one that it resumes."""
+        sub_files = PartialUnit(self.output.location, unit.id, self.run, self.config.decoding.keep_candidates)
+        every_s = 0 if isinstance(way, OneByOne) else KEEP_S
+        finished = FinishedRows(sub_files, lambda: self.attempts.begin_partial.remote(unit.id), every_s)
+        if await self.attempts.has_partial.remote(unit.id) or unit.id in await asyncio.shield(self._left):
+            await finished.load(unit.rows)
+        return finished
+
+    @cached_property
+    def _left(self) -> asyncio.Task[frozenset[str]]:
+        """The units with sub-files when this actor began: those of earlier runs; this run's are known to Attempts."""
+        return asyncio.create_task(asyncio.to_thread(list_partial_units, self.output.location))
 
     @cached_property
     def _warm(self) -> asyncio.Task[None]:
@@ -251,27 +153,49 @@ class SelfRagActor:
 
         return asyncio.create_task(warm())
 
+    async def _ask_engine(self) -> None:
+        """Ask the engine for one token; an error is an answer, too.
+
+        Raises:
+            EngineDeadError: it does not answer within ``execution.row_timeout_s``.
+        """
+        limit = self.config.execution.row_timeout_s
+        try:
+            await asyncio.wait_for(self.generator.warm(), limit)
+        except EngineDeadError:
+            raise
+        except TimeoutError:
+            reason = f"not even a request for one token was answered within {limit:g} s"
+            raise EngineDeadError(Death(reason, out_of_memory=False)) from None
+        except Exception as error:  # noqa: BLE001  the rows that timed out are errors already
+            log.warning("a request for one token failed: %s: %s", type(error).__name__, error)
+
     @asynccontextmanager
-    async def _attempting(self, unit: str) -> AsyncIterator[OneByOne | None]:
+    async def _attempting(self, unit: str) -> AsyncIterator[Together | OneByOne]:
         """Run the body as an attempt at a unit: concurrently with others, or alone after ``BESIDE_OTHERS`` crashes.
 
         If the engine dies, record its death and end this process.
 
         Yields:
-            After more crashes, an object that annotates the rows one at a time; None if they may run concurrently.
+            The way to annotate its rows: concurrently or, after more crashes, one at a time.
         """
         deaths = await self.attempts.count_deaths.remote(unit)
         place = self.lock.hold_shared() if deaths < BESIDE_OTHERS else self.lock.hold_exclusive()
         try:
             async with place:
-                await self.attempts.begin.remote(unit)
-                yield OneByOne(self.attempts, unit) if deaths > BESIDE_OTHERS else None
+                await self.attempts.begin.remote(unit, None, get_node())
+                yield self._choose_way(unit, deaths)
         except EngineDeadError as error:
             memory = " (out of memory)" if error.death.out_of_memory else ""
             log.critical("the engine died%s: %s; this actor exits and Ray restarts it", memory, error)
             await self.attempts.record_death.remote(error.death, unit)
             os._exit(1)
         await self.attempts.end.remote(unit)
+
+    def _choose_way(self, unit: str, deaths: int) -> Together | OneByOne:
+        if deaths > BESIDE_OTHERS:
+            return OneByOne(self.attempts, unit, self._ask_engine)
+        return Together(self._ask_engine)
 
     def __del__(self, finalizing: Callable[[], bool] = sys.is_finalizing) -> None:
         """Shut down the engine and close the index: Ray Data deletes the object on shutdown and calls no other hook."""

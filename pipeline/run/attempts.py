@@ -2,15 +2,19 @@
 
 Ray restarts a dead actor and gives it the same units again. A unit is tried twice beside others, then alone, then row
 by row: a row that is alone in a process that dies is the cause.
+
+Processes that end with their node, such as a spot machine that is reclaimed, count for nothing. Ray may notice the loss
+of a node after that of its processes, so nodes are looked up whenever attempts are counted, not when they end.
 """
 
 import asyncio
-from collections import Counter, defaultdict
-from collections.abc import AsyncIterator
+from collections import defaultdict
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from pipeline.engine.postmortem import Death
+from pipeline.run.nodes import get_node, list_lost_nodes
 from pipeline.run.telemetry import DeathTelemetry
 from pipeline.storage.lease import EXPIRY_S, read_clock
 
@@ -43,18 +47,31 @@ class CrashLoopError(RuntimeError):
 
 
 @dataclass
+class Attempt:
+    """An attempt that was begun and has not ended.
+
+    Attributes:
+        node: id of the Ray node of its process; empty if unknown.
+        death: cause of death of its engine; None while it lives, or if the whole process was killed.
+    """
+
+    node: str = ""
+    death: Death | None = None
+
+
+@dataclass
 class UnitRecord:
     """Attempts at a unit and at its rows that have not ended.
 
     Attributes:
         begun: attempts by row number; None stands for the unit as a whole.
-        writing: attempts to write the unit's files.
-        engines: causes of death of the engines that decoded it, by row number.
+        writing: attempts that have begun to write the unit's files.
+        partial: whether finished rows of the unit have been written to sub-files.
     """
 
-    begun: Counter[int | None] = field(default_factory=Counter)
-    writing: int = 0
-    engines: defaultdict[int | None, list[Death]] = field(default_factory=lambda: defaultdict(list))
+    begun: defaultdict[int | None, list[Attempt]] = field(default_factory=lambda: defaultdict(list))
+    writing: list[Attempt] = field(default_factory=list)
+    partial: bool = False
 
 
 class Attempts:
@@ -65,54 +82,68 @@ class Attempts:
     Args:
         max_crashes: consecutive crashes, with nothing finished in between, after which the run ends.
         run: URI of the output, for telemetry.
+        list_lost: returns the ids of the nodes that are lost.
     """
 
-    def __init__(self, max_crashes: int, run: str) -> None:
+    def __init__(self, max_crashes: int, run: str, list_lost: Callable[[], frozenset[str]] = list_lost_nodes) -> None:
         self._max_crashes = max_crashes
         self._telemetry = DeathTelemetry(run)
+        self._list_lost = list_lost
         self._units: defaultdict[str, UnitRecord] = defaultdict(UnitRecord)
         self._last: Death | None = None
-        self._starting = 0
-        self._crashes = 0
+        self._starting: list[Attempt] = []
+        self._crashed: list[Attempt] = []
         self._renewed = read_clock()
 
     def renew_permit(self) -> None:
         """Note a heartbeat of the run's lease."""
         self._renewed = read_clock()
 
-    def begin_start(self) -> None:
+    def begin_start(self, node: str = "") -> None:
         """Count an actor that starts; a start counts as a crash if another one has not ended.
 
         Raises:
             CrashLoopError: too many attempts crashed one after another.
         """
         self._telemetry.count_start()
-        self._starting += 1
-        self._count_crash(self._starting > 1)
+        self._count_crash(self._starting)
+        self._starting.append(Attempt(node))
 
     def end_start(self) -> None:
         """Clear the count of starts; a start is no progress."""
-        self._starting = 0
+        self._starting.clear()
 
     def count_deaths(self, unit: str, row: int | None = None) -> int:
-        """Return the number of attempts that were begun and did not end."""
-        return self._units[unit].begun[row] if unit in self._units else 0
+        """Return the number of attempts that were begun and did not end, without those whose node is lost."""
+        return len(self._select_counting(self._get_begun(unit, row)))
 
-    def begin(self, unit: str, row: int | None = None) -> None:
+    def is_settled(self, unit: str, row: int | None = None) -> bool:
+        """Whether the count of deaths is final: all were on this node, which the run would not outlive."""
+        return all(attempt.node in ("", get_node()) for attempt in self._get_begun(unit, row))
+
+    def begin(self, unit: str, row: int | None = None, node: str = "") -> None:
         """Count an attempt at a unit or at one of its rows.
 
         Raises:
             CrashLoopError: too many attempts crashed one after another.
         """
-        begun = self._units[unit].begun
-        begun[row] += 1
-        self._count_crash(begun[row] > 1)
+        begun = self._units[unit].begun[row]
+        self._count_crash(begun)
+        begun.append(Attempt(node))
 
-    def _count_crash(self, crashed: bool) -> None:
-        self._crashes += crashed
-        if self._crashes > self._max_crashes:
+    def _get_begun(self, unit: str, row: int | None) -> list[Attempt]:
+        return self._units[unit].begun[row] if unit in self._units else []
+
+    def _select_counting(self, attempts: Sequence[Attempt]) -> list[Attempt]:
+        lost = self._list_lost() if any(attempt.node for attempt in attempts) else frozenset()
+        return [attempt for attempt in attempts if attempt.node not in lost]
+
+    def _count_crash(self, earlier: Sequence[Attempt]) -> None:
+        self._crashed += earlier[-1:]
+        crashes = len(self._select_counting(self._crashed))
+        if crashes > self._max_crashes:
             last = f"; last engine failure: {self._last.reason}" if self._last else ""
-            raise CrashLoopError(f"{self._crashes} consecutive attempts crashed without progress{last}")
+            raise CrashLoopError(f"{crashes} consecutive attempts crashed without progress{last}")
 
     def begin_writing(self, unit: str) -> bool:
         """Count an attempt to write a unit's files; actors that outlive their run cannot write, since this one is gone.
@@ -126,29 +157,39 @@ class Attempts:
         if read_clock() - self._renewed > PERMIT_S:
             return False
         record = self._units[unit]
-        if record.writing >= WRITING_DEATHS:
+        if len(self._select_counting(record.writing)) >= WRITING_DEATHS:
             raise CrashLoopError(f"{WRITING_DEATHS} processes died while writing the files of unit {unit}")
-        record.writing += 1
+        record.writing.append((record.begun[None] or [Attempt()])[-1])
         return True
+
+    def begin_partial(self, unit: str) -> None:
+        """Permit the unit's actor to write finished rows to a sub-file; they are progress."""
+        self._units[unit].partial = True
+        self._crashed.clear()
+
+    def has_partial(self, unit: str) -> bool:
+        """Whether finished rows of the unit have been written to sub-files in this run."""
+        return unit in self._units and self._units[unit].partial
 
     def record_death(self, death: Death, unit: str, row: int | None = None) -> None:
         """Record the death of the engine that decoded this unit or row."""
-        self._units[unit].engines[row].append(death)
+        for attempt in self._get_begun(unit, row)[-1:]:
+            attempt.death = death
         self._last = death
         self._telemetry.count_death(death.out_of_memory)
 
     def list_engine_deaths(self, unit: str, row: int | None = None) -> list[Death]:
         """Return the known causes of death of its engines; empty if whole processes were killed."""
-        return list(self._units[unit].engines[row]) if unit in self._units else []
+        counting = self._select_counting(self._get_begun(unit, row))
+        return [attempt.death for attempt in counting if attempt.death is not None]
 
     def end(self, unit: str, row: int | None = None) -> None:
         """Clear the counts of a finished unit, rows included, or of a finished row."""
-        self._crashes = 0
+        self._crashed.clear()
         if row is None:
             self._units.pop(unit, None)
         elif unit in self._units:
             self._units[unit].begun.pop(row, None)
-            self._units[unit].engines.pop(row, None)
 
 
 class SharedExclusiveLock:

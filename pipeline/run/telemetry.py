@@ -125,7 +125,7 @@ class ActorTelemetry:
             self._flying -= rows
 
     def count_unit(self, annotated: pa.Table) -> None:
-        """Count the rows of a finished unit, a table of ``actor.build_annotated_schema``."""
+        """Count the rows of a finished unit, a table of ``annotation.build_annotated_schema``."""
         _add(self._rows, annotated.num_rows)
         _add(self._retrieved, pc.sum(annotated["retrieved"]).as_py())
         for kind, count in Tally(annotated["error_type"].drop_null().to_pylist()).items():

@@ -34,6 +34,7 @@ def campaign(
     nodes: Annotated[int, typer.Option(help="Kills of a worker node.")] = 0,
     clusters: Annotated[int, typer.Option(help="Kills of everything at once.")] = 0,
     storage: Annotated[int, typer.Option(help="Runs from and to a store in trouble.")] = 0,
+    hangs: Annotated[int, typer.Option(help="Engines that hang.")] = 0,
     real: Annotated[int, typer.Option(help="Driver kills of runs with vLLM and the embedded model.")] = 0,
     seed: Annotated[int | None, typer.Option(help="Of every random moment; drawn by default.")] = None,
 ) -> None:
@@ -46,6 +47,7 @@ def campaign(
         "node kills": (nodes, series.node_kills),
         "kills of the whole cluster": (clusters, series.cluster_kills),
         "runs with storage faults": (storage, _storage),
+        "hung engines": (hangs, _hangs),
         "driver kills with vLLM": (real, _real),
     }
     problems = []
@@ -83,6 +85,11 @@ def _storage(job: Job, queries: Path, rng: random.Random, runs: int) -> series.O
         serving_s3(Path(root)) as s3,
     ):
         return series.storage_faults(series.on(made, job), queries, s3, rng, runs)
+
+
+def _hangs(job: Job, queries: Path, rng: random.Random, stalls: int) -> series.Outcome:
+    with tempfile.TemporaryDirectory() as folder, series.cluster(Path(folder)) as made:
+        return series.hangs(series.on(made, job), queries, rng, stalls)
 
 
 def _real(job: Job, queries: Path, rng: random.Random, kills: int) -> series.Outcome:

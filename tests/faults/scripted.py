@@ -5,10 +5,15 @@ Everything else is real: Ray, its actors, the files, the checks. What a row come
 - ``DIES`` kills its process whenever it is decoded;
 - ``RAISES`` raises;
 - ``HANGS`` takes longer than any patience;
-- ``ENGINE`` and ``MEMORY`` end the engine, for no known reason and for want of memory.
+- ``ENGINE`` and ``MEMORY`` end the engine, for no known reason and for want of memory;
+- ``STALLS`` stops the engine, which makes no step from then on;
+- ``NODE`` kills the machine: the raylet and all its processes;
+- ``WAITS`` waits as long as there is a file ``waits`` beside the model's folder.
 
-A file ``dies_at_start`` in the model's folder holds how many more processes are killed while they start, a file
-``actors`` how many actors must have started before the first row is answered.
+Files in the model's folder: ``dies_at_start`` holds how many more processes are killed while they start, ``actors`` how
+many actors must have started before the first row is answered, ``stalls_at_start`` how many more engines hang in their
+warm-up, ``stalls`` and ``nodes`` how many more times these words have their effect; without the file they have it
+always. ``keep_s`` holds the seconds between sub-files.
 """
 
 import asyncio
@@ -18,24 +23,37 @@ import os
 import random
 import signal
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import ray
 
 import jobs.annotate
+import pipeline.run.actor
 import pipeline.run.plan
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.types import Generation
+from pipeline.engine.heartbeat import EngineStalledError, Heartbeat
 from pipeline.engine.postmortem import Death
 from pipeline.engine.vllm import EngineDeadError
 from pipeline.gpus import decide_gpu_use, get_assigned_gpus
 from pipeline.run.actor import SelfRagActor
 from tests.support.fakes import DrawingGenerator, word_tokenizer
 
+Answer = TypeVar("Answer")
+
 # An engine's start on a shared card takes time, in which another one could begin.
 START_SECONDS = 1.0
+
+
+def take(counter: Path) -> bool:
+    """Whether a fault happens once more: counts down the file that limits it, if there is one."""
+    if not counter.exists():
+        return True
+    left = int(counter.read_text())
+    counter.write_text(str(max(left - 1, 0)))
+    return left > 0
 
 
 class ScriptedGenerator(DrawingGenerator):
@@ -43,8 +61,31 @@ class ScriptedGenerator(DrawingGenerator):
 
     pids: Path | None = None
     actors = 0
+    model = Path()
+    heartbeat: Heartbeat
+    steps = 0
+    stalled = False
 
     async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
+        return await self.watch(self._generate(prompt, max_tokens, stops))
+
+    async def watch(self, request: Coroutine[Any, Any, Answer]) -> Answer:
+        """Answer as vLLM would: the engine steps as long as it is not stalled."""
+        try:
+            async with self.heartbeat.watching():
+                return await request
+        except EngineStalledError as error:
+            raise EngineDeadError(Death(str(error), out_of_memory=False)) from error
+
+    def count_steps(self) -> int:
+        self.steps += not self.stalled
+        return self.steps
+
+    async def hang(self) -> None:
+        self.stalled = True
+        await asyncio.sleep(3600)
+
+    async def _generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
         while self.pids is not None and len(list(self.pids.iterdir())) < self.actors:  # noqa: ASYNC110  no event spans processes
             await asyncio.sleep(0.05)
         text = self.tokenizer.decode(list(prompt))
@@ -56,11 +97,19 @@ class ScriptedGenerator(DrawingGenerator):
             raise EngineDeadError(Death("CUDA out of memory", out_of_memory=True))
         if "RAISES" in text:
             raise KeyError("scripted")
+        if "NODE" in text and take(self.model / "nodes"):
+            kill_node()
+        if self.stalled or ("STALLS" in text and take(self.model / "stalls")):
+            await self.hang()
+        while "WAITS" in text and self.model.with_name("waits").exists():  # noqa: ASYNC110  no event spans processes
+            await asyncio.sleep(0.05)
         await asyncio.sleep(3600 if "HANGS" in text else self.rng.uniform(0, 0.02))
         return await super().generate(prompt, max_tokens, stops)
 
     async def warm(self) -> None:
-        """Nothing to compile."""
+        """Compile nothing, or hang."""
+        if self.stalled or ((counter := self.model / "stalls_at_start").exists() and take(counter)):
+            await self.watch(self.hang())
 
     def shutdown(self) -> None:
         """Nothing to end."""
@@ -81,6 +130,10 @@ class ScriptedActor(SelfRagActor):
 
     def _start_engine(self, critic: Any) -> ScriptedGenerator:
         generator = ScriptedGenerator(critic.tokenizer, random.Random(os.getpid()))
+        generator.heartbeat = Heartbeat(self.config.execution.engine_stall_s, generator.count_steps)
+        generator.model = Path(self.config.model.name)
+        if (seconds := generator.model / "keep_s").exists():
+            vars(pipeline.run.actor)["KEEP_S"] = float(seconds.read_text())
         if folder := os.environ.get("FAULTS_PIDS"):
             began, record = time.time(), assigned()
             time.sleep(START_SECONDS if 0 < record["amount"] < 1 else 0)
@@ -89,6 +142,12 @@ class ScriptedActor(SelfRagActor):
             if (awaited := Path(self.config.model.name) / "actors").exists():
                 generator.pids, generator.actors = Path(folder), int(awaited.read_text())
         return generator
+
+
+def kill_node() -> None:
+    """Kill the raylet of this process, as if the machine were gone, and this process with it."""
+    os.kill(os.getppid(), signal.SIGKILL)
+    os.kill(os.getpid(), signal.SIGKILL)
 
 
 def assigned() -> dict[str, Any]:

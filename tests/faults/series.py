@@ -12,9 +12,10 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow.dataset as ds
 import pytest
 
-from tests.faults.harness import Job, kill_actors, kill_drivers, redone, written
+from tests.faults.harness import Job, kill_actors, kill_drivers, redone, write_queries, written
 from tests.faults.proxy import FaultProxy, Faults
 from tests.support.s3 import S3Server
 
@@ -120,6 +121,24 @@ def cluster_kills(job: Job, queries: Path, rng: random.Random, kills: int) -> Ou
         with tempfile.TemporaryDirectory() as folder, cluster(Path(folder)) as made:
             problems += run.problems(queries, *on(made, run).finish()) + redone(before, run.output)
     return killed, problems
+
+
+def hangs(job: Job, queries: Path, rng: random.Random, stalls: int) -> Outcome:
+    """Hang engines, some in their warm-up, under runs that must answer all rows; how many hung."""
+    hung, problems = 0, []
+    job = replace(job, settings=[*job.settings, "execution.engine_stall_s=1"])
+    words = dict.fromkeys(rng.sample(range(ds.dataset(queries).count_rows()), 3), "STALLS")
+    stalling = queries.with_name("stalling")
+    write_queries(stalling, ds.dataset(queries).count_rows(), words)
+    for run in outputs(replace(job, queries=str(stalling))):
+        if hung >= stalls:
+            break
+        planned = {"stalls": rng.randrange(1, 3), "stalls_at_start": rng.randrange(2)}
+        for name, number in planned.items():
+            (job.model / name).write_text(str(number))
+        problems += run.problems(stalling, *run.finish())
+        hung += sum(number - int((job.model / name).read_text()) for name, number in planned.items())
+    return hung, problems
 
 
 def storage_faults(job: Job, queries: Path, s3: S3Server, rng: random.Random, runs: int) -> Outcome:

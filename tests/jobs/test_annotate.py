@@ -20,7 +20,7 @@ from pipeline.output.unit_files import UnitSummary, split_failed
 from pipeline.queries.changes import Listing
 from pipeline.queries.query_set import QuerySet
 from pipeline.queries.units import Part, Unit
-from pipeline.run.actor import build_annotated_schema
+from pipeline.run.annotation import build_annotated_schema
 from pipeline.run.driver import Summary, annotate_todo
 from pipeline.run.plan import RunPlan, check_run
 from pipeline.storage.lease import Lease

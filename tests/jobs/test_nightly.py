@@ -20,7 +20,7 @@ from pipeline.cluster import Resources
 from pipeline.config.sections import StorageConfig
 from pipeline.output.unit_files import split_failed
 from pipeline.queries.units import read_unit
-from pipeline.run.actor import build_annotated_schema
+from pipeline.run.annotation import build_annotated_schema
 from pipeline.storage.lease import Lease
 from pipeline.storage.location import locate
 

@@ -24,7 +24,7 @@ from pipeline.decoding.self_rag import SelfRag
 from pipeline.output.folder import OutputFolder
 from pipeline.output.unit_files import split_failed
 from pipeline.output.unit_log import read_units, write_units
-from pipeline.run.actor import annotate_table
+from pipeline.run.annotation import annotate_table
 from pipeline.storage.lease import Lease
 from pipeline.storage.location import locate
 from tests.support.fakes import DrawingGenerator, DrawingRetriever, word_tokenizer

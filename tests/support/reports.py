@@ -11,7 +11,7 @@ from pipeline.config.sections import StorageConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.output.folder import OutputFolder
 from pipeline.output.unit_files import split_failed
-from pipeline.run.actor import build_annotated_schema
+from pipeline.run.annotation import build_annotated_schema
 from pipeline.storage.location import Location, locate
 
 INPUTS = pa.schema([("id", pa.string()), ("query", pa.string()), ("task", pa.string())])

@@ -9,6 +9,7 @@ import pytest
 from pipeline.config.sections import ModelConfig
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection import REFLECTION_TOKENS, Paragraph, Retrieve
+from pipeline.engine.heartbeat import Heartbeat
 from pipeline.engine.models import load_tokenizer
 from pipeline.engine.vllm import VllmGenerator, convert_logprobs
 
@@ -58,7 +59,10 @@ async def test_warmup_requests_log_probabilities():
     sampling = {"temperature": 0.0, "logprob_token_ids": [5, 6]}
     engine: Any = SimpleNamespace(generate=generate)
     unused: Any = None
-    await VllmGenerator(engine, None, sampling, (5, 6), 512, errors=unused, guard=unused, lora="adapter").warm()
+    pulse = Heartbeat(60, lambda: 0)
+    await VllmGenerator(
+        engine, None, sampling, (5, 6), 512, unused, guard=unused, heartbeat=pulse, lora="adapter"
+    ).warm()
     assert asked == [([5], 1, [5, 6], "adapter")]
 
 

@@ -1,5 +1,6 @@
 """Real engines that die."""
 
+import asyncio
 import os
 import signal
 import subprocess
@@ -14,7 +15,9 @@ import torch
 
 from pipeline.config.sections import ModelConfig
 from pipeline.decoding.reflection import ReflectionIds
+from pipeline.decoding.types import Generation
 from pipeline.engine.models import load_tokenizer
+from pipeline.engine.postmortem import Death
 from pipeline.engine.vllm import EngineDeadError, VllmGenerator
 from tests.pipeline.engine.test_watchdog import gone
 
@@ -32,9 +35,15 @@ async def starve(engine: Any) -> None:
     await engine.collective_rpc(without_memory)
 
 
-async def kill(engine: Any) -> None:
+def send(engine: Any, number: int) -> int:
+    """Send a signal to the engine core; returns its process id."""
     (process,) = engine.engine_core.resources.engine_manager.processes
-    os.kill(process.pid, signal.SIGKILL)
+    os.kill(process.pid, number)
+    return int(process.pid)
+
+
+async def kill(engine: Any) -> None:
+    send(engine, signal.SIGKILL)
 
 
 @pytest.mark.slow
@@ -55,6 +64,48 @@ async def test_engine_death_is_reported_with_its_cause(
         with pytest.raises(EngineDeadError, match=reason) as caught:
             await generator.generate([1, 2, 3, 4], 8, [])
         assert caught.value.death.out_of_memory == memory
+    finally:
+        generator.shutdown()
+
+
+async def wait_until(happened: Callable[[], bool], seconds: float = 20) -> None:
+    async with asyncio.timeout(seconds):
+        while not happened():  # noqa: ASYNC110  no event spans processes
+            await asyncio.sleep(0.05)
+
+
+@pytest.mark.slow
+async def test_engine_that_hangs_is_killed_and_its_requests_fail_with_the_cause(demo_model: Path) -> None:
+    model = ModelConfig(name=str(demo_model), engine={"max_model_len": 2048})
+    ids = ReflectionIds.of(load_tokenizer(model), model.name)
+    generator = VllmGenerator.start(model, ids.reflection, stall_s=20)
+    try:
+        await generator.generate([1, 2, 3], 4, [])
+        steps = generator.load.steps
+        flying = [asyncio.create_task(generator.generate([n, 2, 3], 1500, [])) for n in range(1, 30)]
+        await wait_until(lambda: generator.load.steps > steps + 5)
+        pid = send(generator.engine, signal.SIGSTOP)
+        found = await asyncio.wait_for(asyncio.gather(*flying, return_exceptions=True), 60)
+        deaths = [error.death for error in found if isinstance(error, EngineDeadError)]
+        assert len(deaths) + sum(isinstance(answer, Generation) for answer in found) == len(flying)
+        assert set(deaths) == {Death(f"no step for 20 s with {len(deaths)} request(s) in flight", out_of_memory=False)}
+        with pytest.raises(EngineDeadError) as caught:
+            await asyncio.wait_for(generator.generate([1], 1, []), 60)
+        assert caught.value.death == deaths[0]
+        await wait_until(lambda: gone(pid))
+    finally:
+        generator.shutdown()
+
+
+@pytest.mark.slow
+async def test_engine_that_hangs_in_its_warm_up_is_reported(demo_model: Path) -> None:
+    model = ModelConfig(name=str(demo_model), engine={"max_model_len": 512})
+    ids = ReflectionIds.of(load_tokenizer(model), model.name)
+    generator = VllmGenerator.start(model, ids.reflection, stall_s=3)
+    try:
+        send(generator.engine, signal.SIGSTOP)
+        with pytest.raises(EngineDeadError, match=r"^no step for 3 s with 1 request\(s\) in flight$"):
+            await asyncio.wait_for(generator.warm(), 60)
     finally:
         generator.shutdown()
 

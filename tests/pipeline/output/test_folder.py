@@ -8,7 +8,7 @@ import pytest
 from pipeline.config.sections import StorageConfig
 from pipeline.output.folder import OutputFolder, get_columns
 from pipeline.output.unit_files import UnitSummary, split_failed
-from pipeline.run.actor import build_annotated_schema
+from pipeline.run.annotation import build_annotated_schema
 from pipeline.storage.location import Location, locate
 
 U1 = f"{1:020x}"

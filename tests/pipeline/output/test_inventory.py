@@ -11,7 +11,7 @@ from pipeline.output.folder import OutputFolder
 from pipeline.output.inventory import complete_output, take_inventory
 from pipeline.output.unit_files import UnitSummary, split_failed
 from pipeline.output.unit_log import read_units
-from pipeline.run.actor import build_annotated_schema
+from pipeline.run.annotation import build_annotated_schema
 from pipeline.storage.location import Location, locate
 
 RUN, OTHER_RUN = "0123456789ab", "ba9876543210"

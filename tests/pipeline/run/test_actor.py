@@ -21,11 +21,14 @@ from pipeline.decoding.self_rag import SelfRag
 from pipeline.engine.postmortem import Death
 from pipeline.engine.vllm import EngineDeadError
 from pipeline.output.folder import OutputFolder
+from pipeline.output.partial import list_partial_units
 from pipeline.output.unit_files import UnitSummary
 from pipeline.queries.query_set import inspect_queries
 from pipeline.retrieval.shard_servers import IndexLostError
-from pipeline.run.actor import OneByOne, SelfRagActor, annotate_table
+from pipeline.run.actor import SelfRagActor
+from pipeline.run.annotation import OneByOne, Together, annotate_table
 from pipeline.run.attempts import MAX_CONSECUTIVE_CRASHES, Attempts, CrashLoopError, SharedExclusiveLock
+from pipeline.run.nodes import NODE_LOSS_S
 from pipeline.run.telemetry import ActorTelemetry
 from pipeline.storage.location import locate
 from tests.support.fakes import ScriptedGenerator, generation, word_tokenizer
@@ -120,6 +123,26 @@ async def test_slow_row_times_out_without_delaying_others():
     assert found["error_message"].to_pylist()[1] == "no answer within execution.row_timeout_s = 0.05 s"
 
 
+@pytest.mark.parametrize(("rows", "most"), [(1, 1), (3, 3), (4, 4), (9, 4), (40, 4)])
+async def test_only_some_rows_of_a_large_unit_are_decoded_at_once(rows, most, monkeypatch):
+    monkeypatch.setattr("pipeline.run.annotation.ROWS_AT_ONCE", 4)
+    counted, inside, seen = system(), 0, 0
+    answer = counted.answer
+
+    async def count(query):
+        nonlocal inside, seen
+        inside += 1
+        seen = max(seen, inside)
+        await asyncio.sleep(0.001)
+        inside -= 1
+        return await answer(query)
+
+    object.__setattr__(counted, "answer", count)
+    found = await annotate_table(counted, table(*[f"query{n}" for n in range(rows)]), CONFIG)
+    assert found["answer"].to_pylist() == [f"query{n}" for n in range(rows)]
+    assert seen == most
+
+
 class LocalHandle:
     """Calls methods of an object as a Ray handle does."""
 
@@ -144,6 +167,7 @@ class Folder:
     """
 
     def __init__(self, folder: Path, queries: pa.Table, name: str = "queries") -> None:
+        folder.mkdir(exist_ok=True)
         file = folder / f"{name}.parquet"
         pq.write_table(queries, file)
         self.output = OutputFolder(locate(str(folder / "out"), HERE))
@@ -202,9 +226,8 @@ class Engine:
 def actor(attempts: LocalHandle, seen: list[str], deadly: str = "poison") -> SelfRagActor:
     """A new process: its engine dies of some query, and so does the process."""
     made = SelfRagActor.__new__(SelfRagActor)
-    made.config, made.attempts, made.lock = CONFIG, attempts, SharedExclusiveLock()
+    made.config, made.attempts, made.lock, made.run = CONFIG, attempts, SharedExclusiveLock(), "same"
     made.telemetry = ActorTelemetry("run")
-    made.run = ""
     made.system, made.generator = system(), Engine()
     answer = made.system.answer
 
@@ -399,3 +422,212 @@ async def test_lost_index_is_not_a_row_error():
 async def test_dead_engine_is_not_a_row_error():
     with pytest.raises(EngineDeadError):
         await annotate_table(system(lambda _: EngineDeadError(DEATH)), table("one", "poison"), CONFIG)
+
+
+async def answer_for_ever(query: Any) -> Any:
+    await asyncio.sleep(3600)
+
+
+def hanging(*stuck: str) -> SelfRag:
+    """A system that never answers some queries."""
+    made = system()
+    answer = made.answer
+
+    async def hang(query):
+        return await (answer_for_ever(query) if query.query in stuck else answer(query))
+
+    object.__setattr__(made, "answer", hang)
+    return made
+
+
+IMPATIENT = CONFIG.model_copy(update={"execution": CONFIG.execution.model_copy(update={"row_timeout_s": 0.05})})
+
+
+@pytest.mark.parametrize(
+    ("queries", "stuck", "blamed"),
+    [
+        (["one", "two"], ["one", "two"], "engine"),
+        (["one", "two", "three"], ["one", "two", "three"], "engine"),
+        (["one", "two", None], ["one", "two"], "engine"),  # the null query never reached the engine
+        (["one", "two", "three"], ["one", "two"], "rows"),
+        (["one", "two"], ["two"], "rows"),
+        (["one"], ["one"], "rows"),
+        (["one", None], ["one"], "rows"),
+        (["one", "poison"], ["one"], "rows"),
+        ([None, None], [], "nothing"),
+        (["one", "two"], [], "nothing"),
+    ],
+)
+async def test_engine_is_blamed_if_all_rows_of_a_unit_time_out(queries, stuck, blamed):
+    asked = []
+
+    async def ask() -> None:
+        asked.append(True)
+
+    work = annotate_table(hanging(*stuck), table(*queries), IMPATIENT, Together(ask))
+    if blamed == "engine":
+        with pytest.raises(EngineDeadError, match=f"^none of the {len(stuck)} rows of a unit was answered"):
+            await work
+    else:
+        kinds = (await work)["error_type"].to_pylist()
+        assert [query for query, kind in zip(queries, kinds, strict=True) if kind == "TimeoutError"] == stuck
+    assert len(asked) == (blamed == "rows")
+
+
+@pytest.mark.parametrize("queries", [["one"], ["one", "two", "three"]])
+@pytest.mark.parametrize("alone", [True, False])
+async def test_row_that_times_out_is_not_blamed_if_the_engine_does_not_answer(queries, alone, tmp_path):
+    attempts = Attempts(MAX_CONSECUTIVE_CRASHES, "run")
+    made = actor(LocalHandle(attempts), [])
+    made.config, made.generator = IMPATIENT, Engine(seconds=60)
+    for _ in range(3 if alone else 0):
+        attempts.begin("u")
+    way = made._choose_way("u", attempts.count_deaths("u"))
+    assert isinstance(way, OneByOne) == alone
+    with pytest.raises(EngineDeadError, match="^not even a request for one token was answered within 0.05 s$"):
+        await annotate_table(hanging("one"), table(*queries), IMPATIENT, way)
+    assert [death.reason[:8] for death in attempts.list_engine_deaths("u", 0)] == (["not even"] if alone else [])
+
+
+@pytest.mark.parametrize("engine", [Engine(), Engine(error=ValueError("no"))])
+async def test_rows_that_hang_alone_in_an_engine_that_answers_time_out(engine):
+    made = actor(LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run")), [])
+    made.config, made.generator = IMPATIENT, engine
+    way = made._choose_way("u", 3)
+    found = await annotate_table(hanging("one", "two"), table("one", "two"), IMPATIENT, way)
+    assert found["error_type"].to_pylist() == ["TimeoutError"] * 2
+
+
+@pytest.fixture
+def spot_node(monkeypatch: pytest.MonkeyPatch) -> Attempts:
+    """Actors run on a node that is lost whenever one of them ends."""
+    for room in ("actor", "annotation"):
+        monkeypatch.setattr(f"pipeline.run.{room}.get_node", lambda: "spot")
+    return Attempts(MAX_CONSECUTIVE_CRASHES, "run", lambda: frozenset({"spot"}))
+
+
+def preempt_after(made: SelfRagActor, rows: int) -> None:
+    """The process ends when it begins another row."""
+    answer, left = made.system.answer, rows
+
+    async def mortal(query):
+        nonlocal left
+        left -= 1
+        if left < 0:
+            raise Died
+        return await answer(query)
+
+    object.__setattr__(made.system, "answer", mortal)
+
+
+async def test_row_by_row_unit_ends_though_no_process_lives_for_more_than_one_row(tmp_path, spot_node):
+    folder, seen = Folder(tmp_path, table(*[f"query{n}" for n in range(15)])), list[str]()
+    for _ in range(3):
+        spot_node.begin(folder.unit.id)  # processes that died on a node that lives
+    processes, summary = 0, None
+    while summary is None:
+        process = actor(LocalHandle(spot_node), seen)
+        preempt_after(process, 1)
+        summary = await folder.annotate(process)
+        processes += 1
+    assert processes == 15
+    assert seen == [f"query{n}" for n in range(15)]
+    assert (summary.rows, summary.errors) == (15, {})
+    assert folder.answers() == seen
+    assert list_partial_units(folder.output.location) == frozenset()
+
+
+@pytest.fixture
+def keep_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every finished row is due for a sub-file."""
+    monkeypatch.setattr("pipeline.run.actor.KEEP_S", 0)
+
+
+@pytest.mark.usefixtures("keep_all")
+@pytest.mark.parametrize("same_run", [True, False])
+async def test_finished_rows_of_a_unit_are_kept_when_it_is_repeated(tmp_path, same_run):
+    folder, seen = Folder(tmp_path, table("one", None, "poison", "two", "three")), list[str]()
+    attempts = Attempts(MAX_CONSECUTIVE_CRASHES, "run")
+    process = actor(LocalHandle(attempts), [])
+    answer = process.system.answer
+
+    async def die_late(query):
+        await asyncio.sleep(0.5 if query.query == "poison" else 0)
+        return await answer(query)
+
+    object.__setattr__(process.system, "answer", die_late)
+    assert await folder.annotate(process) is None
+    kept = list_partial_units(folder.output.location)
+    assert kept == {folder.unit.id}
+    attempts = attempts if same_run else Attempts(MAX_CONSECUTIVE_CRASHES, "run")
+    summary = await folder.annotate(actor(LocalHandle(attempts), seen, deadly="nothing"))
+    assert summary is not None
+    assert "one" not in seen
+    assert "poison" in seen
+    assert (summary.rows, summary.errors) == (5, {"KeyError": 1, "ValueError": 1})
+    assert folder.answers() == ["one", "two", "three"]
+    assert list_partial_units(folder.output.location) == frozenset()
+
+
+@pytest.mark.usefixtures("keep_all")
+async def test_rows_kept_by_a_run_with_other_settings_are_annotated_again(tmp_path):
+    folder, seen = Folder(tmp_path, table("one", "poison")), list[str]()
+    for identity, deadly in (("before", "poison"), ("after", "nothing")):
+        process = actor(LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run")), seen, deadly)
+        process.run = identity
+        await folder.annotate(process)
+    assert seen == ["one", "poison"] * 2
+    assert folder.answers() == ["one"]
+
+
+@pytest.mark.usefixtures("keep_all")
+async def test_repeated_unit_is_written_as_if_it_had_never_been_interrupted(tmp_path):
+    queries = table(*[f"query{n}" for n in range(8)], None)
+    calm, torn = Folder(tmp_path / "calm", queries), Folder(tmp_path / "torn", queries)
+    await calm.annotate(actor(LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run")), []))
+    attempts, summary = LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run")), None
+    while summary is None:
+        process = actor(attempts, [])
+        preempt_after(process, 3)
+        summary = await torn.annotate(process)
+    for name in ("data", "errors"):
+        tables = [pq.read_table(Path(folder.output.location.path) / name) for folder in (calm, torn)]
+        assert tables[0].schema == tables[1].schema
+        timeless = [drop_seconds(found) for found in tables]
+        assert timeless[0] == timeless[1]
+
+
+def drop_seconds(found: pa.Table) -> list[dict[str, Any]]:
+    rows = found.to_pylist()
+    for row in rows:
+        row["usage"] = {name: value for name, value in (row.get("usage") or {}).items() if "seconds" not in name}
+    return rows
+
+
+@pytest.mark.usefixtures("keep_all")
+async def test_row_that_killed_its_processes_is_tried_again_by_the_next_run(tmp_path, monkeypatch):
+    """Its processes may have died for a reason that was removed in between."""
+    folder, seen = Folder(tmp_path, table("one", "poison", "two")), list[str]()
+    with monkeypatch.context() as patched:
+        patched.setattr(OutputFolder, "write_unit", dies)
+        with pytest.raises(CrashLoopError):
+            await folder.annotate_at_last(LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run")), [])
+    await folder.annotate(actor(LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run")), seen, deadly="nothing"))
+    assert seen == ["poison"]
+    assert [row["error_type"] for row in folder.errors()] == ["KeyError"]
+
+
+async def test_row_is_blamed_only_once_the_loss_of_its_nodes_would_be_known(tmp_path, monkeypatch):
+    lost: set[str] = set()
+    attempts = Attempts(MAX_CONSECUTIVE_CRASHES, "run", lambda: frozenset(lost))
+    for _ in range(2):
+        attempts.begin("u", 0, "spot")
+
+    async def notice(seconds: float) -> None:
+        assert seconds == NODE_LOSS_S
+        lost.add("spot")
+
+    way = OneByOne(LocalHandle(attempts), "u")
+    monkeypatch.setattr("pipeline.run.annotation.asyncio", SimpleNamespace(sleep=notice, timeout=asyncio.timeout))
+    found = await annotate_table(system(), table("one"), CONFIG, way)
+    assert found["answer"].to_pylist() == ["one"]

@@ -18,7 +18,7 @@ from pipeline.output.unit_files import split_failed
 from pipeline.queries.query_set import inspect_queries
 from pipeline.queries.units import read_unit
 from pipeline.report.write import write_report
-from pipeline.run.actor import annotate_table, build_annotated_schema
+from pipeline.run.annotation import annotate_table, build_annotated_schema
 from pipeline.storage.location import locate
 from tests.jobs.test_import_queries import APP as IMPORT
 from tests.jobs.test_share import APP as SHARE

@@ -98,6 +98,138 @@ def test_unfinished_start_counts_as_a_crash() -> None:
         attempts.begin_start()
 
 
+class Cluster:
+    """Attempts, and the nodes that they see as lost."""
+
+    def __init__(self, max_crashes: int = MAX_CONSECUTIVE_CRASHES) -> None:
+        self.lost: set[str] = set()
+        self.attempts = Attempts(max_crashes, "run", lambda: frozenset(self.lost))
+
+    def begin(self, nodes: str, row: int | None = None) -> None:
+        """Begin an attempt at unit ``u`` on each of the nodes, one letter each; none of them ends."""
+        for node in nodes:
+            self.attempts.begin("u", row, node)
+
+
+@pytest.mark.parametrize("row", [None, 3])
+@pytest.mark.parametrize(
+    ("nodes", "lost", "deaths"),
+    [
+        ("a", "", 1),
+        ("a", "a", 0),
+        ("a", "b", 1),
+        ("ab", "a", 1),
+        ("ab", "ab", 0),
+        ("aab", "a", 1),
+        ("aab", "b", 2),
+        ("abab", "a", 2),
+        ("abcdefg", "abcdefg", 0),
+        ("abcdefga", "bcdefg", 2),
+        ("", "a", 0),
+    ],
+)
+def test_deaths_of_lost_nodes_count_for_nothing(nodes: str, lost: str, deaths: int, row: int | None) -> None:
+    cluster = Cluster()
+    cluster.begin(nodes, row)
+    assert cluster.attempts.count_deaths("u", row) == len(nodes)
+    cluster.lost |= set(lost)
+    assert cluster.attempts.count_deaths("u", row) == deaths
+
+
+def test_nodes_are_judged_when_deaths_are_counted() -> None:
+    """Ray restarts an actor elsewhere before it notices that the whole node is gone."""
+    cluster = Cluster()
+    cluster.begin("ab", 1)
+    assert cluster.attempts.count_deaths("u", 1) == 2
+    cluster.lost.add("a")
+    assert cluster.attempts.count_deaths("u", 1) == 1
+    cluster.lost.add("b")
+    assert cluster.attempts.count_deaths("u", 1) == 0
+
+
+def test_unknown_nodes_are_never_asked_about() -> None:
+    def fail() -> frozenset[str]:
+        raise AssertionError
+
+    attempts = Attempts(MAX_CONSECUTIVE_CRASHES, "run", fail)
+    attempts.begin("u")
+    attempts.begin("u")
+    assert attempts.count_deaths("u") == 2
+
+
+@pytest.mark.parametrize(("lost", "crashes"), [("", 4), ("b", 4), ("a", None), ("ab", None)])
+def test_lost_nodes_do_not_end_the_run(lost: str, crashes: int | None) -> None:
+    cluster = Cluster(max_crashes=3)
+    cluster.lost |= set(lost)
+    if crashes is None:
+        cluster.begin("a" * 20 + "b")
+        return
+    with pytest.raises(CrashLoopError, match=f"^{crashes} consecutive attempts"):
+        cluster.begin("a" * 20 + "b")
+
+
+@pytest.mark.parametrize("lost", ["", "a"])
+def test_starts_on_a_lost_node_are_no_crashes(lost: str) -> None:
+    cluster = Cluster(max_crashes=3)
+    cluster.lost |= set(lost)
+    for number in range(20):
+        if number == 4 and not lost:
+            with pytest.raises(CrashLoopError, match="^4 consecutive attempts"):
+                cluster.attempts.begin_start("a")
+            return
+        cluster.attempts.begin_start("a")
+
+
+def test_writers_that_end_with_their_node_are_not_counted() -> None:
+    cluster = Cluster()
+    for node in "abcdef":
+        cluster.begin(node)
+        cluster.attempts.begin_writing("u")
+        cluster.lost.add(node)
+    for _ in range(3):
+        cluster.begin("g")
+        cluster.attempts.begin_writing("u")
+    with pytest.raises(CrashLoopError, match="^3 processes died while writing the files of unit u$"):
+        cluster.attempts.begin_writing("u")
+
+
+def test_engines_that_end_with_their_node_are_no_cause() -> None:
+    cluster, first, second = Cluster(), Death("killed", out_of_memory=False), Death("memory", out_of_memory=True)
+    for node, death in (("a", first), ("b", second)):
+        cluster.begin(node, 1)
+        cluster.attempts.record_death(death, "u", 1)
+    cluster.lost.add("a")
+    assert cluster.attempts.list_engine_deaths("u", 1) == [second]
+    assert cluster.attempts.count_deaths("u", 1) == 1
+
+
+def test_death_after_the_end_of_its_unit_is_no_attempt() -> None:
+    attempts = Attempts(MAX_CONSECUTIVE_CRASHES, "run")
+    attempts.begin("u")
+    attempts.end("u")
+    attempts.record_death(Death("late", out_of_memory=False), "u")
+    assert attempts._units == {}
+
+
+@pytest.mark.parametrize(("nodes", "settled"), [("", True), ("h", True), ("hh", True), ("ha", False), ("a", False)])
+def test_deaths_are_final_on_the_node_of_the_run(nodes: str, settled: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.run.attempts.get_node", lambda: "h")
+    cluster = Cluster()
+    cluster.begin(nodes, 1)
+    assert cluster.attempts.is_settled("u", 1) == settled
+
+
+def test_finished_rows_in_sub_files_are_progress_until_their_unit_ends() -> None:
+    attempts = Attempts(max_crashes=3, run="run")
+    for _ in range(20):
+        attempts.begin("u")
+        attempts.begin_partial("u")
+        assert attempts.has_partial("u")
+    assert not attempts.has_partial("v")
+    attempts.end("u")
+    assert not attempts.has_partial("u")
+
+
 @pytest.mark.parametrize("seed", range(20))
 async def test_exclusive_holders_are_alone_and_all_are_admitted(seed: int) -> None:
     rng, lock = random.Random(seed), SharedExclusiveLock()

@@ -12,7 +12,7 @@ import pytest
 import ray
 from ray.util.metrics import Counter, Gauge, Histogram
 
-from pipeline.run.actor import build_annotated_schema
+from pipeline.run.annotation import build_annotated_schema
 from pipeline.run.telemetry import ActorTelemetry, DeathTelemetry, RunTelemetry, encode_label
 from tests.faults.campaign import model_folder
 from tests.faults.harness import Job, write_queries
