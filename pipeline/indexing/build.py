@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -107,6 +107,19 @@ class BuildPlan:
             "factory": self.request.factory,
             "shards": len(self.shards),
         }
+
+    def check_unchanged(self, identity: Mapping[str, Any]) -> None:
+        """Compare the files of the passages with those at the start, since a mixture of two sets is no index.
+
+        Args:
+            identity: what :meth:`compute_identity` returned when the build began.
+
+        Raises:
+            ValueError: a file has been replaced or deleted; names it.
+        """
+        for before, now in zip(identity["passages"], self.compute_identity()["passages"], strict=True):
+            if before != now:
+                raise ValueError(f"passages {before[0]}: changed during the build; start over with --overwrite")
 
     def check_factory(self, index: Any) -> None:
         """Check that there are at least as many passages as inverted lists, unless parts, not yet counted, are indexed.
