@@ -21,6 +21,7 @@ JOBS = {
     "plan_index": "Estimate what an index of your passages takes: bytes, GPUs, machines, hours.",
     "check_index": "Check that an index is intact, and find the search parameters for a target recall.",
     "annotate": "Annotate queries with answers, evidence and critique.",
+    "verify": "Verify that an annotated set is whole: every page, every query once.",
     "rescore": "Rescore an annotated set with other settings, without a model.",
     "evaluate": "Compare annotated answers with gold answers.",
     "report": "Write an HTML report on an annotated set: speed, cost, scores, examples.",

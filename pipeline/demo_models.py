@@ -166,6 +166,8 @@ def _unpack_encoder(target: Path) -> None:
         for name in archive.namelist():
             if name.startswith(ENCODER.content) and not name.endswith("/"):
                 file = target / name.removeprefix(ENCODER.content)
+                if not file.resolve().is_relative_to(target.resolve()):
+                    raise RuntimeError(f"{archive.filename}: the name {name!r} leads out of the archive's folder")
                 file.parent.mkdir(parents=True, exist_ok=True)
                 file.write_bytes(archive.read(name))
 

@@ -2,7 +2,7 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, TypeVar
 import faiss
 import numpy as np
 from pyarrow import fs
+from pydantic import ValidationError
 
 from pipeline.config.sections import StorageConfig
 from pipeline.decoding.prompts import format_passage
@@ -20,7 +21,7 @@ from pipeline.indexing.passages import PassageBatch, ShardPlan, check_passages, 
 from pipeline.retrieval.encoder import Encoder, EncoderStyle, Vectors, resolve_encoder_name
 from pipeline.retrieval.index_cache import SCRATCH_PREFIX
 from pipeline.retrieval.manifest import MANIFEST, EncoderEntry, ShardEntry
-from pipeline.retrieval.shard_files import SHARD_FILE, count_centroids, create_empty_index
+from pipeline.retrieval.shard_files import SHARD_FILE, count_centroids, create_empty_index, name_shard_files
 from pipeline.storage.location import Location, check_writable, locate
 from pipeline.storage.parquet import RowRange
 
@@ -106,6 +107,19 @@ class BuildPlan:
             "factory": self.request.factory,
             "shards": len(self.shards),
         }
+
+    def check_unchanged(self, identity: Mapping[str, Any]) -> None:
+        """Compare the files of the passages with those at the start, since a mixture of two sets is no index.
+
+        Args:
+            identity: what :meth:`compute_identity` returned when the build began.
+
+        Raises:
+            ValueError: a file has been replaced or deleted; names it.
+        """
+        for before, now in zip(identity["passages"], self.compute_identity()["passages"], strict=True):
+            if before != now:
+                raise ValueError(f"passages {before[0]}: changed during the build; start over with --overwrite")
 
     def check_factory(self, index: Any) -> None:
         """Check that there are at least as many passages as inverted lists, unless parts, not yet counted, are indexed.
@@ -231,7 +245,7 @@ class BuildFolder:
         for shard in shards:
             record = self._unfinished / f"shard-{shard.number:05d}.json"
             if record.exists():
-                entry = ShardEntry.model_validate_json(record.read())
+                entry = _read_entry(record, shard.number)
                 if all(self._get_size(name) == size for name, size, _ in entry.list_files()):
                     found[shard.number] = entry
         return found
@@ -265,6 +279,22 @@ class BuildFolder:
         for file in self.output.list_files():
             if SHARD_FILE.fullmatch(file.path.removeprefix(base)):
                 file.delete()
+
+
+def _read_entry(record: Location, number: int) -> ShardEntry:
+    """Read the record of a built shard.
+
+    Raises:
+        ValueError: it is damaged, or names other files than those of the shard.
+    """
+    try:
+        entry = ShardEntry.model_validate_json(record.read())
+    except ValidationError as error:
+        raise ValueError(f"{record.uri}: {error.errors()[0]['msg']}; delete it, and run the build again") from None
+    names = entry.file, entry.passages_file
+    if names != name_shard_files(number):
+        raise ValueError(f"{record.uri}: names the files {', '.join(names)}; delete it, and run the build again")
+    return entry
 
 
 def _list_differences(before: dict[str, Any], now: dict[str, Any]) -> list[str]:

@@ -308,7 +308,8 @@ def run_build(plan: BuildPlan) -> Built:
 
 def _execute(plan: BuildPlan) -> Built:
     folder = BuildFolder(plan.output)
-    folder.begin(plan.compute_identity(), plan.request.overwrite)
+    identity = plan.compute_identity()
+    folder.begin(identity, plan.request.overwrite)
     entries = folder.find_finished(plan.shards)
     if entries:
         log.info("resuming an interrupted build: %d of %d shards are done", len(entries), len(plan.shards))
@@ -316,6 +317,7 @@ def _execute(plan: BuildPlan) -> Built:
     missing = [shard for shard in plan.shards if shard.number not in entries]
     reports = build_shards(plan, prepare_index(plan, folder), missing) if missing else []
     entries |= {report.number: report.entry for report in reports}
+    plan.check_unchanged(identity)
     manifest = IndexManifest(
         encoder=plan.encoder,
         embeddings=plan.request.form.embeddings,

@@ -4,13 +4,15 @@ The selection is made once and stored in the output folder before any row is ann
 with the same rows, whatever has been added to the query set or annotated in the meantime.
 """
 
-import json
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import Annotated
 
 import pyarrow as pa
 import pyarrow.compute as pc
+from pydantic import Field, ValidationError
 
+from pipeline.config.loading import Frozen
 from pipeline.config.sections import StorageConfig
 from pipeline.output.unit_files import is_unit_file
 from pipeline.queries.query_set import QuerySet, read_query_ids
@@ -71,6 +73,27 @@ class Earlier:
         return table.select(names).rename_columns(["id", *names[1:]]).replace_schema_metadata(None)
 
 
+class SelectionRecord(Frozen):
+    """The content of ``selection.json``: URI of the query set, and the number of queries that were left out."""
+
+    queries: str
+    known: Annotated[int, Field(ge=0)]
+
+    @classmethod
+    def read(cls, file: Location) -> "SelectionRecord":
+        """Read the file.
+
+        Raises:
+            ValueError: it is damaged; names it.
+        """
+        try:
+            return cls.model_validate_json(file.read())
+        except ValidationError as error:
+            raise ValueError(
+                f"{file.uri}: {error.errors()[0]['msg'].lower()}; choose another output, or replace it with --overwrite"
+            ) from None
+
+
 @dataclass(frozen=True)
 class Selection:
     """The new queries of a run.
@@ -97,13 +120,13 @@ class Selection:
         folder = output / "_queries"
         if not _locate_record(folder).exists():
             return None
-        record = json.loads(_locate_record(folder).read())
-        if record["queries"] != queries:
+        record = SelectionRecord.read(_locate_record(folder))
+        if record.queries != queries:
             raise ValueError(
-                f"{folder.uri} was selected from {record['queries']}; choose another output, "
+                f"{folder.uri} was selected from {record.queries}; choose another output, "
                 "or replace it with --overwrite"
             )
-        return cls(folder, record["known"])
+        return cls(folder, record.known)
 
     @classmethod
     def choose(cls, queries: QuerySet, earlier: Earlier, storage: StorageConfig, scratch: Location) -> "Selection":
@@ -141,7 +164,8 @@ class Selection:
                 file.delete()
         for file in self.folder.list_files(".parquet"):
             (folder / file.name).write(file.read())
-        _locate_record(folder).write(json.dumps({"queries": queries, "known": self.known}).encode())
+        record = SelectionRecord(queries=queries, known=self.known)
+        _locate_record(folder).write(record.model_dump_json().encode())
         return Selection(folder, self.known)
 
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import threading
 from pathlib import Path
 from typing import Any, Literal
@@ -29,6 +30,8 @@ _CONFIGURATION = (
 )
 # The first of these formats that a folder has is the one that is loaded.
 _WEIGHTS = ("*.safetensors", "*.bin")
+# Folders of modules in a model: none that begins with a dot, and so none above it.
+_MODULE_PATH = re.compile(r"(\w[\w.-]*(/\w[\w.-]*)*/?)?")
 # Tokenizers without a limit have one beyond this.
 _UNLIMITED = 10**6
 _OTHER_RUNTIMES = ["*.onnx", "*.h5", "*.ot", "*.msgpack", "onnx/*", "openvino/*"]
@@ -207,13 +210,31 @@ def _list_own_files(folder: Path) -> list[Path]:
     modules = folder / "modules.json"
     paths = [""]
     if modules.is_file():
-        paths = [module["path"] for module in json.loads(modules.read_text())]
+        paths = _read_module_paths(modules)
     files: set[Path] = set()
     for part in {folder, *(folder / path for path in paths)}:
         files.update(part / name for name in _CONFIGURATION if (part / name).is_file())
         weights = (sorted(part.glob(pattern)) for pattern in _WEIGHTS)
         files.update(next(filter(None, weights), []))
     return sorted(files)
+
+
+def _read_module_paths(modules: Path) -> list[str]:
+    """Read the subfolders of an encoder's modules.
+
+    Raises:
+        ValueError: the file is damaged, or a path leads out of the encoder's folder.
+    """
+    try:
+        paths = [str(module["path"]) for module in json.loads(modules.read_text())]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            f"{modules}: not a list of modules with a path ({error!r}); download the model again"
+        ) from None
+    for path in paths:
+        if not _MODULE_PATH.fullmatch(path):
+            raise ValueError(f"{modules}: the path {path!r} is not a folder of the model; download the model again")
+    return paths
 
 
 def _choose_torch_device(device: str) -> str:

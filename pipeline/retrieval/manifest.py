@@ -1,6 +1,7 @@
 """Reads and writes the manifest of an index, and checks whether a run can use the index."""
 
 import hashlib
+from collections import Counter
 from collections.abc import Mapping
 from operator import not_
 from typing import Annotated, Literal
@@ -15,9 +16,13 @@ from pipeline.retrieval.index_cache import REMEDY, DamagedIndexError, check_size
 from pipeline.storage.location import Location
 
 MANIFEST = "index.json"
+# Errors whose message shows the value.
+SHOWN = ("literal_error", "string_pattern_mismatch")
 
-# A plain file name, so that an untrusted index cannot refer to files outside its folder or the cache.
-FileName = Annotated[str, Field(pattern=r"^[\w-][\w.-]*$")]
+# The names that a build gives to files, so that an untrusted index cannot refer to files outside its folder or the
+# cache.
+FaissFile = Annotated[str, Field(pattern=r"^shard-[0-9]{5,9}\.faiss$")]
+PassagesFile = Annotated[str, Field(pattern=r"^shard-[0-9]{5,9}\.passages\.arrow$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
@@ -37,8 +42,8 @@ class ShardEntry(Frozen):
             given, None if an earlier version built the shard.
     """
 
-    file: FileName
-    passages_file: FileName
+    file: FaissFile
+    passages_file: PassagesFile
     rows: Positive
     bytes: Positive
     sha256: Digest
@@ -119,6 +124,9 @@ class IndexManifest(Frozen):
     def _counts_agree(self) -> "IndexManifest":
         if sum(shard.rows for shard in self.shards) != self.passages:
             raise ValueError(f"the shards do not add up to {self.passages} passages")
+        names = Counter(name for shard in self.shards for name, _, _ in shard.list_files())
+        if double := next((name for name, count in names.items() if count > 1), None):
+            raise ValueError(f"two shards have the file {double}")
         return self
 
 
@@ -146,7 +154,7 @@ def read_manifest(folder: Location, digest: str | None = None) -> IndexManifest:
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
-        found = f", found {problem['input']!r}" if problem["type"] == "literal_error" else ""
+        found = f", found {problem['input']!r}" if problem["type"] in SHOWN else ""
         where = f"key {key}: " if key else ""
         raise ValueError(
             f"{file.uri}: {where}{problem['msg'].lower()}{found}; rebuild the index with this version"

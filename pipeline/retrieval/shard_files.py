@@ -80,7 +80,7 @@ def extract_faiss_message(error: RuntimeError) -> str:
 
 
 # Matches the names that :func:`name_shard_files` returns.
-SHARD_FILE = re.compile(r"shard-\d{5,}\.(faiss|passages\.arrow)")
+SHARD_FILE = re.compile(r"shard-[0-9]{5,9}\.(faiss|passages\.arrow)")
 
 
 def name_shard_files(number: int) -> tuple[str, str]:

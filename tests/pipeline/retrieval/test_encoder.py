@@ -8,6 +8,7 @@ import pytest
 
 from pipeline.demo_models import build_demo_encoder
 from pipeline.retrieval.encoder import Encoder, EncoderStyle, hash_encoder, resolve_encoder_name
+from tests.support.names import ESCAPING_NAMES
 
 
 @pytest.fixture(scope="module")
@@ -115,6 +116,22 @@ def test_digest_ignores_other_files_and_the_location(folder: Path, tmp_path: Pat
     (folder / "onnx" / "config.json").write_text("{}")
     (folder / "pytorch_model.bin").write_text("the weights in another format")
     assert hash_encoder(str(shutil.move(folder, tmp_path / "elsewhere"))) == before
+
+
+@pytest.mark.parametrize("name", ESCAPING_NAMES.values(), ids=ESCAPING_NAMES.keys())
+def test_a_module_outside_of_the_model_is_refused(folder: Path, name: str) -> None:
+    path = name.format("1_Pooling")
+    (folder / "modules.json").write_text(json.dumps([{"path": ""}, {"path": path}]))
+    with pytest.raises(ValueError, match=r"modules\.json: the path .* is not a folder of the model") as refused:
+        hash_encoder(str(folder))
+    assert repr(path) in str(refused.value)
+
+
+@pytest.mark.parametrize("content", ["", "{", "{}x", "[1]", '[{"name": "x"}]', "null", '{"path": "x"}'])
+def test_a_damaged_list_of_modules_is_named(folder: Path, content: str) -> None:
+    (folder / "modules.json").write_text(content)
+    with pytest.raises(ValueError, match=r"modules\.json: not a list of modules with a path"):
+        hash_encoder(str(folder))
 
 
 def test_loaded_encoder_has_the_digest_of_its_files(encoder: Encoder) -> None:

@@ -135,7 +135,8 @@ def test_files_of_another_index_are_refused(saved: Location) -> None:
     manifest = read_manifest(saved)
     first, second, third = manifest.shards
     swapped = second.model_copy(update={"file": first.file, "bytes": first.bytes, "sha256": first.sha256})
-    write_manifest(saved, manifest.model_copy(update={"shards": (first, swapped, third)}))
+    changes = {"shards": (swapped, third), "passages": second.rows + third.rows}
+    write_manifest(saved, manifest.model_copy(update=changes))
     with pytest.raises(
         ValueError, match=r"25 vectors of 16 dimensions and 5 passages, but index.json records 5 and 16"
     ):

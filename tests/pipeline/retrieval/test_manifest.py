@@ -15,6 +15,7 @@ from pipeline.retrieval.manifest import (
 )
 from pipeline.storage.location import Location
 from tests.support.indexes import CPU
+from tests.support.names import EVIL_NAMES
 
 
 @pytest.mark.parametrize(
@@ -32,6 +33,25 @@ def test_damaged_manifest_names_file_and_key(saved: Location, old: bytes, new: b
     file = Path((saved / "index.json").path)
     file.write_bytes(file.read_bytes().replace(old, new, 1))
     with pytest.raises(ValueError, match=rf"^\S+/index\.json: .*{problem}.*; rebuild the index"):
+        read_manifest(saved)
+
+
+@pytest.mark.parametrize("key", ["file", "passages_file"])
+@pytest.mark.parametrize("name", EVIL_NAMES.values(), ids=EVIL_NAMES.keys())
+def test_a_shard_cannot_name_a_file_elsewhere(saved: Location, key: str, name: str) -> None:
+    file = Path((saved / "index.json").path)
+    manifest = json.loads(file.read_text())
+    manifest["shards"][0][key] = evil = name.format(manifest["shards"][0][key])
+    file.write_text(json.dumps(manifest))
+    with pytest.raises(ValueError, match=rf"^\S+/index\.json: key shards\.0\.{key}: .*; rebuild the index") as refused:
+        read_manifest(saved)
+    assert f"found {evil!r}" in str(refused.value)
+
+
+def test_two_shards_cannot_have_one_file(saved: Location) -> None:
+    file = Path((saved / "index.json").path)
+    file.write_bytes(file.read_bytes().replace(b"shard-00001.faiss", b"shard-00000.faiss"))
+    with pytest.raises(ValueError, match=r"index\.json: .*two shards have the file shard-00000\.faiss; rebuild"):
         read_manifest(saved)
 
 
