@@ -156,14 +156,21 @@ class OutputFolder:
             StorageError: a file cannot be read.
         """
         try:
-            answers = _read_summary(self.locate_unit_file("data", unit))
-            if answers is None:
-                return None
-            errors = _read_summary(self.locate_unit_file("errors", unit))
-            return _join_summaries(answers, errors, run)
+            return self.check_unit(unit, run)
         except ValueError as problem:
             log.warning("%s: unit %s is annotated again: %s", self.location.uri, unit, problem)
             return None
+
+    def check_unit(self, unit: str, run: str) -> UnitSummary | None:
+        """Read the summary of a finished unit; None if it has no data file.
+
+        Raises:
+            ValueError: its files are damaged, of different attempts, or of another run.
+            StorageError: a file cannot be read.
+        """
+        answers = _read_summary(self.locate_unit_file("data", unit))
+        errors = _read_summary(self.locate_unit_file("errors", unit)) if answers else None
+        return _join_summaries(answers, errors, run) if answers else None
 
     def locate_unit_file(self, folder: str, unit: str) -> Location:
         """Return the location of a unit's file in ``data`` or ``errors``."""

@@ -17,7 +17,8 @@ import pyarrow.compute as pc
 from pipeline.output.schema import build_data_schema, build_error_schema
 from pipeline.storage.location import Location
 
-UNIT_FILE = re.compile(r"part-([0-9a-f]{20})\.parquet")
+UNIT_ID = re.compile(r"[0-9a-f]{20}")
+UNIT_FILE = re.compile(rf"part-({UNIT_ID.pattern})\.parquet")
 # Metadata key of both files for the summary of their unit.
 SUMMARY = b"selfrag.unit"
 NO_ERRORS = pa.table({"error_type": pa.array([], pa.string())})

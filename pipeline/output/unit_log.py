@@ -9,7 +9,7 @@ from types import TracebackType
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from pipeline.output.unit_files import UnitSummary
+from pipeline.output.unit_files import UNIT_ID, UnitSummary
 from pipeline.storage.location import Location, MissingFileError, StorageError
 from pipeline.storage.parquet import encode_parquet, read_parquet
 
@@ -51,6 +51,8 @@ def read_units(output: Location) -> dict[str, UnitSummary]:
     if not table.schema.equals(SCHEMA):
         raise ValueError(f"{file.uri}: not a list of units of this version; delete it and run again")
     rows = [{**row, "errors": dict(row["errors"])} for row in table.to_pylist()]
+    if strange := [row["unit"] for row in rows if not UNIT_ID.fullmatch(row["unit"])]:
+        raise ValueError(f"{file.uri}: {strange[0]!r} is not the id of a unit; delete the file and run again")
     return {row["unit"]: UnitSummary(**row) for row in rows}
 
 

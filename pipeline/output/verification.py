@@ -6,16 +6,17 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from pandas.util import hash_array
-from pydantic import BaseModel, Field, TypeAdapter, ValidationError
 
-from pipeline.output.folder import OutputFolder, get_columns, is_unit_file, parse_unit_id
+from pipeline.output.folder import OutputFolder, get_columns, hash_identity
+from pipeline.output.unit_files import UnitSummary, is_unit_file, parse_unit_id
+from pipeline.output.unit_log import UNITS, read_units
 from pipeline.storage.location import Location
 from pipeline.storage.parquet import THREADS, open_pages, read_batches, read_parquet
 
@@ -24,14 +25,6 @@ log = logging.getLogger(__name__)
 PROGRESS_S = 10.0
 
 
-class UnitCounts(BaseModel):
-    """The manifest's entry of a unit: the number of its rows, and of these in ``errors/``."""
-
-    rows: Annotated[int, Field(ge=0)]
-    errors: Annotated[int, Field(ge=0)]
-
-
-UNITS = TypeAdapter(dict[Annotated[str, Field(pattern=r"^[0-9a-f]{20}$")], UnitCounts])
 NO_IDS = pa.chunked_array([], pa.large_string())
 
 # The ids of the rows of each unit: large_string.
@@ -121,13 +114,14 @@ def verify_set(folder: OutputFolder, planned: PlannedIds | None) -> Verified:
     manifest = folder.read_manifest()
     if manifest is None:
         raise ValueError(f"{folder.location.uri}: not an annotated set (no _manifest.json); pass the --output of a run")
-    recorded = _parse_units(folder, manifest)
+    # The list of an unfinished run lacks its latest units.
+    recorded = read_units(folder.location) if manifest.get("status") == "finished" else {}
     known = (recorded if planned is None else planned).keys()
     units, strange = _list_units(folder, known)
-    check = UnitCheck(get_columns(manifest).id, recorded, planned)
+    check = UnitCheck(folder, hash_identity(manifest), get_columns(manifest).id, recorded, planned)
     checked = list(_note_progress(check.check_all(units), len(units)))
     problems = [
-        *_check_state(folder, manifest),
+        *_check_state(folder, manifest, recorded),
         *(Problem(f"{file.uri}: was not written by this run", file.uri) for file in strange),
         *_name_missing(folder, known - {unit.id for unit in units}),
         *(unit.fault for unit in checked if unit.fault),
@@ -156,7 +150,7 @@ def _list_units(folder: OutputFolder, known: Iterable[str]) -> tuple[list[UnitFi
     files = [file for part in ("data", "errors") for file in (place / part).list_files()]
     named = {file.path: file for file in files if _is_own(file, place, wanted)}
     units = []
-    for unit in sorted({parse_unit_id(file) for file in named.values()}):
+    for unit in sorted(filter(None, map(parse_unit_id, named.values()))):
         data, errors = (named.get((place / part / f"part-{unit}.parquet").path) for part in ("data", "errors"))
         if data is not None:
             units.append(UnitFiles(unit, data, errors))
@@ -170,13 +164,17 @@ def _is_own(file: Location, place: Location, wanted: frozenset[str]) -> bool:
     return file.path in expected and (not wanted or parse_unit_id(file) in wanted)
 
 
-def _check_state(folder: OutputFolder, manifest: Mapping[str, Any]) -> Iterator[Problem]:
+def _check_state(
+    folder: OutputFolder, manifest: Mapping[str, Any], recorded: Mapping[str, UnitSummary]
+) -> Iterator[Problem]:
     success, succeeded = folder.location / "_SUCCESS", folder.is_finished()
     if manifest.get("status") != "finished":
         file = (folder.location / "_manifest.json").uri
         yield Problem(f"{file}: the run has not finished", success.uri if succeeded else None)
     elif not succeeded:
         yield Problem(f"{success.uri}: is missing")
+    elif not recorded:
+        yield Problem(f"{(folder.location / UNITS).uri}: is missing")
 
 
 def _name_missing(folder: OutputFolder, units: Iterable[str]) -> Iterator[Problem]:
@@ -198,13 +196,17 @@ class UnitCheck:
     """Checks units.
 
     Attributes:
+        folder: folder of the set.
+        run: digest of the run's identity.
         id_column: column of the ids.
-        recorded: the manifest's entry of each unit; empty if the run has not finished.
+        recorded: summaries of the units; empty if the run has not finished.
         planned: ids of each unit by the query set; None if they are unknown.
     """
 
+    folder: OutputFolder
+    run: str
     id_column: str
-    recorded: Mapping[str, UnitCounts]
+    recorded: Mapping[str, UnitSummary]
     planned: PlannedIds | None
 
     def check_all(self, units: Sequence[UnitFiles]) -> Iterator[CheckedUnit]:
@@ -219,6 +221,7 @@ class UnitCheck:
             ids = _join([answered, failed])
             if self.planned is not None:
                 _compare_ids(unit, ids, self.planned[unit.id])
+            self._check_writer(unit)
         except ValueError as error:
             return CheckedUnit(unit, fault=Problem(str(error), unit.data.uri))
         return CheckedUnit(unit, len(ids), len(failed), _hash_ids(ids) if self.planned is None else None)
@@ -244,12 +247,23 @@ class UnitCheck:
     def _check_counts(self, unit: UnitFiles, answered: int, failed: int) -> None:
         if not self.recorded:
             return
-        entry = self.recorded.get(unit.id, UnitCounts(rows=0, errors=0))
-        if answered != entry.rows - entry.errors:
-            raise ValueError(_describe_count(unit.data.uri, answered, entry.rows - entry.errors))
-        if failed != entry.errors:
+        entry = self.recorded.get(unit.id) or UnitSummary(unit.id, 0)
+        if answered != entry.rows - entry.failed:
+            raise ValueError(_describe_count(unit.data.uri, answered, entry.rows - entry.failed))
+        if failed != entry.failed:
             place = unit.errors.uri if unit.errors else f"{unit.data.uri}: its file in errors/"
-            raise ValueError(_describe_count(place, failed, entry.errors))
+            raise ValueError(_describe_count(place, failed, entry.failed))
+
+    def _check_writer(self, unit: UnitFiles) -> None:
+        """Check that one attempt of this run has written the files of a unit.
+
+        Raises:
+            ValueError: it has not.
+        """
+        try:
+            self.folder.check_unit(unit.id, self.run)
+        except ValueError as problem:
+            raise ValueError(f"{unit.data.uri}: {problem}") from None
 
     def find_double_ids(self, units: Sequence[CheckedUnit]) -> Iterator[Problem]:
         """Find ids that occur twice in the set; units that were compared with the query set cannot have any."""
@@ -268,7 +282,7 @@ class UnitCheck:
 
 
 def _describe_count(place: str, found: int, recorded: int) -> str:
-    return f"{place}: has {found} rows, but the manifest records {recorded}"
+    return f"{place}: has {found} rows, but {UNITS} records {recorded}"
 
 
 def _hash_ids(ids: pa.ChunkedArray) -> npt.NDArray[np.uint64]:

@@ -40,7 +40,7 @@ class RunPlan:
         overwrite: whether an earlier run in the output is deleted.
         manifest: manifest in the output, by which a run that has used it since is noticed; None if there is none.
         inventory: units that the output holds.
-        succeeded: whether the output has its success marker.
+        succeeded: whether the output has its success marker and the list of all units.
         known: number of queries that are skipped, since earlier sets cover them.
         chosen: selection of the remaining queries while it is stored on this machine only; otherwise None.
     """
@@ -219,7 +219,8 @@ def inspect_output(plan: RunPlan) -> RunPlan:
         return replace(plan, manifest=manifest)
     logged = read_units(plan.output.location)
     inventory = take_inventory(plan.output, plan.rows, plan.digest, logged)
-    return replace(plan, manifest=manifest, inventory=inventory, succeeded=plan.output.is_finished())
+    succeeded = plan.output.is_finished() and logged.keys() == plan.rows.keys()
+    return replace(plan, manifest=manifest, inventory=inventory, succeeded=succeeded)
 
 
 def _check_retrieval(config: RunConfig, queries: QuerySet) -> IndexManifest | None:

@@ -1,5 +1,6 @@
 """The command: an annotated set in, its faults out; what it says to delete repairs the set."""
 
+import dataclasses
 import json
 import shutil
 from collections.abc import Callable
@@ -12,6 +13,11 @@ import typer
 from typer.testing import CliRunner, Result
 
 from jobs.verify import verify
+from pipeline.config.sections import StorageConfig
+from pipeline.output.unit_files import SUMMARY
+from pipeline.output.unit_log import read_units, write_units
+from pipeline.storage.location import locate
+from tests.support.names import EVIL_NAMES
 from tests.support.runs import ScriptedRun, write_queries
 
 APP = typer.Typer()
@@ -111,9 +117,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "text": (lambda out: find(out, "a").write_text("lost"), "not a readable Parquet file"),
     "data file lost": (lambda out: find(out, "a").unlink(), "has no data file"),
     "data file lost beside failed rows": (lambda out: find(out, "e").unlink(), "has no data file"),
-    "errors file lost": (lambda out: find(out, "c").unlink(), "has 0 rows, but the manifest records 1"),
-    "one row lost": (lambda out: replace_ids(find(out, "a"), "a"), "has 1 rows, but the manifest records 2"),
-    "one row too many": (lambda out: replace_ids(find(out, "a"), *"aba"), "has 3 rows, but the manifest records 2"),
+    "errors file lost": (lambda out: find(out, "c").unlink(), "has 0 rows, but _units.parquet records 1"),
+    "one row lost": (lambda out: replace_ids(find(out, "a"), "a"), "has 1 rows, but _units.parquet records 2"),
+    "one row too many": (lambda out: replace_ids(find(out, "a"), *"aba"), "has 3 rows, but _units.parquet records 2"),
     "another row": (lambda out: replace_ids(find(out, "a"), *"ax"), "1 rows are missing, such as id 'b'"),
     "a row twice": (lambda out: replace_ids(find(out, "a"), *"aa"), "1 rows are missing, such as id 'b'"),
     "another failed row": (lambda out: replace_ids(find(out, "c"), "d"), "1 rows are missing, such as id 'c'"),
@@ -125,6 +131,9 @@ FAULTS: dict[str, tuple[Callable[[Path], object], str]] = {
     "failed rows of no unit": (lambda out: copy(find(out, "c"), f"part-{1:020x}.parquet"), "was not written"),
     "text among the rows": (lambda out: (out / "data" / "notes.txt").write_text("x"), "was not written by this run"),
     "no success marker": (lambda out: (out / "_SUCCESS").unlink(), "_SUCCESS: is missing"),
+    "no list of units": (lambda out: (out / "_units.parquet").unlink(), "_units.parquet: is missing"),
+    "files of two attempts": (lambda out: mark(find(out, "c"), b"x"), "its two files are from different attempts"),
+    "files of another run": (lambda out: mark(find(out, "a"), b"x"), "another run wrote its data file"),
     "unfinished": (lambda out: edit_manifest(out, status="running"), "_manifest.json: the run has not finished"),
 }
 
@@ -140,6 +149,11 @@ def drop_ids(file: Path) -> None:
 def copy(file: Path, name: str) -> None:
     (file.parent / name).parent.mkdir(parents=True, exist_ok=True)
     shutil.copy(file, file.parent / name)
+
+
+def mark(file: Path, text: bytes) -> None:
+    """Replace the summary in the metadata of a unit file by another."""
+    pq.write_table(pq.read_table(file).replace_schema_metadata({SUMMARY: text}), file)
 
 
 def edit_manifest(folder: Path, **values: object) -> None:
@@ -215,26 +229,14 @@ def test_selected_rows_are_compared_with_the_selection(run: ScriptedRun, tmp_pat
     assert "whole, 4 rows in 2 units, 2 in errors/, each query once" in check(new.output).output
 
 
-@pytest.mark.parametrize(
-    ("units", "key"),
-    [
-        ({"../../x": {"rows": 1, "errors": 0}}, "units.../../x"),
-        ({"": {"rows": 1, "errors": 0}}, "units."),
-        ({"0" * 20: {"rows": "many", "errors": 0}}, "units.00000000000000000000.rows"),
-        ({"0" * 20: {"rows": -1, "errors": 0}}, "units.00000000000000000000.rows"),
-        ({"0" * 20: {"rows": 1}}, "units.00000000000000000000.errors"),
-        ({"0" * 20: None}, "units.00000000000000000000"),
-        ({"0" * 19 + "/": {"rows": 1, "errors": 0}}, "units.0000000000000000000/"),
-        ([], "units"),
-        ("x", "units"),
-        (None, "units"),
-    ],
-)
-def test_a_damaged_manifest_is_named(run: ScriptedRun, units: object, key: str):
-    edit_manifest(run.output, units=units)
+@pytest.mark.parametrize("name", EVIL_NAMES.values(), ids=EVIL_NAMES.keys())
+def test_a_list_with_names_of_no_units_is_named(run: ScriptedRun, name: str):
+    folder = locate(str(run.output), StorageConfig())
+    first, *others = read_units(folder).values()
+    write_units(folder, [dataclasses.replace(first, unit=name), *others])
     result = check(run.output)
     assert result.exit_code == 2
-    assert f"{run.output}/_manifest.json: key '{key}" in result.output
+    assert f"{run.output}/_units.parquet: {name!r} is not the id of a unit" in result.output
 
 
 @pytest.mark.parametrize("content", [None, "{", "[]", '{"format_version": 99}'])

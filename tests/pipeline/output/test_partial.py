@@ -209,7 +209,7 @@ def test_readers_of_the_set_do_not_see_sub_files(output: Location) -> None:
     open_unit(output).write({0: ANSWER})
     assert output.list_files() == []
     assert OutputFolder(output).find_foreign_file() is None
-    assert OutputFolder(output).list_done_units() == frozenset()
+    assert OutputFolder(output).list_unit_files("data") == {}
 
 
 def test_sub_files_on_an_object_store_are_read_and_deleted(s3: Any, monkeypatch: pytest.MonkeyPatch) -> None:
