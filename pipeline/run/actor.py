@@ -26,6 +26,7 @@ from pipeline.engine.models import load_critic
 from pipeline.engine.postmortem import Death
 from pipeline.engine.vllm import EngineDeadError, VllmGenerator, prepare_environment
 from pipeline.gpus import lock_gpus
+from pipeline.nodes.access import Access
 from pipeline.output.folder import OutputFolder
 from pipeline.output.schema import ANSWER_FIELDS, CANDIDATE_FIELDS, ERROR_FIELDS, rename_reserved_columns, to_answer_row
 from pipeline.queries.schema import Row, read_rows, to_query
@@ -164,6 +165,7 @@ class SelfRagActor:
         attempts: Ray handle of ``Attempts``.
         servers: handles of the shard servers of a partitioned index.
         index_digest: digest that the index must have.
+        access: environment of the driver, and what this machine must read and write; None if nothing is checked.
     """
 
     def __init__(
@@ -173,7 +175,10 @@ class SelfRagActor:
         attempts: Any,
         servers: Sequence[Any] = (),
         index_digest: str | None = None,
+        access: Access | None = None,
     ) -> None:
+        if access is not None:
+            access.prepare()
         self.config = config
         self.schema = schema
         self.output = OutputFolder(locate(config.output, config.storage))
