@@ -59,7 +59,9 @@ class Access:
         """Return what this machine, named ``node``, cannot read or write, if anything."""
         refusals = (source.find_refusal(self.storage) for source in self.sources)
         refusal = next(filter(None, refusals), None)
-        return refusal or (self.output and self.output.find_refusal(node, self.storage))
+        if refusal is None and self.output is not None:
+            refusal = self.output.find_refusal(node, self.storage)
+        return refusal
 
 
 # What this process has checked.

@@ -32,9 +32,10 @@ HIDDEN_S = 1.5
 _PERMANENT = re.compile(
     r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID|SIGNATURE_DOES_NOT_MATCH|UNRECOGNIZED_CLIENT|"
     r"EXPIRED_TOKEN|MISSING_AUTHENTICATION_TOKEN|NO_SUCH_|RESOURCE_NOT_FOUND|VALIDATION|INVALID_|"
-    # Redirections are those of a bucket in another region, which the SDK does not follow.
-    r"PermanentRedirect|AuthorizationHeaderMalformed|while the bucket is located in|HTTP status (3|4(?!08|29))"
+    r"HTTP status 4(?!08|29)"
 )
+# Errors of a bucket in another region: the SDK follows no redirections.
+_REDIRECTED = re.compile(r"HTTP status 3|PermanentRedirect|AuthorizationHeaderMalformed|while the bucket is located in")
 
 
 class StorageError(OSError):
@@ -98,7 +99,8 @@ class Location:
         except FileNotFoundError as error:
             raise MissingFileError(f"{self.uri}: {join_lines(error)}") from error
         except OSError as error:
-            raise StorageError(f"{self.uri}: {join_lines(error)}") from error
+            region = "; set storage.region to the region of the bucket" if _REDIRECTED.search(str(error)) else ""
+            raise StorageError(f"{self.uri}: {join_lines(error)}{region}") from error
         except pa.ArrowException as error:
             # Errors of Azure's client, such as refused credentials, have no more specific type.
             if self.local or type(error) is not pa.ArrowException:
@@ -200,7 +202,7 @@ def is_transient(error: BaseException) -> bool:
         return False
     # If the response to a completed upload is lost, its repetition is refused; a retry writes the whole file again.
     completing = "CompleteMultipartUpload" in said and "ACCESS_DENIED" not in said
-    return completing or not _PERMANENT.search(said)
+    return completing or not (_PERMANENT.search(said) or _REDIRECTED.search(said))
 
 
 def join_lines(error: object) -> str:

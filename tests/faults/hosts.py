@@ -7,7 +7,6 @@ tests, since it reads from a pipe of theirs.
 
 import os
 import shutil
-import socket
 import subprocess
 import sys
 import tempfile
@@ -18,12 +17,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
 
-import pytest
-
 from tests.faults.harness import Job, Running
 from tests.support.s3 import S3Server, create_server, prepare_rclone
 
 ROOT = Path(__file__).parents[2]
+RAY = str(Path(sys.executable).with_name("ray"))
 HEAD, WORKER = "10.78.0.1", "10.78.0.2"
 RAY_PORT, S3_PORT = 6379, 9000
 # Bytes of Ray's object store on each host.
@@ -105,7 +103,7 @@ class Host:
         return {**kept, **ENVIRONMENT, **places, **more}
 
     def start(self, *words: str, log: IO[Any] | None = None, **more: str) -> subprocess.Popen[Any]:
-        """Start a command in the host."""
+        """Start a command in the host, with more variables."""
         out = log or subprocess.DEVNULL
         process = subprocess.Popen(
             self.command(*words),
@@ -138,10 +136,9 @@ class Host:
 
     def start_ray(self, *options: str, **more: str) -> None:
         """Start its part of the cluster."""
-        ray = str(Path(sys.executable).with_name("ray"))
         fixed = [f"--node-ip-address={self.address}", f"--object-store-memory={STORE_BYTES}", "--block"]
         with (self.own / "ray.log").open("w") as log:
-            self.start(ray, "start", *fixed, *options, log=log, **more)
+            self.start(RAY, "start", *fixed, *options, log=log, **more)
 
 
 @dataclass
@@ -168,6 +165,11 @@ class Hosts:
     def bucket(self) -> Path:
         """Folder of the store's bucket, as this machine sees it."""
         return self.folder / "store" / self.s3.bucket
+
+    @property
+    def shared(self) -> Path:
+        """A folder that is the same on both hosts."""
+        return self.folder / "shared"
 
     @property
     def address(self) -> str:
@@ -256,11 +258,15 @@ def link(one: Host, other: Host) -> None:
             subprocess.run(host.command("ip", *step), check=True)
 
 
+_DASHBOARD = {False: ["--include-dashboard=false"], True: [f"--dashboard-host={HEAD}"]}
+
+
 @contextmanager
-def two_hosts(**worker_environment: str) -> Iterator[Hosts]:
+def two_hosts(dashboard: bool = False, **worker_environment: str) -> Iterator[Hosts]:
     """Run a cluster on two hosts while the body runs.
 
     Args:
+        dashboard: whether jobs can be submitted.
         worker_environment: variables of the worker's Ray alone.
     """
     # Ray's sockets have short paths.
@@ -268,10 +274,11 @@ def two_hosts(**worker_environment: str) -> Iterator[Hosts]:
     head = Host.boot("head-host", HEAD, folder)
     hosts = Hosts(folder, head, head, create_server(HEAD, S3_PORT))
     try:
-        (folder / "store").mkdir()
+        for made in (folder / "store", hosts.shared):
+            made.mkdir()
         command, variables = prepare_rclone(hosts.s3, folder / "store")
-        head.start(*command, **variables)
-        head.start_ray("--head", f"--port={RAY_PORT}", "--num-cpus=0", "--include-dashboard=false")
+        head.start(*command, log=None, **variables)
+        head.start_ray("--head", f"--port={RAY_PORT}", "--num-cpus=0", *_DASHBOARD[dashboard])
         hosts.await_nodes(1)
         hosts.add_worker(**worker_environment)
         yield hosts
