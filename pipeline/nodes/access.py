@@ -1,4 +1,4 @@
-"""What the processes of a run must read and write on their machines, and in which environment."""
+"""Access of the processes of a run to its files, wherever they run, and their environment."""
 
 import pickle
 import socket
@@ -18,7 +18,7 @@ class NodeAccessError(ValueError):
 
 @dataclass(frozen=True)
 class Access:
-    """What the processes of a run, on any machine, must read and write, and the environment that they do it in.
+    """Files that the processes of a run, on any machine, must read and write, and their environment.
 
     Attributes:
         sources: files to read.

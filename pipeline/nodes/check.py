@@ -5,9 +5,11 @@ end on the disk of a worker.
 """
 
 import logging
+import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
+from typing import Any
 
 from pipeline.cluster import Room
 from pipeline.config.sections import StorageConfig
@@ -20,6 +22,8 @@ log = logging.getLogger(__name__)
 
 # Seconds in which a node answers: it may have to start a Python process on a busy machine, or wait for its disk.
 PATIENCE_S = 300.0
+# Seconds between two looks at the nodes that are alive.
+POLL_S = 2.0
 
 
 @contextmanager
@@ -79,19 +83,33 @@ def _try_nodes(access: Access, folder: Output, nodes: Mapping[str, str]) -> None
         node: trial.options(scheduling_strategy=NodeAffinitySchedulingStrategy(node, soft=False)).remote(content, node)
         for node in nodes
     }
-    _, late = ray.wait(list(tried.values()), num_returns=len(tried), timeout=PATIENCE_S) if tried else ([], [])
-    for node, reference in tried.items():
-        if reference in late:
-            raise NodeAccessError(f"node {nodes[node]} does not answer within {PATIENCE_S:.0f} s; remove it, or rerun")
-        try:
-            refusal = ray.get(reference)
-        except (ray.exceptions.NodeDiedError, ray.exceptions.TaskUnschedulableError, ray.exceptions.WorkerCrashedError):
-            log.warning("node %s has left the cluster", nodes[node])
-            continue
+    for node, refusal in _collect_answers(tried, nodes):
         if refusal is None and not folder.has_reply(node):
             refusal = folder.refuse("writes to another folder there", SHARE)
         if refusal is not None:
             raise NodeAccessError(refusal.explain(nodes[node]))
+
+
+def _collect_answers(tried: Mapping[str, Any], nodes: Mapping[str, str]) -> Iterator[tuple[str, Refusal | None]]:
+    """Yield the answers of the nodes as they arrive; nodes that leave the cluster meanwhile have none.
+
+    Raises:
+        NodeAccessError: a node does not answer.
+    """
+    import ray
+
+    waiting, until = {reference: node for node, reference in tried.items()}, time.monotonic() + PATIENCE_S
+    while waiting:
+        answered, _ = ray.wait(list(waiting), timeout=POLL_S)
+        # Ray does not end the task of a node that vanishes before it has begun.
+        alive = {node["NodeID"] for node in ray.nodes() if node["Alive"]}
+        for reference in [reference for reference, node in waiting.items() if node not in alive]:
+            log.warning("node %s has left the cluster", nodes[waiting.pop(reference)])
+        for reference in waiting.keys() & set(answered):
+            yield waiting.pop(reference), ray.get(reference)
+        if waiting and time.monotonic() > until:
+            node = nodes[next(iter(waiting.values()))]
+            raise NodeAccessError(f"node {node} does not answer within {PATIENCE_S:.0f} s; remove it, or rerun")
 
 
 def _try_this_node(content: Packed[Access], node: str) -> Refusal | None:

@@ -21,7 +21,7 @@ HIDDEN = ".nodes-"
 
 
 class Refusal(NamedTuple):
-    """What a machine cannot do.
+    """An access that a machine lacks.
 
     Attributes:
         option: option or setting of the path.

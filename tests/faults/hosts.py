@@ -67,6 +67,7 @@ class Host:
     disk: Path
     first: subprocess.Popen[str]
     started: list[subprocess.Popen[Any]] = field(default_factory=list)
+    ray: subprocess.Popen[Any] | None = None
 
     @classmethod
     def boot(cls, name: str, address: str, folder: Path) -> "Host":
@@ -138,7 +139,7 @@ class Host:
         """Start its part of the cluster."""
         fixed = [f"--node-ip-address={self.address}", f"--object-store-memory={STORE_BYTES}", "--block"]
         with (self.own / "ray.log").open("w") as log:
-            self.start(RAY, "start", *fixed, *options, log=log, **more)
+            self.ray = self.start(RAY, "start", *fixed, *options, log=log, **more)
 
 
 @dataclass
@@ -203,6 +204,19 @@ class Hosts:
         self.worker.kill()
         self.add_worker(**self.worker_environment)
 
+    def tend_worker(self) -> None:
+        """Boot another host for the worker if Ray has left this one, as it does after a long cut of the link."""
+        if self.worker.ray is None or self.worker.ray.poll() is not None:
+            self.replace_worker()
+
+    def await_end(self, running: Running, timeout: float = 300.0) -> tuple[int, str]:
+        """Wait for the end of a job, with a worker's host all the while: exit status and what it said."""
+        until = time.monotonic() + timeout
+        while running.process.poll() is None and time.monotonic() < until:
+            self.tend_worker()
+            time.sleep(1)
+        return running.ended(1.0)
+
     def cut_link(self, seconds: float) -> None:
         """Cut the link between the hosts for some seconds."""
         self.head.run("ip", "link", "set", "eth0", "down")
@@ -252,6 +266,8 @@ def link(one: Host, other: Host) -> None:
     words = ["ip", "link", "add", "eth0", "type", "veth", "peer", "name", "eth0", "netns", str(other.pid)]
     # Network devices are made from here, where the other host's first process has its number.
     inside = ["nsenter", "--target", str(one.pid), "--net", "--"]
+    # The kernel removes that of a host that has ended after a while.
+    subprocess.run([*inside, "ip", "link", "delete", "eth0"], check=False, capture_output=True)
     subprocess.run([*inside, *words], check=True)
     for host in (one, other):
         for step in (["addr", "add", f"{host.address}/24", "dev", "eth0"], ["link", "set", "eth0", "up"]):

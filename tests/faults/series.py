@@ -4,6 +4,7 @@ Each returns how many faults there were and what did not hold; the invariant is 
 """
 
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from typing import Any
 import pytest
 
 from tests.faults.harness import Job, kill_actors, kill_drivers, redone, written
+from tests.faults.hosts import two_hosts
 from tests.faults.proxy import FaultProxy, Faults
 from tests.support.s3 import S3Server
 
@@ -120,6 +122,26 @@ def cluster_kills(job: Job, queries: Path, rng: random.Random, kills: int) -> Ou
         with tempfile.TemporaryDirectory() as folder, cluster(Path(folder)) as made:
             problems += run.problems(queries, *on(made, run).finish()) + redone(before, run.output)
     return killed, problems
+
+
+def host_faults(job: Job, queries: Path, rng: random.Random, faults: int) -> Outcome:
+    """Kill the host of the worker, or cut its link for a while, under runs that must finish all the same."""
+    suffered, problems = 0, []
+    with two_hosts() as hosts:
+        shutil.copytree(queries, hosts.bucket / "queries")
+        job = replace(job, queries="s3://bucket/queries", output="s3://bucket/out", environment=hosts.s3.environment)
+        for run in outputs(job):
+            if suffered >= faults:
+                break
+            running = hosts.start(run)
+            time.sleep(rng.uniform(5, 12))
+            if running.process.poll() is None:
+                rng.choice([hosts.replace_worker, lambda: hosts.cut_link(rng.uniform(1, 30))])()
+                suffered += 1
+            ended = hosts.await_end(running)
+            seen = replace(run, output=str(hosts.bucket / run.output.removeprefix("s3://bucket/")))
+            problems += seen.problems(queries, *ended)
+    return suffered, problems
 
 
 def storage_faults(job: Job, queries: Path, s3: S3Server, rng: random.Random, runs: int) -> Outcome:

@@ -113,7 +113,7 @@ def test_index_in_a_shared_folder_and_in_a_store_is_complete(hosts: Hosts) -> No
     [
         ("--queries", "queries", "a.parquet"),
         ("--model", "model", "config.json"),
-        ("model.lora", "adapter", "weights"),
+        ("model.lora", "adapter", "adapter_config.json"),
         ("model.engine.tokenizer", "words", "tokenizer.json"),
     ],
 )
@@ -126,7 +126,7 @@ def test_inputs_on_the_disk_of_the_driver_are_refused(
         job.queries = f"{hosts.disk}/{place}"
     else:
         (hosts.head.own / place).mkdir()
-        (hosts.head.own / place / file).write_text("{}")
+        (hosts.head.own / place / file).write_text('{"peft_type": "LORA", "r": 8}')
         job.settings.append(f"{option}={hosts.disk}/{place}" if option != "--model" else "decoding.passages=3")
     if option == "--model":
         job.model = hosts.disk / place

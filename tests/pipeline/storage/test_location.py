@@ -193,7 +193,7 @@ class Redirecting(BaseHTTPRequestHandler):
         if self.command != "HEAD":
             self.wfile.write(body)
 
-    do_GET = do_HEAD = do_PUT = do_POST = answer
+    do_GET = do_HEAD = do_PUT = do_POST = answer  # noqa: N815
 
     def log_message(self, *_):
         """Keep stderr quiet."""
