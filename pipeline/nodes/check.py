@@ -98,6 +98,7 @@ def _collect_answers(tried: Mapping[str, Any], nodes: Mapping[str, str]) -> Iter
     """
     import ray
 
+    lost = (ray.exceptions.NodeDiedError, ray.exceptions.TaskUnschedulableError, ray.exceptions.WorkerCrashedError)
     waiting, until = {reference: node for node, reference in tried.items()}, time.monotonic() + PATIENCE_S
     while waiting:
         answered, _ = ray.wait(list(waiting), timeout=POLL_S)
@@ -106,10 +107,18 @@ def _collect_answers(tried: Mapping[str, Any], nodes: Mapping[str, str]) -> Iter
         for reference in [reference for reference, node in waiting.items() if node not in alive]:
             log.warning("node %s has left the cluster", nodes[waiting.pop(reference)])
         for reference in waiting.keys() & set(answered):
-            yield waiting.pop(reference), ray.get(reference)
+            node = waiting.pop(reference)
+            try:
+                yield node, ray.get(reference)
+            except (
+                ray.exceptions.NodeDiedError,
+                ray.exceptions.TaskUnschedulableError,
+                ray.exceptions.WorkerCrashedError,
+            ):
+                log.warning("node %s has left the cluster", nodes[node])
         if waiting and time.monotonic() > until:
-            node = nodes[next(iter(waiting.values()))]
-            raise NodeAccessError(f"node {node} does not answer within {PATIENCE_S:.0f} s; remove it, or rerun")
+            late = nodes[next(iter(waiting.values()))]
+            raise NodeAccessError(f"node {late} does not answer within {PATIENCE_S:.0f} s; remove it, or rerun")
 
 
 def _try_this_node(content: Packed[Access], node: str) -> Refusal | None:

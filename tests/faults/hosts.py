@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -177,9 +177,9 @@ class Hosts:
         """Address of the cluster."""
         return f"{HEAD}:{RAY_PORT}"
 
-    def run(self, module: str, *options: str, timeout: float = 240.0, **more: str) -> tuple[int, str]:
+    def run(self, module: str, *options: str, **more: str) -> tuple[int, str]:
         """Run a module in the head's host: exit status and what it said."""
-        done = self.head.run(sys.executable, "-m", module, *options, timeout=timeout, RAY_ADDRESS=self.address, **more)
+        done = self.head.run(sys.executable, "-m", module, *options, timeout=240.0, RAY_ADDRESS=self.address, **more)
         return done.returncode, done.stderr
 
     def start(self, job: Job) -> Running:
@@ -278,12 +278,12 @@ _DASHBOARD = {False: ["--include-dashboard=false"], True: [f"--dashboard-host={H
 
 
 @contextmanager
-def two_hosts(dashboard: bool = False, **worker_environment: str) -> Iterator[Hosts]:
+def two_hosts(worker_environment: Mapping[str, str] | None = None, dashboard: bool = False) -> Iterator[Hosts]:
     """Run a cluster on two hosts while the body runs.
 
     Args:
-        dashboard: whether jobs can be submitted.
         worker_environment: variables of the worker's Ray alone.
+        dashboard: whether jobs can be submitted.
     """
     # Ray's sockets have short paths.
     folder = Path(tempfile.mkdtemp(prefix="hosts"))
@@ -296,7 +296,7 @@ def two_hosts(dashboard: bool = False, **worker_environment: str) -> Iterator[Ho
         head.start(*command, log=None, **variables)
         head.start_ray("--head", f"--port={RAY_PORT}", "--num-cpus=0", *_DASHBOARD[dashboard])
         hosts.await_nodes(1)
-        hosts.add_worker(**worker_environment)
+        hosts.add_worker(**(worker_environment or {}))
         yield hosts
     finally:
         hosts.worker.kill()

@@ -27,7 +27,7 @@ COPY = "copy the same files to every machine, or use a shared folder or an objec
 
 @pytest.fixture(scope="module")
 def hosts() -> Iterator[Hosts]:
-    with two_hosts(**ASTRAY) as made:
+    with two_hosts(ASTRAY) as made:
         write_queries(made.shared / "queries", 40)
         shutil.copytree(made.shared / "queries", made.bucket / "queries")
         model_folder(made.shared)
@@ -69,7 +69,8 @@ def build(hosts: Hosts, output: str, *options: str) -> tuple[int, str]:
     vectors = ["--embeddings", "vector", "--shards", "2"]
     words = ["--passages", f"{hosts.shared}/passages.parquet", "--output", output, *vectors, *options]
     # The demo encoder takes long to make; the worker does not need it, since the vectors are given.
-    return hosts.run("jobs.build_index", *words, SELFRAG_CACHE=str(get_cache_folder()), **hosts.s3.environment)
+    variables = {**hosts.s3.environment, "SELFRAG_CACHE": str(get_cache_folder())}
+    return hosts.run("jobs.build_index", *words, **variables)
 
 
 def test_index_on_its_own_disk_is_refused_and_an_older_one_there_is_kept(hosts: Hosts) -> None:
@@ -213,7 +214,7 @@ def test_run_outlasts_the_loss_of_its_worker_and_a_cut_of_the_link(hosts: Hosts,
 @pytest.mark.slow
 def test_submitted_job_with_variables_of_its_own_reaches_the_store() -> None:
     """``ray job submit`` sets a ``runtime_env`` for the whole job, secrets apart: these come from the configuration."""
-    with two_hosts(dashboard=True, **ASTRAY) as hosts:
+    with two_hosts(ASTRAY, dashboard=True) as hosts:
         write_queries(hosts.bucket / "queries", 40)
         shared = hosts.shared
         job = Job("s3://bucket/queries", "s3://bucket/out", model_folder(shared))

@@ -10,6 +10,7 @@ from typing import Any
 import pyarrow as pa
 import pytest
 from pyarrow import fs
+from pydantic import SecretStr
 
 from pipeline.config.sections import StorageConfig
 from pipeline.storage.location import (
@@ -215,7 +216,10 @@ def test_wrong_region_is_reported_at_once(work, waits):
     with ThreadingHTTPServer(("127.0.0.1", 0), Redirecting) as server:
         Thread(target=server.serve_forever, daemon=True).start()
         storage = StorageConfig(
-            endpoint_url=f"http://127.0.0.1:{server.server_port}", access_key="a", secret_key="b", region="us-east-1"
+            endpoint_url=f"http://127.0.0.1:{server.server_port}",
+            access_key=SecretStr("a"),
+            secret_key=SecretStr("b"),
+            region="us-east-1",
         )
         with pytest.raises(StorageError, match=r"HTTP status 301.*; set storage\.region to the region of the bucket"):
             work(locate("s3://bucket/file", storage))
