@@ -110,11 +110,7 @@ def _collect_answers(tried: Mapping[str, Any], nodes: Mapping[str, str]) -> Iter
             node = waiting.pop(reference)
             try:
                 yield node, ray.get(reference)
-            except (
-                ray.exceptions.NodeDiedError,
-                ray.exceptions.TaskUnschedulableError,
-                ray.exceptions.WorkerCrashedError,
-            ):
+            except lost:
                 log.warning("node %s has left the cluster", nodes[node])
         if waiting and time.monotonic() > until:
             late = nodes[next(iter(waiting.values()))]
