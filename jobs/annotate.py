@@ -21,6 +21,7 @@ from jobs.rescore import rescore
 from jobs.shell import run
 from pipeline.cluster import Resources
 from pipeline.config.run import RunConfig, load_config
+from pipeline.nodes.access import NodeAccessError
 from pipeline.queries.selection import NothingNewError
 from pipeline.run.driver import Summary, allot_resources, run_plan
 from pipeline.run.dry_run import check_prompts
@@ -118,7 +119,7 @@ def annotate_queries(config: RunConfig, overwrite: bool, as_json: bool) -> int:
     if planned is None:
         return 0
     hint = "the run failed; rerun the same command to continue"
-    with working(hint, bad_input=(OutputInUseError,), resumable=True):
+    with working(hint, bad_input=(OutputInUseError, NodeAccessError), resumable=True):
         summary = run_plan(*planned)
     print_summary(summary, as_json)
     if summary.exit_status == 1:

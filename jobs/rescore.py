@@ -14,6 +14,7 @@ from jobs.common import RunFile, checking, start_logging, working
 from jobs.shell import run
 from pipeline.config.run import load_sections, load_storage
 from pipeline.evaluation.rescored_set import check_rescoring, rescore_set
+from pipeline.nodes.access import NodeAccessError
 from pipeline.report.write import leave_report
 from pipeline.storage.lease import OutputInUseError
 
@@ -44,7 +45,7 @@ def rescore(
         typer.echo(f"to do    {len(plan.units)} units of {annotations}; nothing was written (--dry-run)", err=True)
         return
     hint = "the rescoring failed; rerun the same command to continue"
-    with working(hint, bad_input=(OutputInUseError,), resumable=True):
+    with working(hint, bad_input=(OutputInUseError, NodeAccessError), resumable=True):
         done = rescore_set(plan)
     leave_report(plan.output.location)
     typer.echo(f"{done.changed} of {done.rows} answers changed; annotated set: {output}", err=True)

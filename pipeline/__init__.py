@@ -21,15 +21,19 @@ training       an adapter that teaches a model the reflection tokens         dec
 demo_models    the embedded model and encoder, built on first use            config training
 engine         the model process: vLLM, its watchdog, causes of its death    config decoding demo_models gpus
 cluster        connecting to Ray; what an actor gets of a cluster            config engine
-retrieval      search: encoder, FAISS shards, shard servers, the cache       config decoding demo_models gpus storage
+nodes          the machines of a cluster: what each must read and write      cluster config storage
+retrieval      search: encoder, FAISS shards, shard servers, the cache       config decoding demo_models gpus nodes
+                                                                             storage
 output         an annotated set: unit files, sub-files, manifest, card       config decoding storage
 queries        a query set: checked, cut into units, imported, selected      config decoding output storage
-indexing       an index: built, planned and checked                          cluster config decoding retrieval storage
-evaluation     answers scored against gold, and chosen again                 cluster config decoding output queries
+indexing       an index: built, planned and checked                          cluster config decoding nodes retrieval
                                                                              storage
+evaluation     answers scored against gold, and chosen again                 cluster config decoding nodes output
+                                                                             queries storage
 report         one HTML page about an annotated set                          config decoding evaluation output storage
-run            a run from top to bottom: plan, driver, actor, attempts       cluster config decoding engine gpus output
-                                                                             queries report retrieval storage versions
+run            a run from top to bottom: plan, driver, actor, attempts       cluster config decoding engine gpus nodes
+                                                                             output queries report retrieval storage
+                                                                             versions
 doctor         what a machine and a cluster can do, tried out                config decoding engine gpus retrieval
                                                                              storage versions
 =============  ============================================================  ======================================

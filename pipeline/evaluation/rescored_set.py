@@ -1,7 +1,7 @@
 """Rescores an annotated set as a distributed job: a set in, another one out."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -13,6 +13,9 @@ from pipeline.cluster import connect
 from pipeline.config.loading import assign, flatten
 from pipeline.config.sections import ExecutionConfig, StorageConfig
 from pipeline.evaluation.rescoring import Rescoring, rescore_table
+from pipeline.nodes.access import Packed
+from pipeline.nodes.check import check_nodes
+from pipeline.nodes.places import Source
 from pipeline.output.folder import OutputFolder, hash_identity
 from pipeline.output.inventory import complete_output
 from pipeline.output.unit_files import NO_ERRORS, UnitSummary
@@ -32,6 +35,7 @@ class RescorePlan:
         rescoring: settings by task.
         manifest: manifest of the run, with the changed settings.
         units: summaries of the units of the run.
+        storage: access to object storage.
         overwrite: whether a set in the output is replaced.
     """
 
@@ -40,6 +44,7 @@ class RescorePlan:
     rescoring: Rescoring
     manifest: dict[str, Any]
     units: Mapping[str, UnitSummary]
+    storage: StorageConfig
     overwrite: bool
 
 
@@ -77,7 +82,7 @@ def check_rescoring(
     # The source is part of the identity, so that an annotation run does not resume a rescored set.
     settings = {**manifest["settings"], **changed, "rescored": source.location.uri}
     manifest = {**manifest, "settings": settings, "tasks": tasks}
-    plan = RescorePlan(source, target, rescoring, manifest, units, overwrite)
+    plan = RescorePlan(source, target, rescoring, manifest, units, storage, overwrite)
     _check_output(plan)
     return plan
 
@@ -131,15 +136,17 @@ def rescore_set(plan: RescorePlan) -> Rescored:
 
     Raises:
         OutputInUseError: another run is using the output.
+        NodeAccessError: a machine cannot read the run or write to the output.
         RuntimeError: rows are missing at the end, and the same command continues the rescoring.
     """
     connect(ExecutionConfig())
     with Lease(plan.output.location) as lease:
         _check_output(plan)  # another run may have held the lease until now
-        if plan.overwrite:
-            plan.output.clear()
-        plan.output.begin(plan.manifest)
-        rescored, changed = _rescore_units(plan)
+        with check_nodes(_list_sources(plan), plan.output.location.uri, plan.storage) as access:
+            if plan.overwrite:
+                plan.output.clear()
+            plan.output.begin(plan.manifest)
+            rescored, changed = _rescore_units(Packed.pack(plan, access), list(plan.units))
         rows = {unit: summary.rows for unit, summary in plan.units.items()}
         units = complete_output(plan.output, rows, hash_identity(plan.manifest), rescored)
         lease.renew()
@@ -150,12 +157,17 @@ def rescore_set(plan: RescorePlan) -> Rescored:
     return Rescored(sum(unit.rows for unit in units), sum(unit.failed for unit in units), changed)
 
 
-def _rescore_units(plan: RescorePlan) -> tuple[dict[str, UnitSummary], int]:
-    """Rescore all units in Ray tasks; returns their summaries, and the number of answers that changed."""
+def _list_sources(plan: RescorePlan) -> list[Source]:
+    stamps = {file.uri: file.stamp for file in plan.run.list_unit_files("data").values()}
+    return [Source("--annotations", {uri: stamp.size for uri, stamp in stamps.items() if stamp})]
+
+
+def _rescore_units(plan: Packed[RescorePlan], units: Sequence[str]) -> tuple[dict[str, UnitSummary], int]:
+    """Rescore units in Ray tasks; returns their summaries, and the number of answers that changed."""
     import ray
 
-    units = [{"unit": unit} for unit in plan.units]
-    rescored = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
+    rows = [{"unit": unit} for unit in units]
+    rescored = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
         _rescore_batch, fn_args=[plan], batch_size=None, batch_format="pyarrow"
     )
     outcomes = list(rescored.iter_rows())
@@ -163,7 +175,8 @@ def _rescore_units(plan: RescorePlan) -> tuple[dict[str, UnitSummary], int]:
     return {unit.unit: unit for unit in summaries}, sum(row["changed"] for row in outcomes)
 
 
-def _rescore_batch(batch: pa.Table, plan: RescorePlan) -> pa.Table:
+def _rescore_batch(batch: pa.Table, packed: Packed[RescorePlan]) -> pa.Table:
+    plan = packed.unpack()
     outcomes = [rescore_unit(unit, plan) for unit in batch["unit"].to_pylist()]
     summaries = [json.dumps(asdict(summary)) for summary, _ in outcomes]
     return pa.table({"summary": summaries, "changed": [changed for _, changed in outcomes]})

@@ -13,11 +13,14 @@ import numpy as np
 from pyarrow import fs
 from pydantic import ValidationError
 
+from pipeline.config.paths import find_local_folder
 from pipeline.config.sections import StorageConfig
 from pipeline.decoding.prompts import format_passage
 from pipeline.indexing.embeddings import Place, convert_embeddings
 from pipeline.indexing.form import PassageForm
 from pipeline.indexing.passages import PassageBatch, ShardPlan, check_passages, find_passages, plan_shards
+from pipeline.nodes.access import Access
+from pipeline.nodes.places import SHARE, Source
 from pipeline.retrieval.encoder import Encoder, EncoderStyle, Vectors, resolve_encoder_name
 from pipeline.retrieval.index_cache import SCRATCH_PREFIX
 from pipeline.retrieval.manifest import MANIFEST, EncoderEntry, ShardEntry
@@ -75,6 +78,7 @@ class BuildPlan:
 
     Attributes:
         max_tokens: number of tokens that the encoder reads of a passage; None is no limit.
+        access: what every machine must read and write, once that has been checked.
     """
 
     request: BuildRequest
@@ -84,6 +88,7 @@ class BuildPlan:
     encoder: EncoderEntry
     dimension: int
     max_tokens: int | None
+    access: Access | None = None
 
     @property
     def passages(self) -> int:
@@ -95,9 +100,7 @@ class BuildPlan:
 
         Files are identified by URI, size and modification time.
         """
-        source, paths = self.files[0].file, [part.file.path for part in self.files]
-        infos = source.retrying(lambda: source.filesystem.get_file_info(paths))
-        files = [[part.file.uri, info.size, info.mtime_ns] for part, info in zip(self.files, infos, strict=True)]
+        files = [[uri, info.size, info.mtime_ns] for uri, info in self._stat_files().items()]
         return {
             "passages": files,
             "encoder": self.encoder.model_dump(mode="json"),
@@ -120,6 +123,19 @@ class BuildPlan:
         for before, now in zip(identity["passages"], self.compute_identity()["passages"], strict=True):
             if before != now:
                 raise ValueError(f"passages {before[0]}: changed during the build; start over with --overwrite")
+
+    def _stat_files(self) -> dict[str, fs.FileInfo]:
+        source, paths = self.files[0].file, [part.file.path for part in self.files]
+        infos = source.retrying(lambda: source.filesystem.get_file_info(paths))
+        return {part.file.uri: info for part, info in zip(self.files, infos, strict=True)}
+
+    def list_sources(self) -> list[Source]:
+        """List the passages and the local folder of the encoder, which every machine must read."""
+        sources = [Source("--passages", {uri: info.size for uri, info in self._stat_files().items()})]
+        folder = find_local_folder(self.encoder.name)
+        if folder is not None and self.request.form.embeddings is None:
+            sources.append(Source.list_folder("--encoder", str(folder), ""))
+        return sources
 
     def check_factory(self, index: Any) -> None:
         """Check that there are at least as many passages as inverted lists, unless parts, not yet counted, are indexed.
@@ -249,6 +265,19 @@ class BuildFolder:
                 if all(self._get_size(name) == size for name, size, _ in entry.list_files()):
                     found[shard.number] = entry
         return found
+
+    def check_shards(self, entries: Iterable[ShardEntry]) -> None:
+        """Check that the files of all shards are in the folder, as this machine sees it, with the recorded sizes.
+
+        Raises:
+            RuntimeError: a file is missing, or has another size.
+        """
+        for name, size, _ in (file for entry in entries for file in entry.list_files()):
+            if (found := self._get_size(name)) != size:
+                raise RuntimeError(
+                    f"output {self.output.uri}: {name} was built with {size} bytes, but has {found or 'none'} here; "
+                    f"{SHARE}"
+                )
 
     def _get_size(self, name: str) -> int | None:
         file = self.output / name

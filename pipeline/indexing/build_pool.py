@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import faiss
@@ -23,7 +23,9 @@ from pipeline.cluster import Room, connect, find_max_cpus
 from pipeline.config.sections import ExecutionConfig
 from pipeline.indexing.build import BuildFolder, BuildPlan, read_ahead
 from pipeline.indexing.parts import describe_truncation, estimate_words
-from pipeline.indexing.passages import PassageBatch, Sample, ShardPlan, read_passages, spread_samples
+from pipeline.indexing.passages import PassageBatch, ShardPlan, read_passages, spread_samples
+from pipeline.nodes.access import Packed
+from pipeline.nodes.check import check_nodes
 from pipeline.retrieval.encoder import Vectors
 from pipeline.retrieval.manifest import IndexManifest, ShardEntry, write_manifest
 from pipeline.retrieval.shard_files import build_shard, count_training_rows, create_empty_index, train_index
@@ -56,14 +58,15 @@ class SampleEncoder:
     """Encodes the samples that an index is trained on.
 
     Args:
-        plan: plan of the build.
-        samples: all samples of the build.
+        packed: plan of the build.
+        size: number of passages that the index is trained on.
         tally: Ray handle of a :class:`BuildProgress`.
     """
 
-    def __init__(self, plan: BuildPlan, samples: list[Sample], tally: Any) -> None:
-        self.plan, self.samples, self.tally = plan, samples, tally
-        self.vectorize = plan.load_vectorizer()
+    def __init__(self, packed: Packed[BuildPlan], size: int, tally: Any) -> None:
+        self.plan, self.tally = packed.unpack(), tally
+        self.samples = spread_samples(self.plan.files, size)
+        self.vectorize = self.plan.load_vectorizer()
 
     def __call__(self, batch: pa.Table) -> dict[str, Vectors]:
         """Return the vectors of samples, given by their numbers: float32 [passages, dimension]."""
@@ -113,7 +116,7 @@ class ShardBuilder:
     """Builds shards; loads the encoder once.
 
     Args:
-        plan: plan of the build.
+        packed: plan of the build.
         template: Ray reference to the empty index, serialized by FAISS: uint8 [bytes].
         tally: Ray handle of a :class:`BuildProgress`.
 
@@ -121,13 +124,13 @@ class ShardBuilder:
         truncated: passages of the current shard, so far, of which the encoder read only the beginning.
     """
 
-    def __init__(self, plan: BuildPlan, template: Any, tally: Any) -> None:
+    def __init__(self, packed: Packed[BuildPlan], template: Any, tally: Any) -> None:
         import ray
 
-        self.plan, self.tally = plan, tally
+        self.plan, self.tally = packed.unpack(), tally
         self.template: npt.NDArray[np.uint8] = ray.get(template)
-        self.vectorize = plan.load_vectorizer()
-        self.folder = BuildFolder(plan.output)
+        self.vectorize = self.plan.load_vectorizer()
+        self.folder = BuildFolder(self.plan.output)
         self.truncated = 0
 
     def __call__(self, batch: pa.Table) -> pa.Table:
@@ -171,7 +174,7 @@ def prepare_index(plan: BuildPlan, folder: BuildFolder) -> Any:
     samples = spread_samples(plan.files, size)
     passages = sum(len(sample.rows) for sample in samples)
     log.info("encoding %d passages to train %s on", passages, plan.request.factory)
-    with map_over_actors(plan, SampleEncoder, samples, range(len(samples)), passages) as encoded:
+    with map_over_actors(plan, SampleEncoder, size, range(len(samples)), passages) as encoded:
         parts = [batch["vectors"] for batch in encoded.iter_batches(batch_size=None, batch_format="numpy")]
     train_index(index, np.concatenate(parts))
     folder.keep_trained(index)
@@ -214,7 +217,7 @@ def map_over_actors(
 
     Args:
         plan: plan of the build.
-        worker: class of the actors; constructed with the plan, ``argument`` and the handle of a
+        worker: class of the actors; constructed with the packed plan, ``argument`` and the handle of a
             :class:`BuildProgress`.
         argument: second argument of the class.
         numbers: numbers of the work items.
@@ -232,7 +235,7 @@ def map_over_actors(
         batch_size=1,
         batch_format="pyarrow",
         compute=ray.data.ActorPoolStrategy(size=actors),
-        fn_constructor_args=[plan, argument, tally],
+        fn_constructor_args=[Packed.pack(plan, plan.access), argument, tally],
         num_cpus=cpus,
         num_gpus=gpus,
         max_restarts=-1,
@@ -297,13 +300,17 @@ def run_build(plan: BuildPlan) -> Built:
     Raises:
         ValueError: the output holds an index or an unfinished build of another identity and may not be overwritten,
             or there are too few passages for the factory string.
+        NodeAccessError: a machine cannot read the passages or write to the output.
         OutputInUseError: another build is using the folder.
         ray.exceptions.RayError: a shard failed.
+        RuntimeError: files of shards are not in the output.
         StorageError: the output cannot be written.
     """
     with Lease(plan.output):
         BuildFolder(plan.output).check(plan.request.overwrite)  # another build may have finished meanwhile
-        return _execute(plan)
+        connect(ExecutionConfig())
+        with check_nodes(plan.list_sources(), plan.output.uri, plan.request.storage) as access:
+            return _execute(replace(plan, access=access))
 
 
 def _execute(plan: BuildPlan) -> Built:
@@ -313,11 +320,11 @@ def _execute(plan: BuildPlan) -> Built:
     entries = folder.find_finished(plan.shards)
     if entries:
         log.info("resuming an interrupted build: %d of %d shards are done", len(entries), len(plan.shards))
-    connect(ExecutionConfig())
     missing = [shard for shard in plan.shards if shard.number not in entries]
     reports = build_shards(plan, prepare_index(plan, folder), missing) if missing else []
     entries |= {report.number: report.entry for report in reports}
     plan.check_unchanged(identity)
+    folder.check_shards(entries.values())
     manifest = IndexManifest(
         encoder=plan.encoder,
         embeddings=plan.request.form.embeddings,

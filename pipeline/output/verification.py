@@ -132,18 +132,6 @@ def verify_set(folder: OutputFolder, planned: PlannedIds | None) -> Verified:
     return Verified(folder.location.uri, whole, rows, errors, planned is not None, tuple(problems))
 
 
-def _parse_units(folder: OutputFolder, manifest: Mapping[str, Any]) -> dict[str, UnitCounts]:
-    try:
-        return UNITS.validate_python(manifest.get("units", {}))
-    except ValidationError as error:
-        problem = error.errors()[0]
-        key = ".".join(map(str, ("units", *problem["loc"])))
-        raise ValueError(
-            f"{(folder.location / '_manifest.json').uri}: key {key!r}: {problem['msg'].lower()}; restore the file, or "
-            "run jobs.annotate with --overwrite"
-        ) from None
-
-
 def _list_units(folder: OutputFolder, known: Iterable[str]) -> tuple[list[UnitFiles], list[Location]]:
     """List the units that have a data file, and the files that belong to none of them."""
     wanted, place = frozenset(known), folder.location

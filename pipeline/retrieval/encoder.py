@@ -7,10 +7,8 @@ import threading
 from pathlib import Path
 from typing import Any, Literal
 
-import huggingface_hub
 import numpy as np
 import numpy.typing as npt
-from huggingface_hub.utils.tqdm import disable_progress_bars
 
 from pipeline.config.loading import Frozen
 from pipeline.config.paths import find_local_folder
@@ -159,6 +157,8 @@ def hash_encoder(name: str, revision: str | None = None) -> str | None:
     """
     folder = _find_folder(name)
     if folder is None:
+        import huggingface_hub
+
         try:
             folder = Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
         except (OSError, ValueError):
@@ -184,6 +184,10 @@ def _find_folder(name: str) -> Path | None:
 
 def _fetch(name: str, revision: str | None) -> Path:
     """Return a model's folder in the Hugging Face cache, downloading missing files; ``*.bin`` only as a fallback."""
+    # Imported late, since it reads its variables on import, and those of a worker come with its arguments.
+    import huggingface_hub
+    from huggingface_hub.utils.tqdm import disable_progress_bars
+
     disable_progress_bars()
     try:
         for left_out in ([*_OTHER_RUNTIMES, "*.bin"], _OTHER_RUNTIMES):

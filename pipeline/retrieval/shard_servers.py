@@ -14,6 +14,7 @@ from typing import Any
 
 from pipeline.config.sections import ExecutionConfig, RetrievalConfig, StorageConfig
 from pipeline.decoding.types import RetrievedPassage
+from pipeline.nodes.access import Access
 from pipeline.retrieval.encoder import Vectors
 from pipeline.retrieval.index import Found, PassageIndex, rank_hits
 from pipeline.retrieval.manifest import IndexManifest
@@ -39,6 +40,7 @@ class ServedIndex:
         shards: number of shards of the index.
         retrieval: search settings.
         storage: access to the storage of the index.
+        access: environment of the servers, and what their machines must read; None if nothing is checked.
     """
 
     uri: str
@@ -46,6 +48,7 @@ class ServedIndex:
     shards: int
     retrieval: RetrievalConfig
     storage: StorageConfig
+    access: Access | None = None
 
 
 class ShardServer:
@@ -57,6 +60,8 @@ class ShardServer:
     """
 
     def __init__(self, index: ServedIndex, numbers: Sequence[int]) -> None:
+        if index.access is not None:
+            index.access.prepare()
         folder = locate(index.uri, index.storage)
         self._index = PassageIndex.open(folder, index.retrieval, numbers, digest=index.digest)
 

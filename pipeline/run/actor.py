@@ -25,6 +25,7 @@ from pipeline.engine.models import load_critic
 from pipeline.engine.postmortem import Death
 from pipeline.engine.vllm import EngineDeadError, VllmGenerator, prepare_environment
 from pipeline.gpus import lock_gpus
+from pipeline.nodes.access import Access
 from pipeline.output.folder import OutputFolder
 from pipeline.output.partial import PartialUnit, list_partial_units
 from pipeline.output.unit_files import split_failed
@@ -53,6 +54,7 @@ class SelfRagActor:
         servers: handles of the shard servers of a partitioned index.
         index_digest: digest that the index must have.
         run: digest of the run's identity.
+        access: environment of the driver, and what this machine must read and write; None if nothing is checked.
     """
 
     def __init__(
@@ -63,7 +65,10 @@ class SelfRagActor:
         servers: Sequence[Any] = (),
         index_digest: str | None = None,
         run: str = "",
+        access: Access | None = None,
     ) -> None:
+        if access is not None:
+            access.prepare()
         self.config = config
         self.run = run
         self.schema = schema

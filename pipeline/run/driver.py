@@ -11,6 +11,7 @@ from typing import Any
 
 from pipeline.cluster import Resources, allocate_resources, connect
 from pipeline.config.run import RunConfig
+from pipeline.nodes.check import check_nodes
 from pipeline.output.inventory import complete_output
 from pipeline.output.unit_files import UnitSummary
 from pipeline.output.unit_log import UnitLog
@@ -20,6 +21,7 @@ from pipeline.run.actor import SelfRagActor
 from pipeline.run.attempts import MAX_CONSECUTIVE_CRASHES, Attempts
 from pipeline.run.plan import RunPlan, check_run, inspect_output, store_selection
 from pipeline.run.progress import Progress
+from pipeline.run.sources import list_sources
 from pipeline.run.telemetry import RunTelemetry
 from pipeline.storage.lease import Lease
 from pipeline.versions import read_versions
@@ -104,7 +106,7 @@ def run_plan(plan: RunPlan, resources: Resources | None, actor: type[SelfRagActo
         plan = inspect_output(store_selection(plan))  # another run may have held the lease until now
         if plan.finished:
             return summarize_run(plan, plan.inventory.whole, 0, time.monotonic() - started)
-        done = annotate_todo(plan, resources, record, lease, actor)
+        done = annotate_checked(plan, resources, record, lease, actor)
         units = complete_output(plan.output, plan.rows, plan.digest, plan.done | done)
         plan.queries.listing.check_unchanged()
         annotated = sum(unit.rows for unit in done.values())
@@ -114,6 +116,20 @@ def run_plan(plan: RunPlan, resources: Resources | None, actor: type[SelfRagActo
         plan.output.finish({**record, **times, "counts": dataclasses.asdict(summary)}, units)
         leave_report(plan.output.location)
     return summary
+
+
+def annotate_checked(
+    plan: RunPlan, resources: Resources, record: dict[str, Any], lease: Lease, actor: type[SelfRagActor]
+) -> dict[str, UnitSummary]:
+    """Annotate the remaining units once every machine can reach the files of the run; return their summaries, by unit.
+
+    Raises:
+        NodeAccessError: a machine cannot.
+        RuntimeError: more rows failed than allowed.
+    """
+    place, storage = plan.config.output, plan.config.storage
+    with check_nodes(list_sources(plan), place, storage, resources.cpus, resources.gpus) as access:
+        return annotate_todo(dataclasses.replace(plan, access=access), resources, record, lease, actor)
 
 
 def annotate_todo(
@@ -165,7 +181,9 @@ def annotate_units(
     from ray.data import ActorPoolStrategy
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
-    config = plan.config
+    config, access = plan.config, plan.access
+    if access is not None:
+        config = config.model_copy(update={"storage": access.storage})
     # Ray Data restarts dead actors and retries their units, and sets no limit; Attempts does.
     pool = ActorPoolStrategy(
         size=config.execution.actors,
@@ -188,6 +206,7 @@ def annotate_units(
             start_partitions(plan, resources),
             plan.index and plan.index["digest"],
             plan.digest,
+            access,
         ],
         batch_size=1,  # one unit, the only row of its block; Ray Data refuses None with GPUs
         batch_format="pyarrow",
@@ -211,7 +230,9 @@ def start_partitions(plan: RunPlan, resources: Resources) -> list[Any]:
     if not (resources.servers and plan.index and config.index):
         return []
     digest, shards = plan.index["digest"], plan.index["shards"]
-    index = ServedIndex(config.index, digest, shards, config.retrieval, config.storage)
+    access = plan.access and plan.access.narrow("--index")
+    storage = access.storage if access else config.storage
+    index = ServedIndex(config.index, digest, shards, config.retrieval, storage, access)
     return start_servers(index, resources.servers, config.execution)
 
 

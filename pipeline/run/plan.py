@@ -13,6 +13,7 @@ from pipeline.decoding.profiles import Tasks, hash_built_in_profiles
 from pipeline.decoding.prompted_reader import hash_prompts
 from pipeline.engine.arguments import check_engine_arguments
 from pipeline.engine.models import identify_model, load_critic, resolve_model_path
+from pipeline.nodes.access import Access
 from pipeline.output.folder import IDENTITY, OutputFolder, hash_identity
 from pipeline.output.inventory import EMPTY, Inventory, take_inventory
 from pipeline.output.schema import hash_columns
@@ -43,6 +44,7 @@ class RunPlan:
         succeeded: whether the output has its success marker and the list of all units.
         known: number of queries that are skipped, since earlier sets cover them.
         chosen: selection of the remaining queries while it is stored on this machine only; otherwise None.
+        access: what every machine must read and write, once that has been checked.
     """
 
     config: RunConfig
@@ -57,6 +59,7 @@ class RunPlan:
     succeeded: bool = False
     known: int = 0
     chosen: Selection | None = None
+    access: Access | None = None
 
     @cached_property
     def done(self) -> dict[str, UnitSummary]:

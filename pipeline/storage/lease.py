@@ -37,6 +37,7 @@ SETTLE_S = 1.0
 # Stays in the folder of leases: Arrow puts a marker where a folder's last file was deleted, and rclone's store makes a
 # file of it, under which nothing can be written any more.
 ANCHOR = "README"
+ANCHOR_TEXT = b"Runs that use this folder keep their leases beside this file.\n"
 
 
 class OutputInUseError(ValueError):
@@ -108,7 +109,7 @@ class Lease:
                 self._await_expiry(other)
                 dead[other.id] = other
         if not self._folder.local:
-            (self._folder / ANCHOR).write(b"Runs that use this folder keep their leases beside this file.\n")
+            (self._folder / ANCHOR).write(ANCHOR_TEXT)
         try:
             self._claim(dead.values())
         except BaseException:  # such as an interruption, after which the next run must not wait

@@ -20,6 +20,7 @@ from pyarrow import fs
 
 from pipeline.config.paths import find_existing, find_local_path, is_writable
 from pipeline.config.sections import StorageConfig
+from pipeline.storage.s3 import open_s3
 
 log = logging.getLogger(__name__)
 
@@ -28,11 +29,14 @@ Result = TypeVar("Result")
 # Seconds for which a store may hide the files of a folder after a deletion: rclone's with --dir-cache-time 1s.
 HIDDEN_S = 1.5
 
-# Errors that a retry cannot fix: the request, the credentials or the name is wrong.
+# Errors that a retry cannot fix: the request, the credentials, the name or the region is wrong.
 _PERMANENT = re.compile(
     r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID|SIGNATURE_DOES_NOT_MATCH|UNRECOGNIZED_CLIENT|"
-    r"EXPIRED_TOKEN|MISSING_AUTHENTICATION_TOKEN|NO_SUCH_|RESOURCE_NOT_FOUND|VALIDATION|INVALID_|HTTP status 4(?!08|29)"
+    r"EXPIRED_TOKEN|MISSING_AUTHENTICATION_TOKEN|NO_SUCH_|RESOURCE_NOT_FOUND|VALIDATION|INVALID_|"
+    r"HTTP status 4(?!08|29)"
 )
+# Errors of a bucket in another region: the SDK follows no redirections.
+_REDIRECTED = re.compile(r"HTTP status 3|PermanentRedirect|AuthorizationHeaderMalformed|while the bucket is located in")
 
 
 class StorageError(OSError):
@@ -114,7 +118,8 @@ class Location:
         except FileNotFoundError as error:
             raise MissingFileError(f"{self.uri}: {join_lines(error)}") from error
         except OSError as error:
-            raise StorageError(f"{self.uri}: {join_lines(error)}") from error
+            region = "; set storage.region to the region of the bucket" if _REDIRECTED.search(str(error)) else ""
+            raise StorageError(f"{self.uri}: {join_lines(error)}{region}") from error
         except pa.ArrowException as error:
             # Errors of Azure's client, such as refused credentials, have no more specific type.
             if self.local or type(error) is not pa.ArrowException:
@@ -123,7 +128,9 @@ class Location:
 
     def _log_retry(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
-        log.warning("%s: %s; retrying in %.1f s", self.uri, join_lines(error), state.upcoming_sleep)
+        left = max(0.0, self.patience_s - (state.seconds_since_start or 0.0))
+        known = (self.uri, join_lines(error), state.upcoming_sleep, left)
+        log.warning("%s: %s; retrying in %.1f s, for up to %.0f s (storage.patience_s)", *known)
 
     def get_info(self) -> fs.FileInfo:
         """Return type, size and modification time of the location."""
@@ -245,7 +252,7 @@ def is_transient(error: BaseException) -> bool:
         return False
     # If the response to a completed upload is lost, its repetition is refused; a retry writes the whole file again.
     completing = "CompleteMultipartUpload" in said and "ACCESS_DENIED" not in said
-    return completing or not _PERMANENT.search(said)
+    return completing or not (_PERMANENT.search(said) or _REDIRECTED.search(said))
 
 
 def join_lines(error: object) -> str:
@@ -277,7 +284,7 @@ def locate(uri: str, storage: StorageConfig) -> Location:
         # is replaced by its path.
         return Location(str(local) if uri.lower().startswith("file:") else uri, fs.LocalFileSystem(), str(local))
     if uri.startswith("s3://"):
-        return Location(uri, _open_s3(storage), uri.removeprefix("s3://").rstrip("/"), storage.patience_s)
+        return Location(uri, open_s3(storage), uri.removeprefix("s3://").rstrip("/"), storage.patience_s)
     try:
         filesystem, path = fs.FileSystem.from_uri(uri)
     except (ValueError, OSError, pa.ArrowException) as error:
@@ -293,27 +300,6 @@ def _explain_unopened(error: Exception) -> str:
     return (
         "HDFS needs Java and Hadoop's client on every machine; set JAVA_HOME, HADOOP_HOME and CLASSPATH (the output of "
         "hadoop classpath --glob), or copy the files to another store"
-    )
-
-
-def _open_s3(storage: StorageConfig) -> fs.S3FileSystem:
-    endpoint = storage.endpoint_url or os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL")
-    scheme, _, host = endpoint.partition("://") if endpoint else ("https", "", "")
-    secrets = {
-        "access_key": storage.access_key,
-        "secret_key": storage.secret_key,
-        "session_token": storage.session_token,
-    }
-    credentials = {name: value.get_secret_value() for name, value in secrets.items() if value is not None}
-    return fs.S3FileSystem(
-        **credentials,
-        region=storage.region or os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION"),
-        endpoint_override=host or None,
-        scheme=scheme,
-        retry_strategy=fs.AwsStandardS3RetryStrategy(max_attempts=4),
-        connect_timeout=10,
-        request_timeout=60,
-        allow_delayed_open=True,  # writes a small file in one PUT instead of three requests
     )
 
 

@@ -58,15 +58,19 @@ class Job:
     module: str = "tests.faults.scripted"
     filesystem: Any = None
 
-    def start(self) -> "Running":
-        """Start the command in a session of its own."""
+    def list_words(self) -> list[str]:
+        """Return the words of the command."""
         settings = ["execution.unit_rows=10", "execution.cpus_per_actor=0.5", "execution.gpus_per_actor=0"]
         options = ["--queries", self.queries, "--output", self.output, "--model", str(self.model), *self.options]
         options += [word for setting in [*settings, *self.settings] for word in ("--set", setting)]
+        return [sys.executable, "-m", self.module, *options]
+
+    def start(self) -> "Running":
+        """Start the command in a session of its own."""
         # A pipe that nobody reads fills, and the command waits.
         log = tempfile.TemporaryFile("w+")  # noqa: SIM115  closed with the object that holds it
         process = subprocess.Popen(
-            [sys.executable, "-m", self.module, *options],
+            self.list_words(),
             stdout=subprocess.DEVNULL,
             stderr=log,
             start_new_session=True,

@@ -4,6 +4,7 @@ Each returns how many faults there were and what did not hold; the invariant is 
 """
 
 import random
+import shutil
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,6 +17,7 @@ import pyarrow.dataset as ds
 import pytest
 
 from tests.faults.harness import Job, kill_actors, kill_drivers, redone, write_queries, written
+from tests.faults.hosts import two_hosts
 from tests.faults.proxy import FaultProxy, Faults
 from tests.support.s3 import S3Server
 
@@ -139,6 +141,26 @@ def hangs(job: Job, queries: Path, rng: random.Random, stalls: int) -> Outcome:
         problems += run.problems(stalling, *run.finish())
         hung += sum(number - int((job.model / name).read_text()) for name, number in planned.items())
     return hung, problems
+
+
+def host_faults(job: Job, queries: Path, rng: random.Random, faults: int) -> Outcome:
+    """Kill the host of the worker, or cut its link for a while, under runs that must finish all the same."""
+    suffered, problems = 0, []
+    with two_hosts() as hosts:
+        shutil.copytree(queries, hosts.bucket / "queries")
+        job = replace(job, queries="s3://bucket/queries", output="s3://bucket/out", environment=hosts.s3.environment)
+        for run in outputs(job):
+            if suffered >= faults:
+                break
+            running = hosts.start(run)
+            time.sleep(rng.uniform(5, 12))
+            if running.process.poll() is None:
+                rng.choice([hosts.replace_worker, lambda: hosts.cut_link(rng.uniform(1, 30))])()
+                suffered += 1
+            ended = hosts.await_end(running)
+            seen = replace(run, output=str(hosts.bucket / run.output.removeprefix("s3://bucket/")))
+            problems += seen.problems(queries, *ended)
+    return suffered, problems
 
 
 def storage_faults(job: Job, queries: Path, s3: S3Server, rng: random.Random, runs: int) -> Outcome:

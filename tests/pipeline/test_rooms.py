@@ -17,7 +17,7 @@ HOME = ROOT / "pipeline"
 LIBRARIES = {
     "vllm": {"engine", "doctor"},
     "faiss": {"retrieval", "indexing", "doctor"},
-    "ray": {"cluster", "gpus", "run", "indexing", "retrieval", "evaluation", "doctor"},
+    "ray": {"cluster", "gpus", "nodes", "run", "indexing", "retrieval", "evaluation", "doctor"},
     "pyarrow": {
         "storage",
         "queries",

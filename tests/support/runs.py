@@ -13,8 +13,9 @@ from typer.testing import CliRunner, Result
 from jobs.annotate import annotate
 from pipeline.cluster import Resources
 from pipeline.config.sections import StorageConfig
+from pipeline.output.unit_files import split_failed
 from pipeline.queries.units import read_unit
-from pipeline.run.actor import build_annotated_schema
+from pipeline.run.annotation import build_annotated_schema
 
 APP = typer.Typer()
 APP.command()(annotate)
@@ -38,7 +39,8 @@ def answer_units(plan: Any) -> Iterator[Any]:
             for row in read_unit(unit, plan.queries.schema, StorageConfig()).to_pylist()
         ]
         table = pa.Table.from_pylist(rows, schema)
-        yield plan.output.write_unit(unit.id, table, plan.queries.schema, keep_candidates=False)
+        files = split_failed(table, plan.queries.schema, keep_candidates=False)
+        yield plan.output.write_unit(unit.id, *files, plan.digest)
 
 
 class ScriptedRun:

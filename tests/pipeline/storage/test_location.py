@@ -1,15 +1,27 @@
 import dataclasses
+import re
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from threading import Thread
 from types import SimpleNamespace
 from typing import Any
 
 import pyarrow as pa
 import pytest
 from pyarrow import fs
+from pydantic import SecretStr
 
 from pipeline.config.sections import StorageConfig
-from pipeline.storage.location import HIDDEN_S, MissingFileError, StorageError, check_writable, is_transient, locate
+from pipeline.storage.location import (
+    HIDDEN_S,
+    Location,
+    MissingFileError,
+    StorageError,
+    check_writable,
+    is_transient,
+    locate,
+)
 from tests.support.flaky import BUSY, flaky
 from tests.support.folders import make_read_only
 
@@ -118,6 +130,7 @@ def test_transient_errors_are_retried_with_exponential_backoff(tmp_path, waits, 
     assert len(waits) == 4
     assert all(0.5 * 2**n <= wait <= 0.5 * 2**n + 1 for n, wait in enumerate(waits))
     assert caplog.messages[0].startswith("mem://folder/file: When reading: AWS Error SLOW_DOWN")
+    assert re.search(r"; retrying in [01]\.\d s, for up to 60 s \(storage\.patience_s\)$", caplog.messages[0])
 
 
 def test_retries_end_after_the_patience_with_the_uri(tmp_path, waits):
@@ -145,6 +158,18 @@ def test_permanent_errors_are_raised_at_once(tmp_path, waits, code):
         (OSError("AWS Error UNKNOWN (HTTP status 429) during PutObject operation"), True),
         (OSError("AWS Error INTERNAL_FAILURE during GetObject operation"), True),
         (OSError("AWS Error UNKNOWN (HTTP status 403) during HeadObject operation"), False),
+        (OSError("AWS Error NETWORK_CONNECTION during HeadObject: curlCode: 6, Could not resolve hostname"), True),
+        (OSError("AWS Error UNKNOWN (HTTP status 301) during HeadObject operation: No response body."), False),
+        (OSError("AWS Error UNKNOWN: the configured region is 'a' while the bucket is located in 'b'"), False),
+        (OSError("AWS Error UNKNOWN (HTTP status 307) during PutObject operation"), False),
+        (OSError("AWS Error UNKNOWN (HTTP status 400) during HeadObject operation: No response body."), False),
+        (OSError("AWS Error UNKNOWN (HTTP status 411) during PutObject operation: MissingContentLength"), False),
+        (OSError("AWS Error UNKNOWN (HTTP status 408) during PutObject operation"), True),
+        (
+            OSError("AWS Error UNKNOWN during GetObject: Unable to parse ExceptionName: PermanentRedirect"),
+            False,
+        ),
+        (OSError("AWS Error UNKNOWN during GetObject: Unable to parse: AuthorizationHeaderMalformed"), False),
         (OSError("AWS Error NO_SUCH_UPLOAD during CompleteMultipartUpload operation"), True),
         (OSError("AWS Error ACCESS_DENIED during CompleteMultipartUpload operation"), False),
         (OSError("Couldn't deserialize thrift: TProtocolException: Invalid data"), False),
@@ -154,6 +179,52 @@ def test_permanent_errors_are_raised_at_once(tmp_path, waits, code):
 )
 def test_transient_errors_are_recognized(error, expected):
     assert is_transient(error) is expected
+
+
+class Redirecting(BaseHTTPRequestHandler):
+    """Answers as S3 does for a bucket of another region."""
+
+    def answer(self):
+        self.rfile.read(int(self.headers.get("content-length") or 0))
+        body = b"<Error><Code>PermanentRedirect</Code><Message>use the specified endpoint</Message></Error>"
+        self.send_response(301)
+        self.send_header("x-amz-bucket-region", "eu-west-1")
+        self.send_header("content-length", str(len(body)))
+        self.end_headers()
+        if self.command != "HEAD":
+            self.wfile.write(body)
+
+    do_GET = do_HEAD = do_PUT = do_POST = answer  # noqa: N815
+
+    def log_message(self, *_):
+        """Keep stderr quiet."""
+
+
+@pytest.mark.parametrize(
+    "work",
+    [
+        Location.exists,
+        Location.read,
+        Location.list_files,
+        lambda file: file.write(b"content"),
+        lambda file: file.fetch(Path("/dev/null")),
+        lambda file: check_writable(file),
+    ],
+    ids=["stat", "read", "list", "write", "fetch", "check"],
+)
+def test_wrong_region_is_reported_at_once(work, waits):
+    with ThreadingHTTPServer(("127.0.0.1", 0), Redirecting) as server:
+        Thread(target=server.serve_forever, daemon=True).start()
+        storage = StorageConfig(
+            endpoint_url=f"http://127.0.0.1:{server.server_port}",
+            access_key=SecretStr("a"),
+            secret_key=SecretStr("b"),
+            region="us-east-1",
+        )
+        with pytest.raises(StorageError, match=r"HTTP status 301.*; set storage\.region to the region of the bucket"):
+            work(locate("s3://bucket/file", storage))
+        server.shutdown()
+    assert waits == []
 
 
 def test_local_disk_errors_are_not_retried(tmp_path, waits, monkeypatch):
