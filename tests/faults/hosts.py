@@ -182,10 +182,10 @@ class Hosts:
         done = self.head.run(sys.executable, "-m", module, *options, timeout=240.0, RAY_ADDRESS=self.address, **more)
         return done.returncode, done.stderr
 
-    def start(self, job: Job) -> Running:
-        """Start a job in the head's host."""
+    def start(self, job: Job, host: Host | None = None) -> Running:
+        """Start a job in a host, by default the head's."""
         settings = [*job.settings, f"execution.ray_address={self.address}"]
-        return HostedJob(**{**vars(job), "settings": settings}, host=self.head).start()
+        return HostedJob(**{**vars(job), "settings": settings}, host=host or self.head).start()
 
     def add_worker(self, **environment: str) -> None:
         """Boot the worker's host, link it to the head's, and let it join the cluster."""

@@ -1,6 +1,8 @@
 """Commands on a cluster of two hosts that share nothing but a store, and a folder where a case says so."""
 
+import os
 import shutil
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -12,7 +14,7 @@ import pytest
 
 from pipeline.config.run import get_cache_folder
 from tests.faults.campaign import model_folder
-from tests.faults.harness import Job, broken, write_queries
+from tests.faults.harness import Job, Running, broken, write_queries
 from tests.faults.hosts import HEAD, RAY, Host, Hosts, find_obstacle, two_hosts
 from tests.support.building import given_vectors
 
@@ -209,6 +211,56 @@ def test_run_outlasts_the_loss_of_its_worker_and_a_cut_of_the_link(hosts: Hosts,
         status, said = running.ended()
         assert status == 0, said[-3000:]
         assert list_problems(hosts, run) == []
+
+
+@pytest.mark.slow
+def test_stopped_driver_ends_once_another_run_has_taken_over(hosts: Hosts, job: Job) -> None:
+    """The rows wait until the second run has begun; the actors of the first one must not write them."""
+    write_queries(hosts.bucket / "waiting", 40, dict.fromkeys(range(40), "WAITS"))
+    (hosts.shared / "waits").touch()
+    job.queries = "s3://bucket/waiting"
+    output = hosts.bucket / Path(job.output).name
+    first = hosts.start(job)
+    begun = await_manifest(output, first)
+    os.killpg(first.process.pid, signal.SIGSTOP)
+    second = hosts.start(job, hosts.worker)
+    await_manifest(output, second, begun)
+    (hosts.shared / "waits").unlink()
+    status, said = second.ended()
+    assert status == 0, said[-3000:]
+    assert "waiting 50 s for its heartbeat" in said
+    assert broken(str(output), hosts.bucket / "waiting") == []
+    files = {file: file.read_bytes() for file in output.rglob("*") if file.is_file()}
+    os.killpg(first.process.pid, signal.SIGCONT)
+    status, said = first.ended()
+    assert (status, "another run has taken over, since this one was stopped" in read_last_line(said)) == (1, True)
+    assert {file: file.read_bytes() for file in output.rglob("*") if file.is_file()} == files
+
+
+def await_manifest(output: Path, running: Running, before: bytes = b"") -> bytes:
+    """Wait until a run has written its manifest in place of another one, and return it."""
+    file = output / "_manifest.json"
+    while not file.exists() or (found := file.read_bytes()) in (b"", before):
+        assert running.process.poll() is None, running.ended()
+        time.sleep(0.2)
+    return found
+
+
+@pytest.mark.slow
+def test_rescored_set_on_its_own_disk_is_refused(hosts: Hosts, job: Job) -> None:
+    job.output = f"{hosts.shared}/candidates"
+    job.settings.append("decoding.keep_candidates=true")
+    status, said = hosts.start(job).ended()
+    assert status == 0, said[-3000:]
+    words = ["--annotations", job.output, "--set", "decoding.weights.support=2", "--output"]
+    status, said = hosts.run("jobs.rescore", *words, f"{hosts.disk}/rescored")
+    assert (status, read_last_line(said)) == (
+        2,
+        f"error: --output {hosts.disk}/rescored: {WORKER} does not see this folder, or sees another one; {SHARE}",
+    )
+    status, said = hosts.run("jobs.rescore", *words, f"{hosts.shared}/rescored")
+    assert status == 0, said[-3000:]
+    assert broken(f"{hosts.shared}/rescored", hosts.shared / "queries") == []
 
 
 @pytest.mark.slow
