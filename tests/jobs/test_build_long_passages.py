@@ -126,7 +126,7 @@ def test_interrupted_build_resumes_only_with_the_same_form(
     documents: Path, tmp_path: Path, options: list[str], problem: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with monkeypatch.context() as patched:
-        patched.delattr("pipeline.indexing.build_pool.connect")  # ends the build once it has begun
+        patched.delattr("pipeline.indexing.build_pool.prepare_index")  # ends the build once it has begun
         assert run(documents, tmp_path / "out", *COLUMNS, "--max-words", "50").exit_code == 1
     result = run(documents, tmp_path / "out", *COLUMNS, *options)
     assert result.exit_code == 2

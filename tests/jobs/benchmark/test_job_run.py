@@ -36,12 +36,12 @@ def called(monkeypatch, tmp_path):
         seen["settings"] = yaml.safe_load((tmp_path / "run.yaml").read_text())
         seen["files"] = [pq.read_table(file)["id"].to_pylist() for file in sorted((tmp_path / "queries").iterdir())]
         (output / "data").mkdir(parents=True)
-        for name, seconds in (("c", 99.0), ("b", 2.0), ("a", 4.0)):
+        for name, seconds in (("c" * 20, 99.0), ("b" * 20, 2.0), ("a" * 20, 4.0)):
             rows = [{"usage": dict.fromkeys(STAGES, seconds)}] * 4
             pq.write_table(pa.Table.from_pylist(rows), output / "data" / f"part-{name}.parquet")
-        os.utime(output / "data" / "part-b.parquet", (1008.4, 1008.4))
-        os.utime(output / "data" / "part-a.parquet", (1028.8, 1028.8))
-        units = {"c": unit(900.0, 999.0, rows=1), "b": unit(1000.0, 1008.0), "a": unit(1010.0, 1028.0)}
+        os.utime(output / "data" / f"part-{20 * 'b'}.parquet", (1008.4, 1008.4))
+        os.utime(output / "data" / f"part-{20 * 'a'}.parquet", (1028.8, 1028.8))
+        units = {"c" * 20: unit(900.0, 999.0, 1), "b" * 20: unit(1000.0, 1008.0), "a" * 20: unit(1010.0, 1028.0)}
         finished = datetime.fromtimestamp(1030.0, UTC).isoformat()
         (output / "_manifest.json").write_text(json.dumps({"finished": finished}))
         write_units(locate(str(output), StorageConfig()), [replace(one, unit=name) for name, one in units.items()])
