@@ -22,7 +22,7 @@ from pipeline.run.annotation import annotate_table, build_annotated_schema
 from pipeline.storage.location import locate
 from tests.jobs.test_import_queries import APP as IMPORT
 from tests.jobs.test_share import APP as SHARE
-from tests.pipeline.run.test_actor import CONFIG, system, table
+from tests.support.actors import CONFIG, system, table
 from tests.support.reports import write_set as write_annotated_set
 
 # Without large_list_view, which is refused since pyarrow 26 cannot read it, and lists of structs of views, which it
