@@ -19,12 +19,14 @@ from jobs.shell import run
 from pipeline.config.run import load_storage
 from pipeline.output.dataset_card import FinishedSet, format_end_time, render_card
 from pipeline.output.folder import CARD, OutputFolder
+from pipeline.output.unit_log import UNITS
 from pipeline.storage.location import Location, locate
 
 log = logging.getLogger(__name__)
 
 ROWS = ["data/*.parquet", "errors/*.parquet"]
-SHARED = [CARD, "_manifest.json", *ROWS]
+RECORDS = ["_manifest.json", UNITS]
+SHARED = [CARD, *RECORDS, *ROWS]
 
 
 def write_card(folder: Location, found: FinishedSet, title: str, licence: str | None, overwrite: bool) -> None:
@@ -80,7 +82,9 @@ def _fetching_files(folder: Location) -> Iterator[Path]:
         yield Path(folder.path)
         return
     with tempfile.TemporaryDirectory(prefix="selfrag-share-") as scratch:
-        files = {name: folder / name for name in (CARD, "_manifest.json")}
+        found = {name: folder / name for name in (CARD, *RECORDS)}
+        # Sets of earlier versions have no list of units.
+        files = {name: file for name, file in found.items() if file.exists()}
         for part in ("data", "errors"):
             files |= {f"{part}/{file.name}": file for file in (folder / part).list_files(".parquet")}
         for name, file in files.items():

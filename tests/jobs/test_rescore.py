@@ -151,7 +151,7 @@ def test_unit_that_is_not_a_file_of_the_run_is_refused(name: str, tmp_path: Path
     write_units(folder, [first, dataclasses.replace(second, unit=name)])
     result = rescore(run, tmp_path / "new")
     assert result.exit_code == 2
-    assert "2 units are in _units.parquet or in data/, but not in both" in result.stderr
+    assert f"{run}/_units.parquet: {name!r} is not the id of a unit" in result.stderr
     assert sorted(path.name for path in tmp_path.iterdir()) == ["run"]
 
 
