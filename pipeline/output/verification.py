@@ -138,7 +138,7 @@ def _list_units(folder: OutputFolder, known: Iterable[str]) -> tuple[list[UnitFi
     files = [file for part in ("data", "errors") for file in (place / part).list_files()]
     named = {file.path: file for file in files if _is_own(file, place, wanted)}
     units = []
-    for unit in sorted(filter(None, map(parse_unit_id, named.values()))):
+    for unit in sorted(set(filter(None, map(parse_unit_id, named.values())))):
         data, errors = (named.get((place / part / f"part-{unit}.parquet").path) for part in ("data", "errors"))
         if data is not None:
             units.append(UnitFiles(unit, data, errors))

@@ -187,7 +187,7 @@ def test_sub_file_deleted_by_another_attempt_is_ignored(output: Location, monkey
     assert unit.read(1) == {}
 
 
-@pytest.mark.parametrize("end", [OutputFolder.clear, lambda folder: folder.finish({})])
+@pytest.mark.parametrize("end", [OutputFolder.clear, lambda folder: folder.finish({}, [])])
 def test_end_and_overwrite_delete_leftovers(output: Location, end: Callable[[OutputFolder], None]) -> None:
     open_unit(output).write({0: ANSWER})
     open_unit(output, OTHER).write({0: ANSWER})
