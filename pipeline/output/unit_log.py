@@ -10,6 +10,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from pipeline.output.unit_files import UNIT_ID, UnitSummary
+from pipeline.storage.lease import Lease
 from pipeline.storage.location import Location, MissingFileError, StorageError
 from pipeline.storage.parquet import encode_parquet, read_parquet
 
@@ -72,10 +73,12 @@ class UnitLog:
     Args:
         output: folder of the annotated set.
         done: summaries of the units that were finished before.
+        lease: lease on the output; without a recent heartbeat nothing is written.
     """
 
-    def __init__(self, output: Location, done: Iterable[UnitSummary]) -> None:
+    def __init__(self, output: Location, done: Iterable[UnitSummary], lease: Lease) -> None:
         self._output = output
+        self._lease = lease
         self._units = list(done)
         self._written = time.monotonic()
 
@@ -94,6 +97,8 @@ class UnitLog:
             self._write()
 
     def _write(self) -> None:
+        if not self._lease.is_fresh:
+            return
         try:
             write_units(self._output, self._units)
         except StorageError as problem:  # the summaries are in the units' files too

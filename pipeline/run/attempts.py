@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from pipeline.engine.postmortem import Death
 from pipeline.run.nodes import get_node, list_lost_nodes
 from pipeline.run.telemetry import DeathTelemetry
-from pipeline.storage.lease import EXPIRY_S, read_clock
+from pipeline.storage.lease import PERMIT_S, read_clock
 
 # Attempts of a unit beside others; the next one has the process to itself, and those after it run row by row.
 BESIDE_OTHERS = 2
@@ -25,10 +25,7 @@ ROW_DEATHS = 2
 # Consecutive crashes, without any finished unit or row, that are allowed for each unit in flight; a single poison row
 # causes five.
 MAX_CONSECUTIVE_CRASHES = 10
-# Seconds after a heartbeat of the run's lease for which its actors may begin to write: another run can take over after
-# EXPIRY_S.
-PERMIT_S = 0.8 * EXPIRY_S
-# Seconds between two requests of an actor for that permit.
+# Seconds between two requests of an actor for the permit to write.
 PERMIT_WAIT_S = 1.0
 # Crashes while the files of one unit are written after which the run ends: no row is the cause.
 WRITING_DEATHS = 3

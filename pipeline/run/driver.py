@@ -152,7 +152,7 @@ def annotate_todo(
     failed, answered = sum(unit.failed for unit in earlier), sum(unit.rows for unit in earlier)
     rows = sum(unit.rows for unit in plan.todo)
     with (
-        UnitLog(plan.output.location, earlier) as units_log,
+        UnitLog(plan.output.location, earlier, lease) as units_log,
         RunTelemetry(plan.config.output, rows) as telemetry,
         Progress(rows) as progress,
         contextlib.closing(annotate_units(plan, resources, lease, actor)) as units,

@@ -30,6 +30,8 @@ _HELD: set[str] = set()
 
 # Heartbeat interval, and seconds without a heartbeat after which a lease of another machine has expired.
 HEARTBEAT_S, EXPIRY_S = 15.0, 50.0
+# Seconds after a heartbeat for which nobody else can have taken over.
+PERMIT_S = 0.8 * EXPIRY_S
 # Seconds within which a run that saw no lease has written its own, so that runs that start together see each other.
 SETTLE_S = 1.0
 
@@ -188,6 +190,11 @@ class Lease:
             self._renewed = read_clock()
         if self.on_renewal:
             self.on_renewal()
+
+    @property
+    def is_fresh(self) -> bool:
+        """Whether its last heartbeat is so recent that no other run can have taken over."""
+        return self._lost is None and read_clock() - self._renewed < PERMIT_S
 
     def _read_own(self) -> Holder | None:
         found = self._read(self._locate(self._holder))
