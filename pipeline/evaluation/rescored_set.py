@@ -7,7 +7,6 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.cluster import connect
 from pipeline.config.loading import assign, flatten
@@ -21,8 +20,8 @@ from pipeline.output.inventory import complete_output
 from pipeline.output.unit_files import NO_ERRORS, UnitSummary
 from pipeline.output.unit_log import UNITS, read_units
 from pipeline.storage.lease import Lease
-from pipeline.storage.location import Location, check_apart, check_writable, locate
-from pipeline.storage.parquet import read_parquet
+from pipeline.storage.location import check_apart, check_writable, locate
+from pipeline.storage.parquet import read_checked
 
 
 @dataclass(frozen=True)
@@ -190,8 +189,8 @@ def rescore_unit(unit: str, plan: RescorePlan) -> tuple[UnitSummary, int]:
     """
     measured = plan.units[unit]
     rows, failed = measured.rows, measured.failed
-    before = _read_table(plan.run.locate_unit_file("data", unit))
-    errors = _read_table(plan.run.locate_unit_file("errors", unit)) if failed else NO_ERRORS
+    before = read_checked(plan.run.locate_unit_file("data", unit))
+    errors = read_checked(plan.run.locate_unit_file("errors", unit)) if failed else NO_ERRORS
     if (before.num_rows, errors.num_rows) != (rows - failed, failed):
         raise ValueError(
             f"{plan.run.location.uri}: the files of unit {unit} hold {before.num_rows} answers and {errors.num_rows} "
@@ -201,7 +200,3 @@ def rescore_unit(unit: str, plan: RescorePlan) -> tuple[UnitSummary, int]:
     changed = sum(a != b for a, b in zip(before["answer"], after["answer"], strict=True))
     times = measured.began, measured.ended
     return plan.output.write_unit(unit, after, errors, hash_identity(plan.manifest), times), changed
-
-
-def _read_table(file: Location) -> pa.Table:
-    return read_parquet(file, pq.read_table)

@@ -5,7 +5,6 @@ the set; the id of the attempt keeps two actors with the same unit apart. Sub-fi
 done: whatever is wrong with one, it is ignored with a warning, and its rows are annotated again.
 """
 
-import io
 import logging
 import re
 import uuid
@@ -16,11 +15,10 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.output.schema import ANSWER_FIELDS, CANDIDATE_FIELDS, ERROR_FIELDS
 from pipeline.storage.location import Location, MissingFileError, StorageError, join_lines
-from pipeline.storage.parquet import map_in_threads, read_parquet
+from pipeline.storage.parquet import encode_parquet, map_in_threads, read_checked
 
 log = logging.getLogger(__name__)
 
@@ -93,12 +91,10 @@ class PartialUnit:
             StorageError: the file cannot be written.
         """
         rows = [{**outcome, NUMBER.name: number} for number, outcome in outcomes.items()]
-        buffer = io.BytesIO()
-        table = pa.Table.from_pylist(rows, self._schema)
-        pq.write_table(table, buffer, compression="zstd", write_page_checksum=True)
+        content = encode_parquet(pa.Table.from_pylist(rows, self._schema))
         file = self.output / FOLDER / f"{self.unit}-{self.attempt}-{self.written}.parquet"
         self.written += 1
-        file.write(buffer.getvalue())
+        file.write(content)
 
     def read(self, rows: int) -> dict[int, Outcome]:
         """Read the finished rows of all attempts, by number; damaged and foreign sub-files are ignored.
@@ -123,7 +119,7 @@ class PartialUnit:
 
     def _read_file(self, file: Location) -> pa.Table:
         try:
-            table = read_parquet(file, lambda stream: pq.ParquetFile(stream, page_checksum_verification=True).read())
+            table = read_checked(file)
             identity = (table.schema.metadata or {}).get(IDENTITY)
             if table.schema.equals(self._schema) and identity == self.identity.encode():
                 return table

@@ -7,12 +7,11 @@ from dataclasses import asdict
 from types import TracebackType
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
 from pipeline.output.unit_files import UNIT_ID, UnitSummary
 from pipeline.storage.lease import Lease
 from pipeline.storage.location import Location, MissingFileError, StorageError
-from pipeline.storage.parquet import encode_parquet, read_parquet
+from pipeline.storage.parquet import encode_parquet, read_checked
 
 log = logging.getLogger(__name__)
 
@@ -46,7 +45,7 @@ def read_units(output: Location) -> dict[str, UnitSummary]:
     """
     file = output / UNITS
     try:
-        table = read_parquet(file, pq.read_table)
+        table = read_checked(file)
     except MissingFileError:
         return {}
     if not table.schema.equals(SCHEMA):

@@ -26,6 +26,7 @@ from pipeline.engine.postmortem import Death
 from pipeline.engine.vllm import EngineDeadError, VllmGenerator, prepare_environment
 from pipeline.gpus import lock_gpus
 from pipeline.nodes.access import Access
+from pipeline.nodes.loss import get_node
 from pipeline.output.folder import OutputFolder
 from pipeline.output.partial import PartialUnit, list_partial_units
 from pipeline.output.unit_files import split_failed
@@ -34,7 +35,6 @@ from pipeline.retrieval.retriever import IndexRetriever
 from pipeline.run.annotation import OneByOne, Together, annotate_table
 from pipeline.run.attempts import BESIDE_OTHERS, PERMIT_WAIT_S, SharedExclusiveLock
 from pipeline.run.finished_rows import KEEP_S, FinishedRows
-from pipeline.run.nodes import get_node
 from pipeline.run.telemetry import ActorTelemetry
 from pipeline.storage.location import locate
 

@@ -13,13 +13,13 @@ from pipeline.config.run import RunConfig
 from pipeline.decoding.answer_cache import Answering
 from pipeline.engine.postmortem import Death
 from pipeline.engine.vllm import EngineDeadError
+from pipeline.nodes.loss import NODE_LOSS_S, get_node
 from pipeline.output.partial import Outcome
 from pipeline.output.schema import ANSWER_FIELDS, CANDIDATE_FIELDS, ERROR_FIELDS, rename_reserved_columns, to_answer_row
 from pipeline.queries.schema import Row, read_rows, to_query
 from pipeline.retrieval.shard_servers import IndexLostError
 from pipeline.run.attempts import ROW_DEATHS, OutOfMemoryError, ProcessDiedError
 from pipeline.run.finished_rows import FinishedRows
-from pipeline.run.nodes import NODE_LOSS_S, get_node
 
 log = logging.getLogger(__name__)
 

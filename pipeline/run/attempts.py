@@ -14,7 +14,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from pipeline.engine.postmortem import Death
-from pipeline.run.nodes import get_node, list_lost_nodes
+from pipeline.nodes.loss import get_node, list_lost_nodes
 from pipeline.run.telemetry import DeathTelemetry
 from pipeline.storage.lease import PERMIT_S, read_clock
 

@@ -179,7 +179,6 @@ def annotate_units(
         return
     import ray
     from ray.data import ActorPoolStrategy
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     config, access = plan.config, plan.access
     if access is not None:
@@ -190,11 +189,7 @@ def annotate_units(
         max_concurrent_calls_per_actor=config.execution.units_in_flight,
         max_tasks_in_flight_per_actor=2 * config.execution.units_in_flight,
     )
-    # On the driver's node, since both end together; soft affinity might place it on a node that dies.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    lasting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
-    max_crashes = MAX_CONSECUTIVE_CRASHES * config.execution.actors * config.execution.units_in_flight
-    attempts = lasting(Attempts).remote(max_crashes, config.output)
+    attempts = start_attempts(config)
     lease.on_renewal = attempts.renew_permit.remote
     units = [dataclasses.asdict(unit) for unit in plan.todo]
     summaries = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
@@ -222,6 +217,18 @@ def annotate_units(
         # When a run ends early, its units in flight continue; without Attempts they cannot write files.
         lease.on_renewal = None
         ray.kill(attempts)
+
+
+def start_attempts(config: RunConfig) -> Any:
+    """Start the actor that counts attempts, and return its handle."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    # On the driver's node, since both end together; soft affinity might place it on a node that dies.
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    lasting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
+    max_crashes = MAX_CONSECUTIVE_CRASHES * config.execution.actors * config.execution.units_in_flight
+    return lasting(Attempts).remote(max_crashes, config.output)
 
 
 def start_partitions(plan: RunPlan, resources: Resources) -> list[Any]:

@@ -233,13 +233,23 @@ def read_columns(file: Location, names: list[str]) -> pa.Table:
         StorageError: the file cannot be read, or is damaged.
     """
     try:
-        return read_parquet(file, lambda stream: _read_checked(stream, names))
+        return read_checked(file, names)
     except (ValueError, MissingFileError) as error:
         raise StorageError(f"{join_lines(error)}; delete it and run again") from error
 
 
-def _read_checked(stream: Any, names: list[str]) -> pa.Table:
-    return pq.ParquetFile(stream, pre_buffer=True, page_checksum_verification=True).read(columns=names)
+def read_checked(file: Location, names: list[str] | None = None) -> pa.Table:
+    """Read columns of a file, all by default, with its metadata; pages are compared with their checksums.
+
+    Raises:
+        ValueError: the file is not Parquet, or damaged.
+        StorageError: the file cannot be read.
+    """
+
+    def read(stream: Any) -> pa.Table:
+        return pq.ParquetFile(stream, pre_buffer=True, page_checksum_verification=True).read(columns=names)
+
+    return read_parquet(file, read)
 
 
 def open_pages(stream: Any) -> pq.ParquetFile:

@@ -7,12 +7,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.nodes.loss import NODE_LOSS_S
 from pipeline.output.folder import OutputFolder
 from pipeline.output.partial import list_partial_units
 from pipeline.run.actor import SelfRagActor
 from pipeline.run.annotation import OneByOne, annotate_table
 from pipeline.run.attempts import MAX_CONSECUTIVE_CRASHES, Attempts, CrashLoopError
-from pipeline.run.nodes import NODE_LOSS_S
 from tests.support.actors import CONFIG, Died, Folder, LocalHandle, actor, dies, system, table
 
 
