@@ -269,6 +269,7 @@ def test_damaged_shard_ends_the_run_before_any_output(queries, small_index, tmp_
     assert not list((tmp_path / "out").rglob("part-*"))
 
 
+@pytest.mark.slow
 def test_s3_run_with_shard_servers_gives_the_same_answers(s3, queries, small_index, answers, monkeypatch):
     """The same answers from and to an object store with a partitioned index; nothing secret is written anywhere."""
     monkeypatch.setenv("AWS_REQUEST_CHECKSUM_CALCULATION", "when_required")

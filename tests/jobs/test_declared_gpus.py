@@ -126,6 +126,7 @@ def test_rescoring_needs_no_gpu(job: Job, made: Any, tmp_path: Path) -> None:
     assert broken(str(tmp_path / "again"), tmp_path / "queries") == []
 
 
+@pytest.mark.slow
 def test_shard_servers_and_actors_share_gpus(
     job: Job, made: Any, pids: Path, small_index: Path, tmp_path: Path
 ) -> None:
@@ -169,6 +170,7 @@ def test_index_is_built_on_four_gpus(
     assert (manifest["passages"], len(manifest["shards"])) == (300, shards)
 
 
+@pytest.mark.slow
 def test_nodes_can_join_after_the_run_has_started(
     with_vectors: tuple[Path, np.ndarray], tmp_path: Path, tmp_path_factory: pytest.TempPathFactory
 ) -> None:

@@ -68,6 +68,7 @@ def folder(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 def test_stopped_run_resumes_when_submitted_again(server: Server, folder: Path) -> None:
     assert server.submit(folder, "--no-wait", "--submission-id", "night")[0] == 0
     until = time.monotonic() + 240
