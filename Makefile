@@ -6,7 +6,7 @@ BIN := $(VENV)/bin
 READY := $(VENV)/.ready-$(EXTRAS)
 LOCK := infra/locks/$(EXTRAS).txt
 UV_VERSION := 0.13.9
-FAST := -m "not slow and not gpu" --numprocesses 2 --dist loadgroup --no-loadscope-reorder
+FAST := -m "not slow and not gpu" --numprocesses 2 --dist loadfile --no-loadscope-reorder
 
 # The CPU build of vLLM needs PyTorch's "+cpu" wheel, which PyPI does not carry: it comes from the folder that
 # PIP_FIND_LINKS names, otherwise from PyTorch's own index. The GPU build takes everything from PyPI.

@@ -27,16 +27,6 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
 # Tests judge values, never the time that they take.
 settings.register_profile("untimed", deadline=None)
 settings.load_profile("untimed")
-
-
-@pytest.hookimpl(tryfirst=True)
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Keep the tests of a file in one process; those of the group ``engine`` share one: engines starve each other."""
-    for item in items:
-        if item.get_closest_marker("xdist_group") is None:
-            item.add_marker(pytest.mark.xdist_group(item.nodeid.partition("::")[0]))
-
-
 DEMO = Path(__file__).parents[1] / "infra" / "demo"
 
 

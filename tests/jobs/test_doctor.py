@@ -21,8 +21,6 @@ from pipeline.config.sections import StorageConfig
 from pipeline.doctor.device_probe import Answered, Searched
 from tests.support.s3 import S3Server
 
-pytestmark = pytest.mark.xdist_group("engine")
-
 APP = typer.Typer()
 APP.command()(doctor)
 

@@ -19,8 +19,6 @@ from pipeline.decoding.reflection import REFLECTION_TOKENS
 from pipeline.decoding.types import Passage, Query, RetrievedPassage
 from tests.support.fakes import EOS, word_tokenizer
 
-pytestmark = pytest.mark.xdist_group("engine")
-
 
 @pytest.mark.parametrize(("questions", "expected"), [(0.0, 0), (0.5, 10), (1.0, 20), (0.25, 5)])
 def test_share_of_questions_is_exact_and_spread_evenly(questions, expected):

@@ -13,8 +13,6 @@ from pipeline.engine.heartbeat import Heartbeat
 from pipeline.engine.models import load_tokenizer
 from pipeline.engine.vllm import VllmGenerator, convert_logprobs
 
-pytestmark = pytest.mark.xdist_group("engine")
-
 
 @dataclass
 class Flat:

@@ -21,8 +21,6 @@ from pipeline.engine.postmortem import Death
 from pipeline.engine.vllm import EngineDeadError, VllmGenerator
 from tests.pipeline.engine.test_watchdog import gone
 
-pytestmark = pytest.mark.xdist_group("engine")
-
 
 def without_memory(worker: Any) -> None:
     """From now on every step of a worker fails as on a card without memory."""
