@@ -52,8 +52,9 @@ def clear_partial(output: Location) -> None:
 
 
 def delete_files(files: Sequence[Location]) -> None:
-    """Delete files in parallel."""
-    map_in_threads(Location.delete, files)
+    """Delete files, one after another: rclone's store can hide a file, and keep it, while another is deleted."""
+    for file in files:
+        file.delete()
 
 
 @dataclass
