@@ -56,7 +56,7 @@ def connect(execution: ExecutionConfig) -> None:
     import ray
 
     if not ray.is_initialized():
-        address = execution.ray_address or os.environ.get("RAY_ADDRESS") or "local"
+        address = find_address(execution)
         if address == "local":
             check_temporary_folders()
         with _keep_sigterm_handler():
@@ -64,6 +64,11 @@ def connect(execution: ExecutionConfig) -> None:
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     context.print_on_execution_start = False
+
+
+def find_address(execution: ExecutionConfig) -> str:
+    """Return the address of the cluster; ``local`` if the run starts Ray itself."""
+    return execution.ray_address or os.environ.get("RAY_ADDRESS") or "local"
 
 
 def check_temporary_folders() -> None:

@@ -155,7 +155,7 @@ def time_run(rows: int, execution: ExecutionConfig, folder: Path) -> Run:
     seconds = max(unit.ended or 0.0 for unit in units) - min(begins)
     memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1000
     steady = compute_steady_rate(begins, execution.actors * execution.units_in_flight)
-    return Run(rows, execution.actors, seconds, summary.seconds, memory, steady * execution.unit_rows)
+    return Run(rows, execution.actors, seconds, summary.seconds, memory, steady * max(unit.rows for unit in units))
 
 
 def build_scaling_tables(sizes: Sequence[Run], pools: Sequence[Run], latency: float) -> list[Table]:

@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 REPORT = "report.html"
 CARD = "README.md"
+# What the inspection of the query set has found.
+INSPECTION = "_inspection.parquet"
 # Keys of a manifest that decide the results; an output holds rows of one identity only.
 IDENTITY = ("settings", "queries", "model", "index")
 
@@ -90,7 +92,7 @@ class OutputFolder:
             for file in self.list_unit_files(folder).values():
                 file.delete()
         clear_partial(self.location)
-        for file in (self.location / REPORT, self.location / UNITS, self._manifest):
+        for file in (self.location / REPORT, self.location / UNITS, self.location / INSPECTION, self._manifest):
             if file.exists():
                 file.delete()
 

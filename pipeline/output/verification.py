@@ -12,11 +12,11 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from pandas.util import hash_array
 
 from pipeline.output.folder import OutputFolder, get_columns, hash_identity
 from pipeline.output.unit_files import UnitSummary, is_unit_file, parse_unit_id
 from pipeline.output.unit_log import UNITS, read_units
+from pipeline.storage.hashes import hash_texts
 from pipeline.storage.location import Location
 from pipeline.storage.parquet import THREADS, open_pages, read_batches, read_parquet
 
@@ -101,7 +101,7 @@ def verify_set(folder: OutputFolder, planned: PlannedIds | None) -> Verified:
     """Verify an annotated set: its state, its files, every page of every column, its rows and their ids.
 
     Files outside of ``data`` and ``errors``, which nothing reads as rows, are not looked at. Memory: 8 bytes for each
-    row without ``planned``, which itself holds all ids; and for each of 16 threads the ids of a unit and a batch.
+    row without ``planned``; and for each of 16 threads the ids of a unit and a batch.
 
     Args:
         folder: folder of the set.
@@ -133,12 +133,13 @@ def verify_set(folder: OutputFolder, planned: PlannedIds | None) -> Verified:
 
 
 def _list_units(folder: OutputFolder, known: Iterable[str]) -> tuple[list[UnitFiles], list[Location]]:
-    """List the units that have a data file, and the files that belong to none of them."""
-    wanted, place = frozenset(known), folder.location
+    """List the units that have a data file, in the order of the known ones, and the files that belong to no unit."""
+    wanted, place = {unit: number for number, unit in enumerate(known)}, folder.location
     files = [file for part in ("data", "errors") for file in (place / part).list_files()]
     named = {file.path: file for file in files if _is_own(file, place, wanted)}
+    found = sorted(set(filter(None, map(parse_unit_id, named.values()))))
     units = []
-    for unit in sorted(set(filter(None, map(parse_unit_id, named.values())))):
+    for unit in sorted(found, key=lambda unit: wanted.get(unit, 0)):
         data, errors = (named.get((place / part / f"part-{unit}.parquet").path) for part in ("data", "errors"))
         if data is not None:
             units.append(UnitFiles(unit, data, errors))
@@ -146,7 +147,7 @@ def _list_units(folder: OutputFolder, known: Iterable[str]) -> tuple[list[UnitFi
     return units, [file for file in files if file.path not in taken]
 
 
-def _is_own(file: Location, place: Location, wanted: frozenset[str]) -> bool:
+def _is_own(file: Location, place: Location, wanted: Mapping[str, int]) -> bool:
     """Whether a file is a unit file directly in its folder, and its unit is known, if any is."""
     expected = [(place / part / file.name).path for part in ("data", "errors") if is_unit_file(file, part)]
     return file.path in expected and (not wanted or parse_unit_id(file) in wanted)
@@ -212,7 +213,7 @@ class UnitCheck:
             self._check_writer(unit)
         except ValueError as error:
             return CheckedUnit(unit, fault=Problem(str(error), unit.data.uri))
-        return CheckedUnit(unit, len(ids), len(failed), _hash_ids(ids) if self.planned is None else None)
+        return CheckedUnit(unit, len(ids), len(failed), hash_texts(ids) if self.planned is None else None)
 
     def _read_ids(self, file: Location | None) -> pa.ChunkedArray:
         """Read all columns of a file, page by page, and return its ids.
@@ -271,11 +272,6 @@ class UnitCheck:
 
 def _describe_count(place: str, found: int, recorded: int) -> str:
     return f"{place}: has {found} rows, but {UNITS} records {recorded}"
-
-
-def _hash_ids(ids: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
-    hashes: npt.NDArray[np.uint64] = hash_array(ids.to_numpy(), categorize=False)
-    return hashes
 
 
 def _join(columns: Iterable[pa.ChunkedArray]) -> pa.ChunkedArray:

@@ -6,8 +6,11 @@ with the same rows, whatever has been added to the query set or annotated in the
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import accumulate
 from typing import Annotated
 
+import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 from pydantic import Field, ValidationError
@@ -15,10 +18,13 @@ from pydantic import Field, ValidationError
 from pipeline.config.loading import Frozen
 from pipeline.config.sections import StorageConfig
 from pipeline.output.unit_files import is_unit_file
-from pipeline.queries.query_set import QuerySet, read_query_ids
+from pipeline.queries.ids import hash_ids
+from pipeline.queries.inspection import QueryFile
+from pipeline.queries.query_set import QuerySet
 from pipeline.queries.units import read_unit
 from pipeline.queries.writer import FILE_ROWS, GROUP_ROWS
-from pipeline.storage.location import Location
+from pipeline.storage.hashes import Hashes, HashRuns, hash_twice
+from pipeline.storage.location import Location, locate
 from pipeline.storage.parquet import encode_parquet, map_in_threads, read_columns
 
 # The error type of invalid rows, which would fail again.
@@ -45,32 +51,69 @@ class Earlier:
     apart_from: Location
     id_column: str
 
-    def read_known_ids(self) -> pa.ChunkedArray:
-        """Read the ids that are finished: answered, invalid, or failed in two sets. large_string.
+    def find_new(self, queries: QuerySet, storage: StorageConfig) -> npt.NDArray[np.bool_]:
+        """Find the queries that no set has finished: not answered, nor invalid, nor failed in two sets.
+
+        Ids are compared by hashes of 128 bits. Memory: one byte for each query, and some hundred megabytes; the hashes
+        are on disk, 24 bytes for each row.
+
+        Returns:
+            bool [rows of the query set], in its order.
 
         Raises:
-            ValueError: a set has no column of ids.
+            ValueError: a set has no column of ids, or a query file has changed since it was inspected.
             StorageError: a file cannot be read; names it.
         """
+        new = np.ones(queries.rows, bool)
+        with HashRuns() as tries, HashRuns() as asked:
+            map_in_threads(lambda file: tries.add(self._weigh_rows(file)), self._list_files())
+            starts = accumulate((file.rows for file in queries.inspected), initial=0)
+            numbered = zip(queries.inspected, starts, strict=False)
+            map_in_threads(lambda pair: asked.add(_number_ids(*pair, self.id_column, storage)), numbered)
+            count = max(tries.count_ranges(), asked.count_ranges())
+            for ours, theirs in zip(asked.read_ranges(count), tries.read_ranges(count), strict=False):
+                new[_find_finished(ours, theirs)] = False
+        return new
+
+    def _list_files(self) -> list[Location]:
         own = f"{self.apart_from.path.rstrip('/')}/"
         files = [file for file in self.folder.list_files(".parquet") if not file.path.startswith(own)]
-        answered = self._read([file for file in files if is_unit_file(file, "data")], [])
-        failed = self._read([file for file in files if is_unit_file(file, "errors")], ["error_type"])
-        hopeless = failed.filter(pc.equal(failed["error_type"], OWN_FAULT))["id"]
-        counts = pc.value_counts(failed["id"])
-        often = counts.filter(pc.greater_equal(counts.field("counts"), TRIES)).field("values")
-        return pa.chunked_array([*answered["id"].chunks, *hopeless.chunks, often], pa.large_string())
+        return [file for file in files if is_unit_file(file, "data") or is_unit_file(file, "errors")]
 
-    def _read(self, files: list[Location], more: list[str]) -> pa.Table:
-        schema = pa.schema([("id", pa.large_string()), *((name, pa.string()) for name in more)])
-        tables = map_in_threads(lambda file: self._read_columns(file, [self.id_column, *more]).cast(schema), files)
-        return pa.concat_tables([schema.empty_table(), *tables])
-
-    def _read_columns(self, file: Location, names: list[str]) -> pa.Table:
-        table = read_columns(file, names)
+    def _weigh_rows(self, file: Location) -> Hashes:
+        """Return uint64 [3, rows]: the hashes of the ids, and the tries for which each row counts."""
+        failed = is_unit_file(file, "errors")
+        table = read_columns(file, [self.id_column, *(["error_type"] if failed else [])])
         if self.id_column not in table.column_names:
             raise ValueError(f"{file.uri}: no id column {self.id_column!r} (columns.id)")
-        return table.select(names).rename_columns(["id", *names[1:]]).replace_schema_metadata(None)
+        hashes = hash_twice(table[self.id_column])
+        tries = np.full(hashes.shape[1], TRIES, np.uint64)
+        if failed:
+            own_fault = pc.equal(table["error_type"].cast(pa.string()), OWN_FAULT).fill_null(False)
+            tries[~own_fault.to_numpy()] = 1
+        return np.vstack([hashes, tries])
+
+
+def _number_ids(file: QueryFile, start: int, column: str, storage: StorageConfig) -> Hashes:
+    """Return uint64 [3, rows]: the hashes of the ids of a file, and the numbers of the rows in the set."""
+    hashes = hash_ids(locate(file.uri, storage), file.version, column)
+    return np.vstack([hashes, np.arange(start, start + hashes.shape[1], dtype=np.uint64)])
+
+
+def _find_finished(asked: Hashes, tries: Hashes) -> Hashes:
+    """Return the numbers of the rows whose id has ``TRIES`` tries or more; both in a range, sorted by their hashes."""
+    tries = tries[:, np.lexsort((tries[1], tries[0]))]
+    if not tries.shape[1]:
+        return np.empty(0, np.uint64)
+    changes = (tries[:2, 1:] != tries[:2, :-1]).any(axis=0)
+    firsts = np.concatenate([[0], np.flatnonzero(changes) + 1])
+    finished = tries[:2, firsts[np.add.reduceat(tries[2], firsts) >= TRIES]]
+    if not finished.shape[1]:
+        return np.empty(0, np.uint64)
+    # If two finished ids share the first hash, only one of them is found; the other is annotated once more.
+    places = np.minimum(np.searchsorted(finished[0], asked[0]), finished.shape[1] - 1)
+    rows: Hashes = asked[2, (finished[:, places] == asked[:2]).all(axis=0)]
+    return rows
 
 
 class SelectionRecord(Frozen):
@@ -132,7 +175,7 @@ class Selection:
     def choose(cls, queries: QuerySet, earlier: Earlier, storage: StorageConfig, scratch: Location) -> "Selection":
         """Select the new queries and write them to a folder.
 
-        Driver memory: the ids of all sets at once, and the rows of a file.
+        Driver memory: as of :meth:`Earlier.find_new`, and the rows of a file.
 
         Args:
             queries: query set to select from.
@@ -145,9 +188,8 @@ class Selection:
             ValueError: an earlier set has no column of ids.
             StorageError: the storage cannot be read.
         """
-        ids = read_query_ids(queries, earlier.id_column, storage)
-        new = pc.invert(pc.is_in(ids, value_set=earlier.read_known_ids()))
-        if not (count := pc.sum(new).as_py()):
+        new = earlier.find_new(queries, storage)
+        if not (count := int(new.sum())):
             raise NothingNewError(
                 f"all {queries.rows} queries are already answered or failed below {earlier.folder.uri}; "
                 "nothing is left to do"
@@ -173,13 +215,13 @@ def _locate_record(folder: Location) -> Location:
     return folder / "selection.json"
 
 
-def _read_selected(queries: QuerySet, new: pa.ChunkedArray, storage: StorageConfig) -> Iterator[pa.Table]:
+def _read_selected(queries: QuerySet, new: npt.NDArray[np.bool_], storage: StorageConfig) -> Iterator[pa.Table]:
     first = 0
     for unit in queries.units:
-        mask = new.slice(first, unit.rows)
+        mask = new[first : first + unit.rows]
         first += unit.rows
-        if pc.any(mask).as_py():
-            yield read_unit(unit, queries.schema, storage).filter(mask)
+        if mask.any():
+            yield read_unit(unit, queries.schema, storage).filter(pa.array(mask))
 
 
 def _merge_tables(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:

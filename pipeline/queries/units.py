@@ -1,7 +1,7 @@
-"""Divide a query set into units, and read the rows of a unit."""
+"""Units of a query set, and their rows."""
 
 import hashlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -54,7 +54,7 @@ class Unit:
 
     Attributes:
         id: hexadecimal digest of the content of its parts; the same in every run on the same files.
-        parts: one range of rows, or several small ones.
+        parts: ranges of rows that follow each other, of one file or of several small ones.
     """
 
     id: str
@@ -80,18 +80,6 @@ class Unit:
 
 def _hash(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:20]
-
-
-def join_parts(parts: Iterable[Part], unit_rows: int) -> Iterator[Unit]:
-    """Join consecutive parts, of at most ``unit_rows`` rows each, into units of at most ``unit_rows`` rows."""
-    waiting: list[Part] = []
-    for part in parts:
-        if waiting and sum(other.rows for other in waiting) + part.rows > unit_rows:
-            yield Unit.join(waiting)
-            waiting = []
-        waiting.append(part)
-    if waiting:
-        yield Unit.join(waiting)
 
 
 def read_unit(unit: Unit, schema: pa.Schema, storage: StorageConfig) -> pa.Table:

@@ -15,6 +15,7 @@ from pipeline.nodes.check import check_nodes
 from pipeline.output.inventory import complete_output
 from pipeline.output.unit_files import UnitSummary
 from pipeline.output.unit_log import UnitLog
+from pipeline.queries.kept_inspection import keep_inspection
 from pipeline.report.write import leave_report
 from pipeline.retrieval.shard_servers import ServedIndex, start_servers
 from pipeline.run.actor import SelfRagActor
@@ -147,6 +148,7 @@ def annotate_todo(
     if plan.overwrite:
         plan.output.clear()
     plan.output.begin(record)
+    keep_inspection(plan.output.location, plan.config.columns, plan.queries.inspected)
     allowed = max(plan.config.execution.max_error_rate * plan.queries.rows, FEWEST_ERRORS)
     earlier, done = plan.inventory.whole, dict[str, UnitSummary]()
     failed, answered = sum(unit.failed for unit in earlier), sum(unit.rows for unit in earlier)

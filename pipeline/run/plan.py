@@ -3,6 +3,7 @@
 import atexit
 import shutil
 import tempfile
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
@@ -14,11 +15,14 @@ from pipeline.decoding.prompted_reader import hash_prompts
 from pipeline.engine.arguments import check_engine_arguments
 from pipeline.engine.models import identify_model, load_critic, resolve_model_path
 from pipeline.nodes.access import Access
+from pipeline.nodes.spread import ClusterSpread
 from pipeline.output.folder import IDENTITY, OutputFolder, hash_identity
 from pipeline.output.inventory import EMPTY, Inventory, take_inventory
 from pipeline.output.schema import hash_columns
 from pipeline.output.unit_files import UnitSummary
 from pipeline.output.unit_log import read_units
+from pipeline.queries.inspection import QueryFile
+from pipeline.queries.kept_inspection import read_inspection
 from pipeline.queries.partitions import warn_of_columns_above
 from pipeline.queries.query_set import QuerySet, inspect_queries
 from pipeline.queries.selection import Earlier, Selection
@@ -150,7 +154,8 @@ def check_run(config: RunConfig, overwrite: bool = False) -> RunPlan:
     check_apart(queries_location, output)
     selection = Selection.load(output, config.queries) if config.skip_annotated and not overwrite else None
     asked = selection.folder if selection else queries_location
-    queries = inspect_queries(asked, config.columns, config.execution.unit_rows)
+    kept = {} if overwrite else read_inspection(output, config.columns)
+    queries = _inspect(config, asked, kept)
     warn_of_columns_above(queries_location, queries.schema.names)
     check_writable(output)
     manifest = _check_retrieval(config, queries)
@@ -173,11 +178,16 @@ def check_run(config: RunConfig, overwrite: bool = False) -> RunPlan:
     return _select_new(plan, config.skip_annotated)
 
 
+def _inspect(config: RunConfig, location: Location, kept: Mapping[str, QueryFile]) -> QuerySet:
+    spread = ClusterSpread.of(config.execution)
+    return inspect_queries(location, config.columns, config.execution.unit_rows, kept, spread)
+
+
 def _select_new(plan: RunPlan, folder: str) -> RunPlan:
     config = plan.config
     earlier = Earlier(locate(folder, config.storage), plan.output.location, config.columns.id)
     chosen = Selection.choose(plan.queries, earlier, config.storage, _make_scratch())
-    queries = inspect_queries(chosen.folder, config.columns, config.execution.unit_rows)
+    queries = _inspect(config, chosen.folder, {})
     return replace(plan, queries=queries, known=chosen.known, chosen=chosen)
 
 
@@ -203,7 +213,7 @@ def store_selection(plan: RunPlan) -> RunPlan:
     config, output = plan.config, plan.output.location
     there = None if plan.overwrite else Selection.load(output, config.queries)
     selection = there or plan.chosen.keep(output, config.queries)
-    queries = inspect_queries(selection.folder, config.columns, config.execution.unit_rows)
+    queries = _inspect(config, selection.folder, {})
     return replace(plan, queries=queries, known=selection.known, chosen=None)
 
 

@@ -260,7 +260,9 @@ def open_pages(stream: Any) -> pq.ParquetFile:
     return pq.ParquetFile(stream, buffer_size=AHEAD_BYTES, pre_buffer=False, page_checksum_verification=True)
 
 
-def read_batches(parquet: pq.ParquetFile, groups: Sequence[int] | None = None) -> Iterator[pa.RecordBatch]:
+def read_batches(
+    parquet: pq.ParquetFile, groups: Sequence[int] | None = None, columns: list[str] | None = None
+) -> Iterator[pa.RecordBatch]:
     """Read row groups, all by default, in batches of about ``BATCH_BYTES``, so that none is in memory as a whole.
 
     Memory: a batch and, of each column, a page and ``AHEAD_BYTES``.
@@ -269,7 +271,7 @@ def read_batches(parquet: pq.ParquetFile, groups: Sequence[int] | None = None) -
     infos = [parquet.metadata.row_group(number) for number in numbers]
     filled = [info for info in infos if info.num_rows]
     rows = min((BATCH_BYTES * info.num_rows // max(info.total_byte_size, 1) for info in filled), default=1)
-    yield from parquet.iter_batches(min(max(rows, 1), MAX_BATCH_ROWS), row_groups=list(numbers))
+    yield from parquet.iter_batches(min(max(rows, 1), MAX_BATCH_ROWS), row_groups=list(numbers), columns=columns)
 
 
 class GroupReader:

@@ -249,3 +249,10 @@ def test_few_errors_do_not_stop_a_run_early(tmp_path, monkeypatch):
 def test_exit_status_follows_the_error_rate(errors, status):
     summary = Summary("out", 100, errors, {}, 50, 1, 1, 100, 1.0, max_error_rate=0.01)
     assert summary.exit_status == status
+
+
+def test_finished_run_is_recognized_without_reading_the_queries(options, finished, monkeypatch):
+    monkeypatch.setattr("pipeline.queries.query_set.inspect_file", lambda *_, **__: pytest.fail("is known"))
+    result = call(options)
+    assert result.exit_code == 0, result.output
+    assert "is already complete; nothing to do" in result.stderr

@@ -10,7 +10,8 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.sections import Columns, StorageConfig
-from pipeline.queries.query_set import QuerySet, inspect_queries, read_query_ids
+from pipeline.queries.ids import hash_ids, read_file_ids
+from pipeline.queries.query_set import QuerySet, inspect_queries
 from pipeline.queries.units import read_unit
 from pipeline.storage.location import MissingFileError, locate
 from pipeline.storage.parquet import GroupReader, encode_parquet
@@ -155,11 +156,12 @@ def test_a_file_that_was_deleted_is_named(file: Path) -> None:
         read(found)
 
 
-def test_ids_of_a_replaced_file_are_not_read(file: Path) -> None:
-    found = inspect(file.parent)
+@pytest.mark.parametrize("work", [read_file_ids, hash_ids])
+def test_ids_of_a_replaced_file_are_not_read(file: Path, work: Callable[..., object]) -> None:
+    (found,) = inspect(file.parent).inspected
     rewrite(file)
     with pytest.raises(ValueError, match=r"a\.parquet: has changed since the run began"):
-        read_query_ids(found, "id", HERE)
+        work(locate(str(file), HERE), found.version, "id")
 
 
 def test_an_object_that_is_replaced_by_one_of_the_same_size_is_named(s3, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.config.sections import Columns, StorageConfig
-from pipeline.queries import query_set, units
+from pipeline.queries import inspection, units
 from pipeline.queries.query_set import QuerySet, inspect_queries
 from pipeline.queries.units import read_unit
 from pipeline.storage.location import locate
@@ -121,23 +121,12 @@ def test_small_files_are_read_once_each_and_share_units(tmp_path):
     assert read(inspect(tmp_path, 8))["id"].to_pylist() == [f"{n}-{row}" for n in range(10) for row in range(3)]
 
 
-def test_parts_are_joined_in_the_order_of_the_rows(tmp_path):
-    write(tmp_path / "a.parquet", list("abcdefg"), 5)
-    write(tmp_path / "b.parquet", list("h"))
-    found = [unit.parts for unit in inspect(tmp_path, 3).units]
-    assert [[(part.row_group, part.offset, part.rows) for part in parts] for parts in found] == [
-        [(0, 0, 3)],
-        [(0, 3, 2)],
-        [(1, 0, 2), (0, 0, 1)],
-    ]
-
-
 def test_row_group_of_several_units_is_read_once_beside_small_files(tmp_path, monkeypatch):
     for n in range(3):
         write(tmp_path / f"{n}a.parquet", [f"{n}-{row}" for row in range(10)])
         write(tmp_path / f"{n}b.parquet", [f"{n}+{row}" for row in range(2)])
     found = inspect(tmp_path, 7)
-    assert [[part.rows for part in unit.parts] for unit in found.units] == [[7], [3, 2], [7], [3, 2], [7], [3, 2]]
+    assert [[part.rows for part in unit.parts] for unit in found.units] == [[7], [3], [2]] * 3
     reads = []
 
     def note(file):
@@ -158,7 +147,7 @@ def test_files_are_read_in_parallel(tmp_path, monkeypatch):
         together.wait()
         return read_versioned(file, *work) if work else open_versioned(file)
 
-    monkeypatch.setattr(query_set, "read_versioned", wait)
+    monkeypatch.setattr(inspection, "read_versioned", wait)
     found = inspect(tmp_path)
     monkeypatch.setattr(units, "open_versioned", wait)
     assert read(found)["id"].to_pylist() == list("0123")
