@@ -85,7 +85,10 @@ def to_markdown(text: str) -> str:
 
 def describe_type(schema: dict[str, Any]) -> str:
     """Describe a type in words, from its JSON schema."""
-    schema = next((one for one in schema.get("anyOf", []) if one["type"] != "null"), schema)
+    if kinds := [one for one in schema.get("anyOf", []) if one["type"] != "null"]:
+        return " or ".join(map(describe_type, kinds))
+    if "const" in schema:
+        return f"`{schema['const']}`"
     if "enum" in schema:
         return " or ".join(f"`{value}`" for value in schema["enum"])
     if "items" in schema:

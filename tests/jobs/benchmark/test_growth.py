@@ -1,0 +1,44 @@
+"""The growth benchmark measures real runs, in which no row is lost."""
+
+import json
+from pathlib import Path
+
+import pyarrow.dataset as ds
+import pyarrow.parquet as pq
+import pytest
+
+from jobs.benchmark import growth
+from jobs.benchmark.growth import make_rows, measure_growth, write_queries
+from pipeline.output.unit_log import read_units
+
+PHASES = ["plan", "run, count, report", "plan again", "resume, a tenth left", "repeat when finished", "report"]
+
+
+def test_questions_differ_and_are_divided_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(growth, "FILE_ROWS", 4)
+    write_queries(tmp_path / "all", 10, 4)
+    write_queries(tmp_path / "few", 10, 1)
+    assert [pq.read_metadata(file).num_rows for file in sorted((tmp_path / "all").iterdir())] == [4, 4, 2]
+    assert [pq.read_metadata(file).num_rows for file in sorted((tmp_path / "few").iterdir())] == [1, 1, 1]
+    assert make_rows(8, 2).to_pylist() == [
+        {"id": "question-8", "query": "What is the answer to question 8?"},
+        {"id": "question-9", "query": "What is the answer to question 9?"},
+    ]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("footers", [False, True])
+def test_every_row_is_answered_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, footers: bool):
+    monkeypatch.setattr(growth, "FILE_ROWS", 1_500)
+    monkeypatch.delenv(growth.FOOTERS, raising=False)
+    found = measure_growth(4_000, footers, tmp_path)
+    monkeypatch.delenv(growth.FOOTERS, raising=False)
+    assert (found.rows, [phase.name for phase in found.phases]) == (4_000, PHASES)
+    assert found.units == 6 + 6 + 4  # of 256 rows: 1,500, 1,500 and 1,000 rows
+    table = ds.dataset(tmp_path / "out" / "data", format="parquet").to_table()
+    assert table.num_rows == 4_000
+    assert footers or len(set(table["id"].to_pylist())) == 4_000
+    manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
+    assert manifest["counts"]["rows"] == 4_000
+    assert len(read_units(growth.locate(str(tmp_path / "out"), growth.StorageConfig()))) == found.units
+    assert (tmp_path / "out" / "report.html").exists()
