@@ -118,7 +118,7 @@ def write_queries(folder: Path, rows: int, file_rows: int) -> None:
 
 def pretend_inspection(queries: Location, output: Location, rows: int) -> None:
     """Keep an inspection that gives every file of a query set ``FILE_ROWS`` rows."""
-    found = inspect_queries(queries, Columns(), "auto").inspected
+    found = inspect_queries(queries, Columns(), None).inspected
     left = [min(FILE_ROWS, rows - first) for first in range(0, rows, FILE_ROWS)]
     keep_inspection(
         output,

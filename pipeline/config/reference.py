@@ -85,10 +85,7 @@ def to_markdown(text: str) -> str:
 
 def describe_type(schema: dict[str, Any]) -> str:
     """Describe a type in words, from its JSON schema."""
-    if kinds := [one for one in schema.get("anyOf", []) if one["type"] != "null"]:
-        return " or ".join(map(describe_type, kinds))
-    if "const" in schema:
-        return f"`{schema['const']}`"
+    schema = next((one for one in schema.get("anyOf", []) if one["type"] != "null"), schema)
     if "enum" in schema:
         return " or ".join(f"`{value}`" for value in schema["enum"])
     if "items" in schema:

@@ -3,7 +3,7 @@
 from enum import Enum
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import Field, SecretStr, field_validator, model_validator
+from pydantic import BeforeValidator, Field, SecretStr, field_validator, model_validator
 
 from pipeline.config.loading import Frozen, parse_search
 
@@ -205,6 +205,10 @@ class RetrievalConfig(Frozen):
         return search
 
 
+def _read_auto(value: Any) -> Any:
+    return None if value == "auto" else value
+
+
 class ExecutionConfig(Frozen):
     """Placement and pace of the job; does not change the results.
 
@@ -216,8 +220,8 @@ class ExecutionConfig(Frozen):
         shard_servers: Shard servers of the partitioned topology; by default one per node, at most one per shard.
         cpus_per_server: CPUs of each shard server.
         gpus_per_server: GPU of each shard server: 1 or a share of one; with 0 the servers search on the CPU.
-        unit_rows: Rows of a work unit, which is one output file. ``auto`` chooses 256 for sets of up to a million rows,
-            then up to 8,192, and beyond 164 million rows so many that there are at most 20,000 units.
+        unit_rows: Rows of a work unit, which is one output file; by default (``auto``) 256 for sets of up to a million
+            rows, then up to 8,192, and beyond 164 million rows so many that there are at most 20,000 units.
         units_in_flight: Units that an actor works on at once, from reading to writing, to keep its engine full.
         row_timeout_s: Seconds after which a row goes to ``errors/``; it shares the engine with all rows in flight.
         engine_stall_s: Seconds without a step of the engine, while requests are in flight, after which it counts as
@@ -236,7 +240,7 @@ class ExecutionConfig(Frozen):
     shard_servers: Positive | None = None
     cpus_per_server: Annotated[float, Field(ge=0)] = 1.0
     gpus_per_server: Share = 0.0
-    unit_rows: Annotated[Positive | Literal["auto"], Effect.FIXED] = "auto"
+    unit_rows: Annotated[Positive | None, BeforeValidator(_read_auto), Effect.FIXED] = None
     units_in_flight: Positive = 3
     row_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     engine_stall_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 900.0

@@ -5,7 +5,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import pyarrow as pa
 
@@ -24,8 +24,6 @@ from pipeline.storage.parquet import list_parquet, map_in_threads, open_pages, r
 
 # Remote sets of at least this many bytes are read by all machines; smaller ones are read before tasks have started.
 SPREAD_BYTES = 256 << 20
-
-UnitRows = int | Literal["auto"]
 
 
 class Spread(Protocol):
@@ -69,7 +67,7 @@ class QuerySet:
 def inspect_queries(
     location: Location,
     columns: Columns,
-    unit_rows: UnitRows,
+    unit_rows: int | None,
     known: Mapping[str, QueryFile] | None = None,
     spread: Spread | None = None,
 ) -> QuerySet:
@@ -82,7 +80,7 @@ def inspect_queries(
     Args:
         location: file or folder.
         columns: names of its columns.
-        unit_rows: rows of a unit, or ``auto``.
+        unit_rows: rows of a unit; None to choose them by the size of the set.
         known: what an earlier inspection has found, by URI; if no file has changed, none is read.
         spread: reads a large set on all machines of a cluster; None if there is only this one.
 
@@ -102,9 +100,7 @@ def inspect_queries(
     schema = unify_schemas({file.uri: file.complete_schema(partitions) for file in filled})
     if not reused:
         _check_casts(filled, files, schema, partitions)
-    if unit_rows == "auto":
-        unit_rows = choose_unit_rows([file.rows for file in filled])
-    units = tuple(divide_files(filled, unit_rows))
+    units = tuple(divide_files(filled, unit_rows or choose_unit_rows([file.rows for file in filled])))
     digest = hashlib.sha256("".join(unit.id for unit in units).encode()).hexdigest()
     tasks: Counter[str] = sum((Counter(file.tasks) for file in filled), Counter())
     return QuerySet(

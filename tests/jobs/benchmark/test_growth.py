@@ -9,7 +9,9 @@ import pytest
 
 from jobs.benchmark import growth
 from jobs.benchmark.growth import make_rows, measure_growth, write_queries
+from pipeline.config.sections import StorageConfig
 from pipeline.output.unit_log import read_units
+from pipeline.storage.location import locate
 
 PHASES = ["plan", "run, count, report", "plan again", "resume, a tenth left", "repeat when finished", "report"]
 
@@ -40,5 +42,5 @@ def test_every_row_is_answered_and_counted(tmp_path: Path, monkeypatch: pytest.M
     assert footers or len(set(table["id"].to_pylist())) == 4_000
     manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
     assert manifest["counts"]["rows"] == 4_000
-    assert len(read_units(growth.locate(str(tmp_path / "out"), growth.StorageConfig()))) == found.units
+    assert len(read_units(locate(str(tmp_path / "out"), StorageConfig()))) == found.units
     assert (tmp_path / "out" / "report.html").exists()
