@@ -1,10 +1,11 @@
 """Measure what the driver of a run needs as its query set grows.
 
-``python -m jobs.benchmark.growth --rows 1000000 [--footers] [--json FILE]``
+``python -m jobs.benchmark.growth --rows 1000000 [--hollow-answers [--hollow-queries]] [--json FILE]``
 
 Everything but decoding is real: the query set, its inspection, Ray Data, the unit files, the count at the end, the
-report. The actors give every row the same answer. With ``--footers`` the query files have only a few rows each, and
-their inspection says that they have a million: for sets that do not fit on the disk.
+report. The actors give every row the same answer. For sets that would take too long or do not fit on the disk, unit
+files are written with a few rows each, and query files too; the driver, which reads neither, takes their summaries and
+their inspection at their word.
 """
 
 import dataclasses
@@ -14,6 +15,7 @@ import resource
 import shutil
 import tempfile
 import time
+import uuid
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,9 +33,9 @@ from rich.table import Table
 from jobs.common import start_logging
 from jobs.shell import run
 from pipeline.config.run import RunConfig
-from pipeline.config.sections import Columns, DecodingConfig, ExecutionConfig, ModelConfig, StorageConfig
+from pipeline.config.sections import Columns, DecodingConfig, ExecutionConfig, ModelConfig
 from pipeline.output.folder import OutputFolder
-from pipeline.output.unit_files import split_failed
+from pipeline.output.unit_files import UnitSummary, split_failed, summarize_unit
 from pipeline.queries.kept_inspection import keep_inspection
 from pipeline.queries.query_set import inspect_queries
 from pipeline.queries.units import Unit, read_unit
@@ -43,9 +45,12 @@ from pipeline.run.annotation import build_annotated_schema
 from pipeline.run.driver import allot_resources, run_plan
 from pipeline.run.plan import check_run
 from pipeline.storage.location import Location, locate
+from pipeline.storage.parquet import encode_parquet
 
-# Environment variable of the actors: set if the query files have fewer rows than their inspection says.
-FOOTERS = "SELFRAG_BENCHMARK_FOOTERS"
+# Environment variable of the actors: set if they read no queries and write a few rows of each unit.
+HOLLOW = "SELFRAG_BENCHMARK_HOLLOW"
+# Rows of a hollow file.
+FEW_ROWS = 10
 # pyarrow's default: the largest row groups that are common.
 FILE_ROWS = 1 << 20
 # One unit in so many is deleted and annotated again.
@@ -72,15 +77,35 @@ class RepeatingActor(SelfRagActor):
         """See :meth:`pipeline.run.actor.SelfRagActor.__call__`."""
         (planned,) = batch.to_pylist()
         unit = Unit.from_record(planned)
-        rows = make_rows(0, unit.rows) if os.environ.get(FOOTERS) else read_unit(unit, self.schema, StorageConfig())
-        schema = build_annotated_schema(rows.schema, keep_candidates=False)
-        answer = pa.Table.from_pylist([ANSWER], schema).take(np.zeros(unit.rows, np.int32))
-        for number, name in enumerate(rows.column_names):
-            answer = answer.set_column(number, schema.field(name), rows[name])
-        now = time.time()
-        files = split_failed(answer, rows.schema, keep_candidates=False)
-        summary = self.output.write_unit(unit.id, *files, self.run, (now, now))
+        summary = write_few_rows(self, unit) if os.environ.get(HOLLOW) else write_all_rows(self, unit)
         return pa.table({"summary": [json.dumps(dataclasses.asdict(summary))]})
+
+
+def write_all_rows(actor: RepeatingActor, unit: Unit) -> UnitSummary:
+    """Read the rows of a unit, answer them and write its file."""
+    rows = read_unit(unit, actor.schema, actor.config.storage)
+    now = time.time()
+    return actor.output.write_unit(unit.id, *answer_rows(rows), actor.run, (now, now))
+
+
+def write_few_rows(actor: RepeatingActor, unit: Unit) -> UnitSummary:
+    """Write a file of a few rows, whose summary counts those of the unit."""
+    answers, errors = answer_rows(make_rows(0, FEW_ROWS))
+    found, now = summarize_unit(unit.id, answers, errors), time.time()
+    written = dataclasses.replace(found, began=now, ended=now, run=actor.run, attempt=uuid.uuid4().hex)
+    summary = dataclasses.replace(written, rows=unit.rows)
+    content = encode_parquet(answers.replace_schema_metadata(summary.to_metadata()))
+    actor.output.locate_unit_file("data", unit.id).write(content)
+    return dataclasses.replace(summary, data_bytes=len(content))
+
+
+def answer_rows(rows: pa.Table) -> tuple[pa.Table, pa.Table]:
+    """Give every row the same answer; returns the rows of the data file, and those of the errors file."""
+    schema = build_annotated_schema(rows.schema, keep_candidates=False)
+    answers = pa.Table.from_pylist([ANSWER], schema).take(np.zeros(rows.num_rows, np.int32))
+    for number, name in enumerate(rows.column_names):
+        answers = answers.set_column(number, schema.field(name), rows[name])
+    return split_failed(answers, rows.schema, keep_candidates=False)
 
 
 @dataclass(frozen=True)
@@ -142,9 +167,9 @@ class Clock:
         self.phases.append(Phase(name, time.monotonic() - began, memory))
 
 
-def measure_growth(rows: int, footers: bool, folder: Path) -> Growth:
+def measure_growth(rows: int, folder: Path, hollow_answers: bool = False, hollow_queries: bool = False) -> Growth:
     """Plan, run, resume and repeat a run over so many rows, and write its report."""
-    write_queries(folder / "queries", rows, 10 if footers else FILE_ROWS)
+    write_queries(folder / "queries", rows, FEW_ROWS if hollow_queries else FILE_ROWS)
     config = RunConfig(
         queries=str(folder / "queries"),
         output=str(folder / "out"),
@@ -153,8 +178,8 @@ def measure_growth(rows: int, footers: bool, folder: Path) -> Growth:
         execution=ExecutionConfig(actors=os.cpu_count() or 1, cpus_per_actor=1, gpus_per_actor=0),
     )
     output = OutputFolder(locate(config.output, config.storage))
-    if footers:
-        os.environ[FOOTERS] = "1"
+    os.environ[HOLLOW] = "1" if hollow_answers else ""
+    if hollow_queries:
         pretend_inspection(locate(config.queries, config.storage), output.location, rows)
     clock = Clock()
     with clock.time("plan"):
@@ -179,14 +204,19 @@ def measure_growth(rows: int, footers: bool, folder: Path) -> Growth:
 
 def benchmark_growth(
     rows: Annotated[int, typer.Option(help="Rows of the query set.", min=1)] = 1_000_000,
-    footers: Annotated[bool, typer.Option(help="Write a few rows of each file, and pretend the others.")] = False,
+    hollow_answers: Annotated[bool, typer.Option(help="Write unit files with a few rows each.")] = False,
+    hollow_queries: Annotated[
+        bool, typer.Option(help="Write query files with a few rows each; needs --hollow-answers.")
+    ] = False,
     json_file: Annotated[Path | None, typer.Option("--json", help="Write all figures to this JSON file.")] = None,
 ) -> None:
     """Measure what the driver needs to plan, run, resume and report a query set of so many rows."""
     start_logging()
+    if hollow_queries and not hollow_answers:
+        raise typer.BadParameter("--hollow-queries needs --hollow-answers: actors cannot read rows that are not there")
     folder = Path(tempfile.mkdtemp(prefix="growth-"))
     try:
-        growth = measure_growth(rows, footers, folder)
+        growth = measure_growth(rows, folder, hollow_answers, hollow_queries)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     table = Table(title=f"{growth.rows:,} rows\n{growth.units:,} units, {growth.output_files:,} files in the output")

@@ -29,17 +29,16 @@ def test_questions_differ_and_are_divided_into_files(tmp_path: Path, monkeypatch
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("footers", [False, True])
-def test_every_row_is_answered_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, footers: bool):
+@pytest.mark.parametrize("hollow", [False, True])
+def test_every_row_is_answered_and_counted(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, hollow: bool):
     monkeypatch.setattr(growth, "FILE_ROWS", 1_500)
-    monkeypatch.delenv(growth.FOOTERS, raising=False)
-    found = measure_growth(4_000, footers, tmp_path)
-    monkeypatch.delenv(growth.FOOTERS, raising=False)
+    monkeypatch.setenv(growth.HOLLOW, "")
+    found = measure_growth(4_000, tmp_path, hollow, hollow)
     assert (found.rows, [phase.name for phase in found.phases]) == (4_000, PHASES)
     assert found.units == 6 + 6 + 4  # of 256 rows: 1,500, 1,500 and 1,000 rows
     table = ds.dataset(tmp_path / "out" / "data", format="parquet").to_table()
-    assert table.num_rows == 4_000
-    assert footers or len(set(table["id"].to_pylist())) == 4_000
+    assert len(set(table["id"].to_pylist())) == (10 if hollow else 4_000)
+    assert table.num_rows == (16 * 10 if hollow else 4_000)
     manifest = json.loads((tmp_path / "out" / "_manifest.json").read_text())
     assert manifest["counts"]["rows"] == 4_000
     assert len(read_units(locate(str(tmp_path / "out"), StorageConfig()))) == found.units
