@@ -23,6 +23,10 @@ from pipeline.storage.lease import Lease
 from pipeline.storage.location import check_apart, check_writable, locate
 from pipeline.storage.parquet import read_checked
 
+# Blocks of units, one Ray task each; the units of a block are rescored one after another. More blocks would cost the
+# driver time and memory; these are enough to keep hundreds of CPUs busy, and a task that is lost repeats few units.
+MOST_BLOCKS = 1_000
+
 
 @dataclass(frozen=True)
 class RescorePlan:
@@ -166,7 +170,7 @@ def _rescore_units(plan: Packed[RescorePlan], units: Sequence[str]) -> tuple[dic
     import ray
 
     rows = [{"unit": unit} for unit in units]
-    rescored = ray.data.from_items(rows, override_num_blocks=len(rows)).map_batches(
+    rescored = ray.data.from_items(rows, override_num_blocks=min(len(rows), MOST_BLOCKS)).map_batches(
         _rescore_batch, fn_args=[plan], batch_size=None, batch_format="pyarrow"
     )
     outcomes = list(rescored.iter_rows())

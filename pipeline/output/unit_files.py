@@ -102,11 +102,6 @@ def summarize_unit(unit: str, answers: pa.Table, errors: pa.Table) -> UnitSummar
     )
 
 
-def find_summary(unit: str, answers: pa.Table, errors: pa.Table) -> UnitSummary:
-    """Return the summary in the metadata of a unit's answers; without one, as in older sets, count the rows."""
-    return UnitSummary.from_metadata(answers.schema.metadata) or summarize_unit(unit, answers, errors)
-
-
 def is_unit_file(file: Location, folder: str) -> bool:
     """Whether a file is a unit file in ``folder``, which is ``data`` or ``errors``."""
     *_, parent, _ = ["", *file.path.split("/")]

@@ -1,4 +1,8 @@
-"""Counts the answers that differ between an annotated set and an earlier one, in bounded memory."""
+"""Counts the answers that differ between an annotated set and an earlier one, in bounded memory.
+
+Equal ids may lie in different units of the two sets, so the ids and answers of all units are read, however large the
+sets are. A sample is drawn by id.
+"""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -6,8 +10,12 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
-import pandas as pd
 import pyarrow as pa
+
+from pipeline.output.folder import OutputFolder
+from pipeline.report.units import FinishedUnit, check_columns, find_units, map_units
+from pipeline.storage.hashes import hash_texts
+from pipeline.storage.parquet import read_columns
 
 # Rows compared in each set, at 16 bytes per row. If a set is larger, only a sample of the ids is compared.
 MOST_COMPARED = 4_000_000
@@ -50,16 +58,27 @@ def choose_sampling_interval(*manifests: Mapping[str, Any]) -> int:
     return max(1, -(-rows // MOST_COMPARED))
 
 
+def read_answers(output: OutputFolder, id_column: str, sample: int) -> list[Answers]:
+    """Hash the ids and answers in the sample, by unit; reads these two columns of all units.
+
+    Raises:
+        ValueError: a column of the output is missing.
+        StorageError: a file cannot be read.
+    """
+
+    def hash_unit(unit: FinishedUnit) -> Answers:
+        rows = read_columns(unit.data, [id_column, "answer"])
+        check_columns(unit.data, rows, (id_column, "answer"))
+        return hash_answers(rows[id_column], rows["answer"], sample)
+
+    return list(map_units(hash_unit, find_units(output)))
+
+
 def hash_answers(ids: pa.ChunkedArray, answers: pa.ChunkedArray, sample: int) -> Answers:
     """Hash the ids and answers of the rows in the sample; the id alone decides whether a row is in it."""
-    names = _hash_texts(ids)
+    names = hash_texts(ids)
     chosen = names % np.uint64(sample) == 0
-    return Answers(names[chosen], _hash_texts(answers)[chosen])
-
-
-def _hash_texts(texts: pa.ChunkedArray) -> npt.NDArray[np.uint64]:
-    values = texts.cast(pa.string()).fill_null("").to_numpy(zero_copy_only=False)
-    return np.asarray(pd.util.hash_array(np.asarray(values, object), categorize=False), np.uint64)
+    return Answers(names[chosen], hash_texts(answers.filter(pa.array(chosen))))
 
 
 def compare_answers(ours: Sequence[Answers], theirs: Sequence[Answers], sample: int) -> Changes:

@@ -13,7 +13,7 @@ import numpy.typing as npt
 
 from pipeline.config.sections import Columns
 from pipeline.storage.location import Location
-from pipeline.storage.parquet import read_columns
+from pipeline.storage.parquet import RowRange, read_range
 
 Floats = npt.NDArray[np.float64]
 
@@ -162,6 +162,7 @@ def read_examples(
         columns: names of the columns of the query set.
 
     Raises:
+        ValueError: a file is damaged.
         StorageError: a file cannot be read.
     """
     chosen = list(_choose_picks(picks, rows))
@@ -171,10 +172,17 @@ def read_examples(
     names = [columns.id, columns.query, columns.input, "answer", "retrieve_probability", "finish_reason"]
     read: dict[tuple[str, int], Mapping[str, Any]] = {}
     for path, wanted in by_file.items():
-        table = read_columns(wanted[0].file, [*names, "segments", "passages"]).take([pick.row for pick in wanted])
-        for pick, row in zip(wanted, table.to_pylist(), strict=True):
-            read[path, pick.row] = row
+        numbers = sorted(pick.row for pick in wanted)
+        for row, values in _read_rows(wanted[0].file, numbers, [*names, "segments", "passages"]):
+            read[path, row] = values
     return [_build_example(pick.kind, task, read[pick.file.path, pick.row], columns) for task, pick in chosen]
+
+
+def _read_rows(file: Location, rows: Sequence[int], names: list[str]) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield rows of a file with their numbers, which are sorted; a batch at a time is in memory."""
+    for start, batch in read_range(RowRange(file, rows[0], rows[-1] + 1), names):
+        here = [row for row in rows if start <= row < start + batch.num_rows]
+        yield from ((row, batch.slice(row - start, 1).to_pylist()[0]) for row in here)
 
 
 def _choose_picks(

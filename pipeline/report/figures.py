@@ -1,10 +1,12 @@
 """Computes the figures of a report from the files of an annotated set, in one pass over the columns they need.
 
-Memory holds a few kilobytes per unit and per task, and the columns of the units that are being read. Texts are read
-only for the examples; ids and answers also for a comparison with another set.
+Rows, errors by type, tokens and times are those of all units, from their summaries. The other figures need rows: those
+of all units of a small set, and of a sample of the units of a large one. Memory holds a few kilobytes per unit and per
+task, and the columns of the units that are being read. Texts are read only for the examples.
 """
 
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -17,12 +19,11 @@ from pipeline.config.sections import Columns, Weights
 from pipeline.decoding.types import REQUEST_SECONDS, ROW_SECONDS, USAGE_COUNTS
 from pipeline.evaluation.evaluate import NOTHING
 from pipeline.output.folder import OutputFolder, get_columns
-from pipeline.output.unit_files import NO_ERRORS, UnitSummary, find_summary
-from pipeline.report.changes import Answers, hash_answers
+from pipeline.output.unit_files import UnitSummary
 from pipeline.report.durations import Durations, Floats
 from pipeline.report.examples import Pick, keep_best, pick_rows
-from pipeline.storage.location import Location
-from pipeline.storage.parquet import THREADS, map_in_threads, read_columns
+from pipeline.report.units import FinishedUnit, check_columns, choose_units, find_units, map_units
+from pipeline.storage.parquet import read_columns
 
 SEGMENT_SCORES = ("is_rel", "is_sup", "is_use", "score")
 SCORES = ("retrieve_probability", *SEGMENT_SCORES)
@@ -39,6 +40,8 @@ BINS = 20
 # else, such as ids, must not fill the memory or the page.
 MOST_TASKS = 30
 OTHERS = "(others)"
+# Task of the failures of a sampled set: the summaries of the units count them by error type alone.
+ALL_TASKS = "(all)"
 LONGEST_MESSAGE = 500
 
 
@@ -130,46 +133,55 @@ class Failure:
 
 @dataclass(frozen=True)
 class UnitFigures:
-    """The figures of one unit, counted from its files.
+    """The figures of the rows of one unit.
 
     Attributes:
-        unit: summary of the unit.
         groups: figures of the unit's rows, by task.
         durations: durations of the answered rows, by field of ``usage``, and ``WRITING``.
         counts: sums over the answered rows, by field of ``usage``.
         failures: failed rows, by error type and task.
         picks: candidates for the examples.
-        answers: hashes for a comparison with another set, or None without one.
     """
 
-    unit: UnitSummary
     groups: Mapping[str, GroupFigures]
     durations: Mapping[str, Durations]
     counts: Mapping[str, int]
     failures: Mapping[tuple[str, str], Failure]
     picks: tuple[Pick, ...]
-    answers: Answers | None
+
+
+@dataclass(frozen=True)
+class SampleSize:
+    """The part of a set whose rows were read: its number of rows, failed ones included, and of units."""
+
+    rows: int
+    units: int
 
 
 @dataclass
 class SetFigures:
-    """The figures of a set, added up over its units.
+    """The figures of a set.
 
-    The attributes are those of :class:`UnitFigures` with two differences: tasks beyond ``MOST_TASKS`` are merged into
-    ``OTHERS``, and ``picks`` holds only the best candidates, by task and kind.
+    The attributes that are not listed here are those of :class:`UnitFigures`, added up over the units that were read,
+    with two differences: tasks beyond ``MOST_TASKS`` are merged into ``OTHERS``, and ``picks`` holds only the best
+    candidates, by task and kind.
+
+    Attributes:
+        units: summaries of all units.
+        sample: the part of the set that was read; None if it was read as a whole.
+        failures: failed rows by error type and task; of a sampled set, those of all units, for ``ALL_TASKS``.
     """
 
     units: list[UnitSummary] = field(default_factory=list)
+    sample: SampleSize | None = None
     groups: dict[str, GroupFigures] = field(default_factory=dict)
     durations: dict[str, Durations] = field(default_factory=dict)
     counts: dict[str, int] = field(default_factory=dict)
     failures: dict[tuple[str, str], Failure] = field(default_factory=dict)
     picks: dict[tuple[str, str], list[Pick]] = field(default_factory=dict)
-    answers: list[Answers] = field(default_factory=list)
 
     def add(self, part: UnitFigures) -> None:
-        """Add the figures of one more unit."""
-        self.units.append(part.unit)
+        """Add the figures of one more unit that was read."""
         names = {}
         for task, group in part.groups.items():
             name = names[task] = self._choose_name(task)
@@ -179,16 +191,22 @@ class SetFigures:
         self.durations = add_up(self.durations, part.durations)
         self.counts = add_up(self.counts, part.counts)
         keep_best(self.picks, part.picks, names)
-        if part.answers is not None:
-            self.answers.append(part.answers)
 
     def _choose_name(self, task: str) -> str:
         return task if task in self.groups or len(self.groups) < MOST_TASKS else OTHERS
 
     @property
     def overall(self) -> GroupFigures:
-        """Figures of all rows."""
-        return sum(self.groups.values(), GroupFigures())
+        """Figures of all rows; the histograms are those of the rows that were read."""
+        failed = sum(unit.failed for unit in self.units)
+        rows = sum(unit.rows for unit in self.units) - failed
+        spreads = sum(self.groups.values(), GroupFigures()).spreads
+        return GroupFigures(rows, failed, sum(unit.retrieved for unit in self.units), spreads)
+
+    @property
+    def answered(self) -> int:
+        """Number of answered rows that were read."""
+        return sum(group.rows for group in self.groups.values())
 
 
 def add_up(ours: Mapping[Any, Any], theirs: Mapping[Any, Any]) -> dict[Any, Any]:
@@ -206,18 +224,15 @@ class ReadOptions:
     Attributes:
         columns: names of the columns of the query set.
         scores: lowest and highest score that the weights allow.
-        compared: sampling interval of a comparison; answers whose id has a hash divisible by it are hashed. With 0, no
-            answers are hashed.
     """
 
     columns: Columns
     scores: tuple[float, float]
-    compared: int = 0
 
     @classmethod
-    def of(cls, manifest: Mapping[str, Any], compared: int = 0) -> "ReadOptions":
+    def of(cls, manifest: Mapping[str, Any]) -> "ReadOptions":
         """Derive the options from a run's manifest."""
-        return cls(get_columns(manifest), compute_score_range(manifest), compared)
+        return cls(get_columns(manifest), compute_score_range(manifest))
 
     def get_limits(self, score: str) -> tuple[float, float]:
         """Return the lowest and highest possible value of one of ``SCORES``."""
@@ -236,62 +251,65 @@ def compute_score_range(manifest: Mapping[str, Any]) -> tuple[float, float]:
 
 
 def read_set(output: OutputFolder, reading: ReadOptions) -> SetFigures:
-    """Read an annotated set and add up its figures; units without a data file are unfinished and left out.
+    """Compute the figures of an annotated set; units without a data file are unfinished and left out.
 
     Raises:
         ValueError: a column of the output is missing.
         StorageError: a file cannot be read.
     """
-    figures = SetFigures()
-    for part in _read(output.list_unit_files("data"), output.list_unit_files("errors"), reading):
+    units = find_units(output)
+    chosen = choose_units(units)
+    figures = SetFigures([unit.summary for unit in units])
+    for part in map_units(lambda unit: count_unit(unit, reading), chosen):
         figures.add(part)
+    if len(chosen) < len(units):
+        figures.sample = SampleSize(sum(unit.summary.rows for unit in chosen), len(chosen))
+        figures.failures = _count_all_failures(units, figures.failures, reading)
     return figures
 
 
-def _read(files: Mapping[str, Location], failed: Mapping[str, Location], reading: ReadOptions) -> Iterator[UnitFigures]:
-    units = list(files)
-    for start in range(0, len(units), 4 * THREADS):  # bounds the number of units in memory
-        batch = units[start : start + 4 * THREADS]
-        yield from map_in_threads(lambda unit: count_unit(unit, files[unit], failed.get(unit), reading), batch)
+def _count_all_failures(
+    units: Sequence[FinishedUnit], sampled: Mapping[tuple[str, str], Failure], reading: ReadOptions
+) -> dict[tuple[str, str], Failure]:
+    """Count the failed rows of all units by error type; one file is read for the message of each type not sampled."""
+    messages: dict[str, str] = {}
+
+    def keep_messages(failures: Mapping[tuple[str, str], Failure]) -> None:
+        for (kind, _), failure in failures.items():
+            messages.setdefault(kind, failure.message)
+
+    keep_messages(sampled)
+    rows: Counter[str] = Counter()
+    for unit in units:
+        rows.update(unit.summary.errors)
+        if unit.summary.errors.keys() - messages.keys():
+            keep_messages(_count_failures(unit, reading.columns.task))
+    return {(kind, ALL_TASKS): Failure(count, messages.get(kind, "")) for kind, count in rows.items()}
 
 
-def count_unit(unit: str, data: Location, errors: Location | None, reading: ReadOptions) -> UnitFigures:
-    """Compute the figures of one unit from its files.
-
-    Args:
-        unit: id of the unit.
-        data: data file of the unit.
-        errors: error file of the unit, if it has one.
-        reading: options for reading.
+def count_unit(unit: FinishedUnit, reading: ReadOptions) -> UnitFigures:
+    """Compute the figures of the rows of one unit from its files.
 
     Raises:
         ValueError: a column of the output is missing.
         StorageError: a file cannot be read.
     """
-    task, texts = reading.columns.task, [reading.columns.id, "answer"] if reading.compared else []
-    rows = read_columns(data, [task, *COUNTED, *texts])
-    for name in ("retrieved", "retrieve_probability", "segments", "usage", *texts):
-        if name not in rows.column_names:
-            raise ValueError(f"{data.uri}: no column {name!r}; pass the --output of jobs.annotate as --annotations")
-    failed = read_columns(errors, [task, "error_type", "error_message"]) if errors else NO_ERRORS
+    task = reading.columns.task
+    rows = read_columns(unit.data, [task, *COUNTED])
+    check_columns(unit.data, rows, ("retrieved", "retrieve_probability", "segments", "usage"))
     tasks, scores = _read_tasks(rows, task), compute_row_scores(rows)
     spent = rows["usage"].combine_chunks()
     usage = {name: to_floats(spent, name) for name in (*ROW_SECONDS, *REQUEST_SECONDS, *USAGE_COUNTS)}
     writing = np.maximum(usage["seconds"] - usage["decide_seconds"] - usage["retrieve_seconds"], 0.0)
     times = {name: usage[name] for name in (*ROW_SECONDS, *REQUEST_SECONDS)}
     times[WRITING] = writing
-    failures = _count_failures(failed, task)
-    answers = None
-    if reading.compared:
-        answers = hash_answers(rows[reading.columns.id], rows["answer"], reading.compared)
+    failures = _count_failures(unit, task)
     return UnitFigures(
-        unit=find_summary(unit, rows, failed),
         groups=_group_rows(rows, tasks, failures, reading),
         durations={name: Durations.of(values) for name, values in times.items()},
         counts={name: int(np.nansum(usage[name])) for name in USAGE_COUNTS},
         failures=failures,
-        picks=pick_rows(data, tasks, scores, np.asarray(rows["retrieved"].fill_null(False))),
-        answers=answers,
+        picks=pick_rows(unit.data, tasks, scores, np.asarray(rows["retrieved"].fill_null(False))),
     )
 
 
@@ -347,9 +365,10 @@ def _group_rows(
     return groups
 
 
-def _count_failures(failed: pa.Table, task: str) -> dict[tuple[str, str], Failure]:
-    if not failed.num_rows:
+def _count_failures(unit: FinishedUnit, task: str) -> dict[tuple[str, str], Failure]:
+    if not unit.errors:
         return {}
+    failed = read_columns(unit.errors, [task, "error_type", "error_message"])
     found: dict[tuple[str, str], Failure] = {}
     kinds, messages = failed["error_type"].to_pylist(), failed["error_message"].to_pylist()
     for name, kind, message in zip(_read_tasks(failed, task), kinds, messages, strict=True):

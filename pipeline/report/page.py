@@ -13,11 +13,12 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
 from pipeline.config.loading import flatten
+from pipeline.evaluation.evaluate import NOTHING
 from pipeline.output.folder import OutputFolder
 from pipeline.report.changes import Changes
 from pipeline.report.durations import Timeline, build_timeline
 from pipeline.report.examples import ExampleRow
-from pipeline.report.figures import BINS, Histogram, SetFigures
+from pipeline.report.figures import BINS, OTHERS, Histogram, SetFigures
 
 HERE = Path(__file__).parent
 NONE = "–"
@@ -62,6 +63,23 @@ class ReportedSet:
     def rows(self) -> int:
         """Number of annotated rows, including failed ones."""
         return sum(unit.rows for unit in self.figures.units)
+
+    @property
+    def prompt_tokens(self) -> int:
+        """Number of prompt tokens of all answered rows."""
+        return sum(unit.prompt_tokens for unit in self.figures.units)
+
+    @property
+    def generated_tokens(self) -> int:
+        """Number of tokens generated for all answered rows."""
+        return sum(unit.generated_tokens for unit in self.figures.units)
+
+    @property
+    def unseen_tasks(self) -> list[str]:
+        """Tasks of the run without a row among those that were read, as far as tasks are reported separately."""
+        seen = self.figures.groups
+        named = {task or NOTHING for task in self.manifest.get("tasks", {})}
+        return sorted(named - seen.keys()) if OTHERS not in seen else []
 
 
 @dataclass(frozen=True)
@@ -122,8 +140,8 @@ def compute_headlines(annotated: ReportedSet, price: float | None) -> list[Headl
         Headline("Cost of 1,000 queries", cost.per_thousand if cost else None, "money"),
         Headline("Latency of a row, median", median, "seconds"),
         Headline("Latency of a row, p95", p95, "seconds"),
-        Headline("Generated tokens per row", divide(figures.counts.get("generated_tokens"), overall.rows), "rate"),
-        Headline("Searches per row", divide(figures.counts.get("retrievals"), overall.rows), "rate"),
+        Headline("Generated tokens per row", divide(annotated.generated_tokens, overall.rows), "rate"),
+        Headline("Searches per row", divide(figures.counts.get("retrievals"), figures.answered), "rate"),
         *(Headline(f"Mean {TITLES[name]}", means.get(name), "score") for name in TITLES),
     ]
 
@@ -246,6 +264,7 @@ def render_page(
             "change": format_change,
             "bars": build_bars,
             "fact": format_fact,
+            "amount": format_amount,
         }
     )
     return environment.get_template("report.html.j2").render(
@@ -307,6 +326,11 @@ def format_headline(value: float | None, unit: str) -> str:
         "score": f"{value:.3f}",
         "money": f"{value:,.2f}" if value >= 0.1 else format_number(value),
     }[unit]
+
+
+def format_amount(part: int, whole: int, sampled: bool) -> str:
+    """Format a number of rows or values; as a share of the whole if they are a sample of those of the set."""
+    return format_headline(divide(part, whole), "share") if sampled else f"{part:,}"
 
 
 def format_fact(value: Any) -> str:

@@ -1,10 +1,11 @@
 """Writes the report of an annotated set, by default into the folder of the set."""
 
 import logging
+from collections.abc import Mapping
 from typing import Any
 
 from pipeline.output.folder import REPORT, OutputFolder, get_columns
-from pipeline.report.changes import choose_sampling_interval, compare_answers
+from pipeline.report.changes import Changes, choose_sampling_interval, compare_answers, read_answers
 from pipeline.report.examples import read_examples
 from pipeline.report.figures import ReadOptions, read_set
 from pipeline.report.page import Compared, ReportedSet, compute_headlines, render_page
@@ -28,12 +29,11 @@ def write_report(
         ValueError: a folder holds no annotated set, or a column is missing.
         OSError: a file cannot be read or written.
     """
-    sample = choose_sampling_interval(_read_manifest(folder), _read_manifest(baseline)) if baseline else 0
-    annotated, compared = _read(folder, sample), None
+    manifest, before = _read_manifest(folder), _read_manifest(baseline) if baseline else {}
+    annotated, compared = _read(folder, manifest), None
     if baseline:
-        earlier = _read(baseline, sample)
-        changed = compare_answers(annotated.figures.answers, earlier.figures.answers, sample)
-        compared = Compared(earlier, compute_headlines(earlier, price), changed)
+        earlier = _read(baseline, before)
+        compared = Compared(earlier, compute_headlines(earlier, price), _count_changes(annotated, earlier))
     figures = annotated.figures
     rows = {task: group.rows for task, group in figures.groups.items()}
     found = read_examples(figures.picks, rows, get_columns(annotated.manifest))
@@ -42,9 +42,15 @@ def write_report(
     return written
 
 
-def _read(folder: Location, sample: int) -> ReportedSet:
-    manifest, output = _read_manifest(folder), OutputFolder(folder)
-    return ReportedSet(output, manifest, output.is_finished(), read_set(output, ReadOptions.of(manifest, sample)))
+def _read(folder: Location, manifest: Mapping[str, Any]) -> ReportedSet:
+    output = OutputFolder(folder)
+    return ReportedSet(output, manifest, output.is_finished(), read_set(output, ReadOptions.of(manifest)))
+
+
+def _count_changes(*compared: ReportedSet) -> Changes:
+    sample = choose_sampling_interval(*(annotated.manifest for annotated in compared))
+    ours, theirs = (read_answers(each.output, get_columns(each.manifest).id, sample) for each in compared)
+    return compare_answers(ours, theirs, sample)
 
 
 def _read_manifest(folder: Location) -> dict[str, Any]:

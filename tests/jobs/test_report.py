@@ -12,6 +12,7 @@ from typer.testing import CliRunner, Result
 
 from jobs.report import report
 from pipeline.output.folder import OutputFolder
+from pipeline.report import units
 from pipeline.report.write import leave_report
 from tests.support.reports import Row, answered, at, failed, segment, unread, write_set
 
@@ -173,6 +174,60 @@ def test_baseline_is_compared_and_changed_answers_are_counted(tmp_path: Path) ->
     assert found.row("Mean score") == ["1.750", "2.000", "-0.250"]
     assert found.row("Rows") == ["5", "5", "+0.0 %"]
     assert found.row("Rows per second") == ["0.025", "–", "–"]
+
+
+SAMPLED = "a sample: 3 of 5 rows, in the 1 of 2 units with the smallest ids"
+
+
+def test_report_of_a_large_set_says_which_figures_are_sampled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(units, "MOST_ROWS", 4)
+    found = page(usual(tmp_path))
+    for section in ("time", "scores", "tasks", "examples"):
+        assert found.said(section).count(SAMPLED) == 1
+    for section in ("", "run", "throughput", "errors"):
+        assert "sample" not in found.said(section)
+    head = found.said()
+    for figure in ("Rows5", "Used a passage75.0 %", "Errors20.0 %", "Rows per second0.025"):
+        assert figure in head
+    assert found.row("From first step to last") == ["100 %", "4 s", "4 s", "4 s", "4 s"]
+    assert "6 requests per row and 0.5 searches per row; 400 prompt tokens, 25 % of them" in found.said("time")
+    assert "40 generated tokens" in found.said("time")
+    assert found.row("qa") == ["100.0 %", "33.3 %", "50.0 %", "0.500", "0.900", "0.800", "0.500", "2.000"]
+    assert "No row of these tasks is in the sample: (none)." in found.said("tasks")
+    assert found.row("ValueError") == ["(all)", "1", "the query is empty"]
+    assert "values" not in found.said("scores").split("sample", 1)[1]
+    assert "mean 0.900; 50.0 % missing" in found.said("scores")
+    charts = [element["aria-label"] or "" for tag, element in found.elements if tag == "svg" and "role" in element]
+    assert any(re.search(r"IsRel in 20 bars .*: mean 0\.900; .* holds 100\.0 %\.", label) for label in charts)
+
+
+def test_totals_of_a_sampled_set_with_tasks_are_those_of_all_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units, "MOST_ROWS", 4)
+    one = [answered("a", task="qa"), answered("b", task="qa"), answered("c", task="qa"), unread("d")]
+    write_set(tmp_path, one, [unread("e"), failed("f"), failed("g", task="qa"), failed("h")])
+    found = page(tmp_path)
+    assert found.row("qa")[:3] == ["75.0 %", "0.0 %", "100.0 %"]
+    assert found.row("(none)")[:3] == ["25.0 %", "0.0 %", "0.0 %"]
+    assert found.row("All")[:3] == ["100.0 %", "37.5 %", "60.0 %"]
+    assert found.row("ValueError") == ["(all)", "3", "the query is empty"]
+
+
+def test_comparison_of_large_sets_covers_the_answers_of_all_units(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(units, "MOST_ROWS", 4)
+    folder, before = usual(tmp_path / "now"), tmp_path / "before"
+    write_set(before, [answered("a", 1.0, task="qa", answer="Herbert"), answered("b"), answered("d"), answered("e")])
+    found = page(folder, "--baseline", before)
+    said = found.said("comparison")
+    assert "1 of 4 answers changed (25.0 %), among the ids that both sets answered." in said
+    assert f"Latencies, searches per row and mean scores of this run are from {SAMPLED}" in said
+    assert "of the earlier run" not in said  # it was read as a whole
+    assert found.row("Rows") == ["5", "4", "+25.0 %"]
+    assert found.row("Generated tokens per row") == ["10", "10", "+0.0 %"]
+    assert found.row("Searches per row") == ["0.5", "1", "-50.0 %"]
 
 
 def test_unfinished_run_is_labeled(tmp_path: Path) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import ray
 import typer
 from typer.testing import CliRunner, Result
 
@@ -21,6 +22,7 @@ from pipeline.config.sections import Profile, StorageConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
+from pipeline.evaluation import rescored_set
 from pipeline.output.folder import OutputFolder
 from pipeline.output.unit_files import split_failed
 from pipeline.output.unit_log import read_units, write_units
@@ -109,6 +111,18 @@ def test_same_settings_reproduce_the_set_and_new_ones_change_it(tmp_path: Path) 
     assert (tmp_path / "never" / "_SUCCESS").exists()
     errors = sorted((tmp_path / "never" / "errors").glob("*"))
     assert [pq.read_table(file)["error_type"].to_pylist() for file in errors] == [["ValueError"]] * 2
+
+
+def test_units_of_a_block_are_rescored_one_after_another(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = annotated_set(tmp_path / "run", keep_candidates=True)
+    monkeypatch.setattr(rescored_set, "MOST_BLOCKS", 1)
+    made, make = [], ray.data.from_items
+    monkeypatch.setattr(ray.data, "from_items", lambda rows, **options: made.append(options) or make(rows, **options))
+    assert rescore(run, tmp_path / "same").exit_code == 3
+    assert made == [{"override_num_blocks": 1}]
+    assert read(tmp_path / "same") == read(run)
+    units = read_units(locate(str(tmp_path / "same"), StorageConfig())).values()
+    assert [(unit.unit, unit.rows, unit.failed) for unit in units] == [(unit, 20, 1) for unit in UNITS]
 
 
 @pytest.mark.parametrize(

@@ -1,7 +1,17 @@
 import pyarrow as pa
+import pytest
 
 from pipeline.report import changes as report_changes
-from pipeline.report.changes import Answers, Changes, choose_sampling_interval, compare_answers, hash_answers
+from pipeline.report import units as report_units
+from pipeline.report.changes import (
+    Answers,
+    Changes,
+    choose_sampling_interval,
+    compare_answers,
+    hash_answers,
+    read_answers,
+)
+from tests.support.reports import answered, failed, write_set
 
 
 def answers(sample: int = 1, **by_id: str | None) -> Answers:
@@ -35,3 +45,16 @@ def test_large_sets_are_compared_on_a_sample_of_ids(monkeypatch):
 def test_sets_up_to_four_million_rows_are_compared_completely():
     assert choose_sampling_interval({"queries": {"rows": 4_000_000}}, {}) == 1
     assert choose_sampling_interval({}, {"queries": {"rows": 4_000_001}}) == 2
+
+
+def test_answers_of_all_units_are_read_however_large_the_set(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_units, "MOST_ROWS", 1)
+    ours = write_set(tmp_path / "a", [answered("a")], [answered("b"), failed("c")], [answered("d")])
+    theirs = write_set(tmp_path / "b", [answered("d", answer="x"), answered("b"), answered("c")], [answered("a")])
+    assert compare_answers(read_answers(ours, "id", 1), read_answers(theirs, "id", 1), 1) == Changes(3, 1, 1)
+
+
+def test_column_missing_for_a_comparison_is_named(tmp_path):
+    output = write_set(tmp_path, [answered("a")])
+    with pytest.raises(ValueError, match=r"part-0+\.parquet: no column 'key'"):
+        read_answers(output, "key", 1)

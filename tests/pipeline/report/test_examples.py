@@ -12,6 +12,7 @@ from pipeline.report.examples import (
     read_examples,
 )
 from pipeline.report.figures import ReadOptions, read_set
+from pipeline.storage.parquet import BATCH_ROWS
 from tests.support.reports import answered, segment, unread, write_set
 
 
@@ -75,6 +76,14 @@ def test_example_holds_its_segments_and_numbered_passages(tmp_path):
     assert [(s.number, s.id, s.title, s.rank) for s in example.sources] == [(1, "p4", "", 4), (2, "p1", "", 1)]
     assert (example.score, example.retrieve_probability, example.query) == (1.5, 0.9, "Who wrote a?")
     assert [(p.text, p.marked) for p in example.sources[0].pieces] == [("text", True), (" 4", False)]
+
+
+def test_examples_are_found_in_files_of_many_batches(tmp_path):
+    rows = [answered(f"q{n}", score=1.0) for n in range(2 * BATCH_ROWS + 100)]
+    for place, score in ((0, 3.0), (BATCH_ROWS - 1, 2.9), (BATCH_ROWS, 2.8), (2 * BATCH_ROWS + 99, 2.7)):
+        rows[place]["segments"] = [segment(score)]
+    best = ids(of(write_set(tmp_path, rows)), "best")[:4]
+    assert best == ["q0", f"q{BATCH_ROWS - 1}", f"q{BATCH_ROWS}", f"q{2 * BATCH_ROWS + 99}"]
 
 
 def test_answer_without_segments_can_be_an_example(tmp_path):

@@ -5,17 +5,22 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.output.folder import OutputFolder
+from pipeline.report import figures as report_figures
+from pipeline.report import units as report_units
 from pipeline.report.figures import (
+    ALL_TASKS,
     BINS,
     MOST_TASKS,
     OTHERS,
     Failure,
     ReadOptions,
+    SampleSize,
     SetFigures,
     compute_score_range,
     read_set,
 )
 from pipeline.storage.location import StorageError
+from pipeline.storage.parquet import read_columns
 from tests.support.reports import USAGE, answered, failed, segment, unread, write_set
 
 
@@ -170,3 +175,54 @@ def test_figures_do_not_depend_on_the_number_of_units(tmp_path):
         assert one.mean == pytest.approx(other.mean)
     best = {(p.kind, p.key) for p in whole.picks["x", "best"] + whole.picks["x", "worst"]}
     assert best == {(p.kind, p.key) for p in parts.picks["x", "best"] + parts.picks["x", "worst"]}
+
+
+def test_rows_of_a_large_set_are_sampled_and_its_counts_are_exact(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_units, "MOST_ROWS", 4)
+    one, two = [answered("a", 3.0), failed("b", message="first")], [unread("c", 1.0, task="qa")]
+    three = [answered("d", 0.5), answered("e", 0.5), failed("f", message="later"), failed("g", "TimeoutError", "slow")]
+    output = write_set(tmp_path, one, two, three, [answered("h")])
+    found = figures(output)
+    assert found.sample == SampleSize(rows=3, units=2)
+    assert [unit.rows for unit in found.units] == [2, 1, 4, 1]
+    overall = found.overall
+    assert (overall.rows, overall.errors, overall.retrieved) == (5, 3, 4)
+    assert (overall.spreads["score"].values, overall.spreads["score"].mean) == (2, 2.0)
+    assert {task: (g.rows, g.errors) for task, g in found.groups.items()} == {"(none)": (1, 1), "qa": (1, 0)}
+    assert (found.answered, found.counts["engine_requests"], found.durations["seconds"].rows) == (2, 12, 2)
+    assert found.failures == {
+        ("ValueError", ALL_TASKS): Failure(2, "first"),
+        ("TimeoutError", ALL_TASKS): Failure(1, "slow"),  # not in the sample
+    }
+    assert {pick.file.name for picks in found.picks.values() for pick in picks} == {
+        f"part-{number:020x}.parquet" for number in (0, 1)
+    }
+
+
+def test_only_units_of_the_sample_are_opened(tmp_path, monkeypatch):
+    output = write_set(tmp_path, *([answered(str(n)), failed(f"x{n}")] for n in range(5)))
+    monkeypatch.setattr(report_units, "MOST_ROWS", 5)
+    opened = []
+
+    def read(file, names):
+        opened.append(file.uri.removeprefix(f"{tmp_path}/"))
+        return read_columns(file, names)
+
+    monkeypatch.setattr(report_figures, "read_columns", read)
+    monkeypatch.setattr(report_units, "read_columns", read)
+    assert figures(output).sample == SampleSize(4, 2)
+    assert sorted(opened) == [f"{folder}/part-{n:020x}.parquet" for folder in ("data", "errors") for n in (0, 1)]
+
+
+def test_sample_of_a_run_at_work_counts_units_that_are_not_logged(tmp_path, monkeypatch):
+    output = write_set(tmp_path, [answered("a")], [answered("b"), failed("c")], [unread("d")], finished=False)
+    monkeypatch.setattr(report_units, "MOST_ROWS", 1)
+    found = figures(output)
+    overall = found.overall
+    assert (found.sample, overall.rows, overall.errors, overall.retrieved) == (SampleSize(1, 1), 3, 1, 2)
+
+
+def test_set_of_as_many_rows_as_are_read_is_not_sampled(tmp_path, monkeypatch):
+    monkeypatch.setattr(report_units, "MOST_ROWS", 3)
+    found = figures(write_set(tmp_path, [answered("a"), failed("b")], [answered("c")]))
+    assert (found.sample, found.answered, found.failures["ValueError", "(none)"].rows) == (None, 2, 1)

@@ -4,7 +4,15 @@ from pathlib import Path
 import pytest
 
 import pipeline.report.page
-from pipeline.report.page import Headline, format_change, format_duration, format_fact, format_headline, format_number
+from pipeline.report.page import (
+    Headline,
+    format_amount,
+    format_change,
+    format_duration,
+    format_fact,
+    format_headline,
+    format_number,
+)
 
 STYLE = Path(pipeline.report.page.__file__).with_name("report.css").read_text()
 
@@ -94,3 +102,8 @@ def test_facts_and_numbers_are_formatted_for_readers():
         *("yes", "no", "1", "21,015,324", "0.25", "half")
     ]
     assert (format_number(-0.123456), format_number(float("inf"))) == ("-0.123", "inf")
+
+
+def test_numbers_in_a_sample_are_shares():
+    assert [format_amount(1234, 4936, sampled) for sampled in (False, True)] == ["1,234", "25.0 %"]
+    assert format_amount(0, 0, sampled=True) == "–"
