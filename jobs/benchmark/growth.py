@@ -134,7 +134,7 @@ def make_rows(first: int, rows: int) -> pa.Table:
     return pa.table({"id": pc.binary_join_element_wise("question-", numbers, ""), "query": texts})
 
 
-def write_queries(folder: Path, rows: int, file_rows: int) -> None:
+def write_questions(folder: Path, rows: int, file_rows: int) -> None:
     """Write a query set with ``file_rows`` rows for each ``FILE_ROWS`` of its rows."""
     folder.mkdir()
     for number, first in enumerate(range(0, rows, FILE_ROWS)):
@@ -169,7 +169,7 @@ class Clock:
 
 def measure_growth(rows: int, folder: Path, hollow_answers: bool = False, hollow_queries: bool = False) -> Growth:
     """Plan, run, resume and repeat a run over so many rows, and write its report."""
-    write_queries(folder / "queries", rows, FEW_ROWS if hollow_queries else FILE_ROWS)
+    write_questions(folder / "queries", rows, FEW_ROWS if hollow_queries else FILE_ROWS)
     config = RunConfig(
         queries=str(folder / "queries"),
         output=str(folder / "out"),

@@ -1,6 +1,7 @@
 """Spread work over the machines of a cluster before a run begins."""
 
 import functools
+import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -16,6 +17,10 @@ Item = TypeVar("Item")
 Found = TypeVar("Found")
 Result = TypeVar("Result")
 
+log = logging.getLogger(__name__)
+
+# Seconds without a result after which a warning says so.
+PATIENCE_S = 60.0
 # Tasks given to Ray for each CPU of the cluster: the next one waits where the last one ends.
 TASKS_PER_CPU = 2
 
@@ -75,14 +80,15 @@ class ClusterSpread:
 def _take_one(running: dict[Any, int], results: dict[int, Any], then: Callable[[Any], Any]) -> None:
     import ray
 
-    (ready,), _ = ray.wait(list(running), num_returns=1)
+    while not (done := ray.wait(list(running), timeout=PATIENCE_S)[0]):
+        log.warning("no task has ended for %.0f s; are the CPUs of the cluster in use? (ray status)", PATIENCE_S)
     try:
-        found, error = ray.get(ready)
+        found, error = ray.get(done[0])
     except ray.exceptions.RayError as lost:
         raise RuntimeError(f"a task of the cluster failed: {join_lines(lost)}") from lost
     if error is not None:
         raise error
-    results[running.pop(ready)] = then(found)
+    results[running.pop(done[0])] = then(found)
 
 
 def _work_on(content: Packed[Callable[[], Any]]) -> tuple[Any, Exception | None]:

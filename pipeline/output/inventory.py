@@ -62,7 +62,7 @@ def take_inventory(
 
     def find(unit: str) -> UnitSummary | None:
         known = logged.get(unit)
-        if known and known.run == run and not known.failed and unit not in errors and _has_size(data.get(unit), known):
+        if known and known.run == run and not known.failed and unit not in errors and known.has_size_of(data.get(unit)):
             return known
         found = output.read_unit(unit, run) if look_up or unit in data else None
         return _note_size(found, data.get(unit)) if found else None
@@ -72,10 +72,6 @@ def take_inventory(
     there, known = data.keys() | errors.keys(), {unit.unit for unit in whole}
     broken, strays = frozenset(there & rows.keys() - known), frozenset(there - rows.keys())
     return Inventory(whole, broken, strays, len(rows) - len(whole))
-
-
-def _has_size(file: Location | None, unit: UnitSummary) -> bool:
-    return file is not None and file.stamp is not None and file.stamp.size == unit.data_bytes
 
 
 def _note_size(unit: UnitSummary, file: Location | None) -> UnitSummary:

@@ -60,6 +60,10 @@ class UnitSummary:
         """Number of failed rows."""
         return sum(self.errors.values())
 
+    def has_size_of(self, file: Location | None) -> bool:
+        """Whether a listed data file has the size of this unit's."""
+        return file is not None and file.stamp is not None and file.stamp.size == self.data_bytes
+
     def to_metadata(self) -> dict[bytes, bytes]:
         """Return the metadata of the unit's files."""
         return {SUMMARY: json.dumps(asdict(self)).encode()}

@@ -1,6 +1,8 @@
 """Check a query set and divide it into units."""
 
 import hashlib
+import logging
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -22,6 +24,9 @@ from pipeline.storage.hashes import HashRuns
 from pipeline.storage.location import Location
 from pipeline.storage.parquet import list_parquet, map_in_threads, open_pages, read_parquet
 
+log = logging.getLogger(__name__)
+
+PROGRESS_S = 10.0
 # Remote sets of at least this many bytes are read by all machines; smaller ones are read before tasks have started.
 SPREAD_BYTES = 256 << 20
 
@@ -130,10 +135,16 @@ def _inspect_files(
     files: Sequence[Location], source: Location, columns: Columns, spread: Spread | None
 ) -> list[QueryFile]:
     """Inspect all files, and check that their ids are unique."""
+    read, noted = 0, time.monotonic()
     with HashRuns() as hashes:
 
         def collect(inspected: Inspected) -> QueryFile:
+            nonlocal read, noted
             hashes.add(inspected.hashes[None])
+            read += 1
+            if time.monotonic() - noted > PROGRESS_S:
+                noted = time.monotonic()
+                log.info("%d of %d query files read", read, len(files))
             return inspected.file
 
         inspect = partial(inspect_file, source=source, columns=columns)

@@ -53,7 +53,7 @@ def find_units(output: OutputFolder) -> list[FinishedUnit]:
     """
     logged = _read_log(output)
     data, errors = output.list_unit_files("data"), output.list_unit_files("errors")
-    unknown = [unit for unit, file in data.items() if unit not in logged or not _has_size(file, logged[unit])]
+    unknown = [unit for unit, file in data.items() if unit not in logged or not logged[unit].has_size_of(file)]
     read = map_in_threads(lambda unit: _read_summary(unit, data[unit], errors.get(unit)), unknown)
     summaries = logged | dict(zip(unknown, read, strict=True))
     return [FinishedUnit(summaries[unit], file, errors.get(unit)) for unit, file in data.items()]
@@ -65,10 +65,6 @@ def _read_log(output: OutputFolder) -> dict[str, UnitSummary]:
     except ValueError as problem:
         log.warning("%s (the report reads the files of the units instead)", problem)
         return {}
-
-
-def _has_size(file: Location, unit: UnitSummary) -> bool:
-    return file.stamp is not None and file.stamp.size == unit.data_bytes
 
 
 def _read_summary(unit: str, data: Location, errors: Location | None) -> UnitSummary:

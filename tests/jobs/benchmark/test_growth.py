@@ -8,7 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from jobs.benchmark import growth
-from jobs.benchmark.growth import make_rows, measure_growth, write_queries
+from jobs.benchmark.growth import make_rows, measure_growth, write_questions
 from pipeline.config.sections import StorageConfig
 from pipeline.output.unit_log import read_units
 from pipeline.storage.location import locate
@@ -18,8 +18,8 @@ PHASES = ["plan", "run, count, report", "plan again", "resume, a tenth left", "r
 
 def test_questions_differ_and_are_divided_into_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr(growth, "FILE_ROWS", 4)
-    write_queries(tmp_path / "all", 10, 4)
-    write_queries(tmp_path / "few", 10, 1)
+    write_questions(tmp_path / "all", 10, 4)
+    write_questions(tmp_path / "few", 10, 1)
     assert [pq.read_metadata(file).num_rows for file in sorted((tmp_path / "all").iterdir())] == [4, 4, 2]
     assert [pq.read_metadata(file).num_rows for file in sorted((tmp_path / "few").iterdir())] == [1, 1, 1]
     assert make_rows(8, 2).to_pylist() == [

@@ -1,6 +1,7 @@
 """The queries of a large remote set are read by all machines of a cluster, and not by the driver alone."""
 
 import os
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,17 @@ def test_results_are_in_order_and_reduced_by_the_driver(spread: ClusterSpread):
 def test_what_the_work_raises_is_raised(spread: ClusterSpread):
     with pytest.raises(ValueError, match=r"^item 3 is bad$"):
         spread(fail_at_three, range(5), lambda found: found)
+
+
+def wait_a_second(item: int) -> int:
+    time.sleep(1.0)
+    return item
+
+
+def test_a_wait_for_busy_machines_is_reported(spread: ClusterSpread, monkeypatch: pytest.MonkeyPatch, caplog: Any):
+    monkeypatch.setattr("pipeline.nodes.spread.PATIENCE_S", 0.4)
+    assert spread(wait_a_second, [1], lambda found: found) == [1]
+    assert "no task has ended for 0 s; are the CPUs of the cluster in use?" in caplog.text
 
 
 def write_set(store: S3Server, name: str, *files: list[str]) -> Any:
