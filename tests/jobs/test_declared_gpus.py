@@ -85,6 +85,7 @@ def test_actors_get_their_own_gpus(
     assert [one["gpu"] for one in there] == [count > 0 for count in cards]
 
 
+@pytest.mark.slow
 def test_actors_sharing_a_gpu_start_one_at_a_time(job: Job, made: Any, pids: Path, tmp_path: Path) -> None:
     (job.model / "actors").write_text("2")
     job.settings += ["execution.actors=2", "execution.gpus_per_actor=0.5", "model.engine.gpu_memory_utilization=0.45"]
