@@ -36,6 +36,8 @@ def campaign(
     clusters: Annotated[int, typer.Option(help="Kills of everything at once.")] = 0,
     storage: Annotated[int, typer.Option(help="Runs from and to a store in trouble.")] = 0,
     hangs: Annotated[int, typer.Option(help="Engines that hang.")] = 0,
+    stops: Annotated[int, typer.Option(help="Drivers that are stopped until another run has taken over.")] = 0,
+    replacements: Annotated[int, typer.Option(help="Query files that are replaced during a run.")] = 0,
     real: Annotated[int, typer.Option(help="Driver kills of runs with vLLM and the embedded model.")] = 0,
     seed: Annotated[int | None, typer.Option(help="Of every random moment; drawn by default.")] = None,
 ) -> None:
@@ -50,6 +52,8 @@ def campaign(
         "kills of the whole cluster": (clusters, series.cluster_kills),
         "runs with storage faults": (storage, _storage),
         "hung engines": (hangs, _hangs),
+        "stopped drivers": (stops, _stops),
+        "replaced files": (replacements, _replacements),
         "driver kills with vLLM": (real, _real),
     }
     problems = []
@@ -92,6 +96,16 @@ def _storage(job: Job, queries: Path, rng: random.Random, runs: int) -> series.O
 def _hangs(job: Job, queries: Path, rng: random.Random, stalls: int) -> series.Outcome:
     with tempfile.TemporaryDirectory() as folder, series.cluster(Path(folder)) as made:
         return series.hangs(series.on(made, job), queries, rng, stalls)
+
+
+def _stops(job: Job, queries: Path, rng: random.Random, count: int) -> series.Outcome:
+    with tempfile.TemporaryDirectory() as folder, series.cluster(Path(folder)) as made:
+        return series.stops(series.on(made, job), queries, rng, count)
+
+
+def _replacements(job: Job, queries: Path, rng: random.Random, count: int) -> series.Outcome:
+    with tempfile.TemporaryDirectory() as folder, series.cluster(Path(folder)) as made:
+        return series.replacements(series.on(made, job), queries, rng, count)
 
 
 def _real(job: Job, queries: Path, rng: random.Random, kills: int) -> series.Outcome:

@@ -3,8 +3,10 @@
 Each returns how many faults there were and what did not hold; the invariant is checked from the files of each run.
 """
 
+import os
 import random
 import shutil
+import signal
 import tempfile
 import time
 from collections.abc import Iterator
@@ -13,10 +15,13 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.dataset as ds
+import pyarrow.parquet as pq
 import pytest
 
-from tests.faults.harness import Job, kill_actors, kill_drivers, redone, write_queries, written
+from tests.faults.harness import Job, Running, kill_actors, kill_drivers, redone, write_queries, written
 from tests.faults.hosts import two_hosts
 from tests.faults.proxy import FaultProxy, Faults
 from tests.support.s3 import S3Server
@@ -141,6 +146,79 @@ def hangs(job: Job, queries: Path, rng: random.Random, stalls: int) -> Outcome:
         problems += run.problems(stalling, *run.finish())
         hung += sum(number - int((job.model / name).read_text()) for name, number in planned.items())
     return hung, problems
+
+
+def stops(job: Job, queries: Path, rng: random.Random, count: int) -> Outcome:
+    """Stop drivers until another run has taken over and finished; when they go on, they must change nothing."""
+    stopped, problems = 0, []
+    for run in outputs(job):
+        if stopped >= count:
+            break
+        first = run.start()
+        await_manifest(run, first)
+        time.sleep(rng.uniform(0, 3))
+        os.killpg(first.process.pid, signal.SIGSTOP)
+        problems += run.problems(queries, *run.finish())
+        before = read_all(run.output)
+        os.killpg(first.process.pid, signal.SIGCONT)
+        status, said = first.ended()
+        if status != 0:
+            stopped += 1
+            problems += [] if "another run has taken over" in said else [f"{run.output}: {said[-2000:]}"]
+        problems += [] if read_all(run.output) == before else [f"{run.output}: was changed by a run that was replaced"]
+    return stopped, problems
+
+
+def replacements(job: Job, queries: Path, rng: random.Random, count: int) -> Outcome:
+    """Replace a query file by one of the same size under runs: none may succeed, until the file is back."""
+    replaced, problems = 0, []
+    file = queries / "a.parquet"
+    ours = encode_plain(table := pq.read_table(file))
+    theirs = encode_plain(table.set_column(1, "query", pc.replace_substring(table["query"], "question", "QUESTION")))
+    assert len(ours) == len(theirs)
+    put(file, ours)
+    for run in outputs(job):
+        if replaced >= count:
+            break
+        running = run.start()
+        await_manifest(run, running)
+        time.sleep(rng.uniform(0, 3))
+        finished = (Path(run.output) / "_SUCCESS").exists()
+        put(file, theirs)
+        status, said = running.ended()
+        if not finished:
+            replaced += 1
+            refused = status == 1 and f"{file}: has changed since the run began" in said
+            problems += [] if refused else [f"{run.output}: status {status} after a replacement: {said[-2000:]}"]
+        put(file, ours)
+        problems += run.problems(queries, *run.finish())
+    return replaced, problems
+
+
+def await_manifest(run: Job, running: Running) -> None:
+    """Wait until a run has begun to annotate."""
+    while not (Path(run.output) / "_manifest.json").exists():
+        assert running.process.poll() is None, running.ended()
+        time.sleep(0.1)
+
+
+def read_all(output: str) -> dict[Path, bytes]:
+    """Read the files of an output."""
+    return {file: file.read_bytes() for file in Path(output).rglob("*") if file.is_file()}
+
+
+def encode_plain(table: pa.Table) -> bytes:
+    """Encode a table so that texts of the same lengths give files of the same size."""
+    buffer = pa.BufferOutputStream()
+    pq.write_table(table, buffer, compression="none", use_dictionary=False, row_group_size=50)
+    return bytes(buffer.getvalue())
+
+
+def put(file: Path, content: bytes) -> None:
+    """Replace a file at once."""
+    beside = file.with_suffix(".new")
+    beside.write_bytes(content)
+    beside.replace(file)
 
 
 def host_faults(job: Job, queries: Path, rng: random.Random, faults: int) -> Outcome:
