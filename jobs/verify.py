@@ -34,7 +34,7 @@ def verify(
 
     Exit status: 0 whole, 1 not whole or not readable, 2 bad usage.
     """
-    start_logging(progress=["pipeline.output.verification"], timestamps=True)
+    start_logging(progress=["pipeline.output.verification", "pipeline.queries.query_set"], timestamps=True)
     with checking():
         storage = load_storage(config, settings or [])
         folder = OutputFolder(locate(annotations, storage))

@@ -2,7 +2,7 @@
 
 import functools
 import logging
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -10,10 +10,9 @@ from pipeline.cluster import connect, find_address
 from pipeline.config.sections import ExecutionConfig, StorageConfig
 from pipeline.nodes.access import Access, Packed
 from pipeline.nodes.environment import Environment
-from pipeline.storage.location import join_lines
+from pipeline.storage.location import Location, join_lines
 from pipeline.storage.parquet import map_in_threads
 
-Item = TypeVar("Item")
 Found = TypeVar("Found")
 Result = TypeVar("Result")
 
@@ -41,17 +40,19 @@ class ClusterSpread:
         return None if find_address(execution) == "local" else cls(execution)
 
     def __call__(
-        self, work: Callable[[Item], Found], items: Sequence[Item], then: Callable[[Found], Result]
+        self, work: Callable[[Location], Found], files: Sequence[Location], then: Callable[[Found], Result]
     ) -> list[Result]:
-        """Call ``work`` for each item on any machine, and ``then`` for each result in this process.
+        """Call ``work`` for each file on any machine, and ``then`` for each result in this process.
+
+        While only one machine is there, it does the work.
 
         Args:
             work: function that can be pickled.
-            items: items that can be pickled; a location carries the access to its store.
+            files: files, which carry the access to their store.
             then: reduces a result, so that only a few whole ones are in memory.
 
         Returns:
-            What ``then`` has returned, in the order of the items.
+            What ``then`` has returned, in the order of the files.
 
         Raises:
             Exception: what ``work`` raises.
@@ -61,34 +62,41 @@ class ClusterSpread:
 
         connect(self.execution)
         if sum(node["Alive"] for node in ray.nodes()) == 1:
-            return map_in_threads(lambda item: then(work(item)), items)
+            return map_in_threads(lambda file: then(work(file)), files)
         access = Access((), None, StorageConfig(), Environment.read())
         task = ray.remote(num_cpus=1)(_work_on)
-        packed = [Packed.pack(functools.partial(work, item), access) for item in items]
         room = TASKS_PER_CPU * int(ray.cluster_resources().get("CPU", 1))
-        results: dict[int, Result] = {}
-        running: dict[Any, int] = {}
-        for number, content in enumerate(packed):
-            running[task.remote(content)] = number
-            if len(running) >= room:
-                _take_one(running, results, then)
-        while running:
-            _take_one(running, results, then)
-        return [results[number] for number in range(len(items))]
+        results: dict[str, Result] = {}
+        running: dict[Any, Location] = {}
+        waiting = list(reversed(files))
+        while waiting or running:
+            while waiting and len(running) < room:
+                file = waiting.pop()
+                running[task.remote(Packed.pack(functools.partial(work, file), access))] = file
+            done = _await_task(running)
+            file = running.pop(done)
+            results[file.uri] = then(_get_result(done, file))
+        return [results[file.uri] for file in files]
 
 
-def _take_one(running: dict[Any, int], results: dict[int, Any], then: Callable[[Any], Any]) -> None:
+def _await_task(running: Collection[Any]) -> Any:
     import ray
 
     while not (done := ray.wait(list(running), timeout=PATIENCE_S)[0]):
         log.warning("no task has ended for %.0f s; are the CPUs of the cluster in use? (ray status)", PATIENCE_S)
+    return done[0]
+
+
+def _get_result(task: Any, file: Location) -> Any:
+    import ray
+
     try:
-        found, error = ray.get(done[0])
+        found, error = ray.get(task)
     except ray.exceptions.RayError as lost:
-        raise RuntimeError(f"a task of the cluster failed: {join_lines(lost)}") from lost
+        raise RuntimeError(f"{file.uri}: reading it on the cluster failed: {join_lines(lost)}") from lost
     if error is not None:
         raise error
-    results[running.pop(done[0])] = then(found)
+    return found
 
 
 def _work_on(content: Packed[Callable[[], Any]]) -> tuple[Any, Exception | None]:

@@ -9,15 +9,14 @@ from itertools import chain
 from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.output.folder import OutputFolder, get_columns, hash_identity
 from pipeline.output.unit_files import UnitSummary, is_unit_file, parse_unit_id
 from pipeline.output.unit_log import UNITS, read_units
-from pipeline.storage.hashes import hash_texts
-from pipeline.storage.location import Location
+from pipeline.storage.hashes import HashRuns, hash_texts
+from pipeline.storage.location import Location, StorageError, join_lines
 from pipeline.storage.parquet import THREADS, open_pages, read_batches, read_parquet
 
 log = logging.getLogger(__name__)
@@ -86,22 +85,22 @@ class CheckedUnit:
         files: files of the unit.
         rows: number of rows.
         errors: number of these in ``errors/``.
-        hashes: hashes of the ids, uint64 [rows]; None if they were compared with the query set.
+        compared: whether the ids were compared with those of the query set.
         fault: its fault, if it has one; the numbers are then 0.
     """
 
     files: UnitFiles
     rows: int = 0
     errors: int = 0
-    hashes: npt.NDArray[np.uint64] | None = None
+    compared: bool = False
     fault: Problem | None = None
 
 
 def verify_set(folder: OutputFolder, planned: PlannedIds | None) -> Verified:
     """Verify an annotated set: its state, its files, every page of every column, its rows and their ids.
 
-    Files outside of ``data`` and ``errors``, which nothing reads as rows, are not looked at. Memory: 8 bytes for each
-    row without ``planned``; and for each of 16 threads the ids of a unit and a batch.
+    Files outside of ``data`` and ``errors``, which nothing reads as rows, are not looked at. Memory: for each of 16
+    threads the ids of a unit and a batch. Each row takes 8 bytes on disk.
 
     Args:
         folder: folder of the set.
@@ -118,18 +117,21 @@ def verify_set(folder: OutputFolder, planned: PlannedIds | None) -> Verified:
     recorded = read_units(folder.location) if manifest.get("status") == "finished" else {}
     known = (recorded if planned is None else planned).keys()
     units, strange = _list_units(folder, known)
-    check = UnitCheck(folder, hash_identity(manifest), get_columns(manifest).id, recorded, planned)
-    checked = list(_note_progress(check.check_all(units), len(units)))
+    with HashRuns() as hashes:
+        check = UnitCheck(folder, hash_identity(manifest), get_columns(manifest).id, recorded, planned, hashes)
+        checked = list(_note_progress(check.check_all(units), len(units)))
+        double = list(check.find_double_ids(checked))
     problems = [
         *_check_state(folder, manifest, recorded),
         *(Problem(f"{file.uri}: was not written by this run", file.uri) for file in strange),
         *_name_missing(folder, known - {unit.id for unit in units}),
         *(unit.fault for unit in checked if unit.fault),
-        *check.find_double_ids(checked),
+        *double,
     ]
     rows, errors = sum(unit.rows for unit in checked), sum(unit.errors for unit in checked)
     whole = sum(unit.fault is None for unit in checked)
-    return Verified(folder.location.uri, whole, rows, errors, planned is not None, tuple(problems))
+    compared = planned is not None and all(unit.compared for unit in checked if unit.fault is None)
+    return Verified(folder.location.uri, whole, rows, errors, compared, tuple(problems))
 
 
 def _list_units(folder: OutputFolder, known: Iterable[str]) -> tuple[list[UnitFiles], list[Location]]:
@@ -190,6 +192,7 @@ class UnitCheck:
         id_column: column of the ids.
         recorded: summaries of the units; empty if the run has not finished.
         planned: ids of each unit by the query set; None if they are unknown.
+        hashes: takes the hashes of the ids.
     """
 
     folder: OutputFolder
@@ -197,6 +200,7 @@ class UnitCheck:
     id_column: str
     recorded: Mapping[str, UnitSummary]
     planned: PlannedIds | None
+    hashes: HashRuns
 
     def check_all(self, units: Sequence[UnitFiles]) -> Iterator[CheckedUnit]:
         """Check units in parallel; yields the outcomes in the order of the units."""
@@ -204,16 +208,26 @@ class UnitCheck:
             yield from threads.map(self._check_unit, units)
 
     def _check_unit(self, unit: UnitFiles) -> CheckedUnit:
+        planned = self._read_planned(unit.id)
         try:
             answered, failed = self._read_ids(unit.data), self._read_ids(unit.errors)
             self._check_counts(unit, len(answered), len(failed))
             ids = _join([answered, failed])
-            if self.planned is not None:
-                _compare_ids(unit, ids, self.planned[unit.id])
+            if planned is not None:
+                _compare_ids(unit, ids, planned)
             self._check_writer(unit)
         except ValueError as error:
             return CheckedUnit(unit, fault=Problem(str(error), unit.data.uri))
-        return CheckedUnit(unit, len(ids), len(failed), hash_texts(ids) if self.planned is None else None)
+        self.hashes.add(hash_texts(ids)[None])
+        return CheckedUnit(unit, len(ids), len(failed), planned is not None)
+
+    def _read_planned(self, unit: str) -> pa.ChunkedArray | None:
+        """Read the ids of a unit from the query set; None if they cannot be read, which is no fault of the unit."""
+        try:
+            return None if self.planned is None else self.planned[unit]
+        except (ValueError, StorageError) as error:
+            log.warning("%s; the rows of unit %s are not compared with the query set", join_lines(error), unit)
+            return None
 
     def _read_ids(self, file: Location | None) -> pa.ChunkedArray:
         """Read all columns of a file, page by page, and return its ids.
@@ -255,16 +269,16 @@ class UnitCheck:
             raise ValueError(f"{unit.data.uri}: {problem}") from None
 
     def find_double_ids(self, units: Sequence[CheckedUnit]) -> Iterator[Problem]:
-        """Find ids that occur twice in the set; units that were compared with the query set cannot have any."""
-        hashes = np.concatenate([unit.hashes for unit in units if unit.hashes is not None] or [np.empty(0, np.uint64)])
-        hashes.sort()
-        double = np.unique(hashes[1:][hashes[1:] == hashes[:-1]])
+        """Find ids that occur twice in the set; if all units were compared with the query set, none can."""
+        if all(unit.compared for unit in units):
+            return
+        repeated = np.concatenate([np.empty(0, np.uint64), *self.hashes.find_repeated()])
         seen: dict[str, str] = {}
-        for unit in units:
-            if unit.hashes is None or not np.isin(unit.hashes, double).any():
+        for unit in units if len(repeated) else ():
+            if unit.fault:
                 continue
-            for value in _join([self._read_ids(unit.files.data), self._read_ids(unit.files.errors)]).to_pylist():
-                file = unit.files.data.uri
+            ids, file = _join([self._read_ids(unit.files.data), self._read_ids(unit.files.errors)]), unit.files.data.uri
+            for value in ids.filter(pa.array(np.isin(hash_texts(ids), repeated))).to_pylist():
                 if value in seen:
                     yield Problem(f"{file}: id {value!r} is also in {seen[value]}", file)
                 seen[value] = file

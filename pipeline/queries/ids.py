@@ -1,14 +1,17 @@
 """The ids of a query set, compared and read in bounded memory."""
 
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 
+from pipeline.config.sections import StorageConfig
 from pipeline.queries.changes import reading_version
+from pipeline.queries.inspection import QueryFile
 from pipeline.storage.hashes import Hashes, HashRuns, hash_texts, hash_twice
-from pipeline.storage.location import Location
+from pipeline.storage.location import Location, locate
 from pipeline.storage.parquet import map_in_threads, open_pages, read_batches, read_parquet
 
 # Places of an id that a message names.
@@ -39,51 +42,50 @@ def check_unique(hashes: HashRuns, files: Sequence[Location], column: str) -> No
 
 
 def _find_rows(file: Location, column: str, hashes: Hashes) -> list[tuple[int, str]]:
-    """Return the number and the id of each row whose id has one of the hashes."""
-    return read_parquet(
-        file,
-        lambda stream: [
-            (first + int(row), ids[int(row)].as_py())
-            for first, ids in _read_batches(stream, column)
-            for row in np.flatnonzero(np.isin(hash_texts(ids), hashes))
-        ],
-    )
+    """Return the numbers and the ids of rows whose id has one of the hashes: of each id the first ``NAMED_PLACES``."""
+
+    def find(stream: Any) -> list[tuple[int, str]]:
+        found, counts = [], Counter[str]()
+        for first, ids in _read_batches(stream, column):
+            for row in np.flatnonzero(np.isin(hash_texts(ids), hashes)).tolist():
+                value = ids[row].as_py()
+                counts[value] += 1
+                if counts[value] <= NAMED_PLACES:
+                    found.append((first + row, value))
+        return found
+
+    return read_parquet(file, find)
 
 
-def read_file_ids(file: Location, version: str, column: str) -> pa.ChunkedArray:
-    """Read the ids of a file: large_string.
+def number_ids(file: QueryFile, start: int, column: str, storage: StorageConfig, add: Callable[[Hashes], None]) -> None:
+    """Hash the ids of a file to 128 bits, batch by batch.
+
+    Args:
+        file: file of a query set.
+        start: number of its first row in the set.
+        column: column of the ids.
+        storage: access to object storage.
+        add: takes uint64 [3, N]: both hashes, and the numbers of the rows. After a transient error it gets some rows
+            once more.
 
     Raises:
-        ValueError: the file has not the version of its inspection.
+        ValueError: the file has changed since its inspection.
         StorageError: the storage cannot be read.
     """
 
-    def read(stream: Any) -> pa.ChunkedArray:
-        return pa.chunked_array([ids for _, ids in _read_batches(stream, column)], pa.large_string())
+    def read(stream: Any) -> None:
+        for first, ids in _read_batches(stream, column):
+            numbers = np.arange(start + first, start + first + len(ids), dtype=np.uint64)
+            add(np.vstack([hash_twice(ids), numbers]))
 
-    with reading_version(file, version):
-        return read_parquet(file, read)
-
-
-def hash_ids(file: Location, version: str, column: str) -> Hashes:
-    """Hash the ids of a file to 128 bits: uint64 [2, rows].
-
-    Raises:
-        ValueError: the file has not the version of its inspection.
-        StorageError: the storage cannot be read.
-    """
-
-    def read(stream: Any) -> Hashes:
-        nothing = np.empty((2, 0), np.uint64)
-        return np.concatenate([nothing, *(hash_twice(ids) for _, ids in _read_batches(stream, column))], axis=1)
-
-    with reading_version(file, version):
-        return read_parquet(file, read)
+    place = locate(file.uri, storage)
+    with reading_version(place, file.version):
+        read_parquet(place, read)
 
 
-def _read_batches(stream: Any, column: str) -> Iterator[tuple[int, pa.Array]]:
+def _read_batches(stream: Any, column: str) -> Iterator[tuple[int, pa.ChunkedArray]]:
     """Yield the ids batch by batch: large_string, with the number of the first row."""
     first = 0
     for batch in read_batches(open_pages(stream), columns=[column]):
-        yield first, batch[column].cast(pa.large_string())
+        yield first, pa.chunked_array([batch[column].cast(pa.large_string())])
         first += batch.num_rows

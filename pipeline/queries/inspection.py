@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config.sections import Columns
-from pipeline.queries.partitions import append_fields, append_partition, find_partition, parse_partition
+from pipeline.queries.partitions import append_fields, append_partition, find_name, find_partition, parse_partition
 from pipeline.queries.schema import check_query_schema
 from pipeline.queries.unified_schema import replace_views
 from pipeline.queries.units import Part
@@ -24,7 +24,7 @@ from pipeline.storage.location import Location, join_lines
 from pipeline.storage.parquet import SMALL_BYTES, open_pages, read_batches, read_versioned
 
 READ_BYTES = 8 * 2**20
-# Files are read in parallel, but only so many large ones at a time: their pages may be large.
+# Files are read in parallel, but a process reads only so many large ones at a time: their pages may be large.
 READING_LARGE = threading.BoundedSemaphore(4)
 
 
@@ -94,10 +94,16 @@ def inspect_file(file: Location, source: Location, columns: Columns) -> Inspecte
         columns: names of its columns.
 
     Raises:
-        ValueError: the file is unreadable, a column is missing or of the wrong type, or an id is null or not UTF-8.
+        ValueError: the file is unreadable, its folder names the column of ids, a column is missing or of the wrong
+            type, or an id is null or not UTF-8.
         StorageError: the storage cannot be read.
     """
     partition = find_partition(file, source)
+    if find_name(columns.id, parse_partition(partition)):
+        raise ValueError(
+            f"{file.uri}: its folder names the column {columns.id!r} (columns.id), but every query needs an id of its "
+            "own; rename the folder, or set columns.id to a column of the file"
+        )
 
     def inspect(stream: Any, version: str) -> Inspected:
         with READING_LARGE if stream.size() > SMALL_BYTES else contextlib.nullcontext():

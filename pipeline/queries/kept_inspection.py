@@ -10,7 +10,7 @@ import pyarrow as pa
 from pipeline.config.sections import Columns
 from pipeline.output.folder import INSPECTION
 from pipeline.queries.inspection import QueryFile
-from pipeline.storage.location import Location, MissingFileError, join_lines
+from pipeline.storage.location import Location, MissingFileError, StorageError, join_lines
 from pipeline.storage.parquet import encode_parquet, read_checked
 
 log = logging.getLogger(__name__)
@@ -31,31 +31,28 @@ SCHEMA = pa.schema(
 
 
 def keep_inspection(output: Location, columns: Columns, files: Sequence[QueryFile]) -> None:
-    """Write what an inspection has found.
-
-    Raises:
-        StorageError: the file cannot be written.
-    """
+    """Write what an inspection has found; errors become a warning, since a run is complete without it."""
     rows = [_to_row(file) for file in files]
     schema = SCHEMA.with_metadata({COLUMNS: columns.model_dump_json().encode()})
-    (output / INSPECTION).write(encode_parquet(pa.Table.from_pylist(rows, schema=schema)))
+    try:
+        (output / INSPECTION).write(encode_parquet(pa.Table.from_pylist(rows, schema=schema)))
+    except StorageError as error:
+        log.warning("a run that resumes will read all queries again: %s", error)
 
 
 def read_inspection(output: Location, columns: Columns) -> dict[str, QueryFile]:
-    """Read what an inspection of the same columns has found, by URI; empty if there is none, or a damaged one.
-
-    Raises:
-        StorageError: the file cannot be read.
-    """
+    """Read what an inspection of the same columns has found, by URI; empty if there is none that can be read."""
     file = output / INSPECTION
     try:
         table = read_checked(file)
         if json.loads((table.schema.metadata or {})[COLUMNS]) != columns.model_dump(mode="json"):
             return {}
+        if any(column.null_count for column in table.columns):
+            raise ValueError("it has nulls")  # noqa: TRY301  for the same warning
         return {row["uri"]: _from_row(row) for row in table.cast(SCHEMA).to_pylist()}
     except MissingFileError:
         return {}
-    except (ValueError, KeyError) as error:
+    except (ValueError, KeyError, StorageError) as error:
         log.warning("%s is ignored, and the queries are read again: %s", file.uri, join_lines(error))
         return {}
 

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import pyarrow as pa
 
@@ -16,7 +16,7 @@ from pipeline.queries.changes import Listing
 from pipeline.queries.division import choose_unit_rows, divide_files
 from pipeline.queries.ids import check_unique
 from pipeline.queries.inspection import Inspected, QueryFile, inspect_file, read_tables
-from pipeline.queries.partitions import infer_types, parse_partition
+from pipeline.queries.partitions import find_partition, infer_types, parse_partition
 from pipeline.queries.schema import GOLD_TYPES
 from pipeline.queries.unified_schema import cast_table, unify_schemas
 from pipeline.queries.units import Unit
@@ -26,18 +26,21 @@ from pipeline.storage.parquet import list_parquet, map_in_threads, open_pages, r
 
 log = logging.getLogger(__name__)
 
+Found = TypeVar("Found")
+Result = TypeVar("Result")
+
 PROGRESS_S = 10.0
 # Remote sets of at least this many bytes are read by all machines; smaller ones are read before tasks have started.
 SPREAD_BYTES = 256 << 20
 
 
 class Spread(Protocol):
-    """Work on items on all machines of a cluster."""
+    """Work on files on all machines of a cluster."""
 
     def __call__(
-        self, work: Callable[[Location], Inspected], items: Sequence[Location], then: Callable[[Inspected], QueryFile]
-    ) -> list[QueryFile]:
-        """Call ``work`` for each item, and in this process ``then`` for its result; results in the order of items."""
+        self, work: Callable[[Location], Found], files: Sequence[Location], then: Callable[[Found], Result]
+    ) -> list[Result]:
+        """Call ``work`` for each file, and in this process ``then`` for its result; results in the order of files."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +76,7 @@ def inspect_queries(
     location: Location,
     columns: Columns,
     unit_rows: int | None,
-    known: Mapping[str, QueryFile] | None = None,
+    kept: Mapping[str, QueryFile] | None = None,
     spread: Spread | None = None,
 ) -> QuerySet:
     """Check a query set and divide it into units.
@@ -86,7 +89,8 @@ def inspect_queries(
         location: file or folder.
         columns: names of its columns.
         unit_rows: rows of a unit; None to choose them by the size of the set.
-        known: what an earlier inspection has found, by URI; if no file has changed, none is read.
+        kept: what an earlier inspection has found, by URI; if no file has changed, none is read. A local file counts as
+            unchanged if its size and modification time are the same.
         spread: reads a large set on all machines of a cluster; None if there is only this one.
 
     Raises:
@@ -96,7 +100,7 @@ def inspect_queries(
         StorageError: the storage cannot be read.
     """
     files = list_parquet(location)
-    reused = _reuse(files, known or {})
+    reused = _reuse(files, location, kept or {})
     found = reused or _inspect_files(files, location, columns, spread)
     filled = [file for file in found if file.rows]
     if not filled:
@@ -104,7 +108,7 @@ def inspect_queries(
     partitions = _infer_partition_types(filled, columns)
     schema = unify_schemas({file.uri: file.complete_schema(partitions) for file in filled})
     if not reused:
-        _check_casts(filled, files, schema, partitions)
+        _check_casts(filled, files, schema, partitions, _choose_spread(files, spread))
     units = tuple(divide_files(filled, unit_rows or choose_unit_rows([file.rows for file in filled])))
     digest = hashlib.sha256("".join(unit.id for unit in units).encode()).hexdigest()
     tasks: Counter[str] = sum((Counter(file.tasks) for file in filled), Counter())
@@ -122,13 +126,16 @@ def inspect_queries(
     )
 
 
-def _reuse(files: Sequence[Location], known: Mapping[str, QueryFile]) -> list[QueryFile]:
-    """Return what is known of the files; nothing if a file is not known, or has changed."""
-    if known.keys() != {file.uri for file in files}:
+def _reuse(files: Sequence[Location], source: Location, kept: Mapping[str, QueryFile]) -> list[QueryFile]:
+    """Return what is kept of the files; nothing if one is missing, has changed, or is in another partition now."""
+    if kept.keys() != {file.uri for file in files}:
         return []
-    versions = map_in_threads(Location.get_version, files)
-    same = all(known[file.uri].version == version for file, version in zip(files, versions, strict=True))
-    return [known[file.uri] for file in files] if same else []
+
+    def is_unchanged(file: Location) -> bool:
+        found = kept[file.uri]
+        return found.partition == find_partition(file, source) and found.version == file.get_version()
+
+    return [kept[file.uri] for file in files] if all(map_in_threads(is_unchanged, files)) else []
 
 
 def _inspect_files(
@@ -148,12 +155,21 @@ def _inspect_files(
             return inspected.file
 
         inspect = partial(inspect_file, source=source, columns=columns)
-        if spread and not source.local and sum(file.stamp.size for file in files if file.stamp) >= SPREAD_BYTES:
-            found = spread(inspect, files, collect)
-        else:
-            found = map_in_threads(lambda file: collect(inspect(file)), files)
+        found = _choose_spread(files, spread)(inspect, files, collect)
         check_unique(hashes, files, columns.id)
     return found
+
+
+def _choose_spread(files: Sequence[Location], spread: Spread | None) -> Spread:
+    """Return what works on the files: all machines on a large remote set, the threads of this process on others."""
+    size = sum(file.stamp.size for file in files if file.stamp)
+    return spread if spread and not files[0].local and size >= SPREAD_BYTES else _work_in_threads
+
+
+def _work_in_threads(
+    work: Callable[[Location], Found], files: Sequence[Location], then: Callable[[Found], Result]
+) -> list[Result]:
+    return map_in_threads(lambda file: then(work(file)), files)
 
 
 def _infer_partition_types(files: Sequence[QueryFile], columns: Columns) -> dict[str, pa.DataType]:
@@ -163,21 +179,24 @@ def _infer_partition_types(files: Sequence[QueryFile], columns: Columns) -> dict
 
 
 def _check_casts(
-    files: Sequence[QueryFile], locations: Sequence[Location], schema: pa.Schema, types: Mapping[str, pa.DataType]
+    found: Sequence[QueryFile],
+    files: Sequence[Location],
+    schema: pa.Schema,
+    types: Mapping[str, pa.DataType],
+    spread: Spread,
 ) -> None:
     """Check that every value of the files whose schemas differ from the unified one fits into it."""
-    places = {file.uri: file for file in locations}
+    partitions = {file.uri: file.partition for file in found if _differs(file.complete_schema(types), schema)}
+    check = partial(_check_cast, schema=schema, partitions=partitions)
+    spread(check, [file for file in files if file.uri in partitions], lambda _: None)
 
-    def check(file: QueryFile) -> None:
-        place = places[file.uri]
 
-        def cast(stream: Any) -> None:
-            for table in read_tables(open_pages(stream), place, file.partition):
-                cast_table(table, schema, file.uri)
+def _check_cast(file: Location, schema: pa.Schema, partitions: Mapping[str, str]) -> None:
+    def cast(stream: Any) -> None:
+        for table in read_tables(open_pages(stream), file, partitions[file.uri]):
+            cast_table(table, schema, file.uri)
 
-        read_parquet(place, cast)
-
-    map_in_threads(check, [file for file in files if _differs(file.complete_schema(types), schema)])
+    read_parquet(file, cast)
 
 
 def _differs(schema: pa.Schema, unified: pa.Schema) -> bool:

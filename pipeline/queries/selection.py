@@ -18,13 +18,12 @@ from pydantic import Field, ValidationError
 from pipeline.config.loading import Frozen
 from pipeline.config.sections import StorageConfig
 from pipeline.output.unit_files import is_unit_file
-from pipeline.queries.ids import hash_ids
-from pipeline.queries.inspection import QueryFile
+from pipeline.queries.ids import number_ids
 from pipeline.queries.query_set import QuerySet
 from pipeline.queries.units import read_unit
 from pipeline.queries.writer import FILE_ROWS, GROUP_ROWS
 from pipeline.storage.hashes import Hashes, HashRuns, hash_twice
-from pipeline.storage.location import Location, locate
+from pipeline.storage.location import Location
 from pipeline.storage.parquet import encode_parquet, map_in_threads, read_columns
 
 # The error type of invalid rows, which would fail again.
@@ -69,7 +68,7 @@ class Earlier:
             map_in_threads(lambda file: tries.add(self._weigh_rows(file)), self._list_files())
             starts = accumulate((file.rows for file in queries.inspected), initial=0)
             numbered = zip(queries.inspected, starts, strict=False)
-            map_in_threads(lambda pair: asked.add(_number_ids(*pair, self.id_column, storage)), numbered)
+            map_in_threads(lambda pair: number_ids(*pair, self.id_column, storage, asked.add), numbered)
             count = max(tries.count_ranges(), asked.count_ranges())
             for ours, theirs in zip(asked.read_ranges(count), tries.read_ranges(count), strict=False):
                 new[_find_finished(ours, theirs)] = False
@@ -92,12 +91,6 @@ class Earlier:
             own_fault = pc.equal(table["error_type"].cast(pa.string()), OWN_FAULT).fill_null(False)
             tries[~own_fault.to_numpy()] = 1
         return np.vstack([hashes, tries])
-
-
-def _number_ids(file: QueryFile, start: int, column: str, storage: StorageConfig) -> Hashes:
-    """Return uint64 [3, rows]: the hashes of the ids of a file, and the numbers of the rows in the set."""
-    hashes = hash_ids(locate(file.uri, storage), file.version, column)
-    return np.vstack([hashes, np.arange(start, start + hashes.shape[1], dtype=np.uint64)])
 
 
 def _find_finished(asked: Hashes, tries: Hashes) -> Hashes:

@@ -100,23 +100,36 @@ def read_unit(unit: Unit, schema: pa.Schema, storage: StorageConfig) -> pa.Table
     return pa.concat_tables(map_in_threads(lambda part: _read_part(part, schema, storage), unit.parts))
 
 
+def read_unit_ids(unit: Unit, column: str, storage: StorageConfig) -> pa.ChunkedArray:
+    """Read the ids of a unit as :func:`read_unit` reads its rows: large_string."""
+
+    def read(part: Part) -> pa.Table:
+        return _read_checked(part, locate(part.uri, storage), [column]).cast(pa.schema([(column, pa.large_string())]))
+
+    return pa.concat_tables(map_in_threads(read, unit.parts))[column]
+
+
 def _read_part(part: Part, schema: pa.Schema, storage: StorageConfig) -> pa.Table:
-    file = locate(part.uri, storage)
-    with reading_version(file, part.version):
-        rows = retry_reading(file, lambda: _read_rows(part, file))
-    assert rows.num_rows == part.rows, f"{part.uri} has {rows.num_rows} of the {part.rows} rows that were planned"
+    rows = _read_checked(part, locate(part.uri, storage))
     rows = rows.cast(replace_views(rows.schema))
     return cast_table(append_partition(rows, parse_partition(part.partition), part.uri), schema, part.uri)
 
 
-def _read_rows(part: Part, file: Location) -> pa.Table:
+def _read_checked(part: Part, file: Location, columns: list[str] | None = None) -> pa.Table:
+    with reading_version(file, part.version):
+        rows = retry_reading(file, lambda: _read_rows(part, file, columns))
+    assert rows.num_rows == part.rows, f"{part.uri} has {rows.num_rows} of the {part.rows} rows that were planned"
+    return rows
+
+
+def _read_rows(part: Part, file: Location, columns: list[str] | None) -> pa.Table:
     def open_group() -> GroupReader:
-        return GroupReader(_open_planned(part, file), part.row_group)
+        return GroupReader(_open_planned(part, file), part.row_group, columns)
 
     if part.rows == part.group_rows:
         return open_group().read(0, part.rows)
     # The digest, since a process may outlive a run, and a file may be replaced by one of the same size and time.
-    key = part.uri, part.version, part.digest, part.row_group
+    key = part.uri, part.version, part.digest, part.row_group, columns and tuple(columns)
     return SHARED.read(key, open_group, part.offset, part.rows)
 
 

@@ -281,8 +281,8 @@ class GroupReader:
         start: first row that can still be read.
     """
 
-    def __init__(self, stream: Any, group: int) -> None:
-        self._batches = read_batches(open_pages(stream), [group])
+    def __init__(self, stream: Any, group: int, columns: list[str] | None = None) -> None:
+        self._batches = read_batches(open_pages(stream), [group], columns)
         self._held = next(self._batches)
         self.start = 0
 

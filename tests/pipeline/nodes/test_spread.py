@@ -14,7 +14,7 @@ import ray
 from pipeline.config.sections import Columns, ExecutionConfig, StorageConfig
 from pipeline.nodes.spread import ClusterSpread
 from pipeline.queries.query_set import inspect_queries
-from pipeline.storage.location import locate
+from pipeline.storage.location import Location, locate
 from pipeline.storage.parquet import encode_parquet
 from tests.support.s3 import S3Server, serving_s3
 
@@ -48,14 +48,23 @@ def spread(address: str) -> ClusterSpread:
     return found
 
 
-def tell(item: int) -> tuple[int, int, str]:
-    return item, os.getpid(), ray.get_runtime_context().get_node_id()
+def name(*names: str) -> list[Location]:
+    """Files of a folder that need not exist."""
+    return [locate(f"/nowhere/{name}", StorageConfig()) for name in names]
 
 
-def fail_at_three(item: int) -> int:
-    if item == 3:
+def tell(file: Location) -> tuple[str, int, str]:
+    return file.name, os.getpid(), ray.get_runtime_context().get_node_id()
+
+
+def fail_at_three(file: Location) -> str:
+    if file.name == "3":
         raise ValueError("item 3 is bad")
-    return item
+    return file.name
+
+
+def die(_: Location) -> None:
+    os._exit(1)
 
 
 def test_no_cluster_has_no_spread(monkeypatch: pytest.MonkeyPatch):
@@ -68,12 +77,13 @@ def test_no_cluster_has_no_spread(monkeypatch: pytest.MonkeyPatch):
 def test_results_are_in_order_and_reduced_by_the_driver(spread: ClusterSpread):
     drivers = []
 
-    def reduce(found: tuple[int, int, str]) -> tuple[int, int, str]:
+    def reduce(found: tuple[str, int, str]) -> tuple[str, int, str]:
         drivers.append(os.getpid())
         return found
 
-    found = spread(tell, range(40), reduce)
-    assert [item for item, _, _ in found] == list(range(40))
+    names = [str(number) for number in range(40)]
+    found = spread(tell, name(*names), reduce)
+    assert [item for item, _, _ in found] == names
     assert set(drivers) == {os.getpid()}
     assert os.getpid() not in {process for _, process, _ in found}
     assert len({node for _, _, node in found}) == 2
@@ -81,17 +91,22 @@ def test_results_are_in_order_and_reduced_by_the_driver(spread: ClusterSpread):
 
 def test_what_the_work_raises_is_raised(spread: ClusterSpread):
     with pytest.raises(ValueError, match=r"^item 3 is bad$"):
-        spread(fail_at_three, range(5), lambda found: found)
+        spread(fail_at_three, name(*"01234"), lambda found: found)
 
 
-def wait_a_second(item: int) -> int:
+def test_file_whose_tasks_die_is_named(spread: ClusterSpread):
+    with pytest.raises(RuntimeError, match=r"^/nowhere/a: reading it on the cluster failed: [^\n]*$"):
+        spread(die, name("a"), lambda found: found)
+
+
+def wait_a_second(file: Location) -> str:
     time.sleep(1.0)
-    return item
+    return file.name
 
 
 def test_a_wait_for_busy_machines_is_reported(spread: ClusterSpread, monkeypatch: pytest.MonkeyPatch, caplog: Any):
     monkeypatch.setattr("pipeline.nodes.spread.PATIENCE_S", 0.4)
-    assert spread(wait_a_second, [1], lambda found: found) == [1]
+    assert spread(wait_a_second, name("a"), lambda found: found) == ["a"]
     assert "no task has ended for 0 s; are the CPUs of the cluster in use?" in caplog.text
 
 
@@ -133,7 +148,5 @@ def test_a_local_set_is_read_by_the_driver(spread: ClusterSpread, tmp_path: Path
     monkeypatch.setattr("pipeline.queries.query_set.SPREAD_BYTES", 1)
     pq.write_table(pa.table({"id": ["a"], "query": ["?"]}), tmp_path / "a.parquet")
 
-    def refuse(*_: object) -> None:
-        pytest.fail("other machines may see another file there")
-
-    assert inspect_queries(locate(str(tmp_path), StorageConfig()), COLUMNS, 2, spread=refuse).rows == 1  # type: ignore[arg-type]
+    monkeypatch.setattr(ClusterSpread, "__call__", None)  # other machines may see another file there
+    assert inspect_queries(locate(str(tmp_path), StorageConfig()), COLUMNS, 2, spread=spread).rows == 1

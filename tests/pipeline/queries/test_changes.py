@@ -10,9 +10,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.config.sections import Columns, StorageConfig
-from pipeline.queries.ids import hash_ids, read_file_ids
+from pipeline.queries.ids import number_ids
 from pipeline.queries.query_set import QuerySet, inspect_queries
-from pipeline.queries.units import read_unit
+from pipeline.queries.units import read_unit, read_unit_ids
 from pipeline.storage.location import MissingFileError, locate
 from pipeline.storage.parquet import GroupReader, encode_parquet
 
@@ -156,12 +156,13 @@ def test_a_file_that_was_deleted_is_named(file: Path) -> None:
         read(found)
 
 
-@pytest.mark.parametrize("work", [read_file_ids, hash_ids])
-def test_ids_of_a_replaced_file_are_not_read(file: Path, work: Callable[..., object]) -> None:
-    (found,) = inspect(file.parent).inspected
+def test_ids_of_a_replaced_file_are_not_read(file: Path) -> None:
+    found = inspect(file.parent)
     rewrite(file)
     with pytest.raises(ValueError, match=r"a\.parquet: has changed since the run began"):
-        work(locate(str(file), HERE), found.version, "id")
+        read_unit_ids(found.units[0], "id", HERE)
+    with pytest.raises(ValueError, match=r"a\.parquet: has changed since the run began"):
+        number_ids(found.inspected[0], 0, "id", HERE, lambda _: None)
 
 
 def test_an_object_that_is_replaced_by_one_of_the_same_size_is_named(s3, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,5 +1,6 @@
 """What an inspection has found is kept, and used only for the same files and columns."""
 
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -65,6 +66,19 @@ def test_unchanged_files_are_not_read_again(queries: Path, output: Location, mon
     assert read == []
 
 
+def test_a_set_whose_folder_is_given_in_another_way_is_read_again(queries: Path, output: Location):
+    keep_inspection(output, COLUMNS, inspect(queries / "day=1", output).inspected)
+    shutil.rmtree(queries / "day=2")
+    assert inspect(queries / "day=1", output).partitions == ()
+    assert inspect(queries, output).partitions == ("day",)
+
+
+def test_an_output_that_cannot_be_written_is_a_warning(queries: Path, output: Location, tmp_path: Path, caplog):
+    (tmp_path / "out").write_text("a file where the folder should be")
+    keep_inspection(output, COLUMNS, inspect(queries, output).inspected)
+    assert "a run that resumes will read all queries again: " in caplog.text
+
+
 def rewrite(queries: Path) -> None:
     file = queries / "day=1" / "part.parquet"
     file.write_bytes(file.read_bytes())
@@ -97,13 +111,32 @@ def test_other_columns_are_inspected_anew(queries: Path, output: Location):
     assert read_inspection(output, others) == {}
 
 
-@pytest.mark.parametrize("content", [b"", b"PAR1 is not enough", None], ids=["empty", "cut", "foreign"])
-def test_a_damaged_file_is_ignored_with_a_warning(queries: Path, output: Location, caplog, content: bytes | None):
+def empty(file: Path) -> None:
+    file.write_bytes(b"")
+
+
+def cut(file: Path) -> None:
+    file.write_bytes(file.read_bytes()[:-9])
+
+
+def write_another_table(file: Path) -> None:
+    pq.write_table(pa.table({"uri": ["x"]}), file)
+
+
+def write_nulls(file: Path) -> None:
+    table = pq.read_table(file)
+    pq.write_table(table.set_column(2, "digest", pa.nulls(len(table), pa.string())), file)
+
+
+def put_a_folder_there(file: Path) -> None:
+    file.unlink()
+    file.mkdir()
+
+
+@pytest.mark.parametrize("damage", [empty, cut, write_another_table, write_nulls, put_a_folder_there])
+def test_a_damaged_file_is_ignored_with_a_warning(queries: Path, output: Location, caplog, damage):
     keep_inspection(output, COLUMNS, inspect(queries, output).inspected)
-    if content is None:
-        pq.write_table(pa.table({"uri": ["x"]}), f"{output.path}/{INSPECTION}")
-    else:
-        (output / INSPECTION).write(content)
+    damage(Path(output.path) / INSPECTION)
     assert read_inspection(output, COLUMNS) == {}
     assert f"{output.uri}/{INSPECTION} is ignored, and the queries are read again" in caplog.text
 

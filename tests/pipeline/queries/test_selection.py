@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.parquet as pq
@@ -9,7 +10,7 @@ import pytest
 
 from pipeline.config.sections import Columns, StorageConfig
 from pipeline.queries.query_set import inspect_queries
-from pipeline.queries.selection import Earlier, NothingNewError, Selection
+from pipeline.queries.selection import Earlier, NothingNewError, Selection, _find_finished
 from pipeline.storage.location import Location, StorageError, locate
 
 
@@ -151,3 +152,23 @@ def test_a_damaged_selection_is_named(asked: Path, tmp_path: Path, content: str)
     (tmp_path / "sets" / "today" / "_queries" / "selection.json").write_text(content)
     with pytest.raises(ValueError, match=r"_queries/selection\.json: .*; choose another output"):
         Selection.load(place(tmp_path / "sets" / "today"), str(asked))
+
+
+@pytest.mark.parametrize("run_rows", [1, 2, 3, 100])
+def test_the_same_rows_are_selected_in_any_number_of_ranges(
+    asked: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, run_rows: int
+):
+    monkeypatch.setattr("pipeline.storage.hashes.RUN_ROWS", run_rows)
+    earlier(tmp_path / "sets", "monday", "q0", "q7", "other")
+    earlier(tmp_path / "sets", "monday", "q1", "q2", error="TimeoutError")
+    earlier(tmp_path / "sets", "tuesday", "q2", "q3", error="TimeoutError")
+    earlier(tmp_path / "sets", "wednesday", "q9", error="ValueError")
+    assert [name for name, _ in rows(select(asked, tmp_path / "sets"))] == ["q1", "q3", "q4", "q5", "q6", "q8"]
+
+
+def test_ids_that_share_the_first_hash_are_told_apart_by_the_second():
+    asked = np.array([[7, 7, 9], [1, 2, 3], [0, 1, 2]], np.uint64)
+    tries = np.array([[7, 7, 7, 9], [2, 5, 2, 3], [1, 2, 1, 1]], np.uint64)
+    assert _find_finished(asked, tries[:, :1]).tolist() == []
+    assert _find_finished(asked, tries[:, [0, 2, 3]]).tolist() == [1]  # 7/2 twice, 9/3 once
+    assert _find_finished(asked, tries[:, :0]).tolist() == []

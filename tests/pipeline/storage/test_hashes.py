@@ -1,5 +1,7 @@
 """Hashes are compared in bounded memory, with the same result as all at once."""
 
+import resource
+import signal
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.storage import hashes
 from pipeline.storage.hashes import HashRuns, hash_texts, hash_twice
+from pipeline.storage.location import StorageError
 
 RUN = 8
 
@@ -84,11 +87,29 @@ def test_no_rows_have_no_ranges():
         assert list(runs.read_ranges()) == []
 
 
-def test_runs_are_on_disk_only_while_they_are_used(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+def test_runs_leave_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     with HashRuns() as runs:
-        runs.add(block(list(range(RUN - 1))))
-        assert list(tmp_path.rglob("*.npy")) == []
-        runs.add(block(list(range(2 * RUN))))
-        assert sum(np.load(file).shape[1] for file in tmp_path.rglob("*.npy")) >= 2 * RUN
-    assert list(tmp_path.iterdir()) == []
+        runs.add(block(list(range(3 * RUN))))
+        assert list(tmp_path.iterdir()) == []  # so that nothing is left if the process is killed
+        assert [found.tolist() for found in runs.read_ranges()] == [[list(range(3 * RUN))], [[]], [[]]]
+
+
+def test_a_full_disk_is_named_with_the_setting(monkeypatch: pytest.MonkeyPatch):
+    limit = resource.getrlimit(resource.RLIMIT_FSIZE)
+    before = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    monkeypatch.setattr(hashes, "RUN_ROWS", 100_000)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, limit[1]))
+    try:
+        with HashRuns() as runs, pytest.raises(StorageError, match=r"^/.*: the hashes of the ids do not fit .*TMPDIR"):
+            runs.add(np.zeros((1, 100_000), np.uint64))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limit)
+        signal.signal(signal.SIGXFSZ, before)
+
+
+def test_many_repeated_hashes_come_in_pieces(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(hashes, "MOST_REPEATED", 2)
+    with HashRuns() as runs:
+        runs.add(block([1, 2, 3, 1, 2, 3]))
+        assert [found.tolist() for found in runs.find_repeated()] == [[1, 2], [3]]
