@@ -26,7 +26,7 @@ TASKS_PER_CPU = 2
 
 @dataclass(frozen=True)
 class ClusterSpread:
-    """Maps functions over items in Ray tasks on all machines, in the environment of the driver.
+    """Maps functions over files in Ray tasks on all machines, in the environment of the driver.
 
     Attributes:
         execution: address of the cluster.
@@ -65,7 +65,7 @@ class ClusterSpread:
             return map_in_threads(lambda file: then(work(file)), files)
         access = Access((), None, StorageConfig(), Environment.read())
         task = ray.remote(num_cpus=1)(_work_on)
-        room = TASKS_PER_CPU * int(ray.cluster_resources().get("CPU", 1))
+        room = TASKS_PER_CPU * max(1, int(ray.cluster_resources().get("CPU", 0)))
         results: dict[str, Result] = {}
         running: dict[Any, Location] = {}
         waiting = list(reversed(files))

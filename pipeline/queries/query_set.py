@@ -82,8 +82,8 @@ def inspect_queries(
     """Check a query set and divide it into units.
 
     Every file is read in full, since its content is its identity: a resumed run must not mix the answers of two sets.
-    Driver memory: some kilobytes for each row group, and 8 bytes for each row of 16 files, or of 4 million rows; the
-    hashes of the ids are on disk, 8 bytes for each row, while they are compared.
+    Driver memory: some kilobytes for each row group, and 8 bytes for each row of 16 files (of 4 large ones), and
+    for 4 million rows; the hashes of the ids are on disk, 8 bytes for each row, while they are compared.
 
     Args:
         location: file or folder.
