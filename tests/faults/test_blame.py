@@ -60,6 +60,7 @@ def test_rows_that_time_out_because_the_engine_hangs_are_not_blamed(job: Job, tm
     assert (job.model / "stalls").read_text() == "0"
 
 
+@pytest.mark.slow
 def test_row_that_hangs_every_engine_is_isolated(job: Job, tmp_path: Path) -> None:
     write_queries(tmp_path / "queries", 30, {17: "STALLS"})
     job.settings += ["execution.engine_stall_s=1", "execution.max_error_rate=0.1"]

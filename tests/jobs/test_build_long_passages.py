@@ -67,6 +67,7 @@ def test_truncated_passages_are_counted_with_one_warning(
     assert line in checked.stdout.splitlines()
 
 
+@pytest.mark.slow
 async def test_split_passages_are_found_by_their_ends(
     documents: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:

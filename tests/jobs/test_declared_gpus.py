@@ -160,7 +160,9 @@ def build(passages: Path, output: Path, address: str, *options: str) -> str:
     return done.stderr
 
 
-@pytest.mark.parametrize(("shards", "actors", "gpus"), [(4, (), 1.0), (8, ("--actors", "8"), 0.5)])
+@pytest.mark.parametrize(
+    ("shards", "actors", "gpus"), [(4, (), 1.0), pytest.param(8, ("--actors", "8"), 0.5, marks=pytest.mark.slow)]
+)
 def test_index_is_built_on_four_gpus(
     shards: int, actors: tuple[str, ...], gpus: float, made: Any, with_vectors: tuple[Path, np.ndarray], tmp_path: Path
 ) -> None:
