@@ -4,7 +4,7 @@ import hashlib
 import logging
 import time
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, Protocol, TypeVar
@@ -110,16 +110,14 @@ def inspect_queries(
     if not reused:
         _check_casts(filled, files, schema, partitions, _choose_spread(files, spread))
     units = tuple(divide_files(filled, unit_rows or choose_unit_rows([file.rows for file in filled])))
-    digest = hashlib.sha256("".join(unit.id for unit in units).encode()).hexdigest()
-    tasks: Counter[str] = sum((Counter(file.tasks) for file in filled), Counter())
     return QuerySet(
         schema=schema,
         units=units,
         files=len(files),
         rows=sum(file.rows for file in filled),
-        digest=digest,
+        digest=hashlib.sha256("".join(unit.id for unit in units).encode()).hexdigest(),
         given=_has_passages(schema, columns),
-        tasks=dict(sorted(tasks.items())),
+        tasks=_add_tasks(filled),
         listing=Listing.of(location, files),
         partitions=tuple(partitions),
         inspected=tuple(found),
@@ -197,6 +195,11 @@ def _check_cast(file: Location, schema: pa.Schema, partitions: Mapping[str, str]
             cast_table(table, schema, file.uri)
 
     read_parquet(file, cast)
+
+
+def _add_tasks(files: Iterable[QueryFile]) -> dict[str, int]:
+    tasks: Counter[str] = sum((Counter(file.tasks) for file in files), Counter())
+    return dict(sorted(tasks.items()))
 
 
 def _differs(schema: pa.Schema, unified: pa.Schema) -> bool:
