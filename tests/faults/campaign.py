@@ -52,7 +52,7 @@ def campaign(
         "kills of the whole cluster": (clusters, series.cluster_kills),
         "runs with storage faults": (storage, _storage),
         "hung engines": (hangs, _hangs),
-        "stopped drivers": (stops, _stops),
+        "stopped drivers": (stops, series.stops),
         "replaced files": (replacements, _replacements),
         "driver kills with vLLM": (real, _real),
     }
@@ -96,11 +96,6 @@ def _storage(job: Job, queries: Path, rng: random.Random, runs: int) -> series.O
 def _hangs(job: Job, queries: Path, rng: random.Random, stalls: int) -> series.Outcome:
     with tempfile.TemporaryDirectory() as folder, series.cluster(Path(folder)) as made:
         return series.hangs(series.on(made, job), queries, rng, stalls)
-
-
-def _stops(job: Job, queries: Path, rng: random.Random, count: int) -> series.Outcome:
-    with tempfile.TemporaryDirectory() as folder, series.cluster(Path(folder)) as made:
-        return series.stops(series.on(made, job), queries, rng, count)
 
 
 def _replacements(job: Job, queries: Path, rng: random.Random, count: int) -> series.Outcome:

@@ -149,23 +149,30 @@ def hangs(job: Job, queries: Path, rng: random.Random, stalls: int) -> Outcome:
 
 
 def stops(job: Job, queries: Path, rng: random.Random, count: int) -> Outcome:
-    """Stop drivers until another run has taken over and finished; when they go on, they must change nothing."""
+    """Stop drivers until a run on another host has taken over; when they go on, they must change nothing.
+
+    On their own host they are seen to live, and another run would be refused.
+    """
     stopped, problems = 0, []
-    for run in outputs(job):
-        if stopped >= count:
-            break
-        first = run.start()
-        await_manifest(run, first)
-        time.sleep(rng.uniform(0, 3))
-        os.killpg(first.process.pid, signal.SIGSTOP)
-        problems += run.problems(queries, *run.finish())
-        before = read_all(run.output)
-        os.killpg(first.process.pid, signal.SIGCONT)
-        status, said = first.ended()
-        if status != 0:
-            stopped += 1
-            problems += [] if "another run has taken over" in said else [f"{run.output}: {said[-2000:]}"]
-        problems += [] if read_all(run.output) == before else [f"{run.output}: was changed by a run that was replaced"]
+    with two_hosts() as hosts:
+        shutil.copytree(queries, hosts.bucket / "queries")
+        job = replace(job, queries="s3://bucket/queries", output="s3://bucket/out", environment=hosts.s3.environment)
+        for run in outputs(job):
+            if stopped >= count:
+                break
+            seen = replace(run, output=str(hosts.bucket / run.output.removeprefix("s3://bucket/")))
+            first = hosts.start(run)
+            await_manifest(seen, first)
+            time.sleep(rng.uniform(0, 2))
+            os.killpg(first.process.pid, signal.SIGSTOP)
+            problems += seen.problems(queries, *hosts.await_end(hosts.start(run, hosts.worker)))
+            before = read_all(seen.output)
+            os.killpg(first.process.pid, signal.SIGCONT)
+            status, said = first.ended()
+            if status != 0:
+                stopped += 1
+                problems += [] if "another run has taken over" in said else [f"{run.output}: {said[-2000:]}"]
+            problems += [] if read_all(seen.output) == before else [f"{run.output}: was changed by a replaced run"]
     return stopped, problems
 
 
