@@ -8,11 +8,11 @@ from pipeline.queries.inspection import QueryFile
 from pipeline.queries.units import Part, Unit
 
 # Rows of the units of a set of up to a million rows: small enough that many actors share a small set.
-FEWEST_ROWS = 256
+FEWEST_UNIT_ROWS = 256
 # Larger sets are divided into this many units, whose rows grow with the set,
 MANY_UNITS = 4_000
 # until a unit has this many rows, hours of work. Then there are more units,
-MOST_ROWS = 8_192
+MOST_UNIT_ROWS = 8_192
 # but at most this many: a driver lists, counts and reports them, and every unit is a file.
 MOST_UNITS = 20_000
 
@@ -20,7 +20,7 @@ MOST_UNITS = 20_000
 def choose_unit_rows(files: Sequence[int]) -> int:
     """Choose the number of rows of a unit for files of these numbers of rows; the same for the same files."""
     rows = sum(files)
-    chosen = min(max(math.ceil(rows / MANY_UNITS), FEWEST_ROWS), MOST_ROWS)
+    chosen = min(max(math.ceil(rows / MANY_UNITS), FEWEST_UNIT_ROWS), MOST_UNIT_ROWS)
     chosen = max(chosen, math.ceil(rows / MOST_UNITS))
     while count_units(files, chosen) > MOST_UNITS:
         chosen += chosen // 10  # files that are a little larger than a unit make two each

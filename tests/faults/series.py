@@ -22,7 +22,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.faults.harness import Job, Running, kill_actors, kill_drivers, redone, write_queries, written
-from tests.faults.hosts import two_hosts
+from tests.faults.hosts import Hosts, two_hosts
 from tests.faults.proxy import FaultProxy, Faults
 from tests.support.s3 import S3Server
 
@@ -148,19 +148,31 @@ def hangs(job: Job, queries: Path, rng: random.Random, stalls: int) -> Outcome:
     return hung, problems
 
 
+@contextmanager
+def hosted(job: Job, queries: Path) -> Iterator[tuple[Hosts, Job]]:
+    """Boot two hosts, and move a job and its queries to their store."""
+    with two_hosts() as hosts:
+        shutil.copytree(queries, hosts.bucket / "queries")
+        place, environment = "s3://bucket", hosts.s3.environment
+        yield hosts, replace(job, queries=f"{place}/queries", output=f"{place}/out", environment=environment)
+
+
+def see_on_disk(run: Job, hosts: Hosts) -> Job:
+    """Return a run whose output is read from the disk of the store."""
+    return replace(run, output=str(hosts.bucket / run.output.removeprefix("s3://bucket/")))
+
+
 def stops(job: Job, queries: Path, rng: random.Random, count: int) -> Outcome:
     """Stop drivers until a run on another host has taken over; when they go on, they must change nothing.
 
     On their own host they are seen to live, and another run would be refused.
     """
     stopped, problems = 0, []
-    with two_hosts() as hosts:
-        shutil.copytree(queries, hosts.bucket / "queries")
-        job = replace(job, queries="s3://bucket/queries", output="s3://bucket/out", environment=hosts.s3.environment)
+    with hosted(job, queries) as (hosts, job):
         for run in outputs(job):
             if stopped >= count:
                 break
-            seen = replace(run, output=str(hosts.bucket / run.output.removeprefix("s3://bucket/")))
+            seen = see_on_disk(run, hosts)
             first = hosts.start(run)
             await_manifest(seen, first)
             time.sleep(rng.uniform(0, 2))
@@ -231,9 +243,7 @@ def put(file: Path, content: bytes) -> None:
 def host_faults(job: Job, queries: Path, rng: random.Random, faults: int) -> Outcome:
     """Kill the host of the worker, or cut its link for a while, under runs that must finish all the same."""
     suffered, problems = 0, []
-    with two_hosts() as hosts:
-        shutil.copytree(queries, hosts.bucket / "queries")
-        job = replace(job, queries="s3://bucket/queries", output="s3://bucket/out", environment=hosts.s3.environment)
+    with hosted(job, queries) as (hosts, job):
         for run in outputs(job):
             if suffered >= faults:
                 break
@@ -243,7 +253,7 @@ def host_faults(job: Job, queries: Path, rng: random.Random, faults: int) -> Out
                 rng.choice([hosts.replace_worker, lambda: hosts.cut_link(rng.uniform(1, 30))])()
                 suffered += 1
             ended = hosts.await_end(running)
-            seen = replace(run, output=str(hosts.bucket / run.output.removeprefix("s3://bucket/")))
+            seen = see_on_disk(run, hosts)
             problems += seen.problems(queries, *ended)
     return suffered, problems
 
