@@ -1,12 +1,15 @@
-"""Train a causal language model to write reflection tokens: a LoRA adapter plus 15 token embeddings.
+"""Train a causal language model to write reflection tokens.
 
-``python -m jobs.teach --data FOLDER --base MODEL --output ADAPTER``
+``python -m jobs.teach --data DATA --base MODEL --output FOLDER``
+
+What is left is a model folder for ``jobs.annotate --model``, with the adapter in its subfolder ``adapter``.
 """
 
 import logging
 import random
-from collections.abc import Callable, Iterator, Sequence
-from itertools import islice
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -15,17 +18,18 @@ import numpy.typing as npt
 import pyarrow.parquet as pq
 import typer
 
-from jobs.common import start_logging
+from jobs.common import checking, start_logging, working
 from jobs.shell import run
 from pipeline.config.sections import ModelConfig
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.demo_models import BASE_MODEL, build_demo_base_model, build_demo_encoder
 from pipeline.engine.models import load_tokenizer
-from pipeline.training.data import Encode, TeachingData, find_nearest, read_data
+from pipeline.training.data import ReadingTriple, TeachingData, read_data
 from pipeline.training.held_out import build_held_out_queries
+from pipeline.training.mining import mine_negatives
 from pipeline.training.recipe import Recipe
 from pipeline.training.rows import Negatives, TreeBuilder
-from pipeline.training.trees import TokenTree, lay_out, pack_trees
+from pipeline.versions import read_versions
 
 log = logging.getLogger(__name__)
 
@@ -33,23 +37,8 @@ log = logging.getLogger(__name__)
 EXAMINED = 90
 # Maximum held-out reading rows: every run mines negatives for them.
 HELD_OUT_ROWS = 300
-
-
-def mine_negatives(encode: Encode, data: TeachingData, pool: TeachingData, k: int = 10) -> Negatives:
-    """Mine hard negatives: the k passages of the pool, or sentences of the pairs, that rank highest for a question."""
-    passages = sorted({(row.title, row.passage) for row in pool.readings})
-    questions = sorted({row.question for row in data.readings})
-    log.info("mining hard negatives for %d questions among %d passages", len(questions), len(passages))
-    ranked = find_nearest(encode, questions, [f"{title}\n{text}" for title, text in passages], k)
-    by_question = {}
-    for question, row in zip(questions, ranked, strict=True):
-        by_question[question] = [passages[i] for i in row]
-    if data.pairs:
-        sentences = sorted({row.sentence for row in data.pairs})
-        asked = sorted({row.question for row in data.pairs})
-        for question, row in zip(asked, find_nearest(encode, asked, sentences, k), strict=True):
-            by_question.setdefault(question, []).extend(("", sentences[i]) for i in row)
-    return Negatives(by_question, passages)
+# Peak learning rate if all weights are trained: that of the paper (training details in its appendix).
+FULL_RATE = 2e-5
 
 
 def sample_data(data: TeachingData, readings: int, pairs: int, seed: int) -> TeachingData:
@@ -62,8 +51,16 @@ def sample_data(data: TeachingData, readings: int, pairs: int, seed: int) -> Tea
     return TeachingData(draw(data.readings, readings), data.instructions, draw(data.pairs, pairs), data.claims)
 
 
-def mine_parts(encoder: str, *parts: tuple[TeachingData, TeachingData]) -> list[Negatives]:
-    """Mine hard negatives for each part (rows, pool); the encoder's memory is freed afterwards."""
+@dataclass(frozen=True)
+class DataPart:
+    """A part of the data: the rows to use, and the pool that their wrong passages are drawn from."""
+
+    rows: TeachingData
+    pool: TeachingData
+
+
+def mine_parts(encoder: str, *parts: DataPart) -> list[Negatives]:
+    """Mine hard negatives for each part; the encoder's memory is freed afterwards."""
     from sentence_transformers import SentenceTransformer
 
     model = SentenceTransformer(str(build_demo_encoder()) if encoder == "demo" else encoder)
@@ -71,110 +68,238 @@ def mine_parts(encoder: str, *parts: tuple[TeachingData, TeachingData]) -> list[
     def encode(texts: Sequence[str]) -> npt.NDArray[np.float32]:
         return np.asarray(model.encode(list(texts), batch_size=32, normalize_embeddings=True), np.float32)
 
-    return [mine_negatives(encode, rows, pool) for rows, pool in parts]
+    return [mine_negatives(encode, part.rows, part.pool) for part in parts]
 
 
-def load_student(base: str, adapter: Path | None, recipe: Recipe) -> tuple[Any, PromptTokenizer]:
-    """Load the base model with a trainable adapter, and its tokenizer with the control tokens."""
-    import torch
-    from transformers import AutoModelForCausalLM
+@dataclass(frozen=True)
+class Course:
+    """The data and settings that a model is taught with.
 
-    from pipeline.training.train import add_reflection_tokens, attach_adapter
-
-    torch.manual_seed(recipe.seed)
-    folder = str(build_demo_base_model()) if base == "demo" else base
-    tokenizer = load_tokenizer(ModelConfig(name=folder))
-    model: Any = AutoModelForCausalLM.from_pretrained(folder)
-    add_reflection_tokens(model, tokenizer)
-    peft = attach_adapter(model, tokenizer, recipe, adapter)
-    peft.to("cuda" if torch.cuda.is_available() else "cpu")
-    peft.print_trainable_parameters()
-    return peft, PromptTokenizer.of(tokenizer, base)
-
-
-def build_held_out_trees(builder: TreeBuilder, data: TeachingData, recipe: Recipe) -> list[TokenTree]:
-    """Return the held-out trees, the same in every run."""
-    trees = builder.stream_trees(data, random.Random(1), lambda: recipe.last_words)
-    return [lay_out(tree) for tree in islice(trees, EXAMINED)]
-
-
-def build_lessons(
-    builder: TreeBuilder, data: TeachingData, recipe: Recipe
-) -> tuple[Iterator[TokenTree], Callable[[float], None]]:
-    """Return an endless stream of packed training trees, and a callback that lengthens its passage windows.
-
-    The callback takes the share of the training that is done.
+    Attributes:
+        train: rows to train on.
+        test: held-out rows.
+        base: base model: name, folder, or ``demo``.
+        encoder: encoder that mines wrong passages.
+        adapter: earlier adapter to continue from.
+        recipe: hyperparameters.
     """
-    longest = recipe.first_words
 
-    def lengthen_windows(done: float) -> None:
-        nonlocal longest
-        longest = recipe.compute_longest_window(done)
+    train: DataPart
+    test: DataPart
+    base: str
+    encoder: str
+    adapter: Path | None
+    recipe: Recipe
 
-    trees = builder.stream_trees(data, random.Random(recipe.seed), lambda: longest)
-    return pack_trees(trees, tokens=300), lengthen_windows
+    @property
+    def base_name(self) -> str:
+        """Name of the base model, on the hub for ``demo``."""
+        return BASE_MODEL if self.base == "demo" else self.base
+
+    @property
+    def base_path(self) -> str:
+        """Folder or name to load the base model from."""
+        return str(build_demo_base_model()) if self.base == "demo" else self.base
+
+    def load_tokenizer(self) -> Any:
+        """Load the base model's tokenizer."""
+        return load_tokenizer(ModelConfig(name=self.base_path))
+
+    def identify(self) -> dict[str, Any]:
+        """Return all that the trained weights depend on; a training continues only under the same."""
+        adapter = str(self.adapter) if self.adapter else None
+        origin = {"data": self.train.rows.compute_digest(), "base": self.base_name, "adapter": adapter}
+        return {**origin, "encoder": self.encoder, **asdict(self.recipe)}
+
+
+@dataclass(frozen=True)
+class TrainingFolder:
+    """The folder of a training's results: ``unfinished``, which becomes ``output`` when it is complete."""
+
+    output: Path
+
+    @property
+    def unfinished(self) -> Path:
+        """Folder of the training in progress."""
+        return self.output.with_name(f"{self.output.name}.unfinished")
+
+    @property
+    def state(self) -> Path:
+        """File of the training's state."""
+        return self.unfinished / "state.pt"
+
+    def begin(self, resume: bool) -> None:
+        """Create the folder, or enter that of an interrupted training.
+
+        Raises:
+            ValueError: the output exists, or an interrupted training should not be continued.
+        """
+        if self.output.exists():
+            raise ValueError(f"{self.output}: exists; choose another --output, or remove it")
+        if self.unfinished.exists() and not resume:
+            raise ValueError(
+                f"{self.unfinished}: holds an interrupted training; continue it with --resume, or remove the folder"
+            )
+        self.unfinished.mkdir(parents=True, exist_ok=True)
+
+    def finish(self) -> None:
+        """Turn the folder into the output."""
+        self.state.unlink()
+        self.unfinished.rename(self.output)
+
+
+def save_taught(student: Any, course: Course, folder: Path) -> None:
+    """Write the model; unless all weights were trained, also the adapter, which is merged into it."""
+    from pipeline.training.student import merge_adapter, save_adapter, save_model
+
+    if course.recipe.full:
+        save_model(student.model, student.prompts.tokenizer, folder)
+        return
+    save_adapter(student.model, course.base_name, folder / "adapter")
+    merge_adapter(course.base_path, student.prompts.tokenizer, folder / "adapter", folder)
+
+
+def check_tokenizer(prompts: PromptTokenizer, row: ReadingTriple, folder: Path) -> None:
+    """Check that the saved tokenizer encodes a row as the one in training did.
+
+    Raises:
+        RuntimeError: it does not, so the model would not understand its prompts.
+    """
+    saved = PromptTokenizer.of(load_tokenizer(ModelConfig(name=str(folder))), str(folder))
+    same_prompt = saved.encode_prompt(row.question) == prompts.encode_prompt(row.question)
+    if not same_prompt or saved.encode_passage(row.title, row.passage) != prompts.encode_passage(
+        row.title, row.passage
+    ):
+        raise RuntimeError(f"{folder}: the saved tokenizer encodes text differently than the one in training")
 
 
 def run_teaching(
-    train_part: tuple[TeachingData, TeachingData],
-    test_part: tuple[TeachingData, TeachingData],
-    base: str,
-    encoder: str,
-    adapter: Path | None,
-    recipe: Recipe,
-    output: Path,
-) -> dict[str, float]:
-    """Train on one part, evaluate on the other, save the adapter in ``output`` and return the held-out figures.
+    course: Course, tokenizer: Any, folder: TrainingFolder, batch_tokens: int | None, workers: int | None
+) -> None:
+    """Train on one part, evaluate on the other, and leave a model folder with its card.
 
     Args:
-        train_part, test_part: rows to use, and the pool from which their negatives are drawn.
+        course: what is taught.
+        tokenizer: tokenizer of the base model.
+        folder: where the results are left.
+        batch_tokens: tokens of a forward pass; by default, what suits the device.
+        workers: processes that build trees; by default, what suits the device.
+
+    Raises:
+        ValueError: an interrupted training had other settings, or the base model does not suit.
+        RuntimeError: the memory does not suffice, or the tokenizer cannot be saved.
     """
-    from pipeline.training.train import measure_held_out, save_adapter, train_adapter
+    import torch
 
-    negatives, test_negatives = mine_parts(encoder, train_part, test_part)
-    model, prompts = load_student(base, adapter, recipe)
-    held_out = build_held_out_trees(TreeBuilder(prompts, test_negatives), test_part[0], recipe)
-    trees, lengthen_windows = build_lessons(TreeBuilder(prompts, negatives), train_part[0], recipe)
+    from pipeline.training.card import Training, render_model_card
+    from pipeline.training.checkpoints import Checkpoint
+    from pipeline.training.lessons import Lessons
+    from pipeline.training.measurement import measure_held_out
+    from pipeline.training.student import Student, describe
+    from pipeline.training.train import choose_pace, train
 
-    def save_checkpoint() -> dict[str, float]:
-        save_adapter(model, BASE_MODEL if base == "demo" else base, output)
-        figures = measure_held_out(model, held_out, prompts).summarize()
+    checkpoint = Checkpoint(folder.state, course.identify())
+    checkpoint.check()
+    recipe = course.recipe
+    student = Student.load(course.base_path, tokenizer, recipe, course.adapter)
+    negatives, test_negatives = mine_parts(course.encoder, course.train, course.test)
+    builder, test_builder = (TreeBuilder(student.prompts, part) for part in (negatives, test_negatives))
+    lessons = Lessons(builder, course.train.rows, recipe.longest_words, recipe.seed)
+    examined = Lessons(test_builder, course.test.rows, recipe.longest_words, seed=1)
+    held_out = [examined[n] for n in range(EXAMINED)]
+    pace = choose_pace(student.device, batch_tokens, workers)
+
+    def examine() -> dict[str, float]:
+        figures = measure_held_out(student, held_out, pace.batch_tokens).summarize()
         log.info("held out: %s", figures)
         return figures
 
-    train_adapter(model, trees, recipe, lengthen_windows, save_checkpoint)
-    return save_checkpoint()
+    try:
+        progress = train(student, lessons, recipe, pace, checkpoint, examine)
+    except torch.OutOfMemoryError as error:
+        raise RuntimeError(f"{error}; lower --batch-tokens, now {pace.batch_tokens}") from None
+    figures = examine()
+    save_taught(student, course, folder.unfinished)
+    check_tokenizer(student.prompts, course.test.rows.readings[0], folder.unfinished)
+    training = Training(
+        course.base_name,
+        ["python", "-m", "jobs.teach", *sys.argv[1:]],
+        course.train.rows,
+        course.test.rows,
+        course.train.rows.compute_digest(),
+        recipe,
+        progress,
+        describe(student.device),
+        figures,
+        read_versions(),
+    )
+    (folder.unfinished / "README.md").write_text(render_model_card(training), encoding="utf-8")
+    folder.finish()
+    log.info("written: %s", folder.output)
 
 
-def write_held_out(part: tuple[TeachingData, TeachingData], encoder: str, rows: int, file: Path) -> None:
+def write_held_out(part: DataPart, encoder: str, file: Path) -> None:
     """Write held-out rows as a query set for ``jobs.annotate``."""
     (negatives,) = mine_parts(encoder, part)
-    pq.write_table(build_held_out_queries(part[0], negatives, rows), file)
+    pq.write_table(build_held_out_queries(part.rows, negatives, HELD_OUT_ROWS), file)
     log.info("written: %s", file)
 
 
+def split_data(data: Path, readings: int, pairs: int, seed: int) -> tuple[DataPart, DataPart]:
+    """Read the data and split it into a part to train on and a held-out part.
+
+    Raises:
+        ValueError: the data is wrong.
+    """
+    train, test = read_data(data).split(held_out=0.03, seed=20231017)
+    if not train.instructions:
+        log.warning("%s: no instructions, so the model learns to retrieve for every query", data)
+    return DataPart(sample_data(train, readings, pairs, seed), train), DataPart(
+        sample_data(test, HELD_OUT_ROWS, 100, 0), test
+    )
+
+
 def teach(
-    data: Annotated[Path, typer.Option(help="Data folder with rc.jsonl and, optionally, the other files.")],
-    base: Annotated[str, typer.Option(help="Base model: name, path, or 'demo'.")] = "demo",
-    output: Annotated[Path, typer.Option(help="Folder for the adapter.")] = Path("adapter"),
+    data: Annotated[Path, typer.Option(help="File of readings (.csv, .jsonl, .parquet), or folder with rc.jsonl.")],
+    base: Annotated[str, typer.Option(help="Base model: name, folder, or 'demo'.")] = "demo",
+    output: Annotated[Path, typer.Option(help="Folder for the taught model; must not exist.")] = Path("taught"),
     held_out: Annotated[
         Path | None, typer.Option(help="Do not train; write the held-out part as a query set to this Parquet file.")
     ] = None,
-    encoder: Annotated[str, typer.Option(help="Encoder that mines hard negatives: name, path or 'demo'.")] = "demo",
+    encoder: Annotated[str, typer.Option(help="Encoder that mines hard negatives: name, folder or 'demo'.")] = "demo",
     adapter: Annotated[Path | None, typer.Option(help="Earlier adapter to continue from.")] = None,
-    tokens: Annotated[int, typer.Option(help="Tokens to train on.")] = Recipe.tokens,
+    full: Annotated[bool, typer.Option("--full", help="Train all weights instead of an adapter.")] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue an interrupted training, if there is one.")
+    ] = False,
+    tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on.")] = Recipe.tokens,
     minutes: Annotated[float, typer.Option(help="Time limit in minutes.")] = Recipe.minutes,
-    rank: Annotated[int, typer.Option(help="Rank of the adapter.")] = Recipe.rank,
-    learning_rate: Annotated[float, typer.Option(help="Peak learning rate.")] = Recipe.learning_rate,
-    first_words: Annotated[
-        int, typer.Option(help="Longest passage window at the start, in words.")
-    ] = Recipe.first_words,
-    last_words: Annotated[
-        int, typer.Option(help="Longest passage window from two thirds of the training on.")
-    ] = Recipe.last_words,
-    frozen_layers: Annotated[int, typer.Option(help="Number of lowest layers to freeze.")] = Recipe.frozen_layers,
-    readings: Annotated[int, typer.Option(help="Maximum number of reading rows.")] = 100_000,
-    pairs: Annotated[int, typer.Option(help="Maximum number of question-sentence pairs.")] = 100_000,
+    step_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an optimizer step.")] = Recipe.step_tokens,
+    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = Recipe.rank,
+    learning_rate: Annotated[
+        float | None,
+        typer.Option(help="Peak learning rate.", show_default=f"{Recipe.learning_rate}; {FULL_RATE} with --full"),
+    ] = None,
+    longest_words: Annotated[
+        int, typer.Option(min=40, help="Longest passage window, in words.")
+    ] = Recipe.longest_words,
+    frozen_layers: Annotated[
+        int, typer.Option(min=0, help="Number of lowest layers to freeze.")
+    ] = Recipe.frozen_layers,
+    readings: Annotated[int, typer.Option(min=2, help="Maximum number of reading rows.")] = 100_000,
+    pairs: Annotated[int, typer.Option(min=0, help="Maximum number of question-sentence pairs.")] = 100_000,
+    workers: Annotated[
+        int | None,
+        typer.Option(
+            min=0, help="Processes that build training trees.", show_default="10 or fewer on a GPU, 0 on CPUs"
+        ),
+    ] = None,
+    batch_tokens: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Tokens of a forward pass; fewer take less memory.", show_default="20480 on a GPU, 320 on CPUs"
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
 ) -> None:
     """Train a language model to write the reflection tokens."""
@@ -182,22 +307,28 @@ def teach(
     recipe = Recipe(
         tokens=tokens,
         minutes=minutes,
+        step_tokens=step_tokens,
+        full=full,
         rank=rank,
-        learning_rate=learning_rate,
-        first_words=first_words,
-        last_words=last_words,
         frozen_layers=frozen_layers,
+        learning_rate=learning_rate or (FULL_RATE if full else Recipe.learning_rate),
+        longest_words=longest_words,
         seed=seed,
     )
-    parts = read_data(data).split(held_out=0.03, seed=20231017)
-    train_part, test_part = (
-        (sample_data(parts[0], readings, pairs, seed), parts[0]),
-        (sample_data(parts[1], HELD_OUT_ROWS, 100, 0), parts[1]),
-    )
+    with checking():
+        if full and adapter:
+            raise ValueError("--full trains all weights, so it cannot continue from --adapter")
+        train, test = split_data(data, readings, pairs, seed)
     if held_out is not None:
-        write_held_out(test_part, encoder, HELD_OUT_ROWS, held_out)
+        with working():
+            write_held_out(test, encoder, held_out)
         return
-    run_teaching(train_part, test_part, base, encoder, adapter, recipe, output)
+    course, folder = Course(train, test, base, encoder, adapter, recipe), TrainingFolder(output)
+    with checking():
+        tokenizer = course.load_tokenizer()
+        folder.begin(resume)
+    with working(resumable=resume):
+        run_teaching(course, tokenizer, folder, batch_tokens, workers)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 from zipfile import ZipFile
 
 from filelock import FileLock
@@ -183,24 +182,14 @@ def _convert_language_model(target: Path) -> None:
     model = AutoModelForCausalLM.from_pretrained(
         target, gguf_file=weights.name, quantization_config=GgufConfig(dequantize=True), dtype=torch.float32
     )
-    _save(model, tokenizer, target)
+    model.save_pretrained(target)
+    tokenizer.save_pretrained(target)
     weights.unlink()
 
 
 def _merge(base: Path, target: Path) -> None:
-    import torch
-    from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoTokenizer
 
-    from pipeline.training.train import add_reflection_tokens
+    from pipeline.training.student import merge_adapter
 
-    tokenizer = AutoTokenizer.from_pretrained(base)
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
-    add_reflection_tokens(model, tokenizer)
-    merged = PeftModel.from_pretrained(model, ADAPTER).merge_and_unload()
-    _save(merged.to(torch.bfloat16), tokenizer, target)
-
-
-def _save(model: Any, tokenizer: Any, target: Path) -> None:
-    model.save_pretrained(target)
-    tokenizer.save_pretrained(target)
+    merge_adapter(str(base), AutoTokenizer.from_pretrained(base), ADAPTER, target)

@@ -1,27 +1,33 @@
-"""Reads the training data from a folder, and ranks passages as candidates for wrong passages.
+"""Reads the training data.
 
-The folder holds four JSON Lines files, of which only the first is required:
+The data is either a file of readings (CSV with a header, JSON Lines or Parquet), or a folder with four JSON Lines
+files, of which only the first is required:
 
-- ``rc.jsonl``: ``question``, ``passage``, ``title`` (may be empty or missing), ``answer`` (a substring of the passage);
+- ``rc.jsonl``, readings: ``question``, ``passage``, ``answer`` (a substring of the passage), ``title`` (optional);
 - ``no_retrieval.jsonl``: ``instruction``, ``output``, ``source`` (optional; training draws evenly from the sources);
 - ``question_sentence_pairs.jsonl``: ``question``, ``answer_sentence``;
 - ``fact_verification.jsonl``: ``question`` (a claim), ``choices``, ``answers`` (the first is used),
   ``gold_passages`` (``title``, ``text``; the first is used).
 """
 
+import csv
+import hashlib
 import json
+import logging
 import random
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, fields
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import numpy as np
-import numpy.typing as npt
+import pyarrow as pa
+import pyarrow.parquet as pq
 
+log = logging.getLogger(__name__)
+
+T = TypeVar("T")
 Row = dict[str, Any]
-Encode = Callable[[Sequence[str]], npt.NDArray[np.float32]]
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,10 @@ class ReadingTriple:
     title: str
     passage: str
     answer: str
+
+    def is_answered(self) -> bool:
+        """Whether there are a question, and an answer that stands word for word in the passage."""
+        return bool(self.question and self.answer) and self.answer in self.passage
 
 
 @dataclass(frozen=True)
@@ -71,16 +81,32 @@ class TeachingData:
     pairs: tuple[Pair, ...] = ()
     claims: tuple[Claim, ...] = ()
 
+    @property
+    def counts(self) -> dict[str, int]:
+        """Number of rows by kind."""
+        return {field.name: len(getattr(self, field.name)) for field in fields(self)}
+
+    def compute_digest(self) -> str:
+        """Return a SHA-256, in hex, over all rows."""
+        return hashlib.sha256(repr(self).encode()).hexdigest()
+
     def split(self, held_out: float, seed: int) -> tuple["TeachingData", "TeachingData"]:
         """Split into a training and a held-out part; all readings of one passage are in the same part.
+
+        At least one passage is held out.
 
         Args:
             held_out: share of the held-out part.
             seed: seed of the random choice of held-out passages; of other rows, the first are held out.
+
+        Raises:
+            ValueError: the readings have fewer than two passages.
         """
         passages = sorted({reading.passage for reading in self.readings})
+        if len(passages) < 2:
+            raise ValueError("the readings need at least two different passages, since some are held out")
         random.Random(seed).shuffle(passages)
-        kept_out = set(passages[: int(len(passages) * held_out)])
+        kept_out = set(passages[: max(1, int(len(passages) * held_out))])
         cut = [int(len(rows) * held_out) for rows in (self.instructions, self.pairs, self.claims)]
         train = TeachingData(
             tuple(r for r in self.readings if r.passage not in kept_out),
@@ -97,37 +123,73 @@ class TeachingData:
         return train, test
 
 
-def _read_rows(path: Path) -> list[Row]:
-    if not path.exists():
-        return []
-    with path.open(encoding="utf-8") as lines:
+def read_data(path: Path) -> TeachingData:
+    """Read a file of readings, or a data folder.
+
+    Readings whose answer is not in their passage are left out, with a warning.
+
+    Raises:
+        ValueError: the path holds no readings, or a row lacks a field; the message names file and row.
+    """
+    if not path.is_dir():
+        return TeachingData(tuple(_read_readings(path)))
+    return TeachingData(
+        tuple(_read_readings(path / "rc.jsonl")),
+        tuple(_convert(path / "no_retrieval.jsonl", _to_instruction)),
+        tuple(_convert(path / "question_sentence_pairs.jsonl", _to_pair)),
+        tuple(chain.from_iterable(_convert(path / "fact_verification.jsonl", _to_claims))),
+    )
+
+
+def _read_readings(file: Path) -> list[ReadingTriple]:
+    if not file.exists():
+        raise ValueError(f"{file}: not found; --data is a file of readings or a folder with rc.jsonl")
+    readings = _convert(file, _to_reading)
+    unfit = [number for number, row in enumerate(readings, 1) if not row.is_answered()]
+    if len(unfit) == len(readings):
+        raise ValueError(f"{file}: no row has a question and an answer that stands word for word in its passage")
+    if unfit:
+        log.warning(
+            "%s: %d of %d rows are left out, since their answer does not stand word for word in their passage; "
+            "the first is row %d",
+            file,
+            len(unfit),
+            len(readings),
+            unfit[0],
+        )
+    return [row for row in readings if row.is_answered()]
+
+
+def _read_rows(file: Path) -> list[Row]:
+    if file.suffix == ".parquet":
+        rows: list[Row] = pq.read_table(file).to_pylist()
+        return rows
+    # The signature that spreadsheet programs write is no part of the first column's name.
+    with file.open(encoding="utf-8-sig", newline="") as lines:
+        if file.suffix == ".csv":
+            return list(csv.DictReader(lines))
         return [json.loads(line) for line in lines if line.strip()]
 
 
-def read_data(folder: Path) -> TeachingData:
-    """Read a data folder.
-
-    Raises:
-        ValueError: the folder has no ``rc.jsonl``, or a row lacks a field; the message names the path.
-    """
-    readings = folder / "rc.jsonl"
-    if not readings.exists():
-        raise ValueError(
-            f"{readings}: not found; a data folder needs at least this file (see python -m jobs.teach --help)"
-        )
+def _convert(file: Path, convert: Callable[[Row], T]) -> list[T]:
+    """Convert the rows of a file; a file that does not exist has none."""
     try:
-        return TeachingData(
-            tuple(map(_to_reading, _read_rows(readings))),
-            tuple(map(_to_instruction, _read_rows(folder / "no_retrieval.jsonl"))),
-            tuple(map(_to_pair, _read_rows(folder / "question_sentence_pairs.jsonl"))),
-            tuple(chain.from_iterable(map(_to_claims, _read_rows(folder / "fact_verification.jsonl")))),
-        )
-    except KeyError as missing:
-        raise ValueError(f"{folder}: a row lacks the field {missing}") from None
+        rows = _read_rows(file) if file.exists() else []
+    except (ValueError, csv.Error, pa.ArrowException) as error:
+        raise ValueError(f"{file}: cannot be read: {error}") from None
+    converted = []
+    for number, row in enumerate(rows, 1):
+        try:
+            converted.append(convert(row))
+        except (KeyError, IndexError, TypeError) as error:
+            problem = f"lacks the field {error}" if isinstance(error, KeyError) else f"has a wrong field: {error}"
+            raise ValueError(f"{file}: row {number} {problem}") from None
+    return converted
 
 
 def _to_reading(row: Row) -> ReadingTriple:
-    return ReadingTriple(row["question"], row.get("title", ""), row["passage"], row["answer"])
+    texts = (row["question"], row.get("title"), row["passage"], row["answer"])
+    return ReadingTriple(*(text or "" for text in texts))
 
 
 def _to_instruction(row: Row) -> Instruction:
@@ -144,22 +206,3 @@ def _to_claims(row: Row) -> list[Claim]:
         Claim(row["question"], tuple(row["choices"]), row["answers"][0], passage["title"], passage["text"])
         for passage in row["gold_passages"][:1]
     ]
-
-
-def find_nearest(encode: Encode, questions: Sequence[str], texts: Sequence[str], k: int) -> npt.NDArray[np.int64]:
-    """Return the indices of the k texts most similar to each question: int64 [questions, k], best first.
-
-    With fewer than k texts, all are returned.
-
-    Args:
-        encode: encoder of texts; similarity is the inner product of the vectors.
-        questions: questions to search with.
-        texts: texts to search in.
-        k: number of texts for each question.
-    """
-    vectors = encode(texts)
-    similarity = encode(questions) @ vectors.T
-    k = min(k, len(texts))
-    top = np.argpartition(-similarity, k - 1, axis=1)[:, :k]
-    order = np.argsort(-np.take_along_axis(similarity, top, axis=1), axis=1)
-    return np.asarray(np.take_along_axis(top, order, axis=1), np.int64)

@@ -2,20 +2,16 @@
 
 import random
 import re
-from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection import IsRel, IsSup, IsUse, Retrieve
-from pipeline.training.data import Claim, Instruction, Pair, ReadingTriple, TeachingData
+from pipeline.training.data import Claim, Instruction, Pair, ReadingTriple
 from pipeline.training.trees import Branch, make_given, make_taught
 
 CLAIM_INSTRUCTION = "Is the following claim supported by evidence? Answer with one of: {choices}."
-
-# Shares of the kinds of trees. Reading has the largest, since answer spans are the hardest to learn.
-READING, PAIR, INSTRUCTION, TWO_SEGMENTS, CLAIM = 0.62, 0.06, 0.16, 0.08, 0.08
 
 
 @dataclass(frozen=True)
@@ -162,8 +158,8 @@ class TreeBuilder:
     def build_reading(self, row: ReadingTriple, words: int, rng: random.Random) -> Branch:
         """Build a question with its gold passage, right and wrong answers to it, and wrong passages.
 
-        Nearly half of the trees have no wrong passage: relevance is learned sooner than reading, and wrong passages
-        cost as many tokens as gold ones.
+        A third of the trees have no wrong passage: relevance is learned sooner than reading, and wrong passages cost
+        as many tokens as gold ones.
         """
         text = cut_window(row.passage, words, rng, around=row.answer)
         answers = [self._build_right(row.answer)]
@@ -175,7 +171,7 @@ class TreeBuilder:
             rng.shuffle(both)
             answers.append(self._build_judged(" and ".join(both), IsSup.PARTIALLY, IsUse.THREE))
         passages = [self._build_passage(row.title, text).with_children(*answers)]
-        distractors = rng.choices((0, 1, 2), (0.45, 0.40, 0.15))[0]
+        distractors = rng.choices((0, 1, 2), (0.35, 0.40, 0.25))[0]
         passages += [self._build_distractor(row, words, rng) for _ in range(distractors)]
         return self._build_question(row.question).with_children(*passages)
 
@@ -236,40 +232,3 @@ class TreeBuilder:
             return start.with_children(evidence)
         distractor = self._build_passage(other.title, other.text) + self._build_irrelevant(rng.choice(row.choices))
         return start.with_children(evidence, distractor)
-
-    def stream_trees(self, data: TeachingData, rng: random.Random, longest: Callable[[], int]) -> Iterator[Branch]:
-        """Yield random trees of all kinds that have data, without end.
-
-        Passages of readings are cut to windows of about n words, with n drawn between 40 and ``longest()``. Evidence of
-        claims is not cut, nor is a passage that two segments share.
-
-        Args:
-            data: rows to build trees from.
-            rng: source of randomness.
-            longest: returns the current longest window, in words.
-        """
-        by_passage = defaultdict(list)
-        for reading in data.readings:
-            by_passage[reading.passage].append(reading)
-        tasks = defaultdict(list)
-        for instruction in data.instructions:
-            tasks[instruction.source].append(instruction)
-        sources = list(tasks.values())
-        kinds: tuple[float, ...] = (READING, PAIR * bool(data.pairs), INSTRUCTION * bool(data.instructions))
-        kinds += (TWO_SEGMENTS, CLAIM * bool(data.claims))
-        while True:
-            words = rng.randint(40, longest())
-            kind = rng.choices(range(5), kinds)[0]
-            row = rng.choice(data.readings)
-            if kind == 0:
-                yield self.build_reading(row, words, rng)
-            elif kind == 1:
-                yield self.build_pair(rng.choice(data.pairs), rng)
-            elif kind == 2:
-                yield self.build_instruction(rng.choice(rng.choice(sources)))
-            elif kind == 3:
-                twins = [r for r in by_passage[row.passage] if r.question != row.question]
-                other = rng.choice(twins) if twins and rng.random() < 0.5 else rng.choice(data.readings)
-                yield self.build_two_segments(row, other, words, rng)
-            else:
-                yield self.build_claim(rng.choice(data.claims), rng.choice(data.claims), rng)

@@ -6,8 +6,8 @@ attends only to its ancestors and itself. On a CPU this makes the critique of a 
 passage is already read for the right answer.
 """
 
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import numpy.typing as npt
@@ -53,19 +53,17 @@ def make_given(ids: list[int]) -> Branch:
     return make_taught(ids, 0.0)
 
 
-def join_trees(trees: Iterable[Branch]) -> Branch:
-    """Join independent trees in one: each starts at position 0, and its tokens do not attend to other trees."""
-    return Branch((), (), tuple(trees))
-
-
 @dataclass(frozen=True)
 class TokenTree:
-    """A tree laid out as one sequence of L tokens with N weighted predictions.
+    """A tree, or several independent ones, laid out as one sequence of L tokens with N weighted predictions.
+
+    Tokens are in depth-first order, so the descendants of a token follow it without a gap.
 
     Attributes:
         ids: int64 [L], the token ids.
         positions: int64 [L], the number of ancestors of each token.
-        visible: bool [L, L]; row i marks the tokens that token i attends to: its ancestors and itself.
+        ends: int64 [L], the index after the last descendant of each token; token i attends to token j if
+            j <= i < ends[j], that is, to its ancestors and itself.
         sources: int64 [N], the index in the sequence of the token whose output predicts each target.
         targets: int64 [N], the token ids to predict.
         weights: float32 [N], the loss weights of the targets, all positive.
@@ -74,43 +72,50 @@ class TokenTree:
 
     ids: npt.NDArray[np.int64]
     positions: npt.NDArray[np.int64]
-    visible: npt.NDArray[np.bool_]
+    ends: npt.NDArray[np.int64]
     sources: npt.NDArray[np.int64]
     targets: npt.NDArray[np.int64]
     weights: npt.NDArray[np.float32]
     branches: npt.NDArray[np.int64]
 
+    def __len__(self) -> int:
+        return len(self.ids)
 
-def walk(branch: Branch, past: tuple[int, ...] = (), start: int = 0) -> Iterator[tuple[Branch, tuple[int, ...], int]]:
-    """Yield each branch with its ancestors' indices in the sequence and its own first index, parents first."""
-    yield branch, past, start
-    own = past + tuple(range(start, start + len(branch.ids)))
-    start += len(branch.ids)
+
+def walk(branch: Branch, last: int = -1, depth: int = 0, start: int = 0) -> Iterator[tuple[Branch, int, int, int]]:
+    """Yield each branch, parents first, with its place in the sequence.
+
+    The place is the index of the token before the branch (-1 if there is none), the number of its ancestors, and the
+    index of its first token.
+    """
+    yield branch, last, depth, start
+    depth += len(branch.ids)
+    child_start = start + len(branch.ids)
+    last = child_start - 1 if branch.ids else last
     for child in branch.children:
-        yield from walk(child, own, start)
-        start += len(child)
+        yield from walk(child, last, depth, child_start)
+        child_start += len(child)
 
 
 def lay_out(root: Branch) -> TokenTree:
     """Lay a tree out as one sequence."""
-    length = len(root)
-    ids = np.zeros(length, np.int64)
-    positions = np.zeros(length, np.int64)
-    visible = np.zeros((length, length), np.bool_)
+    ids: list[int] = []
+    positions: list[int] = []
+    ends: list[int] = []
     predictions: list[tuple[int, int, float, int]] = []
-    for number, (branch, past, start) in enumerate(walk(root)):
-        chain = list(past)
-        for place, (token, weight) in enumerate(zip(branch.ids, branch.weights, strict=True), start):
-            if weight > 0 and chain:
-                predictions.append((chain[-1], token, weight, number))
-            chain.append(place)
-            ids[place], positions[place] = token, len(chain) - 1
-            visible[place, chain] = True
+    for number, (branch, last, depth, start) in enumerate(walk(root)):
+        ids += branch.ids
+        positions += range(depth, depth + len(branch.ids))
+        ends += [start + len(branch)] * len(branch.ids)
+        befores = [last, *range(start, start + len(branch.ids) - 1)]
+        for before, token, weight in zip(befores, branch.ids, branch.weights, strict=False):
+            if weight > 0 and before >= 0:
+                predictions.append((before, token, weight, number))
     sources, targets, weights, branches = zip(*predictions, strict=True)
     return TokenTree(
-        ids,
-        positions,
-        visible,
+        np.array(ids, np.int64),
+        np.array(positions, np.int64),
+        np.array(ends, np.int64),
         np.array(sources, np.int64),
         np.array(targets, np.int64),
         np.array(weights, np.float32),
@@ -118,14 +123,30 @@ def lay_out(root: Branch) -> TokenTree:
     )
 
 
-def pack_trees(trees: Iterable[Branch], tokens: int) -> Iterator[TokenTree]:
-    """Lay out trees in packs of at least ``tokens`` tokens, which share the fixed costs of a pass.
-
-    Trees that do not fill the last pack are dropped.
-    """
-    waiting: list[Branch] = []
+def join_trees(trees: Sequence[TokenTree]) -> TokenTree:
+    """Join independent trees in one sequence: each keeps its positions, and no token attends to another tree."""
+    placed = []
+    start, branch = 0, 0
     for tree in trees:
-        waiting.append(tree)
-        if sum(len(branch) for branch in waiting) >= tokens:
-            yield lay_out(join_trees(waiting))
-            waiting = []
+        numbers = tree.branches + branch
+        placed.append(replace(tree, ends=tree.ends + start, sources=tree.sources + start, branches=numbers))
+        start += len(tree)
+        branch += int(tree.branches.max()) + 1
+    return TokenTree(*(np.concatenate([getattr(tree, field.name) for tree in placed]) for field in fields(TokenTree)))
+
+
+def pack_trees(trees: Iterable[TokenTree], tokens: int) -> list[TokenTree]:
+    """Join trees into few sequences of at most ``tokens`` tokens; a longer tree is a sequence of its own.
+
+    The longest come first, each into the first sequence that has room, so that little of a batch is padding.
+    """
+    packs: list[list[TokenTree]] = []
+    rooms: list[int] = []
+    for tree in sorted(trees, key=len, reverse=True):
+        place = next((n for n, room in enumerate(rooms) if len(tree) <= room), len(packs))
+        if place == len(packs):
+            packs.append([])
+            rooms.append(tokens)
+        packs[place].append(tree)
+        rooms[place] -= len(tree)
+    return [join_trees(pack) for pack in packs]

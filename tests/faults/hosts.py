@@ -133,6 +133,7 @@ class Host:
         self.first.kill()
         self.first.wait()
         for process in self.started:
+            process.kill()  # one that was stopped would not notice that its command has ended
             process.wait()
 
     def start_ray(self, *options: str, **more: str) -> None:

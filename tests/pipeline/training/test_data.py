@@ -1,11 +1,14 @@
+import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
-import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
-from pipeline.training.data import Claim, Instruction, Pair, ReadingTriple, TeachingData, find_nearest, read_data
+from pipeline.training.data import Claim, Instruction, Pair, ReadingTriple, TeachingData, read_data
 
 READING = {"question": "q?", "passage": "The answer is here.", "title": "T", "answer": "answer", "source": "x"}
 CLAIM = {
@@ -41,6 +44,69 @@ def test_readings_are_the_only_required_file(tmp_path: Path) -> None:
     assert data.instructions == data.pairs == data.claims == ()
 
 
+@pytest.mark.parametrize("form", ["csv", "jsonl", "parquet"])
+def test_readings_of_one_file_are_read(tmp_path: Path, form: str) -> None:
+    file = tmp_path / f"mine.{form}"
+    rows = [{key: READING[key] for key in ("question", "passage", "answer", "title")}] * 2
+    rows[1] = {**rows[1], "answer": "is here", "question": "1066?", "title": ""}
+    if form == "csv":
+        with file.open("w", newline="", encoding="utf-8-sig") as stream:
+            writer = csv.DictWriter(stream, list(rows[0]))
+            writer.writeheader()
+            writer.writerows(rows)
+    elif form == "jsonl":
+        write(file, *rows)
+    else:
+        pq.write_table(pa.Table.from_pylist(rows), file)
+    passage = "The answer is here."
+    assert read_data(file).readings == (
+        ReadingTriple("q?", "T", passage, "answer"),
+        ReadingTriple("1066?", "", passage, "is here"),
+    )
+
+
+def test_rows_whose_answer_is_not_in_the_passage_are_left_out_with_a_warning(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    file = tmp_path / "mine.csv"
+    file.write_text("question,passage,answer\nq?,An answer.,answer\nq?,Another.,none\nq?,Short\n,A b.,b\n")
+    assert read_data(file).readings == (ReadingTriple("q?", "", "An answer.", "answer"),)
+    (message,) = caplog.messages
+    assert "3 of 4 rows are left out" in message
+    assert message.endswith("the first is row 2")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("mine.csv", "question,passage\nq?,p\n", "mine.csv: row 1 lacks the field 'answer'"),
+        ("mine.csv", "question,passage,answer\n", "mine.csv: no row has a question and an answer"),
+        ("mine.jsonl", '{"question": \n', "mine.jsonl: cannot be read: "),
+        ("mine.parquet", "no Parquet", "mine.parquet: cannot be read: "),
+        ("mine.csv", 'question,passage,answer\nq?,"' + 140_000 * "x" + '",x\n', "mine.csv: cannot be read: "),
+    ],
+)
+def test_wrong_files_are_named(tmp_path: Path, name: str, content: str, message: str) -> None:
+    (tmp_path / name).write_text(content)
+    with pytest.raises(ValueError, match=re.escape(message)):
+        read_data(tmp_path / name)
+
+
+def test_wrong_field_is_named(tmp_path: Path) -> None:
+    write(tmp_path / "rc.jsonl", READING)
+    write(tmp_path / "fact_verification.jsonl", CLAIM, {**CLAIM, "answers": []})
+    with pytest.raises(ValueError, match=r"fact_verification\.jsonl: row 2 has a wrong field"):
+        read_data(tmp_path)
+
+
+def test_rows_are_counted_and_identified() -> None:
+    row = ReadingTriple("q?", "T", "The answer.", "answer")
+    data = TeachingData((row, row), (Instruction("i", "o"),))
+    assert data.counts == {"readings": 2, "instructions": 1, "pairs": 0, "claims": 0}
+    assert data.compute_digest() == TeachingData((row, row), (Instruction("i", "o"),)).compute_digest()
+    assert data.compute_digest() != TeachingData((row,), (Instruction("i", "o"),)).compute_digest()
+
+
 def test_missing_readings_file_is_named(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"rc\.jsonl: not found"):
         read_data(tmp_path)
@@ -48,7 +114,7 @@ def test_missing_readings_file_is_named(tmp_path: Path) -> None:
 
 def test_missing_field_is_named(tmp_path: Path) -> None:
     write(tmp_path / "rc.jsonl", {"question": "q?", "passage": "p"})
-    with pytest.raises(ValueError, match="lacks the field 'answer'"):
+    with pytest.raises(ValueError, match=r"rc\.jsonl: row 1 lacks the field 'answer'"):
         read_data(tmp_path)
 
 
@@ -73,12 +139,9 @@ def test_split_depends_only_on_its_seed(hundred: TeachingData) -> None:
     assert hundred.split(0.1, seed=1) != hundred.split(0.1, seed=2)
 
 
-def test_nearest_texts_are_ranked_by_inner_product() -> None:
-    vectors = {"east": (1.0, 0.0), "north": (0.0, 1.0), "north-east": (0.6, 0.8), "west": (-1.0, 0.0)}
-
-    def encode(texts: Any) -> Any:
-        return np.array([vectors[text] for text in texts], np.float32)
-
-    texts = ["west", "north", "north-east", "east"]
-    assert find_nearest(encode, ["north", "east"], texts, k=2).tolist() == [[1, 2], [3, 2]]
-    assert find_nearest(encode, ["east"], texts, k=9).tolist() == [[3, 2, 1, 0]]
+def test_at_least_one_passage_is_held_out() -> None:
+    few = TeachingData(tuple(ReadingTriple("q?", "", f"passage {n}", "passage") for n in range(3)))
+    train, test = few.split(held_out=0.03, seed=1)
+    assert (len(train.readings), len(test.readings)) == (2, 1)
+    with pytest.raises(ValueError, match="at least two different passages"):
+        TeachingData(few.readings[:1]).split(held_out=0.03, seed=1)

@@ -11,6 +11,8 @@ def test_learning_rate_warms_up_and_decays_to_a_tenth() -> None:
     assert recipe.compute_rate(1.0) == recipe.compute_rate(1.7) == pytest.approx(0.1e-3)
 
 
-def test_windows_lengthen_during_the_first_two_thirds_of_training() -> None:
-    recipe = Recipe(first_words=70, last_words=180)
-    assert [recipe.compute_longest_window(done) for done in (0.0, 1 / 3, 2 / 3, 1.0)] == [70, 125, 180, 180]
+def test_training_ends_with_its_tokens_or_its_minutes() -> None:
+    recipe = Recipe(tokens=1_000, minutes=10)
+    assert recipe.compute_done(tokens=250, seconds=0) == 0.25
+    assert recipe.compute_done(tokens=250, seconds=300) == 0.5
+    assert Recipe(tokens=1_000).compute_done(tokens=1_000, seconds=1e9) == 1.0

@@ -1,14 +1,12 @@
 import random
-import re
 from collections.abc import Iterator
-from itertools import islice
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.decoding.reflection import CONTROL_TOKENS, IsRel, IsSup, IsUse, Paragraph, Retrieve
-from pipeline.training.data import Claim, Instruction, Pair, ReadingTriple, TeachingData
+from pipeline.training.data import Claim, Instruction, Pair, ReadingTriple
 from pipeline.training.rows import LossWeights, Negatives, TreeBuilder, cut_window, draw_wrong_span
 from pipeline.training.trees import Branch
 from tests.support.fakes import word_tokenizer
@@ -220,28 +218,3 @@ def test_control_tokens_in_the_data_are_plain_text(token: str, seed: int) -> Non
     passage = tree.children[0]
     assert [i for i in tree.ids if i in control] == builder.tokenizer.encode_control(Retrieve.YES)
     assert [i for i in passage.ids if i in control] == builder.tokenizer.encode_control(Paragraph.START, Paragraph.END)
-
-
-def test_stream_depends_only_on_its_seed(builder: TreeBuilder) -> None:
-    data = TeachingData((ROLLO, PARIS, SEINE), (Instruction("Say", "Hello"),), (Pair("q?", "a b."),))
-    first, second = (list(islice(builder.stream_trees(data, random.Random(3), lambda: 60), 30)) for _ in range(2))
-    assert first == second
-
-
-def test_stream_omits_kinds_without_data(builder: TreeBuilder) -> None:
-    data = TeachingData((ROLLO, PARIS, SEINE))
-    trees = islice(builder.stream_trees(data, random.Random(0), lambda: 60), 200)
-    written = {word for tree in trees for branch in branches(tree) for word, _ in weighted(builder, branch)}
-    assert Retrieve.NO not in written
-    assert Retrieve.CONTINUE in written
-    assert not re.search("claim", " ".join(written))
-
-
-def test_sources_of_instructions_are_drawn_evenly(builder: TreeBuilder) -> None:
-    many = tuple(Instruction(f"sum {n}", "two", "sums") for n in range(50))
-    data = TeachingData((ROLLO,), (*many, Instruction("poem", "roses", "poems")))
-    trees = islice(builder.stream_trees(data, random.Random(0), lambda: 60), 1000)
-    texts = [builder.tokenizer.decode(list(tree.ids)) for tree in trees]
-    poems, sums = (sum(f"### Instruction: {word} " in text for text in texts) for word in ("poem", "sum"))
-    assert poems + sums > 100
-    assert poems == pytest.approx(sums, rel=0.3)

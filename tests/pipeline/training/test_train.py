@@ -1,112 +1,129 @@
-"""A tiny model learns two trees by heart: what is trained, what is saved, and what goes on from it."""
+"""A tiny model learns two trees by heart; an interrupted training ends with the same weights."""
 
-import itertools
-import json
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from pipeline.decoding.prompts import PromptTokenizer
-from pipeline.decoding.reflection import CONTROL_TOKENS, IsRel, IsSup, IsUse, Retrieve
-from pipeline.demo_models import build_demo_base_model
+from pipeline.training import train as module
+from pipeline.training.batches import compute_loss
+from pipeline.training.checkpoints import Checkpoint, TrainingProgress
+from pipeline.training.measurement import measure_held_out
 from pipeline.training.recipe import Recipe
-from pipeline.training.train import (
-    add_reflection_tokens,
-    attach_adapter,
-    compute_loss,
-    measure_held_out,
-    save_adapter,
-    train_adapter,
-)
-from pipeline.training.trees import TokenTree, lay_out, make_given, make_taught
+from pipeline.training.student import Student
+from pipeline.training.train import Pace, choose_pace, describe_progress, take_step, train
+from pipeline.training.trees import TokenTree
+from tests.support.students import RECIPE, build_trees, load_student, write_base
 
-RECIPE = Recipe(tokens=6_000, tokens_per_step=100, rank=4, frozen_layers=1, learning_rate=0.03)
+PACE = Pace(batch_tokens=200)
 
 
-def tiny(adapter: Path | None = None) -> tuple[Any, PromptTokenizer]:
-    tokenizer = AutoTokenizer.from_pretrained(build_demo_base_model())
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=len(tokenizer),
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=3,
-        num_attention_heads=2,
-        tie_word_embeddings=True,
-    )
-    model = AutoModelForCausalLM.from_config(config)
-    add_reflection_tokens(model, tokenizer)
-    return attach_adapter(model, tokenizer, RECIPE, adapter), PromptTokenizer.of(tokenizer, "tiny")
+class Rote:
+    """Lessons that repeat the same trees."""
+
+    def __init__(self, trees: list[TokenTree]) -> None:
+        self.trees = trees
+
+    def __getitem__(self, number: int) -> TokenTree:
+        return self.trees[number % len(self.trees)]
 
 
-def trees(prompts: PromptTokenizer) -> list[TokenTree]:
-    """A question with a right and a wrong passage and two judged answers, and an instruction."""
-    end = make_taught(prompts.encode_control(IsUse.FIVE), 1.0) + make_given([prompts.eos])
-    # The words' own embeddings are random and stay so: only control tokens can be learned.
-    right = make_taught(prompts.encode_control(IsRel.RELEVANT), 1.0)
-    answers = [
-        right + make_given(prompts.encode_text(text)) + make_taught(prompts.encode_control(support), 1.0) + end
-        for text, support in (("Rollo", IsSup.FULLY), ("Bjorn", IsSup.NONE))
-    ]
-    passage = make_given(prompts.encode_passage("Normans", "Rollo led them.")).with_children(*answers)
-    wrong = (
-        make_given(prompts.encode_passage("Sharks", "They swim."))
-        + make_taught(prompts.encode_control(IsRel.IRRELEVANT), 1.0)
-        + end
-    )
-    question = make_given(prompts.encode_prompt("Who led?")) + make_taught(prompts.encode_control(Retrieve.YES), 1.0)
-    instruction = (
-        make_given(prompts.encode_prompt("Say hi")) + make_taught(prompts.encode_control(Retrieve.NO), 1.0) + end
-    )
-    return [lay_out(question.with_children(passage, wrong)), lay_out(instruction)]
+class StoppedError(Exception):
+    """The training is interrupted."""
 
 
 @pytest.fixture(scope="module")
-def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Any, PromptTokenizer, list[TokenTree], Path]:
-    torch.set_num_threads(1)  # threads cost more than they bring at this size
-    model, prompts = tiny()
-    lessons = trees(prompts)
-    done: list[float] = []
-    train_adapter(model, itertools.cycle(lessons), RECIPE, done.append, lambda: None)
-    assert done == sorted(done)
-    folder = tmp_path_factory.mktemp("adapter")
-    save_adapter(model, "some/base", folder)
-    return model, prompts, lessons, folder
+def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_base(tmp_path_factory.mktemp("base"))
 
 
-def test_training_lowers_the_loss_and_learns_the_judgments(
-    trained: tuple[Any, PromptTokenizer, list[TokenTree], Path],
-) -> None:
-    model, prompts, lessons, _ = trained
-    untrained, _ = tiny()
+def run(student: Student, folder: Path, recipe: Recipe = RECIPE, pace: Pace = PACE, stop: int = 0) -> TrainingProgress:
+    """Train; with ``stop``, until so many checkpoints are written."""
+    seen: list[None] = []
+
+    def examine() -> None:
+        seen.append(None)
+        if len(seen) == stop:
+            raise StoppedError
+
+    lessons: Any = Rote(build_trees(student.prompts))
+    return train(student, lessons, recipe, pace, Checkpoint(folder / "state.pt", {"seed": 0}), examine)
+
+
+@pytest.fixture(scope="module")
+def taught(base: Path, tmp_path_factory: pytest.TempPathFactory) -> Student:
+    student = load_student(base)
+    progress = run(student, tmp_path_factory.mktemp("state"))
+    assert progress.tokens >= RECIPE.tokens
+    assert progress.tokens - RECIPE.tokens < 2 * RECIPE.step_tokens
+    return student
+
+
+def test_training_lowers_the_loss_and_learns_the_judgments(taught: Student, base: Path) -> None:
+    trees = build_trees(taught.prompts)
+    batch = taught.load_batch(trees)
     with torch.no_grad():
-        assert compute_loss(model, lessons[0]) < 0.2 * compute_loss(untrained, lessons[0])
-    figures = measure_held_out(model, lessons, prompts).summarize()
+        assert compute_loss(taught.model, batch) < 0.2 * compute_loss(load_student(base).model, batch)
+    figures = measure_held_out(taught, trees, 200).summarize()
     assert (figures["decision_accuracy"], figures["isrel_auc"], figures["issup_auc"]) == (1.0, 1.0, 1.0)
 
 
-def test_only_the_adapter_is_saved_in_half_precision(
-    trained: tuple[Any, PromptTokenizer, list[TokenTree], Path],
-) -> None:
-    folder = trained[3]
-    tensors = load_file(folder / "adapter_model.safetensors")
-    assert {tensor.dtype for tensor in tensors.values()} == {torch.float16}
-    embeddings = [tensor for name, tensor in tensors.items() if "embed" in name]
-    assert [tuple(tensor.shape) for tensor in embeddings] == [(len(CONTROL_TOKENS), 32)]
-    layers = {name.split("layers.")[1].split(".")[0] for name in tensors if "layers." in name}
-    assert layers == {"1", "2"}  # layer 0 is frozen
-    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == "some/base"
+def test_interrupted_training_ends_with_the_same_weights(base: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, tokens=1_500)
+    whole, first, second = (load_student(base) for _ in range(3))
+    expected = run(whole, tmp_path, recipe)
+    (tmp_path / "other").mkdir()
+    often = replace(PACE, checkpoint_minutes=0.0)
+    with pytest.raises(StoppedError):
+        run(first, tmp_path / "other", recipe, often, stop=3)
+    found = run(second, tmp_path / "other", recipe)
+    assert (found.steps, found.trees, found.tokens) == (expected.steps, expected.trees, expected.tokens)
+    assert found.steps > 3
+    for name, weight in whole.trainable.items():
+        assert torch.equal(second.trainable[name], weight), name
 
 
-def test_training_continues_from_a_saved_adapter(
-    trained: tuple[Any, PromptTokenizer, list[TokenTree], Path],
+def test_finished_training_takes_no_further_step(base: Path, tmp_path: Path) -> None:
+    recipe = replace(RECIPE, tokens=500)
+    once = run(load_student(base), tmp_path, recipe)
+    assert run(load_student(base), tmp_path, recipe) == once
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
+def test_a_step_does_not_depend_on_the_size_of_its_batches(base: Path, batch_tokens: int) -> None:
+    def step(tokens: int) -> tuple[float, dict[str, torch.nn.Parameter]]:
+        student = load_student(base)
+        optimizer = torch.optim.SGD(student.trainable.values(), lr=1.0)
+        loss = take_step(student, build_trees(student.prompts) * 2, optimizer, tokens)
+        return loss, student.trainable
+
+    loss, weights = step(200)
+    other_loss, other = step(batch_tokens)
+    assert other_loss == pytest.approx(loss, rel=1e-5)
+    for name, weight in weights.items():
+        assert torch.allclose(other[name], weight, atol=1e-5), name
+
+
+def test_progress_tells_speed_loss_and_time_left() -> None:
+    progress = TrainingProgress(steps=12, trees=90, tokens=30_000, seconds=20.0)
+    line = describe_progress(progress, Recipe(tokens=120_000), loss=0.4321)
+    assert line == "step 12: 25.0 % done, 1,500 tokens/s, loss 0.432, 0:01:00 left"
+
+
+def test_progress_is_logged(
+    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    model, _, lessons, folder = trained
-    again, _ = tiny(folder)
-    with torch.no_grad():
-        assert float(compute_loss(again, lessons[0])) == pytest.approx(float(compute_loss(model, lessons[0])), rel=0.02)
-    assert any(parameter.requires_grad for parameter in again.parameters())
+    monkeypatch.setattr(module, "LOG_SECONDS", 0.0)
+    with caplog.at_level(logging.INFO):
+        progress = run(load_student(base), tmp_path, replace(RECIPE, tokens=500))
+    assert len([line for line in caplog.messages if "tokens/s" in line]) == progress.steps
+
+
+def test_pace_suit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("os.sched_getaffinity", lambda _pid: range(16))
+    assert choose_pace(torch.device("cuda"), None, None) == Pace(20_480, 10)
+    assert choose_pace(torch.device("cpu"), None, None) == Pace(320, 0)
+    assert choose_pace(torch.device("cpu"), 99, 3) == Pace(99, 3)
