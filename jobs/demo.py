@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.common import start_logging, working
-from jobs.evaluate import build_comparison_table
+from jobs.evaluation_tables import build_comparison_table
 from jobs.shell import run
 from pipeline.config.loading import validate_section
 from pipeline.config.run import RunConfig, get_cache_folder

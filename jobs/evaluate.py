@@ -1,7 +1,7 @@
 """Evaluate an annotated set: answers, citations, retrieval and critique against gold answers and gold passages.
 
 ``python -m jobs.evaluate --annotations URI [--task NAME] [--by COLUMN] [--baseline NAME=URI]... [--json FILE]
-[--sweep FOLDER] [--alce FILE] [--factscore FILE]``
+[--sweep FOLDER] [--reliability] [--alce FILE] [--factscore FILE]``
 
 Gold answers and passages are columns of the query set, which pass through annotation unchanged: ``answers``
 (list<string>: the label, short answers or long references, depending on the task), ``short_answers``
@@ -11,81 +11,30 @@ Gold answers and passages are columns of the query set, which pass through annot
 import json
 import logging
 import sys
-from collections.abc import Callable, Collection, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import asdict
 from typing import Annotated
 
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from jobs.common import RunFile, StorageSettings, checking, start_logging
+from jobs.evaluation_tables import (
+    build_comparison_table,
+    build_differences_table,
+    build_reliability_table,
+    build_sweep_tables,
+)
 from jobs.shell import run
 from pipeline.config.run import load_storage
-from pipeline.evaluation.evaluate import Evaluation, Figures, Row, evaluate_set, iterate_rows
+from pipeline.evaluation.evaluate import Evaluation, Row, evaluate_set, iterate_rows
 from pipeline.evaluation.exports import EXPORTED, encode_alce, encode_factscore
-from pipeline.evaluation.statistics import Calibration, Estimate
 from pipeline.evaluation.sweep import Sweep, save_sweep, sweep_set
 from pipeline.evaluation.words import split_pair, split_squad_pair
 from pipeline.output.folder import OutputFolder, get_columns
 from pipeline.storage.location import Location, locate
 
 MAIN = "annotations"
-TITLES = {"exact_match": "exact", "f1": "F1", "str_em": "str-EM", "rouge_l": "ROUGE-L"}
-
-
-def build_comparison_table(named: Mapping[str, Evaluation], only: Collection[str] = ()) -> Table:
-    """Return a table with a line for each set and group; metrics come with half the width of their 95 % interval.
-
-    Args:
-        only: metrics to show; all by default.
-    """
-    found = dict.fromkeys(name for evaluation in named.values() for name in evaluation.overall.metrics)
-    metrics = [name for name in found if name in (only or found)]
-    table = Table(title="Evaluation (%, ± half-width of the 95 % interval)")
-    several = len(named) > 1
-    for heading in (["set"] if several else []) + ["group"]:
-        table.add_column(heading)
-    for heading in ["rows", "errors", "retrieved", *(TITLES.get(m, m) for m in metrics), "IsRel AUC", "IsSup AUC"]:
-        table.add_column(heading, justify="right")
-    for name, evaluation in named.items():
-        groups = dict(evaluation.by_group)
-        if len(groups) > 1:
-            groups["all"] = evaluation.overall
-        for group, figures in groups.items():
-            cells = _format_figures(figures, metrics)
-            table.add_row(*([name] if several else []), group, *cells, end_section=group == list(groups)[-1])
-    return table
-
-
-def _format_figures(figures: Figures, metrics: list[str]) -> list[str]:
-    retrieved = "–" if figures.retrieval_rate is None else f"{100 * figures.retrieval_rate:.1f}"
-    areas = [_format_auc(figures.isrel), _format_auc(figures.issup)]
-    estimates = [_format_percent(figures.metrics.get(metric)) for metric in metrics]
-    return [f"{figures.rows:,}", f"{figures.errors:,}", retrieved, *estimates, *areas]
-
-
-def _format_auc(judged: Calibration | None) -> str:
-    return "–" if judged is None else f"{judged.auc:.3f}"
-
-
-def _format_percent(found: Estimate | None) -> str:
-    return "–" if found is None else f"{100 * found.mean:.1f} ±{50 * (found.high - found.low):.1f}"
-
-
-def build_differences_table(main: Evaluation, baselines: Mapping[str, Evaluation]) -> Table:
-    """Return a table of the set's metrics minus each baseline's, over the rows that both sets have."""
-    table = Table(title="Difference from each baseline (percentage points, 95 % interval, paired permutation test)")
-    for heading in ("baseline", "metric", "rows", "difference", "interval", "p"):
-        table.add_column(heading, justify="left" if heading in ("baseline", "metric") else "right")
-    for name, other in baselines.items():
-        for metric, found in main.compare_with(other).items():
-            interval = f"{100 * found.low:+.1f} … {100 * found.high:+.1f}"
-            p_value = f"{found.p_value:.4f}" if found.p_value >= 0.001 else "< 0.001"
-            table.add_row(
-                name, TITLES.get(metric, metric), f"{found.rows:,}", f"{100 * found.mean:+.1f}", interval, p_value
-            )
-    return table
 
 
 def _parse_baselines(options: list[str]) -> dict[str, str]:
@@ -133,6 +82,9 @@ SweepFolder = Annotated[
 Squad = Annotated[
     bool, typer.Option("--squad", help="Compare words as SQuAD's script does, as papers do; has no effect on --sweep.")
 ]
+Reliability = Annotated[
+    bool, typer.Option("--reliability", help="Show how often passages and answers are right, by the critique's score.")
+]
 AlceFile = Annotated[str | None, typer.Option("--alce", help="Write the rows in ALCE's input format to this file.")]
 FactscoreFile = Annotated[
     str | None, typer.Option("--factscore", help="Write the rows in FActScore's input format to this file.")
@@ -147,6 +99,7 @@ def evaluate(
     baseline: Baselines = None,
     sweep: SweepFolder = None,
     squad: Squad = False,
+    reliability: Reliability = False,
     alce_file: AlceFile = None,
     factscore_file: FactscoreFile = None,
     config: RunFile = None,
@@ -171,36 +124,22 @@ def evaluate(
     if json_file == "-":
         sys.stdout.write(encode_figures(main, others) + "\n")
         return
-    console = Console()
-    console.print(build_comparison_table(evaluated))
-    for table in build_sweep_tables(found) if found else []:
+    print_tables(evaluated, found, reliability)
+
+
+def print_tables(evaluated: Mapping[str, Evaluation], swept: Sweep | None, reliability: bool) -> None:
+    """Print the figures of the set and its baselines, of its sweep, and its reliability, if these were asked for."""
+    console, main = Console(), evaluated[MAIN]
+    tables = [build_comparison_table(evaluated)]
+    if reliability:
+        judged = {"IsRel": main.overall.isrel, "IsSup": main.overall.issup}
+        tables += [build_reliability_table(title, found) for title, found in judged.items() if found is not None]
+    if swept is not None:
+        tables += build_sweep_tables(swept)
+    if len(evaluated) > 1:
+        tables.append(build_differences_table(main, {name: evaluated[name] for name in evaluated if name != MAIN}))
+    for table in tables:
         console.print(table)
-    if others:
-        console.print(build_differences_table(main, others))
-
-
-def build_sweep_tables(found: Sweep) -> list[Table]:
-    """Return two tables: each setting's best and worst value, and the recommended settings."""
-    curves = Table(title=f"Sweep: {found.metric} (%), one setting at a time")
-    for heading in ("setting", "best", "", "worst", ""):
-        curves.add_column(heading, justify="left" if heading == "setting" else "right")
-    for key, points in found.curves.items():
-        ordered = sorted(points, key=lambda point: point.score)
-        best, worst = ordered[-1], ordered[0]
-        curves.add_row(key, str(best.value), f"{100 * best.score:.1f}", str(worst.value), f"{100 * worst.score:.1f}")
-    advice = Table(title="Recommended settings (chosen on one half of the rows, measured on the other)")
-    for heading in ("settings", "run", "recommended", "difference", "p"):
-        advice.add_column(heading, justify="left" if heading == "settings" else "right")
-    settings = "\n".join(f"--set decoding.{key}={value}" for key, value in found.recommended.items())
-    interval = f"({100 * found.difference.low:+.1f} … {100 * found.difference.high:+.1f})"
-    advice.add_row(
-        settings or "the run's own",
-        f"{100 * found.before.mean:.1f}",
-        f"{100 * found.after.mean:.1f}",
-        f"{100 * found.difference.mean:+.1f} {interval}",
-        f"{found.difference.p_value:.3f}",
-    )
-    return [curves, advice]
 
 
 if __name__ == "__main__":

@@ -156,6 +156,7 @@ def save_taught(student: Any, course: Course, folder: Path) -> None:
         save_model(student.model, student.prompts.tokenizer, folder)
         return
     save_adapter(student.model, course.base_name, folder / "adapter")
+    (folder / "adapter" / "README.md").unlink()  # peft's form, which says nothing of this model
     merge_adapter(course.base_path, student.prompts.tokenizer, folder / "adapter", folder)
 
 

@@ -21,6 +21,7 @@ from pipeline.evaluation.statistics import (
     Calibration,
     Difference,
     Estimate,
+    JudgedPairs,
     compare,
     estimate,
     mean,
@@ -66,20 +67,20 @@ class Tally:
         errors: number of failed rows.
         retrieved: whether each answered row used a passage.
         metrics: ids of the rows and their values, by metric.
-        relevance, support: (truth, probability) pairs of IsRel and of IsSup, as in :class:`Judged`.
+        relevance, support: (truth, probability) pairs of IsRel and of IsSup, by row, as in :class:`Judged`.
     """
 
     errors: int = 0
     retrieved: list[bool] = field(default_factory=list)
     metrics: "dict[str, tuple[list[str], array[float]]]" = field(default_factory=dict)
-    relevance: list[tuple[bool, float]] = field(default_factory=list)
-    support: list[tuple[bool, float]] = field(default_factory=list)
+    relevance: list[JudgedPairs] = field(default_factory=list)
+    support: list[JudgedPairs] = field(default_factory=list)
 
     def add(self, id_: str, row: Judged) -> None:
         """Add one answered row."""
         self.retrieved.append(row.retrieved)
-        self.relevance.extend(row.relevance)
-        self.support.extend(row.support)
+        self.relevance.append(row.relevance)
+        self.support.append(row.support)
         for name, value in row.metrics.items():
             ids, values = self.metrics.setdefault(name, ([], array("d")))
             ids.append(id_)

@@ -2,8 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
+import numpy.typing as npt
 
 # From this number on, percentile intervals are stable to half a point.
 RESAMPLES = 1000
@@ -11,6 +13,15 @@ CONFIDENCE = 0.95
 # Resamples drawn at once; bounds the memory for large sets.
 BATCH = 20
 BINS = 10
+# Probabilities of 0 and 1 have no logit.
+EPSILON = 1e-6
+# Range in which a temperature is searched.
+TEMPERATURES = (0.05, 20.0)
+
+# The (truth, probability) pairs of a row.
+JudgedPairs = tuple[tuple[bool, float], ...]
+Truths = npt.NDArray[np.bool_]
+Probabilities = npt.NDArray[np.float64]
 
 
 @dataclass(frozen=True)
@@ -30,6 +41,39 @@ class Estimate:
 
 
 @dataclass(frozen=True)
+class ReliabilityBin:
+    """The probabilities between two bounds.
+
+    Attributes:
+        low, high: bounds.
+        judged: number of probabilities between them.
+        score: mean of these probabilities.
+        truth: share of them that are true.
+    """
+
+    low: float
+    high: float
+    judged: int
+    score: float
+    truth: float
+
+
+@dataclass(frozen=True)
+class TemperatureFit:
+    """The temperature T that would calibrate a probability p, as σ(logit(p) / T).
+
+    Attributes:
+        temperature: T with the least log loss on every second row; above 1 if the probabilities are too extreme.
+        before: mean log loss on the other rows, in nats.
+        after: mean log loss on the other rows with this temperature.
+    """
+
+    temperature: float
+    before: float
+    after: float
+
+
+@dataclass(frozen=True)
 class Calibration:
     """Discrimination and calibration of a probability.
 
@@ -38,12 +82,16 @@ class Calibration:
         brier: mean squared difference between probability and truth.
         ece: expected calibration error over ten bins of equal width.
         judged: number of probabilities.
+        bins: the bins that hold probabilities, in their order: a reliability diagram.
+        temperature: temperature that would calibrate it; None unless each half has true and false cases.
     """
 
     auc: float
     brier: float
     ece: float
     judged: int
+    bins: tuple[ReliabilityBin, ...]
+    temperature: TemperatureFit | None
 
 
 @dataclass(frozen=True)
@@ -92,22 +140,63 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(float(np.mean(values)), low, high, len(values))
 
 
-def measure_calibration(judged: Sequence[tuple[bool, float]]) -> Calibration | None:
-    """Compute the calibration of (truth, probability) pairs; None unless both true and false occur."""
+def measure_calibration(rows: Sequence[JudgedPairs]) -> Calibration | None:
+    """Compute the calibration of the (truth, probability) pairs of all rows; None unless both true and false occur."""
     from sklearn.metrics import brier_score_loss, roc_auc_score
 
-    truths = np.array([truth for truth, _ in judged], bool)
-    probabilities = np.clip([probability for _, probability in judged], 0.0, 1.0)
+    truths, probabilities = _split_pairs(rows)
     if len(set(truths.tolist())) < 2:
         return None
-    bins = np.minimum((probabilities * BINS).astype(int), BINS - 1)
-    gaps = [abs(float((probabilities[bins == b] - truths[bins == b]).sum())) for b in range(BINS)]
+    bins = _bin_probabilities(truths, probabilities)
     return Calibration(
         auc=float(roc_auc_score(truths, probabilities)),
         brier=float(brier_score_loss(truths, probabilities)),
-        ece=sum(gaps) / len(truths),
+        ece=sum(part.judged * abs(part.score - part.truth) for part in bins) / len(truths),
         judged=len(truths),
+        bins=tuple(bins),
+        temperature=fit_temperature(rows),
     )
+
+
+def _split_pairs(rows: Sequence[JudgedPairs]) -> tuple[Truths, Probabilities]:
+    pairs = list(chain.from_iterable(rows))
+    truths = np.array([truth for truth, _ in pairs], bool)
+    return truths, np.clip(np.array([probability for _, probability in pairs], np.float64), 0.0, 1.0)
+
+
+def _bin_probabilities(truths: Truths, probabilities: Probabilities) -> list[ReliabilityBin]:
+    numbers = np.minimum((probabilities * BINS).astype(int), BINS - 1)
+    bins = []
+    for number in np.unique(numbers).tolist():
+        inside = numbers == number
+        score, truth = float(probabilities[inside].mean()), float(truths[inside].mean())
+        bins.append(ReliabilityBin(number / BINS, (number + 1) / BINS, int(inside.sum()), score, truth))
+    return bins
+
+
+def fit_temperature(rows: Sequence[JudgedPairs]) -> TemperatureFit | None:
+    """Fit a temperature on every second row and measure it on the others (Guo et al. 2017, section 4.2).
+
+    None unless both halves have true and false cases.
+    """
+    from scipy.optimize import minimize_scalar
+    from scipy.special import expit, logit
+    from sklearn.metrics import log_loss
+
+    present = [row for row in rows if row]
+    fitted, held_out = (_split_pairs(half) for half in (present[::2], present[1::2]))
+    if any(len(set(truths.tolist())) < 2 for truths, _ in (fitted, held_out)):
+        return None
+
+    def measure(half: tuple[Truths, Probabilities], temperature: float) -> float:
+        truths, probabilities = half
+        logits = logit(np.clip(probabilities, EPSILON, 1 - EPSILON))
+        return float(log_loss(truths, expit(logits / temperature)))
+
+    bounds = tuple(map(float, np.log(TEMPERATURES)))
+    found = minimize_scalar(lambda exponent: measure(fitted, np.exp(exponent)), bounds=bounds)
+    temperature = float(np.exp(found.x))
+    return TemperatureFit(temperature, measure(held_out, 1.0), measure(held_out, temperature))
 
 
 def compare(values: Mapping[str, float], others: Mapping[str, float]) -> Difference | None:

@@ -107,8 +107,8 @@ def lay_out(root: Branch) -> TokenTree:
         ids += branch.ids
         positions += range(depth, depth + len(branch.ids))
         ends += [start + len(branch)] * len(branch.ids)
-        befores = [last, *range(start, start + len(branch.ids) - 1)]
-        for before, token, weight in zip(befores, branch.ids, branch.weights, strict=False):
+        predictors = [last, *range(start, start + len(branch.ids) - 1)]
+        for before, token, weight in zip(predictors, branch.ids, branch.weights, strict=False):
             if weight > 0 and before >= 0:
                 predictions.append((before, token, weight, number))
     sources, targets, weights, branches = zip(*predictions, strict=True)

@@ -194,6 +194,12 @@ def test_command_prints_a_table_with_baselines_and_writes_json(annotated: Path, 
     assert figures["baselines"]["first"]["overall"] == figures["overall"]
 
 
+def test_reliability_is_printed_on_request(annotated: Path) -> None:
+    assert "Reliability" not in run("--annotations", str(annotated)).stdout
+    shown = run("--annotations", str(annotated), "--reliability").stdout
+    assert "Reliability of IsRel" in shown
+
+
 def test_stdout_holds_only_the_requested_json(annotated: Path) -> None:
     result = run("--annotations", str(annotated), "--json", "-")
     assert json.loads(result.stdout)["overall"]["rows"] == 4

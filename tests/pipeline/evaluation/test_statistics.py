@@ -1,8 +1,9 @@
+import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.evaluation.statistics import compare, estimate, mean, measure_calibration
+from pipeline.evaluation.statistics import compare, estimate, fit_temperature, mean, measure_calibration
 
 
 def test_mean_of_no_values_is_none() -> None:
@@ -25,7 +26,7 @@ def test_interval_of_one_value_or_equal_values_is_the_value() -> None:
 
 def test_calibration_matches_a_worked_example() -> None:
     judged = [(True, 0.9), (True, 0.4), (False, 0.5), (False, 0.1)]
-    found = measure_calibration(judged)
+    found = measure_calibration([(pair,) for pair in judged])
     assert found is not None
     assert found.auc == pytest.approx(3 / 4)
     assert found.brier == pytest.approx((0.1**2 + 0.6**2 + 0.5**2 + 0.1**2) / 4)
@@ -34,13 +35,36 @@ def test_calibration_matches_a_worked_example() -> None:
 
 
 def test_ece_compares_means_within_bins() -> None:
-    found = measure_calibration([(True, 0.95), (False, 0.91), (False, 0.05), (False, 0.01)])
+    found = measure_calibration([((True, 0.95), (False, 0.91)), (), ((False, 0.05), (False, 0.01))])
     assert found is not None
     assert found.ece == pytest.approx((abs(1.86 - 1) + abs(0.06 - 0)) / 4)
+    first, last = found.bins
+    assert (first.low, first.high, first.judged, first.truth) == (0.0, 0.1, 2, 0.0)
+    assert (last.low, last.high, last.judged, last.truth) == (0.9, 1.0, 2, 0.5)
+    assert (first.score, last.score) == (pytest.approx(0.03), pytest.approx(0.93))
+
+
+def test_temperature_calibrates_probabilities_that_are_too_extreme() -> None:
+    """Of the scores 0.9, two thirds are true; σ(logit(0.9) / T) = 2/3 at T = ln 9 / ln 2."""
+    rows = [((truth, 0.9), (not truth, 0.1)) for truth in (True, True, True, True, False, False)]
+    fit = fit_temperature(rows)
+    assert fit is not None
+    assert fit.temperature == pytest.approx(np.log(9) / np.log(2), rel=1e-3)
+    assert fit.before == pytest.approx(-(2 * np.log(0.9) + np.log(0.1)) / 3)
+    assert fit.after == pytest.approx(-(2 * np.log(2 / 3) + np.log(1 / 3)) / 3, rel=1e-4)
+
+
+def test_temperature_is_measured_on_other_rows() -> None:
+    rows = [((True, 0.9), (False, 0.1)), ((False, 0.9), (True, 0.1))] * 10
+    fit = fit_temperature(rows)
+    assert fit is not None
+    assert fit.temperature < 0.1  # as sure as possible on the half that is always right
+    assert fit.after > fit.before
+    assert fit_temperature([((True, 0.9), (False, 0.1)), ((True, 0.9),)]) is None
 
 
 def test_calibration_requires_both_classes() -> None:
-    assert measure_calibration([(True, 0.9)]) is None
+    assert measure_calibration([((True, 0.9),)]) is None
     assert measure_calibration([]) is None
 
 
