@@ -9,7 +9,6 @@ explores both branches of the first decision.
 
 import hashlib
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import typer
 from rich.console import Console
-from rich.table import Table
 
 from jobs.common import start_logging, working
 from jobs.evaluation_tables import build_comparison_table
@@ -67,8 +65,6 @@ UNIT_ROWS = 8
 SHARDS = 2
 SHOWN = 10
 SHOWN_METRICS = ("match", "f1", "recall@1", "str_em")
-# Characters per line if stdout is not a terminal.
-PLAIN_WIDTH = 140
 
 
 @dataclass(frozen=True)
@@ -134,34 +130,34 @@ def evaluate_demo(folder: Path) -> dict[str, Evaluation]:
     return {MAIN: evaluate_set(location), **{name: evaluate_set(location, view=v) for name, v in BASELINES.items()}}
 
 
-def build_answers_table(folder: Path) -> Table:
-    """Return a table of some rows with evidence and scores: long answers, short ones, and some without retrieval."""
+def describe_answers(folder: Path) -> list[str]:
+    """Describe some rows with evidence and scores: long answers, short ones, and some without retrieval."""
     rows = pa.concat_tables(map(pq.read_table, sorted((folder / "data").glob("*.parquet")))).to_pylist()
     long = [row for row in rows if len(row["segments"]) > 1]
     read = [row for row in rows if row["retrieved"] and row not in long]
     unread = [row for row in rows if not row["retrieved"]]
-    table = Table(title="Some answers (✓: contains a gold answer)", show_lines=True)
-    for heading in ("query", "answer", "", "evidence"):
-        table.add_column(heading, ratio=None if not heading else 3)
-    for heading in ("p(retrieve)", "IsRel", "IsSup", "IsUse", "score"):
-        table.add_column(heading, justify="right")
     few = SHOWN // 4
-    for row in long[:few] + read[: SHOWN - few - min(few, len(unread))] + unread[:few]:
-        table.add_row(*_format_answer(row))
-    return table
+    shown = long[:few] + read[: SHOWN - few - min(few, len(unread))] + unread[:few]
+    return [line for row in shown for line in _describe_answer(row)]
 
 
-def _format_answer(row: Mapping[str, Any]) -> list[str]:
-    mark = _mark_answer(row["answer"], row["answers"])
-    titles = ", ".join(dict.fromkeys(passage["title"] for passage in row["passages"])) or "–"
-    scores = [_average_score(row["segments"], name) for name in ("is_rel", "is_sup", "is_use", "score")]
-    figures = [row["retrieve_probability"], *scores]
-    return [_shorten(row["query"]), _shorten(row["answer"]), mark, titles, *map(_format_figure, figures)]
+def _describe_answer(row: Mapping[str, Any]) -> list[str]:
+    titles = ", ".join(dict.fromkeys(passage["title"] for passage in row["passages"]))
+    evidence = f" (from {titles})" if titles else ""
+    figures = {"p(retrieve)": row["retrieve_probability"]}
+    for title, name in (("IsRel", "is_rel"), ("IsSup", "is_sup"), ("IsUse", "is_use"), ("score", "score")):
+        figures[title] = _average_score(row["segments"], name)
+    told = ", ".join(f"{title} {value:.2f}" for title, value in figures.items() if value is not None)
+    return [
+        _shorten(row["query"]),
+        f"  {_mark_answer(row['answer'], row['answers'])} {_shorten(row['answer'])}{evidence}",
+        f"    {told}",
+    ]
 
 
 def _mark_answer(answer: str, golds: Sequence[str] | None) -> str:
     if not golds:
-        return ""
+        return "–"
     return "✓" if best_over_golds(contains, answer, golds) else "✗"
 
 
@@ -173,10 +169,6 @@ def _average_score(segments: Sequence[Mapping[str, Any]], name: str) -> float | 
 def _shorten(text: str, longest: int = 120) -> str:
     line = " ".join(text.split())
     return line if len(line) <= longest else line[: longest - 1] + "…"
-
-
-def _format_figure(value: float | None) -> str:
-    return "–" if value is None else f"{value:.2f}"
 
 
 def summarize_demo(annotated: DemoSet, evaluated: Mapping[str, Evaluation]) -> list[str]:
@@ -214,8 +206,10 @@ def demo(
         index = get_demo_index()
         chosen = write_first_rows(queries, rows, output / "queries.parquet") if rows else queries
         annotated = annotate_demo(chosen, index, output / MAIN, overwrite, topology)
-    console = Console(width=None if sys.stdout.isatty() else PLAIN_WIDTH)
-    console.print(build_answers_table(annotated.folder))
+    console = Console()
+    console.print("Some answers (✓ contains a gold answer, ✗ does not, – has none to compare with):", highlight=False)
+    for line in describe_answers(annotated.folder):
+        console.print(line, highlight=False, markup=False)
     evaluated = evaluate_demo(annotated.folder)
     console.print(build_comparison_table(evaluated, SHOWN_METRICS))
     for line in summarize_demo(annotated, evaluated):

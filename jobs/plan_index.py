@@ -4,6 +4,7 @@
 """
 
 from rich.console import Console
+from rich.filesize import decimal
 from rich.table import Table
 
 from jobs.common import (
@@ -49,7 +50,7 @@ from pipeline.indexing.sizing import (
 from pipeline.retrieval.encoder import Encoder, resolve_encoder_name
 from pipeline.storage.location import locate
 
-GB, MB = 1e9, 1e6
+GB = 1e9
 # Memory of a machine that holds shards, in bytes.
 MACHINE = 256_000_000_000
 
@@ -89,45 +90,71 @@ def plan_index(
 
 
 def build_plan_tables(corpus: Corpus, factory: str, shards: int) -> list[Table]:
-    """Return tables of the corpus, and of sizes and placements for the given factory and the usual ones."""
+    """Return tables of the corpus, and of sizes, placements and searches of the given factory and the usual ones."""
+    lines = plan_sizes(corpus.passages, corpus.dimension, shards, dict.fromkeys([factory, *USUAL_FACTORIES]))
+    return [
+        build_corpus_table(corpus),
+        build_sizes_table(lines, shards),
+        build_placement_table(corpus, lines),
+        build_search_table(corpus, lines, shards),
+    ]
+
+
+def build_corpus_table(corpus: Corpus) -> Table:
+    """Return a table of the passages."""
     about = Table(title="Passages", show_header=False)
     hours = corpus.passages / corpus.rate / 3600
     about.add_row("passages", f"{corpus.passages:,}")
-    about.add_row("text, memory-mapped", f"{corpus.text_bytes / GB:.2f} GB")
+    about.add_row("text, memory-mapped", decimal(corpus.text_bytes))
     about.add_row("dimensions", str(corpus.dimension))
     about.add_row("one encoder on this machine", f"{corpus.rate:.0f} passages/s, {hours:.1f} h in total")
     if corpus.max_tokens is not None:
         words = estimate_words(corpus.max_tokens)
         about.add_row("tokens that the encoder reads", f"{corpus.max_tokens}, some {words} English words")
         about.add_row("longer passages", f"{corpus.truncated:.0%} of a sample; --max-words splits them")
-    sizes = Table(title=f"FAISS index in {shards} shards: memory of the process that searches it")
-    for heading in ("factory", "bytes per passage", "all shards", "largest shard"):
-        sizes.add_column(heading, justify="left" if heading == "factory" else "right")
-    lines = plan_sizes(corpus.passages, corpus.dimension, shards, dict.fromkeys([factory, *USUAL_FACTORIES]))
-    for line in lines:
-        sizes.add_row(
-            line.factory, f"{line.per_vector:,.0f}", f"{line.index / GB:.2f} GB", f"{line.largest_shard / GB:.2f} GB"
-        )
-    return [about, sizes, build_placement_table(corpus, lines, shards)]
+    return about
 
 
-def build_placement_table(corpus: Corpus, lines: list[SizePlan], shards: int) -> Table:
-    """Return a table of where the index fits: beside a 7B model on its GPU, on its own GPUs, or in CPU memory."""
-    table = Table(title="Placement (local topology, or number of servers of a partitioned one), and cost of a query")
-    headings = [f"beside a 7B model, {card / GB:.0f} GB GPU" for card in CARDS]
-    headings += [f"servers, {CARDS[-1] / GB:.0f} GB GPUs", f"servers, {MACHINE / GB:.0f} GB memory"]
-    headings += ["compared", "read"]
-    for heading in ("factory", *headings):
-        table.add_column(heading, justify="left" if heading == "factory" else "right")
-    largest = -(-corpus.passages // shards)
+def build_sizes_table(lines: list[SizePlan], shards: int) -> Table:
+    """Return a table of the memory that an index takes."""
+    title = f"FAISS index in {shards} shard{'s' * (shards > 1)}: memory of the process that searches it"
+    table = _start_table(title, "bytes per passage", "all shards", "largest shard")
     for line in lines:
-        cost = estimate_search_cost(line.factory, corpus.dimension, largest)
+        table.add_row(line.factory, f"{line.per_vector:,.0f}", decimal(line.index), decimal(line.largest_shard))
+    return table
+
+
+def build_placement_table(corpus: Corpus, lines: list[SizePlan]) -> Table:
+    """Return a table of where the index fits: beside a 7B model on its GPU, on GPUs of its own, or in CPU memory."""
+    beside = [f"beside 7B on {card / GB:.0f} GB" for card in CARDS]
+    servers = [f"servers of {CARDS[-1] / GB:.0f} GB GPUs", f"servers of {MACHINE / GB:.0f} GB memory"]
+    table = _start_table(
+        "Placement: share of a GPU that is left to vLLM, or number of shard servers", *beside, *servers
+    )
+    for line in lines:
         need = find_gpu_setting(line.factory, corpus.dimension)
         on_cards = [*(_format_share(line.index, card, need) for card in CARDS), str(count_cards(line.index, CARDS[-1]))]
         if need == "none":
             on_cards = ["–"] * len(on_cards)
-        costs = [f"{shards * cost.compared:,}", f"{shards * cost.bytes / MB:,.1f} MB"]
-        table.add_row(line.factory, *on_cards, str(count_machines(line.index, MACHINE)), *costs)
+        table.add_row(line.factory, *on_cards, str(count_machines(line.index, MACHINE)))
+    return table
+
+
+def build_search_table(corpus: Corpus, lines: list[SizePlan], shards: int) -> Table:
+    """Return a table of the cost of a query."""
+    table = _start_table("Cost of a query, over all shards", "vectors compared", "read")
+    largest = -(-corpus.passages // shards)
+    for line in lines:
+        cost = estimate_search_cost(line.factory, corpus.dimension, largest)
+        table.add_row(line.factory, f"{shards * cost.compared:,}", decimal(shards * cost.bytes))
+    return table
+
+
+def _start_table(title: str, *headings: str) -> Table:
+    table = Table(title=title)
+    table.add_column("factory", no_wrap=True)
+    for heading in headings:
+        table.add_column(heading, justify="right")
     return table
 
 
