@@ -136,7 +136,7 @@ class TrainingFolder:
         """
         if self.output.exists():
             raise ValueError(f"{self.output}: exists; choose another --output, or remove it")
-        if self.unfinished.exists() and not resume:
+        if self.state.exists() and not resume:
             raise ValueError(
                 f"{self.unfinished}: holds an interrupted training; continue it with --resume, or remove the folder"
             )
@@ -274,7 +274,7 @@ def teach(
         bool, typer.Option("--resume", help="Continue an interrupted training, if there is one.")
     ] = False,
     tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on.")] = Recipe.tokens,
-    minutes: Annotated[float, typer.Option(help="Time limit in minutes.")] = Recipe.minutes,
+    minutes: Annotated[float, typer.Option(min=0.01, help="Time limit in minutes.")] = Recipe.minutes,
     step_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an optimizer step.")] = Recipe.step_tokens,
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = Recipe.rank,
     learning_rate: Annotated[

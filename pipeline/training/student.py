@@ -50,7 +50,7 @@ class Student:
             adapter: folder of an earlier adapter to continue from.
 
         Raises:
-            ValueError: the tokenizer has no end-of-sequence token.
+            ValueError: the tokenizer has no end-of-sequence token, or the model has too few layers.
         """
         torch.manual_seed(recipe.seed)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -58,6 +58,10 @@ class Student:
         if tokenizer.eos_token_id is None:
             raise ValueError(f"model {base}: its tokenizer has no end-of-sequence token; set its eos_token")
         model = load_base(base, torch.bfloat16 if half else torch.float32)
+        if recipe.frozen_layers >= model.config.num_hidden_layers:
+            raise ValueError(
+                f"frozen_layers {recipe.frozen_layers}: {base} has {model.config.num_hidden_layers} layers"
+            )
         add_control_tokens(model, tokenizer)
         model = free_all(model, recipe) if recipe.full else attach_adapter(model, tokenizer, recipe, adapter)
         student = cls(model.to(device), PromptTokenizer.of(tokenizer, base), device)
@@ -121,9 +125,14 @@ def add_control_tokens(model: Any, tokenizer: Any) -> None:
 def list_embedding_layers(model: Any) -> dict[str, Any]:
     """List the layers that have a row for each token, by name: one if inputs and outputs are tied, otherwise two."""
     inputs, outputs = model.get_input_embeddings(), model.get_output_embeddings()
-    layers = [inputs] if outputs.weight is inputs.weight else [inputs, outputs]
+    layers = [inputs] if are_tied(model) else [inputs, outputs]
     names = {id(module): name for name, module in model.named_modules()}
     return {names[id(layer)].rpartition(".")[2]: layer for layer in layers}
+
+
+def are_tied(model: Any) -> bool:
+    """Whether the embeddings of inputs and outputs are the same memory."""
+    return bool(model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr())
 
 
 def list_linear_layers(model: Any) -> list[str]:
@@ -135,38 +144,49 @@ def list_linear_layers(model: Any) -> list[str]:
 
 def attach_adapter(model: Any, tokenizer: Any, recipe: Recipe, adapter: Path | None) -> PeftModel:
     """Attach a trainable LoRA adapter to the model: a new one, or the one in the folder ``adapter``."""
-    if adapter is not None:
+    stops = recipe.frozen_layers and are_tied(model)  # an adapter hides which weights are tied
+    if adapter:
         peft = PeftModel.from_pretrained(model, adapter, is_trainable=True)
     else:
-        ids = tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS))
-        config = LoraConfig(
-            r=recipe.rank,
-            lora_alpha=2 * recipe.rank,
-            target_modules=list_linear_layers(model),
-            layers_to_transform=list(range(recipe.frozen_layers, model.config.num_hidden_layers)),
-            trainable_token_indices=dict.fromkeys(list_embedding_layers(model), ids),
-        )
-        peft = get_peft_model(model, config)
-    if recipe.frozen_layers:
+        peft = add_adapter(model, tokenizer, recipe)
+    if stops:
         stop_at_embeddings(peft)
     return peft
+
+
+def add_adapter(model: Any, tokenizer: Any, recipe: Recipe) -> PeftModel:
+    """Add a new adapter to the layers that are not frozen, and to the embeddings of the control tokens."""
+    ids = tokenizer.convert_tokens_to_ids(list(CONTROL_TOKENS))
+    config = LoraConfig(
+        r=recipe.rank,
+        lora_alpha=2 * recipe.rank,
+        target_modules=list_linear_layers(model),
+        layers_to_transform=list(range(recipe.frozen_layers, model.config.num_hidden_layers)),
+        trainable_token_indices=dict.fromkeys(list_embedding_layers(model), ids),
+    )
+    return get_peft_model(model, config)
 
 
 def free_all(model: Any, recipe: Recipe) -> Any:
     """Mark all weights as trainable, except those of the frozen layers."""
     model.requires_grad_(True)
-    if recipe.frozen_layers:
-        frozen = {f".{number}." for number in range(recipe.frozen_layers)}
-        for name, parameter in model.named_parameters():
-            parameter.requires_grad_(not any(part in name for part in frozen))
+    for block in find_blocks(model)[: recipe.frozen_layers]:
+        block.requires_grad_(False)
+    if recipe.frozen_layers and are_tied(model):
         stop_at_embeddings(model)
     return model
 
 
-def stop_at_embeddings(model: Any) -> None:
-    """Let no gradient reach the input embeddings, which lie behind the frozen layers.
+def find_blocks(model: Any) -> nn.ModuleList:
+    """Find the list of a model's layers."""
+    lists = (module for module in model.modules() if isinstance(module, nn.ModuleList))
+    return next(module for module in lists if len(module) == model.config.num_hidden_layers)
 
-    Tied embeddings are then trained as outputs, and the inputs change along.
+
+def stop_at_embeddings(model: Any) -> None:
+    """Let no gradient reach tied embeddings as inputs, which lie behind the frozen layers.
+
+    They are trained as outputs, and the inputs change along; untied ones would stay as they are.
     """
     model.get_input_embeddings().register_forward_hook(lambda _module, _args, output: output.detach())
 

@@ -1,6 +1,7 @@
 """Students of any base model: tied or not, sharded, with or without a beginning-of-sequence token."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -90,12 +91,20 @@ def test_all_weights_can_be_trained_and_saved(tmp_path: Path) -> None:
     assert compute_total(saved) == pytest.approx(compute_total(student), rel=1e-3)
 
 
-def test_frozen_layers_stay_as_they_are_when_all_others_are_trained(tmp_path: Path) -> None:
-    student = load_student(write_base(tmp_path), Recipe(full=True, frozen_layers=2))
+@pytest.mark.parametrize("full", [True, False])
+@pytest.mark.parametrize("tied", [True, False])
+def test_frozen_layers_get_no_gradient_but_all_control_tokens_do(tmp_path: Path, full: bool, tied: bool) -> None:
+    student = load_student(write_base(tmp_path, tie_word_embeddings=tied), replace(RECIPE, full=full, frozen_layers=2))
     layers = {name.split("layers.")[1][0] for name in student.trainable if "layers." in name}
     assert layers == {"2"}
     compute_loss(student.model, student.load_batch(build_trees(student.prompts))).backward()
     assert all(weight.grad is not None for weight in student.trainable.values())
+    reached: list[bool] = []
+    first = next(module for name, module in student.model.named_modules() if name.endswith("layers.0"))
+    first.register_forward_pre_hook(lambda _module, args: reached.append(args[0].requires_grad))
+    compute_total(student)
+    compute_loss(student.model, student.load_batch(build_trees(student.prompts)))
+    assert reached == [False, not tied]
 
 
 def test_embeddings_with_room_for_more_tokens_are_not_cut(tmp_path: Path) -> None:
@@ -145,6 +154,11 @@ def test_frozen_weights_are_halved_where_bfloat16_is_fast(tmp_path: Path, monkey
     assert all(weight.grad is not None and weight.grad.isfinite().all() for weight in student.trainable.values())
     everything = load_student(base, Recipe(full=True))
     assert {weight.dtype for weight in everything.model.parameters()} == {torch.float32}
+
+
+def test_a_layer_must_be_left_to_train(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match=f"frozen_layers 3: {tmp_path} has 3 layers"):
+        load_student(write_base(tmp_path), Recipe(frozen_layers=3))
 
 
 def test_tokenizer_without_an_end_is_refused(tmp_path: Path) -> None:
