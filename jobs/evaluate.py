@@ -124,16 +124,20 @@ def evaluate(
     if json_file == "-":
         sys.stdout.write(encode_figures(main, others) + "\n")
         return
-    print_tables(evaluated, found, reliability)
+    print_evaluation(evaluated, found, reliability)
 
 
-def print_tables(evaluated: Mapping[str, Evaluation], swept: Sweep | None, reliability: bool) -> None:
+def print_evaluation(evaluated: Mapping[str, Evaluation], swept: Sweep | None, reliability: bool) -> None:
     """Print the figures of the set and its baselines, of its sweep, and its reliability, if these were asked for."""
     console, main = Console(), evaluated[MAIN]
     tables = [build_comparison_table(evaluated)]
     if reliability:
         judged = {"IsRel": main.overall.isrel, "IsSup": main.overall.issup}
         tables += [build_reliability_table(title, found) for title, found in judged.items() if found is not None]
+        if not any(judged.values()):
+            logging.warning(
+                "no reliability: it needs gold passages or answers, and decoding.keep_candidates=true in the run"
+            )
     if swept is not None:
         tables += build_sweep_tables(swept)
     if len(evaluated) > 1:

@@ -9,7 +9,7 @@ import logging
 import random
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,8 +23,8 @@ from jobs.shell import run
 from pipeline.config.sections import ModelConfig
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.demo_models import BASE_MODEL, build_demo_base_model, build_demo_encoder
-from pipeline.engine.models import load_tokenizer
-from pipeline.training.data import ReadingTriple, TeachingData, read_data
+from pipeline.engine.models import load_tokenizer, resolve_model_path
+from pipeline.training.data import FEW_HELD_OUT, ReadingTriple, TeachingData, read_data
 from pipeline.training.held_out import build_held_out_queries
 from pipeline.training.mining import mine_negatives
 from pipeline.training.recipe import Recipe
@@ -99,7 +99,7 @@ class Course:
     @property
     def base_path(self) -> str:
         """Folder or name to load the base model from."""
-        return str(build_demo_base_model()) if self.base == "demo" else self.base
+        return str(build_demo_base_model()) if self.base == "demo" else resolve_model_path(self.base)
 
     def load_tokenizer(self) -> Any:
         """Load the base model's tokenizer."""
@@ -143,9 +143,9 @@ class TrainingFolder:
         self.unfinished.mkdir(parents=True, exist_ok=True)
 
     def finish(self) -> None:
-        """Turn the folder into the output."""
-        self.state.unlink()
+        """Turn the folder into the output, which only then may lose the state."""
         self.unfinished.rename(self.output)
+        (self.output / self.state.name).unlink()
 
 
 def save_taught(student: Any, course: Course, folder: Path) -> None:
@@ -174,6 +174,18 @@ def check_tokenizer(prompts: PromptTokenizer, row: ReadingTriple, folder: Path) 
         raise RuntimeError(f"{folder}: the saved tokenizer encodes text differently than the one in training")
 
 
+def build_lessons(student: Any, course: Course) -> tuple[Any, list[Any]]:
+    """Return the training trees by number, and the held-out trees, which are the same in every training."""
+    from pipeline.training.lessons import Lessons
+
+    longest, positions = course.recipe.longest_words, student.max_positions
+    negatives, test_negatives = mine_parts(course.encoder, course.train, course.test)
+    builder, test_builder = (TreeBuilder(student.prompts, part) for part in (negatives, test_negatives))
+    lessons = Lessons(builder, course.train.rows, longest, course.recipe.seed, positions)
+    examined = Lessons(test_builder, course.test.rows, longest, seed=1, max_positions=positions)
+    return lessons, [examined[n] for n in range(EXAMINED)]
+
+
 def run_teaching(
     course: Course, tokenizer: Any, folder: TrainingFolder, batch_tokens: int | None, workers: int | None
 ) -> None:
@@ -187,27 +199,18 @@ def run_teaching(
         workers: processes that build trees; by default, what suits the device.
 
     Raises:
-        ValueError: an interrupted training had other settings, or the base model does not suit.
-        RuntimeError: the memory does not suffice, or the tokenizer cannot be saved.
+        ValueError: the base model does not suit.
+        RuntimeError: the memory does not suffice, the training diverges, or the tokenizer cannot be saved.
     """
     import torch
 
-    from pipeline.training.card import Training, render_model_card
     from pipeline.training.checkpoints import Checkpoint
-    from pipeline.training.lessons import Lessons
     from pipeline.training.measurement import measure_held_out
-    from pipeline.training.student import Student, describe
+    from pipeline.training.student import Student
     from pipeline.training.train import choose_pace, train
 
-    checkpoint = Checkpoint(folder.state, course.identify())
-    checkpoint.check()
-    recipe = course.recipe
-    student = Student.load(course.base_path, tokenizer, recipe, course.adapter)
-    negatives, test_negatives = mine_parts(course.encoder, course.train, course.test)
-    builder, test_builder = (TreeBuilder(student.prompts, part) for part in (negatives, test_negatives))
-    lessons = Lessons(builder, course.train.rows, recipe.longest_words, recipe.seed)
-    examined = Lessons(test_builder, course.test.rows, recipe.longest_words, seed=1)
-    held_out = [examined[n] for n in range(EXAMINED)]
+    student = Student.load(course.base_path, tokenizer, course.recipe, course.adapter)
+    lessons, held_out = build_lessons(student, course)
     pace = choose_pace(student.device, batch_tokens, workers)
 
     def examine() -> dict[str, float]:
@@ -216,27 +219,66 @@ def run_teaching(
         return figures
 
     try:
-        progress = train(student, lessons, recipe, pace, checkpoint, examine)
+        progress = train(student, lessons, course.recipe, pace, Checkpoint(folder.state, course.identify()), examine)
     except torch.OutOfMemoryError as error:
         raise RuntimeError(f"{error}; lower --batch-tokens, now {pace.batch_tokens}") from None
     figures = examine()
     save_taught(student, course, folder.unfinished)
     check_tokenizer(student.prompts, course.test.rows.readings[0], folder.unfinished)
-    training = Training(
-        course.base_name,
-        ["python", "-m", "jobs.teach", *sys.argv[1:]],
-        course.train.rows,
-        course.test.rows,
-        course.train.rows.compute_digest(),
-        recipe,
-        progress,
-        describe(student.device),
-        figures,
-        read_versions(),
+    (folder.unfinished / "README.md").write_text(
+        describe_training(student, course, progress, figures), encoding="utf-8"
     )
-    (folder.unfinished / "README.md").write_text(render_model_card(training), encoding="utf-8")
     folder.finish()
     log.info("written: %s", folder.output)
+
+
+def describe_training(student: Any, course: Course, progress: Any, figures: dict[str, float]) -> str:
+    """Write the model card of a finished training."""
+    from pipeline.training.card import Training, render_model_card
+    from pipeline.training.student import describe
+
+    arguments = sys.argv[1:]
+    return render_model_card(
+        Training(
+            course.base_name,
+            ["selfrag", *arguments] if arguments[:1] == ["teach"] else ["python", "-m", "jobs.teach", *arguments],
+            course.train.rows,
+            course.test.rows,
+            course.train.rows.compute_digest(),
+            EXAMINED,
+            course.recipe,
+            progress,
+            describe(student.device),
+            figures,
+            read_versions(),
+        )
+    )
+
+
+def check_start(course: Course, folder: TrainingFolder, resume: bool) -> Any:
+    """Check all that is cheap to check, prepare the folder, and return the base model's tokenizer.
+
+    Raises:
+        ValueError: the tokenizer cannot be loaded, or the folder holds another training or a finished one.
+    """
+    from pipeline.training.checkpoints import Checkpoint
+
+    tokenizer = course.load_tokenizer()
+    folder.begin(resume)
+    Checkpoint(folder.state, course.identify()).check()
+    return tokenizer
+
+
+def follow_adapter(recipe: Recipe, adapter: Path) -> Recipe:
+    """Return the recipe with the rank and the frozen layers of an earlier adapter, which cannot change.
+
+    Raises:
+        ValueError: the folder holds no LoRA adapter.
+    """
+    from pipeline.training.student import read_adapter
+
+    rank, frozen_layers = read_adapter(adapter)
+    return replace(recipe, rank=rank, frozen_layers=frozen_layers)
 
 
 def write_held_out(part: DataPart, encoder: str, file: Path) -> None:
@@ -252,12 +294,13 @@ def split_data(data: Path, readings: int, pairs: int, seed: int) -> tuple[DataPa
     Raises:
         ValueError: the data is wrong.
     """
-    train, test = read_data(data).split(held_out=0.03, seed=20231017)
+    rows = read_data(data)
+    train, test = rows.split(held_out=0.03, seed=20231017)
+    few = len({row.passage for row in test.readings}) < FEW_HELD_OUT
     if not train.instructions:
         log.warning("%s: no instructions, so the model learns to retrieve for every query", data)
-    return DataPart(sample_data(train, readings, pairs, seed), train), DataPart(
-        sample_data(test, HELD_OUT_ROWS, 100, 0), test
-    )
+    held_out = DataPart(sample_data(test, HELD_OUT_ROWS, 100, 0), rows if few else test)
+    return DataPart(sample_data(train, readings, pairs, seed), train), held_out
 
 
 def teach(
@@ -268,7 +311,9 @@ def teach(
         Path | None, typer.Option(help="Do not train; write the held-out part as a query set to this Parquet file.")
     ] = None,
     encoder: Annotated[str, typer.Option(help="Encoder that mines hard negatives: name, folder or 'demo'.")] = "demo",
-    adapter: Annotated[Path | None, typer.Option(help="Earlier adapter to continue from.")] = None,
+    adapter: Annotated[
+        Path | None, typer.Option(help="Earlier adapter to continue from, with its rank and layers.")
+    ] = None,
     full: Annotated[bool, typer.Option("--full", help="Train all weights instead of an adapter.")] = False,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue an interrupted training, if there is one.")
@@ -279,7 +324,9 @@ def teach(
     rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = Recipe.rank,
     learning_rate: Annotated[
         float | None,
-        typer.Option(help="Peak learning rate.", show_default=f"{Recipe.learning_rate}; {FULL_RATE} with --full"),
+        typer.Option(
+            min=1e-9, help="Peak learning rate.", show_default=f"{Recipe.learning_rate}; {FULL_RATE} with --full"
+        ),
     ] = None,
     longest_words: Annotated[
         int, typer.Option(min=40, help="Longest passage window, in words.")
@@ -312,13 +359,15 @@ def teach(
         full=full,
         rank=rank,
         frozen_layers=frozen_layers,
-        learning_rate=learning_rate or (FULL_RATE if full else Recipe.learning_rate),
+        learning_rate=learning_rate if learning_rate is not None else FULL_RATE if full else Recipe.learning_rate,
         longest_words=longest_words,
         seed=seed,
     )
     with checking():
         if full and adapter:
             raise ValueError("--full trains all weights, so it cannot continue from --adapter")
+        if adapter:
+            recipe = follow_adapter(recipe, adapter)
         train, test = split_data(data, readings, pairs, seed)
     if held_out is not None:
         with working():
@@ -326,8 +375,7 @@ def teach(
         return
     course, folder = Course(train, test, base, encoder, adapter, recipe), TrainingFolder(output)
     with checking():
-        tokenizer = course.load_tokenizer()
-        folder.begin(resume)
+        tokenizer = check_start(course, folder, resume)
     with working(resumable=resume):
         run_teaching(course, tokenizer, folder, batch_tokens, workers)
 

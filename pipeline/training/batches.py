@@ -46,14 +46,14 @@ class TreeBatch:
         return ((places <= rows) & (rows < self.ends[:, None, :]))[:, None]
 
 
-def group_trees(trees: Iterable[TokenTree], batch_tokens: int) -> Iterator[list[TokenTree]]:
-    """Group sequences of similar length in batches of at most ``batch_tokens`` tokens, padding included.
+def group_trees(trees: Iterable[TokenTree], batch_tokens: int, multiple: int = 1) -> Iterator[list[TokenTree]]:
+    """Group sequences of similar length in batches of at most ``batch_tokens`` tokens.
 
-    A longer sequence is a batch of its own.
+    They are padded to a multiple of ``multiple``, which counts. A longer sequence is a batch of its own.
     """
     batch: list[TokenTree] = []
     for tree in sorted(trees, key=len, reverse=True):
-        if batch and len(batch[0]) * (len(batch) + 1) > batch_tokens:
+        if batch and _round_up(len(batch[0]), multiple) * (len(batch) + 1) > batch_tokens:
             yield batch
             batch = []
         batch.append(tree)
@@ -63,7 +63,7 @@ def group_trees(trees: Iterable[TokenTree], batch_tokens: int) -> Iterator[list[
 
 def pad_trees(trees: Sequence[TokenTree], multiple: int = 1) -> TreeBatch:
     """Make a batch of sequences; its length is the longest one's, rounded up to a multiple of ``multiple``."""
-    length = -(-max(map(len, trees)) // multiple) * multiple
+    length = _round_up(max(map(len, trees)), multiple)
 
     def pad(rows: list[npt.NDArray[np.int64]], padding: npt.NDArray[np.int64]) -> torch.Tensor:
         return torch.from_numpy(np.stack([np.concatenate([row, padding[len(row) :]]) for row in rows]))
@@ -77,6 +77,10 @@ def pad_trees(trees: Sequence[TokenTree], multiple: int = 1) -> TreeBatch:
         torch.from_numpy(np.concatenate([tree.targets for tree in trees])),
         torch.from_numpy(np.concatenate([tree.weights for tree in trees])),
     )
+
+
+def _round_up(length: int, multiple: int) -> int:
+    return -(-length // multiple) * multiple
 
 
 def compute_logits(model: Any, batch: TreeBatch) -> torch.Tensor:

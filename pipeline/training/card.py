@@ -29,7 +29,8 @@ class Training:
         command: command line that trained the model.
         data: rows that it was trained on.
         held_out: rows that the figures are from.
-        digest: SHA-256, in hex, of all rows.
+        digest: SHA-256, in hex, of the rows that it was trained on.
+        examined: number of held-out trees that the figures are from.
         recipe: hyperparameters.
         progress: steps, tokens and time.
         device: description of the device.
@@ -42,6 +43,7 @@ class Training:
     data: TeachingData
     held_out: TeachingData
     digest: str
+    examined: int
     recipe: Recipe
     progress: TrainingProgress
     device: str
@@ -56,7 +58,7 @@ def render_model_card(training: Training) -> str:
     """
     front = ModelCardData(base_model=training.base, tags=["self-rag", "retrieval-augmented-generation"])
     held_out = training.held_out.counts
-    rows = {kind: f"{number:,} ({held_out[kind]:,} more held out)" for kind, number in training.data.counts.items()}
+    rows = {kind: f"{number:,}; for the figures: {held_out[kind]:,}" for kind, number in training.data.counts.items()}
     progress = training.progress
     figures = {NAMES[name]: f"{value:.3f}" for name, value in training.figures.items()}
     return f"""---
@@ -75,7 +77,7 @@ Serve it with `selfrag annotate --model FOLDER` or `python -m jobs.annotate --mo
 
 {_list_items(rows)}
 
-SHA-256 of the rows: `{training.digest}`
+SHA-256 of the rows that it was trained on: `{training.digest}`
 
 ## Recipe
 
@@ -86,7 +88,7 @@ SHA-256 of the rows: `{training.digest}`
 
 ## Figures
 
-On trees of held-out rows, with teacher forcing (each token is predicted from the right ones before it):
+On {training.examined} random trees of the held-out rows, each token predicted from the right ones before it:
 
 {_list_items(figures)}
 """

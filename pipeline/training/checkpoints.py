@@ -1,6 +1,7 @@
 """Keeps the state of a training in a file, from which an interrupted one goes on as if nothing had happened."""
 
 import logging
+import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -58,11 +59,11 @@ class Checkpoint:
         """Check that the file, if there is one, is of a training with the same settings.
 
         Raises:
-            ValueError: a setting differs; the message names the first one that does.
+            ValueError: a setting differs, which the message names, or the file is damaged.
         """
         if not self.file.exists():
             return
-        kept = self._load("cpu")["identity"]
+        kept = self._load("cpu", mmap=True)["identity"]
         for name in sorted({*kept, *self.identity}):
             if kept.get(name) != self.identity.get(name):
                 raise ValueError(
@@ -83,6 +84,9 @@ class Checkpoint:
         log.info("continuing after step %d", progress.steps)
         return progress
 
-    def _load(self, device: torch.device | str) -> dict[str, Any]:
-        state: dict[str, Any] = torch.load(self.file, map_location=device, weights_only=True)
+    def _load(self, device: torch.device | str, mmap: bool = False) -> dict[str, Any]:
+        try:
+            state: dict[str, Any] = torch.load(self.file, map_location=device, weights_only=True, mmap=mmap)
+        except (RuntimeError, EOFError, pickle.UnpicklingError) as error:
+            raise ValueError(f"{self.file}: cannot be read ({error}); remove it to begin anew") from None
         return state

@@ -26,6 +26,9 @@ import pyarrow.parquet as pq
 
 log = logging.getLogger(__name__)
 
+# Held-out passages below which their figures say little.
+FEW_HELD_OUT = 30
+
 T = TypeVar("T")
 Row = dict[str, Any]
 
@@ -41,7 +44,7 @@ class ReadingTriple:
 
     def is_answered(self) -> bool:
         """Whether there are a question, and an answer that stands word for word in the passage."""
-        return bool(self.question and self.answer) and self.answer in self.passage
+        return bool(self.question.strip() and self.answer.strip()) and self.answer in self.passage
 
 
 @dataclass(frozen=True)
@@ -107,6 +110,8 @@ class TeachingData:
             raise ValueError("the readings need at least two different passages, since some are held out")
         random.Random(seed).shuffle(passages)
         kept_out = set(passages[: max(1, int(len(passages) * held_out))])
+        if len(kept_out) < FEW_HELD_OUT:
+            log.warning("the figures say little: %d of %d passages are held out", len(kept_out), len(passages))
         cut = [int(len(rows) * held_out) for rows in (self.instructions, self.pairs, self.claims)]
         train = TeachingData(
             tuple(r for r in self.readings if r.passage not in kept_out),
@@ -168,7 +173,17 @@ def _read_rows(file: Path) -> list[Row]:
     with file.open(encoding="utf-8-sig", newline="") as lines:
         if file.suffix == ".csv":
             return list(csv.DictReader(lines))
-        return [json.loads(line) for line in lines if line.strip()]
+        return [_parse_line(line, number) for number, line in enumerate(lines, 1) if line.strip()]
+
+
+def _parse_line(line: str, number: int) -> Row:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise ValueError(f"line {number}: {error.msg} at character {error.pos + 1}") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"line {number} is not an object")
+    return row
 
 
 def _convert(file: Path, convert: Callable[[Row], T]) -> list[T]:
@@ -187,22 +202,39 @@ def _convert(file: Path, convert: Callable[[Row], T]) -> list[T]:
     return converted
 
 
+def _read_text(row: Row, name: str) -> str:
+    """Read a field that is a text, or a number as in the columns of a spreadsheet; a missing value is empty."""
+    value = row[name]
+    if value is None or isinstance(value, str):
+        return value or ""
+    if isinstance(value, int | float):
+        return str(value)
+    raise TypeError(f"{name} is {value!r}, not a text")
+
+
 def _to_reading(row: Row) -> ReadingTriple:
-    texts = (row["question"], row.get("title"), row["passage"], row["answer"])
-    return ReadingTriple(*(text or "" for text in texts))
+    title = _read_text(row, "title") if "title" in row else ""
+    return ReadingTriple(_read_text(row, "question"), title, _read_text(row, "passage"), _read_text(row, "answer"))
 
 
 def _to_instruction(row: Row) -> Instruction:
-    return Instruction(row["instruction"], row["output"], row.get("source", ""))
+    source = _read_text(row, "source") if "source" in row else ""
+    return Instruction(_read_text(row, "instruction"), _read_text(row, "output"), source)
 
 
 def _to_pair(row: Row) -> Pair:
-    return Pair(row["question"], row["answer_sentence"])
+    return Pair(_read_text(row, "question"), _read_text(row, "answer_sentence"))
 
 
 def _to_claims(row: Row) -> list[Claim]:
     """Convert a row to the claim with its first gold passage; a row without gold passages has no claim."""
     return [
-        Claim(row["question"], tuple(row["choices"]), row["answers"][0], passage["title"], passage["text"])
+        Claim(
+            _read_text(row, "question"),
+            tuple(row["choices"]),
+            row["answers"][0],
+            _read_text(passage, "title"),
+            _read_text(passage, "text"),
+        )
         for passage in row["gold_passages"][:1]
     ]

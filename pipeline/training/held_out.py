@@ -87,8 +87,9 @@ def _mix_passages(
             break
         # The question's own list may hold too few passages without the answer; later attempts draw from all passages.
         hard = 1.0 if attempt < 5 * PASSAGES else 0.0
-        other = _to_passage(*negatives.draw(question, answer, titled, rng, hard))
-        passages.setdefault(other["id"], other)
+        if (drawn := negatives.draw(question, answer, titled, rng, hard)) is not None:
+            other = _to_passage(*drawn)
+            passages.setdefault(other["id"], other)
     mixed = list(passages.values())
     rng.shuffle(mixed)
     return mixed

@@ -16,12 +16,14 @@ from torch.utils.data import DataLoader, Dataset
 
 from pipeline.training.data import Instruction, ReadingTriple, TeachingData
 from pipeline.training.rows import TreeBuilder
-from pipeline.training.trees import Branch, TokenTree, lay_out
+from pipeline.training.trees import LONGEST_TREE, Branch, TokenTree, lay_out
 
 # Shares of the kinds of trees. Reading has the largest, since answer spans are the hardest to learn.
 READING, PAIR, INSTRUCTION, TWO_SEGMENTS, CLAIM = 0.62, 0.06, 0.16, 0.08, 0.08
 # Shortest passage window, in words.
 SHORTEST_WORDS = 40
+# Trees drawn in a row that may be too long.
+MAX_DRAWS = 100
 # Trees that a process builds at a time; each is sent at little cost.
 TREES_PER_BLOCK = 16
 
@@ -30,27 +32,36 @@ TREES_PER_BLOCK = 16
 class Lessons:
     """The training trees by number, without end.
 
-    Passages of readings are cut to windows of a random length. Evidence of claims is not cut, nor is a passage that two
-    segments share. Kinds without data are left out.
+    Passages of readings are cut to windows of a random length; the evidence of claims is not cut. Kinds without data
+    are left out, and so are trees that are too long or too deep.
 
     Attributes:
         builder: builder of the trees.
         data: rows to build trees from.
         longest_words: longest passage window, in words.
         seed: seed of all trees.
+        max_positions: maximum ancestors of a token and itself, for which the model has positions.
     """
 
     builder: TreeBuilder
     data: TeachingData
     longest_words: int
     seed: int
+    max_positions: int = LONGEST_TREE
 
     def __getitem__(self, number: int) -> TokenTree:
-        return lay_out(self.build_tree(number))
-
-    def build_tree(self, number: int) -> Branch:
-        """Build the tree of that number."""
         rng = random.Random(f"{self.seed} {number}")
+        for _ in range(MAX_DRAWS):
+            root = self.build_tree(rng)
+            if len(root) <= LONGEST_TREE and (tree := lay_out(root)).positions.max() < self.max_positions:
+                return tree
+        raise ValueError(
+            f"{MAX_DRAWS} training trees in a row are longer than {LONGEST_TREE} tokens or the model's "
+            f"{self.max_positions} positions; shorten questions and evidence, or lower --longest-words"
+        )
+
+    def build_tree(self, rng: random.Random) -> Branch:
+        """Build a random tree."""
         words = rng.randint(SHORTEST_WORDS, self.longest_words)
         data, builder = self.data, self.builder
         kind = rng.choices(range(5), self._shares)[0]

@@ -22,14 +22,14 @@ class HeldOut:
     """Predictions of a model on held-out trees.
 
     Attributes:
-        decisions: for each tree, whether the right retrieval token is the most probable one at the start.
+        decisions: for each tree, whether it should retrieve, and whether the model decides so at the start.
         answers: for each answer, whether greedy decoding writes all of its tokens.
         relevance: for each IsRel target, whether it is ``[Relevant]``, and the model's log-odds of it.
         support: for each IsSup target, whether it is ``[Fully supported]``, and the model's log-odds of it against
             ``[No support / Contradictory]``.
     """
 
-    decisions: list[bool] = field(default_factory=list)
+    decisions: list[tuple[bool, bool]] = field(default_factory=list)
     answers: list[bool] = field(default_factory=list)
     relevance: list[tuple[bool, float]] = field(default_factory=list)
     support: list[tuple[bool, float]] = field(default_factory=list)
@@ -37,10 +37,15 @@ class HeldOut:
     def summarize(self) -> dict[str, float]:
         """Compute the figures that the trees allow.
 
-        These are the decision accuracy, the share of answers that greedy decoding gets right, and two ROC AUCs, each of
-        which needs targets of both kinds.
+        These are the decision accuracy, the share of answers that greedy decoding gets right, and two ROC AUCs. All but
+        the answers need targets of both kinds.
         """
-        figures = {"decision_accuracy": _compute_share(self.decisions), "answer_exact": _compute_share(self.answers)}
+        right = [wanted == decided for wanted, decided in self.decisions]
+        both = len({wanted for wanted, _ in self.decisions}) == 2
+        figures = {
+            "decision_accuracy": _compute_share(right) if both else None,
+            "answer_exact": _compute_share(self.answers),
+        }
         figures |= {"isrel_auc": _compute_auc(self.relevance), "issup_auc": _compute_auc(self.support)}
         return {name: value for name, value in figures.items() if value is not None}
 
@@ -64,15 +69,13 @@ def measure_held_out(student: Student, trees: Sequence[TokenTree], batch_tokens:
         batch_tokens: maximum tokens of a batch, padding included.
     """
     held_out = HeldOut()
-    student.model.eval()
-    for batch in group_trees(trees, batch_tokens):
+    for batch in group_trees(trees, batch_tokens, student.multiple):
         with torch.no_grad(), student.choose_precision():
             logits = compute_logits(student.model, student.load_batch(batch))
             logprobs = torch.log_softmax(logits, -1).cpu().numpy()
         ends = np.cumsum([len(tree.targets) for tree in batch])
         for tree, rows in zip(batch, np.split(logprobs, ends[:-1]), strict=True):
             read_predictions(held_out, tree, rows, student.prompts)
-    student.model.train()
     return held_out
 
 
@@ -93,7 +96,8 @@ def read_predictions(held_out: HeldOut, tree: TokenTree, logprobs: Logprobs, pro
     for n, target in enumerate(tree.targets.tolist()):
         row = logprobs[n]
         if target in retrieve and n == 0:
-            held_out.decisions.append(retrieve[int(row[list(retrieve)].argmax())] == target)
+            decided = retrieve[int(row[list(retrieve)].argmax())]
+            held_out.decisions.append((target == ids[Retrieve.YES], decided == ids[Retrieve.YES]))
         elif target in relevance:
             odds = float(row[ids[IsRel.RELEVANT]] - row[ids[IsRel.IRRELEVANT]])
             held_out.relevance.append((target == ids[IsRel.RELEVANT], odds))

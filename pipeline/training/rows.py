@@ -48,12 +48,13 @@ class Negatives:
     by_question: dict[str, list[tuple[str, str]]]
     everywhere: Sequence[tuple[str, str]]
 
-    def draw(self, question: str, answer: str, titled: bool, rng: random.Random, hard: float = 0.8) -> tuple[str, str]:
+    def draw(
+        self, question: str, answer: str, titled: bool, rng: random.Random, hard: float = 0.8
+    ) -> tuple[str, str] | None:
         """Draw a passage without the answer: from the question's list with probability ``hard``, else from all.
 
         Also draws from all passages if no passage of the list fits. The passage has a title if and only if ``titled``,
-        since otherwise the title would reveal which passage is wrong. If 30 draws find no such passage, any passage is
-        returned.
+        since otherwise the title would reveal which passage is wrong. None if 30 draws find no such passage.
         """
         ranked = self.by_question.get(question, []) if rng.random() < hard else []
         fitting = [p for p in ranked if bool(p[0]) == titled and answer.casefold() not in p[1].casefold()]
@@ -63,7 +64,7 @@ class Negatives:
             title, text = rng.choice(self.everywhere)
             if bool(title) == titled and answer.casefold() not in text.casefold():
                 return title, text
-        return rng.choice(self.everywhere)
+        return None
 
 
 def cut_window(text: str, words: int, rng: random.Random, around: str = "") -> str:
@@ -80,6 +81,13 @@ def cut_window(text: str, words: int, rng: random.Random, around: str = "") -> s
     begin = rng.randint(min(low, high), max(low, high)) if high >= low else low
     stop = min(len(spans), max(begin + words, last + 1))
     return text[spans[begin][0] : spans[stop - 1][1]]
+
+
+def find_span(text: str, *parts: str) -> str:
+    """Find the shortest span of a text with the first occurrence of each part."""
+    starts = [text.find(part) for part in parts]
+    ends = [start + len(part) for start, part in zip(starts, parts, strict=True)]
+    return text[min(starts) : max(ends)]
 
 
 def draw_wrong_span(passage: str, answer: str, rng: random.Random) -> str:
@@ -172,26 +180,30 @@ class TreeBuilder:
             answers.append(self._build_judged(" and ".join(both), IsSup.PARTIALLY, IsUse.THREE))
         passages = [self._build_passage(row.title, text).with_children(*answers)]
         distractors = rng.choices((0, 1, 2), (0.35, 0.40, 0.25))[0]
-        passages += [self._build_distractor(row, words, rng) for _ in range(distractors)]
-        return self._build_question(row.question).with_children(*passages)
+        wrong_passages = [self._build_distractor(row, words, rng) for _ in range(distractors)]
+        return self._build_question(row.question).with_children(*passages, *filter(None, wrong_passages))
 
-    def _build_distractor(self, row: ReadingTriple, words: int, rng: random.Random) -> Branch:
-        """Build a passage without the answer: the longest part of the gold one without it, or a drawn one."""
+    def _build_distractor(self, row: ReadingTriple, words: int, rng: random.Random) -> Branch | None:
+        """Build a passage without the answer: the longest part of the gold one without it, or a drawn one.
+
+        None if there is no such passage.
+        """
         rest = max(row.passage.split(row.answer), key=len)
         clean = row.answer.casefold() not in rest.casefold()
         if clean and len(rest.split()) >= 35 and rng.random() < 0.25:
             return self._build_wrong_passage(row.title, cut_window(rest.strip(), words, rng), row.answer, rng)
-        title, text = self.negatives.draw(row.question, row.answer, bool(row.title), rng)
+        drawn = self.negatives.draw(row.question, row.answer, bool(row.title), rng)
+        if drawn is None:
+            return None
+        title, text = drawn
         return self._build_wrong_passage(title, cut_window(text, words, rng), row.answer, rng)
 
     def build_pair(self, row: Pair, rng: random.Random) -> Branch:
         """Build a question with a sentence that answers it and two that do not; trains only the decision and IsRel."""
         right = self._build_passage("", row.sentence) + self._build_control(self.weights.relevance, IsRel.RELEVANT)
-        wrong = [
-            self._build_passage("", self.negatives.draw(row.question, row.sentence, False, rng)[1])
-            + self._build_control(self.weights.relevance, IsRel.IRRELEVANT)
-            for _ in range(2)
-        ]
+        drawn = [self.negatives.draw(row.question, row.sentence, False, rng) for _ in range(2)]
+        irrelevant = self._build_control(self.weights.relevance, IsRel.IRRELEVANT)
+        wrong = [self._build_passage(title, text) + irrelevant for title, text in filter(None, drawn)]
         return self._build_question(row.question).with_children(right, *wrong)
 
     def build_instruction(self, row: Instruction) -> Branch:
@@ -204,12 +216,18 @@ class TreeBuilder:
         return start + make_taught(output, self.weights.output) + self._build_end(IsUse.FIVE)
 
     def build_two_segments(self, first: ReadingTriple, second: ReadingTriple, words: int, rng: random.Random) -> Branch:
-        """Build two questions in one prompt; the second answer continues with the passage, or retrieves another."""
+        """Build two questions in one prompt; the second answer continues with the passage, or retrieves another.
+
+        It continues if both questions are about the same passage, and both answers fit in a window of it.
+        """
         start = self._build_question(f"{first.question} {second.question}")
         relevant = self._build_control(self.weights.relevance, IsRel.RELEVANT)
         answers = [self._build_supported(row.answer, self.weights.text) for row in (first, second)]
-        shared = first.passage == second.passage
-        text = first.passage if shared else cut_window(first.passage, words, rng, around=first.answer)
+        around = first.answer
+        if first.passage == second.passage:
+            around = find_span(first.passage, first.answer, second.answer)
+        shared = first.passage == second.passage and len(around.split()) <= words
+        text = cut_window(first.passage, words, rng, around=around if shared else first.answer)
         head = start + self._build_passage(first.title, text) + relevant + answers[0]
         boundary = self._build_control(self.weights.critique, Retrieve.CONTINUE if shared else Retrieve.YES)
         if not shared:

@@ -13,14 +13,19 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM
+from transformers.pytorch_utils import Conv1D
 
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection import CONTROL_TOKENS
-from pipeline.training.batches import TreeBatch, pad_trees
+from pipeline.training.batches import TreeBatch, compute_logits, pad_trees
 from pipeline.training.recipe import Recipe
-from pipeline.training.trees import TokenTree
+from pipeline.training.trees import LONGEST_TREE, TokenTree, lay_out, make_given, make_taught
 
 log = logging.getLogger(__name__)
+
+# Largest difference that rounding to bfloat16 may make, as a share of the largest logit; branches that are mixed
+# differ by as much as the logits themselves.
+BRANCH_TOLERANCE = 0.2
 
 
 @dataclass(frozen=True)
@@ -31,6 +36,9 @@ class Student:
         model: causal language model, with an adapter unless all its weights are trained.
         prompts: its tokenizer with the control tokens.
         device: where it is trained.
+
+    The model stays in evaluation mode also in training: without dropout, a batch has the loss of its trees, and an
+    interrupted training goes on as it would have.
     """
 
     model: Any
@@ -50,7 +58,8 @@ class Student:
             adapter: folder of an earlier adapter to continue from.
 
         Raises:
-            ValueError: the tokenizer has no end-of-sequence token, or the model has too few layers.
+            ValueError: the tokenizer has no end-of-sequence token, the model has too few layers, or it cannot be
+                trained on trees.
         """
         torch.manual_seed(recipe.seed)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
@@ -64,7 +73,8 @@ class Student:
             )
         add_control_tokens(model, tokenizer)
         model = free_all(model, recipe) if recipe.full else attach_adapter(model, tokenizer, recipe, adapter)
-        student = cls(model.to(device), PromptTokenizer.of(tokenizer, base), device)
+        student = cls(model.to(device).eval(), PromptTokenizer.of(tokenizer, base), device)
+        student.check_branches(base)
         trained = sum(weight.numel() for weight in student.trainable.values())
         log.info("%s: %s weights are trained on %s", base, f"{trained:,}", describe(device))
         return student
@@ -74,9 +84,36 @@ class Student:
         """The weights that are trained, by name."""
         return {name: weight for name, weight in self.model.named_parameters() if weight.requires_grad}
 
+    @property
+    def multiple(self) -> int:
+        """Number whose multiples are the lengths of batches; a GPU gets few of them, so that it tunes few shapes."""
+        return 64 if self.device.type == "cuda" else 1
+
+    @property
+    def max_positions(self) -> int:
+        """Maximum number of tokens that the model has positions for; that of the longest trees if it says none."""
+        return int(getattr(self.model.config, "max_position_embeddings", None) or LONGEST_TREE)
+
     def load_batch(self, trees: Sequence[TokenTree]) -> TreeBatch:
-        """Make a batch of sequences on the model's device; a GPU gets few shapes, so that it tunes few."""
-        return pad_trees(trees, 64 if self.device.type == "cuda" else 1).to(self.device)
+        """Make a batch of sequences on the model's device."""
+        return pad_trees(trees, self.multiple).to(self.device)
+
+    def check_branches(self, base: str) -> None:
+        """Check that the branches of a tree do not see each other.
+
+        They do in models whose layers mix tokens otherwise than by attention, such as state-space models.
+
+        Raises:
+            ValueError: they do.
+        """
+        start, *ends = ([7, 8, 9], [10, 11, 12, 13], [14, 15, 16])
+        branches = [make_taught(end, 1.0) for end in ends]
+        tree = lay_out(make_given(start).with_children(*branches))
+        paths = [lay_out(make_given(start).with_children(branch)) for branch in branches]
+        with torch.no_grad(), self.choose_precision():
+            whole, alone = (compute_logits(self.model, self.load_batch(trees)) for trees in ([tree], paths))
+        if (whole - alone).abs().max() > BRANCH_TOLERANCE * alone.abs().max():
+            raise ValueError(f"model {base}: {type(self.model).__name__} cannot be trained on trees: it mixes branches")
 
     def choose_precision(self) -> AbstractContextManager[None]:
         """Return the context to compute in: bfloat16 on a GPU that has it, otherwise float32."""
@@ -98,9 +135,18 @@ def describe(device: torch.device) -> str:
 def load_base(base: str, dtype: torch.dtype) -> Any:
     """Load a causal language model; its embeddings are in float32, since those of the control tokens are trained."""
     model: Any = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, attn_implementation="sdpa")
+    repair_generation(model.generation_config)
     model.get_input_embeddings().float()
     model.get_output_embeddings().float()
     return model
+
+
+def repair_generation(generation: Any) -> None:
+    """Let settings of sampling imply sampling, without which transformers refuses to save them."""
+    try:
+        generation.validate(strict=True)
+    except ValueError:
+        generation.do_sample = True
 
 
 def add_control_tokens(model: Any, tokenizer: Any) -> None:
@@ -138,7 +184,8 @@ def are_tied(model: Any) -> bool:
 def list_linear_layers(model: Any) -> list[str]:
     """List the names of the linear layers of a model's blocks, without the output layer."""
     output = model.get_output_embeddings()
-    linear = (name for name, module in model.named_modules() if isinstance(module, nn.Linear) and module is not output)
+    kinds = (nn.Linear, Conv1D)
+    linear = (name for name, module in model.named_modules() if isinstance(module, kinds) and module is not output)
     return sorted({name.rpartition(".")[2] for name in linear})
 
 
@@ -189,6 +236,19 @@ def stop_at_embeddings(model: Any) -> None:
     They are trained as outputs, and the inputs change along; untied ones would stay as they are.
     """
     model.get_input_embeddings().register_forward_hook(lambda _module, _args, output: output.detach())
+
+
+def read_adapter(adapter: Path) -> tuple[int, int]:
+    """Return the rank of an adapter, and the number of lowest layers without it.
+
+    Raises:
+        ValueError: the folder holds no LoRA adapter.
+    """
+    if not (adapter / "adapter_config.json").is_file():
+        raise ValueError(f"{adapter}: no LoRA adapter, since it has no adapter_config.json")
+    config = LoraConfig.from_pretrained(str(adapter))
+    layers = config.layers_to_transform
+    return config.r, min(layers) if isinstance(layers, list) else 0
 
 
 def save_adapter(model: PeftModel, base: str, output: Path) -> None:

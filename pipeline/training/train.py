@@ -55,16 +55,22 @@ def choose_pace(device: torch.device, batch_tokens: int | None, workers: int | N
 def take_step(
     student: Student, trees: Sequence[TokenTree], optimizer: torch.optim.Optimizer, batch_tokens: int
 ) -> float:
-    """Take one optimizer step and return the weighted mean loss of the trees' predictions."""
+    """Take one optimizer step and return the weighted mean loss of the trees' predictions.
+
+    Raises:
+        RuntimeError: the gradients are not finite, so the step would ruin the weights.
+    """
     weight = sum(float(tree.weights.sum()) for tree in trees)
     sequences = pack_trees(trees, min(SEQUENCE_TOKENS, batch_tokens))
     total = torch.zeros((), device=student.device)
-    for batch in group_trees(sequences, batch_tokens):
+    for batch in group_trees(sequences, batch_tokens, student.multiple):
         with student.choose_precision():
             share = compute_loss(student.model, student.load_batch(batch)) / weight
         share.backward()  # type: ignore[no-untyped-call]
         total += share.detach()
-    torch.nn.utils.clip_grad_norm_(list(student.trainable.values()), 1.0)
+    norm = torch.nn.utils.clip_grad_norm_(list(student.trainable.values()), 1.0)
+    if not norm.isfinite():
+        raise RuntimeError("the training has diverged: its gradients are not finite; lower --learning-rate")
     optimizer.step()
     optimizer.zero_grad()
     return float(total)
@@ -73,8 +79,9 @@ def take_step(
 def draw_trees(trees: Iterator[TokenTree], tokens: int) -> list[TokenTree]:
     """Take trees until they have at least so many tokens."""
     drawn: list[TokenTree] = []
-    while sum(map(len, drawn)) < tokens:
+    while tokens > 0:
         drawn.append(next(trees))
+        tokens -= len(drawn[-1])
     return drawn
 
 
@@ -102,7 +109,6 @@ def train(
     progress = checkpoint.restore(student, optimizer)
     saved = logged = progress.seconds
     trees = stream_lessons(lessons, progress.trees, pace.workers)
-    student.model.train()
     while (done := recipe.compute_done(progress.tokens, progress.seconds)) < 1.0:
         started = time.monotonic()
         for group in optimizer.param_groups:

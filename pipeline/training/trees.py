@@ -12,6 +12,9 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 import numpy.typing as npt
 
+# Maximum tokens of a tree in training: its attention mask takes the square of it.
+LONGEST_TREE = 4_096
+
 
 @dataclass(frozen=True)
 class Branch:

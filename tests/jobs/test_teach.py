@@ -2,6 +2,8 @@
 
 import csv
 import json
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -58,7 +60,7 @@ def test_output_is_a_model_folder_with_its_adapter_and_card(taught: Path, base: 
     PromptTokenizer.of(load_tokenizer(ModelConfig(name=str(taught))), "taught")
     card = (taught / "README.md").read_text()
     assert f"base_model: {base}" in card
-    assert "- readings: 11 (1 more held out)" in card
+    assert "- readings: 11; for the figures: 1" in card
     assert "- step_tokens: 300" in card
     assert not list(taught.parent.glob("*unfinished*"))
     assert not list(taught.rglob("*.pt"))
@@ -94,6 +96,16 @@ def test_interrupted_training_continues(
     assert ours.read_bytes() == theirs.read_bytes()
 
 
+def test_training_continues_from_an_adapter_of_its_rank(
+    base: Path, triples: Path, taught: Path, tmp_path: Path
+) -> None:
+    more = ["--adapter", taught / "adapter", "--tokens", "300", "--step-tokens", "300", "--rank", "9", "--workers", "1"]
+    result = run("--data", triples, "--base", base, "--output", tmp_path / "model", *more)
+    assert result.exit_code == 0, result.output
+    assert "- rank: 2\n" in (tmp_path / "model" / "README.md").read_text()
+    assert json.loads((tmp_path / "model" / "adapter" / "adapter_config.json").read_text())["r"] == 2
+
+
 def test_all_weights_are_trained_on_request(base: Path, triples: Path, tmp_path: Path) -> None:
     result = run("--data", triples, "--base", base, "--output", tmp_path / "model", "--full", *SMALL)
     assert result.exit_code == 0, result.output
@@ -113,7 +125,8 @@ def test_held_out_rows_are_a_query_set(triples: Path, tmp_path: Path) -> None:
     [
         (["--data", "missing"], "missing: not found; --data is a file of readings or a folder with rc.jsonl"),
         (["--full", "--adapter", "some"], "--full trains all weights, so it cannot continue from --adapter"),
-        (["--base", "."], "model .: its tokenizer cannot be loaded"),
+        (["--adapter", "nowhere"], "nowhere: no LoRA adapter"),
+        (["--base", "."], ": its tokenizer cannot be loaded: "),
     ],
 )
 def test_wrong_options_are_one_line(triples: Path, tmp_path: Path, options: list[str], message: str) -> None:
@@ -122,3 +135,28 @@ def test_wrong_options_are_one_line(triples: Path, tmp_path: Path, options: list
     assert message in result.output
     assert "Traceback" not in result.output
     assert not list(tmp_path.iterdir())
+
+
+def test_card_names_the_command_as_it_was_given(
+    base: Path, triples: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    arguments = ["--data", str(triples), "--base", str(base), "--output", str(tmp_path / "model"), *SMALL, "--full"]
+    monkeypatch.setattr("sys.argv", ["/venv/bin/selfrag", "teach", *arguments])
+    assert run(*arguments).exit_code == 0
+    assert f"selfrag teach --data {triples}" in (tmp_path / "model" / "README.md").read_text()
+
+
+@pytest.mark.slow
+def test_taught_model_annotates(triples: Path, tmp_path: Path) -> None:
+    """From the file to answers, as infra/TEACHING.md shows it, with the real engine and a model that learned little."""
+    model, rows = tmp_path / "model", tmp_path / "rows.parquet"
+    assert run("--data", triples, "--output", model, "--tokens", "1500", "--step-tokens", "500").exit_code == 0
+    assert run("--data", triples, "--held-out", rows).exit_code == 0
+    command = ["--queries", str(rows), "--output", str(tmp_path / "out"), "--model", str(model)]
+    command += ["--set", "decoding.max_tokens=20"]
+    subprocess.run(
+        [sys.executable, "-m", "jobs.annotate", *command, "--set", "decoding.mode=always"], check=True, timeout=500
+    )
+    (answer,) = pq.read_table(tmp_path / "out" / "data").to_pylist()
+    assert answer["answer"]
+    assert answer["passages"][0]["text"].startswith("The book number")

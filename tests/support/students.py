@@ -16,14 +16,17 @@ from pipeline.training.trees import TokenTree, lay_out, make_given, make_taught
 RECIPE = Recipe(tokens=6_000, step_tokens=100, rank=4, frozen_layers=1, learning_rate=0.03)
 
 
-def write_base(folder: Path, tokenizer: Any = None, shard_size: str = "5GB", **settings: Any) -> Path:
+def write_base(
+    folder: Path, tokenizer: Any = None, shard_size: str = "5GB", kind: Any = LlamaConfig, **settings: Any
+) -> Path:
     """Write a model of three layers without control tokens, with the embedded model's tokenizer by default."""
     tokenizer = tokenizer or AutoTokenizer.from_pretrained(build_demo_base_model())
     torch.manual_seed(0)
     sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 2}
     defaults = {"vocab_size": len(tokenizer), "tie_word_embeddings": True, **sizes}
-    config = LlamaConfig(**{**defaults, **settings})
-    AutoModelForCausalLM.from_config(config).save_pretrained(folder, max_shard_size=shard_size)
+    AutoModelForCausalLM.from_config(kind(**{**defaults, **settings})).save_pretrained(
+        folder, max_shard_size=shard_size
+    )
     tokenizer.save_pretrained(folder)
     return folder
 

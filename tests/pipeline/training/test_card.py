@@ -14,6 +14,7 @@ TRAINING = Training(
     data=TeachingData((READING,) * 1_234, (Instruction("i", "o"),)),
     held_out=TeachingData((READING,) * 5),
     digest="abc123",
+    examined=90,
     recipe=Recipe(rank=8),
     progress=TrainingProgress(steps=70, trees=900, tokens=123_456, seconds=90.0),
     device="2 CPU threads",
@@ -25,12 +26,13 @@ TRAINING = Training(
 def test_card_tells_data_recipe_and_figures() -> None:
     card = render_model_card(TRAINING)
     for line in (
-        "- readings: 1,234 (5 more held out)",
-        "- instructions: 1 (0 more held out)",
-        "SHA-256 of the rows: `abc123`",
+        "- readings: 1,234; for the figures: 5",
+        "- instructions: 1; for the figures: 0",
+        "SHA-256 of the rows that it was trained on: `abc123`",
         "- rank: 8",
         "70 steps, 123,456 tokens, 1.5 minutes on 2 CPU threads",
         "(torch 2.13.0).",
+        "On 90 random trees of the held-out rows, each token predicted from the right ones before it:",
         "- decision right (retrieve or not): 0.988",
         "python -m jobs.teach --data 'my rows.csv'",
     ):

@@ -45,3 +45,6 @@ def test_state_of_other_settings_is_refused(student: Student, tmp_path: Path) ->
     Checkpoint(file, {"rank": 16, "seed": 1}).check()
     with pytest.raises(ValueError, match="began with rank 16, not 32"):
         Checkpoint(file, {"rank": 32, "seed": 2}).check()
+    file.write_bytes(file.read_bytes()[:1_000])
+    with pytest.raises(ValueError, match=r"state\.pt: cannot be read"):
+        Checkpoint(file, {"rank": 16, "seed": 1}).check()

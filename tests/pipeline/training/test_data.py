@@ -81,7 +81,13 @@ def test_rows_whose_answer_is_not_in_the_passage_are_left_out_with_a_warning(
     [
         ("mine.csv", "question,passage\nq?,p\n", "mine.csv: row 1 lacks the field 'answer'"),
         ("mine.csv", "question,passage,answer\n", "mine.csv: no row has a question and an answer"),
-        ("mine.jsonl", '{"question": \n', "mine.jsonl: cannot be read: "),
+        ("mine.jsonl", '{}\n\n{"question": \n', "mine.jsonl: cannot be read: line 3: Expecting value"),
+        ("mine.jsonl", "[1]\n", "mine.jsonl: cannot be read: line 1 is not an object"),
+        (
+            "mine.jsonl",
+            '{"question": "q?", "passage": "p", "answer": ["p"]}',
+            "row 1 has a wrong field: answer is ['p']",
+        ),
         ("mine.parquet", "no Parquet", "mine.parquet: cannot be read: "),
         ("mine.csv", 'question,passage,answer\nq?,"' + 140_000 * "x" + '",x\n', "mine.csv: cannot be read: "),
     ],
@@ -90,6 +96,12 @@ def test_wrong_files_are_named(tmp_path: Path, name: str, content: str, message:
     (tmp_path / name).write_text(content)
     with pytest.raises(ValueError, match=re.escape(message)):
         read_data(tmp_path / name)
+
+
+def test_numbers_are_texts_and_blanks_are_no_answers(tmp_path: Path) -> None:
+    rows: list[dict[str, Any]] = [{"question": 7, "passage": "In 1066 it was.", "answer": 1066}]
+    write(tmp_path / "mine.jsonl", *rows, {**rows[0], "answer": " "}, {**rows[0], "question": None})
+    assert read_data(tmp_path / "mine.jsonl").readings == (ReadingTriple("7", "", "In 1066 it was.", "1066"),)
 
 
 def test_wrong_field_is_named(tmp_path: Path) -> None:

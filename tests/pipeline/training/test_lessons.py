@@ -1,3 +1,4 @@
+import random
 import re
 from itertools import islice
 from pathlib import Path
@@ -38,9 +39,10 @@ def are_equal(first: TokenTree, second: TokenTree) -> bool:
 
 def test_a_tree_depends_on_the_seed_and_its_number_alone(builder: TreeBuilder) -> None:
     lessons = Lessons(builder, ALL, 60, seed=3)
-    backwards = [lessons.build_tree(n) for n in reversed(range(30))][::-1]
-    assert backwards == [Lessons(builder, ALL, 60, seed=3).build_tree(n) for n in range(30)]
-    assert backwards != [Lessons(builder, ALL, 60, seed=4).build_tree(n) for n in range(30)]
+    backwards = [lessons[n] for n in reversed(range(30))][::-1]
+    again, other = (Lessons(builder, ALL, 60, seed=seed) for seed in (3, 4))
+    assert all(are_equal(tree, again[n]) for n, tree in enumerate(backwards))
+    assert not all(are_equal(tree, other[n]) for n, tree in enumerate(backwards))
 
 
 def test_any_number_of_processes_yields_the_same_trees(tmp_path: Path) -> None:
@@ -56,14 +58,16 @@ def test_any_number_of_processes_yields_the_same_trees(tmp_path: Path) -> None:
 
 def test_kinds_without_data_are_left_out(builder: TreeBuilder) -> None:
     lessons = Lessons(builder, TeachingData((ROLLO, PARIS, SEINE)), 60, seed=0)
-    written = " ".join(write_out(builder, lessons.build_tree(n)) for n in range(200))
+    written = " ".join(write_out(builder, lessons.build_tree(random.Random(n))) for n in range(200))
     assert Retrieve.NO not in written
     assert Retrieve.CONTINUE in written
     assert not re.search("claim", written)
 
 
 def test_all_kinds_of_data_are_used(builder: TreeBuilder) -> None:
-    written = " ".join(write_out(builder, Lessons(builder, ALL, 60, seed=0).build_tree(n)) for n in range(200))
+    written = " ".join(
+        write_out(builder, Lessons(builder, ALL, 60, seed=0).build_tree(random.Random(n))) for n in range(200)
+    )
     assert all(part in written for part in (Retrieve.NO, Retrieve.CONTINUE, "claim", "q?", "Rollo", "capital"))
 
 
@@ -73,7 +77,7 @@ def test_windows_are_at_most_as_long_as_configured(builder: TreeBuilder) -> None
     lengths = {
         len(passage.ids) - 2
         for n in range(200)
-        for passage in Lessons(builder, data, 50, seed=0).build_tree(n).children
+        for passage in Lessons(builder, data, 50, seed=0).build_tree(random.Random(n)).children
         if "w250" in builder.tokenizer.decode(list(passage.ids))
     }
     assert lengths == set(range(40, 51))
@@ -82,7 +86,17 @@ def test_windows_are_at_most_as_long_as_configured(builder: TreeBuilder) -> None
 def test_sources_of_instructions_are_drawn_evenly(builder: TreeBuilder) -> None:
     many = tuple(Instruction(f"sum {n}", "two", "sums") for n in range(50))
     lessons = Lessons(builder, TeachingData((ROLLO,), (*many, Instruction("poem", "roses", "poems"))), 60, seed=0)
-    texts = [write_out(builder, lessons.build_tree(n)) for n in range(1000)]
+    texts = [write_out(builder, lessons.build_tree(random.Random(n))) for n in range(1000)]
     poems, sums = (sum(f"### Instruction: {word} " in text for text in texts) for word in ("poem", "sum"))
     assert poems + sums > 100
     assert poems == pytest.approx(sums, rel=0.3)
+
+
+def test_trees_that_are_too_long_or_too_deep_are_left_out(builder: TreeBuilder) -> None:
+    long = Claim("word " * 5_000, ("SUPPORTS", "REFUTES"), "SUPPORTS", "Rollo", "A Norse leader.")
+    data = TeachingData((ROLLO, PARIS), claims=(long,))
+    assert max(len(Lessons(builder, data, 60, seed=0)[n]) for n in range(100)) < 200
+    deepest = max(int(Lessons(builder, ALL, 60, seed=0, max_positions=40)[n].positions.max()) for n in range(100))
+    assert 30 < deepest < 40
+    with pytest.raises(ValueError, match="100 training trees in a row are longer than"):
+        Lessons(builder, ALL, 60, seed=0, max_positions=5)[0]

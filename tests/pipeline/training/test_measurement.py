@@ -18,7 +18,7 @@ def prompts() -> PromptTokenizer:
 
 def test_figures_match_a_worked_example() -> None:
     held_out = HeldOut(
-        decisions=[True, True, False, True],
+        decisions=[(True, True), (True, True), (True, False), (False, False)],
         answers=[True, False],
         relevance=[(True, 2.0), (False, 1.0), (True, 0.5), (False, -1.0)],
         support=[(True, 1.0), (False, 0.0)],
@@ -34,7 +34,7 @@ def test_figures_match_a_worked_example() -> None:
 
 def test_figures_that_nothing_was_measured_for_are_left_out() -> None:
     assert HeldOut().summarize() == {}
-    assert HeldOut(decisions=[True], relevance=[(True, 1.0), (True, 2.0)]).summarize() == {"decision_accuracy": 1.0}
+    assert HeldOut([(True, True)], [True], [(True, 1.0), (True, 2.0)]).summarize() == {"answer_exact": 1.0}
 
 
 def test_predictions_are_read_by_their_role(prompts: PromptTokenizer) -> None:
@@ -52,7 +52,7 @@ def test_predictions_are_read_by_their_role(prompts: PromptTokenizer) -> None:
         logprobs[n, target] = -0.5
     held_out = HeldOut()
     read_predictions(held_out, tree, logprobs, prompts)
-    assert held_out.decisions == [True]
+    assert held_out.decisions == [(True, True)]
     assert held_out.answers == [True]  # the guess and the end are no answers
     assert held_out.relevance == [(True, 8.5), (False, -8.5)]
     assert held_out.support == [(True, 8.5)]
@@ -68,4 +68,3 @@ def test_batches_change_no_figure(tmp_path: Path) -> None:
     assert sorted(together.decisions) == sorted(alone.decisions)
     assert len(together.relevance) == 9
     assert np.allclose(sorted(odds for _, odds in together.relevance), sorted(o for _, o in alone.relevance), atol=1e-5)
-    assert student.model.training

@@ -103,6 +103,7 @@ def test_hard_negatives_lack_the_answer_and_match_in_having_a_title() -> None:
     assert negatives.draw("q", "Rollo", False, random.Random(0), hard=1.0) == ("", "no title")
     anywhere = {negatives.draw("q", "Rollo", True, random.Random(seed), hard=0.0) for seed in range(20)}
     assert anywhere == {OTHERS[0]}
+    assert negatives.draw("q", "w", True, random.Random(0), hard=0.0) is None  # it stands in every passage
 
 
 def test_reading_trains_the_decision_but_not_prompt_and_passages(builder: TreeBuilder) -> None:
@@ -186,6 +187,26 @@ def test_second_segment_keeps_a_passage_that_answers_both(builder: TreeBuilder) 
     (text,) = texts(builder, builder.build_two_segments(PARIS, SEINE, 100, random.Random(0)))
     assert text.count(Paragraph.START) == 1
     assert text.endswith("Paris [Fully supported] [Continue to Use Evidence] always [Fully supported] [Utility:5] </s>")
+
+
+def test_shared_passage_is_cut_to_a_window_with_both_answers(builder: TreeBuilder) -> None:
+    words = " ".join(f"w{n}" for n in range(1_000))
+    first, near, far = (ReadingTriple(f"{n}?", "", words, f"w{n}") for n in (500, 520, 900))
+    for seed in range(20):
+        (text,) = texts(builder, builder.build_two_segments(first, near, 40, random.Random(seed)))
+        assert text.count(Paragraph.START) == 1
+        passage = text.partition(Paragraph.START)[2].partition(Paragraph.END)[0].split()
+        assert len(passage) == 40
+        assert {"w500", "w520"} <= set(passage)
+    (text,) = texts(builder, builder.build_two_segments(first, far, 40, random.Random(0)))
+    assert text.count(Paragraph.START) == 2
+
+
+def test_reading_without_any_wrong_passage_has_none() -> None:
+    builder = TreeBuilder(word_tokenizer(), Negatives({}, [("Normans", ROLLO.passage)]), WEIGHTS)
+    short = ReadingTriple("Who led?", "Normans", "They were led by Rollo.", "Rollo")
+    assert {len(builder.build_reading(short, 100, random.Random(seed)).children) for seed in range(40)} == {1}
+    assert len(builder.build_pair(Pair("Where?", "In water."), random.Random(0)).children) == 1
 
 
 def test_second_segment_otherwise_retrieves_its_own_passage(builder: TreeBuilder) -> None:

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, Lfm2Config, OPTConfig
 
 from pipeline.config.sections import ModelConfig
 from pipeline.decoding.prompts import PromptTokenizer
@@ -15,7 +15,7 @@ from pipeline.decoding.reflection import CONTROL_TOKENS
 from pipeline.engine.models import load_tokenizer
 from pipeline.training.batches import compute_loss
 from pipeline.training.recipe import Recipe
-from pipeline.training.student import Student, merge_adapter, save_adapter, save_model
+from pipeline.training.student import Student, merge_adapter, read_adapter, save_adapter, save_model
 from tests.support.students import RECIPE, build_trees, load_student, write_base
 from tests.support.tokenizers import load_folder, write_llama
 
@@ -120,6 +120,50 @@ def test_control_tokens_that_a_model_knows_are_kept(tmp_path: Path) -> None:
     save_model(student.model, student.prompts.tokenizer, tmp_path / "taught")
     again = load_student(tmp_path / "taught", Recipe(full=True))
     assert compute_total(again) == pytest.approx(before, rel=1e-2)
+
+
+def test_dropout_is_off_in_training(tmp_path: Path) -> None:
+    base = write_base(
+        tmp_path, kind=OPTConfig, ffn_dim=64, word_embed_proj_dim=32, dropout=0.5, max_position_embeddings=256
+    )
+    student = load_student(base)
+    batch = student.load_batch(build_trees(student.prompts))
+    losses = {float(compute_loss(student.model, batch).detach()) for _ in range(3)}
+    assert len(losses) == 1
+    assert student.max_positions == 256
+
+
+def test_adapters_fit_layers_that_are_no_linear_ones(tmp_path: Path) -> None:
+    """GPT-2 has layers of another class."""
+    student = load_student(write_base(tmp_path, kind=GPT2Config, n_embd=32, n_layer=3, n_head=2))
+    assert {name.split(".")[-4] for name in student.trainable if "lora_A" in name} == {"c_attn", "c_proj", "c_fc"}
+    before = compute_total(student)
+    assert compute_total(shake(student)) != pytest.approx(before, rel=1e-3)
+
+
+def test_model_that_mixes_branches_is_refused(tmp_path: Path) -> None:
+    """Layers of convolutions see the tokens before them, whatever the attention mask says."""
+    layers = ["conv", "conv", "full_attention"]
+    base = write_base(tmp_path, kind=Lfm2Config, layer_types=layers, num_key_value_heads=2, initializer_range=0.3)
+    with pytest.raises(ValueError, match="Lfm2ForCausalLM cannot be trained on trees: it mixes branches"):
+        load_student(base, Recipe(full=True))
+
+
+def test_settings_of_sampling_do_not_prevent_saving(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base")
+    file = base / "generation_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "temperature": 0.9, "top_p": 0.6}))
+    student = load_student(base, Recipe(full=True))
+    save_model(student.model, student.prompts.tokenizer, tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "generation_config.json").read_text())["temperature"] == 0.9
+
+
+def test_adapter_tells_its_rank_and_layers(tmp_path: Path) -> None:
+    student = load_student(write_base(tmp_path / "base"))
+    save_adapter(student.model, "some/base", tmp_path / "adapter")
+    assert read_adapter(tmp_path / "adapter") == (RECIPE.rank, RECIPE.frozen_layers)
+    with pytest.raises(ValueError, match="nowhere: no LoRA adapter"):
+        read_adapter(tmp_path / "nowhere")
 
 
 @pytest.mark.parametrize("legacy", [True, False, None])

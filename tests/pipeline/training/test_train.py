@@ -86,6 +86,13 @@ def test_interrupted_training_ends_with_the_same_weights(base: Path, tmp_path: P
         assert torch.equal(second.trainable[name], weight), name
 
 
+def test_diverged_training_ends_before_it_is_kept(base: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeError, match="has diverged"):
+        run(load_student(base), tmp_path, replace(RECIPE, learning_rate=1e30), replace(PACE, checkpoint_minutes=0.0))
+    state = torch.load(tmp_path / "state.pt", weights_only=True)
+    assert all(weight.isfinite().all() for weight in state["weights"].values())
+
+
 def test_finished_training_takes_no_further_step(base: Path, tmp_path: Path) -> None:
     recipe = replace(RECIPE, tokens=500)
     once = run(load_student(base), tmp_path, recipe)
@@ -122,7 +129,7 @@ def test_progress_is_logged(
     assert len([line for line in caplog.messages if "tokens/s" in line]) == progress.steps
 
 
-def test_pace_suit_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_pace_suits_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("os.sched_getaffinity", lambda _pid: range(16))
     assert choose_pace(torch.device("cuda"), None, None) == Pace(20_480, 10)
     assert choose_pace(torch.device("cpu"), None, None) == Pace(320, 0)
