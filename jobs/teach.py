@@ -338,9 +338,7 @@ def teach(
     pairs: Annotated[int, typer.Option(min=0, help="Maximum number of question-sentence pairs.")] = 100_000,
     workers: Annotated[
         int | None,
-        typer.Option(
-            min=0, help="Processes that build training trees.", show_default="10 or fewer on a GPU, 0 on CPUs"
-        ),
+        typer.Option(min=0, help="Processes that build training trees.", show_default="2 on a GPU, 0 on CPUs"),
     ] = None,
     batch_tokens: Annotated[
         int | None,

@@ -1,7 +1,6 @@
 """Trains a model on training trees."""
 
 import logging
-import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -42,13 +41,14 @@ class Pace:
 def choose_pace(device: torch.device, batch_tokens: int | None, workers: int | None) -> Pace:
     """Choose how a training runs on a device: the values given, or those that suit it.
 
-    A GPU is fed by processes of their own; on CPUs, building trees takes a few percent of the time.
+    A GPU is fed by processes of their own, of which one builds some 135,000 tokens/s on a core of an AMD EPYC; on CPUs,
+    building trees takes a few percent of the time.
     """
     on_gpu = device.type == "cuda"
     if batch_tokens is None:
         batch_tokens = 16 * SEQUENCE_TOKENS if on_gpu else 320
     if workers is None:
-        workers = max(0, min(10, len(os.sched_getaffinity(0)) - 2)) if on_gpu else 0
+        workers = 2 if on_gpu else 0
     return Pace(batch_tokens, workers)
 
 
