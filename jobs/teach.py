@@ -22,8 +22,9 @@ from jobs.common import checking, start_logging, working
 from jobs.shell import run
 from pipeline.config.sections import ModelConfig
 from pipeline.decoding.prompts import PromptTokenizer
-from pipeline.demo_models import BASE_MODEL, build_demo_base_model, build_demo_encoder
+from pipeline.demo_models import BASE_MODEL, build_demo_base_model
 from pipeline.engine.models import load_tokenizer, resolve_model_path
+from pipeline.retrieval.encoder import resolve_encoder_name
 from pipeline.training.data import FEW_HELD_OUT, ReadingTriple, TeachingData, read_data
 from pipeline.training.held_out import build_held_out_queries
 from pipeline.training.mining import mine_negatives
@@ -63,7 +64,7 @@ def mine_parts(encoder: str, *parts: DataPart) -> list[Negatives]:
     """Mine hard negatives for each part; the encoder's memory is freed afterwards."""
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(str(build_demo_encoder()) if encoder == "demo" else encoder)
+    model = SentenceTransformer(resolve_encoder_name(encoder))
 
     def encode(texts: Sequence[str]) -> npt.NDArray[np.float32]:
         return np.asarray(model.encode(list(texts), batch_size=32, normalize_embeddings=True), np.float32)
