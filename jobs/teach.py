@@ -22,7 +22,7 @@ from jobs.common import checking, start_logging, working
 from jobs.shell import run
 from pipeline.config.sections import ModelConfig
 from pipeline.decoding.prompts import PromptTokenizer
-from pipeline.demo_models import BASE_MODEL, build_demo_base_model
+from pipeline.demo_models import BASE_MODEL, build_demo_base_model, build_demo_encoder
 from pipeline.engine.models import load_tokenizer, resolve_model_path
 from pipeline.retrieval.encoder import resolve_encoder_name
 from pipeline.training.data import FEW_HELD_OUT, ReadingTriple, TeachingData, read_data
@@ -64,7 +64,8 @@ def mine_parts(encoder: str, *parts: DataPart) -> list[Negatives]:
     """Mine hard negatives for each part; the encoder's memory is freed afterwards."""
     from sentence_transformers import SentenceTransformer
 
-    model = SentenceTransformer(resolve_encoder_name(encoder))
+    name = str(build_demo_encoder()) if encoder == "demo" else resolve_encoder_name(encoder)
+    model = SentenceTransformer(name)
 
     def encode(texts: Sequence[str]) -> npt.NDArray[np.float32]:
         return np.asarray(model.encode(list(texts), batch_size=32, normalize_embeddings=True), np.float32)
