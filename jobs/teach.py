@@ -26,6 +26,7 @@ from pipeline.demo_models import BASE_MODEL, build_demo_base_model, build_demo_e
 from pipeline.engine.models import load_tokenizer, resolve_model_path
 from pipeline.retrieval.encoder import resolve_encoder_name
 from pipeline.training.data import FEW_HELD_OUT, ReadingTriple, TeachingData, read_data
+from pipeline.training.folder import TrainingFolder
 from pipeline.training.held_out import build_held_out_queries
 from pipeline.training.mining import mine_negatives
 from pipeline.training.recipe import Recipe
@@ -112,42 +113,6 @@ class Course:
         adapter = str(self.adapter) if self.adapter else None
         origin = {"data": self.train.rows.compute_digest(), "base": self.base_name, "adapter": adapter}
         return {**origin, "encoder": self.encoder, **asdict(self.recipe)}
-
-
-@dataclass(frozen=True)
-class TrainingFolder:
-    """The folder of a training's results: ``unfinished``, which becomes ``output`` when it is complete."""
-
-    output: Path
-
-    @property
-    def unfinished(self) -> Path:
-        """Folder of the training in progress."""
-        return self.output.with_name(f"{self.output.name}.unfinished")
-
-    @property
-    def state(self) -> Path:
-        """File of the training's state."""
-        return self.unfinished / "state.pt"
-
-    def begin(self, resume: bool) -> None:
-        """Create the folder, or enter that of an interrupted training.
-
-        Raises:
-            ValueError: the output exists, or an interrupted training should not be continued.
-        """
-        if self.output.exists():
-            raise ValueError(f"{self.output}: exists; choose another --output, or remove it")
-        if self.state.exists() and not resume:
-            raise ValueError(
-                f"{self.unfinished}: holds an interrupted training; continue it with --resume, or remove the folder"
-            )
-        self.unfinished.mkdir(parents=True, exist_ok=True)
-
-    def finish(self) -> None:
-        """Turn the folder into the output, which only then may lose the state."""
-        self.unfinished.rename(self.output)
-        (self.output / self.state.name).unlink()
 
 
 def save_taught(student: Any, course: Course, folder: Path) -> None:
@@ -305,64 +270,65 @@ def split_data(data: Path, readings: int, pairs: int, seed: int) -> tuple[DataPa
     return DataPart(sample_data(train, readings, pairs, seed), train), held_out
 
 
+Data = Annotated[Path, typer.Option(help="File of readings (.csv, .jsonl, .parquet), or folder with rc.jsonl.")]
+Base = Annotated[str, typer.Option(help="Base model: name, folder, or 'demo'.")]
+Output = Annotated[Path, typer.Option(help="Folder for the taught model; must not exist.")]
+HeldOutFile = Annotated[
+    Path | None, typer.Option(help="Do not train; write the held-out part as a query set to this Parquet file.")
+]
+MiningEncoder = Annotated[str, typer.Option(help="Encoder that mines hard negatives: name, folder or 'demo'.")]
+Adapter = Annotated[Path | None, typer.Option(help="Earlier adapter to continue from, with its rank and layers.")]
+Full = Annotated[bool, typer.Option("--full", help="Train all weights instead of an adapter.")]
+Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted training, if there is one.")]
+Tokens = Annotated[int, typer.Option(min=1, help="Tokens to train on.")]
+Minutes = Annotated[float, typer.Option(min=0.01, help="Time limit in minutes.")]
+StepTokens = Annotated[int, typer.Option(min=1, help="Tokens of an optimizer step.")]
+Rank = Annotated[int, typer.Option(min=1, help="Rank of the adapter.")]
+RATES = f"{Recipe.learning_rate}; {FULL_RATE} with --full"
+LearningRate = Annotated[float | None, typer.Option(min=1e-9, help="Peak learning rate.", show_default=RATES)]
+LongestWords = Annotated[int, typer.Option(min=40, help="Longest passage window, in words.")]
+FrozenLayers = Annotated[int, typer.Option(min=0, help="Number of lowest layers to freeze.")]
+Readings = Annotated[int, typer.Option(min=2, help="Maximum number of reading rows.")]
+Pairs = Annotated[int, typer.Option(min=0, help="Maximum number of question-sentence pairs.")]
+Workers = Annotated[
+    int | None,
+    typer.Option(min=0, help="Processes that build training trees.", show_default="2 on a GPU, 0 on CPUs"),
+]
+BatchTokens = Annotated[
+    int | None,
+    typer.Option(
+        min=1, help="Tokens of a forward pass; fewer take less memory.", show_default="20480 on a GPU, 320 on CPUs"
+    ),
+]
+Seed = Annotated[int, typer.Option(help="Random seed.")]
+
+
 def teach(
-    data: Annotated[Path, typer.Option(help="File of readings (.csv, .jsonl, .parquet), or folder with rc.jsonl.")],
-    base: Annotated[str, typer.Option(help="Base model: name, folder, or 'demo'.")] = "demo",
-    output: Annotated[Path, typer.Option(help="Folder for the taught model; must not exist.")] = Path("taught"),
-    held_out: Annotated[
-        Path | None, typer.Option(help="Do not train; write the held-out part as a query set to this Parquet file.")
-    ] = None,
-    encoder: Annotated[str, typer.Option(help="Encoder that mines hard negatives: name, folder or 'demo'.")] = "demo",
-    adapter: Annotated[
-        Path | None, typer.Option(help="Earlier adapter to continue from, with its rank and layers.")
-    ] = None,
-    full: Annotated[bool, typer.Option("--full", help="Train all weights instead of an adapter.")] = False,
-    resume: Annotated[
-        bool, typer.Option("--resume", help="Continue an interrupted training, if there is one.")
-    ] = False,
-    tokens: Annotated[int, typer.Option(min=1, help="Tokens to train on.")] = Recipe.tokens,
-    minutes: Annotated[float, typer.Option(min=0.01, help="Time limit in minutes.")] = Recipe.minutes,
-    step_tokens: Annotated[int, typer.Option(min=1, help="Tokens of an optimizer step.")] = Recipe.step_tokens,
-    rank: Annotated[int, typer.Option(min=1, help="Rank of the adapter.")] = Recipe.rank,
-    learning_rate: Annotated[
-        float | None,
-        typer.Option(
-            min=1e-9, help="Peak learning rate.", show_default=f"{Recipe.learning_rate}; {FULL_RATE} with --full"
-        ),
-    ] = None,
-    longest_words: Annotated[
-        int, typer.Option(min=40, help="Longest passage window, in words.")
-    ] = Recipe.longest_words,
-    frozen_layers: Annotated[
-        int, typer.Option(min=0, help="Number of lowest layers to freeze.")
-    ] = Recipe.frozen_layers,
-    readings: Annotated[int, typer.Option(min=2, help="Maximum number of reading rows.")] = 100_000,
-    pairs: Annotated[int, typer.Option(min=0, help="Maximum number of question-sentence pairs.")] = 100_000,
-    workers: Annotated[
-        int | None,
-        typer.Option(min=0, help="Processes that build training trees.", show_default="2 on a GPU, 0 on CPUs"),
-    ] = None,
-    batch_tokens: Annotated[
-        int | None,
-        typer.Option(
-            min=1, help="Tokens of a forward pass; fewer take less memory.", show_default="20480 on a GPU, 320 on CPUs"
-        ),
-    ] = None,
-    seed: Annotated[int, typer.Option(help="Random seed.")] = 0,
+    data: Data,
+    base: Base = "demo",
+    output: Output = Path("taught"),
+    held_out: HeldOutFile = None,
+    encoder: MiningEncoder = "demo",
+    adapter: Adapter = None,
+    full: Full = False,
+    resume: Resume = False,
+    tokens: Tokens = Recipe.tokens,
+    minutes: Minutes = Recipe.minutes,
+    step_tokens: StepTokens = Recipe.step_tokens,
+    rank: Rank = Recipe.rank,
+    learning_rate: LearningRate = None,
+    longest_words: LongestWords = Recipe.longest_words,
+    frozen_layers: FrozenLayers = Recipe.frozen_layers,
+    readings: Readings = 100_000,
+    pairs: Pairs = 100_000,
+    workers: Workers = None,
+    batch_tokens: BatchTokens = None,
+    seed: Seed = 0,
 ) -> None:
     """Train a language model to write the reflection tokens."""
     start_logging(logging.INFO, timestamps=True)
-    recipe = Recipe(
-        tokens=tokens,
-        minutes=minutes,
-        step_tokens=step_tokens,
-        full=full,
-        rank=rank,
-        frozen_layers=frozen_layers,
-        learning_rate=learning_rate if learning_rate is not None else FULL_RATE if full else Recipe.learning_rate,
-        longest_words=longest_words,
-        seed=seed,
-    )
+    rate = learning_rate if learning_rate is not None else FULL_RATE if full else Recipe.learning_rate
+    recipe = Recipe(tokens, minutes, step_tokens, full, rank, frozen_layers, rate, longest_words, seed)
     with checking():
         if full and adapter:
             raise ValueError("--full trains all weights, so it cannot continue from --adapter")
