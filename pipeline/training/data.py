@@ -26,6 +26,8 @@ import pyarrow.parquet as pq
 
 log = logging.getLogger(__name__)
 
+# Maximum characters of a field of a CSV file; Python's own limit, 131,072, is below the length of some passages.
+MAX_FIELD = 2**31 - 1
 # Held-out passages below which their figures say little.
 FEW_HELD_OUT = 30
 
@@ -172,6 +174,7 @@ def _read_rows(file: Path) -> list[Row]:
     # The signature that spreadsheet programs write is no part of the first column's name.
     with file.open(encoding="utf-8-sig", newline="") as lines:
         if file.suffix == ".csv":
+            csv.field_size_limit(MAX_FIELD)
             return list(csv.DictReader(lines))
         return [_parse_line(line, number) for number, line in enumerate(lines, 1) if line.strip()]
 

@@ -108,7 +108,7 @@ def test_model_digest_follows_the_adapter(tmp_path: Path, monkeypatch: pytest.Mo
 def test_demo_adapter_is_small_and_refers_to_its_base_by_name() -> None:
     config = json.loads((embedded.ADAPTER / "adapter_config.json").read_text())
     assert config["base_model_name_or_path"] == "HuggingFaceTB/SmolLM2-135M-Instruct"
-    assert (embedded.ADAPTER / "adapter_model.safetensors").stat().st_size < 10_000_000
+    assert (embedded.ADAPTER / "adapter_model.safetensors").stat().st_size < 20_000_000
 
 
 def test_demo_model_has_control_tokens_and_an_end_token() -> None:
