@@ -36,6 +36,9 @@ def check_index(
 ) -> None:
     """Check that every file of an index is intact, and measure its recall, latency and throughput.
 
+    With queries that have a gold_passage_id, also measure how often that passage is found, and what a reranker
+    (--set retrieval.rerank.model=NAME) gains and costs.
+
     Exit status: 0 intact, 1 damaged or not readable, 2 bad usage.
     """
     start_logging(timestamps=True)
@@ -49,6 +52,8 @@ def check_index(
         typer.echo(json.dumps(dataclasses.asdict(checked)))
         return
     Console().print(build_speeds_table(checked))
+    if checked.gold:
+        Console().print(build_gold_table(checked))
     for line in summarize_check(checked):
         typer.echo(line)
 
@@ -78,6 +83,19 @@ def build_speeds_table(checked: Checked) -> Table:
         mark = "✓" if speed.recall >= checked.wanted else ""
         times = [f"{speed.median_ms:.2f}", f"{speed.p95_ms:.2f}", f"{speed.queries_per_s:,.0f}"]
         table.add_row(speed.search or "–", f"{speed.recall:.3f}", mark, *times)
+    return table
+
+
+def build_gold_table(checked: Checked) -> Table:
+    """Return a table with the recall of the gold passages for each way to search."""
+    table = Table(title=f"gold passages of {checked.golds} queries")
+    table.add_column("")
+    for cutoff in checked.gold[0].recall:
+        table.add_column(f"recall@{cutoff}", justify="right")
+    table.add_column("ms a query", justify="right")
+    for way in checked.gold:
+        extra = "+" if way is not checked.gold[0] else ""
+        table.add_row(way.way, *(f"{recall:.3f}" for recall in way.recall.values()), f"{extra}{way.query_ms:.1f}")
     return table
 
 

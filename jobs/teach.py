@@ -6,72 +6,34 @@ What is left is a model folder for ``jobs.annotate --model``, with the adapter i
 """
 
 import logging
-import random
 import sys
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import numpy as np
-import numpy.typing as npt
 import pyarrow.parquet as pq
 import typer
 
 from jobs.common import checking, start_logging, working
 from jobs.shell import run
+from jobs.teaching_data import HELD_OUT_ROWS, Data, DataPart, MiningEncoder, Seed, mine_parts, split_data
 from pipeline.config.sections import ModelConfig
 from pipeline.decoding.prompts import PromptTokenizer
-from pipeline.demo_models import BASE_MODEL, build_demo_base_model, build_demo_encoder
+from pipeline.demo_models import BASE_MODEL, build_demo_base_model
 from pipeline.engine.models import load_tokenizer, resolve_model_path
-from pipeline.retrieval.encoder import resolve_encoder_name
-from pipeline.training.data import FEW_HELD_OUT, ReadingTriple, TeachingData, read_data
+from pipeline.training.data import ReadingTriple
 from pipeline.training.folder import TrainingFolder
 from pipeline.training.held_out import build_held_out_queries
-from pipeline.training.mining import mine_negatives
 from pipeline.training.recipe import Recipe
-from pipeline.training.rows import Negatives, TreeBuilder
+from pipeline.training.rows import TreeBuilder
 from pipeline.versions import read_versions
 
 log = logging.getLogger(__name__)
 
 # Held-out trees: enough to tell checkpoints apart, few enough to take a minute on two cores.
 EXAMINED = 90
-# Maximum held-out reading rows: every run mines negatives for them.
-HELD_OUT_ROWS = 300
 # Peak learning rate if all weights are trained: that of the paper (training details in its appendix).
 FULL_RATE = 2e-5
-
-
-def sample_data(data: TeachingData, readings: int, pairs: int, seed: int) -> TeachingData:
-    """Draw at most so many readings and pairs, since mining encodes each of them; keep all other rows."""
-    rng = random.Random(seed)
-
-    def draw(rows: tuple[Any, ...], n: int) -> tuple[Any, ...]:
-        return rows if len(rows) <= n else tuple(rng.sample(rows, n))
-
-    return TeachingData(draw(data.readings, readings), data.instructions, draw(data.pairs, pairs), data.claims)
-
-
-@dataclass(frozen=True)
-class DataPart:
-    """A part of the data: the rows to use, and the pool that their wrong passages are drawn from."""
-
-    rows: TeachingData
-    pool: TeachingData
-
-
-def mine_parts(encoder: str, *parts: DataPart) -> list[Negatives]:
-    """Mine hard negatives for each part; the encoder's memory is freed afterwards."""
-    from sentence_transformers import SentenceTransformer
-
-    name = str(build_demo_encoder()) if encoder == "demo" else resolve_encoder_name(encoder)
-    model = SentenceTransformer(name)
-
-    def encode(texts: Sequence[str]) -> npt.NDArray[np.float32]:
-        return np.asarray(model.encode(list(texts), batch_size=32, normalize_embeddings=True), np.float32)
-
-    return [mine_negatives(encode, part.rows, part.pool) for part in parts]
 
 
 @dataclass(frozen=True)
@@ -255,28 +217,11 @@ def write_held_out(part: DataPart, encoder: str, file: Path) -> None:
     log.info("written: %s", file)
 
 
-def split_data(data: Path, readings: int, pairs: int, seed: int) -> tuple[DataPart, DataPart]:
-    """Read the data and split it into a part to train on and a held-out part.
-
-    Raises:
-        ValueError: the data is wrong.
-    """
-    rows = read_data(data)
-    train, test = rows.split(held_out=0.03, seed=20231017)
-    few = len({row.passage for row in test.readings}) < FEW_HELD_OUT
-    if not train.instructions:
-        log.warning("%s: no instructions, so the model learns to retrieve for every query", data)
-    held_out = DataPart(sample_data(test, HELD_OUT_ROWS, 100, 0), rows if few else test)
-    return DataPart(sample_data(train, readings, pairs, seed), train), held_out
-
-
-Data = Annotated[Path, typer.Option(help="File of readings (.csv, .jsonl, .parquet), or folder with rc.jsonl.")]
 Base = Annotated[str, typer.Option(help="Base model: name, folder, or 'demo'.")]
 Output = Annotated[Path, typer.Option(help="Folder for the taught model; must not exist.")]
 HeldOutFile = Annotated[
     Path | None, typer.Option(help="Do not train; write the held-out part as a query set to this Parquet file.")
 ]
-MiningEncoder = Annotated[str, typer.Option(help="Encoder that mines hard negatives: name, folder or 'demo'.")]
 Adapter = Annotated[Path | None, typer.Option(help="Earlier adapter to continue from, with its rank and layers.")]
 Full = Annotated[bool, typer.Option("--full", help="Train all weights instead of an adapter.")]
 Resume = Annotated[bool, typer.Option("--resume", help="Continue an interrupted training, if there is one.")]
@@ -300,7 +245,6 @@ BatchTokens = Annotated[
         min=1, help="Tokens of a forward pass; fewer take less memory.", show_default="20480 on a GPU, 320 on CPUs"
     ),
 ]
-Seed = Annotated[int, typer.Option(help="Random seed.")]
 
 
 def teach(

@@ -22,7 +22,9 @@ from pipeline.config.run import get_cache_folder
 
 log = logging.getLogger(__name__)
 
-ADAPTER = Path(__file__).parent.parent / "infra" / "demo" / "adapter"
+DEMO = Path(__file__).parent.parent / "infra" / "demo"
+ADAPTER = DEMO / "adapter"
+RERANKER_ADAPTER = DEMO / "reranker"
 ADAPTER_FILES = ("adapter_config.json", "adapter_model.safetensors")
 
 # Hashed into the model folder's name: increment it if merging the same adapter produces different files.
@@ -84,20 +86,31 @@ def build_demo_model() -> Path:
         RuntimeError: the base model must be downloaded and cannot be, or this installation lacks the adapter.
     """
     base = build_demo_base_model()
-    return build_once(get_cache_folder() / f"demo-model-{hash_adapter()[:12]}", lambda target: _merge(base, target))
+    digest = hash_adapter(ADAPTER, LANGUAGE_MODEL)
+    return build_once(get_cache_folder() / f"demo-model-{digest[:12]}", lambda target: _merge(base, target))
 
 
-def hash_adapter() -> str:
-    """Return the SHA-256, in hex, of ``FORMAT``, the base model's version and the demo adapter's files.
+def build_demo_reranker() -> Path:
+    """Return the folder of a cross-encoder made of the demo encoder with an adapter; build it if missing.
+
+    Raises:
+        RuntimeError: the encoder must be downloaded and cannot be, or this installation lacks the adapter.
+    """
+    base, digest = build_demo_encoder(), hash_adapter(RERANKER_ADAPTER, ENCODER)
+    return build_once(get_cache_folder() / f"demo-reranker-{digest[:12]}", lambda target: _merge_reranker(base, target))
+
+
+def hash_adapter(adapter: Path, base: Wheel) -> str:
+    """Return the SHA-256, in hex, of ``FORMAT``, the base model's version and the files of an adapter.
 
     Raises:
         RuntimeError: this installation lacks the adapter.
     """
-    digest = hashlib.sha256(f"format {FORMAT}, base {LANGUAGE_MODEL.version}".encode())
+    digest = hashlib.sha256(f"format {FORMAT}, base {base.version}".encode())
     for name in ADAPTER_FILES:
-        file = ADAPTER / name
+        file = adapter / name
         if not file.is_file():
-            raise RuntimeError(f"the demo model needs {file}, which is missing; install from a clone (make setup)")
+            raise RuntimeError(f"the demo models need {file}, which is missing; install from a clone (make setup)")
         digest.update(file.read_bytes())
     return digest.hexdigest()
 
@@ -193,3 +206,9 @@ def _merge(base: Path, target: Path) -> None:
     from pipeline.training.student import merge_adapter
 
     merge_adapter(str(base), AutoTokenizer.from_pretrained(base), ADAPTER, target)
+
+
+def _merge_reranker(base: Path, target: Path) -> None:
+    from pipeline.training.reranking import merge_reranker
+
+    merge_reranker(str(base), RERANKER_ADAPTER, target)

@@ -118,7 +118,7 @@ async def prepare_inputs(bench: Bench, workload: Workload, plan: ComparisonPlan)
     warm = min(plan.rows, WARM_ROWS)
     rows = workload.build_rows(warm + plan.repeats * plan.rows)
     searched = await asyncio.gather(*(bench.retriever.retrieve(row["query"], plan.passages) for row in rows))
-    found = [workload.replace_bodies(passages) for passages in searched]
+    found = [workload.replace_bodies(retrieved.passages) for retrieved in searched]
     if workload.body is not None:
         rows = [_add_passages(row, passages) for row, passages in zip(rows, found, strict=True)]
     parts = [slice(n, n + plan.rows) for n in range(warm, len(rows), plan.rows)]

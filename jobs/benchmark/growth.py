@@ -40,6 +40,7 @@ from pipeline.queries.kept_inspection import keep_inspection
 from pipeline.queries.query_set import inspect_queries
 from pipeline.queries.units import Unit, read_unit
 from pipeline.report.write import write_report
+from pipeline.retrieval.retriever import SearchDigests
 from pipeline.run.actor import SelfRagActor
 from pipeline.run.annotation import build_annotated_schema
 from pipeline.run.driver import allot_resources, run_plan
@@ -70,7 +71,7 @@ ANSWER = {
 class RepeatingActor(SelfRagActor):
     """An actor that gives every row the same answer, without an engine."""
 
-    def _open(self, servers: Sequence[Any], index_digest: str | None) -> None:
+    def _open(self, servers: Sequence[Any], digests: SearchDigests) -> None:
         pass
 
     async def __call__(self, batch: pa.Table) -> pa.Table:

@@ -38,6 +38,7 @@ from pipeline.decoding.self_rag import SelfRag
 from pipeline.decoding.types import Generation
 from pipeline.engine.models import load_tokenizer
 from pipeline.output.unit_log import read_units
+from pipeline.retrieval.retriever import SearchDigests
 from pipeline.run.actor import SelfRagActor
 from pipeline.run.driver import allot_resources, run_plan
 from pipeline.run.plan import check_run
@@ -83,7 +84,7 @@ class WaitingEngine:
 class WaitingActor(SelfRagActor):
     """An actor with a waiting engine, and without an index."""
 
-    def _open(self, servers: Sequence[Any], index_digest: str | None) -> None:  # noqa: ARG002  there is no index
+    def _open(self, servers: Sequence[Any], digests: SearchDigests) -> None:  # noqa: ARG002  there is no index
         config = self.config
         tokenizer = PromptTokenizer.of(load_tokenizer(config.model), config.model.name)
         self.retriever = None

@@ -33,6 +33,7 @@ from pipeline.decoding.types import Generation
 from pipeline.demo_models import build_demo_model
 from pipeline.engine.models import load_tokenizer
 from pipeline.engine.vllm import VllmGenerator
+from pipeline.retrieval.retriever import SearchDigests
 from pipeline.run.actor import SelfRagActor
 from pipeline.run.driver import allot_resources, run_plan
 from pipeline.run.plan import check_run
@@ -189,8 +190,8 @@ def make_endless(replica: VllmGenerator) -> VllmGenerator:
 class ScriptedActor(SelfRagActor):
     """An actor with a scripted replica."""
 
-    def _open(self, servers: Sequence[Any], index_digest: str | None) -> None:
-        super()._open(servers, index_digest)
+    def _open(self, servers: Sequence[Any], digests: SearchDigests) -> None:
+        super()._open(servers, digests)
         tokenizer = PromptTokenizer.of(load_tokenizer(self.config.model), self.config.model.name)
         prompter = Prompter(tokenizer, Script(**json.loads(os.environ[SCRIPT])))
         engine = ScriptedGenerator(make_endless(self.generator), prompter)

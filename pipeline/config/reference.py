@@ -24,8 +24,8 @@ status 2.
 
 Keys marked *fixed* decide the results: a run can only be resumed with the same values. This includes all arguments in
 `model.engine` except those that place the engine on machines (`gpu_memory_utilization`, `kv_cache_memory_bytes`,
-`max_num_batched_tokens`, `max_num_seqs`, and the parallel sizes). The content of the query set, the index and the model
-must be the same too, wherever they lie. All other keys may change from one call to the next.
+`max_num_batched_tokens`, `max_num_seqs`, and the parallel sizes). The content of the query set, the index, the model
+and the reranker must be the same too, wherever they lie. All other keys may change from one call to the next.
 """
 WORDS = {"string": "text", "boolean": "`true` or `false`", "object": "mapping", "array": "list"}
 # An entry of a docstring's section "Attributes": names, and their meaning on that line and on further indented ones.

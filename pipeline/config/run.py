@@ -159,17 +159,21 @@ def load_storage(file: str | None, settings: Sequence[str]) -> StorageConfig:
 def make_paths_absolute(config: RunConfig) -> RunConfig:
     """Make local paths in the configuration absolute, since Ray's workers have other working directories."""
     places = {name: _make_absolute(uri) for name, uri in _list_uris(config).items()}
-    folders = {}
-    for name in ("name", "lora"):
-        path = getattr(config.model, name)
-        folder = find_local_folder(path) if path and path != "demo" else None
-        if folder is not None:
-            folders[name] = str(folder)
-    return config.model_copy(update={**places, "model": config.model.model_copy(update=folders)})
+    model, retrieval = config.model, config.retrieval
+    model = model.model_copy(update={"name": _find_model(model.name), "lora": _find_model(model.lora)})
+    rerank = retrieval.rerank.model_copy(update={"model": _find_model(retrieval.rerank.model)})
+    retrieval = retrieval.model_copy(update={"encoder": _find_model(retrieval.encoder), "rerank": rerank})
+    return config.model_copy(update={**places, "model": model, "retrieval": retrieval})
 
 
 def _make_absolute(uri: str) -> str:
     return str(find_local_path(uri) or uri)
+
+
+def _find_model(name: str | None) -> str | None:
+    """Return the absolute path of a model's folder; other names unchanged."""
+    folder = find_local_folder(name) if name and name != "demo" else None
+    return str(folder) if folder is not None else name
 
 
 def get_cache_folder() -> Path:

@@ -165,6 +165,25 @@ class Profile(Frozen):
         return instruction
 
 
+class RerankConfig(Frozen):
+    """Reranking of the passages that a search finds, by a cross-encoder; given passages keep their order.
+
+    Attributes:
+        model: Cross-encoder: name on the Hugging Face hub, local folder, or ``demo``; without one, passages stay in the
+            order of the search.
+        revision: Branch, tag or commit on the Hugging Face hub.
+        candidates: Passages that the search finds for the cross-encoder, if ``decoding.passages`` is not more.
+        batch_size: Pairs of query and passage in a forward pass.
+        dtype: Data type of the weights on a GPU; CPUs compute in float32.
+    """
+
+    model: str | None = None
+    revision: str | None = None
+    candidates: Annotated[Positive, Effect.FIXED] = 50
+    batch_size: Positive = 64
+    dtype: Annotated[Literal["float32", "float16", "bfloat16"], Effect.FIXED] = "float32"
+
+
 class RetrievalConfig(Frozen):
     """Search of the index.
 
@@ -197,6 +216,7 @@ class RetrievalConfig(Frozen):
     verify: bool = True
     cache: str = "~/.cache/selfrag/index"
     cache_gb: Annotated[float, Field(gt=0)] | None = None
+    rerank: RerankConfig = RerankConfig()
 
     @field_validator("search")
     @classmethod

@@ -5,7 +5,7 @@ from typing import Protocol
 
 from pipeline.config.sections import DecodingConfig
 from pipeline.decoding.reflection import Retrieve
-from pipeline.decoding.types import Boundary, Generation, Passage, Path, Query, RetrievedPassage, Usage
+from pipeline.decoding.types import Boundary, Generation, Passage, Path, Query, Retrieved, RetrievedPassage, Usage
 
 
 class Generator(Protocol):
@@ -34,8 +34,8 @@ class Generator(Protocol):
 class Retriever(Protocol):
     """An index that finds passages for a text."""
 
-    async def retrieve(self, query: str, k: int) -> list[RetrievedPassage]:
-        """Return the top k passages, best first; fewer if the index has fewer."""
+    async def retrieve(self, query: str, k: int) -> Retrieved:
+        """Return the top k passages; fewer if the index has fewer."""
         ...
 
 

@@ -49,7 +49,8 @@ class Decoding:
 
     Attributes:
         searches: retrieved passages by search text.
-        searching: seconds spent waiting for the retriever.
+        searching: seconds spent waiting for the search.
+        reranking: seconds spent waiting for the passages to be reranked.
         children: expansions of each path.
     """
 
@@ -59,6 +60,7 @@ class Decoding:
     config: DecodingConfig
     searches: dict[str, list[RetrievedPassage]] = field(default_factory=dict)
     searching: float = 0.0
+    reranking: float = 0.0
     children: dict[Path, Sequence[Path]] = field(default_factory=dict)
 
     async def run(self) -> Answer:
@@ -73,6 +75,7 @@ class Decoding:
             seconds=time.monotonic() - started,
             decide_seconds=decided - started,
             retrieve_seconds=self.searching,
+            rerank_seconds=self.reranking,
         )
         candidates = list_candidates(root, self.children) if self.config.keep_candidates else ()
         return conclude(root, paths, self.query.choices, self.config, usage, candidates)
@@ -112,8 +115,10 @@ class Decoding:
         asked = f"{self.query.query} {last}".rstrip()
         if asked not in self.searches:
             began = time.monotonic()
-            self.searches[asked] = await self.retriever.retrieve(asked, self.config.passages)
-            self.searching += time.monotonic() - began
+            found = await self.retriever.retrieve(asked, self.config.passages)
+            self.searches[asked] = found.passages
+            self.searching += time.monotonic() - began - found.rerank_seconds
+            self.reranking += found.rerank_seconds
         return self.searches[asked]
 
 

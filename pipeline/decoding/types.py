@@ -25,12 +25,27 @@ class RetrievedPassage:
     Attributes:
         passage: the passage itself.
         score: similarity to the query in the metric of the index; None for a passage given with the query.
-        rank: position in that list, from 1.
+        rank: position in that list, from 1; after reranking, if there is any.
+        rerank_score: logit of the cross-encoder for the query and the passage; None without reranking.
     """
 
     passage: Passage
     score: float | None
     rank: int
+    rerank_score: float | None = None
+
+
+@dataclass(frozen=True)
+class Retrieved:
+    """The result of a search.
+
+    Attributes:
+        passages: the passages found, best first.
+        rerank_seconds: seconds of the search that were spent waiting for the cross-encoder.
+    """
+
+    passages: list[RetrievedPassage]
+    rerank_seconds: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -229,7 +244,8 @@ class Usage:
         truncated_tokens: passage tokens cut because a prompt did not fit the model, summed over requests.
         seconds: wall-clock seconds from the first step of the row to the last, including queueing.
         decide_seconds: wall-clock seconds until the first decision.
-        retrieve_seconds: seconds spent waiting for passages, summed over searches that may run concurrently.
+        retrieve_seconds: seconds spent waiting for the search, summed over searches that may run concurrently.
+        rerank_seconds: seconds spent waiting for the passages to be reranked, summed likewise.
         critique_seconds: seconds spent scoring segments and decoding their text, after generation.
         queue_seconds, prefill_seconds, decode_seconds: as in :class:`Generation`, summed over requests that may run
             concurrently.
@@ -244,6 +260,7 @@ class Usage:
     seconds: float = 0.0
     decide_seconds: float = 0.0
     retrieve_seconds: float = 0.0
+    rerank_seconds: float = 0.0
     critique_seconds: float = 0.0
     queue_seconds: float = 0.0
     prefill_seconds: float = 0.0

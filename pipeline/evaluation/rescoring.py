@@ -166,7 +166,8 @@ def _to_candidate(row: Mapping[str, Any], passages: Mapping[str, Passage]) -> Ca
     )
     evidence = None
     if row["passage_id"] is not None:
-        evidence = RetrievedPassage(passages[row["passage_id"]], row["retrieval_score"], row["rank"])
+        scores = row["retrieval_score"], row["rank"], row.get("rerank_score")  # sets of version 0.1 lack the last
+        evidence = RetrievedPassage(passages[row["passage_id"]], *scores)
     finish = Finish(row["finish_reason"]) if row["finish_reason"] else None
     boundary = None if finish else Boundary(row["next_retrieve_probability"], row["next_keeps_evidence"])
     segment = Segment(row["text"], row["raw"], evidence, critique, Retrieve(row["opening"]))

@@ -1,14 +1,17 @@
-"""Check that an index is complete, and find the search parameters that reach a target recall@k."""
+"""Check that an index is complete, find the search parameters that reach a target recall@k, and try the reranker."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.config.sections import RetrievalConfig, StorageConfig
 from pipeline.decoding.prompts import format_passage
 from pipeline.decoding.types import Passage
+from pipeline.indexing.gold_recall import GoldRecall, measure_gold_recall
 from pipeline.indexing.parts import describe_truncation
 from pipeline.indexing.recall import (
     CANDIDATES,
@@ -24,8 +27,11 @@ from pipeline.indexing.recall import (
 from pipeline.retrieval.encoder import Encoder, Vectors
 from pipeline.retrieval.index import Hit, PassageIndex
 from pipeline.retrieval.manifest import check_encoder, check_files, choose_encoder, read_manifest
+from pipeline.retrieval.reranker import Reranker
 from pipeline.storage.location import locate
 from pipeline.storage.parquet import list_parquet
+
+GOLD = "gold_passage_id"
 
 
 @dataclass(frozen=True)
@@ -68,6 +74,8 @@ class Checked:
         wanted: target recall@k.
         advice: fastest search parameter that reaches the target; None if no parameter reaches it.
         truncation: line about the passages of which the encoder read only the beginning; None if there are none.
+        gold: recall of the gold passages for each way to search; empty if no query has one.
+        golds: number of queries with a gold passage.
     """
 
     index: str
@@ -82,6 +90,25 @@ class Checked:
     wanted: float
     advice: str | None
     truncation: str | None
+    gold: tuple[GoldRecall, ...] = ()
+    golds: int = 0
+
+
+@dataclass(frozen=True)
+class Probe:
+    """The queries of a check.
+
+    Attributes:
+        vectors: query vectors, float32 [n, dimension].
+        own: passage from which each query was made; None for the queries of a query set.
+        texts: the queries; empty if they are passages of the index.
+        golds: ids of their gold passages, where they have one; empty if they are passages of the index.
+    """
+
+    vectors: Vectors
+    own: list[Hit] | list[None]
+    texts: Sequence[str] = ()
+    golds: Sequence[str | None] = ()
 
 
 def check_index_folder(request: CheckRequest) -> Checked:
@@ -103,17 +130,19 @@ def check_index_folder(request: CheckRequest) -> Checked:
         name, revision = choose_encoder(manifest, retrieval)
         encoder = Encoder.load(name, retrieval.device, revision, manifest.encoder.style)
         check_encoder(encoder, manifest)
-    queries, own = _read_queries(request, index, encoder)
-    exact, reference = _find_reference(request, index, queries, own, encoder)
+    probe = _read_probe(request, index, encoder)
+    reranker = Reranker.load(retrieval) if retrieval.rerank.model else None
+    gold = _find_gold(request, index, probe, reranker)
+    exact, reference = _find_reference(request, index, probe.vectors, probe.own, encoder)
     searches = [",".join(filter(None, (retrieval.search, swept))) for swept in list_parameters(index)]
-    speeds = tuple(measure_search(index, queries, own, exact, search) for search in searches)
+    speeds = tuple(measure_search(index, probe.vectors, probe.own, exact, search) for search in searches)
     enough = [speed.search for speed in speeds if speed.recall >= request.recall]
     return Checked(
         index=request.index,
         passages=manifest.passages,
         shards=len(manifest.shards),
         factory=manifest.factory,
-        queries=len(queries),
+        queries=len(probe.vectors),
         k=request.k,
         own=request.queries is None,
         reference=reference,
@@ -121,27 +150,51 @@ def check_index_folder(request: CheckRequest) -> Checked:
         wanted=request.recall,
         advice=enough[0] if enough else None,
         truncation=describe_truncation(manifest),
+        gold=gold,
+        golds=sum(gold is not None for gold in probe.golds),
     )
 
 
-def _read_queries(
-    request: CheckRequest, index: PassageIndex, encoder: Encoder | None
-) -> tuple[Vectors, list[Hit] | list[None]]:
-    """Return the query vectors, and for each its own passage in the index, or None."""
+def _find_gold(
+    request: CheckRequest, index: PassageIndex, probe: Probe, reranker: Reranker | None
+) -> tuple[GoldRecall, ...]:
+    """Measure the recall of the gold passages, with the search parameters of the configuration.
+
+    Raises:
+        ValueError: there is a reranker, and no query with a gold passage.
+    """
+    rows = [row for row, gold in enumerate(probe.golds) if gold is not None]
+    if not rows and reranker is not None:
+        raise ValueError(
+            f"{request.queries or 'no --queries'}: measuring retrieval.rerank takes queries with the column "
+            f"{GOLD}, the id of the passage to find"
+        )
+    if not rows:
+        return ()
+    golds = [gold for gold in probe.golds if gold is not None]
+    texts = [probe.texts[row] for row in rows]
+    return measure_gold_recall(index, probe.vectors[rows], texts, golds, request.k, reranker)
+
+
+def _read_probe(request: CheckRequest, index: PassageIndex, encoder: Encoder | None) -> Probe:
+    """Read a sample of the query set, or of the passages of the index."""
     if request.queries is None or encoder is None:
-        return sample_vectors(index, request.sample)
-    texts: list[str] = []
+        return Probe(*sample_vectors(index, request.sample))
+    parts: list[pa.Table] = []
     for file in list_parquet(locate(request.queries, request.storage)):
         with file.filesystem.open_input_file(file.path) as stream:
             if "query" not in (names := pq.read_schema(stream).names):
                 raise ValueError(f"{file.uri}: column query is missing, found {', '.join(names)}")
-            column = pq.read_table(stream, columns=["query"])["query"]
-            texts += column.cast(pa.string()).drop_null().to_pylist()
-    if not texts:
+            read = pq.read_table(stream, columns=[name for name in ("query", GOLD) if name in names])
+            golds = read[GOLD] if GOLD in names else pa.nulls(len(read))
+            columns = {"query": read["query"].cast(pa.string()), GOLD: golds.cast(pa.string())}
+            parts.append(pa.table(columns).filter(pc.is_valid(columns["query"])))
+    rows = pa.concat_tables(parts).to_pylist() if parts else []
+    if not rows:
         raise ValueError(f"{request.queries}: contains no queries")
-    chosen = np.unique(np.linspace(0, len(texts) - 1, min(request.sample, len(texts))).astype(int))
-    vectors = encoder.encode_queries([texts[n] for n in chosen])
-    return vectors, [None] * len(vectors)
+    chosen = np.unique(np.linspace(0, len(rows) - 1, min(request.sample, len(rows))).astype(int))
+    texts, golds = ([rows[n][name] for n in chosen] for name in ("query", GOLD))
+    return Probe(encoder.encode_queries(texts), [None] * len(texts), texts, golds)
 
 
 def _find_reference(

@@ -142,6 +142,7 @@ def _describe_origin(manifest: Mapping[str, Any]) -> dict[str, str]:
         "adapter": _format_identity(adapter, None, model.get("lora")) if adapter else None,
         "index": index and _format_identity(f"{index['passages']:,} passages", None, index["digest"]),
         "encoder": encoder and _format_identity(encoder["name"], encoder["revision"], encoder["digest"]),
+        "reranker": _format_reranker(manifest),
         "queries": _format_identity(f"{counts['rows']:,} rows", None, (manifest.get("queries") or {}).get("digest")),
         "tasks": _format_tasks(manifest["tasks"]),
         "outcome": outcome,
@@ -149,6 +150,13 @@ def _describe_origin(manifest: Mapping[str, Any]) -> dict[str, str]:
         "finished": format_end_time(manifest),
     }
     return {name: text for name, text in lines.items() if text}
+
+
+def _format_reranker(manifest: Mapping[str, Any]) -> str | None:
+    if not manifest.get("reranker"):
+        return None
+    rerank = manifest["configuration"]["retrieval"]["rerank"]
+    return _format_identity(rerank["model"], rerank["revision"], manifest["reranker"]["digest"])
 
 
 def _format_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> str:

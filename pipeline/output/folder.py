@@ -29,7 +29,7 @@ CARD = "README.md"
 # What the inspection of the query set has found.
 INSPECTION = "_inspection.parquet"
 # Keys of a manifest that decide the results; an output holds rows of one identity only.
-IDENTITY = ("settings", "queries", "model", "index")
+IDENTITY = ("settings", "queries", "model", "index", "reranker")
 
 
 @dataclass(frozen=True)

@@ -33,6 +33,7 @@ CANDIDATE = pa.struct(
         pa.field("raw", pa.string()),
         pa.field("passage_id", pa.string()),
         pa.field("retrieval_score", pa.float64()),
+        pa.field("rerank_score", pa.float64()),
         pa.field("rank", pa.int32()),
         *CRITIQUE_FIELDS,
         pa.field("support", pa.string()),
@@ -47,6 +48,7 @@ PASSAGE = pa.struct(
         pa.field("title", pa.string()),
         pa.field("text", pa.string()),
         pa.field("retrieval_score", pa.float64()),
+        pa.field("rerank_score", pa.float64()),
         pa.field("rank", pa.int32()),
     ]
 )
@@ -96,7 +98,10 @@ MEANINGS: Mapping[tuple[str, ...], str] = {
         "p(Partially), `is_use` in −1 … 1 (null if the model wrote no token of that group), `sequence_probability`, "
         "`score`"
     ),
-    ("passages",): "passages that the answer used: `id`, `title`, `text`, `retrieval_score`, `rank`",
+    ("passages",): (
+        "passages that the answer used: `id`, `title`, `text`, `retrieval_score`, `rerank_score` (null without a "
+        "reranker), `rank`"
+    ),
     ("candidates", "evidence"): (
         "with `decoding.keep_candidates`: every scored segment (`parent` is its parent's index in the list) and every "
         "passage read"
@@ -104,9 +109,9 @@ MEANINGS: Mapping[tuple[str, ...], str] = {
     ("usage",): (
         "`prompt_tokens`, `cached_tokens`, `generated_tokens`, `retrievals` (searches of the index), "
         "`engine_requests`, `truncated_tokens` (cut from passages that did not fit), `seconds`, of which "
-        "`decide_seconds`, `retrieve_seconds` and `critique_seconds`; `queue_seconds`, `prefill_seconds` and "
-        "`decode_seconds` summed over its requests, which run concurrently; all but `seconds` are 0 if an identical "
-        "query was answered before"
+        "`decide_seconds`, `retrieve_seconds`, `rerank_seconds` and `critique_seconds`; `queue_seconds`, "
+        "`prefill_seconds` and `decode_seconds` summed over its requests, which run concurrently; all but `seconds` "
+        "are 0 if an identical query was answered before"
     ),
     ("error_type", "error_message", "attempts"): "why a row failed, and the number of attempts",
 }
@@ -182,6 +187,7 @@ def _convert_candidate(candidate: Candidate) -> dict[str, Any]:
         "opening": segment.opening,
         "raw": segment.raw,
         "retrieval_score": segment.evidence and segment.evidence.score,
+        "rerank_score": segment.evidence and segment.evidence.rerank_score,
         "rank": segment.evidence and segment.evidence.rank,
         "support": segment.critique.support,
         "finish_reason": candidate.finish,
@@ -210,5 +216,6 @@ def _convert_passage(used: RetrievedPassage) -> dict[str, Any]:
         "title": passage.title,
         "text": passage.text,
         "retrieval_score": used.score,
+        "rerank_score": used.rerank_score,
         "rank": used.rank,
     }

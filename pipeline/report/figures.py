@@ -300,7 +300,8 @@ def count_unit(unit: FinishedUnit, reading: ReadOptions) -> UnitFigures:
     tasks, scores = _read_tasks(rows, task), compute_row_scores(rows)
     spent = rows["usage"].combine_chunks()
     usage = {name: to_floats(spent, name) for name in (*ROW_SECONDS, *REQUEST_SECONDS, *USAGE_COUNTS)}
-    writing = np.maximum(usage["seconds"] - usage["decide_seconds"] - usage["retrieve_seconds"], 0.0)
+    before = usage["decide_seconds"] + usage["retrieve_seconds"] + np.nan_to_num(usage["rerank_seconds"])
+    writing = np.maximum(usage["seconds"] - before, 0.0)
     times = {name: usage[name] for name in (*ROW_SECONDS, *REQUEST_SECONDS)}
     times[WRITING] = writing
     failures = _count_failures(unit, task)

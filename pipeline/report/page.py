@@ -213,6 +213,7 @@ def _describe_index(manifest: Mapping[str, Any]) -> dict[str, Any]:
         "Digest": shorten_digest(index.get("digest")),
         "Topology": retrieval.get("topology"),
         "Search": retrieval.get("search") or None,
+        "Reranker": retrieval["rerank"]["model"] if manifest.get("reranker") else None,
     }
 
 

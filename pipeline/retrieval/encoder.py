@@ -1,10 +1,6 @@
 """Encodes text as vectors, with a model whose files are identified by a digest."""
 
-import hashlib
-import json
-import re
 import threading
-from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -12,27 +8,16 @@ import numpy.typing as npt
 
 from pipeline.config.loading import Frozen
 from pipeline.config.paths import find_local_folder
-from pipeline.gpus import decide_gpu_use
+from pipeline.demo_models import build_demo_encoder
+from pipeline.retrieval.model_source import ModelSource, choose_torch_device, hash_model_files, read_commit
 from pipeline.storage.location import join_lines
 
 Vectors = npt.NDArray[np.float32]
 
-# Files that affect the vectors, in any folder of a model. READMEs, training logs and exports to other runtimes do not.
-_CONFIGURATION = (
-    "modules.json",
-    "config.json",
-    "config_sentence_transformers.json",
-    "sentence_bert_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-)
-# The first of these formats that a folder has is the one that is loaded.
-_WEIGHTS = ("*.safetensors", "*.bin")
-# Folders of modules in a model: none that begins with a dot, and so none above it.
-_MODULE_PATH = re.compile(r"(\w[\w.-]*(/\w[\w.-]*)*/?)?")
 # Tokenizers without a limit have one beyond this.
 _UNLIMITED = 10**6
-_OTHER_RUNTIMES = ["*.onnx", "*.h5", "*.ot", "*.msgpack", "onnx/*", "openvino/*"]
+
+ENCODERS = ModelSource("encoder", build_demo_encoder)
 
 
 class EncoderStyle(Frozen):
@@ -91,8 +76,8 @@ class Encoder:
         Raises:
             ValueError: there is no such model, or ``device`` is ``gpu`` and there is no GPU.
         """
-        torch_device = _choose_torch_device(device)
-        folder = _find_folder(name) or _fetch(name, revision)
+        torch_device = choose_torch_device(device)
+        folder = ENCODERS.obtain(name, revision)
         import torch
         from sentence_transformers import SentenceTransformer
         from transformers.utils import logging
@@ -105,8 +90,7 @@ class Encoder:
         style = style or EncoderStyle()
         if torch_device != "cpu":
             model = model.to(getattr(torch, style.dtype))
-        commit = folder.name if folder.parent.name == "snapshots" else None
-        return cls(model, name, commit, _hash_encoder_folder(folder), style)
+        return cls(model, name, read_commit(folder), hash_model_files(folder), style)
 
     @property
     def device(self) -> str:
@@ -143,112 +127,6 @@ class Encoder:
         with self._lock:
             vectors = encode(texts, batch_size=batch_size, show_progress_bar=False, **options)
         return np.ascontiguousarray(vectors, dtype=np.float32)
-
-
-def hash_encoder(name: str, revision: str | None = None) -> str | None:
-    """Return the digest of a model without loading it; None for a Hugging Face model that is not in the local cache.
-
-    Args:
-        name: as in :meth:`Encoder.load`.
-        revision: as in :meth:`Encoder.load`.
-
-    Raises:
-        ValueError: there is no such folder, or the demo encoder cannot be downloaded.
-    """
-    folder = _find_folder(name)
-    if folder is None:
-        import huggingface_hub
-
-        try:
-            folder = Path(huggingface_hub.snapshot_download(name, revision=revision, local_files_only=True))
-        except (OSError, ValueError):
-            return None
-    return _hash_encoder_folder(folder)
-
-
-def _find_folder(name: str) -> Path | None:
-    """Return the local folder of a model; None for a name on the Hugging Face hub."""
-    if name == "demo":
-        from pipeline.demo_models import build_demo_encoder
-
-        try:
-            return build_demo_encoder()
-        except RuntimeError as error:
-            raise ValueError(f"encoder demo: {join_lines(error)}") from None
-    if (folder := find_local_folder(name)) is not None:
-        return folder
-    if name.lower().startswith((".", "/", "~", "file:")):
-        raise ValueError(f"encoder {name}: no such folder")
-    return None
-
-
-def _fetch(name: str, revision: str | None) -> Path:
-    """Return a model's folder in the Hugging Face cache, downloading missing files; ``*.bin`` only as a fallback."""
-    # Imported late, since it reads its variables on import, and those of a worker come with its arguments.
-    import huggingface_hub
-    from huggingface_hub.utils.tqdm import disable_progress_bars
-
-    disable_progress_bars()
-    try:
-        for left_out in ([*_OTHER_RUNTIMES, "*.bin"], _OTHER_RUNTIMES):
-            folder = Path(huggingface_hub.snapshot_download(name, revision=revision, ignore_patterns=left_out))
-            if any(folder.glob("*.safetensors")):
-                break
-    except (OSError, ValueError) as error:
-        raise ValueError(
-            f"encoder {name}: neither a local folder nor available from the Hugging Face hub ({join_lines(error)})"
-        ) from None
-    return folder
-
-
-def _hash_encoder_folder(folder: Path) -> str:
-    total = hashlib.sha256()
-    for file in _list_own_files(folder):
-        with file.open("rb") as content:
-            inner = hashlib.file_digest(content, "sha256").hexdigest()
-        total.update(f"{file.relative_to(folder).as_posix()}\n{inner}\n".encode())
-    return total.hexdigest()
-
-
-def _list_own_files(folder: Path) -> list[Path]:
-    modules = folder / "modules.json"
-    paths = [""]
-    if modules.is_file():
-        paths = _read_module_paths(modules)
-    files: set[Path] = set()
-    for part in {folder, *(folder / path for path in paths)}:
-        files.update(part / name for name in _CONFIGURATION if (part / name).is_file())
-        weights = (sorted(part.glob(pattern)) for pattern in _WEIGHTS)
-        files.update(next(filter(None, weights), []))
-    return sorted(files)
-
-
-def _read_module_paths(modules: Path) -> list[str]:
-    """Read the subfolders of an encoder's modules.
-
-    Raises:
-        ValueError: the file is damaged, or a path leads out of the encoder's folder.
-    """
-    try:
-        paths = [str(module["path"]) for module in json.loads(modules.read_text())]
-    except (ValueError, KeyError, TypeError) as error:
-        raise ValueError(
-            f"{modules}: not a list of modules with a path ({error!r}); download the model again"
-        ) from None
-    for path in paths:
-        if not _MODULE_PATH.fullmatch(path):
-            raise ValueError(f"{modules}: the path {path!r} is not a folder of the model; download the model again")
-    return paths
-
-
-def _choose_torch_device(device: str) -> str:
-    import torch
-
-    if decide_gpu_use(device) and torch.cuda.is_available():
-        return "cuda"
-    if device == "gpu":
-        raise ValueError("device gpu: PyTorch finds no usable GPU on this machine; set device to auto or cpu")
-    return "cpu"
 
 
 def resolve_encoder_name(encoder: str) -> str:

@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipeline.config.loading import Frozen
 from pipeline.config.sections import Positive, RetrievalConfig
-from pipeline.retrieval.encoder import Encoder, EncoderStyle, hash_encoder
+from pipeline.retrieval.encoder import ENCODERS, Encoder, EncoderStyle
 from pipeline.retrieval.index_cache import REMEDY, DamagedIndexError, check_size
 from pipeline.storage.location import Location
 
@@ -205,7 +205,7 @@ def check_index_manifest(folder: Location, retrieval: RetrievalConfig, digest: s
     """
     manifest = read_manifest(folder, digest)
     wanted, revision = choose_encoder(manifest, retrieval)
-    digest = hash_encoder(wanted, revision)
+    digest = ENCODERS.hash_present(wanted, revision)
     if digest is not None or wanted != manifest.encoder.name:
         _check_digest(wanted, digest, manifest)  # without a download yet, checked on loading
     check_files(folder, manifest)

@@ -1,18 +1,18 @@
-"""Retrieves passages for concurrent queries, which are encoded and searched in batches."""
+"""Retrieves passages for concurrent queries, which are encoded, searched and reranked in batches."""
 
-import asyncio
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Protocol
 
 from pipeline.config.sections import RetrievalConfig
-from pipeline.decoding.types import RetrievedPassage
+from pipeline.decoding.types import Retrieved, RetrievedPassage
 from pipeline.gpus import lock_gpus
+from pipeline.retrieval.batching import Batcher
 from pipeline.retrieval.encoder import Encoder, Vectors
 from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.manifest import IndexManifest, check_encoder, check_index_manifest, choose_encoder
+from pipeline.retrieval.reranker import Reranker
 from pipeline.retrieval.shard_servers import IndexLostError, PartitionedIndex
 from pipeline.storage.location import Location
 
@@ -31,35 +31,43 @@ class SearchableIndex(Protocol):
 
 
 @dataclass(frozen=True)
-class _Request:
-    query: str
-    k: int
-    answer: asyncio.Future[list[RetrievedPassage]]
+class SearchDigests:
+    """Digests that the files of a search must have, those at the start of the run; None accepts any.
+
+    Attributes:
+        index: digest of the index's manifest.
+        reranker: digest of the reranker.
+    """
+
+    index: str | None = None
+    reranker: str | None = None
 
 
-Outcome = list[RetrievedPassage] | Exception
+ANY_DIGESTS = SearchDigests()
+Search = tuple[str, int]
 
 
 class IndexRetriever:
-    """A retriever that encodes and searches concurrent requests in batches, in a thread of its own.
-
-    The first request of a batch waits up to ``retrieval.wait_ms`` for others. While a batch is being searched, new
-    requests are collected for the next one.
+    """A retriever that encodes and searches concurrent requests in batches, and reranks what they find likewise.
 
     Attributes:
         on_search: callback with the latency of each batch in seconds, called in the search thread.
     """
 
-    def __init__(self, encoder: Encoder, index: SearchableIndex, retrieval: RetrievalConfig) -> None:
+    def __init__(
+        self, encoder: Encoder, index: SearchableIndex, retrieval: RetrievalConfig, reranker: Reranker | None = None
+    ) -> None:
         check_encoder(encoder, index.manifest)
         self._encoder = encoder
         self._index = index
-        self._batch_size = retrieval.batch_size
-        self._wait_s = retrieval.wait_ms / 1000
-        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="retrieve")
-        self._waiting: list[_Request] = []
-        self._timer: asyncio.TimerHandle | None = None
-        self._searching = False
+        self._reranker = reranker
+        wait_s = retrieval.wait_ms / 1000
+        self._searching: Batcher[Search, list[RetrievedPassage]] = Batcher(
+            "retrieve", self._search, retrieval.batch_size, wait_s, shared=(IndexLostError,)
+        )
+        self._reranking: Batcher[tuple[str, list[RetrievedPassage]], list[RetrievedPassage]] | None = None
+        if reranker is not None:
+            self._reranking = Batcher("rerank", reranker.rerank, reranker.queries_per_call, wait_s)
         self.on_search: Callable[[float], None] | None = None
 
     @classmethod
@@ -69,85 +77,58 @@ class IndexRetriever:
         retrieval: RetrievalConfig,
         engine_share: float = 0.0,
         servers: Sequence[Any] = (),
-        digest: str | None = None,
+        digests: SearchDigests = ANY_DIGESTS,
     ) -> "IndexRetriever":
         """Open an index with ``retrieval.encoder``, or else with the encoder that it was built with.
+
+        The reranker is loaded, too, if ``retrieval.rerank`` has one.
 
         Args:
             engine_share: share of the GPU's memory that vLLM takes on the same GPU.
             servers: Ray handles of the shard servers; if empty, all shards are opened in this process.
-            digest: required digest of the index's manifest; any by default.
+            digests: digests that index and reranker must have.
 
         Raises:
-            ValueError: the index, the encoder or the required device cannot be used, or index and encoder do not match.
+            ValueError: the index, the encoder, the reranker or the required device cannot be used, or index and encoder
+                do not match.
             StorageError: the storage cannot be read.
         """
-        manifest = check_index_manifest(folder, retrieval, digest)
+        manifest = check_index_manifest(folder, retrieval, digests.index)
         name, revision = choose_encoder(manifest, retrieval)
         with lock_gpus():
             encoder = Encoder.load(name, retrieval.device, revision, manifest.encoder.style)
         check_encoder(encoder, manifest)
+        reranker = Reranker.load(retrieval, digests.reranker) if retrieval.rerank.model else None
         if servers:
-            return cls(encoder, PartitionedIndex(manifest, servers), retrieval)
-        return cls(encoder, PassageIndex.open(folder, retrieval, None, engine_share, digest), retrieval)
+            return cls(encoder, PartitionedIndex(manifest, servers), retrieval, reranker)
+        index = PassageIndex.open(folder, retrieval, None, engine_share, digests.index)
+        return cls(encoder, index, retrieval, reranker)
 
-    async def retrieve(self, query: str, k: int) -> list[RetrievedPassage]:
-        """Retrieve the k best passages, best first; fewer if the search finds no more.
+    async def retrieve(self, query: str, k: int) -> Retrieved:
+        """Retrieve the k best passages; fewer if the search finds no more.
 
         Raises:
             IndexLostError: a shard server is lost, whatever the query.
-            Exception: the encoder or FAISS raised it for this query alone.
+            Exception: the encoder, FAISS or the reranker raised it for this query alone.
         """
-        loop = asyncio.get_running_loop()
-        request = _Request(query, k, loop.create_future())
-        self._waiting.append(request)
-        if len(self._waiting) >= self._batch_size:
-            self._start()
-        elif self._timer is None:
-            self._timer = loop.call_later(self._wait_s, self._start)
-        return await request.answer
+        if self._reranker is None or self._reranking is None:
+            return Retrieved(await self._searching.ask((query, k)))
+        found = await self._searching.ask((query, max(k, self._reranker.candidates)))
+        began = time.monotonic()
+        ordered = await self._reranking.ask((query, found))
+        return Retrieved(ordered[:k], time.monotonic() - began)
 
     def close(self) -> None:
-        """End the thread after the current batch."""
-        self._thread.shutdown()
+        """End the threads after their current batches."""
+        self._searching.close()
+        if self._reranking is not None:
+            self._reranking.close()
 
-    def _start(self) -> None:
-        """Start to search the next batch, unless one is being searched; its end then starts the next."""
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-        # Drop requests that were canceled while they waited.
-        self._waiting = [request for request in self._waiting if not request.answer.done()]
-        if self._searching or not self._waiting:
-            return
-        batch, self._waiting = self._waiting[: self._batch_size], self._waiting[self._batch_size :]
-        self._searching = True
-        found = asyncio.get_running_loop().run_in_executor(self._thread, self._search, batch)
-        found.add_done_callback(lambda done: self._deliver(batch, done))
-
-    def _search(self, batch: list[_Request]) -> list[Outcome]:
-        """Search a batch; if that fails, search its requests one by one, so that only faulty queries fail."""
-        try:
-            began = time.monotonic()
-            vectors = self._encoder.encode_queries([request.query for request in batch])
-            found = self._index.retrieve(vectors, max(request.k for request in batch))
-            if self.on_search is not None:
-                self.on_search(time.monotonic() - began)
-        except IndexLostError as error:
-            return [error] * len(batch)
-        except Exception as error:  # noqa: BLE001  raised again in retrieve
-            if len(batch) == 1:
-                return [error]
-            return [self._search([request])[0] for request in batch]
-        return [passages[: request.k] for request, passages in zip(batch, found, strict=True)]
-
-    def _deliver(self, batch: list[_Request], done: asyncio.Future[list[Outcome]]) -> None:
-        self._searching = False
-        for request, outcome in zip(batch, done.result(), strict=True):
-            if request.answer.done():
-                continue
-            if isinstance(outcome, Exception):
-                request.answer.set_exception(outcome)
-            else:
-                request.answer.set_result(outcome)
-        self._start()
+    def _search(self, batch: list[Search]) -> list[list[RetrievedPassage]]:
+        """Encode and search a batch of queries, each with its k."""
+        began = time.monotonic()
+        vectors = self._encoder.encode_queries([query for query, _ in batch])
+        found = self._index.retrieve(vectors, max(k for _, k in batch))
+        if self.on_search is not None:
+            self.on_search(time.monotonic() - began)
+        return [passages[:k] for passages, (_, k) in zip(found, batch, strict=True)]

@@ -31,7 +31,7 @@ from pipeline.output.folder import OutputFolder
 from pipeline.output.partial import PartialUnit, list_partial_units
 from pipeline.output.unit_files import split_failed
 from pipeline.queries.units import Unit, read_unit
-from pipeline.retrieval.retriever import IndexRetriever
+from pipeline.retrieval.retriever import ANY_DIGESTS, IndexRetriever, SearchDigests
 from pipeline.run.annotation import OneByOne, Together, annotate_table
 from pipeline.run.attempts import BESIDE_OTHERS, PERMIT_WAIT_S, SharedExclusiveLock
 from pipeline.run.finished_rows import KEEP_S, FinishedRows
@@ -52,7 +52,7 @@ class SelfRagActor:
         schema: schema of the query set.
         attempts: Ray handle of ``Attempts``.
         servers: handles of the shard servers of a partitioned index.
-        index_digest: digest that the index must have.
+        digests: digests that index and reranker must have.
         run: digest of the run's identity.
         access: environment of the driver, and what this machine must read and write; None if nothing is checked.
     """
@@ -63,7 +63,7 @@ class SelfRagActor:
         schema: pa.Schema,
         attempts: Any,
         servers: Sequence[Any] = (),
-        index_digest: str | None = None,
+        digests: SearchDigests = ANY_DIGESTS,
         run: str = "",
         access: Access | None = None,
     ) -> None:
@@ -78,17 +78,17 @@ class SelfRagActor:
         self.telemetry = ActorTelemetry(config.output)
         # Ray restarts an actor that is killed during its start, and sets no limit; Attempts does.
         ray.get(attempts.begin_start.remote(get_node()))
-        self._open(servers, index_digest)
+        self._open(servers, digests)
         ray.get(attempts.end_start.remote())
 
-    def _open(self, servers: Sequence[Any], index_digest: str | None) -> None:
+    def _open(self, servers: Sequence[Any], digests: SearchDigests) -> None:
         prepare_environment()
         config = self.config
         critic = self._load_critic()
         self.retriever: IndexRetriever | None = None
         if config.index is not None and config.decoding.mode != "never":
             folder, share = locate(config.index, config.storage), get_gpu_share(config.model)
-            self.retriever = IndexRetriever.open(folder, config.retrieval, share, servers, index_digest)
+            self.retriever = IndexRetriever.open(folder, config.retrieval, share, servers, digests)
             self.retriever.on_search = self.telemetry.record_search
         with lock_gpus():
             self.generator = self._start_engine(critic)

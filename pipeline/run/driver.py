@@ -17,6 +17,7 @@ from pipeline.output.unit_files import UnitSummary
 from pipeline.output.unit_log import UnitLog
 from pipeline.queries.kept_inspection import keep_inspection
 from pipeline.report.write import leave_report
+from pipeline.retrieval.retriever import SearchDigests
 from pipeline.retrieval.shard_servers import ServedIndex, start_servers
 from pipeline.run.actor import SelfRagActor
 from pipeline.run.attempts import MAX_CONSECUTIVE_CRASHES, Attempts
@@ -201,7 +202,7 @@ def annotate_units(
             plan.queries.schema,
             attempts,
             start_partitions(plan, resources),
-            plan.index and plan.index["digest"],
+            SearchDigests(*((used or {}).get("digest") for used in (plan.index, plan.reranker))),
             plan.digest,
             access,
         ],

@@ -28,6 +28,7 @@ from pipeline.queries.query_set import QuerySet, inspect_queries
 from pipeline.queries.selection import Earlier, Selection
 from pipeline.queries.units import Unit
 from pipeline.retrieval.manifest import IndexManifest, check_index_manifest
+from pipeline.retrieval.reranker import find_reranker
 from pipeline.storage.location import Location, check_apart, check_writable, locate
 
 
@@ -42,6 +43,7 @@ class RunPlan:
         model: identity of the model, for the manifest.
         index: identity of the index, for the manifest; None if no index is used.
         encoder: encoder that the index was built with; None if no index is used.
+        reranker: identity of the reranker, for the manifest; None if none is used.
         overwrite: whether an earlier run in the output is deleted.
         manifest: manifest in the output, by which a run that has used it since is noticed; None if there is none.
         inventory: units that the output holds.
@@ -57,6 +59,7 @@ class RunPlan:
     model: dict[str, Any]
     index: dict[str, Any] | None
     encoder: dict[str, Any] | None = None
+    reranker: dict[str, Any] | None = None
     overwrite: bool = False
     manifest: dict[str, Any] | None = None
     inventory: Inventory = EMPTY
@@ -97,6 +100,7 @@ class RunPlan:
             "queries": {"files": self.queries.files, "rows": self.queries.rows, "digest": self.queries.digest},
             "model": self.model,
             "index": self.index,
+            "reranker": self.reranker,
         }
 
     @cached_property
@@ -116,6 +120,7 @@ class RunPlan:
         return [
             *lines,
             f"index    {config.index or 'none'}{passages}",
+            *self._format_reranker(),
             f"model    {config.model.name}",
             f"decoding {config.decoding.mode}, δ = {config.decoding.threshold}, k = {config.decoding.passages}",
             *self._format_tasks(),
@@ -131,6 +136,10 @@ class RunPlan:
         tasks = Tasks(self.config.decoding, self.config.profiles, self.config.task)
         rows = {"": self.queries.rows - sum(self.queries.tasks.values()), **self.queries.tasks}
         return {name: {"rows": count, **tasks.describe(name)} for name, count in rows.items() if count}
+
+    def _format_reranker(self) -> list[str]:
+        rerank = self.config.retrieval.rerank
+        return [f"reranker {rerank.model}: orders the best {rerank.candidates}"] if self.reranker else []
 
     def _format_tasks(self) -> list[str]:
         lines = []
@@ -159,17 +168,18 @@ def check_run(config: RunConfig, overwrite: bool = False) -> RunPlan:
     warn_of_columns_above(queries_location, queries.schema.names)
     check_writable(output)
     manifest = _check_retrieval(config, queries)
-    index = encoder = None
+    index = encoder = reranker = None
     if manifest is not None:
         index = {"passages": manifest.passages, "shards": len(manifest.shards), "digest": manifest.compute_digest()}
         encoder = manifest.encoder.model_dump()
+        config, reranker = _identify_reranker(config)
     check_engine_arguments(config.model)
     load_critic(config)
     model = identify_model(config.model, resolve_model_path(config.model.name))
     if commit := model.get("commit"):  # every actor must load the commit that the manifest records
         config = config.model_copy(update={"model": config.model.model_copy(update={"revision": commit})})
     known = selection.known if selection else 0
-    plan = RunPlan(config, queries, OutputFolder(output), model, index, encoder, overwrite, known=known)
+    plan = RunPlan(config, queries, OutputFolder(output), model, index, encoder, reranker, overwrite, known=known)
     plan.describe_tasks()  # a profile may contradict the run
     plan = inspect_output(plan)
     begun = plan.manifest is not None and not overwrite
@@ -247,6 +257,17 @@ def _check_retrieval(config: RunConfig, queries: QuerySet) -> IndexManifest | No
             )
         return None
     return check_index_manifest(locate(config.index, config.storage), config.retrieval)
+
+
+def _identify_reranker(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]:
+    """Return the configuration with the reranker's commit, which every actor must load, and the reranker's identity."""
+    retrieval = config.retrieval
+    if retrieval.rerank.model is None:
+        return config, None
+    _, found = find_reranker(retrieval.rerank)
+    rerank = retrieval.rerank.model_copy(update={"revision": found.revision})
+    retrieval = retrieval.model_copy(update={"rerank": rerank})
+    return config.model_copy(update={"retrieval": retrieval}), {"digest": found.digest}
 
 
 def _check_output(plan: RunPlan, manifest: dict[str, Any] | None) -> None:

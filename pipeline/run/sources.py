@@ -32,3 +32,5 @@ def _list_models(plan: RunPlan) -> Iterator[tuple[str, str]]:
             yield f"model.engine.{argument}", str(name)
     if plan.encoder is not None:
         yield "encoder", str(plan.encoder["name"])
+    if plan.reranker is not None:
+        yield "retrieval.rerank.model", str(plan.config.retrieval.rerank.model)

@@ -11,6 +11,7 @@ from huggingface_hub import ModelCardData
 from pipeline.training.checkpoints import TrainingProgress
 from pipeline.training.data import TeachingData
 from pipeline.training.recipe import Recipe
+from pipeline.training.rerank_recipe import RerankRecipe
 
 NAMES = {
     "decision_accuracy": "decision right (retrieve or not)",
@@ -91,6 +92,54 @@ SHA-256 of the rows that it was trained on: `{training.digest}`
 On {training.examined} random trees of the held-out rows, each token predicted from the right ones before it:
 
 {_list_items(figures)}
+"""
+
+
+def render_reranker_card(
+    base: str,
+    command: Sequence[str],
+    data: TeachingData,
+    examined: int,
+    recipe: RerankRecipe,
+    figures: Mapping[str, float],
+) -> str:
+    """Return the card of a reranker as Markdown with a YAML front matter.
+
+    Args:
+        base: name of the base model.
+        command: command line that trained the reranker.
+        data: rows that the questions were drawn from.
+        examined: number of held-out questions that the figures are from.
+        recipe: hyperparameters.
+        figures: figures on held-out questions by name.
+    """
+    front = ModelCardData(base_model=base, library_name="sentence-transformers", pipeline_tag="text-ranking")
+    return f"""---
+{front.to_yaml()}
+---
+
+# {base}, taught to rank passages
+
+Use it with `--set retrieval.rerank.model=FOLDER`, or as a `CrossEncoder` of sentence-transformers. Trained on
+{date.today()}:
+
+```
+{shlex.join(command)}
+```
+
+## Data
+
+{len(data.readings):,} readings and {len(data.pairs):,} questions with a sentence; SHA-256 `{data.compute_digest()}`
+
+## Recipe
+
+{_list_items(asdict(recipe))}
+
+## Figures
+
+On {examined} held-out questions:
+
+{_list_items({name: f"{value:.3f}" for name, value in figures.items()})}
 """
 
 

@@ -37,4 +37,4 @@ class TrainingFolder:
     def finish(self) -> None:
         """Turn the folder into the output, which only then may lose the state."""
         self.unfinished.rename(self.output)
-        (self.output / self.state.name).unlink()
+        (self.output / self.state.name).unlink(missing_ok=True)

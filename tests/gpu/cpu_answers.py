@@ -13,7 +13,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 
 from jobs.demo import QUERIES, get_demo_index
-from pipeline.demo_models import hash_adapter
+from pipeline.demo_models import ADAPTER, LANGUAGE_MODEL, hash_adapter
 
 FILE = Path(__file__).with_name("cpu_answers.json")
 SETTINGS = ["execution.unit_rows=8"]
@@ -29,7 +29,7 @@ def first_queries(source: Path, rows: int | None, file: Path) -> Path:
 
 def make_record() -> dict[str, object]:
     """Describe what the answers were made with."""
-    return {"adapter": hash_adapter(), "decoding": DECODING, "dtype": "float32"}
+    return {"adapter": hash_adapter(ADAPTER, LANGUAGE_MODEL), "decoding": DECODING, "dtype": "float32"}
 
 
 def main() -> None:

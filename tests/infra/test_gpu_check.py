@@ -46,7 +46,7 @@ def test_reference_answers_are_of_the_current_model() -> None:
     record = json.loads(FILE.read_text())
     answers = record.pop("answers")
     assert record == make_record(), "run: python -m tests.gpu.cpu_answers"
-    assert len(answers) == 122
+    assert len(answers) == 72
     assert sum(retrieved for retrieved, _ in answers.values()) > 90
 
 

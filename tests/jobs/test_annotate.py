@@ -14,18 +14,23 @@ from jobs.annotate import annotate as command
 from pipeline.cluster import Resources
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import StorageConfig
+from pipeline.demo_models import build_demo_encoder
+from pipeline.nodes.places import Source
 from pipeline.output.folder import OutputFolder
 from pipeline.output.inventory import Inventory
 from pipeline.output.unit_files import UnitSummary, split_failed
 from pipeline.queries.changes import Listing
 from pipeline.queries.query_set import QuerySet
 from pipeline.queries.units import Part, Unit
+from pipeline.retrieval.reranker import find_reranker
 from pipeline.run.annotation import build_annotated_schema
 from pipeline.run.driver import Summary, annotate_todo
 from pipeline.run.plan import RunPlan, check_run
+from pipeline.run.sources import list_sources
 from pipeline.storage.lease import Lease
 from pipeline.storage.location import Location, locate
 from tests.support.leases import finishing_elsewhere
+from tests.support.rerankers import write_cross_encoder
 
 GIVEN = pa.list_(pa.struct([("id", pa.string()), ("title", pa.string()), ("text", pa.string())]))
 
@@ -126,6 +131,25 @@ def test_plan_records_the_index_and_its_encoder(options, saved: Location):
     assert plan.encoder is not None
     assert (plan.encoder["name"], plan.encoder["digest"]) == ("tiny", "d" * 64)
     assert "encoder" not in plan.compute_identity()
+
+
+def test_plan_records_the_reranker_by_its_content(options, saved: Location, tmp_path):
+    folder = write_cross_encoder(tmp_path / "reranker")
+    run = {"queries": options["--queries"], "output": options["--output"], "model": {"name": options["--model"]}}
+    run |= {"index": saved.path, "retrieval": {"rerank": {"model": str(folder), "candidates": 7}}}
+    plan = check_run(RunConfig.model_validate(run))
+    _, entry = find_reranker(plan.config.retrieval.rerank)
+    assert plan.reranker == plan.compute_identity()["reranker"] == {"digest": entry.digest}
+    assert f"reranker {folder}: orders the best 7" in plan.describe()
+    assert Source.list_folder("retrieval.rerank.model", str(folder), "") in list_sources(plan)
+    unused = check_run(RunConfig.model_validate({**run, "decoding": {"mode": "never"}}))
+    assert unused.reranker is None
+
+
+def test_model_that_is_no_reranker_is_refused_before_the_engine_starts(options, saved: Location):
+    result = call({**options, "--index": saved.path}, "--set", f"retrieval.rerank.model={build_demo_encoder()}")
+    assert result.exit_code == 2
+    assert "not a cross-encoder with one score, but BertModel; choose one such as" in result.stderr.splitlines()[-1]
 
 
 def test_run_with_a_held_lease_stops_before_the_engine_starts(options, monkeypatch):

@@ -71,7 +71,9 @@ def annotate(*options: str | Path, **environment: str) -> subprocess.CompletedPr
 def finished(queries, small_index, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     output = tmp_path_factory.mktemp("annotated") / "out"
     options = ["--queries", queries, "--index", small_index, "--output", output]
-    return output, annotate(*options, "--set", "execution.max_error_rate=0.1", "--json")
+    for setting in ("retrieval.rerank.model=demo", "retrieval.rerank.candidates=8", "execution.max_error_rate=0.1"):
+        options += ["--set", setting]
+    return output, annotate(*options, "--json")
 
 
 @pytest.fixture(scope="module")
@@ -140,6 +142,18 @@ def test_answer_is_the_best_candidate_with_its_evidence(answers, demo_rows):
             (segment["is_use"], 0.5),
         ]
         assert segment["score"] == pytest.approx(sum((value or 0.0) * weight for value, weight in parts))
+
+
+def test_passages_are_read_in_the_order_of_the_reranker(finished, answers, demo_rows):
+    assert json.loads((finished[0] / "_manifest.json").read_text())["reranker"]["digest"]
+    asked = [answers[r["id"]] for r in demo_rows[:8] if answers[r["id"]]["retrieved"]]
+    read = [[(c["rank"], c["rerank_score"]) for c in row["candidates"]] for row in asked]
+    assert all([score for _, score in sorted(pairs)] == sorted((s for _, s in pairs), reverse=True) for pairs in read)
+    searched = [[c["retrieval_score"] for c in sorted(row["candidates"], key=lambda c: c["rank"])] for row in asked]
+    assert any(scores != sorted(scores, reverse=True) for scores in searched)
+    assert all(row["usage"]["rerank_seconds"] > 0 for row in asked)
+    assert answers["given"]["usage"]["rerank_seconds"] == 0
+    assert {c["rerank_score"] for c in answers["given"]["candidates"]} == {None}
 
 
 def test_given_passages_are_read_instead_of_the_index(answers):

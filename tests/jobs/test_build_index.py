@@ -91,7 +91,7 @@ async def test_retriever_finds_the_passage_that_answers(built: tuple[pa.Table, P
     passages, folder = built
     row = passages.slice(7, 1).to_pylist()[0]
     retriever = IndexRetriever.open(place(folder), RetrievalConfig(device="cpu", search="nprobe=4"))
-    best, *rest = await retriever.retrieve(row["text"][:200], 3)
+    best, *rest = (await retriever.retrieve(row["text"][:200], 3)).passages
     assert best.passage == Passage(row["id"], row["title"], row["text"])
     assert best.rank == 1
     assert best.score is not None

@@ -79,7 +79,7 @@ async def test_split_passages_are_found_by_their_ends(
     assert (manifest.passages, manifest.max_words, manifest.truncated_passages) == (16, 150, 0)
     assert [shard.rows for shard in manifest.shards] == [10, 6]
     retriever = IndexRetriever.open(place(tmp_path / "out"), RetrievalConfig(device="cpu"))
-    best = [(await retriever.retrieve(subject, 1))[0].passage for subject in SUBJECTS]
+    best = [(await retriever.retrieve(subject, 1)).passages[0].passage for subject in SUBJECTS]
     assert [passage.id for passage in best] == ["0#5", "1#5", "2#5"]
     assert [passage.text.endswith(subject) for passage, subject in zip(best, SUBJECTS, strict=True)] == [True] * 3
     retriever.close()

@@ -12,6 +12,7 @@ from jobs.build_index import build_index
 from jobs.check_index import check_index
 from pipeline.storage.location import Location
 from tests.support.indexes import save, unit_vectors
+from tests.support.rerankers import write_cross_encoder
 
 APP = typer.Typer()
 APP.command()(check_index)
@@ -135,3 +136,42 @@ def test_deprecated_check_option_works_with_a_hint(probed: Location) -> None:
         "build_index --check INDEX is deprecated and will be removed in version 0.3; use: check_index" in result.stderr
     )
     assert json.loads(result.stdout)["queries"] == 50
+
+
+@pytest.fixture(scope="module")
+def three_topics(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """An index of three passages, and queries of which two name the passage to find."""
+    folder = tmp_path_factory.mktemp("topics")
+    texts = ["Rollo led the Normans.", "Sharks swim in the sea.", "Gold is a heavy metal."]
+    passages = folder / "passages.parquet"
+    pq.write_table(pa.table({"id": ["a", "b", "c"], "title": [""] * 3, "text": texts}), passages)
+    build = typer.Typer()
+    build.command()(build_index)
+    made = CliRunner().invoke(build, ["--passages", str(passages), "--output", str(folder / "index")])
+    assert made.exit_code == 0, made.output
+    queries = {"id": ["1", "2", "3"], "query": ["Who led the Normans?", "What swims?", "What?"]}
+    pq.write_table(pa.table({**queries, "gold_passage_id": ["a", "b", None]}), folder / "queries.parquet")
+    return folder / "index", folder / "queries.parquet"
+
+
+def test_gold_passages_are_found_with_and_without_the_reranker(three_topics: tuple[Path, Path], tmp_path: Path) -> None:
+    index, queries = three_topics
+    reranker = f"retrieval.rerank.model={write_cross_encoder(tmp_path / 'tiny')}"
+    options = ["--queries", str(queries), "--k", "2", "--set", reranker, "--set", "retrieval.rerank.candidates=3"]
+    found = json.loads(check(index, *options, "--json").stdout)
+    assert found["golds"] == 2
+    assert [way["way"] for way in found["gold"]] == ["search", "reranked: the best 3"]
+    assert found["gold"][0]["recall"] == {"1": 1.0, "2": 1.0}
+    shown = check(index, *options)
+    assert shown.exit_code == 0, shown.output
+    assert "gold passages of 2 queries" in shown.stdout
+    alone = json.loads(check(index, "--queries", str(queries), "--k", "2", "--json").stdout)
+    assert [way["way"] for way in alone["gold"]] == ["search"]
+
+
+def test_reranker_needs_queries_with_gold_passages(three_topics: tuple[Path, Path], tmp_path: Path) -> None:
+    index, _ = three_topics
+    reranker = f"retrieval.rerank.model={write_cross_encoder(tmp_path / 'tiny')}"
+    result = check(index, "--k", "2", "--set", reranker)
+    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
+    assert "no --queries: measuring retrieval.rerank takes queries with the column gold_passage_id" in result.stderr

@@ -40,14 +40,14 @@ def test_demo_data_is_consistent() -> None:
     passages = {row["id"]: row for row in pq.read_table(PASSAGES).to_pylist()}
     full = {row["id"]: row for row in pq.read_table(FULL).to_pylist()}
     rows = pq.read_table(QUERIES).to_pylist()
-    assert (len(passages), len(full), len(rows)) == (1271, 1190 + 236 + 2, 100 + 20 + 2)
+    assert (len(passages), len(full), len(rows)) == (1271, 1190 + 236 + 2, 60 + 10 + 2)
     assert all(full[row["id"]] == row for row in rows)
     for row in full.values():
         gold = passages.get(row["gold_passage_id"])
         assert (gold is None) == (row["task"] != "qa") == (row["answers"] is None)
         assert (row["short_answers"] is None) == (row["task"] != "two_questions")
         assert gold is None or any(answer in gold["text"] for answer in row["answers"])
-    assert sum(row["task"] == "qa" for row in rows) == 100
+    assert sum(row["task"] == "qa" for row in rows) == 60
 
 
 def test_demo_passage_vectors_match_the_encoder() -> None:

@@ -93,16 +93,16 @@ def test_failed_download_gives_one_line_with_a_remedy(cache: Path, monkeypatch: 
     assert "\n" not in message
 
 
-def test_model_digest_follows_the_adapter(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(embedded, "ADAPTER", tmp_path)
+def test_model_digest_follows_the_adapter(tmp_path: Path) -> None:
     (tmp_path / "adapter_config.json").write_text("{}")
     with pytest.raises(RuntimeError, match=r"adapter_model\.safetensors"):
-        embedded.hash_adapter()
+        embedded.hash_adapter(tmp_path, embedded.ENCODER)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"one")
-    first = embedded.hash_adapter()
-    assert first == embedded.hash_adapter()
+    first = embedded.hash_adapter(tmp_path, embedded.ENCODER)
+    assert first == embedded.hash_adapter(tmp_path, embedded.ENCODER)
     (tmp_path / "adapter_model.safetensors").write_bytes(b"two")
-    assert embedded.hash_adapter() != first
+    changed = embedded.hash_adapter(tmp_path, embedded.ENCODER)
+    assert len({first, changed, embedded.hash_adapter(tmp_path, Wheel("other", "2.0", ""))}) == 3
 
 
 def test_demo_adapter_is_small_and_refers_to_its_base_by_name() -> None:

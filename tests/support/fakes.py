@@ -10,7 +10,7 @@ import numpy as np
 
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.decoding.reflection import CONTROL_TOKENS, REFLECTION_TOKENS, IsSup, ReflectionIds, Retrieve
-from pipeline.decoding.types import Generation, Passage, RetrievedPassage
+from pipeline.decoding.types import Generation, Passage, Retrieved, RetrievedPassage
 
 EOS = 1
 FIRST_CONTROL = 2
@@ -113,9 +113,11 @@ class DrawingGenerator:
 class DrawingRetriever:
     """Passages that follow from what is asked."""
 
-    async def retrieve(self, query: str, k: int) -> list[RetrievedPassage]:
+    async def retrieve(self, query: str, k: int) -> Retrieved:
         drawn = random.Random(query).sample(range(30), k)
-        return [RetrievedPassage(Passage(f"p{n}", "", f"text{n}"), None, rank) for rank, n in enumerate(drawn, 1)]
+        return Retrieved(
+            [RetrievedPassage(Passage(f"p{n}", "", f"text{n}"), None, rank) for rank, n in enumerate(drawn, 1)]
+        )
 
 
 @dataclass
@@ -140,6 +142,6 @@ class ListRetriever:
     passages: Sequence[Passage]
     queries: list[str] = field(default_factory=list)
 
-    async def retrieve(self, query: str, k: int) -> list[RetrievedPassage]:
+    async def retrieve(self, query: str, k: int) -> Retrieved:
         self.queries.append(query)
-        return [RetrievedPassage(p, 1.0 / n, n) for n, p in enumerate(self.passages[:k], 1)]
+        return Retrieved([RetrievedPassage(p, 1.0 / n, n) for n, p in enumerate(self.passages[:k], 1)])

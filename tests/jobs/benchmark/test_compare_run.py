@@ -12,7 +12,7 @@ from jobs.benchmark.job_run import Job
 from jobs.benchmark.results import CALL, FILES, STAGES, write_record
 from jobs.benchmark.workloads import WORKLOADS, lengthen_passages
 from pipeline.config.sections import ModelConfig
-from pipeline.decoding.types import Passage, RetrievedPassage
+from pipeline.decoding.types import Passage, Retrieved, RetrievedPassage
 from pipeline.engine.arguments import build_engine_arguments
 from tests.support.fakes import word_tokenizer
 
@@ -23,7 +23,7 @@ class OwnPassages:
     """Finds for each query passages that say whose they are."""
 
     async def retrieve(self, query, k):
-        return [RetrievedPassage(Passage(str(n), "", f"{query} {n}"), 0.5, n) for n in range(k)]
+        return Retrieved([RetrievedPassage(Passage(str(n), "", f"{query} {n}"), 0.5, n) for n in range(k)])
 
 
 @pytest.mark.parametrize(("rows", "warm"), [(4, 4), (WARM_ROWS, WARM_ROWS), (WARM_ROWS + 30, WARM_ROWS)])

@@ -13,7 +13,7 @@ from pipeline.decoding.choose import list_cited_passages
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
-from pipeline.decoding.types import Answer, Generation, Passage, Query, RetrievedPassage
+from pipeline.decoding.types import Answer, Generation, Passage, Query, Retrieved, RetrievedPassage
 from tests.support.fakes import (
     DrawingGenerator,
     DrawingRetriever,
@@ -37,7 +37,7 @@ class Finds:
 
     async def retrieve(self, query: str, k: int):
         self.asked.append(query)
-        return [RetrievedPassage(p, 1.0 / n, n) for n, p in enumerate(self.found[query][:k], 1)]
+        return Retrieved([RetrievedPassage(p, 1.0 / n, n) for n, p in enumerate(self.found[query][:k], 1)])
 
 
 DECIDES = generation(TOKENIZER, ["[Retrieval]"], {0: {"[Retrieval]": 0.9, "[No Retrieval]": 0.1}}, prompt_tokens=4)

@@ -52,6 +52,14 @@ def front_matter(text: str) -> dict[str, Any]:
     return dict(yaml.safe_load(text.split("---\n")[1]))
 
 
+def test_card_names_the_reranker_that_was_used() -> None:
+    rerank = {"model": "cross-encoder/ms-marco-MiniLM-L6-v2", "revision": "r2"}
+    configuration = {**MANIFEST["configuration"], "retrieval": {"rerank": rerank}}
+    used = card({"configuration": configuration, "reranker": {"digest": "f" * 64}})
+    assert "| reranker | cross-encoder/ms-marco-MiniLM-L6-v2 (revision r2, digest ffffffffffff) |" in used
+    assert "| reranker |" not in card({"configuration": configuration, "reranker": None})
+
+
 def test_front_matter_describes_how_to_load_the_set() -> None:
     found = front_matter(card())
     assert found["configs"] == [

@@ -29,7 +29,7 @@ CRITIQUE = Critique(0.5, 0.75, None, 0.25, 1.375)
 
 
 def segment(passage: Passage | None, rank: int = 1) -> Segment:
-    evidence = RetrievedPassage(passage, 0.9, rank) if passage else None
+    evidence = RetrievedPassage(passage, 0.9, rank, 2.5 * rank) if passage else None
     return Segment("text", "[Relevant]text", evidence, CRITIQUE)
 
 
@@ -90,7 +90,8 @@ def test_citations_are_numbered_by_first_use():
     row = to_answer_row(answer(segment(other), segment(None), segment(PASSAGE, 2), segment(other)))
     assert [s["citation"] for s in row["segments"]] == [1, None, 2, 1]
     assert [p["id"] for p in row["passages"]] == ["p2", "p1"]
-    assert row["passages"][1] == {"id": "p1", "title": "Title", "text": "Text", "retrieval_score": 0.9, "rank": 2}
+    text = {"id": "p1", "title": "Title", "text": "Text"}
+    assert row["passages"][1] == {**text, "retrieval_score": 0.9, "rerank_score": 5.0, "rank": 2}
 
 
 def test_candidates_form_a_tree_and_passages_are_stored_once():
@@ -105,6 +106,7 @@ def test_candidates_form_a_tree_and_passages_are_stored_once():
     assert back["finish_reason"] == "stop"
     assert back["candidates"][0]["next_retrieve_probability"] == 0.25
     assert [c["next_keeps_evidence"] for c in back["candidates"]] == [True, None, None]
+    assert [c["rerank_score"] for c in back["candidates"]] == [2.5, 5.0, 2.5]
     assert [p["id"] for p in back["evidence"]] == ["p1", "p2"]
 
 

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from pipeline.demo_models import build_demo_encoder
-from pipeline.retrieval.encoder import Encoder, EncoderStyle, hash_encoder, resolve_encoder_name
+from pipeline.retrieval.encoder import ENCODERS, Encoder, EncoderStyle, resolve_encoder_name
 from tests.support.names import ESCAPING_NAMES
 
 
@@ -102,20 +102,20 @@ def folder(tmp_path: Path) -> Path:
 
 
 def test_digest_depends_on_configuration_and_weights_of_every_module(folder: Path) -> None:
-    digests = [hash_encoder(str(folder))]
+    digests = [ENCODERS.hash_present(str(folder))]
     for name in ("config.json", "model.safetensors", "1_Pooling/config.json", "modules.json"):
         (folder / name).write_text((folder / name).read_text() + " ")
-        digests.append(hash_encoder(str(folder)))
+        digests.append(ENCODERS.hash_present(str(folder)))
     assert len(set(digests)) == 5
 
 
 def test_digest_ignores_other_files_and_the_location(folder: Path, tmp_path: Path) -> None:
-    before = hash_encoder(str(folder))
+    before = ENCODERS.hash_present(str(folder))
     (folder / "README.md").write_text("about")
     (folder / "onnx").mkdir()
     (folder / "onnx" / "config.json").write_text("{}")
     (folder / "pytorch_model.bin").write_text("the weights in another format")
-    assert hash_encoder(str(shutil.move(folder, tmp_path / "elsewhere"))) == before
+    assert ENCODERS.hash_present(str(shutil.move(folder, tmp_path / "elsewhere"))) == before
 
 
 @pytest.mark.parametrize("name", ESCAPING_NAMES.values(), ids=ESCAPING_NAMES.keys())
@@ -123,7 +123,7 @@ def test_a_module_outside_of_the_model_is_refused(folder: Path, name: str) -> No
     path = name.format("1_Pooling")
     (folder / "modules.json").write_text(json.dumps([{"path": ""}, {"path": path}]))
     with pytest.raises(ValueError, match=r"modules\.json: the path .* is not a folder of the model") as refused:
-        hash_encoder(str(folder))
+        ENCODERS.hash_present(str(folder))
     assert repr(path) in str(refused.value)
 
 
@@ -131,11 +131,11 @@ def test_a_module_outside_of_the_model_is_refused(folder: Path, name: str) -> No
 def test_a_damaged_list_of_modules_is_named(folder: Path, content: str) -> None:
     (folder / "modules.json").write_text(content)
     with pytest.raises(ValueError, match=r"modules\.json: not a list of modules with a path"):
-        hash_encoder(str(folder))
+        ENCODERS.hash_present(str(folder))
 
 
 def test_loaded_encoder_has_the_digest_of_its_files(encoder: Encoder) -> None:
-    assert encoder.digest == hash_encoder("demo") == hash_encoder(str(build_demo_encoder()))
+    assert encoder.digest == ENCODERS.hash_present("demo") == ENCODERS.hash_present(str(build_demo_encoder()))
     assert (encoder.name, encoder.revision) == ("demo", None)
 
 

@@ -1,5 +1,6 @@
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -81,7 +82,7 @@ def test_manifest_check_compares_the_configured_encoder_by_digest(
     saved: Location, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     digests = {"same": "d" * 64, "other": "e" * 64, "remote": None}
-    monkeypatch.setattr("pipeline.retrieval.manifest.hash_encoder", digests.get)
+    monkeypatch.setattr("pipeline.retrieval.manifest.ENCODERS", SimpleNamespace(hash_present=digests.get))
     for name in (None, "tiny", "same"):
         assert check_index_manifest(saved, RetrievalConfig(encoder=name)).passages == 60
     for name in ("other", "remote"):
