@@ -18,11 +18,11 @@ class RerankRecipe:
         seed: seed of all random numbers.
     """
 
-    questions: int = 12_000
+    questions: int = 3_000
     passages: int = 4
     batch_questions: int = 8
     words: int = 70
     max_tokens: int = 512
     rank: int = 32
-    learning_rate: float = 5e-4
+    learning_rate: float = 1e-3
     seed: int = 0
