@@ -28,9 +28,10 @@ JOBS = {
     "share": "Write a dataset card, and upload an annotated set to the Hugging Face hub.",
     "demo": "Run the built-in example from start to end.",
     "teach": "Train a language model to write the reflection tokens.",
+    "teach_reranker": "Train a cross-encoder that orders the passages of a search.",
     "benchmark": "Compare speed with other implementations' request patterns and the bare engine.",
     "benchmark_scaling": "Measure how a run scales with its rows and its actors.",
-    "benchmark_index": "Compare the index with the bare encoder and bare FAISS.",
+    "benchmark_index": "Compare the index with the bare encoder, FAISS and reranker.",
     "benchmark_savings": "Measure what each optimization saves.",
 }
 

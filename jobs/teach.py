@@ -279,6 +279,8 @@ def teach(
         if adapter:
             recipe = follow_adapter(recipe, adapter)
         train, test = split_data(data, readings, pairs, seed)
+        if not train.rows.instructions:
+            log.warning("%s: no instructions, so the model learns to retrieve for every query", data)
     if held_out is not None:
         with working():
             write_held_out(test, encoder, held_out)

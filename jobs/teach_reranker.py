@@ -7,6 +7,7 @@ What is left is the folder of a cross-encoder, with its adapter in the subfolder
 
 import logging
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +16,7 @@ import typer
 from jobs.common import checking, start_logging, working
 from jobs.shell import run
 from jobs.teaching_data import Data, DataPart, MiningEncoder, Seed, mine_parts, split_data
+from pipeline.demo_models import ENCODER_MODEL
 from pipeline.retrieval.encoder import ENCODERS
 from pipeline.training.folder import TrainingFolder
 from pipeline.training.rerank_recipe import RerankRecipe
@@ -36,7 +38,9 @@ Rank = Annotated[int, typer.Option(min=1, help="Rank of the adapter.")]
 LearningRate = Annotated[float, typer.Option(min=1e-9, help="Peak learning rate.")]
 
 
-def run_training(data: tuple[DataPart, DataPart], base: str, encoder: str, recipe: RerankRecipe, output: Path) -> None:
+def run_training(
+    data: tuple[DataPart, DataPart], base: str, encoder: str, recipe: RerankRecipe, folder: TrainingFolder
+) -> None:
     """Train on one part of the data, evaluate on the other, and leave a folder with its card.
 
     Args:
@@ -44,32 +48,43 @@ def run_training(data: tuple[DataPart, DataPart], base: str, encoder: str, recip
         base: encoder to start from: name, folder or ``demo``.
         encoder: encoder that mines wrong passages.
         recipe: hyperparameters.
-        output: folder of the reranker.
+        folder: where the reranker is left.
 
     Raises:
-        ValueError: the base model cannot be had, or the data has too few passages.
+        ValueError: the base model cannot be had or does not suit, or the data has too few passages.
         RuntimeError: the training diverges.
     """
     from pipeline.training.card import render_reranker_card
-    from pipeline.training.reranking import draw_tasks, measure_ranking, train_reranker
+    from pipeline.training.reranking import (
+        attach_rank_adapter,
+        draw_tasks,
+        load_untrained,
+        measure_ranking,
+        save_reranker,
+        train_reranker,
+    )
 
-    folder = TrainingFolder(output)
-    source = ENCODERS.obtain(base)
+    name = ENCODER_MODEL if base == "demo" else base
+    model = load_untrained(str(ENCODERS.obtain(base)), recipe.seed)
+    adapted = attach_rank_adapter(model, recipe)
     train, test = data
     negatives, test_negatives = mine_parts(encoder, train, test)
     tasks = draw_tasks(train.rows, negatives, recipe, recipe.questions)
-    wide = RerankRecipe(passages=EXAMINED_PASSAGES, words=recipe.words, seed=1)
-    examined = draw_tasks(test.rows, test_negatives, wide, EXAMINED)
+    wide = replace(recipe, passages=EXAMINED_PASSAGES, seed=1)
+    held_out = len(test.rows.readings) + len(test.rows.pairs)
+    examined = draw_tasks(test.rows, test_negatives, wide, min(EXAMINED, held_out))
     if not tasks or not examined:
         raise ValueError("the data has too few different passages to draw wrong ones from")
-    model = train_reranker(str(source), tasks, recipe, folder.unfinished, base)
+    train_reranker(model, tasks, recipe)
+    save_reranker(model, adapted, folder.unfinished, name)
     figures = measure_ranking(model, examined)
     log.info("held out: %s", figures)
-    command = ["python", "-m", "jobs.teach_reranker", *sys.argv[1:]]
-    card = render_reranker_card(base, command, train.rows, len(examined), recipe, figures)
+    arguments = sys.argv[1:]
+    command = ["python", "-m", "jobs.teach_reranker", *arguments]
+    card = render_reranker_card(name, command, train.rows, (len(tasks), len(examined)), recipe, figures)
     (folder.unfinished / "README.md").write_text(card, encoding="utf-8")
     folder.finish()
-    log.info("written: %s", output)
+    log.info("written: %s", folder.output)
 
 
 def teach_reranker(
@@ -99,9 +114,10 @@ def teach_reranker(
     with checking():
         wanted = int(SPARE * questions)
         parts = split_data(data, wanted, wanted // 3, seed)
-        TrainingFolder(output).begin(resume=True)
+        folder = TrainingFolder(output)
+        folder.begin(resume=False)
     with working():
-        run_training(parts, base, encoder, recipe, output)
+        run_training(parts, base, encoder, recipe, folder)
 
 
 if __name__ == "__main__":

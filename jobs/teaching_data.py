@@ -67,7 +67,5 @@ def split_data(data: Path, readings: int, pairs: int, seed: int) -> tuple[DataPa
     rows = read_data(data)
     train, test = rows.split(held_out=0.03, seed=20231017)
     few = len({row.passage for row in test.readings}) < FEW_HELD_OUT
-    if not train.instructions:
-        log.warning("%s: no instructions, so the model learns to retrieve for every query", data)
     held_out = DataPart(sample_data(test, HELD_OUT_ROWS, 100, 0), rows if few else test)
     return DataPart(sample_data(train, readings, pairs, seed), train), held_out

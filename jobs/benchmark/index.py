@@ -1,13 +1,15 @@
-"""Compare the index with its bare parts, encoder and FAISS, side by side in one run.
+"""Compare the index with its bare parts, encoder, FAISS and reranker, side by side in one run.
 
-``python -m jobs.benchmark.index --passages URI [--encoded 2000] [--vectors 2000000] [--json FILE]``
+``python -m jobs.benchmark.index --passages URI [--encoded 2000] [--reranked 16] [--vectors 2000000] [--json FILE]``
 
 - Build: passages/s of the build against the same encoder in a bare loop over the same texts.
 - Given vectors: vectors/s of the build against ``faiss.add`` of vectors that are in memory already.
 - Search: queries/s over the shards in batches of 64 against one FAISS index of all vectors, and the agreement of hits.
+- Reranking: pairs/s of concurrent queries against the same cross-encoder with all pairs at once.
 - Memory: peak memory of a builder against the size of a shard.
 """
 
+import asyncio
 import dataclasses
 import json
 import os
@@ -28,18 +30,22 @@ import pyarrow.parquet as pq
 import typer
 from rich.console import Console
 from rich.table import Table
+from sentence_transformers import CrossEncoder
 
 from jobs.common import start_logging
 from jobs.shell import run
-from pipeline.config.sections import RetrievalConfig, StorageConfig
+from pipeline.config.sections import RerankConfig, RetrievalConfig, StorageConfig
 from pipeline.decoding.prompts import format_passage
+from pipeline.decoding.types import Passage, RetrievedPassage
 from pipeline.indexing.build import BuildRequest, check_build
 from pipeline.indexing.build_pool import Built, run_build
 from pipeline.indexing.form import PassageForm
 from pipeline.indexing.passages import find_passages, read_passages
+from pipeline.retrieval.batching import Batcher
 from pipeline.retrieval.encoder import Encoder, Vectors
 from pipeline.retrieval.faiss_device import set_search
 from pipeline.retrieval.index import Hit, PassageIndex
+from pipeline.retrieval.reranker import Reranker, find_reranker
 from pipeline.storage.location import locate
 
 FILE_ROWS = 250_000
@@ -114,6 +120,32 @@ def compare_encoding(source: str, rows: int, shards: int, repeats: int, folder: 
         ),
         Comparison("encode and build, with checks and startup", "passages/s", whole, bare),
     ]
+
+
+def compare_reranking(source: str, queries: int, repeats: int, folder: Path) -> Comparison:
+    """Compare concurrent queries that are reranked with the bare cross-encoder, which gets all pairs at once."""
+    retrieval = RetrievalConfig(device="cpu", rerank=RerankConfig(model="demo"))
+    reranker = Reranker.load(retrieval)
+    texts = write_first_passages(source, queries * reranker.candidates, folder / "reranked.parquet")
+    found = [RetrievedPassage(Passage(str(n), "", text), 1.0, 1) for n, text in enumerate(texts)]
+    asked = [
+        (passages[0].passage.text[:60], passages)
+        for passages in (found[n : n + reranker.candidates] for n in range(0, len(found), reranker.candidates))
+    ]
+    pairs = [(query, one.passage.text) for query, passages in asked for one in passages]
+
+    async def rerank_all() -> None:
+        batcher = Batcher("rerank", reranker.rerank, reranker.queries_per_call, retrieval.wait_ms / 1000)
+        await asyncio.gather(*map(batcher.ask, asked))
+        batcher.close()
+
+    model = CrossEncoder(str(find_reranker(retrieval.rerank)[0]), device="cpu")
+    model.predict(pairs[:64])  # warm-up
+    ours, bare = [], []
+    for _ in range(repeats):
+        bare.append(len(pairs) / time_call(lambda: model.predict(pairs, batch_size=reranker.batch_size)))
+        ours.append(len(pairs) / time_call(lambda: asyncio.run(rerank_all())))
+    return Comparison("rerank", "pairs/s", ours, bare, f"{len(asked)} queries at once, {len(pairs)} pairs")
 
 
 def draw_clustered(rows: int, dimension: int, seed: int = 0) -> Vectors:
@@ -206,9 +238,10 @@ def build_figures_table(lines: list[Comparison]) -> Table:
 
 def benchmark_index(
     passages: Annotated[str, typer.Option(help="Passages to encode, as Parquet.")],
-    encoded: Annotated[int, typer.Option(min=64, help="Number of passages to encode.")] = 2000,
+    encoded: Annotated[int, typer.Option(min=0, help="Number of passages to encode; 0 for none.")] = 2000,
+    reranked: Annotated[int, typer.Option(min=0, help="Number of queries to rerank; 0 for none.")] = 16,
     vectors: Annotated[
-        int, typer.Option(min=10_000, help="Synthetic vectors to index in the other comparisons.")
+        int, typer.Option(min=0, help="Synthetic vectors to index in the other comparisons; 0 for none.")
     ] = 2_000_000,
     dimension: Annotated[
         int, typer.Option(min=8, help="Dimension of these vectors; by default that of the demo encoder.")
@@ -225,9 +258,12 @@ def benchmark_index(
     start_logging()
     with tempfile.TemporaryDirectory(dir=scratch) as name:
         folder = Path(name)
-        lines = compare_encoding(passages, encoded, shards, repeats, folder)
-        write_vectors(vectors, dimension, folder / "vectors")
-        for kind, parameters in (("Flat", ""), (factory, search)):
+        lines = compare_encoding(passages, encoded, shards, repeats, folder) if encoded else []
+        if reranked:
+            lines.append(compare_reranking(passages, reranked, repeats, folder))
+        if vectors:
+            write_vectors(vectors, dimension, folder / "vectors")
+        for kind, parameters in (("Flat", ""), (factory, search)) if vectors else ():
             adding, index = compare_adding(vectors, dimension, kind, shards, repeats, folder)
             lines += [*adding, compare_searching(index, parameters, kind, repeats, threads, folder)]
     Console(width=None if os.isatty(1) else 200).print(build_figures_table(lines))

@@ -201,16 +201,16 @@ class Report:
 
     def build_times_table(self) -> Table:
         """Return a table of the seconds of a row by workload and stage."""
-        table = Table(title="Mean seconds per row (requests run concurrently, within a row and across rows)")
+        table = Table(title="Mean seconds per row (queue, prefill and decode: of requests, which run concurrently)")
         table.add_column("workload")
-        for name in (
-            *("total", "decide", "retrieve", "critique", "requests: queue", "prefill", "decode"),
-            *("files written", "retrieve share"),
-        ):
+        stages = [name.removesuffix("_seconds") for name in STAGES if name != "seconds"]
+        for name in ("total", *stages, "files written", "retrieve share"):
             table.add_column(name, justify="right")
-        for workload, stages in self.stages.items():
-            share = stages["retrieve_seconds"] / stages["seconds"]
-            table.add_row(workload, *(f"{stages[stage]:.3g}" for stage in (*STAGES, FILES)), f"{100 * share:.1f} %")
+        for workload, seconds in self.stages.items():
+            share = seconds["retrieve_seconds"] / seconds["seconds"]
+            table.add_row(
+                workload, *(f"{seconds.get(stage, 0.0):.3g}" for stage in (*STAGES, FILES)), f"{100 * share:.1f} %"
+            )
         return table
 
 

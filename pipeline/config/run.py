@@ -66,9 +66,12 @@ class RunConfig(Frozen):
     def get_fixed_settings(self) -> dict[str, Any]:
         """Return the fixed keys, dotted (``decoding.threshold``), with the values that a resumed run must share.
 
-        Queries, index and model are not among them: they are compared by content, so that they may be moved.
+        Queries, index, model and reranker are not among them: they are compared by content, so that they may be moved.
+        Without a reranker, its other keys decide nothing.
         """
-        return {key: value for key, value in flatten(self.to_record()).items() if value != {} and is_fixed(key)}
+        unused = () if self.retrieval.rerank.model else ("retrieval.rerank.",)
+        settings = {key: value for key, value in flatten(self.to_record()).items() if value != {} and is_fixed(key)}
+        return {key: value for key, value in settings.items() if not key.startswith(unused)}
 
 
 def is_fixed(key: str) -> bool:
@@ -162,7 +165,7 @@ def make_paths_absolute(config: RunConfig) -> RunConfig:
     model, retrieval = config.model, config.retrieval
     model = model.model_copy(update={"name": _find_model(model.name), "lora": _find_model(model.lora)})
     rerank = retrieval.rerank.model_copy(update={"model": _find_model(retrieval.rerank.model)})
-    retrieval = retrieval.model_copy(update={"encoder": _find_model(retrieval.encoder), "rerank": rerank})
+    retrieval = retrieval.model_copy(update={"rerank": rerank})
     return config.model_copy(update={**places, "model": model, "retrieval": retrieval})
 
 

@@ -166,7 +166,7 @@ def _to_candidate(row: Mapping[str, Any], passages: Mapping[str, Passage]) -> Ca
     )
     evidence = None
     if row["passage_id"] is not None:
-        scores = row["retrieval_score"], row["rank"], row.get("rerank_score")  # sets of version 0.1 lack the last
+        scores = row["retrieval_score"], row["rank"], row.get("rerank_score")  # earlier sets lack the last
         evidence = RetrievedPassage(passages[row["passage_id"]], *scores)
     finish = Finish(row["finish_reason"]) if row["finish_reason"] else None
     boundary = None if finish else Boundary(row["next_retrieve_probability"], row["next_keeps_evidence"])

@@ -1,5 +1,6 @@
 """Check that an index is complete, find the search parameters that reach a target recall@k, and try the reranker."""
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -27,9 +28,11 @@ from pipeline.indexing.recall import (
 from pipeline.retrieval.encoder import Encoder, Vectors
 from pipeline.retrieval.index import Hit, PassageIndex
 from pipeline.retrieval.manifest import check_encoder, check_files, choose_encoder, read_manifest
-from pipeline.retrieval.reranker import Reranker
+from pipeline.retrieval.reranker import Reranker, find_reranker
 from pipeline.storage.location import locate
 from pipeline.storage.parquet import list_parquet
+
+log = logging.getLogger(__name__)
 
 GOLD = "gold_passage_id"
 
@@ -120,6 +123,8 @@ def check_index_folder(request: CheckRequest) -> Checked:
         StorageError: the storage cannot be read.
     """
     folder, retrieval = locate(request.index, request.storage), request.retrieval
+    if retrieval.rerank.model:
+        find_reranker(retrieval.rerank)
     manifest = read_manifest(folder)
     check_files(folder, manifest)
     if manifest.passages <= request.k:
@@ -131,8 +136,7 @@ def check_index_folder(request: CheckRequest) -> Checked:
         encoder = Encoder.load(name, retrieval.device, revision, manifest.encoder.style)
         check_encoder(encoder, manifest)
     probe = _read_probe(request, index, encoder)
-    reranker = Reranker.load(retrieval) if retrieval.rerank.model else None
-    gold = _find_gold(request, index, probe, reranker)
+    gold = _find_gold(request, index, probe)
     exact, reference = _find_reference(request, index, probe.vectors, probe.own, encoder)
     searches = [",".join(filter(None, (retrieval.search, swept))) for swept in list_parameters(index)]
     speeds = tuple(measure_search(index, probe.vectors, probe.own, exact, search) for search in searches)
@@ -155,24 +159,17 @@ def check_index_folder(request: CheckRequest) -> Checked:
     )
 
 
-def _find_gold(
-    request: CheckRequest, index: PassageIndex, probe: Probe, reranker: Reranker | None
-) -> tuple[GoldRecall, ...]:
-    """Measure the recall of the gold passages, with the search parameters of the configuration.
-
-    Raises:
-        ValueError: there is a reranker, and no query with a gold passage.
-    """
+def _find_gold(request: CheckRequest, index: PassageIndex, probe: Probe) -> tuple[GoldRecall, ...]:
+    """Measure the recall of the gold passages, with the search parameters of the configuration and its reranker."""
     rows = [row for row, gold in enumerate(probe.golds) if gold is not None]
-    if not rows and reranker is not None:
-        raise ValueError(
-            f"{request.queries or 'no --queries'}: measuring retrieval.rerank takes queries with the column "
-            f"{GOLD}, the id of the passage to find"
-        )
+    rerank = request.retrieval.rerank.model
     if not rows:
+        if rerank:
+            log.warning("retrieval.rerank is not measured: this takes --queries with the column %s", GOLD)
         return ()
     golds = [gold for gold in probe.golds if gold is not None]
     texts = [probe.texts[row] for row in rows]
+    reranker = Reranker.load(request.retrieval) if rerank else None
     return measure_gold_recall(index, probe.vectors[rows], texts, golds, request.k, reranker)
 
 
@@ -186,15 +183,28 @@ def _read_probe(request: CheckRequest, index: PassageIndex, encoder: Encoder | N
             if "query" not in (names := pq.read_schema(stream).names):
                 raise ValueError(f"{file.uri}: column query is missing, found {', '.join(names)}")
             read = pq.read_table(stream, columns=[name for name in ("query", GOLD) if name in names])
-            golds = read[GOLD] if GOLD in names else pa.nulls(len(read))
-            columns = {"query": read["query"].cast(pa.string()), GOLD: golds.cast(pa.string())}
-            parts.append(pa.table(columns).filter(pc.is_valid(columns["query"])))
+            columns = [_read_texts(file.uri, read, name) for name in ("query", GOLD)]
+            parts.append(pa.table(columns, ["query", GOLD]).filter(pc.is_valid(columns[0])))
     rows = pa.concat_tables(parts).to_pylist() if parts else []
     if not rows:
         raise ValueError(f"{request.queries}: contains no queries")
     chosen = np.unique(np.linspace(0, len(rows) - 1, min(request.sample, len(rows))).astype(int))
     texts, golds = ([rows[n][name] for n in chosen] for name in ("query", GOLD))
     return Probe(encoder.encode_queries(texts), [None] * len(texts), texts, golds)
+
+
+def _read_texts(uri: str, table: pa.Table, name: str) -> pa.ChunkedArray:
+    """Return a column as strings; nulls if there is no such column.
+
+    Raises:
+        ValueError: its values are not texts.
+    """
+    if name not in table.column_names:
+        return pa.chunked_array([pa.nulls(len(table), pa.string())])
+    try:
+        return table[name].cast(pa.string())
+    except pa.ArrowException:
+        raise ValueError(f"{uri}: column {name} is of the type {table[name].type}, expected string") from None
 
 
 def _find_reference(

@@ -218,8 +218,14 @@ def _join_summaries(
 
 
 def hash_identity(manifest: Mapping[str, Any]) -> str:
-    """Return the digest of a run's identity, which the files of its units carry."""
-    return hash_tree({key: manifest.get(key) for key in IDENTITY})
+    """Return the digest of a run's identity, which the files of its units carry.
+
+    Without a reranker it is that of earlier versions, which had none.
+    """
+    identity = {key: manifest.get(key) for key in IDENTITY}
+    if identity["reranker"] is None:
+        del identity["reranker"]
+    return hash_tree(identity)
 
 
 def get_columns(manifest: Mapping[str, Any]) -> Columns:

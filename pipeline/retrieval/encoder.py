@@ -88,8 +88,7 @@ class Encoder:
         except (OSError, ValueError) as error:
             raise ValueError(f"encoder {name}: not a sentence-transformers model ({join_lines(error)})") from None
         style = style or EncoderStyle()
-        if torch_device != "cpu":
-            model = model.to(getattr(torch, style.dtype))
+        model = model.to(getattr(torch, "float32" if torch_device == "cpu" else style.dtype))
         return cls(model, name, read_commit(folder), hash_model_files(folder), style)
 
     @property

@@ -3,7 +3,7 @@
 import hashlib
 import json
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -110,21 +110,34 @@ def read_commit(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
-def hash_model_files(folder: Path) -> str:
+def hash_model_files(folder: Path, more: Sequence[str] = ()) -> str:
     """Return the SHA-256, in hex, over names and contents of a model's configuration and weight files.
+
+    Args:
+        folder: folder of the model.
+        more: glob patterns of further files that decide what it computes.
 
     Raises:
         ValueError: the model's list of modules is damaged.
     """
     total = hashlib.sha256()
-    for file in _list_own_files(folder):
+    for file in _list_own_files(folder, more):
         with file.open("rb") as content:
             inner = hashlib.file_digest(content, "sha256").hexdigest()
         total.update(f"{file.relative_to(folder).as_posix()}\n{inner}\n".encode())
     return total.hexdigest()
 
 
-def _list_own_files(folder: Path) -> list[Path]:
+def has_weights(folder: Path) -> bool:
+    """Whether a model's folder has weights in a format that is loaded.
+
+    Raises:
+        ValueError: the model's list of modules is damaged.
+    """
+    return any(file.suffix in (".safetensors", ".bin") for file in _list_own_files(folder))
+
+
+def _list_own_files(folder: Path, more: Sequence[str] = ()) -> list[Path]:
     modules = folder / "modules.json"
     paths = [""]
     if modules.is_file():
@@ -134,6 +147,7 @@ def _list_own_files(folder: Path) -> list[Path]:
         files.update(part / name for name in _CONFIGURATION if (part / name).is_file())
         weights = (sorted(part.glob(pattern)) for pattern in _WEIGHTS)
         files.update(next(filter(None, weights), []))
+        files.update(file for pattern in more for file in part.glob(pattern))
     return sorted(files)
 
 

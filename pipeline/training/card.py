@@ -99,7 +99,7 @@ def render_reranker_card(
     base: str,
     command: Sequence[str],
     data: TeachingData,
-    examined: int,
+    questions: tuple[int, int],
     recipe: RerankRecipe,
     figures: Mapping[str, float],
 ) -> str:
@@ -109,11 +109,12 @@ def render_reranker_card(
         base: name of the base model.
         command: command line that trained the reranker.
         data: rows that the questions were drawn from.
-        examined: number of held-out questions that the figures are from.
+        questions: numbers of questions that it was trained on, and of held-out ones that the figures are from.
         recipe: hyperparameters.
         figures: figures on held-out questions by name.
     """
     front = ModelCardData(base_model=base, library_name="sentence-transformers", pipeline_tag="text-ranking")
+    trained, examined = questions
     return f"""---
 {front.to_yaml()}
 ---
@@ -129,7 +130,8 @@ Use it with `--set retrieval.rerank.model=FOLDER`, or as a `CrossEncoder` of sen
 
 ## Data
 
-{len(data.readings):,} readings and {len(data.pairs):,} questions with a sentence; SHA-256 `{data.compute_digest()}`
+{trained:,} questions, drawn from {len(data.readings):,} readings and {len(data.pairs):,} questions with a sentence.
+SHA-256 of these rows: `{data.compute_digest()}`
 
 ## Recipe
 

@@ -11,8 +11,7 @@ class RerankRecipe:
         questions: number of questions to train on.
         passages: passages of each question, one of which answers it.
         batch_questions: questions of an optimizer step.
-        words: words that a passage is cut to. Short and equal ones cost little, and teach to rank whole passages, too.
-        max_tokens: tokens of a question with a passage that the model reads.
+        words: words that a passage is cut to; short passages cost less, and whole ones can be ranked all the same.
         rank: LoRA rank of the adapter; alpha is twice the rank.
         learning_rate: peak learning rate, after a warm-up over 5 % of the steps and before a cosine decay.
         seed: seed of all random numbers.
@@ -22,7 +21,6 @@ class RerankRecipe:
     passages: int = 4
     batch_questions: int = 8
     words: int = 70
-    max_tokens: int = 512
     rank: int = 32
     learning_rate: float = 1e-3
     seed: int = 0

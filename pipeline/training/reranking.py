@@ -18,6 +18,7 @@ from sentence_transformers import CrossEncoder
 from sentence_transformers.cross_encoder.losses import ListNetLoss
 from sentence_transformers.cross_encoder.trainer import CrossEncoderTrainer
 from sentence_transformers.cross_encoder.training_args import CrossEncoderTrainingArguments
+from torch.nn import Identity
 from transformers import PrinterCallback, TrainerCallback, set_seed
 from transformers.utils import logging as transformers_logging
 
@@ -30,6 +31,8 @@ log = logging.getLogger(__name__)
 
 # Label of the right passage. ListNet's target is a softmax over the labels, and others have 0: all of it is here.
 CERTAIN = 30.0
+# Tokens of a question with a passage that the reranker reads: the limit of BERT and its kind.
+MAX_TOKENS = 512
 ADAPTER_FILE = "adapter_model.safetensors"
 
 
@@ -97,34 +100,52 @@ def _build_task(
     return None
 
 
-def load_untrained(base: str, recipe: RerankRecipe) -> CrossEncoder:
-    """Load a base model, such as that of an encoder, as a cross-encoder whose score is still random."""
-    set_seed(recipe.seed)
+def load_untrained(base: str, seed: int) -> CrossEncoder:
+    """Load a base model, such as that of an encoder, as a cross-encoder whose score is still random, in float32.
+
+    Raises:
+        ValueError: it cannot be loaded as a classifier.
+    """
+    set_seed(seed)
+    verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # the new score is reported as missing weights
-    return CrossEncoder(base, num_labels=1, max_length=recipe.max_tokens, local_files_only=True)
+    try:
+        return CrossEncoder(base, num_labels=1, max_length=MAX_TOKENS, local_files_only=True).float()
+    except (OSError, ValueError) as error:
+        raise ValueError(
+            f"base model {base}: cannot be loaded as a classifier ({' '.join(str(error).split())})"
+        ) from None
+    finally:
+        transformers_logging.set_verbosity(verbosity)
 
 
-def train_reranker(base: str, tasks: Sequence[RankingTask], recipe: RerankRecipe, output: Path, name: str) -> Any:
-    """Train an adapter and the score, write it to the subfolder ``adapter``, and the merged model to ``output``.
+def attach_rank_adapter(model: CrossEncoder, recipe: RerankRecipe) -> PeftModel:
+    """Attach a trainable adapter to the linear layers of a cross-encoder, and make its score trainable.
+
+    Raises:
+        ValueError: the model is of a kind that peft does not support.
+    """
+    config = LoraConfig(
+        r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules="all-linear", task_type=TaskType.SEQ_CLS
+    )
+    try:
+        return get_peft_model(model.model, config)
+    except (TypeError, ValueError) as error:
+        kind = type(model.model).__name__
+        raise ValueError(f"base model: {kind} cannot get an adapter ({error}); choose another, such as BERT") from None
+
+
+def train_reranker(model: CrossEncoder, tasks: Sequence[RankingTask], recipe: RerankRecipe) -> None:
+    """Train the adapter and the score of a cross-encoder.
 
     Args:
-        base: folder of the base model.
+        model: cross-encoder to which an adapter is attached.
         tasks: tasks to train on.
         recipe: hyperparameters.
-        output: folder of the model, which exists.
-        name: name of the base model, for the adapter's configuration.
-
-    Returns:
-        The trained cross-encoder.
 
     Raises:
         RuntimeError: the loss is not a number.
     """
-    model = load_untrained(base, recipe)
-    adapted = get_peft_model(
-        model.model,
-        LoraConfig(r=recipe.rank, lora_alpha=2 * recipe.rank, target_modules="all-linear", task_type=TaskType.SEQ_CLS),
-    )
     with tempfile.TemporaryDirectory() as scratch:
         trainer = CrossEncoderTrainer(
             model=model,
@@ -137,10 +158,20 @@ def train_reranker(base: str, tasks: Sequence[RankingTask], recipe: RerankRecipe
         loss = trainer.train().training_loss
     if not np.isfinite(loss):
         raise RuntimeError(f"the training diverged: its loss is {loss}; lower --learning-rate")
-    _save_adapter(adapted, output / "adapter", name)
+
+
+def save_reranker(model: CrossEncoder, adapted: PeftModel, output: Path, base: str) -> None:
+    """Write the adapter and the score to the subfolder ``adapter``, and the model with both merged.
+
+    Args:
+        model: trained cross-encoder.
+        adapted: the same with its adapter, which is merged.
+        output: folder of the model, which exists.
+        base: name of the base model, for the adapter's configuration.
+    """
+    _save_adapter(adapted, output / "adapter", base)
     adapted.merge_and_unload()
     model.save_pretrained(str(output), create_model_card=False)
-    return model
 
 
 def build_dataset(tasks: Sequence[RankingTask]) -> Dataset:
@@ -167,6 +198,7 @@ def _build_arguments(recipe: RerankRecipe, tasks: int, scratch: str) -> CrossEnc
         logging_steps=max(1, min(50, steps // 10)),
         save_strategy="no",
         report_to="none",
+        logging_nan_inf_filter=False,  # it would hide that a training diverges
         dataloader_pin_memory=torch.cuda.is_available(),
         disable_tqdm=True,
         seed=recipe.seed,
@@ -209,7 +241,7 @@ def _save_adapter(model: PeftModel, folder: Path, base: str) -> None:
 
 def merge_reranker(base: str, adapter: Path, output: Path) -> None:
     """Write the cross-encoder that an adapter makes of a base model."""
-    model = load_untrained(base, RerankRecipe())
+    model = load_untrained(base, RerankRecipe.seed)
     PeftModel.from_pretrained(model.model, str(adapter)).merge_and_unload()
     model.save_pretrained(str(output), create_model_card=False)
 
@@ -217,7 +249,7 @@ def merge_reranker(base: str, adapter: Path, output: Path) -> None:
 def measure_ranking(model: CrossEncoder, tasks: Sequence[RankingTask]) -> dict[str, float]:
     """Return the share of tasks whose right passage ranks first, and its mean reciprocal rank."""
     pairs = [(task.question, passage) for task in tasks for passage in task.passages]
-    scores = np.asarray(model.predict(pairs, show_progress_bar=False), np.float64)
+    scores = np.asarray(model.predict(pairs, activation_fn=Identity(), show_progress_bar=False), np.float64)
     ends = np.cumsum([len(task.passages) for task in tasks])
     ranks = np.array([1 + int((part[1:] >= part[0]).sum()) for part in np.split(scores, ends[:-1])])
     return {"right passage first": float((ranks == 1).mean()), "mean reciprocal rank": float((1 / ranks).mean())}

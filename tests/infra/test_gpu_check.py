@@ -47,7 +47,7 @@ def test_reference_answers_are_of_the_current_model() -> None:
     answers = record.pop("answers")
     assert record == make_record(), "run: python -m tests.gpu.cpu_answers"
     assert len(answers) == 72
-    assert sum(retrieved for retrieved, _ in answers.values()) > 90
+    assert sum(retrieved for retrieved, _ in answers.values()) > 55
 
 
 STUB = """#!/bin/bash

@@ -187,6 +187,13 @@ def test_output_with_other_columns_is_not_resumed(options, finished):
     assert "contains a run that differs in output.columns; choose another output" in refused(call(options))
 
 
+def test_output_with_another_reranker_is_not_resumed(options, finished):
+    manifest = json.loads((finished / "_manifest.json").read_text())
+    manifest["reranker"] = {"digest": "f" * 64}
+    (finished / "_manifest.json").write_text(json.dumps(manifest))
+    assert "contains a run that differs in reranker; choose another output" in refused(call(options))
+
+
 @pytest.mark.parametrize("damaged", ["cut", "swapped"])
 def test_finished_set_with_a_damaged_unit_is_completed(
     damaged: str, options: dict[str, str], finished: Path, monkeypatch: pytest.MonkeyPatch

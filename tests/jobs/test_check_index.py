@@ -10,6 +10,7 @@ from typer.testing import CliRunner, Result
 
 from jobs.build_index import build_index
 from jobs.check_index import check_index
+from pipeline.demo_models import build_demo_encoder
 from pipeline.storage.location import Location
 from tests.support.indexes import save, unit_vectors
 from tests.support.rerankers import write_cross_encoder
@@ -160,7 +161,7 @@ def test_gold_passages_are_found_with_and_without_the_reranker(three_topics: tup
     options = ["--queries", str(queries), "--k", "2", "--set", reranker, "--set", "retrieval.rerank.candidates=3"]
     found = json.loads(check(index, *options, "--json").stdout)
     assert found["golds"] == 2
-    assert [way["way"] for way in found["gold"]] == ["search", "reranked: the best 3"]
+    assert [way["way"] for way in found["gold"]] == ["search", "the best 3, reranked (cpu)"]
     assert found["gold"][0]["recall"] == {"1": 1.0, "2": 1.0}
     shown = check(index, *options)
     assert shown.exit_code == 0, shown.output
@@ -169,9 +170,23 @@ def test_gold_passages_are_found_with_and_without_the_reranker(three_topics: tup
     assert [way["way"] for way in alone["gold"]] == ["search"]
 
 
-def test_reranker_needs_queries_with_gold_passages(three_topics: tuple[Path, Path], tmp_path: Path) -> None:
+def test_reranker_is_left_out_without_gold_passages(three_topics: tuple[Path, Path], tmp_path: Path, caplog) -> None:
     index, _ = three_topics
     reranker = f"retrieval.rerank.model={write_cross_encoder(tmp_path / 'tiny')}"
-    result = check(index, "--k", "2", "--set", reranker)
-    assert (result.exit_code, result.stderr.count("\n")) == (1, 1)
-    assert "no --queries: measuring retrieval.rerank takes queries with the column gold_passage_id" in result.stderr
+    result = check(index, "--k", "2", "--set", reranker, "--json")
+    assert (result.exit_code, json.loads(result.stdout)["gold"]) == (0, [])
+    assert "retrieval.rerank is not measured: this takes --queries with the column gold_passage_id" in caplog.text
+
+
+def test_model_that_is_no_reranker_is_refused_before_the_index_is_read(tmp_path: Path) -> None:
+    result = check(tmp_path / "nothing", "--set", f"retrieval.rerank.model={build_demo_encoder()}")
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "not a cross-encoder with one score" in result.stderr
+
+
+def test_gold_passages_of_another_type_are_named(three_topics: tuple[Path, Path], tmp_path: Path) -> None:
+    queries = tmp_path / "queries.parquet"
+    pq.write_table(pa.table({"query": ["Who?"], "gold_passage_id": [["a", "b"]]}), queries)
+    result = check(three_topics[0], "--k", "2", "--queries", str(queries))
+    assert (result.exit_code, result.stderr.count("\n")) == (2, 1)
+    assert "queries.parquet: column gold_passage_id is of the type list<" in result.stderr

@@ -21,9 +21,9 @@ def write_classifier(folder: Path, labels: int = 1) -> Path:
     return folder
 
 
-def write_cross_encoder(folder: Path) -> Path:
+def write_cross_encoder(folder: Path, labels: int = 1) -> Path:
     """Write a cross-encoder as sentence-transformers does."""
-    plain = write_classifier(folder.with_name(f"{folder.name}-plain"))
+    plain = write_classifier(folder.with_name(f"{folder.name}-plain"), labels)
     CrossEncoder(str(plain), local_files_only=True).save_pretrained(str(folder), create_model_card=False)
     return folder
 

@@ -160,7 +160,7 @@ def test_report_shows_tokens_load_and_time_per_stage(report):
     assert "70 % of its busy time with more than half of 8 slots in use (80 % before the batch drained)" in caption
     assert "90 % with that or with requests waiting" in caption
     cells = [cell for column in report.build_times_table().columns for cell in column.cells]
-    assert cells == ["w", "2", "0.5", "0.1", "0.00025", "0", "0", "0", "0.001", "5.0 %"]
+    assert cells == ["w", "2", "0.5", "0.1", "0", "0.00025", "0", "0", "0", "0.001", "5.0 %"]
 
 
 @pytest.mark.parametrize(

@@ -36,7 +36,7 @@ def test_index_benchmark_compares_equal_work(tmp_path: Path) -> None:
     app = typer.Typer()
     app.command()(benchmark_index)
     file = tmp_path / "figures.json"
-    sizes = ["--encoded", "64", "--vectors", "10000", "--shards", "2", "--repeats", "1"]
+    sizes = ["--encoded", "64", "--reranked", "1", "--vectors", "10000", "--shards", "2", "--repeats", "1"]
     probes = ["--factory", "IVF16,Flat", "--search", "nprobe=16", "--json", str(file), "--scratch", str(tmp_path)]
     result = CliRunner().invoke(app, ["--passages", str(DEMO / "passages.parquet"), *sizes, *probes])
     assert result.exit_code == 0, result.output
@@ -44,6 +44,7 @@ def test_index_benchmark_compares_equal_work(tmp_path: Path) -> None:
     assert list(figures) == [
         "encode and build",
         "encode and build, with checks and startup",
+        "rerank",
         "Flat: build from precomputed vectors",
         "Flat: search",
         "IVF16,Flat: build from precomputed vectors",

@@ -153,11 +153,21 @@ def test_only_a_misspelled_key_gets_a_suggestion(setting, problem):
         ({"execution.unit_rows": 7}, False),
         ({"decoding.weights.support": 2}, False),
         ({"retrieval.search": "nprobe=4"}, False),
+        ({"retrieval.rerank.candidates": 7, "retrieval.rerank.dtype": "float16"}, True),
     ],
 )
 def test_fixed_settings_include_only_what_a_resumed_run_must_keep(changes, same):
     changed = load_config(None, [], NEEDED | changes)
     assert (changed.get_fixed_settings() == load_config(None, [], NEEDED).get_fixed_settings()) == same
+
+
+def test_candidates_of_a_reranker_are_fixed_settings():
+    ranked = {**NEEDED, "retrieval.rerank.model": "demo"}
+    fixed = load_config(None, [], ranked).get_fixed_settings()
+    assert (fixed["retrieval.rerank.candidates"], fixed["retrieval.rerank.dtype"]) == (50, "float32")
+    assert "retrieval.rerank.model" not in fixed
+    elsewhere = {**ranked, "retrieval.rerank.model": "/elsewhere", "retrieval.rerank.batch_size": 8}
+    assert load_config(None, [], elsewhere).get_fixed_settings() == fixed
 
 
 def test_profile_with_dots_in_its_name_is_fixed():

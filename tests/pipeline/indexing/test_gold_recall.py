@@ -2,6 +2,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from pipeline.config.sections import RerankConfig
 from pipeline.indexing.gold_recall import find_gold_rank, measure_gold_recall
@@ -20,6 +21,8 @@ def test_rank_of_the_gold_passage_is_that_of_its_best_part() -> None:
 class ByNumber:
     """Scores the passage highest whose number the query is."""
 
+    device = torch.device("cpu")
+
     def predict(self, pairs: list[tuple[str, str]], **_: Any) -> list[float]:
         return [float(text.endswith(f" {query}")) for query, text in pairs]
 
@@ -35,7 +38,7 @@ def test_recall_is_measured_before_and_after_reranking(folder: Location) -> None
     reranker = Reranker(ByNumber(), RerankerEntry("by number", None, "d" * 64), config)
     searched, reranked = measure_gold_recall(index, vectors[:20], golds, golds, 2, reranker)
     assert (searched.way, searched.recall) == ("search", {1: 0.5, 2: 1.0})
-    assert (reranked.way, reranked.recall) == ("reranked: the best 4", {1: 1.0, 2: 1.0})
+    assert (reranked.way, reranked.recall) == ("the best 4, reranked (cpu)", {1: 1.0, 2: 1.0})
     assert min(searched.query_ms, reranked.query_ms) > 0
     (alone,) = measure_gold_recall(index, vectors[:20], golds, golds, 12, None)
     assert list(alone.recall) == [1, 3, 5, 10, 12]

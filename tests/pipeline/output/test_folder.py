@@ -5,8 +5,9 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from pipeline.config.loading import hash_tree
 from pipeline.config.sections import StorageConfig
-from pipeline.output.folder import OutputFolder, get_columns
+from pipeline.output.folder import OutputFolder, get_columns, hash_identity
 from pipeline.output.unit_files import UnitSummary, split_failed
 from pipeline.run.annotation import build_annotated_schema
 from pipeline.storage.location import Location, locate
@@ -15,6 +16,13 @@ U1 = f"{1:020x}"
 RUN = "0123456789ab"
 INPUTS = pa.schema([("id", pa.string())])
 USAGE = {"prompt_tokens": 10, "generated_tokens": 3}
+
+
+def test_identity_without_a_reranker_is_that_of_earlier_versions() -> None:
+    earlier = {"settings": {"a": 1}, "queries": {"digest": "q"}, "model": {"digest": "m"}, "index": None}
+    assert hash_identity({**earlier, "started": "2025"}) == hash_tree(earlier)
+    assert hash_identity({**earlier, "reranker": None}) == hash_tree(earlier)
+    assert hash_identity({**earlier, "reranker": {"digest": "r"}}) != hash_tree(earlier)
 
 
 @pytest.fixture
