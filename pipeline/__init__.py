@@ -18,11 +18,11 @@ gpus           the GPUs that Ray has assigned to this process                not
 storage        bytes at any URI: locations, the lease, Parquet               config
 decoding       the algorithm of the paper, and its protocols                 config
 training       an adapter that teaches a model the reflection tokens         decoding
-demo_models    the embedded model and encoder, built on first use            config training
+demo_models    the embedded model, encoder and reranker, built on first use  config training
 engine         the model process: vLLM, its watchdog, causes of its death    config decoding demo_models gpus
 cluster        connecting to Ray; what an actor gets of a cluster            config engine
 nodes          the machines of a cluster: what each must read and write      cluster config storage
-retrieval      search: encoder, FAISS shards, shard servers, the cache       config decoding demo_models gpus nodes
+retrieval      search: encoder, FAISS shards, servers, cache, the reranker   config decoding demo_models gpus nodes
                                                                              storage
 output         an annotated set: unit files, sub-files, manifest, card       config decoding storage
 queries        a query set: checked, cut into units, imported, selected      config decoding output storage

@@ -11,8 +11,11 @@ from typer.testing import CliRunner, Result
 from jobs.build_index import build_index
 from jobs.check_index import check_index
 from pipeline.demo_models import build_demo_encoder
+from pipeline.retrieval.encoder import Encoder
+from pipeline.retrieval.manifest import EncoderEntry, IndexManifest, write_manifest
+from pipeline.retrieval.shard_files import PASSAGE_SCHEMA, build_shard, create_empty_index
 from pipeline.storage.location import Location
-from tests.support.indexes import save, unit_vectors
+from tests.support.indexes import place, save, unit_vectors
 from tests.support.rerankers import write_cross_encoder
 
 APP = typer.Typer()
@@ -144,12 +147,13 @@ def three_topics(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     """An index of three passages, and queries of which two name the passage to find."""
     folder = tmp_path_factory.mktemp("topics")
     texts = ["Rollo led the Normans.", "Sharks swim in the sea.", "Gold is a heavy metal."]
-    passages = folder / "passages.parquet"
-    pq.write_table(pa.table({"id": ["a", "b", "c"], "title": [""] * 3, "text": texts}), passages)
-    build = typer.Typer()
-    build.command()(build_index)
-    made = CliRunner().invoke(build, ["--passages", str(passages), "--output", str(folder / "index")])
-    assert made.exit_code == 0, made.output
+    encoder = Encoder.load("demo", "cpu")
+    passages = pa.record_batch([["a", "b", "c"], [""] * 3, texts], schema=PASSAGE_SCHEMA)
+    index = create_empty_index("Flat", encoder.dimension)
+    shard = build_shard(place(folder / "index"), 0, index, [(passages, encoder.encode(texts))])
+    entry = EncoderEntry.of(encoder)
+    manifest = IndexManifest(encoder=entry, dimension=encoder.dimension, factory="Flat", passages=3, shards=(shard,))
+    write_manifest(place(folder / "index"), manifest)
     queries = {"id": ["1", "2", "3"], "query": ["Who led the Normans?", "What swims?", "What?"]}
     pq.write_table(pa.table({**queries, "gold_passage_id": ["a", "b", None]}), folder / "queries.parquet")
     return folder / "index", folder / "queries.parquet"
