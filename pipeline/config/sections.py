@@ -192,8 +192,8 @@ class RetrievalConfig(Frozen):
         search: FAISS search parameters such as ``nprobe=16`` or ``efSearch=64``, comma-separated.
         topology: ``local`` loads all shards in every actor; ``partitioned`` spreads them over shard servers, for an
             index that is larger than one machine or card.
-        device: Where FAISS, the encoder and the reranker run: ``auto`` uses the GPU that Ray assigned to the actor or shard server
-            if the index fits on it, otherwise the CPU; ``gpu`` fails if it does not.
+        device: Where FAISS, the encoder and the reranker run: ``auto`` uses the GPU that Ray assigned to the actor or
+            shard server if the index fits on it, otherwise the CPU; ``gpu`` fails if it does not.
         float16: Keep the vectors of ``Flat`` shards, and the tables of product quantizers, in half precision on the
             GPU; halves the memory of ``Flat``, and GPUs require it for 49 to 96 subquantizers.
         batch_size: Maximum queries encoded and searched together.

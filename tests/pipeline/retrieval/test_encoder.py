@@ -5,6 +5,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
+from transformers import AutoTokenizer, BertConfig, BertModel
 
 from pipeline.demo_models import build_demo_encoder
 from pipeline.retrieval.encoder import ENCODERS, Encoder, EncoderStyle, resolve_encoder_name
@@ -165,3 +167,11 @@ def test_missing_gpu_is_reported(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("torch.cuda.is_available", lambda: False)
     with pytest.raises(ValueError, match="set device to auto or cpu"):
         Encoder.load("demo", "gpu")
+
+
+def test_cpus_compute_in_float32_whatever_the_files_hold(tmp_path: Path) -> None:
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    BertModel(BertConfig(vocab_size=30522, **sizes)).bfloat16().save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(build_demo_encoder()).save_pretrained(tmp_path)
+    encoder = Encoder.load(str(tmp_path), "cpu", style=EncoderStyle(dtype="float16"))
+    assert {weight.dtype for weight in encoder._model.parameters()} == {torch.float32}
