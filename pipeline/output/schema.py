@@ -63,6 +63,7 @@ USAGE = pa.struct(
         pa.field("seconds", pa.float64()),
         pa.field("decide_seconds", pa.float64()),
         pa.field("retrieve_seconds", pa.float64()),
+        pa.field("rerank_seconds", pa.float64()),
         pa.field("critique_seconds", pa.float64()),
         pa.field("queue_seconds", pa.float64()),
         pa.field("prefill_seconds", pa.float64()),

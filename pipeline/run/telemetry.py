@@ -114,6 +114,7 @@ class ActorTelemetry:
             run, "search_seconds", "Seconds of a search with a batch of queries.", SEARCH_BUCKETS
         )
         self._flying = 0
+        self._warned = False
 
     @contextmanager
     def counting_rows(self, rows: int) -> Iterator[None]:
@@ -125,7 +126,15 @@ class ActorTelemetry:
             self._flying -= rows
 
     def count_unit(self, annotated: pa.Table) -> None:
-        """Count the rows of a finished unit, a table of ``annotation.build_annotated_schema``."""
+        """Count the rows of a finished unit, a table of ``annotation.build_annotated_schema``; never raises."""
+        try:
+            self._count_rows(annotated)
+        except Exception as error:  # noqa: BLE001  the unit is written; a metric must not fail it
+            if not self._warned:
+                log.warning("units are not counted in all metrics: %s: %s", type(error).__name__, join_lines(error))
+            self._warned = True
+
+    def _count_rows(self, annotated: pa.Table) -> None:
         _add(self._rows, annotated.num_rows)
         _add(self._retrieved, pc.sum(annotated["retrieved"]).as_py())
         for kind, count in Tally(annotated["error_type"].drop_null().to_pylist()).items():

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pyarrow as pa
 import pytest
 
@@ -16,6 +18,7 @@ from pipeline.decoding.types import (
 )
 from pipeline.output.schema import (
     ANSWER_FIELDS,
+    USAGE,
     build_data_schema,
     build_error_schema,
     get_output_name,
@@ -108,6 +111,10 @@ def test_candidates_form_a_tree_and_passages_are_stored_once():
     assert [c["next_keeps_evidence"] for c in back["candidates"]] == [True, None, None]
     assert [c["rerank_score"] for c in back["candidates"]] == [2.5, 5.0, 2.5]
     assert [p["id"] for p in back["evidence"]] == ["p1", "p2"]
+
+
+def test_usage_has_a_column_for_each_field():
+    assert [field.name for field in USAGE] == [field.name for field in dataclasses.fields(Usage)]
 
 
 def test_missing_critique_is_null_in_arrow():

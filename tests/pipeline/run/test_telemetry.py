@@ -56,6 +56,7 @@ SECONDS = {
     "seconds": 3.0,
     "decide_seconds": 0.5,
     "retrieve_seconds": 0.25,
+    "rerank_seconds": 0.75,
     "critique_seconds": 0.125,
     "decode_seconds": 2.0,
 }
@@ -100,6 +101,7 @@ EXPECTED = {
     ("selfrag_retrievals_total", "run=out/one"): 2,
     ("selfrag_stage_seconds_total", "stage=decide"): 2.0,
     ("selfrag_stage_seconds_total", "stage=retrieve"): 1.0,
+    ("selfrag_stage_seconds_total", "stage=rerank"): 3.0,
     ("selfrag_stage_seconds_total", "stage=critique"): 0.5,
     ("selfrag_stage_seconds_total", "stage=decode"): 8.0,
     ("selfrag_row_seconds_count", "run=out/one"): 4,
@@ -182,3 +184,11 @@ def test_metrics_of_a_run_can_be_scraped(port: tuple[str, int], tmp_path: Path) 
     assert found["selfrag_row_errors_total", "type=KeyError"] == 1
     assert found["selfrag_actor_starts_total", run] == 1
     assert found["selfrag_generated_tokens_total", run] > 0
+
+
+def test_unit_that_cannot_be_counted_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    actor = ActorTelemetry("out/one")
+    strange = pa.table({"retrieved": [True], "error_type": [None], "usage": [{"seconds": 1.0}]})
+    actor.count_unit(strange)
+    actor.count_unit(strange)
+    assert caplog.text.count("units are not counted in all metrics: ") == 1
