@@ -30,7 +30,7 @@ _OTHER_RUNTIMES = ["*.onnx", "*.h5", "*.ot", "*.msgpack", "onnx/*", "openvino/*"
 
 @dataclass(frozen=True)
 class ModelSource:
-    """Where the models of a role come from: local folders, the Hugging Face hub, or the embedded ``demo``.
+    """Source of the models of a role: local folders, the Hugging Face hub, or the embedded ``demo``.
 
     Attributes:
         role: name of the role, which begins error messages.

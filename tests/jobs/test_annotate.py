@@ -147,9 +147,8 @@ def test_plan_records_the_reranker_by_its_content(options, saved: Location, tmp_
 
 
 def test_model_that_is_no_reranker_is_refused_before_the_engine_starts(options, saved: Location):
-    result = call({**options, "--index": saved.path}, "--set", f"retrieval.rerank.model={build_demo_encoder()}")
-    assert result.exit_code == 2
-    assert "not a cross-encoder with one score, but BertModel; choose one such as" in result.stderr.splitlines()[-1]
+    reads = {**options, "--index": saved.path, "--set": f"retrieval.rerank.model={build_demo_encoder()}"}
+    assert "not a cross-encoder with one score, but BertModel; choose one such as" in refused(call(reads))
 
 
 def test_run_with_a_held_lease_stops_before_the_engine_starts(options, monkeypatch):

@@ -61,6 +61,7 @@ def queries(demo_rows, tmp_path_factory) -> Path:
 def annotate(*options: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "jobs.annotate", "--model", "demo", *map(str, options)]
     settings = ["execution.unit_rows=4", "decoding.keep_candidates=true", "decoding.max_tokens=30"]
+    settings += ["retrieval.rerank.model=demo", "retrieval.rerank.candidates=8"]
     settings.append("profiles={two: {decoding: {segments: 3, citations: true, mode: always}}}")
     command += [word for setting in settings for word in ("--set", setting)]
     env = {**os.environ, **environment}
@@ -71,9 +72,7 @@ def annotate(*options: str | Path, **environment: str) -> subprocess.CompletedPr
 def finished(queries, small_index, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     output = tmp_path_factory.mktemp("annotated") / "out"
     options = ["--queries", queries, "--index", small_index, "--output", output]
-    for setting in ("retrieval.rerank.model=demo", "retrieval.rerank.candidates=8", "execution.max_error_rate=0.1"):
-        options += ["--set", setting]
-    return output, annotate(*options, "--json")
+    return output, annotate(*options, "--set", "execution.max_error_rate=0.1", "--json")
 
 
 @pytest.fixture(scope="module")
