@@ -14,7 +14,7 @@ from jobs.report import report
 from pipeline.output.folder import OutputFolder
 from pipeline.report import units
 from pipeline.report.write import leave_report
-from tests.support.reports import USAGE, Row, answered, at, failed, segment, unread, write_set
+from tests.support.reports import Row, answered, at, failed, segment, unread, write_set
 
 APP = typer.Typer()
 APP.command()(report)
@@ -126,14 +126,7 @@ def test_stage_times_are_shown_as_totals_shares_and_quantiles(tmp_path: Path) ->
     assert found.row("Waiting for the search")[:2] == ["1.5 s", "9.38 %"]
     assert found.row("Generating tokens (decode)")[:2] == ["20 s", "62.5 %"]
     assert "add up to more than the latency of the row" in found.said("time")
-
-
-def test_time_of_the_reranker_is_shown_where_there_is_one(tmp_path: Path) -> None:
-    write_set(tmp_path / "reranked", [answered("a", usage={**USAGE, "rerank_seconds": 1.0})])
-    found = page(tmp_path / "reranked")
-    assert found.row("Waiting for the reranker")[:2] == ["1 s", "25 %"]
-    assert found.row("Generating and critiquing segments")[:2] == ["2 s", "50 %"]
-    assert "Waiting for the reranker" not in page(usual(tmp_path / "plain")).said()
+    assert "Waiting for the reranker" not in found.said("time")
 
 
 def test_tables_show_tasks_and_errors(tmp_path: Path) -> None:

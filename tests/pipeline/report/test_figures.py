@@ -121,6 +121,12 @@ def test_errors_of_an_unfinished_unit_are_ignored(tmp_path):
     assert (figures(output).overall.rows, figures(output).overall.errors) == (1, 0)
 
 
+def test_time_of_the_reranker_is_no_part_of_the_writing(tmp_path):
+    found = figures(write_set(tmp_path, [answered("a", usage={**USAGE, "rerank_seconds": 1.0})]))
+    assert found.durations["rerank_seconds"].total == 1.0
+    assert found.durations["write_seconds"].total == pytest.approx(4.0 - 0.5 - 0.5 - 1.0)
+
+
 def test_usage_missing_in_earlier_versions_is_unknown(tmp_path):
     output = write_set(tmp_path, [answered("a")])
     file = tmp_path / "data" / f"part-{0:020x}.parquet"
