@@ -6,7 +6,6 @@ What is left is a model folder for ``jobs.annotate --model``, with the adapter i
 """
 
 import logging
-import sys
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +15,7 @@ import typer
 
 from jobs.common import checking, start_logging, working
 from jobs.shell import run
-from jobs.teaching_data import HELD_OUT_ROWS, Data, DataPart, MiningEncoder, Seed, mine_parts, split_data
+from jobs.teaching_data import HELD_OUT_ROWS, Data, DataPart, MiningEncoder, Seed, list_command, mine_parts, split_data
 from pipeline.config.sections import ModelConfig
 from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.demo_models import BASE_MODEL, build_demo_base_model
@@ -166,11 +165,10 @@ def describe_training(student: Any, course: Course, progress: Any, figures: dict
     from pipeline.training.card import Training, render_model_card
     from pipeline.training.student import describe
 
-    arguments = sys.argv[1:]
     return render_model_card(
         Training(
             course.base_name,
-            ["selfrag", *arguments] if arguments[:1] == ["teach"] else ["python", "-m", "jobs.teach", *arguments],
+            list_command("teach"),
             course.train.rows,
             course.test.rows,
             course.train.rows.compute_digest(),

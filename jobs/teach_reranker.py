@@ -6,7 +6,6 @@ What is left is the folder of a cross-encoder, with its adapter in the subfolder
 """
 
 import logging
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated
@@ -15,7 +14,7 @@ import typer
 
 from jobs.common import checking, start_logging, working
 from jobs.shell import run
-from jobs.teaching_data import Data, DataPart, MiningEncoder, Seed, mine_parts, split_data
+from jobs.teaching_data import Data, DataPart, MiningEncoder, Seed, list_command, mine_parts, split_data
 from pipeline.demo_models import ENCODER_MODEL
 from pipeline.retrieval.encoder import ENCODERS
 from pipeline.training.folder import TrainingFolder
@@ -79,8 +78,7 @@ def run_training(
     save_reranker(model, adapted, folder.unfinished, name)
     figures = measure_ranking(model, examined)
     log.info("held out: %s", figures)
-    arguments = sys.argv[1:]
-    command = ["python", "-m", "jobs.teach_reranker", *arguments]
+    command = list_command("teach_reranker")
     card = render_reranker_card(name, command, train.rows, (len(tasks), len(examined)), recipe, figures)
     (folder.unfinished / "README.md").write_text(card, encoding="utf-8")
     folder.finish()

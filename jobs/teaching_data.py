@@ -2,6 +2,7 @@
 
 import logging
 import random
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,7 @@ import numpy as np
 import numpy.typing as npt
 import typer
 
-from pipeline.demo_models import build_demo_encoder
-from pipeline.retrieval.encoder import resolve_encoder_name
+from pipeline.retrieval.encoder import ENCODERS
 from pipeline.training.data import FEW_HELD_OUT, TeachingData, read_data
 from pipeline.training.mining import mine_negatives
 from pipeline.training.rows import Negatives
@@ -49,13 +49,18 @@ def mine_parts(encoder: str, *parts: DataPart) -> list[Negatives]:
     """Mine hard negatives for each part; the encoder's memory is freed afterwards."""
     from sentence_transformers import SentenceTransformer
 
-    name = str(build_demo_encoder()) if encoder == "demo" else resolve_encoder_name(encoder)
-    model = SentenceTransformer(name)
+    model = SentenceTransformer(str(ENCODERS.obtain(encoder)))
 
     def encode(texts: Sequence[str]) -> npt.NDArray[np.float32]:
         return np.asarray(model.encode(list(texts), batch_size=32, normalize_embeddings=True), np.float32)
 
     return [mine_negatives(encode, part.rows, part.pool) for part in parts]
+
+
+def list_command(job: str) -> list[str]:
+    """Return the command line of this process, which runs ``job``, for a model card."""
+    arguments = sys.argv[1:]
+    return ["selfrag", *arguments] if arguments[:1] == [job] else ["python", "-m", f"jobs.{job}", *arguments]
 
 
 def split_data(data: Path, readings: int, pairs: int, seed: int) -> tuple[DataPart, DataPart]:

@@ -1,6 +1,5 @@
 """The command on a tiny base model: from a CSV file to a model folder with its card."""
 
-import csv
 import json
 import subprocess
 import sys
@@ -18,6 +17,7 @@ from pipeline.decoding.prompts import PromptTokenizer
 from pipeline.engine.models import load_tokenizer
 from pipeline.training import measurement, train
 from tests.support.students import write_base
+from tests.support.triples import write_triples
 
 SMALL = ["--tokens", "1500", "--step-tokens", "300", "--rank", "2"]
 
@@ -29,15 +29,11 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def triples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("data") / "triples.csv"
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        rows = csv.writer(stream)
-        rows.writerow(["question", "passage", "answer"])
-        for n in range(12):
-            rows.writerow(
-                [f"Who wrote book {n}?", f"The book number {n} was written by author {n} in Paris.", f"author {n}"]
-            )
-    return file
+    rows = (
+        (f"Who wrote book {n}?", f"The book number {n} was written by author {n} in Paris.", f"author {n}")
+        for n in range(12)
+    )
+    return write_triples(tmp_path_factory.mktemp("data") / "triples.csv", rows)
 
 
 def run(*options: Any) -> Result:

@@ -1,6 +1,5 @@
 """The command on a tiny base model: from a CSV file to a cross-encoder with its card."""
 
-import csv
 import json
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from jobs.shell import Application
 from pipeline.config.sections import RerankConfig
 from pipeline.retrieval.reranker import find_reranker
 from tests.support.rerankers import write_classifier
+from tests.support.triples import write_triples
 
 SMALL = ["--questions", "16", "--passages", "3", "--batch-questions", "4", "--rank", "2"]
 NAMES = ["Rollo", "Guiscard", "Tancred", "Edward", "Harold", "Emma", "Bohemond", "Drogo", "Anna", "Sichelgaita"]
@@ -25,14 +25,8 @@ def base(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def triples(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    file = tmp_path_factory.mktemp("data") / "triples.csv"
-    with file.open("w", newline="", encoding="utf-8") as stream:
-        rows = csv.writer(stream)
-        rows.writerow(["question", "passage", "answer"])
-        rows.writerows(
-            [f"Who led army {n}?", f"The army number {n} was led by {name}.", name] for n, name in enumerate(NAMES)
-        )
-    return file
+    rows = ((f"Who led army {n}?", f"The army number {n} was led by {name}.", name) for n, name in enumerate(NAMES))
+    return write_triples(tmp_path_factory.mktemp("data") / "triples.csv", rows)
 
 
 def run(*options: Any) -> Result:
