@@ -60,7 +60,9 @@ def mine_parts(encoder: str, *parts: DataPart) -> list[Negatives]:
 def list_command(job: str) -> list[str]:
     """Return the command line of this process, which runs ``job``, for a model card."""
     arguments = sys.argv[1:]
-    return ["selfrag", *arguments] if arguments[:1] == [job] else ["python", "-m", f"jobs.{job}", *arguments]
+    if arguments and arguments[0].replace("-", "_") == job:
+        return ["selfrag", *arguments]
+    return ["python", "-m", f"jobs.{job}", *arguments]
 
 
 def split_data(data: Path, readings: int, pairs: int, seed: int) -> tuple[DataPart, DataPart]:
