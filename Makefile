@@ -26,7 +26,7 @@ help: ## list the targets
 
 setup: $(READY) ## make the environment (the others do so by themselves)
 
-demo: $(READY) ## annotate 122 queries with the embedded model and show the results
+demo: $(READY) ## annotate 72 queries with the embedded model and show the results
 	$(BIN)/python -m jobs.demo
 
 test: $(READY) ## run the tests that need no GPU and finish soon

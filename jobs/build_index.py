@@ -23,6 +23,7 @@ from jobs.common import (
     Factory,
     IndexFile,
     IndexSettings,
+    Lexical,
     MaxWords,
     Normalise,
     PassageColumns,
@@ -30,7 +31,10 @@ from jobs.common import (
     Passages,
     QueryPrefix,
     Shards,
+    Stemmer,
+    StopWords,
     build_encoder_style,
+    build_word_form,
     checking,
     hint_at_new_form,
     load_index_storage,
@@ -65,6 +69,9 @@ def build_index(
     column: PassageColumns = None,
     max_words: MaxWords = None,
     factory: Factory = "Flat",
+    lexical: Lexical = False,
+    stemmer: Stemmer = None,
+    stop_words: StopWords = None,
     shards: Shards = 1,
     batch_size: BatchSize = 32,
     actors: Actors = None,
@@ -93,14 +100,15 @@ def build_index(
         asked = passages, encoder, query_prefix, passage_prefix, normalise, dtype, embeddings, column, max_words
         plan_index(*asked, factory, shards, batch_size, config, settings)
         return
-    start_logging(progress=[__name__, "pipeline.indexing.build_pool"], timestamps=True)
+    start_logging(progress=[__name__, "pipeline.indexing"], timestamps=True)
     with checking():
         source, folder = require(passages, "--passages"), require(output, "--output")
         storage = load_index_storage(config, settings)
         style = build_encoder_style(query_prefix, passage_prefix, normalise, dtype)
         form = PassageForm(parse_columns(column or [], "text=contents"), embeddings, max_words)
+        words = build_word_form(lexical, stemmer, stop_words)
         request = BuildRequest(
-            source, folder, encoder, style, form, factory, shards, batch_size, actors, overwrite, storage
+            source, folder, encoder, style, form, factory, words, shards, batch_size, actors, overwrite, storage
         )
     _build(request)
 

@@ -32,6 +32,7 @@ JOBS = {
     "benchmark": "Compare speed with other implementations' request patterns and the bare engine.",
     "benchmark_scaling": "Measure how a run scales with its rows and its actors.",
     "benchmark_index": "Compare the index with the bare encoder, FAISS and reranker.",
+    "benchmark_words": "Compare the search by words with bare bm25s, and the fused search with both.",
     "benchmark_savings": "Measure what each optimization saves.",
 }
 

@@ -14,6 +14,7 @@ from pipeline.config.loading import validate_section
 from pipeline.config.run import load_sections
 from pipeline.config.sections import StorageConfig
 from pipeline.retrieval.encoder import EncoderStyle
+from pipeline.retrieval.words import WordForm
 from pipeline.storage.location import join_lines
 
 log = logging.getLogger(__name__)
@@ -56,6 +57,16 @@ MaxWords = Annotated[
     typer.Option(min=1, help="Split longer passages at sentence ends into parts of at most this many words."),
 ]
 Factory = Annotated[str, typer.Option(help="FAISS factory string, such as IVF4096,SQ8 or HNSW32.")]
+Lexical = Annotated[
+    bool, typer.Option("--lexical", help="Also index the words of the passages (BM25), for retrieval.fusion.")
+]
+Stemmer = Annotated[
+    str | None,
+    typer.Option(help="Language of the Snowball stemmer for --lexical; words are compared whole by default."),
+]
+StopWords = Annotated[
+    str | None, typer.Option(help="Language whose stop words --lexical leaves out; none are by default.")
+]
 Shards = Annotated[int, typer.Option(min=1, help="Number of shards of the index.")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Passages per batch of the encoder.")]
 
@@ -78,6 +89,19 @@ def build_encoder_style(query_prefix: str, passage_prefix: str, normalise: bool,
     """
     style = {"query_prefix": query_prefix, "passage_prefix": passage_prefix, "normalised": normalise, "dtype": dtype}
     return validate_section(EncoderStyle, style, "encoder")
+
+
+def build_word_form(lexical: bool, stemmer: str | None, stop_words: str | None) -> WordForm | None:
+    """Build the form of words from the options of a command; None without a lexical part.
+
+    Raises:
+        ValueError: an option is wrong, or given without ``--lexical``.
+    """
+    if not lexical:
+        if given := stemmer or stop_words:
+            raise ValueError(f"{given}: --stemmer and --stop-words need --lexical")
+        return None
+    return validate_section(WordForm, {"stemmer": stemmer, "stop_words": stop_words}, "lexical")
 
 
 def parse_columns(options: Iterable[str], example: str) -> dict[str, str]:

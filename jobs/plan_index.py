@@ -106,6 +106,7 @@ def build_corpus_table(corpus: Corpus) -> Table:
     hours = corpus.passages / corpus.rate / 3600
     about.add_row("passages", f"{corpus.passages:,}")
     about.add_row("text, memory-mapped", decimal(corpus.text_bytes))
+    about.add_row("words, memory-mapped (--lexical)", decimal(corpus.lexical_bytes))
     about.add_row("dimensions", str(corpus.dimension))
     about.add_row("one encoder on this machine", f"{corpus.rate:.0f} passages/s, {hours:.1f} h in total")
     if corpus.max_tokens is not None:

@@ -57,13 +57,13 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory, demo_rows: list[dict]
 
 @pytest.fixture(scope="session")
 def small_index(tmp_path_factory: pytest.TempPathFactory, small_corpus: Path) -> Path:
-    """A two-shard index of the small corpus, built once by the job itself and shared by parallel test processes."""
+    """Two shards of the small corpus, with words, built once by the job and shared by parallel test processes."""
     base = tmp_path_factory.getbasetemp()
     folder = (base.parent if "PYTEST_XDIST_WORKER" in os.environ else base) / "small_index"
     command = [sys.executable, "-m", "jobs.build_index", "--passages", str(small_corpus), "--output", str(folder)]
     with FileLock(f"{folder}.lock"):
         if not (folder / "index.json").exists():
-            subprocess.run([*command, "--shards", "2"], check=True, timeout=300)
+            subprocess.run([*command, "--shards", "2", "--lexical"], check=True, timeout=300)
     return folder
 
 

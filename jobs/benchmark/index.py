@@ -44,7 +44,8 @@ from pipeline.indexing.passages import find_passages, read_passages
 from pipeline.retrieval.batching import Batcher
 from pipeline.retrieval.encoder import Encoder, Vectors
 from pipeline.retrieval.faiss_device import set_search
-from pipeline.retrieval.index import Hit, PassageIndex
+from pipeline.retrieval.hits import Hit
+from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.reranker import Reranker, find_reranker
 from pipeline.storage.location import locate
 
@@ -158,14 +159,25 @@ def draw_clustered(rows: int, dimension: int, seed: int = 0) -> Vectors:
     return vectors
 
 
-def write_vectors(rows: int, dimension: int, folder: Path) -> None:
-    """Write passages with given vectors, in files of ``FILE_ROWS`` rows."""
+def name_texts(rows: int, number: int) -> list[str]:
+    """Return the texts of the passages of a file."""
+    return [f"passage {row}" for row in range(number * FILE_ROWS, number * FILE_ROWS + rows)]
+
+
+def write_vectors(
+    rows: int, dimension: int, folder: Path, write_texts: Callable[[int, int], list[str]] = name_texts
+) -> None:
+    """Write passages with given vectors, in files of ``FILE_ROWS`` rows.
+
+    Args:
+        write_texts: returns so many texts for the file with a number.
+    """
     folder.mkdir()
     for number, start in enumerate(range(0, rows, FILE_ROWS)):
         names = [str(row) for row in range(start, min(start + FILE_ROWS, rows))]
         vectors = draw_clustered(len(names), dimension, number)
         column = pa.FixedSizeListArray.from_arrays(vectors.ravel(), dimension)
-        texts = [f"passage {name}" for name in names]
+        texts = write_texts(len(names), number)
         table = pa.table({"id": names, "title": [""] * len(names), "text": texts, "vector": column})
         pq.write_table(table, folder / f"{number:03d}.parquet", row_group_size=50_000, compression="NONE")
 
@@ -236,6 +248,15 @@ def build_figures_table(lines: list[Comparison]) -> Table:
     return table
 
 
+def report_figures(lines: list[Comparison], file: Path | None, threads: int) -> None:
+    """Print a table of all lines, and write them to a JSON file if there is one."""
+    Console(width=None if os.isatty(1) else 200).print(build_figures_table(lines))
+    if file:
+        machine = {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "threads": threads}
+        figures = [{**dataclasses.asdict(line), "ratio": line.ratio} for line in lines]
+        file.write_text(json.dumps({"machine": machine, "figures": figures}, indent=2))
+
+
 def benchmark_index(
     passages: Annotated[str, typer.Option(help="Passages to encode, as Parquet.")],
     encoded: Annotated[int, typer.Option(min=0, help="Number of passages to encode; 0 for none.")] = 2000,
@@ -266,11 +287,7 @@ def benchmark_index(
         for kind, parameters in (("Flat", ""), (factory, search)) if vectors else ():
             adding, index = compare_adding(vectors, dimension, kind, shards, repeats, folder)
             lines += [*adding, compare_searching(index, parameters, kind, repeats, threads, folder)]
-    Console(width=None if os.isatty(1) else 200).print(build_figures_table(lines))
-    if json_file:
-        machine = {"processor": platform.processor() or platform.machine(), "cpus": os.cpu_count(), "threads": threads}
-        figures = [{**dataclasses.asdict(line), "ratio": line.ratio} for line in lines]
-        json_file.write_text(json.dumps({"machine": machine, "figures": figures}, indent=2))
+    report_figures(lines, json_file, threads)
 
 
 if __name__ == "__main__":

@@ -67,9 +67,10 @@ class RunConfig(Frozen):
         """Return the fixed keys, dotted (``decoding.threshold``), with the values that a resumed run must share.
 
         Queries, index, model and reranker are not among them: they are compared by content, so that they may be moved.
-        Without a reranker, its other keys decide nothing.
+        Neither are keys that decide nothing: those of a reranker that is not used, and of a fusion.
         """
-        unused = () if self.retrieval.rerank.model else ("retrieval.rerank.",)
+        unused: tuple[str, ...] = () if self.retrieval.rerank.model else ("retrieval.rerank.",)
+        unused += () if self.retrieval.fusion == "rrf" else ("retrieval.rrf_k",)
         settings = {key: value for key, value in flatten(self.to_record()).items() if value != {} and is_fixed(key)}
         return {key: value for key, value in settings.items() if not key.startswith(unused)}
 

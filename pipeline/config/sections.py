@@ -190,6 +190,9 @@ class RetrievalConfig(Frozen):
     Attributes:
         encoder: Encoder that the index must have been built with; by default the one that the index names is loaded.
         search: FAISS search parameters such as ``nprobe=16`` or ``efSearch=64``, comma-separated.
+        fusion: ``dense`` searches by vectors, ``lexical`` by words (BM25), and ``rrf`` by both, whose ranks are fused;
+            the last two need an index built with ``--lexical``.
+        rrf_k: Constant of the fusion: a passage scores the sum of 1 / (rrf_k + rank).
         topology: ``local`` loads all shards in every actor; ``partitioned`` spreads them over shard servers, for an
             index that is larger than one machine or card.
         device: Where FAISS, the encoder and the reranker run: ``auto`` uses the GPU that Ray assigned to the actor or
@@ -207,6 +210,8 @@ class RetrievalConfig(Frozen):
 
     encoder: Annotated[str | None, Effect.FIXED] = None
     search: Annotated[str, Effect.FIXED] = ""
+    fusion: Annotated[Literal["dense", "lexical", "rrf"], Effect.FIXED] = "dense"
+    rrf_k: Annotated[Positive, Effect.FIXED] = 60
     topology: Literal["local", "partitioned"] = "local"
     device: Literal["auto", "cpu", "gpu"] = "auto"
     float16: Annotated[bool, Effect.FIXED] = False
@@ -223,6 +228,16 @@ class RetrievalConfig(Frozen):
     def _parameters(cls, search: str) -> str:
         parse_search(search)
         return search
+
+    @property
+    def searches_vectors(self) -> bool:
+        """Whether queries are searched for by their vectors."""
+        return self.fusion != "lexical"
+
+    @property
+    def searches_words(self) -> bool:
+        """Whether queries are searched for by their words."""
+        return self.fusion != "dense"
 
 
 def _read_auto(value: Any) -> Any:

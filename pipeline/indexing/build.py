@@ -24,7 +24,14 @@ from pipeline.nodes.places import SHARE, Source
 from pipeline.retrieval.encoder import Encoder, EncoderStyle, Vectors, resolve_encoder_name
 from pipeline.retrieval.index_cache import SCRATCH_PREFIX
 from pipeline.retrieval.manifest import MANIFEST, EncoderEntry, ShardEntry
-from pipeline.retrieval.shard_files import SHARD_FILE, count_centroids, create_empty_index, name_shard_files
+from pipeline.retrieval.shard_files import (
+    SHARD_FILE,
+    count_centroids,
+    create_empty_index,
+    name_lexical_file,
+    name_shard_files,
+)
+from pipeline.retrieval.words import WordForm
 from pipeline.storage.location import Location, check_writable, locate
 from pipeline.storage.parquet import RowRange
 
@@ -52,6 +59,7 @@ class BuildRequest:
         style: usage of the encoder: prefixes, normalization and data type.
         form: columns of the passages and their vectors, and the length of parts.
         factory: FAISS factory string.
+        lexical: form of the words of the lexical part; None builds none.
         shards: number of shards.
         batch_size: passages encoded at once.
         actors: number of actors, each with an encoder; None is one per GPU, or one per machine without GPUs.
@@ -65,6 +73,7 @@ class BuildRequest:
     style: EncoderStyle = field(default_factory=EncoderStyle)
     form: PassageForm = field(default_factory=PassageForm)
     factory: str = "Flat"
+    lexical: WordForm | None = None
     shards: int = 1
     batch_size: int = 32
     actors: int | None = None
@@ -109,6 +118,7 @@ class BuildPlan:
             "max_words": self.request.form.max_words,
             "factory": self.request.factory,
             "shards": len(self.shards),
+            "lexical": self.request.lexical and self.request.lexical.model_dump(),
         }
 
     def check_unchanged(self, identity: Mapping[str, Any]) -> None:
@@ -320,8 +330,8 @@ def _read_entry(record: Location, number: int) -> ShardEntry:
         entry = ShardEntry.model_validate_json(record.read())
     except ValidationError as error:
         raise ValueError(f"{record.uri}: {error.errors()[0]['msg']}; delete it, and run the build again") from None
-    names = entry.file, entry.passages_file
-    if names != name_shard_files(number):
+    names = [name for name, _, _ in entry.list_files()]
+    if names != [*name_shard_files(number), name_lexical_file(number)][: len(names)]:
         raise ValueError(f"{record.uri}: names the files {', '.join(names)}; delete it, and run the build again")
     return entry
 

@@ -12,7 +12,7 @@ import pyarrow.parquet as pq
 from pipeline.config.sections import RetrievalConfig, StorageConfig
 from pipeline.decoding.prompts import format_passage
 from pipeline.decoding.types import Passage
-from pipeline.indexing.gold_recall import GoldRecall, measure_gold_recall
+from pipeline.indexing.gold_recall import GoldQueries, GoldRecall, measure_gold_recall
 from pipeline.indexing.parts import describe_truncation
 from pipeline.indexing.recall import (
     CANDIDATES,
@@ -26,9 +26,12 @@ from pipeline.indexing.recall import (
     search_exhaustively,
 )
 from pipeline.retrieval.encoder import Encoder, Vectors
-from pipeline.retrieval.index import Hit, PassageIndex
+from pipeline.retrieval.fusion import QueryBatch
+from pipeline.retrieval.hits import Hit
+from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.manifest import check_encoder, check_files, choose_encoder, read_manifest
 from pipeline.retrieval.reranker import Reranker, find_reranker
+from pipeline.retrieval.words import WordSplitter
 from pipeline.storage.location import locate
 from pipeline.storage.parquet import list_parquet
 
@@ -129,7 +132,8 @@ def check_index_folder(request: CheckRequest) -> Checked:
     check_files(folder, manifest)
     if manifest.passages <= request.k:
         raise ValueError(f"{folder.uri}: {manifest.passages} passages are too few to retrieve {request.k}")
-    index = PassageIndex.open(folder, retrieval.model_copy(update={"verify": True, "device": "cpu"}))
+    everything = {"verify": True, "device": "cpu", "fusion": "rrf" if manifest.lexical else "dense"}
+    index = PassageIndex.open(folder, retrieval.model_copy(update=everything))
     encoder = None
     if request.queries or (is_lossy(index) and manifest.embeddings is None):
         name, revision = choose_encoder(manifest, retrieval)
@@ -167,10 +171,15 @@ def _find_gold(request: CheckRequest, index: PassageIndex, probe: Probe) -> tupl
         if rerank:
             log.warning("retrieval.rerank is not measured: this takes --queries with the column %s", GOLD)
         return ()
-    golds = [gold for gold in probe.golds if gold is not None]
     texts = [probe.texts[row] for row in rows]
+    words = None
+    if index.manifest.lexical is not None:
+        splitter = WordSplitter(index.manifest.lexical)
+        words = [splitter.split(text) for text in texts]
+    golds = [gold for gold in probe.golds if gold is not None]
+    queries = GoldQueries(texts, golds, QueryBatch(probe.vectors[rows], words))
     reranker = Reranker.load(request.retrieval) if rerank else None
-    return measure_gold_recall(index, probe.vectors[rows], texts, golds, request.k, reranker)
+    return measure_gold_recall(index, queries, request.k, request.retrieval, reranker)
 
 
 def _read_probe(request: CheckRequest, index: PassageIndex, encoder: Encoder | None) -> Probe:

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from pipeline.config.sections import RetrievalConfig
 from pipeline.decoding.passage_ids import is_passage_or_part
 from pipeline.decoding.types import RetrievedPassage
 from pipeline.indexing.recall import BATCH
-from pipeline.retrieval.encoder import Vectors
+from pipeline.retrieval.fusion import QueryBatch, retrieve_fused
 from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.reranker import Reranker
 
@@ -32,45 +33,62 @@ class GoldRecall:
     query_ms: float
 
 
+@dataclass(frozen=True)
+class GoldQueries:
+    """Queries with gold passages.
+
+    Attributes:
+        texts: the queries, n.
+        golds: ids of their gold passages, n.
+        batch: the queries as they are searched for: by vectors, and by words if the index has a lexical part.
+    """
+
+    texts: Sequence[str]
+    golds: Sequence[str]
+    batch: QueryBatch
+
+    def list_ways(self) -> list[str]:
+        """List the ways to search for them, as in ``retrieval.fusion``."""
+        return ["dense"] if self.batch.words is None else ["dense", "lexical", "rrf"]
+
+
 def measure_gold_recall(
-    index: PassageIndex,
-    vectors: Vectors,
-    texts: Sequence[str],
-    golds: Sequence[str],
-    k: int,
-    reranker: Reranker | None,
+    index: PassageIndex, queries: GoldQueries, k: int, retrieval: RetrievalConfig, reranker: Reranker | None
 ) -> tuple[GoldRecall, ...]:
-    """Search for queries with gold passages, and rerank what is found if there is a reranker.
+    """Search for queries in each way that the index allows, and rerank what the configured way finds.
 
     Args:
         index: index to search, with its search parameters set.
-        vectors: query vectors, float32 [n, dimension].
-        texts: the queries, n.
-        golds: ids of their gold passages, n.
+        queries: queries with gold passages.
         k: passages retrieved for each query.
-        reranker: reranker, whose candidates are searched if they are more than k.
+        retrieval: search settings.
+        reranker: reranker, whose candidates are searched if they are more than k; None if there is none.
     """
     cutoffs = sorted({*(cutoff for cutoff in CUTOFFS if cutoff < k), k})
-    began = time.perf_counter()
-    found = _search(index, vectors, k)
-    searched = _build_figures("search", found, golds, cutoffs, time.perf_counter() - began)
+    figures = []
+    for way in queries.list_ways():
+        began = time.perf_counter()
+        found = _search(index, queries.batch, k, retrieval.model_copy(update={"fusion": way}))
+        figures.append(_build_figures(way, found, queries.golds, cutoffs, time.perf_counter() - began))
     if reranker is None:
-        return (searched,)
+        return tuple(figures)
     wanted = max(k, reranker.candidates)
     began = time.perf_counter()
-    found = _search(index, vectors, wanted)
+    found = _search(index, queries.batch, wanted, retrieval)
     ordered: list[list[RetrievedPassage]] = []
-    for first in range(0, len(texts), reranker.queries_per_call):
+    for first in range(0, len(found), reranker.queries_per_call):
         part = slice(first, first + reranker.queries_per_call)
-        ordered += reranker.rerank(list(zip(texts[part], found[part], strict=True)))
-    way = f"the best {wanted}, reranked ({reranker.device})"
-    return searched, _build_figures(way, ordered, golds, cutoffs, time.perf_counter() - began)
+        ordered += reranker.rerank(list(zip(queries.texts[part], found[part], strict=True)))
+    way = f"{retrieval.fusion}, the best {wanted} reranked ({reranker.device})"
+    return *figures, _build_figures(way, ordered, queries.golds, cutoffs, time.perf_counter() - began)
 
 
-def _search(index: PassageIndex, vectors: Vectors, k: int) -> list[list[RetrievedPassage]]:
+def _search(
+    index: PassageIndex, queries: QueryBatch, k: int, retrieval: RetrievalConfig
+) -> list[list[RetrievedPassage]]:
     found: list[list[RetrievedPassage]] = []
-    for first in range(0, len(vectors), BATCH):
-        found += index.retrieve(vectors[first : first + BATCH], k)
+    for batch in queries.divide(BATCH):
+        found += retrieve_fused(index, batch.select(retrieval), [k] * len(batch), retrieval)
     return found
 
 

@@ -9,11 +9,10 @@ import regex
 
 from pipeline.decoding.passage_ids import name_parts
 from pipeline.retrieval.manifest import IndexManifest
+from pipeline.retrieval.words import UNSPACED
 
-# Characters between which a line may break without a space, by Unicode's property Line_Break: Han and kana (ID, CJ);
-# Thai, Lao, Khmer, Myanmar and others (SA). Each counts as a word, with its marks and the punctuation after it.
-_UNSPACED = r"\p{LB=ID}\p{LB=CJ}\p{LB=SA}"
-_WORD = regex.compile(rf"(?:[{_UNSPACED}]\p{{M}}*\p{{P}}*|[^\s{_UNSPACED}]+)\s*")
+# Each character of a script without spaces counts as a word, with its marks and the punctuation after it.
+_WORD = regex.compile(rf"(?:[{UNSPACED}]\p{{M}}*\p{{P}}*|[^\s{UNSPACED}]+)\s*")
 # The end of a sentence, by Unicode's property Sentence_Break: a terminator (ST) of any script, or a full stop that does
 # not follow an initial, then closing marks (CL).
 _SENTENCE_END = regex.compile(r"(?:(?<!\b\p{Lu})[.．]|\p{SB=ST})\p{SB=CL}*\s*$")

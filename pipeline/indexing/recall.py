@@ -10,7 +10,8 @@ import numpy as np
 
 from pipeline.decoding.types import Passage
 from pipeline.retrieval.encoder import Vectors
-from pipeline.retrieval.index import Hit, PassageIndex
+from pipeline.retrieval.hits import Hit
+from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.shard_files import extract_faiss_message
 
 # Candidates per result that are reranked with exact vectors if the index stores codes.

@@ -14,6 +14,7 @@ from pipeline.indexing.passages import spread_samples
 from pipeline.retrieval.encoder import Encoder
 from pipeline.retrieval.faiss_device import RESERVED_BYTES, WORKING_BYTES, supports_gpu
 from pipeline.retrieval.shard_files import create_empty_index
+from pipeline.retrieval.words import WordForm, WordSplitter
 from pipeline.storage.parquet import RowRange, map_in_threads, read_footer
 
 FLOAT = 4
@@ -246,6 +247,8 @@ def count_machines(index: int, memory: int) -> int:
 
 # Passages encoded to measure the throughput of this machine: a few seconds on a CPU.
 SAMPLE = 64
+# Row (int32) and score (float32) of a passage that has a word.
+POSTING_BYTES = 8
 
 
 @dataclass(frozen=True)
@@ -259,6 +262,7 @@ class Corpus:
         rate: throughput of one encoder on this machine, in passages per second.
         truncated: share of passages of which the encoder would read only the beginning, in a sample.
         max_tokens: number of tokens that the encoder reads of a passage; None is no limit.
+        words: mean number of different words of a passage, in a sample.
     """
 
     passages: int
@@ -267,6 +271,12 @@ class Corpus:
     rate: float
     truncated: float
     max_tokens: int | None
+    words: float
+
+    @property
+    def lexical_bytes(self) -> int:
+        """Bytes of the lexical part of the index, without its list of words: a row and a score for each occurrence."""
+        return round(self.passages * self.words * POSTING_BYTES)
 
 
 def survey_corpus(files: list[RowRange], form: PassageForm, encoder: Encoder, batch_size: int) -> Corpus:
@@ -282,6 +292,7 @@ def survey_corpus(files: list[RowRange], form: PassageForm, encoder: Encoder, ba
         rate=_measure_rate(encoder, texts[:: -(-len(texts) // SAMPLE)], batch_size),
         truncated=encoder.count_truncated(texts) / len(texts),
         max_tokens=encoder.max_tokens,
+        words=sum(len(set(WordSplitter(WordForm()).split(text))) for text in texts) / len(texts),
     )
 
 

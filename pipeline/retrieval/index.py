@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
 from typing import Any
 
 import faiss
@@ -10,11 +9,14 @@ import numpy as np
 import numpy.typing as npt
 
 from pipeline.config.sections import RetrievalConfig
-from pipeline.decoding.types import Passage, RetrievedPassage
+from pipeline.decoding.types import Passage
 from pipeline.gpus import lock_gpus
 from pipeline.retrieval.encoder import Vectors
 from pipeline.retrieval.faiss_device import Device, set_search
+from pipeline.retrieval.fusion import QueryBatch
+from pipeline.retrieval.hits import Hit
 from pipeline.retrieval.index_cache import DamagedIndexError, obtain_file, reserve_room
+from pipeline.retrieval.lexical import LexicalShard, Postings
 from pipeline.retrieval.manifest import IndexManifest, ShardEntry, read_manifest
 from pipeline.retrieval.shard_files import PassageFile, read_faiss
 from pipeline.storage.location import Location
@@ -23,39 +25,19 @@ from pipeline.storage.location import Location
 _MOST_PLACES = 1024
 
 
-@dataclass(frozen=True)
-class Hit:
-    """A search result: the inner product of a vector with the query, the vector's shard, and its row there."""
-
-    score: float
-    shard: int
-    row: int
-
-    @property
-    def order(self) -> tuple[float, int, int]:
-        """Sort key: best first; ties are in the order of the passages, as in a single index over all of them."""
-        return -self.score, self.shard, self.row
-
-    @property
-    def place(self) -> tuple[int, int]:
-        """Shard and row, which identify the passage."""
-        return self.shard, self.row
-
-
-Found = tuple[Hit, Passage]
-
-
 class Shard:
     """An opened shard.
 
     Attributes:
         index: FAISS index, on the CPU until :meth:`place` moves it.
         passages: passages of the shard by row.
+        lexical: scores of words; None if they are not searched.
     """
 
-    def __init__(self, index: Any, passages: PassageFile) -> None:
+    def __init__(self, index: Any, passages: PassageFile, lexical: LexicalShard | None = None) -> None:
         self.index = index
         self.passages = passages
+        self.lexical = lexical
         self._space = faiss.ParameterSpace()
 
     @classmethod
@@ -66,16 +48,18 @@ class Shard:
             DamagedIndexError: a file is missing, or differs from the manifest.
             StorageError: a file cannot be fetched.
         """
-        index_file, passages_file = (
-            obtain_file(folder / name, size, sha256, retrieval) for name, size, sha256 in entry.list_files()
+        index_file, passages_file, *lexical_file = (
+            obtain_file(folder / name, size, sha256, retrieval)
+            for name, size, sha256 in entry.list_files(retrieval.searches_words)
         )
         index, passages = read_faiss(index_file), PassageFile(passages_file)
+        lexical = LexicalShard(Postings.open(lexical_file[0])) if lexical_file else None
         if (index.d, index.ntotal, len(passages)) != (dimension, entry.rows, entry.rows):
             raise DamagedIndexError(
                 f"{(folder / entry.file).uri}: {index.ntotal} vectors of {index.d} dimensions and {len(passages)} "
                 f"passages, but index.json records {entry.rows} and {dimension}; rebuild the index"
             )
-        return cls(index, passages)
+        return cls(index, passages, lexical)
 
     def place(self, device: Device) -> None:
         """Place the vectors on a device.
@@ -158,11 +142,12 @@ class PassageIndex:
         with _reserve_cache(folder, manifest, retrieval, chosen):
             entries = {number: manifest.shards[number] for number in chosen}
             shards = {n: Shard.open(folder, entry, manifest.dimension, retrieval) for n, entry in entries.items()}
-        with lock_gpus():
-            device = Device.choose(retrieval, manifest, chosen, engine_share)
-            for shard in shards.values():
-                shard.place(device)
-                shard.tune(retrieval.search)
+        if retrieval.searches_vectors:
+            with lock_gpus():
+                device = Device.choose(retrieval, manifest, chosen, engine_share)
+                for shard in shards.values():
+                    shard.place(device)
+                    shard.tune(retrieval.search)
         return cls(manifest, shards, retrieval.threads)
 
     def search(self, queries: Vectors, k: int) -> list[list[Hit]]:
@@ -176,7 +161,23 @@ class PassageIndex:
         """
         # OpenMP keeps this setting per calling thread, so it must be set in the thread that searches.
         faiss.omp_set_num_threads(self.threads)
-        found = [self.shards[number].search_top(queries, k) for number in self._numbers]
+        return self._merge([self.shards[number].search_top(queries, k) for number in self._numbers], k)
+
+    def search_words(self, queries: Sequence[Sequence[str]], k: int) -> list[list[Hit]]:
+        """Search for the k hits with the highest BM25 scores of each query, as :meth:`search`.
+
+        Args:
+            queries: words of each query, n lists.
+        """
+        found = []
+        for number in self._numbers:
+            lexical = self.shards[number].lexical
+            assert lexical is not None, "the index was opened without its lexical part"
+            found.append(lexical.search_top(queries, k))
+        return self._merge(found, k)
+
+    def _merge(self, found: Sequence[tuple[Vectors, npt.NDArray[np.int64]]], k: int) -> list[list[Hit]]:
+        """Merge the scores and rows that each shard has found."""
         scores = np.concatenate([scores for scores, _ in found], axis=1)
         rows = np.concatenate([rows for _, rows in found], axis=1)
         shards = np.repeat(self._numbers, [scores.shape[1] for scores, _ in found])
@@ -188,16 +189,22 @@ class PassageIndex:
             results.append(hits[:k])
         return results
 
-    def find(self, queries: Vectors, k: int) -> list[list[Found]]:
-        """Search as :meth:`search`, and return each hit with its passage."""
-        return [self._read_passages(hits) for hits in self.search(queries, k)]
+    def rank(self, batch: QueryBatch, k: int) -> list[list[list[Hit]]]:
+        """Search by vectors, by words, or by both.
 
-    def _read_passages(self, hits: list[Hit]) -> list[Found]:
-        return [(hit, self.shards[hit.shard].passages.read_passage(hit.row)) for hit in hits]
+        Returns:
+            For each of the searches, the k best hits of each query, best first.
+        """
+        searches = []
+        if batch.vectors is not None:
+            searches.append(self.search(batch.vectors, k))
+        if batch.words is not None:
+            searches.append(self.search_words(batch.words, k))
+        return searches
 
-    def retrieve(self, queries: Vectors, k: int) -> list[list[RetrievedPassage]]:
-        """Search as :meth:`search`, and return passages with scores and ranks, which start at 1."""
-        return [rank_hits(found) for found in self.find(queries, k)]
+    def read(self, hits: Sequence[Sequence[Hit]]) -> list[list[Passage]]:
+        """Return the passages of the hits of each query."""
+        return [[self.shards[hit.shard].passages.read_passage(hit.row) for hit in of_query] for of_query in hits]
 
 
 def _reserve_cache(
@@ -206,11 +213,7 @@ def _reserve_cache(
     """Reserve room in the cache for the chosen shards; a local index needs none."""
     if folder.local:
         return nullcontext()
-    wanted = [file for number in chosen for file in manifest.shards[number].list_files()]
+    opened = [manifest.shards[number].list_files(retrieval.searches_words) for number in chosen]
+    wanted = [file for files in opened for file in files]
     every = [file for entry in manifest.shards for file in entry.list_files()]
     return reserve_room(retrieval, wanted, [file for file in every if file not in wanted])
-
-
-def rank_hits(found: Sequence[Found]) -> list[RetrievedPassage]:
-    """Convert the hits of a query, best first, to retrieved passages with ranks, which start at 1."""
-    return [RetrievedPassage(passage, hit.score, rank) for rank, (hit, passage) in enumerate(found, start=1)]

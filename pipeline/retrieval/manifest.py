@@ -13,6 +13,7 @@ from pipeline.config.loading import Frozen
 from pipeline.config.sections import Positive, RetrievalConfig
 from pipeline.retrieval.encoder import ENCODERS, Encoder, EncoderStyle
 from pipeline.retrieval.index_cache import REMEDY, DamagedIndexError, check_size
+from pipeline.retrieval.words import WordForm
 from pipeline.storage.location import Location
 
 MANIFEST = "index.json"
@@ -22,12 +23,21 @@ SHOWN = ("literal_error", "string_pattern_mismatch")
 # The names that a build gives to files, so that an untrusted index cannot refer to files outside its folder or the
 # cache.
 FaissFile = Annotated[str, Field(pattern=r"^shard-[0-9]{5,9}\.faiss$")]
+LexicalFile = Annotated[str, Field(pattern=r"^shard-[0-9]{5,9}\.lexical\.arrow$")]
 PassagesFile = Annotated[str, Field(pattern=r"^shard-[0-9]{5,9}\.passages\.arrow$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
 
 def _is_none(value: object) -> bool:
     return value is None
+
+
+class LexicalEntry(Frozen):
+    """The manifest's entry of the lexical part of a shard: name, size in bytes and digest in hex of its file."""
+
+    file: LexicalFile
+    bytes: Positive
+    sha256: Digest
 
 
 class ShardEntry(Frozen):
@@ -40,6 +50,7 @@ class ShardEntry(Frozen):
         rows: number of vectors, and of passages.
         truncated_passages: number of passages of which the encoder read only the beginning; 0 if the vectors were
             given, None if an earlier version built the shard.
+        lexical: scores of words; None if the index has none.
     """
 
     file: FaissFile
@@ -50,11 +61,18 @@ class ShardEntry(Frozen):
     passages_bytes: Positive
     passages_sha256: Digest
     truncated_passages: int | None = Field(default=None, exclude_if=_is_none)
+    lexical: LexicalEntry | None = Field(default=None, exclude_if=_is_none)
 
-    def list_files(self) -> tuple[tuple[str, int, str], tuple[str, int, str]]:
-        """Return name, size in bytes and digest of the FAISS index, and of the passages."""
+    def list_files(self, words: bool = True) -> list[tuple[str, int, str]]:
+        """Return name, size in bytes and digest of the FAISS index, of the passages, and of the lexical part.
+
+        Args:
+            words: whether the lexical part is wanted, if there is one.
+        """
         index = (self.file, self.bytes, self.sha256)
-        return index, (self.passages_file, self.passages_bytes, self.passages_sha256)
+        passages = (self.passages_file, self.passages_bytes, self.passages_sha256)
+        lexical = [(self.lexical.file, self.lexical.bytes, self.lexical.sha256)] if words and self.lexical else []
+        return [index, passages, *lexical]
 
 
 class EncoderEntry(EncoderStyle):
@@ -85,6 +103,7 @@ class IndexManifest(Frozen):
         embeddings: column that the vectors were read from; None if the encoder computed them.
         columns: columns that id, title and text were read from, if they have other names.
         max_words: number of words of the longest part that a passage was split into; None if all are whole.
+        lexical: form of the words of the lexical part, which every shard has then; None if there is none.
         dimension: number of dimensions of the vectors.
         metric: always the inner product, which is the cosine if ``encoder.normalised``.
         factory: FAISS factory string of every shard.
@@ -99,6 +118,7 @@ class IndexManifest(Frozen):
     embeddings: str | None = None
     columns: Mapping[str, str] = Field(default_factory=dict, exclude_if=not_)
     max_words: Positive | None = Field(default=None, exclude_if=_is_none)
+    lexical: WordForm | None = Field(default=None, exclude_if=_is_none)
     dimension: Positive
     metric: Literal["inner_product"] = "inner_product"
     factory: str
@@ -127,6 +147,8 @@ class IndexManifest(Frozen):
         names = Counter(name for shard in self.shards for name, _, _ in shard.list_files())
         if double := next((name for name, count in names.items() if count > 1), None):
             raise ValueError(f"two shards have the file {double}")
+        if any((shard.lexical is None) != (self.lexical is None) for shard in self.shards):
+            raise ValueError("some shards have a lexical part, others have none")
         return self
 
 
@@ -208,6 +230,11 @@ def check_index_manifest(folder: Location, retrieval: RetrievalConfig, digest: s
     digest = ENCODERS.hash_present(wanted, revision)
     if digest is not None or wanted != manifest.encoder.name:
         _check_digest(wanted, digest, manifest)  # without a download yet, checked on loading
+    if retrieval.searches_words and manifest.lexical is None:
+        raise ValueError(
+            f"{folder.uri}: the index has no lexical part, which retrieval.fusion={retrieval.fusion} needs; build it "
+            "with --lexical, or set retrieval.fusion=dense"
+        )
     check_files(folder, manifest)
     return manifest
 

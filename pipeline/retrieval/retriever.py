@@ -3,31 +3,20 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 from pipeline.config.sections import RetrievalConfig
 from pipeline.decoding.types import Retrieved, RetrievedPassage
 from pipeline.gpus import lock_gpus
 from pipeline.retrieval.batching import Batcher
-from pipeline.retrieval.encoder import Encoder, Vectors
+from pipeline.retrieval.encoder import Encoder
+from pipeline.retrieval.fusion import QueryBatch, SearchableIndex, retrieve_fused
 from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.manifest import IndexManifest, check_encoder, check_index_manifest, choose_encoder
 from pipeline.retrieval.reranker import Reranker
 from pipeline.retrieval.shard_servers import IndexLostError, PartitionedIndex
+from pipeline.retrieval.words import WordSplitter
 from pipeline.storage.location import Location
-
-
-class SearchableIndex(Protocol):
-    """All shards of an index, in this process or in shard servers."""
-
-    @property
-    def manifest(self) -> IndexManifest:
-        """Manifest of the index."""
-        ...
-
-    def retrieve(self, queries: Vectors, k: int) -> list[list[RetrievedPassage]]:
-        """Retrieve the k best passages of each query, best first; may block."""
-        ...
 
 
 @dataclass(frozen=True)
@@ -44,7 +33,7 @@ class SearchDigests:
 
 
 ANY_DIGESTS = SearchDigests()
-Search = tuple[str, int]
+Search = tuple[str, int]  # a query, and the number of passages
 
 
 class IndexRetriever:
@@ -55,10 +44,18 @@ class IndexRetriever:
     """
 
     def __init__(
-        self, encoder: Encoder, index: SearchableIndex, retrieval: RetrievalConfig, reranker: Reranker | None = None
+        self,
+        encoder: Encoder | None,
+        index: SearchableIndex,
+        retrieval: RetrievalConfig,
+        reranker: Reranker | None = None,
     ) -> None:
-        check_encoder(encoder, index.manifest)
+        if encoder is not None:
+            check_encoder(encoder, index.manifest)
         self._encoder = encoder
+        form = index.manifest.lexical if retrieval.searches_words else None
+        self._splitter = WordSplitter(form) if form else None
+        self._retrieval = retrieval
         self._index = index
         self._reranker = reranker
         wait_s = retrieval.wait_ms / 1000
@@ -81,7 +78,7 @@ class IndexRetriever:
     ) -> "IndexRetriever":
         """Open an index with ``retrieval.encoder``, or else with the encoder that it was built with.
 
-        The reranker is loaded, too, if ``retrieval.rerank`` has one.
+        A search by words alone needs no encoder. The reranker is loaded, too, if ``retrieval.rerank`` has one.
 
         Args:
             engine_share: share of the GPU's memory that vLLM takes on the same GPU.
@@ -94,10 +91,7 @@ class IndexRetriever:
             StorageError: the storage cannot be read.
         """
         manifest = check_index_manifest(folder, retrieval, digests.index)
-        name, revision = choose_encoder(manifest, retrieval)
-        with lock_gpus():
-            encoder = Encoder.load(name, retrieval.device, revision, manifest.encoder.style)
-        check_encoder(encoder, manifest)
+        encoder = _load_encoder(manifest, retrieval) if retrieval.searches_vectors else None
         reranker = Reranker.load(retrieval, digests.reranker) if retrieval.rerank.model else None
         if servers:
             return cls(encoder, PartitionedIndex(manifest, servers), retrieval, reranker)
@@ -125,10 +119,25 @@ class IndexRetriever:
             self._reranking.close()
 
     def _search(self, batch: list[Search]) -> list[list[RetrievedPassage]]:
-        """Encode and search a batch of queries, each with its k."""
+        """Search for a batch of queries, each with its k."""
         began = time.monotonic()
-        vectors = self._encoder.encode_queries([query for query, _ in batch])
-        found = self._index.retrieve(vectors, max(k for _, k in batch))
+        queries, wanted = [query for query, _ in batch], [k for _, k in batch]
+        found = retrieve_fused(self._index, self._prepare(queries), wanted, self._retrieval)
         if self.on_search is not None:
             self.on_search(time.monotonic() - began)
-        return [passages[:k] for passages, (_, k) in zip(found, batch, strict=True)]
+        return found
+
+    def _prepare(self, queries: list[str]) -> QueryBatch:
+        """Encode queries, split them into words, or both, as the search needs."""
+        vectors = self._encoder.encode_queries(queries) if self._encoder else None
+        words = [self._splitter.split(query) for query in queries] if self._splitter else None
+        return QueryBatch(vectors, words)
+
+
+def _load_encoder(manifest: IndexManifest, retrieval: RetrievalConfig) -> Encoder:
+    """Load the encoder of the queries, and check that it is the one of the passages."""
+    name, revision = choose_encoder(manifest, retrieval)
+    with lock_gpus():
+        encoder = Encoder.load(name, retrieval.device, revision, manifest.encoder.style)
+    check_encoder(encoder, manifest)
+    return encoder

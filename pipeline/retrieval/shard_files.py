@@ -80,12 +80,17 @@ def extract_faiss_message(error: RuntimeError) -> str:
 
 
 # Matches the names that :func:`name_shard_files` returns.
-SHARD_FILE = re.compile(r"shard-[0-9]{5,9}\.(faiss|passages\.arrow)")
+SHARD_FILE = re.compile(r"shard-[0-9]{5,9}\.(faiss|passages\.arrow|lexical\.arrow)")
 
 
 def name_shard_files(number: int) -> tuple[str, str]:
     """Return the file names of a shard's FAISS index and of its passages."""
     return f"shard-{number:05d}.faiss", f"shard-{number:05d}.passages.arrow"
+
+
+def name_lexical_file(number: int) -> str:
+    """Return the file name of a shard's lexical part."""
+    return f"shard-{number:05d}.lexical.arrow"
 
 
 def build_shard(

@@ -7,16 +7,18 @@ necessary, and retries its unfinished searches.
 
 import heapq
 import logging
+from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import islice
+from itertools import chain, islice
 from typing import Any
 
 from pipeline.config.sections import ExecutionConfig, RetrievalConfig, StorageConfig
-from pipeline.decoding.types import RetrievedPassage
+from pipeline.decoding.types import Passage
 from pipeline.nodes.access import Access
-from pipeline.retrieval.encoder import Vectors
-from pipeline.retrieval.index import Found, PassageIndex, rank_hits
+from pipeline.retrieval.fusion import QueryBatch
+from pipeline.retrieval.hits import Hit
+from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.manifest import IndexManifest
 from pipeline.storage.location import locate
 
@@ -69,9 +71,14 @@ class ShardServer:
         """Return the number of vectors; a call returns only after all shards are loaded."""
         return sum(len(shard.passages) for shard in self._index.shards.values())
 
-    def find(self, queries: Vectors, k: int) -> list[list[Found]]:
-        """Return the k best hits of each query in its shards with their passages, best first."""
-        return self._index.find(queries, k)
+    def rank(self, batch: QueryBatch, k: int) -> list[list[list[Hit]]]:
+        """Return what :meth:`PassageIndex.rank` finds in its shards."""
+        return self._index.rank(batch, k)
+
+    def read(self, hits: Sequence[Hit]) -> list[Passage]:
+        """Return the passages of hits in its shards."""
+        (passages,) = self._index.read([hits])
+        return passages
 
 
 class PartitionedIndex:
@@ -79,18 +86,17 @@ class PartitionedIndex:
 
     Args:
         manifest: manifest of the index.
-        servers: Ray handles of servers that together hold every shard exactly once.
+        servers: Ray handles that :func:`start_servers` returned.
     """
 
     def __init__(self, manifest: IndexManifest, servers: Sequence[Any]) -> None:
         self.manifest = manifest
         self._servers = servers
+        dealt = assign_shards(len(manifest.shards), len(servers))
+        self._server_of = {shard: server for server, shards in enumerate(dealt) for shard in shards}
 
-    def retrieve(self, queries: Vectors, k: int) -> list[list[RetrievedPassage]]:
-        """Retrieve the k best passages of each query from all shards, best first; waits while a server restarts.
-
-        Args:
-            queries: float32 [n, dimension].
+    def rank(self, batch: QueryBatch, k: int) -> list[list[list[Hit]]]:
+        """Search all shards as :meth:`PassageIndex.rank`; waits while a server restarts.
 
         Raises:
             IndexLostError: a server cannot be restarted.
@@ -98,14 +104,37 @@ class PartitionedIndex:
         """
         import ray
 
-        batch = ray.put(queries)
-        try:
-            answers = _await_results([server.find.remote(batch, k) for server in self._servers], "a search")
-        except ray.exceptions.RayTaskError:
-            raise  # caused by these queries, not by a lost server
-        except ray.exceptions.RayError as error:
-            raise IndexLostError(f"a shard server was lost: {' '.join(str(error).split())}") from error
-        return [rank_hits(merge_hits(parts, k)) for parts in zip(*answers, strict=True)]
+        shared = ray.put(batch)
+        answers = _await_search([server.rank.remote(shared, k) for server in self._servers])
+        return [
+            [merge_hits(parts, k) for parts in zip(*of_servers, strict=True)]
+            for of_servers in zip(*answers, strict=True)
+        ]
+
+    def read(self, hits: Sequence[Sequence[Hit]]) -> list[list[Passage]]:
+        """Read the passages of the hits of each query from the servers; waits and raises as :meth:`rank`."""
+        by_server: dict[int, list[Hit]] = defaultdict(list)
+        for hit in chain.from_iterable(hits):
+            by_server[self._server_of[hit.shard]].append(hit)
+        answers = _await_search([self._servers[number].read.remote(asked) for number, asked in by_server.items()])
+        passages = {
+            hit.place: passage
+            for asked, read in zip(by_server.values(), answers, strict=True)
+            for hit, passage in zip(asked, read, strict=True)
+        }
+        return [[passages[hit.place] for hit in of_query] for of_query in hits]
+
+
+def _await_search(references: list[Any]) -> list[Any]:
+    """Wait for the servers' answers to a search, and tell lost servers from queries that they cannot answer."""
+    import ray
+
+    try:
+        return _await_results(references, "a search") if references else []
+    except ray.exceptions.RayTaskError:
+        raise  # caused by these queries, not by a lost server
+    except ray.exceptions.RayError as error:
+        raise IndexLostError(f"a shard server was lost: {' '.join(str(error).split())}") from error
 
 
 def _await_results(references: list[Any], who: str) -> list[Any]:
@@ -120,9 +149,9 @@ def _await_results(references: list[Any], who: str) -> list[Any]:
     return results
 
 
-def merge_hits(parts: Sequence[Sequence[Found]], k: int) -> list[Found]:
+def merge_hits(parts: Sequence[Sequence[Hit]], k: int) -> list[Hit]:
     """Merge sorted lists of hits and return the k best; ties are ordered by shard, then row."""
-    return list(islice(heapq.merge(*parts, key=lambda found: found[0].order), k))
+    return list(islice(heapq.merge(*parts, key=lambda hit: hit.order), k))
 
 
 def assign_shards(shards: int, servers: int) -> list[list[int]]:

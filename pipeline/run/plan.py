@@ -111,7 +111,7 @@ class RunPlan:
     def describe(self) -> list[str]:
         """Describe the plan in lines of text."""
         config, rows = self.config, sum(unit.rows for unit in self.todo)
-        passages = f": {self.index['passages']} passages" if self.index else ""
+        passages = f": {self.index['passages']} passages, {config.retrieval.fusion} search" if self.index else ""
         lines = [f"queries  {config.queries}: {self.queries.rows} rows in {self.queries.files} files"]
         if self.queries.partitions:
             lines.append(f"columns  {', '.join(self.queries.partitions)}: read from the folders' names")

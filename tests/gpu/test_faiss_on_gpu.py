@@ -10,10 +10,11 @@ import pytest
 
 from pipeline.config.sections import RetrievalConfig, StorageConfig
 from pipeline.retrieval.encoder import Vectors
-from pipeline.retrieval.index import Hit, PassageIndex
+from pipeline.retrieval.hits import Hit
+from pipeline.retrieval.index import PassageIndex
 from pipeline.storage.location import Location, locate
 from tests.gpu.conftest import REHEARSAL
-from tests.support.indexes import CPU, save, unit_vectors
+from tests.support.indexes import CPU, retrieve, save, unit_vectors
 
 pytestmark = pytest.mark.gpu
 
@@ -85,8 +86,8 @@ def test_ties_are_in_passage_order(factory: str, shards: int, on_gpu: RetrievalC
     search = {"search": "nprobe=8"} if factory.startswith("IVF") else {}
     place = saved(tmp_path, factory, shards, vectors)
     queries = vectors[:50]
-    found = PassageIndex.open(place, on_gpu.model_copy(update=search)).retrieve(queries, K)
-    expected = PassageIndex.open(place, CPU.model_copy(update=search)).retrieve(queries, K)
+    found = retrieve(PassageIndex.open(place, on_gpu.model_copy(update=search)), queries, K)
+    expected = retrieve(PassageIndex.open(place, CPU.model_copy(update=search)), queries, K)
     assert [[hit.passage.id for hit in hits] for hits in found] == [[hit.passage.id for hit in h] for h in expected]
 
 

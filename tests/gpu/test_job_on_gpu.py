@@ -26,6 +26,7 @@ from pipeline.retrieval.index import PassageIndex
 from pipeline.storage.location import locate
 from tests.gpu.conftest import FEW_ROWS, REHEARSAL, Run, Runs, used_memory
 from tests.gpu.cpu_answers import FILE
+from tests.support.indexes import retrieve
 
 pytestmark = pytest.mark.gpu
 
@@ -210,6 +211,6 @@ def test_index_is_built_on_the_gpu(small_corpus: Path, tmp_path: Path) -> None:
     texts = [f"{row['title']}\n{row['text']}" for row in rows]
     queries = Encoder.load("demo", "cpu").encode(texts)
     index = PassageIndex.open(locate(str(tmp_path / "index"), StorageConfig()), RetrievalConfig(device="cpu"))
-    found = index.retrieve(queries, 1)
+    found = retrieve(index, queries, 1)
     assert [hits[0].passage.id for hits in found] == [row["id"] for row in rows]
     np.testing.assert_allclose(np.asarray([hits[0].score for hits in found], float), 1.0, atol=1e-3)

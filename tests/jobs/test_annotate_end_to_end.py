@@ -61,7 +61,7 @@ def queries(demo_rows, tmp_path_factory) -> Path:
 def annotate(*options: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "jobs.annotate", "--model", "demo", *map(str, options)]
     settings = ["execution.unit_rows=4", "decoding.keep_candidates=true", "decoding.max_tokens=30"]
-    settings += ["retrieval.rerank.model=demo", "retrieval.rerank.candidates=8"]
+    settings += ["retrieval.fusion=rrf", "retrieval.rerank.model=demo", "retrieval.rerank.candidates=8"]
     settings.append("profiles={two: {decoding: {segments: 3, citations: true, mode: always}}}")
     command += [word for setting in settings for word in ("--set", setting)]
     env = {**os.environ, **environment}
@@ -124,6 +124,14 @@ def test_questions_retrieve_and_instructions_do_not(answers, demo_rows):
 def test_retrieval_finds_the_gold_passage(answers, demo_rows):
     found = [r["gold_passage_id"] in {c["passage_id"] for c in answers[r["id"]]["candidates"]} for r in demo_rows[:8]]
     assert sum(found) >= 6
+
+
+def test_passages_are_found_by_vectors_and_words(finished, answers, demo_rows):
+    assert "rrf search" in finished[1].stderr
+    scores = [c["retrieval_score"] for r in demo_rows[:8] for c in answers[r["id"]]["candidates"] if c["passage_id"]]
+    fused = {round(1 / a + 1 / b, 6) for a in range(61, 161) for b in range(61, 161)}
+    assert {round(score, 6) for score in scores} <= fused
+    assert len(set(scores)) > 10
 
 
 def test_answer_is_the_best_candidate_with_its_evidence(answers, demo_rows):

@@ -19,7 +19,7 @@ from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.manifest import read_manifest
 from pipeline.storage.lease import Lease
 from tests.support.building import given_vectors, run
-from tests.support.indexes import place
+from tests.support.indexes import place, retrieve
 from tests.support.leases import finishing_elsewhere
 
 pytestmark = pytest.mark.usefixtures("lasting_ray")
@@ -63,7 +63,7 @@ def test_interrupted_build_resumes_with_the_missing_shards(
     }
     assert {file.name for file in out.iterdir()} == {"index.json", *after}
     index = PassageIndex.open(place(out), RetrievalConfig(device="cpu", search="nprobe=8"))
-    assert [hits[0].passage.id for hits in index.retrieve(vectors, 1)] == [str(n) for n in range(300)]
+    assert [hits[0].passage.id for hits in retrieve(index, vectors, 1)] == [str(n) for n in range(300)]
 
 
 def test_interrupted_rebuild_resumes(
@@ -100,7 +100,7 @@ def test_shard_of_a_killed_builder_is_rebuilt(
     names = {f"shard-0000{n}.{kind}" for n in (0, 1) for kind in ("faiss", "passages.arrow")}
     assert {file.name for file in (tmp_path / "out").iterdir()} == {"index.json", *names}
     index = PassageIndex.open(place(tmp_path / "out"), RetrievalConfig(device="cpu"))
-    assert [hits[0].passage.id for hits in index.retrieve(vectors, 1)] == [str(n) for n in range(300)]
+    assert [hits[0].passage.id for hits in retrieve(index, vectors, 1)] == [str(n) for n in range(300)]
 
 
 def test_interrupted_build_with_other_options_is_not_resumed(

@@ -165,13 +165,13 @@ def test_gold_passages_are_found_with_and_without_the_reranker(three_topics: tup
     options = ["--queries", str(queries), "--k", "2", "--set", reranker, "--set", "retrieval.rerank.candidates=3"]
     found = json.loads(check(index, *options, "--json").stdout)
     assert found["golds"] == 2
-    assert [way["way"] for way in found["gold"]] == ["search", "the best 3, reranked (cpu)"]
+    assert [way["way"] for way in found["gold"]] == ["dense", "dense, the best 3 reranked (cpu)"]
     assert found["gold"][0]["recall"] == {"1": 1.0, "2": 1.0}
     shown = check(index, *options)
     assert shown.exit_code == 0, shown.output
     assert "gold passages of 2 queries" in shown.stdout
     alone = json.loads(check(index, "--queries", str(queries), "--k", "2", "--json").stdout)
-    assert [way["way"] for way in alone["gold"]] == ["search"]
+    assert [way["way"] for way in alone["gold"]] == ["dense"]
 
 
 def test_reranker_is_left_out_without_gold_passages(three_topics: tuple[Path, Path], tmp_path: Path, caplog) -> None:

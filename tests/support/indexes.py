@@ -7,7 +7,9 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.config.sections import RetrievalConfig, StorageConfig
+from pipeline.decoding.types import RetrievedPassage
 from pipeline.retrieval.encoder import Vectors
+from pipeline.retrieval.fusion import QueryBatch, SearchableIndex, retrieve_fused
 from pipeline.retrieval.manifest import EncoderEntry, IndexManifest, write_manifest
 from pipeline.retrieval.shard_files import PASSAGE_SCHEMA, build_shard, create_empty_index, train_index
 from pipeline.storage.location import Location, locate
@@ -43,6 +45,11 @@ def save(folder: Location, parts: list[Vectors], factory: str = "Flat") -> Index
 def unit_vectors(rows: int, seed: int = 0, dimension: int = 16) -> Vectors:
     vectors = np.random.default_rng(seed).normal(size=(rows, dimension)).astype(np.float32)
     return vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
+
+
+def retrieve(index: SearchableIndex, queries: Vectors, k: int) -> list[list[RetrievedPassage]]:
+    """Passages found by vectors alone."""
+    return retrieve_fused(index, QueryBatch(queries), [k] * len(queries), CPU)
 
 
 def place(path: Path) -> Location:

@@ -170,6 +170,11 @@ def test_candidates_of_a_reranker_are_fixed_settings():
     assert load_config(None, [], elsewhere).get_fixed_settings() == fixed
 
 
+def test_constant_of_a_fusion_is_a_fixed_setting_of_a_fusion():
+    assert "retrieval.rrf_k" not in load_config(None, [], NEEDED).get_fixed_settings()
+    assert load_config(None, ["retrieval.fusion=rrf"], NEEDED).get_fixed_settings()["retrieval.rrf_k"] == 60
+
+
 def test_profile_with_dots_in_its_name_is_fixed():
     tree = {**NEEDED, "profiles": {"nq.v2": {"metric": "match"}}}
     assert load_config(None, [], tree).get_fixed_settings()["profiles.nq.v2.metric"] == "match"

@@ -5,7 +5,8 @@ import pytest
 import torch
 
 from pipeline.config.sections import RerankConfig
-from pipeline.indexing.gold_recall import find_gold_rank, measure_gold_recall
+from pipeline.indexing.gold_recall import GoldQueries, find_gold_rank, measure_gold_recall
+from pipeline.retrieval.fusion import QueryBatch
 from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.reranker import Reranker, RerankerEntry
 from pipeline.storage.location import Location
@@ -36,10 +37,11 @@ def test_recall_is_measured_before_and_after_reranking(folder: Location) -> None
     golds = [str(n) for n in range(10)] + [str(n) for n in runners_up[10:]]
     config = RerankConfig(candidates=4, batch_size=3)
     reranker = Reranker(ByNumber(), RerankerEntry("by number", None, "d" * 64), config)
-    searched, reranked = measure_gold_recall(index, vectors[:20], golds, golds, 2, reranker)
-    assert (searched.way, searched.recall) == ("search", {1: 0.5, 2: 1.0})
-    assert (reranked.way, reranked.recall) == ("the best 4, reranked (cpu)", {1: 1.0, 2: 1.0})
+    queries = GoldQueries(golds, golds, QueryBatch(vectors[:20]))
+    searched, reranked = measure_gold_recall(index, queries, 2, CPU, reranker)
+    assert (searched.way, searched.recall) == ("dense", {1: 0.5, 2: 1.0})
+    assert (reranked.way, reranked.recall) == ("dense, the best 4 reranked (cpu)", {1: 1.0, 2: 1.0})
     assert min(searched.query_ms, reranked.query_ms) > 0
-    (alone,) = measure_gold_recall(index, vectors[:20], golds, golds, 12, None)
+    (alone,) = measure_gold_recall(index, queries, 12, CPU, None)
     assert list(alone.recall) == [1, 3, 5, 10, 12]
     assert np.mean(list(alone.recall.values())) == pytest.approx((0.5 + 4) / 5)

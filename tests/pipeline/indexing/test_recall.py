@@ -13,7 +13,8 @@ from pipeline.indexing.recall import (
     sample_vectors,
     search_exhaustively,
 )
-from pipeline.retrieval.index import Hit, PassageIndex
+from pipeline.retrieval.hits import Hit
+from pipeline.retrieval.index import PassageIndex
 from pipeline.storage.location import Location
 from tests.support.indexes import CPU, save, unit_vectors
 

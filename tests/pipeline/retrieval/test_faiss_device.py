@@ -21,7 +21,7 @@ from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.manifest import IndexManifest, read_manifest
 from pipeline.retrieval.shard_files import create_empty_index
 from pipeline.storage.location import Location
-from tests.support.indexes import CPU, unit_vectors
+from tests.support.indexes import CPU, retrieve, unit_vectors
 
 CARD = 80_000_000_000
 
@@ -116,7 +116,7 @@ def test_index_that_does_not_fit_falls_back_to_the_cpu_unless_a_gpu_is_required(
     with caplog.at_level(logging.WARNING):
         index = PassageIndex.open(saved, RetrievalConfig(), engine_share=0.9)
     assert re.search(f"the index is searched on the CPU: the index {numbers}", caplog.text)
-    assert index.retrieve(unit_vectors(3), 5) == PassageIndex.open(saved, CPU).retrieve(unit_vectors(3), 5)
+    assert retrieve(index, unit_vectors(3), 5) == retrieve(PassageIndex.open(saved, CPU), unit_vectors(3), 5)
     assert Device.choose(RetrievalConfig(), read_manifest(saved), [0], 0.0).resources is not None
     assert Device.choose(CPU, read_manifest(saved), [0], 0.9).resources is None
 

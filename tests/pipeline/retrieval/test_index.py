@@ -14,7 +14,7 @@ from pipeline.retrieval.index import PassageIndex, Shard
 from pipeline.retrieval.manifest import check_index_manifest, read_manifest, write_manifest
 from pipeline.retrieval.shard_files import build_shard, create_empty_index, extract_faiss_message, train_index
 from pipeline.storage.location import Location
-from tests.support.indexes import CPU, passages, save, unit_vectors
+from tests.support.indexes import CPU, passages, retrieve, save, unit_vectors
 
 small = st.integers(-1, 1)
 
@@ -55,7 +55,7 @@ def test_saved_shards_rank_like_one_index(folder: Location, factory: str) -> Non
         one.train(vectors)
     one.add(vectors)
     scores, rows = one.search(queries, 8)
-    found = PassageIndex.open(folder, CPU).retrieve(queries, 8)
+    found = retrieve(PassageIndex.open(folder, CPU), queries, 8)
     assert [[hit.passage.id for hit in hits] for hits in found] == [[str(r) for r in row if r >= 0] for row in rows]
     for hits, expected in zip(found, scores, strict=True):
         np.testing.assert_allclose(np.asarray([hit.score for hit in hits], float), expected[: len(hits)], atol=1e-6)
@@ -64,7 +64,7 @@ def test_saved_shards_rank_like_one_index(folder: Location, factory: str) -> Non
 
 def test_passages_are_read_from_every_batch_of_the_file(saved: Location) -> None:
     vectors = unit_vectors(60)
-    found = PassageIndex.open(saved, CPU).retrieve(vectors, 1)
+    found = retrieve(PassageIndex.open(saved, CPU), vectors, 1)
     assert [hits[0].passage for hits in found] == [Passage(str(n), f"title {n}", f"text {n}") for n in range(60)]
 
 
@@ -92,7 +92,7 @@ def test_search_parameters_reach_faiss(folder: Location) -> None:
 
     def ids(search: str) -> list[list[str]]:
         index = PassageIndex.open(folder, RetrievalConfig(device="cpu", search=search))
-        return [[hit.passage.id for hit in hits] for hits in index.retrieve(queries, 10)]
+        return [[hit.passage.id for hit in hits] for hits in retrieve(index, queries, 10)]
 
     assert ids("nprobe=8") == wanted
     assert ids("") != wanted

@@ -13,15 +13,15 @@ from pipeline.retrieval.index_cache import obtain_file, reserve_room
 from pipeline.retrieval.manifest import read_manifest
 from pipeline.storage.location import Location
 from tests.support.flaky import FlakyFiles
-from tests.support.indexes import CPU, save, unit_vectors
+from tests.support.indexes import CPU, retrieve, save, unit_vectors
 
 
 def test_remote_files_are_fetched_once_and_checked(remote: Location, saved: Location, tmp_path: Path) -> None:
     cached = RetrievalConfig(device="cpu", cache=str(tmp_path / "cache"))
-    expected = PassageIndex.open(saved, CPU).retrieve(unit_vectors(3), 5)
-    assert PassageIndex.open(remote, cached).retrieve(unit_vectors(3), 5) == expected
+    expected = retrieve(PassageIndex.open(saved, CPU), unit_vectors(3), 5)
+    assert retrieve(PassageIndex.open(remote, cached), unit_vectors(3), 5) == expected
     (tmp_path / "index" / "shard-00000.faiss").unlink()
-    assert PassageIndex.open(remote, cached).retrieve(unit_vectors(3), 5) == expected
+    assert retrieve(PassageIndex.open(remote, cached), unit_vectors(3), 5) == expected
 
 
 def test_wrong_remote_file_never_enters_the_cache(remote: Location, tmp_path: Path) -> None:
@@ -74,7 +74,7 @@ def test_changed_index_is_fetched_again(remote: Location, saved: Location, tmp_p
     PassageIndex.open(remote, cached)
     changed = unit_vectors(60, seed=9)
     save(saved, [changed])
-    (hits,) = PassageIndex.open(remote, cached).retrieve(changed[7:8], 1)
+    (hits,) = retrieve(PassageIndex.open(remote, cached), changed[7:8], 1)
     assert hits[0].passage.id == "7"
     assert hits[0].score == pytest.approx(1.0)
 
@@ -150,4 +150,4 @@ def test_mapped_copy_is_readable_after_eviction(remote: Location, tmp_path: Path
     expected = PassageIndex.open(remote, CPU.model_copy(update={"cache": str(tmp_path / "other")}))
     for file in (tmp_path / "cache").iterdir():
         file.unlink()
-    assert index.retrieve(unit_vectors(3), 5) == expected.retrieve(unit_vectors(3), 5)
+    assert retrieve(index, unit_vectors(3), 5) == retrieve(expected, unit_vectors(3), 5)

@@ -1,5 +1,6 @@
 import asyncio
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,8 @@ from pipeline.config.sections import RetrievalConfig
 from pipeline.decoding.self_rag import take_given_passages
 from pipeline.decoding.types import Passage, Query, RetrievedPassage
 from pipeline.retrieval.encoder import Vectors
+from pipeline.retrieval.fusion import QueryBatch
+from pipeline.retrieval.hits import Hit
 from pipeline.retrieval.retriever import IndexRetriever
 from pipeline.retrieval.shard_servers import IndexLostError
 
@@ -42,13 +45,18 @@ class CountingIndex:
     class manifest:  # noqa: N801
         dimension = 1
         encoder = type("entry", (), {"name": "length", "digest": DIGEST})
+        lexical = None
 
     def __init__(self) -> None:
         self.asked: list[int] = []
 
-    def retrieve(self, queries: Vectors, k: int) -> list[list[RetrievedPassage]]:
+    def rank(self, batch: QueryBatch, k: int) -> list[list[list[Hit]]]:
         self.asked.append(k)
-        return [[found(int(query[0]), rank) for rank in range(1, k + 1)] for query in queries]
+        assert batch.vectors is not None
+        return [[[Hit(1.0 / rank, int(query[0]), rank) for rank in range(1, k + 1)] for query in batch.vectors]]
+
+    def read(self, hits: Sequence[Sequence[Hit]]) -> list[list[Passage]]:
+        return [[found(hit.shard, hit.row).passage for hit in of_query] for of_query in hits]
 
 
 def found(length: int, rank: int) -> RetrievedPassage:
@@ -110,10 +118,10 @@ async def test_query_that_cannot_be_encoded_fails_alone() -> None:
 async def test_lost_index_fails_the_whole_batch() -> None:
     retriever, encoder, index = make()
 
-    def lost(_queries: Vectors, _k: int) -> None:
+    def lost(_batch: QueryBatch, _k: int) -> None:
         raise IndexLostError("a shard server was lost")
 
-    index.retrieve = lost  # type: ignore[assignment,method-assign]
+    index.rank = lost  # type: ignore[assignment,method-assign]
     ended = await asyncio.gather(*(find(retriever, q, 1) for q in ("a", "b")), return_exceptions=True)
     assert [type(error) for error in ended] == [IndexLostError] * 2
     assert len(encoder.batches) == 1

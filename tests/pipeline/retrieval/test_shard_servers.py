@@ -14,9 +14,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.sections import ExecutionConfig, StorageConfig
-from pipeline.decoding.types import Passage
-from pipeline.retrieval.encoder import Vectors
-from pipeline.retrieval.index import Found, Hit, PassageIndex
+from pipeline.retrieval.fusion import QueryBatch
+from pipeline.retrieval.hits import Hit
+from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.manifest import read_manifest
 from pipeline.retrieval.shard_servers import (
     IndexLostError,
@@ -28,7 +28,7 @@ from pipeline.retrieval.shard_servers import (
     start_servers,
 )
 from pipeline.storage.location import Location, locate
-from tests.support.indexes import CPU, save, unit_vectors
+from tests.support.indexes import CPU, retrieve, save, unit_vectors
 
 NO_CPUS = ExecutionConfig(cpus_per_server=0)
 
@@ -62,10 +62,9 @@ scores = st.sampled_from([0.0, 0.5, 1.0])
 @given(st.lists(st.lists(st.tuples(scores, st.integers(0, 5)), max_size=6), min_size=1, max_size=4), st.integers(1, 8))
 def test_merged_hits_are_the_best_with_ties_by_shard_then_row(answers: list[list[tuple[float, int]]], k: int) -> None:
     parts = [
-        sorted([(Hit(score, n, row), Passage(f"{n}-{row}", "", "")) for score, row in part], key=lambda f: f[0].order)
-        for n, part in enumerate(answers)
+        sorted([Hit(score, n, row) for score, row in part], key=lambda hit: hit.order) for n, part in enumerate(answers)
     ]
-    everything = sorted((found for part in parts for found in part), key=lambda f: (-f[0].score, f[0].shard, f[0].row))
+    everything = sorted((hit for part in parts for hit in part), key=lambda hit: (-hit.score, hit.shard, hit.row))
     assert merge_hits(parts, k) == everything[:k]
 
 
@@ -86,8 +85,8 @@ def test_servers_rank_like_one_flat_index(tied: tuple[Location, np.ndarray], cou
     one = faiss.IndexFlatIP(16)
     one.add(vectors)
     faiss_scores, _ = one.search(queries, 8)
-    found = PartitionedIndex(read_manifest(folder), start(folder, count)).retrieve(queries, 8)
-    assert found == PassageIndex.open(folder, CPU).retrieve(queries, 8)
+    found = retrieve(PartitionedIndex(read_manifest(folder), start(folder, count)), queries, 8)
+    assert found == retrieve(PassageIndex.open(folder, CPU), queries, 8)
     for hits, row_scores, flat in zip(found, exact, faiss_scores, strict=True):
         wanted = sorted(range(90), key=lambda row: (-np.round(row_scores[row], 5), row))[:8]
         assert [hit.passage.id for hit in hits] == [str(row) for row in wanted]
@@ -98,12 +97,13 @@ def test_servers_rank_like_one_flat_index(tied: tuple[Location, np.ndarray], cou
 class MortalServer(ShardServer):
     """Dies of a query whose first number is 9, the first time it is asked, and answers it when it is back."""
 
-    def find(self, queries: Vectors, k: int) -> list[list[Found]]:
+    def rank(self, batch: QueryBatch, k: int) -> list[list[list[Hit]]]:
         folder = Path(self._folder.path)
-        if queries[0, 0] == 9 and not (mark := folder / f"died-{min(self._index.shards)}").exists():
+        assert batch.vectors is not None
+        if batch.vectors[0, 0] == 9 and not (mark := folder / f"died-{min(self._index.shards)}").exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().find(queries, k)
+        return super().rank(batch, k)
 
     def __init__(self, index: ServedIndex, numbers: list[int]) -> None:
         super().__init__(index, numbers)
@@ -116,7 +116,7 @@ def test_search_survives_the_death_of_all_servers(saved: Location, monkeypatch: 
     index = PartitionedIndex(read_manifest(saved), start(saved, 2))
     queries = unit_vectors(4, seed=8)
     queries[0, 0] = 9
-    assert index.retrieve(queries, 5) == PassageIndex.open(saved, CPU).retrieve(queries, 5)
+    assert retrieve(index, queries, 5) == retrieve(PassageIndex.open(saved, CPU), queries, 5)
     assert sorted(file.name for file in Path(saved.path).glob("died-*")) == ["died-0", "died-1"]
 
 
@@ -128,7 +128,7 @@ def test_server_restarted_on_another_index_is_lost(saved: Location, monkeypatch:
     queries = unit_vectors(1)
     queries[0, 0] = 9
     with pytest.raises(IndexLostError, match="the index was replaced during the run"):
-        index.retrieve(queries, 3)
+        retrieve(index, queries, 3)
 
 
 @pytest.mark.usefixtures("cluster")
@@ -137,7 +137,7 @@ def test_lost_server_is_not_a_row_error(saved: Location) -> None:
     ray.kill(servers[1])
     index = PartitionedIndex(read_manifest(saved), servers)
     with pytest.raises(IndexLostError, match="a shard server was lost"):
-        index.retrieve(unit_vectors(1), 3)
+        retrieve(index, unit_vectors(1), 3)
 
 
 @pytest.mark.usefixtures("cluster")

@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.cluster import Room
-from pipeline.indexing.build_pool import choose_pool
+from pipeline.indexing.actor_pool import choose_pool
 
 LAPTOP = [Room(8.0)]
 GPU_NODES = [Room(64.0), Room(96.0, (1.0,) * 8), Room(32.0, (1.0,) * 2)]
