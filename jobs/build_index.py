@@ -25,6 +25,7 @@ from jobs.common import (
     IndexSettings,
     Lexical,
     MaxWords,
+    Metadata,
     Normalise,
     PassageColumns,
     PassagePrefix,
@@ -68,6 +69,7 @@ def build_index(
     embeddings: Embeddings = None,
     column: PassageColumns = None,
     max_words: MaxWords = None,
+    metadata: Metadata = None,
     factory: Factory = "Flat",
     lexical: Lexical = False,
     stemmer: Stemmer = None,
@@ -105,7 +107,7 @@ def build_index(
         source, folder = require(passages, "--passages"), require(output, "--output")
         storage = load_index_storage(config, settings)
         style = build_encoder_style(query_prefix, passage_prefix, normalise, dtype)
-        form = PassageForm(parse_columns(column or [], "text=contents"), embeddings, max_words)
+        form = PassageForm(parse_columns(column or [], "text=contents"), embeddings, max_words, tuple(metadata or ()))
         words = build_word_form(lexical, stemmer, stop_words)
         request = BuildRequest(
             source, folder, encoder, style, form, factory, words, shards, batch_size, actors, overwrite, storage

@@ -56,6 +56,10 @@ MaxWords = Annotated[
     int | None,
     typer.Option(min=1, help="Split longer passages at sentence ends into parts of at most this many words."),
 ]
+Metadata = Annotated[
+    list[str] | None,
+    typer.Option(help="Further column to keep with the passages, for filters and in the output; repeatable."),
+]
 Factory = Annotated[str, typer.Option(help="FAISS factory string, such as IVF4096,SQ8 or HNSW32.")]
 Lexical = Annotated[
     bool, typer.Option("--lexical", help="Also index the words of the passages (BM25), for retrieval.fusion.")

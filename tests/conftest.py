@@ -51,7 +51,9 @@ def small_corpus(tmp_path_factory: pytest.TempPathFactory, demo_rows: list[dict]
     chosen = [n for n, i in enumerate(ids) if i in gold]
     chosen += [n for n, i in enumerate(ids) if i not in gold][::25][:50]
     file = tmp_path_factory.mktemp("corpus") / "passages.parquet"
-    pq.write_table(passages.take(pa.array(chosen)), file)
+    table = passages.take(pa.array(chosen))
+    words = [len(text.split()) for text in table["text"].to_pylist()]
+    pq.write_table(table.append_column("words", pa.array(words)), file)
     return file
 
 
@@ -63,7 +65,7 @@ def small_index(tmp_path_factory: pytest.TempPathFactory, small_corpus: Path) ->
     command = [sys.executable, "-m", "jobs.build_index", "--passages", str(small_corpus), "--output", str(folder)]
     with FileLock(f"{folder}.lock"):
         if not (folder / "index.json").exists():
-            subprocess.run([*command, "--shards", "2", "--lexical"], check=True, timeout=300)
+            subprocess.run([*command, "--shards", "2", "--lexical", "--metadata", "words"], check=True, timeout=300)
     return folder
 
 

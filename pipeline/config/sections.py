@@ -47,6 +47,7 @@ class Columns(Frozen):
         input: Column of the text under ``### Input:``.
         task: Column of the task profile of each row.
         choices: Column of closed sets of answers.
+        filter: Column of conditions on the passages that a row's searches may find, as ``retrieval.filter``.
         passages: Column of given passages, which are read instead of the index.
     """
 
@@ -55,6 +56,7 @@ class Columns(Frozen):
     input: str = "input"
     task: str = "task"
     choices: str = "choices"
+    filter: str = "filter"
     passages: str = "passages"
 
 
@@ -193,6 +195,8 @@ class RetrievalConfig(Frozen):
         fusion: ``dense`` searches by vectors, ``lexical`` by words (BM25), and ``rrf`` by both, whose ranks are fused;
             the last two need an index built with ``--lexical``.
         rrf_k: Constant of the fusion: a passage scores the sum of 1 / (rrf_k + rank).
+        filter: Condition that passages must meet to be found, an SQL expression over their columns such as
+            ``language = 'en' and year >= 2020``; a row's own condition must be met in addition.
         topology: ``local`` loads all shards in every actor; ``partitioned`` spreads them over shard servers, for an
             index that is larger than one machine or card.
         device: Where FAISS, the encoder and the reranker run: ``auto`` uses the GPU that Ray assigned to the actor or
@@ -212,6 +216,7 @@ class RetrievalConfig(Frozen):
     search: Annotated[str, Effect.FIXED] = ""
     fusion: Annotated[Literal["dense", "lexical", "rrf"], Effect.FIXED] = "dense"
     rrf_k: Annotated[Positive, Effect.FIXED] = 60
+    filter: Annotated[str | None, Effect.FIXED] = None
     topology: Literal["local", "partitioned"] = "local"
     device: Literal["auto", "cpu", "gpu"] = "auto"
     float16: Annotated[bool, Effect.FIXED] = False

@@ -34,8 +34,8 @@ class Generator(Protocol):
 class Retriever(Protocol):
     """An index that finds passages for a text."""
 
-    async def retrieve(self, query: str, k: int) -> Retrieved:
-        """Return the top k passages; fewer if the index has fewer."""
+    async def retrieve(self, query: str, k: int, condition: str | None = None) -> Retrieved:
+        """Return the top k passages that meet the condition; fewer if the index has fewer."""
         ...
 
 

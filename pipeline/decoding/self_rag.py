@@ -72,6 +72,7 @@ class Decoding:
         usage = replace(
             self.reader.usage,
             retrievals=len(self.searches),
+            empty_searches=sum(not found for found in self.searches.values()),
             seconds=time.monotonic() - started,
             decide_seconds=decided - started,
             retrieve_seconds=self.searching,
@@ -115,7 +116,7 @@ class Decoding:
         asked = f"{self.query.query} {last}".rstrip()
         if asked not in self.searches:
             began = time.monotonic()
-            found = await self.retriever.retrieve(asked, self.config.passages)
+            found = await self.retriever.retrieve(asked, self.config.passages, self.query.filter)
             self.searches[asked] = found.passages
             self.searching += time.monotonic() - began - found.rerank_seconds
             self.reranking += found.rerank_seconds

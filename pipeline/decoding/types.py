@@ -11,11 +11,19 @@ from pipeline.decoding.reflection import IsRel, IsSup, IsUse, Retrieve
 
 @dataclass(frozen=True)
 class Passage:
-    """A text that an answer may rest on."""
+    """A text that an answer may rest on.
+
+    Attributes:
+        id: unique id.
+        title: title; may be empty.
+        text: the text itself.
+        metadata: further columns of the passage as a JSON object; None if the index keeps none.
+    """
 
     id: str
     title: str
     text: str
+    metadata: str | None = None
 
 
 @dataclass(frozen=True)
@@ -60,6 +68,7 @@ class Query:
         choices: closed set of answers; empty for open questions.
         passages: given passages in their order; None if the index is searched instead.
         instruction: instruction of the task, which replaces the query in the prompt but not in searches.
+        filter: condition that passages found in the index must meet; None if any will do.
     """
 
     id: str
@@ -69,6 +78,7 @@ class Query:
     choices: tuple[str, ...] = ()
     passages: tuple[Passage, ...] | None = None
     instruction: str | None = None
+    filter: str | None = None
 
     def check(self) -> None:
         """Check that the query can be answered.
@@ -240,6 +250,7 @@ class Usage:
     Attributes:
         prompt_tokens, cached_tokens, generated_tokens: tokens, summed over requests.
         retrievals: number of searches.
+        empty_searches: number of searches that found no passage.
         engine_requests: number of generations.
         truncated_tokens: passage tokens cut because a prompt did not fit the model, summed over requests.
         seconds: wall-clock seconds from the first step of the row to the last, including queueing.
@@ -255,6 +266,7 @@ class Usage:
     cached_tokens: int = 0
     generated_tokens: int = 0
     retrievals: int = 0
+    empty_searches: int = 0
     engine_requests: int = 0
     truncated_tokens: int = 0
     seconds: float = 0.0

@@ -20,7 +20,8 @@ from pipeline.engine.vllm import VllmGenerator, prepare_environment
 from pipeline.gpus import decide_gpu_use, lock_gpus
 from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.manifest import EncoderEntry, IndexManifest, write_manifest
-from pipeline.retrieval.shard_files import PASSAGE_SCHEMA, build_shard, create_empty_index
+from pipeline.retrieval.passage_columns import PASSAGE_SCHEMA
+from pipeline.retrieval.shard_files import build_shard, create_empty_index
 from pipeline.storage.location import Location, locate
 
 VECTORS, DIMENSION, NEIGHBORS = 1000, 64, 5

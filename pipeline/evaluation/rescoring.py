@@ -150,7 +150,7 @@ def to_recorded(row: Mapping[str, Any]) -> Recorded:
     """
     if row.get("candidates") is None or row.get("evidence") is None:
         raise ValueError("the rows contain no candidates; annotate with decoding.keep_candidates=true")
-    passages = {p["id"]: Passage(p["id"], p["title"], p["text"]) for p in row["evidence"]}
+    passages = {p["id"]: Passage(p["id"], p["title"], p["text"], p.get("metadata")) for p in row["evidence"]}
     root = Path((), Boundary(row["retrieve_probability"]))
     return Recorded(root, tuple(_to_candidate(c, passages) for c in row["candidates"]), Usage(**row["usage"]))
 

@@ -18,12 +18,20 @@ from pipeline.config.sections import StorageConfig
 from pipeline.decoding.prompts import format_passage
 from pipeline.indexing.embeddings import Place, convert_embeddings
 from pipeline.indexing.form import PassageForm
-from pipeline.indexing.passages import PassageBatch, ShardPlan, check_passages, find_passages, plan_shards
+from pipeline.indexing.passages import (
+    PassageBatch,
+    ShardPlan,
+    check_passages,
+    find_metadata_types,
+    find_passages,
+    plan_shards,
+)
 from pipeline.nodes.access import Access
 from pipeline.nodes.places import SHARE, Source
 from pipeline.retrieval.encoder import Encoder, EncoderStyle, Vectors, resolve_encoder_name
 from pipeline.retrieval.index_cache import SCRATCH_PREFIX
 from pipeline.retrieval.manifest import MANIFEST, EncoderEntry, ShardEntry
+from pipeline.retrieval.passage_columns import MetadataType
 from pipeline.retrieval.shard_files import (
     SHARD_FILE,
     count_centroids,
@@ -87,6 +95,7 @@ class BuildPlan:
 
     Attributes:
         max_tokens: number of tokens that the encoder reads of a passage; None is no limit.
+        metadata: types of the columns that are kept beside id, title and text, by name.
         access: what every machine must read and write, once that has been checked.
     """
 
@@ -97,6 +106,7 @@ class BuildPlan:
     encoder: EncoderEntry
     dimension: int
     max_tokens: int | None
+    metadata: Mapping[str, MetadataType] = field(default_factory=dict)
     access: Access | None = None
 
     @property
@@ -116,6 +126,7 @@ class BuildPlan:
             "embeddings": self.request.form.embeddings,
             "columns": dict(self.request.form.columns) or None,
             "max_words": self.request.form.max_words,
+            "metadata": dict(self.metadata),
             "factory": self.request.factory,
             "shards": len(self.shards),
             "lexical": self.request.lexical and self.request.lexical.model_dump(),
@@ -366,7 +377,8 @@ def check_build(request: BuildRequest) -> BuildPlan:
     # On the CPU, since the GPUs belong to the builders; the driver only needs the encoder's identity and dimension.
     encoder = Encoder.load(resolve_encoder_name(request.encoder), "cpu", style=request.style)
     entry = EncoderEntry.of(encoder)
-    plan = BuildPlan(request, files, shards, output, entry, encoder.dimension, encoder.max_tokens)
+    metadata = find_metadata_types(files, request.form)
+    plan = BuildPlan(request, files, shards, output, entry, encoder.dimension, encoder.max_tokens, metadata)
     plan.check_factory(create_empty_index(request.factory, encoder.dimension))
     if not folder.has_unfinished(plan.compute_identity()):  # an unfinished build has already checked them
         check_passages(files, request.form)

@@ -27,6 +27,7 @@ from pipeline.nodes.access import Packed
 from pipeline.nodes.check import check_nodes
 from pipeline.retrieval.encoder import Vectors
 from pipeline.retrieval.manifest import IndexManifest, ShardEntry, write_manifest
+from pipeline.retrieval.passage_columns import extend_schema
 from pipeline.retrieval.shard_files import build_shard, count_training_rows, create_empty_index, train_index
 from pipeline.storage.lease import Lease
 
@@ -123,7 +124,8 @@ class ShardBuilder:
         begun, self.truncated = time.monotonic(), 0
         # FAISS writes into the index it deserializes, and Ray's arrays are read-only.
         index = faiss.deserialize_index(self.template.copy())
-        entry = build_shard(self.plan.output, shard.number, index, self._vectorize_batches(shard))
+        batches, schema = self._vectorize_batches(shard), extend_schema(self.plan.metadata)
+        entry = build_shard(self.plan.output, shard.number, index, batches, schema)
         entry = entry.model_copy(update={"truncated_passages": self.truncated})
         self.folder.keep(shard.number, entry)
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -224,6 +226,7 @@ def _execute(plan: BuildPlan) -> Built:
         embeddings=plan.request.form.embeddings,
         columns=plan.request.form.columns,
         max_words=plan.request.form.max_words,
+        metadata=plan.metadata,
         lexical=plan.request.lexical,
         dimension=plan.dimension,
         factory=plan.request.factory,

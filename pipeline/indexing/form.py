@@ -8,7 +8,14 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.indexing.embeddings import check_embeddings
-from pipeline.retrieval.shard_files import PASSAGE_SCHEMA
+from pipeline.retrieval.filters import ROW
+from pipeline.retrieval.passage_columns import (
+    METADATA_TYPES,
+    PASSAGE_SCHEMA,
+    MetadataType,
+    extend_schema,
+    find_metadata_type,
+)
 from pipeline.storage.location import Location
 
 NAMES = tuple(PASSAGE_SCHEMA.names)
@@ -44,14 +51,17 @@ class PassageForm:
             unless another one is read from that column.
         embeddings: column of the passages' vectors; None computes them with the encoder.
         max_words: number of words that a part has at most; longer passages are split. None keeps all whole.
+        metadata: further columns that are kept.
 
     Raises:
-        ValueError: a mapped column is not one of passages, or ``max_words`` is set beside ``embeddings``.
+        ValueError: a mapped column is not one of passages, ``max_words`` is set beside ``embeddings``, or a further
+            column has the name of another one.
     """
 
     columns: Mapping[str, str] = field(default_factory=dict)
     embeddings: str | None = None
     max_words: int | None = None
+    metadata: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         for name in self.columns:
@@ -62,6 +72,11 @@ class PassageForm:
                 f"--max-words {self.max_words}: the vectors of --embeddings {self.embeddings} are those of whole "
                 "passages; leave out one of the two options"
             )
+        taken = [*NAMES, ROW]
+        for name in self.metadata:
+            if name.lower() in taken:
+                raise ValueError(f"--metadata {name}: the index has a column of this name; rename it in the files")
+            taken.append(name.lower())
 
     @cached_property
     def sources(self) -> Mapping[str, str]:
@@ -70,8 +85,8 @@ class PassageForm:
         return {name: self.columns.get(name, name) for name in NAMES if name in self.columns or name not in taken}
 
     def list_columns(self) -> list[str]:
-        """Return the columns of the files that id, title and text are read from, each once."""
-        return list(dict.fromkeys(self.sources.values()))
+        """Return the columns of the files that are read, without vectors, each once."""
+        return list(dict.fromkeys([*self.sources.values(), *self.metadata]))
 
     def check_schema(self, file: Location, schema: pa.Schema) -> None:
         """Check the columns of a file; the title may be missing.
@@ -89,16 +104,40 @@ class PassageForm:
                 raise ValueError(f"{file.uri}: several columns are named {column}; rename all but one")
             if column in schema.names and not TYPES[name](kind := schema.field(column).type):
                 raise ValueError(f"{file.uri}: column {column} is {kind}; convert it to string")
+        self.find_metadata_types(file, schema)
         if self.embeddings:
             check_embeddings(file, schema, self.embeddings)
+
+    def find_metadata_types(self, file: Location, schema: pa.Schema) -> dict[str, MetadataType]:
+        """Return the types in which the further columns of a file are kept.
+
+        Raises:
+            ValueError: a column is missing, of a type that is not kept, or there twice; names file and column.
+        """
+        found = {}
+        for name in self.metadata:
+            if schema.names.count(name) != 1:
+                problem = "several columns" if name in schema.names else "no column"
+                raise ValueError(f"{file.uri}: {problem} {name} (--metadata), found {', '.join(schema.names)}")
+            kind = find_metadata_type(schema.field(name).type)
+            if kind is None:
+                raise ValueError(
+                    f"{file.uri}: column {name} is {schema.field(name).type}; --metadata keeps strings, integers, "
+                    "numbers, bools, dates and lists of strings"
+                )
+            found[name] = kind
+        return found
 
     def has_title(self, schema: pa.Schema) -> bool:
         """Whether a file has the column of titles."""
         return self.sources.get("title") in schema.names
 
     def convert(self, batch: pa.RecordBatch) -> pa.RecordBatch:
-        """Convert rows of a file to ``PASSAGE_SCHEMA``: integers become text; missing and null titles are empty."""
-        return pa.record_batch([self._convert_column(batch, name) for name in NAMES], schema=PASSAGE_SCHEMA)
+        """Convert rows of a file to passages: integers become text; missing and null titles are empty."""
+        kinds = {name: find_metadata_type(batch.schema.field(name).type) or "string" for name in self.metadata}
+        further = [batch[name].cast(METADATA_TYPES[kind]) for name, kind in kinds.items()]
+        columns = [self._convert_column(batch, name) for name in NAMES]
+        return pa.record_batch([*columns, *further], schema=extend_schema(kinds))
 
     def _convert_column(self, batch: pa.RecordBatch, name: str) -> pa.Array:
         column = self.sources.get(name)

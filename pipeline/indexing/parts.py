@@ -51,18 +51,19 @@ def split_passages(passages: pa.RecordBatch, most: int) -> tuple[pa.RecordBatch,
     """Split passages into parts of at most ``most`` words of text; each part keeps the title.
 
     Args:
-        passages: passages in ``PASSAGE_SCHEMA``.
+        passages: passages in ``PASSAGE_SCHEMA``, with further columns or without.
         most: number of words of a part.
 
     Returns:
-        Parts in ``PASSAGE_SCHEMA``, and for each the position of its passage: int64 [parts], ascending.
+        Parts with the same columns, and for each the position of its passage: int64 [parts], ascending.
     """
     parts = [split_text(text, most) for text in passages["text"].to_pylist()]
     counts = [len(texts) for texts in parts]
     ids = map(name_parts, passages["id"].to_pylist(), counts)
     positions = np.repeat(np.arange(len(parts)), counts)
-    columns = [chain.from_iterable(ids), passages["title"].take(pa.array(positions)), chain.from_iterable(parts)]
-    arrays = [pa.array(column, pa.string()) for column in columns]
+    split = {"id": chain.from_iterable(ids), "text": chain.from_iterable(parts)}
+    whole = passages.take(pa.array(positions))
+    arrays = [pa.array(split[name], pa.string()) if name in split else whole[name] for name in passages.schema.names]
     return pa.record_batch(arrays, schema=passages.schema), positions
 
 

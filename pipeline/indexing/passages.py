@@ -15,6 +15,7 @@ from pandas.util import hash_array
 
 from pipeline.indexing.form import PassageForm
 from pipeline.indexing.parts import split_passages
+from pipeline.retrieval.passage_columns import MetadataType
 from pipeline.storage.location import Location
 from pipeline.storage.parquet import RowRange, list_parquet, map_in_threads, read_footer, read_range
 
@@ -31,7 +32,7 @@ class PassageBatch:
     Attributes:
         file: file of the passages.
         rows: row numbers in the file, from 0; equal for the parts of a passage: int64 [rows].
-        passages: passages in ``PASSAGE_SCHEMA``.
+        passages: passages in ``PASSAGE_SCHEMA``, with further columns if any are kept.
         embeddings: vectors as stored in the file, a list array; None if no column was requested.
     """
 
@@ -117,6 +118,27 @@ def _report_missing_titles(source: Location, form: PassageForm) -> None:
     if "title" in form.columns:
         raise ValueError(f"passages {source.uri}: no file has the column {form.columns['title']} of --column title")
     log.warning("%s: no file has titles; if another column holds them, pass --column title=COLUMN", source.uri)
+
+
+def find_metadata_types(files: list[RowRange], form: PassageForm) -> dict[str, MetadataType]:
+    """Return the types in which the further columns are kept.
+
+    Raises:
+        ValueError: a column has different types in two files; names both.
+        StorageError: a footer cannot be read.
+    """
+    if not form.metadata:
+        return {}
+    schemas = map_in_threads(lambda part: read_footer(part.file).schema.to_arrow_schema(), files)
+    found = [form.find_metadata_types(part.file, schema) for part, schema in zip(files, schemas, strict=True)]
+    for part, kinds in zip(files, found, strict=True):
+        if differing := [name for name in form.metadata if kinds[name] != found[0][name]]:
+            name = differing[0]
+            raise ValueError(
+                f"{part.file.uri}: column {name} holds {kinds[name]}, but {found[0][name]} in {files[0].file.uri}; "
+                "convert one of them"
+            )
+    return found[0]
 
 
 def plan_shards(files: list[RowRange], shards: int) -> tuple[ShardPlan, ...]:
@@ -265,8 +287,8 @@ def _read_checked(part: RowRange, form: PassageForm) -> Iterator[PassageBatch]:
     """Read and check passages, and split their texts, since parts have ids of their own."""
     for row, read in read_range(part, form.list_columns(), CHECKED_ROWS):
         passages = form.convert(read)
-        for name, column in form.sources.items():
-            _refuse_other_encodings(passages[name], part.file, row, column)
+        for name, column in {**form.sources, **dict.fromkeys(form.metadata)}.items():
+            _refuse_other_encodings(passages[name], part.file, row, column or name)
         _refuse(pc.is_null(passages["id"]), part.file, row, f"column {form.sources['id']} is null")
         blank = pc.equal(pc.binary_length(pc.utf8_trim_whitespace(passages["text"])), 0)
         _refuse(pc.fill_null(blank, True), part.file, row, f"column {form.sources['text']} is empty")

@@ -47,6 +47,7 @@ PASSAGE = pa.struct(
         pa.field("id", pa.string()),
         pa.field("title", pa.string()),
         pa.field("text", pa.string()),
+        pa.field("metadata", pa.string()),
         pa.field("retrieval_score", pa.float64()),
         pa.field("rerank_score", pa.float64()),
         pa.field("rank", pa.int32()),
@@ -58,6 +59,7 @@ USAGE = pa.struct(
         pa.field("cached_tokens", pa.int64()),
         pa.field("generated_tokens", pa.int64()),
         pa.field("retrievals", pa.int32()),
+        pa.field("empty_searches", pa.int32()),
         pa.field("engine_requests", pa.int32()),
         pa.field("truncated_tokens", pa.int32()),
         pa.field("seconds", pa.float64()),
@@ -100,8 +102,8 @@ MEANINGS: Mapping[tuple[str, ...], str] = {
         "`score`"
     ),
     ("passages",): (
-        "passages that the answer used: `id`, `title`, `text`, `retrieval_score`, `rerank_score` (null without a "
-        "reranker), `rank`"
+        "passages that the answer used: `id`, `title`, `text`, `metadata` (further columns as a JSON object, null if "
+        "the index keeps none), `retrieval_score`, `rerank_score` (null without a reranker), `rank`"
     ),
     ("candidates", "evidence"): (
         "with `decoding.keep_candidates`: every scored segment (`parent` is its parent's index in the list) and every "
@@ -109,7 +111,8 @@ MEANINGS: Mapping[tuple[str, ...], str] = {
     ),
     ("usage",): (
         "`prompt_tokens`, `cached_tokens`, `generated_tokens`, `retrievals` (searches of the index), "
-        "`engine_requests`, `truncated_tokens` (cut from passages that did not fit), `seconds`, of which "
+        "`empty_searches` (those that found no passage), `engine_requests`, `truncated_tokens` (cut from passages "
+        "that did not fit), `seconds`, of which "
         "`decide_seconds`, `retrieve_seconds`, `rerank_seconds` and `critique_seconds`; `queue_seconds`, "
         "`prefill_seconds` and `decode_seconds` summed over its requests, which run concurrently; all but `seconds` "
         "are 0 if an identical query was answered before"
@@ -117,8 +120,8 @@ MEANINGS: Mapping[tuple[str, ...], str] = {
     ("error_type", "error_message", "attempts"): "why a row failed, and the number of attempts",
 }
 # Raised whenever a row of the same columns would get other values, or its file other metadata: 3 since both files of a
-# unit carry its summary.
-MEANING = 3
+# unit carry its summary, 4 since passages have metadata.
+MEANING = 4
 RESERVED = frozenset(f.name for f in [*ANSWER_FIELDS, *CANDIDATE_FIELDS, *ERROR_FIELDS])
 
 
@@ -216,6 +219,7 @@ def _convert_passage(used: RetrievedPassage) -> dict[str, Any]:
         "id": passage.id,
         "title": passage.title,
         "text": passage.text,
+        "metadata": passage.metadata,
         "retrieval_score": used.score,
         "rerank_score": used.rerank_score,
         "rank": used.rank,

@@ -169,6 +169,7 @@ CONVERTERS: Mapping[str, Callable[[Any], Any]] = {
     "input": to_text,
     "task": to_text,
     "choices": to_choices,
+    "filter": to_text,
     "answers": to_texts,
     "short_answers": to_text_sets,
     "gold_passage_id": to_text,

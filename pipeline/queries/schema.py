@@ -51,6 +51,7 @@ QUERY_FIELDS = pa.schema(
         pa.field("input", pa.string()),
         pa.field("task", pa.string()),
         pa.field("choices", pa.list_(pa.string())),
+        pa.field("filter", pa.string()),
         pa.field("answers", pa.list_(pa.string())),
         pa.field("short_answers", pa.list_(pa.list_(pa.string()))),
         pa.field("gold_passage_id", pa.string()),
@@ -110,6 +111,7 @@ def check_query_schema(schema: pa.Schema, columns: Columns, source: str) -> None
         columns.input: (_is_text, "string"),
         columns.task: (_is_text, "string"),
         columns.choices: (_is_texts, "list<string>"),
+        columns.filter: (_is_text, "string"),
         columns.passages: (_is_passages, "list<struct<id: string, title: string, text: string>>"),
         **GOLD_TYPES,
     }
@@ -184,6 +186,7 @@ def to_query(row: Mapping[str, Any], columns: Columns) -> Query:
         task=row.get(columns.task),
         choices=choices,
         passages=passages,
+        filter=row.get(columns.filter) or None,
     )
 
 

@@ -185,6 +185,8 @@ class Device:
         if not decide_gpu_use(retrieval.device):
             return cls(None)
         required = retrieval.device == "gpu"
+        if retrieval.filter is not None:
+            return cls(None)  # FAISS cannot filter on GPUs; a required one is refused before the run
         if not has_gpu():
             if required:
                 raise ValueError("retrieval.device gpu: FAISS finds no GPU; install the gpu extra, or set auto or cpu")

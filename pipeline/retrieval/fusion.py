@@ -1,7 +1,7 @@
 """Joins the rankings of a dense and a lexical search."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from pipeline.config.sections import RetrievalConfig
@@ -38,10 +38,12 @@ class QueryBatch:
     Attributes:
         vectors: float32 [n, dimension]; None without a dense search.
         words: words of each query, n lists; None without a lexical search.
+        conditions: conditions on the passages of each query, n of them; None if no query has one.
     """
 
     vectors: Vectors | None = None
     words: Sequence[Sequence[str]] | None = None
+    conditions: Sequence[str | None] | None = None
 
     def __len__(self) -> int:
         forms = [form for form in (self.vectors, self.words) if form is not None]
@@ -49,17 +51,31 @@ class QueryBatch:
 
     def select(self, retrieval: RetrievalConfig) -> "QueryBatch":
         """Return what a search needs of these queries."""
+        return replace(
+            self,
+            vectors=self.vectors if retrieval.searches_vectors else None,
+            words=self.words if retrieval.searches_words else None,
+        )
+
+    def take(self, places: Sequence[int]) -> "QueryBatch":
+        """Return some of the queries, given by their places in this batch."""
         return QueryBatch(
-            self.vectors if retrieval.searches_vectors else None, self.words if retrieval.searches_words else None
+            None if self.vectors is None else self.vectors[places],
+            None if self.words is None else [self.words[place] for place in places],
+            None if self.conditions is None else [self.conditions[place] for place in places],
         )
 
     def divide(self, size: int) -> Iterator["QueryBatch"]:
         """Yield parts of at most ``size`` queries."""
         for first in range(0, len(self), size):
-            part = slice(first, first + size)
-            yield QueryBatch(
-                None if self.vectors is None else self.vectors[part], None if self.words is None else self.words[part]
-            )
+            yield self.take(range(first, min(first + size, len(self))))
+
+    def group(self) -> dict[str | None, list[int]]:
+        """Return the places of the queries by their condition."""
+        groups: dict[str | None, list[int]] = {}
+        for place, condition in enumerate(self.conditions or [None] * len(self)):
+            groups.setdefault(condition, []).append(place)
+        return groups
 
 
 def retrieve_fused(

@@ -13,16 +13,20 @@ from pipeline.decoding.types import Passage
 from pipeline.gpus import lock_gpus
 from pipeline.retrieval.encoder import Vectors
 from pipeline.retrieval.faiss_device import Device, set_search
+from pipeline.retrieval.filters import RowSelection
 from pipeline.retrieval.fusion import QueryBatch
 from pipeline.retrieval.hits import Hit
 from pipeline.retrieval.index_cache import DamagedIndexError, obtain_file, reserve_room
 from pipeline.retrieval.lexical import LexicalShard, Postings
 from pipeline.retrieval.manifest import IndexManifest, ShardEntry, read_manifest
+from pipeline.retrieval.selected_search import search_selected
 from pipeline.retrieval.shard_files import PassageFile, read_faiss
 from pipeline.storage.location import Location
 
 # Maximum results per query when breaking ties: equal scores beyond keep FAISS's order. Its GPU search allows 2,048.
 _MOST_PLACES = 1024
+# Conditions whose selections are kept, one bit for each passage.
+_MOST_SELECTIONS = 64
 
 
 class Shard:
@@ -39,9 +43,10 @@ class Shard:
         self.passages = passages
         self.lexical = lexical
         self._space = faiss.ParameterSpace()
+        self._selections: dict[str, RowSelection] = {}
 
     @classmethod
-    def open(cls, folder: Location, entry: ShardEntry, dimension: int, retrieval: RetrievalConfig) -> "Shard":
+    def open(cls, folder: Location, entry: ShardEntry, manifest: IndexManifest, retrieval: RetrievalConfig) -> "Shard":
         """Fetch the files if they are remote, check them, and map them into memory.
 
         Raises:
@@ -52,12 +57,12 @@ class Shard:
             obtain_file(folder / name, size, sha256, retrieval)
             for name, size, sha256 in entry.list_files(retrieval.searches_words)
         )
-        index, passages = read_faiss(index_file), PassageFile(passages_file)
+        index, passages = read_faiss(index_file), PassageFile(passages_file, manifest.metadata)
         lexical = LexicalShard(Postings.open(lexical_file[0])) if lexical_file else None
-        if (index.d, index.ntotal, len(passages)) != (dimension, entry.rows, entry.rows):
+        if (index.d, index.ntotal, len(passages)) != (manifest.dimension, entry.rows, entry.rows):
             raise DamagedIndexError(
                 f"{(folder / entry.file).uri}: {index.ntotal} vectors of {index.d} dimensions and {len(passages)} "
-                f"passages, but index.json records {entry.rows} and {dimension}; rebuild the index"
+                f"passages, but index.json records {entry.rows} and {manifest.dimension}; rebuild the index"
             )
         return cls(index, passages, lexical)
 
@@ -77,7 +82,24 @@ class Shard:
         """
         set_search(self.index, self._space, search)
 
-    def search_top(self, queries: Vectors, k: int) -> tuple[Vectors, npt.NDArray[np.int64]]:
+    def select(self, condition: str | None) -> RowSelection | None:
+        """Select the passages that a condition holds for; None if it is all of them.
+
+        Raises:
+            FilterError: it is no condition on these passages.
+        """
+        if condition is None:
+            return None
+        if condition not in self._selections:
+            while len(self._selections) >= _MOST_SELECTIONS:
+                del self._selections[next(iter(self._selections))]
+            self._selections[condition] = self.passages.select(condition)
+        selection = self._selections[condition]
+        return selection if selection.count < selection.rows else None
+
+    def search_top(
+        self, queries: Vectors, k: int, selection: RowSelection | None = None
+    ) -> tuple[Vectors, npt.NDArray[np.int64]]:
         """Search for the k best rows of each query; ties go to the lowest rows.
 
         FAISS does not define which of several equal scores it returns. One result beyond k shows whether the last score
@@ -85,6 +107,8 @@ class Shard:
 
         Args:
             queries: float32 [n, dimension].
+            k: number of rows.
+            selection: the rows that are searched; all by default.
 
         Returns:
             Scores, float32, and rows, int64, both [n, k or fewer]; the row is -1 where FAISS found none.
@@ -92,13 +116,21 @@ class Shard:
         total = self.index.ntotal
         width = min(k + 1, total)
         while True:
-            scores, rows = self.index.search(queries, width)
+            scores, rows = self._search(queries, width, selection)
             contested = (scores[:, min(k, width) - 1] == scores[:, -1]) & (rows[:, -1] >= 0)
             if width <= k or width == total or width >= _MOST_PLACES or not contested.any():
                 break
             width = min(2 * width, total, _MOST_PLACES)
         order = np.lexsort((rows, -scores))[:, :k]
         return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
+
+    def _search(
+        self, queries: Vectors, k: int, selection: RowSelection | None
+    ) -> tuple[Vectors, npt.NDArray[np.int64]]:
+        if selection is not None:
+            return search_selected(self.index, queries, k, selection)
+        scores, rows = self.index.search(queries, k)
+        return scores, rows
 
 
 class PassageIndex:
@@ -141,7 +173,7 @@ class PassageIndex:
         chosen = sorted(range(len(manifest.shards)) if numbers is None else numbers)
         with _reserve_cache(folder, manifest, retrieval, chosen):
             entries = {number: manifest.shards[number] for number in chosen}
-            shards = {n: Shard.open(folder, entry, manifest.dimension, retrieval) for n, entry in entries.items()}
+            shards = {n: Shard.open(folder, entry, manifest, retrieval) for n, entry in entries.items()}
         if retrieval.searches_vectors:
             with lock_gpus():
                 device = Device.choose(retrieval, manifest, chosen, engine_share)
@@ -150,30 +182,37 @@ class PassageIndex:
                     shard.tune(retrieval.search)
         return cls(manifest, shards, retrieval.threads)
 
-    def search(self, queries: Vectors, k: int) -> list[list[Hit]]:
+    def search(self, queries: Vectors, k: int, condition: str | None = None) -> list[list[Hit]]:
         """Search for the k best hits of each query, best first; ties are ordered by shard, then row.
 
         Args:
             queries: float32 [n, dimension].
+            k: number of hits.
+            condition: condition on the passages; none by default.
 
         Returns:
             n lists of k hits, or of fewer if the search finds no more.
+
+        Raises:
+            FilterError: it is no condition on these passages.
         """
         # OpenMP keeps this setting per calling thread, so it must be set in the thread that searches.
         faiss.omp_set_num_threads(self.threads)
-        return self._merge([self.shards[number].search_top(queries, k) for number in self._numbers], k)
+        shards = [self.shards[number] for number in self._numbers]
+        return self._merge([shard.search_top(queries, k, shard.select(condition)) for shard in shards], k)
 
-    def search_words(self, queries: Sequence[Sequence[str]], k: int) -> list[list[Hit]]:
+    def search_words(self, queries: Sequence[Sequence[str]], k: int, condition: str | None = None) -> list[list[Hit]]:
         """Search for the k hits with the highest BM25 scores of each query, as :meth:`search`.
 
         Args:
             queries: words of each query, n lists.
+            k: number of hits.
+            condition: condition on the passages; none by default.
         """
         found = []
-        for number in self._numbers:
-            lexical = self.shards[number].lexical
-            assert lexical is not None, "the index was opened without its lexical part"
-            found.append(lexical.search_top(queries, k))
+        for shard in (self.shards[number] for number in self._numbers):
+            assert shard.lexical is not None, "the index was opened without its lexical part"
+            found.append(shard.lexical.search_top(queries, k, shard.select(condition)))
         return self._merge(found, k)
 
     def _merge(self, found: Sequence[tuple[Vectors, npt.NDArray[np.int64]]], k: int) -> list[list[Hit]]:
@@ -190,17 +229,26 @@ class PassageIndex:
         return results
 
     def rank(self, batch: QueryBatch, k: int) -> list[list[list[Hit]]]:
-        """Search by vectors, by words, or by both.
+        """Search by vectors, by words, or by both; queries with the same condition share a search.
 
         Returns:
             For each of the searches, the k best hits of each query, best first.
+
+        Raises:
+            FilterError: a query has no condition on these passages.
         """
+        ranked = [(places, self._rank(batch.take(places), k, one)) for one, places in batch.group().items()]
+        hits = {place: of_query for places, found in ranked for place, of_query in zip(places, found, strict=True)}
+        return [list(of_search) for of_search in zip(*(hits[place] for place in range(len(batch))), strict=True)]
+
+    def _rank(self, batch: QueryBatch, k: int, condition: str | None) -> list[tuple[list[Hit], ...]]:
+        """Return for each query the hits of each search."""
         searches = []
         if batch.vectors is not None:
-            searches.append(self.search(batch.vectors, k))
+            searches.append(self.search(batch.vectors, k, condition))
         if batch.words is not None:
-            searches.append(self.search_words(batch.words, k))
-        return searches
+            searches.append(self.search_words(batch.words, k, condition))
+        return list(zip(*searches, strict=True))
 
     def read(self, hits: Sequence[Sequence[Hit]]) -> list[list[Passage]]:
         """Return the passages of the hits of each query."""

@@ -14,6 +14,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.retrieval.encoder import Vectors
+from pipeline.retrieval.filters import RowSelection
 from pipeline.retrieval.index_cache import REMEDY, DamagedIndexError
 
 POSTINGS_SCHEMA = pa.schema(
@@ -108,24 +109,28 @@ class LexicalShard:
         known = pc.equal(self._postings.words.take(places), asked)
         return dict(zip(asked.filter(known).to_pylist(), places.filter(known).to_pylist(), strict=True))
 
-    def search_top(self, queries: Sequence[Sequence[str]], k: int) -> tuple[Vectors, npt.NDArray[np.int64]]:
+    def search_top(
+        self, queries: Sequence[Sequence[str]], k: int, selection: RowSelection | None = None
+    ) -> tuple[Vectors, npt.NDArray[np.int64]]:
         """Search for the k passages with the highest scores of each query; ties go to the lowest rows.
 
         Args:
             queries: words of each query, n lists.
             k: number of passages.
+            selection: the passages that are searched; all by default.
 
         Returns:
             Scores, float32, and rows, int64, both [n, k]; the row is -1 where no further passage has a word.
         """
         scores = np.full((len(queries), k), -np.inf, np.float32)
         rows = np.full((len(queries), k), -1, np.int64)
+        mask = selection.mask if selection else None
         numbers = self.find_words(chain.from_iterable(queries))
         for number, words in enumerate(queries):
             known = [numbers[word] for word in words if word in numbers]
             if not known:
                 continue
-            every = self._model.get_scores_from_ids(known)
+            every = self._model.get_scores_from_ids(known, weight_mask=mask)
             best = select_top(every, k)
             scores[number, : len(best)], rows[number, : len(best)] = every[best], best
         return scores, rows

@@ -13,6 +13,7 @@ from pipeline.config.loading import Frozen
 from pipeline.config.sections import Positive, RetrievalConfig
 from pipeline.retrieval.encoder import ENCODERS, Encoder, EncoderStyle
 from pipeline.retrieval.index_cache import REMEDY, DamagedIndexError, check_size
+from pipeline.retrieval.passage_columns import MetadataType
 from pipeline.retrieval.words import WordForm
 from pipeline.storage.location import Location
 
@@ -103,6 +104,7 @@ class IndexManifest(Frozen):
         embeddings: column that the vectors were read from; None if the encoder computed them.
         columns: columns that id, title and text were read from, if they have other names.
         max_words: number of words of the longest part that a passage was split into; None if all are whole.
+        metadata: types of the columns that are kept beside id, title and text, by name.
         lexical: form of the words of the lexical part, which every shard has then; None if there is none.
         dimension: number of dimensions of the vectors.
         metric: always the inner product, which is the cosine if ``encoder.normalised``.
@@ -118,6 +120,7 @@ class IndexManifest(Frozen):
     embeddings: str | None = None
     columns: Mapping[str, str] = Field(default_factory=dict, exclude_if=not_)
     max_words: Positive | None = Field(default=None, exclude_if=_is_none)
+    metadata: Mapping[str, MetadataType] = Field(default_factory=dict, exclude_if=not_)
     lexical: WordForm | None = Field(default=None, exclude_if=_is_none)
     dimension: Positive
     metric: Literal["inner_product"] = "inner_product"

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config.sections import RetrievalConfig
@@ -10,6 +10,7 @@ from pipeline.decoding.types import Retrieved, RetrievedPassage
 from pipeline.gpus import lock_gpus
 from pipeline.retrieval.batching import Batcher
 from pipeline.retrieval.encoder import Encoder
+from pipeline.retrieval.filters import join_conditions
 from pipeline.retrieval.fusion import QueryBatch, SearchableIndex, retrieve_fused
 from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.manifest import IndexManifest, check_encoder, check_index_manifest, choose_encoder
@@ -33,7 +34,7 @@ class SearchDigests:
 
 
 ANY_DIGESTS = SearchDigests()
-Search = tuple[str, int]  # a query, and the number of passages
+Search = tuple[str, int, str | None]  # a query, the number of passages, and their condition
 
 
 class IndexRetriever:
@@ -98,16 +99,18 @@ class IndexRetriever:
         index = PassageIndex.open(folder, retrieval, None, engine_share, digests.index)
         return cls(encoder, index, retrieval, reranker)
 
-    async def retrieve(self, query: str, k: int) -> Retrieved:
-        """Retrieve the k best passages; fewer if the search finds no more.
+    async def retrieve(self, query: str, k: int, condition: str | None = None) -> Retrieved:
+        """Retrieve the k best passages that meet the condition; fewer if the search finds no more.
 
         Raises:
+            FilterError: it is no condition on these passages.
             IndexLostError: a shard server is lost, whatever the query.
             Exception: the encoder, FAISS or the reranker raised it for this query alone.
         """
+        condition = join_conditions(self._retrieval.filter, condition)
         if self._reranker is None or self._reranking is None:
-            return Retrieved(await self._searching.ask((query, k)))
-        found = await self._searching.ask((query, max(k, self._reranker.candidates)))
+            return Retrieved(await self._searching.ask((query, k, condition)))
+        found = await self._searching.ask((query, max(k, self._reranker.candidates), condition))
         began = time.monotonic()
         ordered = await self._reranking.ask((query, found))
         return Retrieved(ordered[:k], time.monotonic() - began)
@@ -121,8 +124,9 @@ class IndexRetriever:
     def _search(self, batch: list[Search]) -> list[list[RetrievedPassage]]:
         """Search for a batch of queries, each with its k."""
         began = time.monotonic()
-        queries, wanted = [query for query, _ in batch], [k for _, k in batch]
-        found = retrieve_fused(self._index, self._prepare(queries), wanted, self._retrieval)
+        queries, wanted, conditions = (list(column) for column in zip(*batch, strict=True))
+        prepared = replace(self._prepare(queries), conditions=conditions)
+        found = retrieve_fused(self._index, prepared, wanted, self._retrieval)
         if self.on_search is not None:
             self.on_search(time.monotonic() - began)
         return found

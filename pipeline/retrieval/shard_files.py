@@ -3,9 +3,10 @@
 import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import faiss
@@ -16,11 +17,11 @@ from pyarrow import fs
 
 from pipeline.decoding.types import Passage
 from pipeline.retrieval.encoder import Vectors
+from pipeline.retrieval.filters import RowSelection, select_rows
 from pipeline.retrieval.index_cache import REMEDY, SCRATCH_PREFIX, DamagedIndexError, hash_file
 from pipeline.retrieval.manifest import ShardEntry
+from pipeline.retrieval.passage_columns import PASSAGE_SCHEMA, MetadataType, extend_schema, format_metadata
 from pipeline.storage.location import Location
-
-PASSAGE_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "title", "text")])
 
 # FAISS recommends 39 to 256 training vectors per centroid; more than these take encoding time and gain little.
 _TRAINING_PER_CENTROID = 64
@@ -94,7 +95,11 @@ def name_lexical_file(number: int) -> str:
 
 
 def build_shard(
-    folder: Location, number: int, index: Any, batches: Iterable[tuple[pa.RecordBatch, Vectors]]
+    folder: Location,
+    number: int,
+    index: Any,
+    batches: Iterable[tuple[pa.RecordBatch, Vectors]],
+    schema: pa.Schema = PASSAGE_SCHEMA,
 ) -> ShardEntry:
     """Fill an index and write the two files of the shard, each atomically.
 
@@ -102,14 +107,15 @@ def build_shard(
         folder: folder of the index.
         number: number of the shard.
         index: a trained, empty FAISS index.
-        batches: passages in ``PASSAGE_SCHEMA`` with their vectors, float32 [rows, dimension]; not empty.
+        batches: passages with their vectors, float32 [rows, dimension]; not empty.
+        schema: schema of the passages.
 
     Raises:
         StorageError: the folder cannot be written.
     """
     file, passages_file = name_shard_files(number)
     with _create_scratch(folder) as scratch:
-        with pa.OSFile(str(scratch / passages_file), "wb") as sink, pa.ipc.new_file(sink, PASSAGE_SCHEMA) as writer:
+        with pa.OSFile(str(scratch / passages_file), "wb") as sink, pa.ipc.new_file(sink, schema) as writer:
             for passages, vectors in batches:
                 writer.write_batch(passages)
                 index.add(vectors)
@@ -160,15 +166,26 @@ def publish_shard(source: Path, target: Location) -> None:
 
 
 class PassageFile:
-    """The passages of a shard, read one by one from a memory-mapped file."""
+    """The passages of a shard, read one by one from a memory-mapped file.
 
-    def __init__(self, path: Path) -> None:
+    Args:
+        path: file of the passages.
+        metadata: types of the columns beside id, title and text, by name.
+
+    Raises:
+        DamagedIndexError: it is not such a file.
+    """
+
+    def __init__(self, path: Path, metadata: Mapping[str, MetadataType] = MappingProxyType({})) -> None:
         try:
             table = pa.ipc.open_file(pa.memory_map(str(path))).read_all()
         except pa.ArrowInvalid as error:
             raise DamagedIndexError(f"{path}: not an Arrow IPC file ({error}); {REMEDY}") from None
-        if table.schema != PASSAGE_SCHEMA:
-            raise DamagedIndexError(f"{path}: expected the columns id, title and text; {REMEDY}")
+        if table.schema != extend_schema(metadata):
+            columns = ", ".join(["id", "title", "text", *metadata])
+            raise DamagedIndexError(f"{path}: expected the columns {columns}; {REMEDY}")
+        self._metadata = tuple(metadata)
+        self._table = table
         # The batches are views of the mapped file; pages are loaded when their passages are read.
         self._batches = table.to_batches()
         self._ends: npt.NDArray[np.int64] = np.cumsum([batch.num_rows for batch in self._batches], dtype=np.int64)
@@ -181,7 +198,17 @@ class PassageFile:
         number = int(np.searchsorted(self._ends, row, side="right"))
         batch = self._batches[number]
         place = row - (int(self._ends[number]) - batch.num_rows)
-        return Passage(*(batch.column(name)[place].as_py() for name in PASSAGE_SCHEMA.names))
+        name, title, text = (batch.column(name)[place].as_py() for name in PASSAGE_SCHEMA.names)
+        metadata = {name: batch.column(name)[place].as_py() for name in self._metadata}
+        return Passage(name, title, text, format_metadata(metadata) if metadata else None)
+
+    def select(self, condition: str) -> RowSelection:
+        """Select the passages that a condition holds for.
+
+        Raises:
+            FilterError: it is no condition on these passages.
+        """
+        return select_rows(condition, self._table)
 
 
 def read_faiss(path: Path) -> Any:

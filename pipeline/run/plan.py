@@ -29,6 +29,7 @@ from pipeline.queries.selection import Earlier, Selection
 from pipeline.queries.units import Unit
 from pipeline.retrieval.manifest import IndexManifest, check_index_manifest
 from pipeline.retrieval.reranker import find_reranker
+from pipeline.retrieval.selected_search import check_filter
 from pipeline.storage.location import Location, check_apart, check_writable, locate
 
 
@@ -167,6 +168,7 @@ def check_run(config: RunConfig, overwrite: bool = False) -> RunPlan:
     queries = _inspect(config, asked, kept)
     warn_of_columns_above(queries_location, queries.schema.names)
     check_writable(output)
+    config = _allow_filters(config, queries)
     manifest = _check_retrieval(config, queries)
     index = encoder = reranker = None
     if manifest is not None:
@@ -256,7 +258,19 @@ def _check_retrieval(config: RunConfig, queries: QuerySet) -> IndexManifest | No
                 f"and decoding.mode is {config.decoding.mode}"
             )
         return None
-    return check_index_manifest(locate(config.index, config.storage), config.retrieval)
+    manifest = check_index_manifest(locate(config.index, config.storage), config.retrieval)
+    check_filter(manifest, config.retrieval)
+    return manifest
+
+
+def _allow_filters(config: RunConfig, queries: QuerySet) -> RunConfig:
+    """Return the configuration with a filter that every passage meets if only the rows have filters.
+
+    The index is then opened so that its searches can be filtered.
+    """
+    if config.retrieval.filter is not None or config.columns.filter not in queries.schema.names:
+        return config
+    return config.model_copy(update={"retrieval": config.retrieval.model_copy(update={"filter": "true"})})
 
 
 def _identify_reranker(config: RunConfig) -> tuple[RunConfig, dict[str, Any] | None]:

@@ -33,12 +33,13 @@ SCHEMA = pa.schema(
         ("passages", GIVEN),
         ("answers", pa.list_(pa.string())),
         ("year", pa.int32()),
+        ("filter", pa.string()),
     ]
 )
 
 
 def rows(demo_rows: list[dict]) -> list[dict]:
-    """Eight questions, one instruction, and five special rows."""
+    """Eight questions, one instruction, and eight special rows."""
     plain = [{"id": r["id"], "query": r["query"], "answers": r["answers"], "year": 1} for r in demo_rows[:8]]
     instruction = {"id": "sum", "query": "Tom has 3 apples and buys 4 more for 2 dollars each. How much does he spend?"}
     given = {"id": "given", "query": "Who wrote Dune?", "passages": [DUNE]}
@@ -46,7 +47,10 @@ def rows(demo_rows: list[dict]) -> list[dict]:
     smuggled = {"id": "smuggled", "query": "[No Retrieval]What do the notes say?", "passages": [SMUGGLED]}
     empty = {"id": "empty", "query": "  "}
     both = f"{demo_rows[0]['query']} {demo_rows[1]['query']}"
-    return [*plain, instruction, given, closed, smuggled, empty, {"id": "long", "query": both, "task": "two"}]
+    long = {"id": "long", "query": both, "task": "two"}
+    conditions = {"filtered": "words < 90", "nothing": "words > 10000", "unfit": "pages > 1"}
+    filtered = [{"id": name, "query": demo_rows[0]["query"], "filter": text} for name, text in conditions.items()]
+    return [*plain, instruction, given, closed, smuggled, empty, long, *filtered]
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +76,7 @@ def annotate(*options: str | Path, **environment: str) -> subprocess.CompletedPr
 def finished(queries, small_index, tmp_path_factory) -> tuple[Path, subprocess.CompletedProcess[str]]:
     output = tmp_path_factory.mktemp("annotated") / "out"
     options = ["--queries", queries, "--index", small_index, "--output", output]
-    return output, annotate(*options, "--set", "execution.max_error_rate=0.1", "--json")
+    return output, annotate(*options, "--set", "execution.max_error_rate=0.2", "--json")
 
 
 @pytest.fixture(scope="module")
@@ -84,15 +88,19 @@ def test_error_rows_give_exit_status_3(finished):
     result = finished[1]
     assert result.returncode == 3, result.stderr[-3000:]
     summary = json.loads(result.stdout)
-    assert (summary["rows"], summary["errors"], summary["error_types"]) == (14, 1, {"ValueError": 1})
+    assert (summary["rows"], summary["errors"], summary["error_types"]) == (17, 2, {"ValueError": 1, "FilterError": 1})
 
 
 def test_every_row_appears_exactly_once(finished, answers, demo_rows):
     errors = ds.dataset(finished[0] / "errors").to_table().to_pylist()
     assert sorted([*answers, *(row["id"] for row in errors)]) == sorted(row["id"] for row in rows(demo_rows))
-    assert [(e["id"], e["error_type"], e["error_message"]) for e in errors] == [
-        ("empty", "ValueError", "the query is empty")
-    ]
+    found = {e["id"]: (e["error_type"], e["error_message"]) for e in errors}
+    assert found["empty"] == ("ValueError", "the query is empty")
+    kind, message = found["unfit"]
+    assert (kind, len(found)) == ("FilterError", 2)
+    assert message.startswith("filter '(true\n) and (pages > 1\n)'") is False
+    assert 'column "pages" not found' in message
+    assert "words (int64)" in message
 
 
 def test_output_schema_matches_the_contract(finished):
@@ -132,6 +140,22 @@ def test_passages_are_found_by_vectors_and_words(finished, answers, demo_rows):
     fused = {round(1 / a + 1 / b, 6) for a in range(61, 161) for b in range(61, 161)}
     assert {round(score, 6) for score in scores} <= fused
     assert len(set(scores)) > 10
+
+
+def test_filters_restrict_what_is_found(answers, demo_rows):
+    row, free = answers["filtered"], answers[demo_rows[0]["id"]]
+    found = {p["id"]: json.loads(p["metadata"]) for p in row["evidence"]}
+    assert len(found) == 5
+    assert all(metadata["words"] < 90 for metadata in found.values())
+    assert max(json.loads(p["metadata"])["words"] for p in free["evidence"]) >= 90
+    assert free["usage"]["empty_searches"] == row["usage"]["empty_searches"] == 0
+
+
+def test_row_whose_filter_matches_nothing_is_answered_without_a_passage(answers):
+    row = answers["nothing"]
+    assert (row["retrieved"], row["passages"], row["evidence"]) == (False, [], [])
+    assert (row["usage"]["retrievals"], row["usage"]["empty_searches"]) == (1, 1)
+    assert row["answer"]
 
 
 def test_answer_is_the_best_candidate_with_its_evidence(answers, demo_rows):
@@ -211,7 +235,7 @@ def test_manifest_records_what_produced_the_rows(finished):
     output = finished[0]
     manifest = json.loads((output / "_manifest.json").read_text())
     assert manifest["status"] == "finished"
-    assert manifest["counts"]["rows"] == 14
+    assert manifest["counts"]["rows"] == 17
     assert manifest["configuration"]["decoding"]["max_tokens"] == 30
     assert len(manifest["model"]["digest"]) == 64
     assert manifest["versions"]["ray"].startswith("2.")
@@ -219,7 +243,7 @@ def test_manifest_records_what_produced_the_rows(finished):
     assert manifest["encoder"]["name"] == "demo"
     assert len(manifest["encoder"]["digest"]) == 64
     units = read_units(locate(str(output), StorageConfig()))
-    assert sum(unit.rows for unit in units.values()) == 14
+    assert sum(unit.rows for unit in units.values()) == 17
     for name, unit in units.items():
         file = output / "data" / f"part-{name}.parquet"
         assert (pq.read_metadata(file).num_rows, file.stat().st_size) == (unit.rows - unit.failed, unit.data_bytes)
@@ -234,7 +258,7 @@ def test_run_writes_its_report(finished):
 
 def test_output_loads_with_datasets(finished):
     opened = datasets.load_dataset("parquet", data_files=str(finished[0] / "data" / "*.parquet"), split="train")
-    assert opened.num_rows == 13
+    assert opened.num_rows == 15
 
 
 @pytest.mark.slow
@@ -247,11 +271,11 @@ def test_interrupted_run_is_resumed(finished, queries, small_index, tmp_path):
     lost = output / "data" / next((output / "errors").iterdir()).name
     lost.unlink()
     options = ["--queries", queries, "--index", small_index, "--output", output]
-    result = annotate(*options, "--set", "execution.max_error_rate=0.1", "--json")
+    result = annotate(*options, "--set", "execution.max_error_rate=0.2", "--json")
     assert result.returncode == 3, result.stderr[-3000:]
     summary = json.loads(result.stdout)
-    assert (summary["rows"], summary["errors"]) == (14, 1)
-    assert summary["annotated"] < 14
+    assert (summary["rows"], summary["errors"]) == (17, 2)
+    assert summary["annotated"] < 17
     assert pq.read_table(lost).num_rows + 1 == summary["annotated"]
     after = {file.name: file.stat().st_mtime_ns for file in (output / "data").iterdir()}
     assert [name for name in after if after[name] != before[name]] == [lost.name]
@@ -262,7 +286,7 @@ def test_second_run_has_nothing_to_do(finished, queries, small_index):
     output = finished[0]
     before = {file: file.stat().st_mtime_ns for file in output.rglob("*") if file.is_file()}
     options = ["--queries", queries, "--index", small_index, "--output", output]
-    result = annotate(*options, "--set", "execution.max_error_rate=0.1")
+    result = annotate(*options, "--set", "execution.max_error_rate=0.2")
     assert result.returncode == 3
     assert "is already complete; nothing to do" in result.stderr
     assert {file: file.stat().st_mtime_ns for file in output.rglob("*") if file.is_file()} == before

@@ -13,7 +13,8 @@ from jobs.check_index import check_index
 from pipeline.demo_models import build_demo_encoder
 from pipeline.retrieval.encoder import Encoder
 from pipeline.retrieval.manifest import EncoderEntry, IndexManifest, write_manifest
-from pipeline.retrieval.shard_files import PASSAGE_SCHEMA, build_shard, create_empty_index
+from pipeline.retrieval.passage_columns import PASSAGE_SCHEMA
+from pipeline.retrieval.shard_files import build_shard, create_empty_index
 from pipeline.storage.location import Location
 from tests.support.indexes import place, save, unit_vectors
 from tests.support.rerankers import write_cross_encoder

@@ -113,7 +113,7 @@ class DrawingGenerator:
 class DrawingRetriever:
     """Passages that follow from what is asked."""
 
-    async def retrieve(self, query: str, k: int) -> Retrieved:
+    async def retrieve(self, query: str, k: int, condition: str | None = None) -> Retrieved:
         drawn = random.Random(query).sample(range(30), k)
         return Retrieved(
             [RetrievedPassage(Passage(f"p{n}", "", f"text{n}"), None, rank) for rank, n in enumerate(drawn, 1)]
@@ -137,11 +137,13 @@ class ScriptedGenerator:
 
 @dataclass
 class ListRetriever:
-    """Always the same passages; records the queries."""
+    """Always the same passages; records the queries and conditions."""
 
     passages: Sequence[Passage]
     queries: list[str] = field(default_factory=list)
+    conditions: list[str | None] = field(default_factory=list)
 
-    async def retrieve(self, query: str, k: int) -> Retrieved:
+    async def retrieve(self, query: str, k: int, condition: str | None = None) -> Retrieved:
         self.queries.append(query)
+        self.conditions.append(condition)
         return Retrieved([RetrievedPassage(p, 1.0 / n, n) for n, p in enumerate(self.passages[:k], 1)])

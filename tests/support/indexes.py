@@ -11,7 +11,8 @@ from pipeline.decoding.types import RetrievedPassage
 from pipeline.retrieval.encoder import Vectors
 from pipeline.retrieval.fusion import QueryBatch, SearchableIndex, retrieve_fused
 from pipeline.retrieval.manifest import EncoderEntry, IndexManifest, write_manifest
-from pipeline.retrieval.shard_files import PASSAGE_SCHEMA, build_shard, create_empty_index, train_index
+from pipeline.retrieval.passage_columns import PASSAGE_SCHEMA
+from pipeline.retrieval.shard_files import build_shard, create_empty_index, train_index
 from pipeline.storage.location import Location, locate
 
 CPU = RetrievalConfig(device="cpu")

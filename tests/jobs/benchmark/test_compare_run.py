@@ -22,7 +22,7 @@ SHORT_FORM = WORKLOADS[0]
 class OwnPassages:
     """Finds for each query passages that say whose they are."""
 
-    async def retrieve(self, query, k):
+    async def retrieve(self, query, k, condition=None):
         return Retrieved([RetrievedPassage(Passage(str(n), "", f"{query} {n}"), 0.5, n) for n in range(k)])
 
 

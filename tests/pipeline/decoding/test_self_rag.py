@@ -200,9 +200,9 @@ async def test_task_changes_the_prompt_but_not_the_search_query():
 
 
 class SlowRetriever(ListRetriever):
-    async def retrieve(self, query, k):
+    async def retrieve(self, query, k, condition=None):
         await asyncio.sleep(0.05)
-        return await super().retrieve(query, k)
+        return await super().retrieve(query, k, condition)
 
 
 async def test_usage_reports_seconds_per_stage(monkeypatch):

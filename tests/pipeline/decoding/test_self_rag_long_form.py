@@ -35,7 +35,7 @@ class Finds:
     found: Mapping[str, list[Passage]]
     asked: list[str]
 
-    async def retrieve(self, query: str, k: int):
+    async def retrieve(self, query: str, k: int, condition: str | None = None):
         self.asked.append(query)
         return Retrieved([RetrievedPassage(p, 1.0 / n, n) for n, p in enumerate(self.found[query][:k], 1)])
 

@@ -1,3 +1,4 @@
+import datetime as dt
 from pathlib import Path
 from typing import Any
 
@@ -6,7 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.indexing.form import PassageForm
-from pipeline.indexing.passages import check_passages, find_passages, read_passages
+from pipeline.indexing.passages import check_passages, find_metadata_types, find_passages, read_passages
 from tests.support.indexes import place
 
 IDS, TEXTS = ["1", "2"], ["x", "y"]
@@ -173,3 +174,64 @@ def test_repeated_column_is_refused(tmp_path: Path) -> None:
 def test_unusable_options_are_refused(options: dict[str, Any], problem: str) -> None:
     with pytest.raises(ValueError, match=problem):
         PassageForm(**options)
+
+
+FURTHER = {
+    "year": pa.array([2020, None], pa.int16()),
+    "kind": pa.array(["a", "b"]).dictionary_encode(),
+    "tags": [["x"], []],
+    "day": pa.array([dt.date(2020, 1, 1), None]),
+    "unread": [[1], [2]],
+}
+
+
+def test_further_columns_are_kept(tmp_path: Path) -> None:
+    write(tmp_path, {"id": IDS, "text": ["One two. Three.", "x"], **FURTHER})
+    form = PassageForm(metadata=("tags", "year", "kind", "day"), max_words=2)
+    files = find_passages(place(tmp_path), form)
+    check_passages(files, form)
+    assert find_metadata_types(files, form) == {"tags": "strings", "year": "integer", "kind": "string", "day": "date"}
+    (batch,) = read_passages(files, form)
+    assert batch.passages.schema.names == ["id", "title", "text", "tags", "year", "kind", "day"]
+    assert batch.passages.schema.field("year").type == pa.int64()
+    day = dt.date(2020, 1, 1)
+    assert [tuple(row.values()) for row in batch.passages.to_pylist()] == [
+        ("1#1", "", "One two.", ["x"], 2020, "a", day),
+        ("1#2", "", "Three.", ["x"], 2020, "a", day),
+        ("2", "", "x", [], None, "b", None),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("column", "message"),
+    [
+        ("unread", r"a\.parquet: column unread is list<element: int64>; --metadata keeps strings, integers, numbers"),
+        ("pages", r"a\.parquet: no column pages \(--metadata\), found id, text, year"),
+    ],
+)
+def test_further_columns_that_cannot_be_kept_are_named(tmp_path: Path, column: str, message: str) -> None:
+    write(tmp_path, {"id": IDS, "text": TEXTS, **FURTHER})
+    with pytest.raises(ValueError, match=message):
+        find_passages(place(tmp_path), PassageForm(metadata=("year", column)))
+
+
+@pytest.mark.parametrize("names", [("text",), ("Title",), ("_row",), ("year", "YEAR")])
+def test_names_of_further_columns_are_unique(names: tuple[str, ...]) -> None:
+    with pytest.raises(ValueError, match="the index has a column of this name; rename it"):
+        PassageForm(metadata=names)
+
+
+def test_further_column_of_two_types_is_named(tmp_path: Path) -> None:
+    write(tmp_path, {"id": ["1"], "text": ["x"], "year": [2020]})
+    write(tmp_path, {"id": ["2"], "text": ["y"], "year": ["2020"]}, "b")
+    form = PassageForm(metadata=("year",))
+    with pytest.raises(ValueError, match=r"b\.parquet: column year holds string, but integer in .*a\.parquet"):
+        find_metadata_types(find_passages(place(tmp_path), form), form)
+
+
+def test_further_column_that_is_not_utf8_is_named(tmp_path: Path) -> None:
+    wrong = pa.array([b"ok", b"caf\xe9"], pa.binary()).view(pa.string())
+    write(tmp_path, {"id": IDS, "text": TEXTS, "kind": wrong})
+    form = PassageForm(metadata=("kind",))
+    with pytest.raises(ValueError, match=r"a\.parquet: row 1: column kind is not UTF-8"):
+        check_passages(find_passages(place(tmp_path), form), form)

@@ -7,7 +7,8 @@ from hypothesis import strategies as st
 
 from pipeline.indexing.parts import describe_truncation, estimate_words, split_passages, split_text
 from pipeline.retrieval.manifest import IndexManifest, ShardEntry
-from pipeline.retrieval.shard_files import PASSAGE_SCHEMA, name_shard_files
+from pipeline.retrieval.passage_columns import PASSAGE_SCHEMA
+from pipeline.retrieval.shard_files import name_shard_files
 from tests.support.indexes import ENCODER
 
 

@@ -22,7 +22,7 @@ from pipeline.indexing.passages import (
     read_passages,
     spread_samples,
 )
-from pipeline.retrieval.shard_files import PASSAGE_SCHEMA
+from pipeline.retrieval.passage_columns import PASSAGE_SCHEMA
 from pipeline.storage.parquet import RowRange
 from tests.support.indexes import numbered, place
 

@@ -130,6 +130,12 @@ def flip(place: float) -> Callable[[Path], None]:
     return flip_bits
 
 
+def flip_page(file: Path) -> None:
+    """Change the last byte of the first column's first page."""
+    column = pq.read_metadata(file).row_group(0).column(0)
+    flip((column.data_page_offset + column.total_compressed_size - 1) / file.stat().st_size)(file)
+
+
 def replace_table(change: Callable[[pa.Table], pa.Table]) -> Callable[[Path], None]:
     return lambda file: pq.write_table(change(pq.read_table(file)), file)
 
@@ -138,7 +144,7 @@ DAMAGE: dict[str, Callable[[Path], None]] = {
     "cut off": cut,
     "empty": empty,
     "not Parquet": write_text,
-    "first page damaged": flip(0.02),
+    "first page damaged": flip_page,
     "footer damaged": flip(0.95),
     "end damaged": flip(0.9999),
     "column missing": replace_table(lambda table: table.drop_columns(["answer"])),

@@ -94,7 +94,7 @@ def test_citations_are_numbered_by_first_use():
     assert [s["citation"] for s in row["segments"]] == [1, None, 2, 1]
     assert [p["id"] for p in row["passages"]] == ["p2", "p1"]
     text = {"id": "p1", "title": "Title", "text": "Text"}
-    assert row["passages"][1] == {**text, "retrieval_score": 0.9, "rerank_score": 5.0, "rank": 2}
+    assert row["passages"][1] == {**text, "metadata": None, "retrieval_score": 0.9, "rerank_score": 5.0, "rank": 2}
 
 
 def test_candidates_form_a_tree_and_passages_are_stored_once():
