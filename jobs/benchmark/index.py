@@ -5,6 +5,7 @@
 - Build: passages/s of the build against the same encoder in a bare loop over the same texts.
 - Given vectors: vectors/s of the build against ``faiss.add`` of vectors that are in memory already.
 - Search: queries/s over the shards in batches of 64 against one FAISS index of all vectors, and the agreement of hits.
+- Filters: queries/s of the same search restricted to a half and to a hundredth of the vectors, against all of them.
 - Reranking: pairs/s of concurrent queries against the same cross-encoder with all pairs at once.
 - Memory: peak memory of a builder against the size of a shard.
 """
@@ -51,6 +52,8 @@ from pipeline.storage.location import locate
 
 FILE_ROWS = 250_000
 BATCH, K = 64, 10
+# A half and a hundredth of the synthetic vectors.
+CONDITIONS = ("cast(id as int) % 2 = 0", "cast(id as int) % 100 = 0")
 MB = 1e6
 
 
@@ -209,8 +212,10 @@ def compare_adding(
     return [Comparison(f"{factory}: build from precomputed vectors", "vectors/s", ours, bare, note)], index
 
 
-def compare_searching(index: Any, search: str, factory: str, repeats: int, threads: int, folder: Path) -> Comparison:
-    """Compare search over the shards with search in one FAISS index of all vectors."""
+def compare_searching(
+    index: Any, search: str, factory: str, repeats: int, threads: int, folder: Path
+) -> list[Comparison]:
+    """Compare search over the shards with search in one FAISS index of all vectors, and filtered with whole search."""
     retrieval = RetrievalConfig(device="cpu", search=search, threads=threads, verify=False)
     sharded = PassageIndex.open(locate(str(folder / "given"), StorageConfig()), retrieval)
     set_search(index, faiss.ParameterSpace(), search)
@@ -226,7 +231,21 @@ def compare_searching(index: Any, search: str, factory: str, repeats: int, threa
     same = statistics.mean(ours == bare for ours, bare in zip(rows, wanted.tolist(), strict=True))
     recall = statistics.mean(len(set(a) & set(b)) / K for a, b in zip(rows, wanted.tolist(), strict=True))
     note = f"{len(starts) - 1} shards vs. one; same for {100 * same:.0f} % of queries, {100 * recall:.1f} % of hits"
-    return Comparison(f"{factory} {search}".strip() + ": search", "queries/s", ours_rates, bare_rates, note)
+    name = f"{factory} {search}".strip()
+    whole = Comparison(f"{name}: search", "queries/s", ours_rates, bare_rates, note)
+    return [whole, *(compare_filtering(sharded, queries, name, condition, repeats) for condition in CONDITIONS)]
+
+
+def compare_filtering(index: PassageIndex, queries: Vectors, name: str, condition: str, repeats: int) -> Comparison:
+    """Compare filtered search with the same search of all vectors."""
+    seconds = time_call(lambda: [shard.select(condition) for shard in index.shards.values()])
+    index.search(queries, K, condition)  # warm-up
+    ours, bare = [], []
+    for _ in range(repeats):
+        bare.append(len(queries) / time_call(lambda: index.search(queries, K)))
+        ours.append(len(queries) / time_call(lambda: index.search(queries, K, condition)))
+    note = f"evaluating the condition once: {1000 * seconds:,.0f} ms"
+    return Comparison(f"{name}: filtered, {condition}", "queries/s", ours, bare, note)
 
 
 def _number_hits(hits: Sequence[Hit], starts: npt.NDArray[np.int64]) -> list[int]:
@@ -286,7 +305,7 @@ def benchmark_index(
             write_vectors(vectors, dimension, folder / "vectors")
         for kind, parameters in (("Flat", ""), (factory, search)) if vectors else ():
             adding, index = compare_adding(vectors, dimension, kind, shards, repeats, folder)
-            lines += [*adding, compare_searching(index, parameters, kind, repeats, threads, folder)]
+            lines += [*adding, *compare_searching(index, parameters, kind, repeats, threads, folder)]
     report_figures(lines, json_file, threads)
 
 

@@ -47,8 +47,12 @@ def test_index_benchmark_compares_equal_work(tmp_path: Path) -> None:
         "rerank",
         "Flat: build from precomputed vectors",
         "Flat: search",
+        "Flat: filtered, cast(id as int) % 2 = 0",
+        "Flat: filtered, cast(id as int) % 100 = 0",
         "IVF16,Flat: build from precomputed vectors",
         "IVF16,Flat nprobe=16: search",
+        "IVF16,Flat nprobe=16: filtered, cast(id as int) % 2 = 0",
+        "IVF16,Flat nprobe=16: filtered, cast(id as int) % 100 = 0",
     ]
     for name in ("Flat: search", "IVF16,Flat nprobe=16: search"):
         assert "same for 100 % of queries" in figures[name]["note"]
