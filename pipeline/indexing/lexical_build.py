@@ -104,12 +104,14 @@ class LexicalBuilder(_ShardReader):
 
     def build(self, number: int) -> ShardEntry:
         """Score the words of a shard, write its file, and record it."""
-        postings = score_postings(self.count_words(number), self.corpus, self.task.form)
+        counted = self.count_words(number)
+        postings = score_postings(counted, self.corpus, self.task.form)
         output, name = self.plan.output, name_lexical_file(number)
         with tempfile.TemporaryDirectory(prefix=SCRATCH_PREFIX, dir=output.path if output.local else None) as scratch:
             file = Path(scratch) / name
             postings.write(file)
-            lexical = LexicalEntry(file=name, bytes=file.stat().st_size, sha256=hash_file(file))
+            size, words = file.stat().st_size, sum(counted.lengths)
+            lexical = LexicalEntry(file=name, bytes=size, sha256=hash_file(file), words=words)
             publish_shard(file, output / name)
         entry = self.task.entries[number].model_copy(update={"lexical": lexical})
         self.folder.keep(number, entry)

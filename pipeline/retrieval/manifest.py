@@ -34,11 +34,19 @@ def _is_none(value: object) -> bool:
 
 
 class LexicalEntry(Frozen):
-    """The manifest's entry of the lexical part of a shard: name, size in bytes and digest in hex of its file."""
+    """The manifest's entry of the lexical part of a shard.
+
+    Attributes:
+        file: name of the file in the index folder.
+        bytes: its size.
+        sha256: its digest, in hex.
+        words: number of words of all passages, with repetitions; part of the statistics of the corpus.
+    """
 
     file: LexicalFile
     bytes: Positive
     sha256: Digest
+    words: int = Field(ge=0)
 
 
 class ShardEntry(Frozen):

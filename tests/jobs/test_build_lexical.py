@@ -54,6 +54,9 @@ def test_shards_and_servers_find_what_one_index_finds(source: Path, tmp_path: Pa
     assert manifest.lexical == WordForm(stemmer="english")
     files = {entry.lexical.file for entry in manifest.shards if entry.lexical}
     assert files == {f"shard-{n:05d}.lexical.arrow" for n in range(3)}
+    assert sum(entry.lexical.words for entry in manifest.shards if entry.lexical) == sum(
+        len(row["title"].split()) + len(row["text"].split()) for row in pq.read_table(source).to_pylist()
+    )
     assert not (many / "_build").exists()
     alone, sharded = (PassageIndex.open(place(folder), FUSED) for folder in (one, many))
     served = ServedIndex(str(many), manifest.compute_digest(), 3, FUSED, StorageConfig())
