@@ -238,12 +238,12 @@ def compare_searching(
 
 def compare_filtering(index: PassageIndex, queries: Vectors, name: str, condition: str, repeats: int) -> Comparison:
     """Compare filtered search with the same search of all vectors."""
-    seconds = time_call(lambda: [shard.select(condition) for shard in index.shards.values()])
-    index.search(queries, K, condition)  # warm-up
+    seconds = time_call(lambda: [shard.select((condition,)) for shard in index.shards.values()])
+    index.search(queries, K, (condition,))  # warm-up
     ours, bare = [], []
     for _ in range(repeats):
         bare.append(len(queries) / time_call(lambda: index.search(queries, K)))
-        ours.append(len(queries) / time_call(lambda: index.search(queries, K, condition)))
+        ours.append(len(queries) / time_call(lambda: index.search(queries, K, (condition,))))
     note = f"evaluating the condition once: {1000 * seconds:,.0f} ms"
     return Comparison(f"{name}: filtered, {condition}", "queries/s", ours, bare, note)
 

@@ -37,7 +37,7 @@ class BuildProgress:
 
 @contextmanager
 def map_over_actors(
-    plan: BuildPlan, worker: type, argument: Any, numbers: Iterable[int], passages: int
+    plan: BuildPlan, worker: type, argument: Any, numbers: Iterable[int], passages: int, encodes: bool = True
 ) -> Iterator[Any]:
     """Map numbered work items over a pool of actors and yield the lazy Ray dataset of the results.
 
@@ -50,12 +50,14 @@ def map_over_actors(
         argument: second argument of the class.
         numbers: numbers of the work items.
         passages: total number of passages in all work items.
+        encodes: whether the actors encode passages, on GPUs if there are any; otherwise each takes one CPU.
     """
     import ray
 
     pieces = list(numbers)
     rooms = [Room.of(node["Resources"]) for node in ray.nodes() if node["Alive"]]
-    actors, cpus, gpus = choose_pool(rooms, plan.request.actors, len(pieces))
+    choose = choose_pool if encodes else choose_cpu_pool
+    actors, cpus, gpus = choose(rooms, plan.request.actors, len(pieces))
     log.info("starting %d actor(s), each with %g CPUs and %g GPUs", actors, cpus, gpus)
     tally = ray.remote(num_cpus=0)(BuildProgress).remote()
     dataset = ray.data.from_items(pieces, override_num_blocks=len(pieces)).map_batches(
@@ -94,6 +96,12 @@ def choose_pool(rooms: Sequence[Room], asked: int | None, pieces: int) -> tuple[
         return actors, max(1.0, min(room.cpus for room in machines) // per_machine), 0.0
     share = 1 / math.ceil(actors / gpus)
     return actors, find_max_cpus(machines, actors, share), share
+
+
+def choose_cpu_pool(rooms: Sequence[Room], asked: int | None, pieces: int) -> tuple[int, float, float]:
+    """Choose actors with one CPU and no GPU each, by default as many as there are CPUs, as :func:`choose_pool`."""
+    cpus = sum(int(room.cpus) for room in rooms)
+    return max(1, min(asked or cpus, pieces)), 1.0, 0.0
 
 
 @contextmanager

@@ -126,7 +126,7 @@ class BuildPlan:
             "embeddings": self.request.form.embeddings,
             "columns": dict(self.request.form.columns) or None,
             "max_words": self.request.form.max_words,
-            "metadata": dict(self.metadata),
+            "metadata": dict(self.metadata) or None,
             "factory": self.request.factory,
             "shards": len(self.shards),
             "lexical": self.request.lexical and self.request.lexical.model_dump(),
@@ -277,15 +277,24 @@ class BuildFolder:
         (self._unfinished / "trained.faiss").write(faiss.serialize_index(index).tobytes())
 
     def find_finished(self, shards: Iterable[ShardPlan]) -> dict[int, ShardEntry]:
-        """Return the entries of the shards that are recorded as built and whose files have the recorded sizes."""
+        """Return the entries of the shards that are recorded as built and whose files have the recorded sizes.
+
+        Without its lexical part a shard is built, but for that part.
+        """
         found = {}
         for shard in shards:
             record = self._unfinished / f"shard-{shard.number:05d}.json"
-            if record.exists():
-                entry = _read_entry(record, shard.number)
-                if all(self._get_size(name) == size for name, size, _ in entry.list_files()):
-                    found[shard.number] = entry
+            if not record.exists():
+                continue
+            entry = _read_entry(record, shard.number)
+            if not self._has_files(entry):
+                entry = entry.model_copy(update={"lexical": None})
+            if self._has_files(entry):
+                found[shard.number] = entry
         return found
+
+    def _has_files(self, entry: ShardEntry) -> bool:
+        return all(self._get_size(name) == size for name, size, _ in entry.list_files())
 
     def check_shards(self, entries: Iterable[ShardEntry]) -> None:
         """Check that the files of all shards are in the folder, as this machine sees it, with the recorded sizes.

@@ -29,7 +29,7 @@ from pipeline.retrieval.encoder import Encoder, Vectors
 from pipeline.retrieval.fusion import QueryBatch
 from pipeline.retrieval.hits import Hit
 from pipeline.retrieval.index import PassageIndex
-from pipeline.retrieval.manifest import check_encoder, check_files, choose_encoder, read_manifest
+from pipeline.retrieval.manifest import check_encoder, check_files, check_words, choose_encoder, read_manifest
 from pipeline.retrieval.reranker import Reranker, find_reranker
 from pipeline.retrieval.words import WordSplitter
 from pipeline.storage.location import locate
@@ -129,7 +129,10 @@ def check_index_folder(request: CheckRequest) -> Checked:
     if retrieval.rerank.model:
         find_reranker(retrieval.rerank)
     manifest = read_manifest(folder)
+    check_words(folder, manifest, retrieval)
     check_files(folder, manifest)
+    if retrieval.filter is not None:
+        raise ValueError("retrieval.filter: the search is measured without filters; leave it out")
     if manifest.passages <= request.k:
         raise ValueError(f"{folder.uri}: {manifest.passages} passages are too few to retrieve {request.k}")
     everything = {"verify": True, "device": "cpu", "fusion": "rrf" if manifest.lexical else "dense"}

@@ -8,11 +8,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.indexing.embeddings import check_embeddings
-from pipeline.retrieval.filters import ROW
 from pipeline.retrieval.passage_columns import (
-    METADATA_TYPES,
     PASSAGE_SCHEMA,
     MetadataType,
+    convert_metadata,
     extend_schema,
     find_metadata_type,
 )
@@ -72,7 +71,7 @@ class PassageForm:
                 f"--max-words {self.max_words}: the vectors of --embeddings {self.embeddings} are those of whole "
                 "passages; leave out one of the two options"
             )
-        taken = [*NAMES, ROW]
+        taken = list(NAMES)
         for name in self.metadata:
             if name.lower() in taken:
                 raise ValueError(f"--metadata {name}: the index has a column of this name; rename it in the files")
@@ -135,7 +134,7 @@ class PassageForm:
     def convert(self, batch: pa.RecordBatch) -> pa.RecordBatch:
         """Convert rows of a file to passages: integers become text; missing and null titles are empty."""
         kinds = {name: find_metadata_type(batch.schema.field(name).type) or "string" for name in self.metadata}
-        further = [batch[name].cast(METADATA_TYPES[kind]) for name, kind in kinds.items()]
+        further = [convert_metadata(batch[name], kind) for name, kind in kinds.items()]
         columns = [self._convert_column(batch, name) for name in NAMES]
         return pa.record_batch([*columns, *further], schema=extend_schema(kinds))
 

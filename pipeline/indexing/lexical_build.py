@@ -76,13 +76,13 @@ class WordCounter(_ShardReader):
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Return the words of the shards with the given numbers, and the passages that have them.
 
-        The empty word stands for the shard itself: its number of passages, and of words.
+        A row without a word stands for the shard itself: its number of passages, and of words.
         """
         parts = []
         for number in batch["item"].to_pylist():
             found = self.count_words(number).summarize()
             totals = {"passages": [found.passages], "words": [found.words]}
-            whole = pa.table({"word": pa.array([""], pa.large_string()), **totals})
+            whole = pa.table({"word": pa.nulls(1, pa.large_string()), **totals})
             parts.append(pa.concat_tables([whole, found.frequencies], promote_options="permissive"))
         return pa.concat_tables(parts)
 
@@ -131,12 +131,12 @@ def build_lexical(plan: BuildPlan, form: WordForm, entries: dict[int, ShardEntry
         return entries
     log.info("counting the words of %d shards", len(entries))
     passages = sum(entry.rows for entry in entries.values())
-    with map_over_actors(plan, WordCounter, LexicalTask(form, entries), sorted(entries), passages) as counted:
+    with map_over_actors(plan, WordCounter, LexicalTask(form, entries), sorted(entries), passages, False) as counted:
         corpus = _add_up(list(counted.iter_batches(batch_size=None, batch_format="pyarrow")))
     log.info("scoring %s different words", f"{corpus.frequencies.num_rows:,}")
     task = LexicalTask(form, entries, ray.put(corpus))
     rows = sum(entries[number].rows for number in missing)
-    with map_over_actors(plan, LexicalBuilder, task, missing, rows) as built:
+    with map_over_actors(plan, LexicalBuilder, task, missing, rows, False) as built:
         written = {row["item"]: ShardEntry.model_validate_json(row["entry"]) for row in built.iter_rows()}
     return entries | written
 
@@ -144,7 +144,7 @@ def build_lexical(plan: BuildPlan, form: WordForm, entries: dict[int, ShardEntry
 def _add_up(parts: Sequence[pa.Table]) -> WordStatistics:
     """Add up the tables that word counters return."""
     table = pa.concat_tables(parts)
-    whole = table.filter(pc.equal(table["word"], ""))
+    whole = table.filter(pc.is_null(table["word"]))
     passages, words = (pc.sum(whole[name]).as_py() for name in ("passages", "words"))
-    found = table.filter(pc.not_equal(table["word"], "")).select(["word", "passages"])
+    found = table.filter(pc.is_valid(table["word"])).select(["word", "passages"])
     return merge_statistics([WordStatistics(passages, words, found)])

@@ -286,7 +286,10 @@ def check_passages(files: list[RowRange], form: PassageForm = PLAIN, compared: i
 def _read_checked(part: RowRange, form: PassageForm) -> Iterator[PassageBatch]:
     """Read and check passages, and split their texts, since parts have ids of their own."""
     for row, read in read_range(part, form.list_columns(), CHECKED_ROWS):
-        passages = form.convert(read)
+        try:
+            passages = form.convert(read)
+        except pa.ArrowInvalid as error:
+            raise ValueError(f"{part.file.uri}: rows {row} to {row + len(read) - 1}: {error}") from None
         for name, column in {**form.sources, **dict.fromkeys(form.metadata)}.items():
             _refuse_other_encodings(passages[name], part.file, row, column or name)
         _refuse(pc.is_null(passages["id"]), part.file, row, f"column {form.sources['id']} is null")

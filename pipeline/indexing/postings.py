@@ -97,15 +97,16 @@ def score_postings(counted: WordCounts, corpus: WordStatistics, form: WordForm) 
     order = pc.array_sort_indices(words).to_numpy()
     place = np.empty(len(order), np.int32)  # of each word of the vocabulary, in ascending order
     place[order] = np.arange(len(order), dtype=np.int32)
-    of, rows = place[np.array(counted.words, np.int64)], np.array(counted.rows, np.int32)
-    frequencies = np.array(counted.counts, np.float64)
-    lengths = np.array(counted.lengths, np.float64)[rows]
+    of, rows = place[np.frombuffer(counted.words, np.int32)], np.frombuffer(counted.rows, np.int32)
     words = words.take(pa.array(order))
-    rarity = compute_rarity(corpus.count_passages(words), corpus.passages)
-    scores = rarity[of] * compute_saturation(frequencies, lengths / corpus.mean_length, form)
-    by_word = np.argsort(of, kind="stable")  # rows are ascending already
+    rarity = compute_rarity(corpus.count_passages(words), corpus.passages).astype(np.float32)
+    lengths = (np.frombuffer(counted.lengths, np.int32) / corpus.mean_length).astype(np.float32)
+    occurrences = np.frombuffer(counted.counts, np.int32).astype(np.float32)
+    scores = compute_saturation(occurrences, lengths[rows], form)
+    scores *= rarity[of]
     starts = np.concatenate([[0], np.cumsum(np.bincount(of, minlength=len(words)))]).astype(np.int64)
-    return Postings(words, starts, rows[by_word], scores[by_word].astype(np.float32), len(counted.lengths))
+    by_word = np.argsort(of, kind="stable")  # rows are ascending already
+    return Postings(words, starts, rows[by_word], scores[by_word], len(counted.lengths))
 
 
 def compute_rarity(found: npt.NDArray[np.int64], passages: int) -> npt.NDArray[np.float64]:
@@ -114,13 +115,14 @@ def compute_rarity(found: npt.NDArray[np.int64], passages: int) -> npt.NDArray[n
 
 
 def compute_saturation(
-    occurrences: npt.NDArray[np.float64], length: npt.NDArray[np.float64], form: WordForm
-) -> npt.NDArray[np.float64]:
+    occurrences: npt.NDArray[np.float32], length: npt.NDArray[np.float32], form: WordForm
+) -> npt.NDArray[np.float32]:
     """Return the part of BM25 that grows with the occurrences of a word.
 
     Args:
-        occurrences: float64 [n], occurrences of the word in the passage.
-        length: float64 [n], length of the passage divided by the mean length.
+        occurrences: float32 [n], occurrences of the word in the passage.
+        length: float32 [n], length of the passage divided by the mean length.
         form: parameters of BM25.
     """
-    return occurrences / (occurrences + form.k1 * (1 - form.b + form.b * length))
+    norm = np.float32(form.k1 * (1 - form.b)) + np.float32(form.k1 * form.b) * length
+    return occurrences / (occurrences + norm)

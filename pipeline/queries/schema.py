@@ -186,7 +186,7 @@ def to_query(row: Mapping[str, Any], columns: Columns) -> Query:
         task=row.get(columns.task),
         choices=choices,
         passages=passages,
-        filter=row.get(columns.filter) or None,
+        filter=(row.get(columns.filter) or "").strip() or None,
     )
 
 

@@ -1,5 +1,6 @@
 """Finds the passages that a condition holds for: an SQL expression, which DuckDB evaluates."""
 
+import threading
 from functools import cache, cached_property
 from typing import Any
 
@@ -9,8 +10,10 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-# The column of row numbers beside those of the passages.
-ROW = "_row"
+# Conditions, all of which must hold.
+Conditions = tuple[str, ...]
+# Seconds that the evaluation of a condition on a shard may take. Ten million passages take a second or less.
+LONGEST_S = 60.0
 
 
 class FilterError(ValueError):
@@ -28,6 +31,10 @@ class RowSelection:
         self.rows = len(kept)
         self.count = int(kept.sum())
         self._bits = np.packbits(kept, bitorder="little")
+
+    def intersect(self, other: "RowSelection | None") -> "RowSelection":
+        """Return the selection of the rows that another one keeps, too; all if there is none."""
+        return self if other is None else RowSelection(self.mask & other.mask)
 
     @property
     def mask(self) -> npt.NDArray[np.bool_]:
@@ -49,22 +56,32 @@ def select_rows(condition: str, passages: pa.Table) -> RowSelection:
         passages: the passages of a shard, or their columns that conditions may name.
 
     Raises:
-        FilterError: the condition is no expression, names an unknown column, compares other types or is no condition.
+        FilterError: the condition is no expression, names an unknown column, compares other types, is no condition, or
+            takes too much time or memory.
     """
-    rows = passages.append_column(ROW, pa.array(np.arange(len(passages))))
+    cursor = _connect().cursor()
+    alarm = threading.Timer(LONGEST_S, cursor.interrupt)
+    alarm.start()
     try:
-        relation = _connect().cursor().from_arrow(rows)
-        expression = duckdb.SQLExpression(condition)
-        (kind,) = relation.select(expression).types
-        if kind != "BOOLEAN":
-            raise FilterError(f"filter {condition!r}: it is {kind}, not a condition such as year >= 2020")
-        found = relation.filter(expression).select(ROW).fetchnumpy()[ROW]
+        return RowSelection(_evaluate(condition, cursor.from_arrow(passages)))
+    except duckdb.InterruptException:
+        raise FilterError(f"filter {condition!r}: took longer than {LONGEST_S:g} s") from None
     except duckdb.Error as error:
         columns = ", ".join(f"{field.name} ({field.type})" for field in passages.schema)
         raise FilterError(f"filter {condition!r}: {_get_reason(error)}; passages have {columns}") from None
-    kept = np.zeros(len(passages), bool)
-    kept[found] = True
-    return RowSelection(kept)
+    finally:
+        alarm.cancel()
+
+
+def _evaluate(condition: str, passages: Any) -> npt.NDArray[np.bool_]:
+    expression = duckdb.SQLExpression(condition)
+    passages.filter(expression)  # refuses aggregates and window functions, without being executed
+    kept = passages.select(expression.alias("kept"))
+    if kept.types != ["BOOLEAN"]:
+        kinds = ", ".join(map(str, kept.types))
+        raise FilterError(f"filter {condition!r}: it is {kinds}, not a condition such as year >= 2020")
+    found = kept.fetchnumpy()["kept"]
+    return np.ma.filled(found, False)
 
 
 def check_condition(condition: str, columns: pa.Schema) -> None:
@@ -77,21 +94,16 @@ def check_condition(condition: str, columns: pa.Schema) -> None:
     select_rows(condition, pa.Table.from_pylist([dict.fromkeys(columns.names)], schema=columns))
 
 
-def join_conditions(*conditions: str | None) -> str | None:
-    """Join conditions, all of which must hold; None if there are none."""
-    given = [condition for condition in conditions if condition]
-    # On lines of their own, since a condition may end in a comment.
-    return " and ".join(f"({condition}\n)" for condition in given) if len(given) > 1 else next(iter(given), None)
-
-
 def _get_reason(error: duckdb.Error) -> str:
     return str(error).partition("\n")[0].partition("Error: ")[2] or str(error)
 
 
 @cache
 def _connect() -> duckdb.DuckDBPyConnection:
-    """Connect to a database without tables that reads no files and loads no extensions."""
+    """Connect to a database without tables that reads no files, writes none and loads no extensions."""
     connection = duckdb.connect(":memory:")
-    for setting in ("threads = 1", "enable_external_access = false", "lock_configuration = true"):
+    # One thread keeps the rows in their order.
+    settings = ("threads = 1", "memory_limit = '1GB'", "temp_directory = ''", "enable_external_access = false")
+    for setting in (*settings, "lock_configuration = true"):
         connection.execute(f"set {setting}")
     return connection

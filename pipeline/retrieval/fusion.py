@@ -7,6 +7,7 @@ from typing import Protocol
 from pipeline.config.sections import RetrievalConfig
 from pipeline.decoding.types import Passage, RetrievedPassage
 from pipeline.retrieval.encoder import Vectors
+from pipeline.retrieval.filters import Conditions
 from pipeline.retrieval.hits import Hit
 from pipeline.retrieval.manifest import IndexManifest
 
@@ -22,8 +23,8 @@ class SearchableIndex(Protocol):
         """Manifest of the index."""
         ...
 
-    def rank(self, batch: "QueryBatch", k: int) -> list[list[list[Hit]]]:
-        """Return for each of the searches the k best hits of each query, best first; may block."""
+    def rank(self, batch: "QueryBatch", depths: Sequence[int]) -> list[list[list[Hit]]]:
+        """Return for each of the searches the best hits of each query, as many as its depth, best first; may block."""
         ...
 
     def read(self, hits: Sequence[Sequence[Hit]]) -> list[list[Passage]]:
@@ -38,12 +39,12 @@ class QueryBatch:
     Attributes:
         vectors: float32 [n, dimension]; None without a dense search.
         words: words of each query, n lists; None without a lexical search.
-        conditions: conditions on the passages of each query, n of them; None if no query has one.
+        conditions: conditions on the passages of each query, n tuples; None if no query has any.
     """
 
     vectors: Vectors | None = None
     words: Sequence[Sequence[str]] | None = None
-    conditions: Sequence[str | None] | None = None
+    conditions: Sequence[Conditions] | None = None
 
     def __len__(self) -> int:
         forms = [form for form in (self.vectors, self.words) if form is not None]
@@ -70,11 +71,15 @@ class QueryBatch:
         for first in range(0, len(self), size):
             yield self.take(range(first, min(first + size, len(self))))
 
-    def group(self) -> dict[str | None, list[int]]:
-        """Return the places of the queries by their condition."""
-        groups: dict[str | None, list[int]] = {}
-        for place, condition in enumerate(self.conditions or [None] * len(self)):
-            groups.setdefault(condition, []).append(place)
+    def group(self, depths: Sequence[int]) -> dict[tuple[Conditions, int], list[int]]:
+        """Return the places of the queries by their conditions and the depth of their search.
+
+        Queries without conditions are searched at once, to the greatest depth: this adds hits and changes none.
+        """
+        groups: dict[tuple[Conditions, int], list[int]] = {}
+        for place, conditions in enumerate(self.conditions or [()] * len(self)):
+            depth = depths[place] if conditions else max(depths)
+            groups.setdefault((conditions, depth), []).append(place)
         return groups
 
 
@@ -89,10 +94,8 @@ def retrieve_fused(
         wanted: number of passages of each query, n.
         retrieval: search settings.
     """
-    depth = max(wanted)
-    if retrieval.fusion == "rrf":
-        depth = max(depth, FUSED_PLACES)
-    rankings = zip(*index.rank(batch, depth), strict=True)
+    least = FUSED_PLACES if retrieval.fusion == "rrf" else 0
+    rankings = zip(*index.rank(batch, [max(k, least) for k in wanted]), strict=True)
     best = [fuse_rankings(of_query, retrieval.rrf_k)[:k] for of_query, k in zip(rankings, wanted, strict=True)]
     return [_number(hits, passages) for hits, passages in zip(best, index.read(best), strict=True)]
 

@@ -1,5 +1,6 @@
 """Opens the shards of an index and searches them as one."""
 
+import logging
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
@@ -13,7 +14,7 @@ from pipeline.decoding.types import Passage
 from pipeline.gpus import lock_gpus
 from pipeline.retrieval.encoder import Vectors
 from pipeline.retrieval.faiss_device import Device, set_search
-from pipeline.retrieval.filters import RowSelection
+from pipeline.retrieval.filters import Conditions, RowSelection
 from pipeline.retrieval.fusion import QueryBatch
 from pipeline.retrieval.hits import Hit
 from pipeline.retrieval.index_cache import DamagedIndexError, obtain_file, reserve_room
@@ -22,6 +23,8 @@ from pipeline.retrieval.manifest import IndexManifest, ShardEntry, read_manifest
 from pipeline.retrieval.selected_search import search_selected
 from pipeline.retrieval.shard_files import PassageFile, read_faiss
 from pipeline.storage.location import Location
+
+log = logging.getLogger(__name__)
 
 # Maximum results per query when breaking ties: equal scores beyond keep FAISS's order. Its GPU search allows 2,048.
 _MOST_PLACES = 1024
@@ -33,7 +36,7 @@ class Shard:
     """An opened shard.
 
     Attributes:
-        index: FAISS index, on the CPU until :meth:`place` moves it.
+        index: FAISS index, on the CPU until :meth:`place` moves it; None if vectors are not searched.
         passages: passages of the shard by row.
         lexical: scores of words; None if they are not searched.
     """
@@ -53,15 +56,19 @@ class Shard:
             DamagedIndexError: a file is missing, or differs from the manifest.
             StorageError: a file cannot be fetched.
         """
-        index_file, passages_file, *lexical_file = (
-            obtain_file(folder / name, size, sha256, retrieval)
-            for name, size, sha256 in entry.list_files(retrieval.searches_words)
-        )
-        index, passages = read_faiss(index_file), PassageFile(passages_file, manifest.metadata)
-        lexical = LexicalShard(Postings.open(lexical_file[0])) if lexical_file else None
-        if (index.d, index.ntotal, len(passages)) != (manifest.dimension, entry.rows, entry.rows):
+        files = {
+            name: obtain_file(folder / name, size, sha256, retrieval)
+            for name, size, sha256 in entry.list_files(retrieval.searches_vectors, retrieval.searches_words)
+        }
+        passages = PassageFile(files[entry.passages_file], manifest.metadata)
+        index = read_faiss(files[entry.file]) if retrieval.searches_vectors else None
+        lexical = None
+        if entry.lexical and retrieval.searches_words:
+            lexical = LexicalShard(Postings.open(files[entry.lexical.file], entry.rows))
+        dimension, vectors = (index.d, index.ntotal) if index else (manifest.dimension, entry.rows)
+        if (dimension, vectors, len(passages)) != (manifest.dimension, entry.rows, entry.rows):
             raise DamagedIndexError(
-                f"{(folder / entry.file).uri}: {index.ntotal} vectors of {index.d} dimensions and {len(passages)} "
+                f"{(folder / entry.file).uri}: {vectors} vectors of {dimension} dimensions and {len(passages)} "
                 f"passages, but index.json records {entry.rows} and {manifest.dimension}; rebuild the index"
             )
         return cls(index, passages, lexical)
@@ -82,20 +89,23 @@ class Shard:
         """
         set_search(self.index, self._space, search)
 
-    def select(self, condition: str | None) -> RowSelection | None:
-        """Select the passages that a condition holds for; None if it is all of them.
+    def select(self, conditions: Conditions) -> RowSelection | None:
+        """Select the passages that all conditions hold for; None if these are all passages.
 
         Raises:
-            FilterError: it is no condition on these passages.
+            FilterError: one is no condition on these passages.
         """
-        if condition is None:
-            return None
+        selection = None
+        for condition in conditions:
+            selection = self._select(condition).intersect(selection)
+        return selection if selection and selection.count < selection.rows else None
+
+    def _select(self, condition: str) -> RowSelection:
         if condition not in self._selections:
             while len(self._selections) >= _MOST_SELECTIONS:
                 del self._selections[next(iter(self._selections))]
             self._selections[condition] = self.passages.select(condition)
-        selection = self._selections[condition]
-        return selection if selection.count < selection.rows else None
+        return self._selections[condition]
 
     def search_top(
         self, queries: Vectors, k: int, selection: RowSelection | None = None
@@ -116,7 +126,7 @@ class Shard:
         total = self.index.ntotal
         width = min(k + 1, total)
         while True:
-            scores, rows = self._search(queries, width, selection)
+            scores, rows = self._search(queries, width, k, selection)
             contested = (scores[:, min(k, width) - 1] == scores[:, -1]) & (rows[:, -1] >= 0)
             if width <= k or width == total or width >= _MOST_PLACES or not contested.any():
                 break
@@ -124,13 +134,10 @@ class Shard:
         order = np.lexsort((rows, -scores))[:, :k]
         return np.take_along_axis(scores, order, 1), np.take_along_axis(rows, order, 1)
 
-    def _search(
-        self, queries: Vectors, k: int, selection: RowSelection | None
-    ) -> tuple[Vectors, npt.NDArray[np.int64]]:
+    def _search(self, queries: Vectors, width: int, k: int, selection: RowSelection | None) -> Any:
         if selection is not None:
-            return search_selected(self.index, queries, k, selection)
-        scores, rows = self.index.search(queries, k)
-        return scores, rows
+            return search_selected(self.index, queries, width, selection, k)
+        return self.index.search(queries, width)
 
 
 class PassageIndex:
@@ -180,39 +187,47 @@ class PassageIndex:
                 for shard in shards.values():
                     shard.place(device)
                     shard.tune(retrieval.search)
-        return cls(manifest, shards, retrieval.threads)
+        opened = cls(manifest, shards, retrieval.threads)
+        if retrieval.filter is not None and not opened.count_passages((retrieval.filter,)):
+            log.warning("retrieval.filter %r holds for no passage of %d shards", retrieval.filter, len(shards))
+        return opened
 
-    def search(self, queries: Vectors, k: int, condition: str | None = None) -> list[list[Hit]]:
+    def count_passages(self, conditions: Conditions) -> int:
+        """Return the number of passages of these shards that all conditions hold for."""
+        selections = ((shard.select(conditions), len(shard.passages)) for shard in self.shards.values())
+        return sum(rows if selection is None else selection.count for selection, rows in selections)
+
+    def search(self, queries: Vectors, k: int, conditions: Conditions = ()) -> list[list[Hit]]:
         """Search for the k best hits of each query, best first; ties are ordered by shard, then row.
 
         Args:
             queries: float32 [n, dimension].
             k: number of hits.
-            condition: condition on the passages; none by default.
+            conditions: conditions on the passages; none by default.
 
         Returns:
             n lists of k hits, or of fewer if the search finds no more.
 
         Raises:
-            FilterError: it is no condition on these passages.
+            FilterError: one is no condition on these passages.
         """
         # OpenMP keeps this setting per calling thread, so it must be set in the thread that searches.
         faiss.omp_set_num_threads(self.threads)
         shards = [self.shards[number] for number in self._numbers]
-        return self._merge([shard.search_top(queries, k, shard.select(condition)) for shard in shards], k)
+        return self._merge([shard.search_top(queries, k, shard.select(conditions)) for shard in shards], k)
 
-    def search_words(self, queries: Sequence[Sequence[str]], k: int, condition: str | None = None) -> list[list[Hit]]:
+    def search_words(self, queries: Sequence[Sequence[str]], k: int, conditions: Conditions = ()) -> list[list[Hit]]:
         """Search for the k hits with the highest BM25 scores of each query, as :meth:`search`.
 
         Args:
             queries: words of each query, n lists.
             k: number of hits.
-            condition: condition on the passages; none by default.
+            conditions: conditions on the passages; none by default.
         """
         found = []
         for shard in (self.shards[number] for number in self._numbers):
             assert shard.lexical is not None, "the index was opened without its lexical part"
-            found.append(shard.lexical.search_top(queries, k, shard.select(condition)))
+            found.append(shard.lexical.search_top(queries, k, shard.select(conditions)))
         return self._merge(found, k)
 
     def _merge(self, found: Sequence[tuple[Vectors, npt.NDArray[np.int64]]], k: int) -> list[list[Hit]]:
@@ -228,26 +243,37 @@ class PassageIndex:
             results.append(hits[:k])
         return results
 
-    def rank(self, batch: QueryBatch, k: int) -> list[list[list[Hit]]]:
-        """Search by vectors, by words, or by both; queries with the same condition share a search.
+    def rank(self, batch: QueryBatch, depths: Sequence[int]) -> list[list[list[Hit]]]:
+        """Search by vectors, by words, or by both; queries with the same conditions share a search.
+
+        A query's hits do not depend on the others of its batch.
+
+        Args:
+            batch: the queries, n.
+            depths: number of hits of each query, n.
 
         Returns:
-            For each of the searches, the k best hits of each query, best first.
+            For each of the searches, the best hits of each query, best first.
 
         Raises:
-            FilterError: a query has no condition on these passages.
+            FilterError: a query has a condition that is none on these passages.
         """
-        ranked = [(places, self._rank(batch.take(places), k, one)) for one, places in batch.group().items()]
-        hits = {place: of_query for places, found in ranked for place, of_query in zip(places, found, strict=True)}
+        hits: dict[int, list[list[Hit]]] = {}
+        for (conditions, depth), places in batch.group(depths).items():
+            found = self._rank(batch.take(places), depth, conditions)
+            hits |= {
+                place: [ranking[: depths[place]] for ranking in rankings]
+                for place, rankings in zip(places, found, strict=True)
+            }
         return [list(of_search) for of_search in zip(*(hits[place] for place in range(len(batch))), strict=True)]
 
-    def _rank(self, batch: QueryBatch, k: int, condition: str | None) -> list[tuple[list[Hit], ...]]:
+    def _rank(self, batch: QueryBatch, k: int, conditions: Conditions) -> list[tuple[list[Hit], ...]]:
         """Return for each query the hits of each search."""
         searches = []
         if batch.vectors is not None:
-            searches.append(self.search(batch.vectors, k, condition))
+            searches.append(self.search(batch.vectors, k, conditions))
         if batch.words is not None:
-            searches.append(self.search_words(batch.words, k, condition))
+            searches.append(self.search_words(batch.words, k, conditions))
         return list(zip(*searches, strict=True))
 
     def read(self, hits: Sequence[Sequence[Hit]]) -> list[list[Passage]]:
@@ -261,7 +287,7 @@ def _reserve_cache(
     """Reserve room in the cache for the chosen shards; a local index needs none."""
     if folder.local:
         return nullcontext()
-    opened = [manifest.shards[number].list_files(retrieval.searches_words) for number in chosen]
-    wanted = [file for files in opened for file in files]
+    kinds = retrieval.searches_vectors, retrieval.searches_words
+    wanted = [file for number in chosen for file in manifest.shards[number].list_files(*kinds)]
     every = [file for entry in manifest.shards for file in entry.list_files()]
     return reserve_room(retrieval, wanted, [file for file in every if file not in wanted])

@@ -7,7 +7,8 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-import bm25s
+import bm25s.scoring
+import numba
 import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
@@ -55,11 +56,15 @@ class Postings:
             writer.write_batch(pa.record_batch(columns, schema=POSTINGS_SCHEMA))
 
     @classmethod
-    def open(cls, file: Path) -> "Postings":
+    def open(cls, file: Path, passages: int) -> "Postings":
         """Map a file into memory; its pages are loaded when their words are searched.
 
+        Args:
+            file: the file.
+            passages: number of passages of the shard.
+
         Raises:
-            DamagedIndexError: it is not such a file.
+            DamagedIndexError: it is not such a file, or not of this shard.
         """
         try:
             reader = pa.ipc.open_file(pa.memory_map(str(file)))
@@ -70,15 +75,20 @@ class Postings:
         batch = reader.get_batch(0)
         words, *arrays = (batch.column(name).values for name in POSTINGS_SCHEMA.names[:-1])
         starts, rows, scores = (array.to_numpy(zero_copy_only=True) for array in arrays)
-        return cls(words, starts, rows, scores, batch.column("passages")[0].as_py())
+        postings = cls(words, starts, rows, scores, batch.column("passages")[0].as_py())
+        sizes = len(words) + 1, len(scores), len(scores), passages
+        if (len(starts), starts[-1], len(rows), postings.passages) != sizes:  # the compiled scorer checks no bounds
+            raise DamagedIndexError(f"{file}: its parts do not fit each other, or not the shard; {REMEDY}")
+        return postings
 
 
 @cache
 def _compile_scorer() -> Any:
-    """Compile the function that adds up scores, once for all shards of this process."""
-    model = bm25s.BM25()
-    model.activate_numba_scorer()
-    return model._compute_relevance_from_scores
+    """Compile bm25s's function that adds up scores, once for all shards of this process.
+
+    It releases the GIL, which the engine in this process needs meanwhile.
+    """
+    return numba.njit(nogil=True)(bm25s.scoring._compute_relevance_from_scores_jit_ready)
 
 
 class LexicalShard:

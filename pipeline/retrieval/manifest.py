@@ -72,16 +72,17 @@ class ShardEntry(Frozen):
     truncated_passages: int | None = Field(default=None, exclude_if=_is_none)
     lexical: LexicalEntry | None = Field(default=None, exclude_if=_is_none)
 
-    def list_files(self, words: bool = True) -> list[tuple[str, int, str]]:
+    def list_files(self, vectors: bool = True, words: bool = True) -> list[tuple[str, int, str]]:
         """Return name, size in bytes and digest of the FAISS index, of the passages, and of the lexical part.
 
         Args:
+            vectors: whether the FAISS index is wanted.
             words: whether the lexical part is wanted, if there is one.
         """
-        index = (self.file, self.bytes, self.sha256)
+        index = [(self.file, self.bytes, self.sha256)] if vectors else []
         passages = (self.passages_file, self.passages_bytes, self.passages_sha256)
         lexical = [(self.lexical.file, self.lexical.bytes, self.lexical.sha256)] if words and self.lexical else []
-        return [index, passages, *lexical]
+        return [*index, passages, *lexical]
 
 
 class EncoderEntry(EncoderStyle):
@@ -237,17 +238,31 @@ def check_index_manifest(folder: Location, retrieval: RetrievalConfig, digest: s
         StorageError: the storage cannot be read.
     """
     manifest = read_manifest(folder, digest)
+    if retrieval.searches_vectors:
+        _check_present_encoder(manifest, retrieval)
+    check_words(folder, manifest, retrieval)
+    check_files(folder, manifest)
+    return manifest
+
+
+def _check_present_encoder(manifest: IndexManifest, retrieval: RetrievalConfig) -> None:
     wanted, revision = choose_encoder(manifest, retrieval)
     digest = ENCODERS.hash_present(wanted, revision)
     if digest is not None or wanted != manifest.encoder.name:
         _check_digest(wanted, digest, manifest)  # without a download yet, checked on loading
+
+
+def check_words(folder: Location, manifest: IndexManifest, retrieval: RetrievalConfig) -> None:
+    """Check that an index can be searched by words if ``retrieval.fusion`` does.
+
+    Raises:
+        ValueError: it has no lexical part.
+    """
     if retrieval.searches_words and manifest.lexical is None:
         raise ValueError(
             f"{folder.uri}: the index has no lexical part, which retrieval.fusion={retrieval.fusion} needs; build it "
             "with --lexical, or set retrieval.fusion=dense"
         )
-    check_files(folder, manifest)
-    return manifest
 
 
 def check_files(folder: Location, manifest: IndexManifest) -> None:

@@ -6,6 +6,7 @@ from types import MappingProxyType
 from typing import Any, Literal
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 PASSAGE_SCHEMA = pa.schema([(name, pa.string()) for name in ("id", "title", "text")])
 
@@ -45,11 +46,16 @@ def find_metadata_type(kind: pa.DataType) -> MetadataType | None:
     return next((name for name, tests in _TESTS.items() if any(test(kind) for test in tests)), None)
 
 
+def convert_metadata(values: pa.Array, kind: MetadataType) -> pa.Array:
+    """Convert the values of a column to the type in which they are kept; numbers that JSON lacks become null.
+
+    Raises:
+        pyarrow.ArrowInvalid: an integer does not fit.
+    """
+    kept = values.cast(METADATA_TYPES[kind])
+    return pc.if_else(pc.is_finite(kept), kept, None) if kind == "number" else kept
+
+
 def format_metadata(values: Mapping[str, Any]) -> str:
-    """Format the values of a passage as a JSON object: dates in ISO format, numbers that JSON lacks as null."""
-    return json.dumps({name: _to_json(value) for name, value in values.items()}, ensure_ascii=False, default=str)
-
-
-def _to_json(value: Any) -> Any:
-    finite = not isinstance(value, float) or abs(value) < float("inf")  # False for NaN
-    return value if finite else None
+    """Format the values of a passage as a JSON object, dates in ISO format."""
+    return json.dumps(values, ensure_ascii=False, allow_nan=False, default=str)

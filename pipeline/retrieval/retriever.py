@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import Any
 
 from pipeline.config.sections import RetrievalConfig
@@ -10,10 +11,11 @@ from pipeline.decoding.types import Retrieved, RetrievedPassage
 from pipeline.gpus import lock_gpus
 from pipeline.retrieval.batching import Batcher
 from pipeline.retrieval.encoder import Encoder
-from pipeline.retrieval.filters import join_conditions
+from pipeline.retrieval.filters import Conditions, check_condition
 from pipeline.retrieval.fusion import QueryBatch, SearchableIndex, retrieve_fused
 from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.manifest import IndexManifest, check_encoder, check_index_manifest, choose_encoder
+from pipeline.retrieval.passage_columns import extend_schema
 from pipeline.retrieval.reranker import Reranker
 from pipeline.retrieval.shard_servers import IndexLostError, PartitionedIndex
 from pipeline.retrieval.words import WordSplitter
@@ -34,7 +36,7 @@ class SearchDigests:
 
 
 ANY_DIGESTS = SearchDigests()
-Search = tuple[str, int, str | None]  # a query, the number of passages, and their condition
+Search = tuple[str, int, Conditions]  # a query, the number of passages, and their conditions
 
 
 class IndexRetriever:
@@ -57,6 +59,8 @@ class IndexRetriever:
         form = index.manifest.lexical if retrieval.searches_words else None
         self._splitter = WordSplitter(form) if form else None
         self._retrieval = retrieval
+        columns = extend_schema(index.manifest.metadata)
+        self._check_condition = lru_cache(lambda condition: check_condition(condition, columns))
         self._index = index
         self._reranker = reranker
         wait_s = retrieval.wait_ms / 1000
@@ -103,14 +107,16 @@ class IndexRetriever:
         """Retrieve the k best passages that meet the condition; fewer if the search finds no more.
 
         Raises:
-            FilterError: it is no condition on these passages.
+            FilterError: it is no condition on the passages of the index.
             IndexLostError: a shard server is lost, whatever the query.
             Exception: the encoder, FAISS or the reranker raised it for this query alone.
         """
-        condition = join_conditions(self._retrieval.filter, condition)
+        if condition is not None:  # before it joins a batch, so that it fails alone
+            self._check_condition(condition)
+        conditions = tuple(one for one in (self._retrieval.filter, condition) if one is not None)
         if self._reranker is None or self._reranking is None:
-            return Retrieved(await self._searching.ask((query, k, condition)))
-        found = await self._searching.ask((query, max(k, self._reranker.candidates), condition))
+            return Retrieved(await self._searching.ask((query, k, conditions)))
+        found = await self._searching.ask((query, max(k, self._reranker.candidates), conditions))
         began = time.monotonic()
         ordered = await self._reranking.ask((query, found))
         return Retrieved(ordered[:k], time.monotonic() - began)

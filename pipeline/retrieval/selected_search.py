@@ -30,7 +30,10 @@ def check_filter(manifest: IndexManifest, retrieval: RetrievalConfig) -> None:
     if not retrieval.searches_vectors:
         return
     if retrieval.device == "gpu":
-        raise ValueError("retrieval.device=gpu: FAISS cannot filter passages on GPUs; set auto or cpu")
+        raise ValueError(
+            "retrieval.device=gpu: FAISS cannot filter passages on GPUs, by retrieval.filter or the column "
+            "columns.filter; set auto or cpu"
+        )
     if not supports_selection(create_empty_index(manifest.factory, manifest.dimension)):
         raise ValueError(f"FAISS cannot filter the passages of an index of {manifest.factory}; use another factory")
 
@@ -40,39 +43,44 @@ def supports_selection(index: Any) -> bool:
     kind = _get_kind(index)
     if isinstance(kind, faiss.IndexPreTransform):
         return supports_selection(kind.index)
-    additive = faiss.IndexIVFAdditiveQuantizer
-    lists = isinstance(kind, faiss.IndexIVF) and not isinstance(kind, additive)
-    return lists or isinstance(kind, faiss.IndexFlat | faiss.IndexScalarQuantizer | faiss.IndexHNSW)
+    if isinstance(kind, faiss.IndexHNSW):
+        return supports_selection(kind.storage)
+    if isinstance(kind, faiss.IndexIVFAdditiveQuantizer | _faiss.IndexIVFSpectralHash):
+        return False
+    return isinstance(kind, faiss.IndexIVF | faiss.IndexFlat | faiss.IndexScalarQuantizer)
 
 
 def search_selected(
-    index: Any, queries: Vectors, k: int, selection: RowSelection
+    index: Any, queries: Vectors, width: int, selection: RowSelection, k: int | None = None
 ) -> tuple[Vectors, npt.NDArray[np.int64]]:
-    """Search for the k best of the selected vectors.
+    """Search for the best of the selected vectors.
 
     Of the n vectors, m are selected. A search reads n / m times as many lists as usual, and thus compares as many
-    vectors; its recall would fall with m otherwise. Where it finds too few, it reads twice as many each time, up to all
-    of them. Likewise for graphs, unless that is more work than to compare all selected vectors.
+    vectors; its recall would fall with m otherwise. Where it finds fewer than k, it reads twice as many each time, up
+    to all of them. Likewise for graphs, unless that is more work than to compare all selected vectors.
 
     Args:
         index: an index on the CPU that :func:`supports_selection` accepts, with its search parameters set.
         queries: float32 [n, dimension].
-        k: number of vectors.
+        width: number of vectors to return, if as many are found on the way to k.
         selection: the selected vectors.
+        k: number of vectors to find, at most ``width``; this by default.
 
     Returns:
-        Scores, float32, and rows, int64, both [n, k]; the row is -1 only where fewer than k vectors are selected.
+        Scores, float32, and rows, int64, both [n, width]; among the first k, the row is -1 only where fewer than k
+        vectors are selected.
     """
-    scores = np.full((len(queries), k), -np.inf, np.float32)
-    rows = np.full((len(queries), k), -1, np.int64)
+    scores = np.full((len(queries), width), -np.inf, np.float32)
+    rows = np.full((len(queries), width), -1, np.int64)
+    needed = min(k or width, selection.count)
     unfinished = np.arange(len(queries) if selection.count else 0)
     effort = -(-selection.rows // max(1, selection.count))
     while len(unfinished):
-        found, exhausted = _search(index, queries[unfinished], k, selection, effort)
+        found, exhausted = _search(index, queries[unfinished], width, selection, effort)
         scores[unfinished], rows[unfinished] = found
         if exhausted:
             break
-        few = (rows[unfinished] >= 0).sum(axis=1) < min(k, selection.count)
+        few = (rows[unfinished] >= 0).sum(axis=1) < needed
         unfinished, effort = unfinished[few], 2 * effort
     return scores, rows
 

@@ -16,6 +16,7 @@ from typing import Any
 from pipeline.config.sections import ExecutionConfig, RetrievalConfig, StorageConfig
 from pipeline.decoding.types import Passage
 from pipeline.nodes.access import Access
+from pipeline.retrieval.filters import FilterError
 from pipeline.retrieval.fusion import QueryBatch
 from pipeline.retrieval.hits import Hit
 from pipeline.retrieval.index import PassageIndex
@@ -71,9 +72,9 @@ class ShardServer:
         """Return the number of vectors; a call returns only after all shards are loaded."""
         return sum(len(shard.passages) for shard in self._index.shards.values())
 
-    def rank(self, batch: QueryBatch, k: int) -> list[list[list[Hit]]]:
+    def rank(self, batch: QueryBatch, depths: Sequence[int]) -> list[list[list[Hit]]]:
         """Return what :meth:`PassageIndex.rank` finds in its shards."""
-        return self._index.rank(batch, k)
+        return self._index.rank(batch, depths)
 
     def read(self, hits: Sequence[Hit]) -> list[Passage]:
         """Return the passages of hits in its shards."""
@@ -95,19 +96,20 @@ class PartitionedIndex:
         dealt = assign_shards(len(manifest.shards), len(servers))
         self._server_of = {shard: server for server, shards in enumerate(dealt) for shard in shards}
 
-    def rank(self, batch: QueryBatch, k: int) -> list[list[list[Hit]]]:
+    def rank(self, batch: QueryBatch, depths: Sequence[int]) -> list[list[list[Hit]]]:
         """Search all shards as :meth:`PassageIndex.rank`; waits while a server restarts.
 
         Raises:
             IndexLostError: a server cannot be restarted.
+            FilterError: a query has a condition that is none on these passages.
             ray.exceptions.RayTaskError: the search itself failed on a server.
         """
         import ray
 
         shared = ray.put(batch)
-        answers = _await_search([server.rank.remote(shared, k) for server in self._servers])
+        answers = _await_search([server.rank.remote(shared, depths) for server in self._servers])
         return [
-            [merge_hits(parts, k) for parts in zip(*of_servers, strict=True)]
+            [merge_hits(parts, k) for parts, k in zip(zip(*of_servers, strict=True), depths, strict=True)]
             for of_servers in zip(*answers, strict=True)
         ]
 
@@ -131,8 +133,10 @@ def _await_search(references: list[Any]) -> list[Any]:
 
     try:
         return _await_results(references, "a search") if references else []
-    except ray.exceptions.RayTaskError:
-        raise  # caused by these queries, not by a lost server
+    except ray.exceptions.RayTaskError as error:  # caused by these queries, not by a lost server
+        if isinstance(error.cause, FilterError):
+            raise error.cause from None
+        raise
     except ray.exceptions.RayError as error:
         raise IndexLostError(f"a shard server was lost: {' '.join(str(error).split())}") from error
 

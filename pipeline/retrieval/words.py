@@ -73,7 +73,8 @@ class WordSplitter:
 
     def __init__(self, form: WordForm) -> None:
         self._form = form
-        self._left_out = frozenset(STOP_WORDS[form.stop_words]) if form.stop_words else frozenset()
+        left_out = STOP_WORDS[form.stop_words] if form.stop_words else ()
+        self._left_out = frozenset(word.casefold() for word in left_out)
 
     @cached_property
     def _stemmer(self) -> Stemmer.Stemmer:
@@ -83,4 +84,7 @@ class WordSplitter:
         """Return the words of a text in order, with repetitions."""
         words: Sequence[str] = _WORD.findall(unicodedata.normalize("NFKC", text).casefold())
         kept = [word for word in words if word not in self._left_out]
-        return list(self._stemmer.stemWords(kept)) if self._form.stemmer else kept
+        if not self._form.stemmer:
+            return kept
+        # Some stemmers leave nothing of a word.
+        return [stem for stem in self._stemmer.stemWords(kept) if stem]

@@ -1,6 +1,7 @@
 """Checks a run before any engine starts, and plans the units that are left to annotate."""
 
 import atexit
+import logging
 import shutil
 import tempfile
 from collections.abc import Mapping
@@ -31,6 +32,8 @@ from pipeline.retrieval.manifest import IndexManifest, check_index_manifest
 from pipeline.retrieval.reranker import find_reranker
 from pipeline.retrieval.selected_search import check_filter
 from pipeline.storage.location import Location, check_apart, check_writable, locate
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -268,8 +271,10 @@ def _allow_filters(config: RunConfig, queries: QuerySet) -> RunConfig:
 
     The index is then opened so that its searches can be filtered.
     """
-    if config.retrieval.filter is not None or config.columns.filter not in queries.schema.names:
+    column = config.columns.filter
+    if config.index is None or config.retrieval.filter is not None or column not in queries.schema.names:
         return config
+    log.info("rows have filters in the column %r, so vectors are searched on the CPU", column)
     return config.model_copy(update={"retrieval": config.retrieval.model_copy(update={"filter": "true"})})
 
 

@@ -24,7 +24,7 @@ pytestmark = pytest.mark.usefixtures("lasting_ray")
 ROWS = 120
 YEARS = [2000 + n % 7 for n in range(ROWS)]
 TAGS = [["odd"] if n % 2 else ["even", "two"] for n in range(ROWS)]
-CONDITIONS = ("year = 2003", None, "'two' in tags and year > 2002", "year = 2003", "year > 3000")
+CONDITIONS = (("year = 2003",), (), ("'two' in tags", "year > 2002"), ("year = 2003",), ("year > 3000",))
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,7 @@ def index(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def ask(
-    index: SearchableIndex, fusion: str, conditions: tuple[str | None, ...], k: int
+    index: SearchableIndex, fusion: str, conditions: tuple[tuple[str, ...], ...], k: int
 ) -> list[list[RetrievedPassage]]:
     retrieval = RetrievalConfig.model_validate({"device": "cpu", "fusion": fusion})
     vectors = np.random.default_rng(7).normal(size=(5, 384)).astype(np.float32)
@@ -57,15 +57,15 @@ def ask(
     return retrieve_fused(index, batch, [k] * 5, retrieval)
 
 
-def holds(condition: str | None, passage: RetrievedPassage) -> bool:
+def hold(conditions: tuple[str, ...], passage: RetrievedPassage) -> bool:
     values = json.loads(passage.passage.metadata or "")
     tests = {
         "year = 2003": values["year"] == 2003,
-        "'two' in tags and year > 2002": "two" in values["tags"] and values["year"] > 2002,
+        "'two' in tags": "two" in values["tags"],
+        "year > 2002": values["year"] > 2002,
         "year > 3000": False,
-        None: True,
     }
-    return tests[condition]
+    return all(tests[condition] for condition in conditions)
 
 
 def test_filtered_search_finds_the_best_of_those_that_are_left(index: Path) -> None:
@@ -80,12 +80,41 @@ def test_filtered_search_finds_the_best_of_those_that_are_left(index: Path) -> N
         assert ask(PartitionedIndex(manifest, servers), fusion, CONDITIONS, 6) == found, fusion
         assert [len(passages) for passages in found][-1] == 0
         if fusion != "rrf":
-            everything = ask(opened, fusion, (None,) * 5, ROWS)
-            left = [[p for p in every if holds(one, p)] for every, one in zip(everything, CONDITIONS, strict=True)]
+            everything = ask(opened, fusion, ((),) * 5, ROWS)
+            left = [[p for p in every if hold(one, p)] for every, one in zip(everything, CONDITIONS, strict=True)]
             assert [[(p.passage, p.score) for p in some] for some in found] == [
                 [(p.passage, p.score) for p in some[:6]] for some in left
             ]
-        assert all(holds(one, passage) for passages, one in zip(found, CONDITIONS, strict=True) for passage in passages)
+        assert all(hold(one, passage) for passages, one in zip(found, CONDITIONS, strict=True) for passage in passages)
+
+
+def test_wrong_condition_is_named_by_shard_servers_too(index: Path) -> None:
+    manifest = read_manifest(place(index))
+    retrieval = RetrievalConfig(device="cpu")
+    served = ServedIndex(str(index), manifest.compute_digest(), 3, retrieval, StorageConfig())
+    partitioned = PartitionedIndex(manifest, start_servers(served, [None], ExecutionConfig(cpus_per_server=0)))
+    batch = QueryBatch(np.zeros((1, 384), np.float32), conditions=[("cast(text as int) = 1",)])
+    with pytest.raises(FilterError, match="filter 'cast\\(text as int\\) = 1': Could not convert string"):
+        partitioned.rank(batch, [3])
+
+
+def test_query_finds_the_same_whatever_its_batch(index: Path) -> None:
+    opened = PassageIndex.open(place(index), RetrievalConfig(device="cpu", search="nprobe=1"))
+    vectors = np.random.default_rng(8).normal(size=(6, 384)).astype(np.float32)
+    conditions = [("year > 2003",)] * 3 + [()] * 3
+    depths = [3, 50, 7, 3, 50, 7]
+    (together,) = opened.rank(QueryBatch(vectors, conditions=conditions), depths)
+    for place_of, wanted in enumerate(together):
+        one = QueryBatch(vectors, conditions=conditions).take([place_of])
+        assert opened.rank(one, [depths[place_of]]) == [[wanted]]
+        assert len(wanted) <= depths[place_of]
+
+
+def test_filter_of_the_run_that_holds_for_nothing_is_warned_of(index: Path, caplog: pytest.LogCaptureFixture) -> None:
+    for condition in ("year > 3000", "year > 2000"):
+        PassageIndex.open(place(index), RetrievalConfig(device="cpu", filter=condition))
+    warned = [record.getMessage() for record in caplog.records if record.name == "pipeline.retrieval.index"]
+    assert warned == ["retrieval.filter 'year > 3000' holds for no passage of 3 shards"]
 
 
 async def test_conditions_of_the_run_and_of_a_row_hold_together(index: Path) -> None:
@@ -96,6 +125,8 @@ async def test_conditions_of_the_run_and_of_a_row_hold_together(index: Path) -> 
     assert len(found) == sum(year == 2003 and n % 4 == 1 for n, year in enumerate(YEARS))
     with pytest.raises(FilterError, match='column "month" not found'):
         await retriever.retrieve("gold", 1, "month = 1")
+    with pytest.raises(FilterError, match="syntax error"):
+        await retriever.retrieve("gold", 50, "true) or (true")
     assert (await retriever.retrieve("gold", 1)).passages
     retriever.close()
 

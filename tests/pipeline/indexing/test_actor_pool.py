@@ -1,7 +1,7 @@
 import pytest
 
 from pipeline.cluster import Room
-from pipeline.indexing.actor_pool import choose_pool
+from pipeline.indexing.actor_pool import choose_cpu_pool, choose_pool
 
 LAPTOP = [Room(8.0)]
 GPU_NODES = [Room(64.0), Room(96.0, (1.0,) * 8), Room(32.0, (1.0,) * 2)]
@@ -23,3 +23,9 @@ GPU_NODES = [Room(64.0), Room(96.0, (1.0,) * 8), Room(32.0, (1.0,) * 2)]
 )
 def test_default_builder_count_is_one_per_gpu_or_machine(nodes, asked, pieces, expected):
     assert choose_pool(nodes, asked, pieces) == expected
+
+
+@pytest.mark.parametrize(("asked", "pieces", "actors"), [(None, 100, 12), (None, 5, 5), (3, 100, 3), (None, 0, 1)])
+def test_work_without_an_encoder_takes_a_cpu_and_no_gpu(asked: int | None, pieces: int, actors: int) -> None:
+    rooms = [Room.of({"CPU": 8.0, "GPU": 2.0}), Room.of({"CPU": 4.0})]
+    assert choose_cpu_pool(rooms, asked, pieces) == (actors, 1.0, 0.0)

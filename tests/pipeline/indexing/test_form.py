@@ -215,7 +215,7 @@ def test_further_columns_that_cannot_be_kept_are_named(tmp_path: Path, column: s
         find_passages(place(tmp_path), PassageForm(metadata=("year", column)))
 
 
-@pytest.mark.parametrize("names", [("text",), ("Title",), ("_row",), ("year", "YEAR")])
+@pytest.mark.parametrize("names", [("text",), ("Title",), ("year", "YEAR")])
 def test_names_of_further_columns_are_unique(names: tuple[str, ...]) -> None:
     with pytest.raises(ValueError, match="the index has a column of this name; rename it"):
         PassageForm(metadata=names)
@@ -234,4 +234,11 @@ def test_further_column_that_is_not_utf8_is_named(tmp_path: Path) -> None:
     write(tmp_path, {"id": IDS, "text": TEXTS, "kind": wrong})
     form = PassageForm(metadata=("kind",))
     with pytest.raises(ValueError, match=r"a\.parquet: row 1: column kind is not UTF-8"):
+        check_passages(find_passages(place(tmp_path), form), form)
+
+
+def test_integer_that_does_not_fit_is_named(tmp_path: Path) -> None:
+    write(tmp_path, {"id": IDS, "text": TEXTS, "size": pa.array([1, 2**64 - 1], pa.uint64())})
+    form = PassageForm(metadata=("size",))
+    with pytest.raises(ValueError, match=r"a\.parquet: rows 0 to 1: Integer value 18446744073709551615 not in range"):
         check_passages(find_passages(place(tmp_path), form), form)

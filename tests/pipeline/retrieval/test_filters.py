@@ -4,7 +4,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline.retrieval.filters import FilterError, RowSelection, check_condition, join_conditions, select_rows
+from pipeline.retrieval.filters import FilterError, RowSelection, check_condition, select_rows
 
 PASSAGES = pa.table(
     {
@@ -65,6 +65,11 @@ def test_condition_selects_the_rows_it_holds_for(condition: str, ids: str) -> No
         ("null", "not a condition"),
         ("year >", "syntax error"),
         ("", r"filter ''"),
+        ("true) or (true", "syntax error"),
+        ("year = 1 /* x", "unterminated|syntax error"),
+        ("columns(*) is not null", "it is BOOLEAN, BOOLEAN, .*, not a condition"),
+        ("_row = 1", 'column "_row" not found'),
+        ("  ", r"filter '  '"),
         ("open; drop table x", "more than one statement"),
         ("open limit 1", "holds a modifier"),
         ("sum(year) > 1", "cannot contain aggregates"),
@@ -81,13 +86,11 @@ def test_other_conditions_are_refused_in_one_line(condition: str, message: str) 
         assert repr(condition) in str(caught.value)
 
 
-def test_joined_conditions_must_all_hold() -> None:
-    joined = join_conditions("language = 'en' -- first", "year = 2019 or year is null")
-    assert joined
-    assert select(joined) == "ac"
-    assert select(join_conditions("open or true", "year = 2024") or "") == "d"
-    assert join_conditions(None, "", "a") == "a"
-    assert join_conditions(None, "") is None
+def test_condition_that_takes_too_long_is_stopped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.retrieval.filters.LONGEST_S", 0.2)
+    endless = "(select count(*) from range(100000000) a, range(100000000) b where a.range + b.range = year) > 0"
+    with pytest.raises(FilterError, match=r"took longer than 0\.2 s"):
+        select(endless)
 
 
 def test_selection_keeps_a_bit_for_each_row() -> None:
@@ -95,3 +98,9 @@ def test_selection_keeps_a_bit_for_each_row() -> None:
     selection = RowSelection(kept)
     assert (selection.rows, selection.count) == (21, 7)
     assert selection.mask.tolist() == kept.tolist()
+
+
+def test_selections_intersect() -> None:
+    one, two = RowSelection(np.arange(12) % 2 == 0), RowSelection(np.arange(12) % 3 == 0)
+    assert np.flatnonzero(one.intersect(two).mask).tolist() == [0, 6]
+    assert one.intersect(None) is one

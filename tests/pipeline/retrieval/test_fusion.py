@@ -36,13 +36,13 @@ def test_single_ranking_keeps_its_scores() -> None:
 
 class Recording:
     def __init__(self) -> None:
-        self.depths: list[int] = []
+        self.depths: list[list[int]] = []
 
     def read(self, hits: Sequence[Sequence[Hit]]) -> list[list[Passage]]:
         return [[Passage(name, "", "") for name in name_passages(of_query)] for of_query in hits]
 
-    def rank(self, batch: QueryBatch, k: int) -> list[list[list[Hit]]]:
-        self.depths.append(k)
+    def rank(self, batch: QueryBatch, depths: Sequence[int]) -> list[list[list[Hit]]]:
+        self.depths.append(list(depths))
         searches = [rank("00", "01"), rank("01", "02")]
         forms = [batch.vectors is not None, batch.words is not None]
         return [[found] * len(batch) for found, wanted in zip(searches, forms, strict=True) if wanted]
@@ -58,7 +58,7 @@ def test_each_query_gets_what_it_wants(fusion: str, ids: list[str], depth: int) 
     found = retrieve_fused(index, batch, [2, 1], retrieval)  # type: ignore[arg-type]
     assert [[one.passage.id for one in passages] for passages in found] == [ids, ids[:1]]
     assert [one.rank for one in found[0]] == [1, 2]
-    assert index.depths == [depth]
+    assert index.depths == [[depth, depth if fusion == "rrf" else 1]]
 
 
 def test_batches_are_divided() -> None:

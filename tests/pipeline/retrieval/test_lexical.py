@@ -1,9 +1,12 @@
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pytest
 
+from pipeline.retrieval.filters import RowSelection
 from pipeline.retrieval.index_cache import DamagedIndexError
 from pipeline.retrieval.lexical import LexicalShard, Postings, select_top
 
@@ -22,7 +25,7 @@ def make_postings() -> Postings:
 def test_written_postings_are_mapped_and_searched_alike(tmp_path: Path) -> None:
     made, queries = make_postings(), [["gold", "sea"], ["東", "zinc"], ["unknown"], []]
     made.write(tmp_path / "words.arrow")
-    mapped = Postings.open(tmp_path / "words.arrow")
+    mapped = Postings.open(tmp_path / "words.arrow", 3)
     assert (mapped.words.to_pylist(), mapped.passages) == (WORDS, 3)
     assert not mapped.scores.flags.owndata
     for shard in (LexicalShard(made), LexicalShard(mapped)):
@@ -61,8 +64,25 @@ def test_other_files_are_named(tmp_path: Path) -> None:
     file = tmp_path / "words.arrow"
     file.write_bytes(b"nothing")
     with pytest.raises(DamagedIndexError, match=r"words\.arrow: not an Arrow IPC file"):
-        Postings.open(file)
+        Postings.open(file, 3)
     with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, pa.schema([("a", pa.int32())])):
         pass
     with pytest.raises(DamagedIndexError, match=r"words\.arrow: not the lexical part of a shard"):
-        Postings.open(file)
+        Postings.open(file, 3)
+
+
+@pytest.mark.parametrize(
+    "change", [{"passages": 4}, {"starts": np.array([0, 1, 4, 5, 6, 7, 9])}, {"rows": np.zeros(3, np.int32)}]
+)
+def test_parts_that_do_not_fit_are_refused(tmp_path: Path, change: dict[str, Any]) -> None:
+    replace(make_postings(), **change).write(tmp_path / "words.arrow")
+    with pytest.raises(DamagedIndexError, match=r"words\.arrow: its parts do not fit each other, or not the shard"):
+        Postings.open(tmp_path / "words.arrow", 3)
+
+
+def test_selected_passages_alone_are_found() -> None:
+    shard = LexicalShard(make_postings())
+    kept = RowSelection(np.array([False, True, True]))
+    scores, rows = shard.search_top([["gold", "sea"], ["zinc"]], 3, kept)
+    assert rows.tolist() == [[2, 1, -1], [-1, -1, -1]]
+    assert scores[0].tolist() == [3.5, 0.5, -np.inf]

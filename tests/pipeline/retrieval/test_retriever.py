@@ -1,6 +1,6 @@
 import asyncio
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from pipeline.decoding.types import Passage, Query, RetrievedPassage
 from pipeline.retrieval.encoder import Vectors
 from pipeline.retrieval.fusion import QueryBatch
 from pipeline.retrieval.hits import Hit
+from pipeline.retrieval.passage_columns import MetadataType
 from pipeline.retrieval.retriever import IndexRetriever
 from pipeline.retrieval.shard_servers import IndexLostError
 
@@ -46,11 +47,13 @@ class CountingIndex:
         dimension = 1
         encoder = type("entry", (), {"name": "length", "digest": DIGEST})
         lexical = None
+        metadata: Mapping[str, MetadataType] = {"year": "integer"}
 
     def __init__(self) -> None:
         self.asked: list[int] = []
 
-    def rank(self, batch: QueryBatch, k: int) -> list[list[list[Hit]]]:
+    def rank(self, batch: QueryBatch, depths: Sequence[int]) -> list[list[list[Hit]]]:
+        k = max(depths)
         self.asked.append(k)
         assert batch.vectors is not None
         return [[[Hit(1.0 / rank, int(query[0]), rank) for rank in range(1, k + 1)] for query in batch.vectors]]

@@ -2,7 +2,7 @@
 
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +97,13 @@ def test_servers_rank_like_one_flat_index(tied: tuple[Location, np.ndarray], cou
 class MortalServer(ShardServer):
     """Dies of a query whose first number is 9, the first time it is asked, and answers it when it is back."""
 
-    def rank(self, batch: QueryBatch, k: int) -> list[list[list[Hit]]]:
+    def rank(self, batch: QueryBatch, depths: Sequence[int]) -> list[list[list[Hit]]]:
         folder = Path(self._folder.path)
         assert batch.vectors is not None
         if batch.vectors[0, 0] == 9 and not (mark := folder / f"died-{min(self._index.shards)}").exists():
             mark.touch()
             os.kill(os.getpid(), signal.SIGKILL)
-        return super().rank(batch, k)
+        return super().rank(batch, depths)
 
     def __init__(self, index: ServedIndex, numbers: list[int]) -> None:
         super().__init__(index, numbers)

@@ -30,3 +30,11 @@ def test_stop_words_are_left_out_before_words_are_stemmed() -> None:
 def test_wrong_settings_are_refused(settings: dict[str, object]) -> None:
     with pytest.raises(ValidationError, match=r"unknown language 'klingon'; expected one of|less than|greater than"):
         WordForm.model_validate(settings)
+
+
+def test_words_of_which_a_stemmer_leaves_nothing_are_left_out() -> None:
+    assert WordSplitter(WordForm(stemmer="porter")).split("Anna's s") == ["anna"]
+
+
+def test_stop_words_are_compared_without_case() -> None:
+    assert WordSplitter(WordForm(stop_words="german")).split("Er sagt, daß es regnet") == ["sagt", "regnet"]
