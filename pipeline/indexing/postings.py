@@ -125,4 +125,4 @@ def compute_saturation(
         form: parameters of BM25.
     """
     norm = np.float32(form.k1 * (1 - form.b)) + np.float32(form.k1 * form.b) * length
-    return occurrences / (occurrences + norm)
+    return np.divide(occurrences, occurrences + norm, dtype=np.float32)
