@@ -10,7 +10,7 @@ build that was killed leaves no index, and the same command continues with the m
 
 import logging
 import time
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -90,32 +90,38 @@ def build_index(
 ) -> None:
     """Build a FAISS index of passages.
 
-    Run the same command again to continue an interrupted build.
-    Exit status: 0 built, 1 failed, 2 bad usage.
+    Run the same command again to continue an interrupted build. Exit status: 0 built, 1 failed, 2 bad usage.
     """
+    asked = query_prefix, passage_prefix, normalise, dtype
     if old_check is not None:
-        hint_at_new_form("build_index --check INDEX", "check_index --index INDEX")
-        check_index(old_check, queries, sample, k, recall, as_json, config, settings)
-        return
-    if old_plan:
-        hint_at_new_form("build_index --plan", "plan_index")
-        asked = passages, encoder, query_prefix, passage_prefix, normalise, dtype, embeddings, column, max_words
-        plan_index(*asked, factory, shards, batch_size, config, settings)
-        return
-    start_logging(progress=[__name__, "pipeline.indexing"], timestamps=True)
-    with checking():
-        source, folder = require(passages, "--passages"), require(output, "--output")
-        storage = load_index_storage(config, settings)
-        style = build_encoder_style(query_prefix, passage_prefix, normalise, dtype)
-        form = PassageForm(parse_columns(column or [], "text=contents"), embeddings, max_words, tuple(metadata or ()))
-        words = build_word_form(lexical, stemmer, stop_words)
-        request = BuildRequest(
-            source, folder, encoder, style, form, factory, words, shards, batch_size, actors, overwrite, storage
-        )
-    _build(request)
+        _check(old_check, queries, sample, k, recall, as_json, config, settings)
+    elif old_plan:
+        _plan(passages, encoder, *asked, embeddings, column, max_words, factory, shards, batch_size, config, settings)
+    else:
+        with checking():
+            source, folder = require(passages, "--passages"), require(output, "--output")
+            storage = load_index_storage(config, settings)
+            style, words = build_encoder_style(*asked), build_word_form(lexical, stemmer, stop_words)
+            columns = parse_columns(column or [], "text=contents")
+            form = PassageForm(columns, embeddings, max_words, tuple(metadata or ()))
+            request = BuildRequest(
+                source, folder, encoder, style, form, factory, words, shards, batch_size, actors, overwrite, storage
+            )
+        _build(request)
+
+
+def _check(*arguments: Any) -> None:
+    hint_at_new_form("build_index --check INDEX", "check_index --index INDEX")
+    check_index(*arguments)
+
+
+def _plan(*arguments: Any) -> None:
+    hint_at_new_form("build_index --plan", "plan_index")
+    plan_index(*arguments)
 
 
 def _build(request: BuildRequest) -> None:
+    start_logging(progress=[__name__, "pipeline.indexing"], timestamps=True)
     begun = time.monotonic()
     with checking():
         plan = check_build(request)
