@@ -299,6 +299,7 @@ def test_changed_configuration_keys_are_named(finished, queries, small_index):
     assert "differs in decoding.passages, decoding.threshold;" in result.stderr
 
 
+@pytest.mark.slow
 def test_damaged_shard_ends_the_run_before_any_output(queries, small_index, tmp_path):
     for file in small_index.iterdir():
         content = bytearray(file.read_bytes())

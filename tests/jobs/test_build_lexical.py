@@ -1,5 +1,6 @@
 """Indexes with a lexical part: the same passages from any number of shards and servers."""
 
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -41,6 +42,12 @@ def build(source: Path, folder: Path, shards: int) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def many(source: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An index of three shards."""
+    return build(source, tmp_path_factory.mktemp("many") / "index", 3)
+
+
 def ask(index: SearchableIndex, fusion: str) -> list[list[RetrievedPassage]]:
     words = [["iron"], ["gold", "17"], ["sea", "wind"], ["nothing"]]
     vectors = np.random.default_rng(7).normal(size=(4, 384)).astype(np.float32)
@@ -48,8 +55,8 @@ def ask(index: SearchableIndex, fusion: str) -> list[list[RetrievedPassage]]:
     return retrieve_fused(index, QueryBatch(vectors, words).select(retrieval), [8] * 4, retrieval)
 
 
-def test_shards_and_servers_find_what_one_index_finds(source: Path, tmp_path: Path) -> None:
-    one, many = (build(source, tmp_path / str(shards), shards) for shards in (1, 3))
+def test_shards_and_servers_find_what_one_index_finds(source: Path, many: Path, tmp_path: Path) -> None:
+    one = build(source, tmp_path / "one", 1)
     manifest = read_manifest(place(many))
     assert manifest.lexical == WordForm(stemmer="english")
     files = {entry.lexical.file for entry in manifest.shards if entry.lexical}
@@ -71,8 +78,9 @@ def test_shards_and_servers_find_what_one_index_finds(source: Path, tmp_path: Pa
     assert lexical[3] == []
 
 
-def test_dense_search_neither_needs_nor_opens_the_lexical_part(source: Path, tmp_path: Path) -> None:
-    folder = build(source, tmp_path / "index", 2)
+def test_dense_search_neither_needs_nor_opens_the_lexical_part(many: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "index"
+    shutil.copytree(many, folder)
     (folder / "shard-00001.lexical.arrow").write_bytes(b"damaged")
     dense = PassageIndex.open(place(folder), RetrievalConfig(device="cpu"))
     assert dense.shards[1].lexical is None
@@ -81,9 +89,10 @@ def test_dense_search_neither_needs_nor_opens_the_lexical_part(source: Path, tmp
 
 
 async def test_search_by_words_alone_loads_no_encoder(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    folder = build(source, tmp_path / "index", 2)
+    folder = tmp_path / "index"
+    shutil.copytree(many, folder)
     monkeypatch.delattr("pipeline.retrieval.retriever.Encoder.load")
     for file in folder.glob("*.faiss"):
         file.write_bytes(bytes(file.stat().st_size))
@@ -93,10 +102,11 @@ async def test_search_by_words_alone_loads_no_encoder(
     retriever.close()
 
 
+@pytest.mark.slow
 def test_interrupted_build_scores_only_the_missing_shards(
-    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path, many: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    whole = read_manifest(place(build(source, tmp_path / "whole", 3)))
+    whole = read_manifest(place(many))
 
     def killed(*_: object) -> None:
         raise OSError("the machine is gone")

@@ -47,6 +47,7 @@ def read_vectors(folder: Path) -> np.ndarray:
     return np.concatenate([part.reconstruct_n(0, part.ntotal) for part in parts])
 
 
+@pytest.mark.slow
 def test_truncated_passages_are_counted_with_one_warning(
     documents: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -85,6 +86,7 @@ async def test_split_passages_are_found_by_their_ends(
     retriever.close()
 
 
+@pytest.mark.slow
 def test_index_of_split_passages_is_trained_on_their_parts(documents: Path, tmp_path: Path) -> None:
     options = ("--factory", "IVF8,Flat", "--max-words", "30")
     result = run(documents, tmp_path / "out", *COLUMNS, *options)

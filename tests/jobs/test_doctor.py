@@ -25,6 +25,7 @@ APP = typer.Typer()
 APP.command()(doctor)
 
 
+@pytest.mark.slow
 def test_doctor_passes_on_this_machine(s3: S3Server) -> None:
     uri = f"s3://{s3.bucket}"
     done = subprocess.run(

@@ -87,6 +87,7 @@ def test_usage_is_summed_and_its_seconds_are_distributed(tmp_path):
         "cached_tokens": 100,
         "generated_tokens": 40,
         "retrievals": 3,
+        "empty_searches": 0,
         "engine_requests": 24,
         "truncated_tokens": 7,
     }
