@@ -115,7 +115,9 @@ class RunPlan:
     def describe(self) -> list[str]:
         """Describe the plan in lines of text."""
         config, rows = self.config, sum(unit.rows for unit in self.todo)
-        passages = f": {self.index['passages']} passages, {config.retrieval.fusion} search" if self.index else ""
+        filtered = f", filter {config.retrieval.filter}" if config.retrieval.filter else ""
+        search = f"{config.retrieval.fusion} search{filtered}"
+        passages = f": {self.index['passages']} passages, {search}" if self.index else ""
         lines = [f"queries  {config.queries}: {self.queries.rows} rows in {self.queries.files} files"]
         if self.queries.partitions:
             lines.append(f"columns  {', '.join(self.queries.partitions)}: read from the folders' names")
