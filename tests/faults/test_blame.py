@@ -51,6 +51,7 @@ def test_engine_that_hangs_is_replaced_and_no_row_is_blamed(job: Job, tmp_path: 
     assert "no step for 1 s with" in said
 
 
+@pytest.mark.slow
 def test_rows_that_time_out_because_the_engine_hangs_are_not_blamed(job: Job, tmp_path: Path) -> None:
     write_queries(tmp_path / "queries", 31, {4: "STALLS", 30: "STALLS"})  # in a full unit, and alone in the last one
     (job.model / "stalls").write_text("3")

@@ -71,6 +71,7 @@ def test_poison_rows_become_error_rows_and_all_others_are_answered(job: Job, tmp
     }
 
 
+@pytest.mark.slow
 def test_process_killed_during_actor_start_is_restarted(job: Job, tmp_path: Path) -> None:
     write_queries(tmp_path / "queries", 30)
     job.model = model_folder(tmp_path)
@@ -122,6 +123,7 @@ def test_transient_store_faults_are_retried(job: Job, s3, tmp_path: Path) -> Non
     assert problems == []
 
 
+@pytest.mark.slow
 def test_store_outage_ends_the_run_and_the_same_command_resumes(job: Job, s3, tmp_path: Path) -> None:
     write_queries(tmp_path / "queries", 200)
     job.output, job.filesystem = f"s3://{s3.bucket}/gone/out", s3.filesystem()

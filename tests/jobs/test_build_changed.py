@@ -33,7 +33,13 @@ def delete(file: Path) -> None:
 
 @pytest.mark.parametrize(
     ("change", "options"),
-    [(touch, VECTORS), (rewrite, VECTORS), (grow, VECTORS), (delete, VECTORS), (rewrite, [])],
+    [
+        (touch, VECTORS),
+        pytest.param(rewrite, VECTORS, marks=pytest.mark.slow),
+        pytest.param(grow, VECTORS, marks=pytest.mark.slow),
+        (delete, VECTORS),
+        pytest.param(rewrite, [], marks=pytest.mark.slow),
+    ],
 )
 def test_passages_that_change_during_the_build_leave_no_index(
     with_vectors: tuple[Path, np.ndarray],
