@@ -12,7 +12,7 @@ import pyarrow as pa
 
 # Conditions, all of which must hold.
 Conditions = tuple[str, ...]
-# Seconds that the evaluation of a condition on a shard may take. Ten million passages take a second or less.
+# Seconds that the evaluation of a condition on a shard may take. A simple one takes some 30 ms for a million passages.
 LONGEST_S = 60.0
 
 
