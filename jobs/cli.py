@@ -18,6 +18,7 @@ JOBS = {
     "doctor": "Check whether this machine or cluster can run the job, and suggest fixes.",
     "import_queries": "Convert datasets and files to a query set.",
     "build_index": "Build a FAISS index of passages.",
+    "update_index": "Add passages to an index and remove others, without building it anew.",
     "plan_index": "Estimate what an index of your passages takes: bytes, GPUs, machines, hours.",
     "check_index": "Check that an index is intact, and find the search parameters for a target recall.",
     "annotate": "Annotate queries with answers, evidence and critique.",

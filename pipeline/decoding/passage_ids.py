@@ -1,6 +1,8 @@
 """Ids of the parts that a long passage is split into."""
 
 _MARK = "#"
+# Matches the end of a part's id that its passage's id lacks.
+PART_NUMBER = rf"{_MARK}[0-9]+$"
 
 
 def name_parts(passage_id: str, parts: int) -> list[str]:

@@ -33,7 +33,7 @@ from pipeline.retrieval.index_cache import SCRATCH_PREFIX
 from pipeline.retrieval.manifest import MANIFEST, EncoderEntry, ShardEntry
 from pipeline.retrieval.passage_columns import MetadataType
 from pipeline.retrieval.shard_files import (
-    SHARD_FILE,
+    INDEX_FILE,
     count_centroids,
     create_empty_index,
     name_lexical_file,
@@ -73,6 +73,7 @@ class BuildRequest:
         actors: number of actors, each with an encoder; None is one per GPU, or one per machine without GPUs.
         overwrite: whether to replace an existing index.
         storage: access to object storage.
+        revision: commit of the encoder on the hub; the newest by default.
     """
 
     passages: str
@@ -87,6 +88,7 @@ class BuildRequest:
     actors: int | None = None
     overwrite: bool = False
     storage: StorageConfig = field(default_factory=StorageConfig)
+    revision: str | None = None
 
 
 @dataclass(frozen=True)
@@ -328,7 +330,7 @@ class BuildFolder:
             self._unfinished.filesystem.delete_dir(self._unfinished.path)
 
     def clear(self) -> None:
-        """Delete the index, its manifest first, and the state of an unfinished build; other subfolders stay."""
+        """Delete the index, its manifest first, its updates and an unfinished build; other subfolders stay."""
         if (self.output / MANIFEST).exists():
             (self.output / MANIFEST).delete()
         elif self._read_identity() is None:
@@ -336,7 +338,7 @@ class BuildFolder:
         self.forget()
         base = f"{self.output.path.rstrip('/')}/"
         for file in self.output.list_files():
-            if SHARD_FILE.fullmatch(file.path.removeprefix(base)):
+            if INDEX_FILE.fullmatch(file.path.removeprefix(base)):
                 file.delete()
 
 
@@ -370,8 +372,12 @@ def read_ahead(items: Iterator[Item]) -> Iterator[Item]:
             yield item
 
 
-def check_build(request: BuildRequest) -> BuildPlan:
+def check_build(request: BuildRequest, trained: bool = False) -> BuildPlan:
     """Check the inputs of a build, cheapest first.
+
+    Args:
+        request: the arguments of the build.
+        trained: whether the shards begin with an index that is trained already.
 
     Raises:
         ValueError: an input is invalid; one line that explains the fix.
@@ -384,11 +390,11 @@ def check_build(request: BuildRequest) -> BuildPlan:
     files = find_passages(locate(request.passages, request.storage), request.form)
     shards = plan_shards(files, request.shards)
     # On the CPU, since the GPUs belong to the builders; the driver only needs the encoder's identity and dimension.
-    encoder = Encoder.load(resolve_encoder_name(request.encoder), "cpu", style=request.style)
-    entry = EncoderEntry.of(encoder)
-    metadata = find_metadata_types(files, request.form)
+    encoder = Encoder.load(resolve_encoder_name(request.encoder), "cpu", request.revision, request.style)
+    entry, metadata = EncoderEntry.of(encoder), find_metadata_types(files, request.form)
     plan = BuildPlan(request, files, shards, output, entry, encoder.dimension, encoder.max_tokens, metadata)
-    plan.check_factory(create_empty_index(request.factory, encoder.dimension))
+    if not trained:
+        plan.check_factory(create_empty_index(request.factory, encoder.dimension))
     if not folder.has_unfinished(plan.compute_identity()):  # an unfinished build has already checked them
         check_passages(files, request.form)
     return plan

@@ -9,7 +9,7 @@ import resource
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import faiss
 import numpy as np
@@ -19,7 +19,8 @@ import pyarrow as pa
 from pipeline.cluster import connect
 from pipeline.config.sections import ExecutionConfig
 from pipeline.indexing.actor_pool import map_over_actors
-from pipeline.indexing.build import BuildFolder, BuildPlan, read_ahead
+from pipeline.indexing.base_index import BaseIndex
+from pipeline.indexing.build import BuildFolder, BuildPlan, Vectorize, read_ahead
 from pipeline.indexing.lexical_build import build_lexical
 from pipeline.indexing.parts import describe_truncation, estimate_words
 from pipeline.indexing.passages import PassageBatch, ShardPlan, read_passages, spread_samples
@@ -101,17 +102,24 @@ class ShardBuilder:
         tally: Ray handle of a :class:`BuildProgress`.
 
     Attributes:
+        encodes: whether the actors encode passages, on GPUs if there are any.
         truncated: passages of the current shard, so far, of which the encoder read only the beginning.
     """
+
+    encodes: ClassVar[bool] = True
 
     def __init__(self, packed: Packed[BuildPlan], template: Any, tally: Any) -> None:
         import ray
 
         self.plan, self.tally = packed.unpack(), tally
         self.template: npt.NDArray[np.uint8] = ray.get(template)
-        self.vectorize = self.plan.load_vectorizer()
+        self.vectorize = self.load_vectorizer()
         self.folder = BuildFolder(self.plan.output)
         self.truncated = 0
+
+    def load_vectorizer(self) -> Vectorize | None:
+        """Load what turns passages into vectors; None if the vectors exist."""
+        return self.plan.load_vectorizer()
 
     def __call__(self, batch: pa.Table) -> pa.Table:
         """Build the shards with the given numbers and return a row with the report of each."""
@@ -120,18 +128,20 @@ class ShardBuilder:
         return pa.Table.from_pylist(rows)
 
     def build(self, shard: ShardPlan) -> ShardReport:
-        """Encode the passages of a shard, write its files, and record it as built."""
+        """Fill the index of a shard, write its files, and record it as built."""
         begun, self.truncated = time.monotonic(), 0
         # FAISS writes into the index it deserializes, and Ray's arrays are read-only.
         index = faiss.deserialize_index(self.template.copy())
-        batches, schema = self._vectorize_batches(shard), extend_schema(self.plan.metadata)
+        batches, schema = self.read_batches(shard, index), extend_schema(self.plan.metadata)
         entry = build_shard(self.plan.output, shard.number, index, batches, schema)
         entry = entry.model_copy(update={"truncated_passages": self.truncated})
         self.folder.keep(shard.number, entry)
         peak = 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         return ShardReport(shard.number, entry, time.monotonic() - begun, peak)
 
-    def _vectorize_batches(self, shard: ShardPlan) -> Iterator[tuple[pa.RecordBatch, Vectors]]:
+    def read_batches(self, shard: ShardPlan, index: Any) -> Iterator[tuple[pa.RecordBatch, Vectors]]:  # noqa: ARG002
+        """Yield the passages of a shard, and those of their vectors that its index does not have yet."""
+        assert self.vectorize is not None, "the vectors are computed or read"
         for batch in read_ahead(read_passages(shard.ranges, self.plan.request.form)):
             vectorized = self.vectorize(batch)
             self.truncated += vectorized.truncated
@@ -162,13 +172,16 @@ def prepare_index(plan: BuildPlan, folder: BuildFolder) -> Any:
     return index
 
 
-def build_shards(plan: BuildPlan, index: Any, missing: list[ShardPlan]) -> list[ShardReport]:
+def build_shards(
+    plan: BuildPlan, index: Any, missing: list[ShardPlan], builder: type[ShardBuilder]
+) -> list[ShardReport]:
     """Build the missing shards and return a report on each.
 
     Args:
         plan: plan of the build.
         index: the empty index that every shard starts from.
         missing: shards to build.
+        builder: class of the actors.
 
     Raises:
         ray.exceptions.RayError: a shard failed.
@@ -178,7 +191,8 @@ def build_shards(plan: BuildPlan, index: Any, missing: list[ShardPlan]) -> list[
     template = ray.put(faiss.serialize_index(index))
     numbers = [shard.number for shard in missing]
     reports = []
-    with map_over_actors(plan, ShardBuilder, template, numbers, sum(shard.rows for shard in missing)) as built:
+    passages = sum(shard.rows for shard in missing)
+    with map_over_actors(plan, builder, template, numbers, passages, builder.encodes) as built:
         for row in built.iter_rows():
             entry = ShardEntry.model_validate_json(row["entry"])
             report = ShardReport(row["number"], entry, row["seconds"], row["peak_bytes"])
@@ -188,26 +202,32 @@ def build_shards(plan: BuildPlan, index: Any, missing: list[ShardPlan]) -> list[
     return reports
 
 
-def run_build(plan: BuildPlan) -> Built:
+def run_build(plan: BuildPlan, base: BaseIndex | None = None, builder: type[ShardBuilder] = ShardBuilder) -> Built:
     """Build the missing shards of a checked plan, then write the manifest.
+
+    Args:
+        plan: plan of the build.
+        base: the index that the shards are added to; None if they are the first.
+        builder: class of the actors that build the shards.
 
     Raises:
         ValueError: the output holds an index or an unfinished build of another identity and may not be overwritten,
             or there are too few passages for the factory string.
         NodeAccessError: a machine cannot read the passages or write to the output.
         OutputInUseError: another build is using the folder.
+        LeaseLostError: another build has taken over.
         ray.exceptions.RayError: a shard failed.
         RuntimeError: files of shards are not in the output.
         StorageError: the output cannot be written.
     """
-    with Lease(plan.output):
+    with Lease(plan.output) as lease:
         BuildFolder(plan.output).check(plan.request.overwrite)  # another build may have finished meanwhile
         connect(ExecutionConfig())
         with check_nodes(plan.list_sources(), plan.output.uri, plan.request.storage) as access:
-            return _execute(replace(plan, access=access))
+            return _execute(replace(plan, access=access), lease, base, builder)
 
 
-def _execute(plan: BuildPlan) -> Built:
+def _execute(plan: BuildPlan, lease: Lease, base: BaseIndex | None, builder: type[ShardBuilder]) -> Built:
     folder = BuildFolder(plan.output)
     identity = plan.compute_identity()
     folder.begin(identity, plan.request.overwrite)
@@ -215,10 +235,12 @@ def _execute(plan: BuildPlan) -> Built:
     if entries:
         log.info("resuming an interrupted build: %d of %d shards are done", len(entries), len(plan.shards))
     missing = [shard for shard in plan.shards if shard.number not in entries]
-    reports = build_shards(plan, prepare_index(plan, folder), missing) if missing else []
+    reports = []
+    if missing:
+        reports = build_shards(plan, base.template if base else prepare_index(plan, folder), missing, builder)
     entries |= {report.number: report.entry for report in reports}
     if plan.request.lexical:
-        entries = build_lexical(plan, plan.request.lexical, entries)
+        entries = build_lexical(plan, plan.request.lexical, entries, base.statistics if base else None)
     plan.check_unchanged(identity)
     folder.check_shards(entries.values())
     manifest = IndexManifest(
@@ -233,6 +255,7 @@ def _execute(plan: BuildPlan) -> Built:
         passages=sum(entry.rows for entry in entries.values()),
         shards=tuple(entries[shard.number] for shard in plan.shards),
     )
+    lease.renew()
     write_manifest(plan.output, manifest)
     folder.forget()
     if (line := describe_truncation(manifest)) and plan.max_tokens:

@@ -118,8 +118,16 @@ class LexicalBuilder(_ShardReader):
         return entry
 
 
-def build_lexical(plan: BuildPlan, form: WordForm, entries: dict[int, ShardEntry]) -> dict[int, ShardEntry]:
+def build_lexical(
+    plan: BuildPlan, form: WordForm, entries: dict[int, ShardEntry], base: WordStatistics | None = None
+) -> dict[int, ShardEntry]:
     """Add lexical parts to the shards that have none, and return the entries of all shards by number.
+
+    Args:
+        plan: plan of the build.
+        form: form of the words.
+        entries: entries of the shards, by number.
+        base: words of the index that the shards are added to, which their scores are computed with.
 
     Raises:
         ray.exceptions.RayError: a shard failed.
@@ -133,6 +141,8 @@ def build_lexical(plan: BuildPlan, form: WordForm, entries: dict[int, ShardEntry
     passages = sum(entry.rows for entry in entries.values())
     with map_over_actors(plan, WordCounter, LexicalTask(form, entries), sorted(entries), passages, False) as counted:
         corpus = _add_up(list(counted.iter_batches(batch_size=None, batch_format="pyarrow")))
+    if base is not None:
+        corpus = base.extend(corpus)
     log.info("scoring %s different words", f"{corpus.frequencies.num_rows:,}")
     task = LexicalTask(form, entries, ray.put(corpus))
     rows = sum(entries[number].rows for number in missing)

@@ -77,6 +77,13 @@ class WordStatistics:
         """Mean number of words of a passage; 1 if there are none."""
         return self.words / self.passages if self.words else 1.0
 
+    def extend(self, other: "WordStatistics") -> "WordStatistics":
+        """Return these statistics with the words that only another corpus has, in at most as many passages as here."""
+        new = other.frequencies.filter(pc.invert(pc.is_in(other.frequencies["word"], self.frequencies["word"])))
+        counts = pc.min_element_wise(new["passages"], pa.scalar(self.passages, pa.int64()))
+        added = pa.table({"word": new["word"], "passages": counts})
+        return WordStatistics(self.passages, self.words, pa.concat_tables([self.frequencies, added]))
+
     def count_passages(self, words: pa.Array) -> npt.NDArray[np.int64]:
         """Return the number of passages that have each of the words, all of which are known: int64 [words]."""
         places = pc.index_in(words, value_set=self.frequencies["word"])

@@ -42,21 +42,21 @@ class Speed:
 
 
 def sample_vectors(index: PassageIndex, size: int) -> tuple[Vectors, list[Hit]]:
-    """Reconstruct evenly spaced vectors of an index.
+    """Reconstruct evenly spaced vectors of an index, without removed ones.
 
     Returns:
         Vectors, float32 [size or fewer, dimension], and the shard and row of each, as hits with score 0.
     """
-    ends = np.cumsum([len(index.shards[number].passages) for number in sorted(index.shards)])
+    kept = [(number, index.shards[number].list_rows()) for number in sorted(index.shards)]
+    ends = np.cumsum([len(rows) for _, rows in kept])
     chosen = np.unique(np.linspace(0, ends[-1] - 1, min(size, int(ends[-1]))).astype(np.int64))
     vectors, places = [], []
-    for row in chosen.tolist():
-        position = int(np.searchsorted(ends, row, side="right"))
-        number = sorted(index.shards)[position]
-        shard = index.shards[number]
-        local = row - (int(ends[position]) - len(shard.passages))
-        vectors.append(shard.index.reconstruct_n(local, 1))
-        places.append(Hit(0.0, number, local))
+    for place in chosen.tolist():
+        position = int(np.searchsorted(ends, place, side="right"))
+        number, rows = kept[position]
+        row = int(rows[place - (int(ends[position]) - len(rows))])
+        vectors.append(index.shards[number].index.reconstruct_n(row, 1))
+        places.append(Hit(0.0, number, row))
     return np.concatenate(vectors), places
 
 
@@ -110,9 +110,12 @@ def search_exhaustively(index: PassageIndex, queries: Vectors, k: int) -> list[l
                 raise ValueError(
                     f"the index's vectors cannot be reconstructed: {extract_faiss_message(error)}"
                 ) from None
-            scores, rows = faiss.knn(queries, block, min(k, size), metric=faiss.METRIC_INNER_PRODUCT)
+            kept = shard.list_rows(first, first + size)
+            scores, places = faiss.knn(
+                queries, block[kept - first], min(k, len(kept)), metric=faiss.METRIC_INNER_PRODUCT
+            )
             for n in range(len(queries)):
-                hits = [Hit(float(s), number, first + int(r)) for s, r in zip(scores[n], rows[n], strict=True)]
+                hits = [Hit(float(s), number, int(kept[p])) for s, p in zip(scores[n], places[n], strict=True)]
                 found[n] = sorted([*found[n], *hits], key=lambda hit: hit.order)[:k]
     return found
 

@@ -11,6 +11,7 @@ from pipeline.config.loading import parse_search
 from pipeline.config.sections import RetrievalConfig
 from pipeline.gpus import decide_gpu_use, get_assigned_gpus
 from pipeline.retrieval.manifest import IndexManifest
+from pipeline.retrieval.selected_search import needs_selection
 from pipeline.retrieval.shard_files import create_empty_index, extract_faiss_message
 
 log = logging.getLogger(__name__)
@@ -185,8 +186,8 @@ class Device:
         if not decide_gpu_use(retrieval.device):
             return cls(None)
         required = retrieval.device == "gpu"
-        if retrieval.filter is not None:
-            return cls(None)  # FAISS cannot filter on GPUs; a required one is refused before the run
+        if needs_selection(manifest, retrieval):
+            return cls(None)  # FAISS cannot leave out passages on GPUs; a required one is refused before the run
         if not has_gpu():
             if required:
                 raise ValueError("retrieval.device gpu: FAISS finds no GPU; install the gpu extra, or set auto or cpu")

@@ -32,6 +32,13 @@ class RowSelection:
         self.count = int(kept.sum())
         self._bits = np.packbits(kept, bitorder="little")
 
+    @classmethod
+    def without(cls, rows: int, removed: npt.NDArray[np.int64]) -> "RowSelection":
+        """Return the selection of all rows but some, int64 [removed]."""
+        kept = np.ones(rows, bool)
+        kept[removed] = False
+        return cls(kept)
+
     def intersect(self, other: "RowSelection | None") -> "RowSelection":
         """Return the selection of the rows that another one keeps, too; all if there is none."""
         return self if other is None else RowSelection(self.mask & other.mask)

@@ -71,14 +71,18 @@ class QueryBatch:
         for first in range(0, len(self), size):
             yield self.take(range(first, min(first + size, len(self))))
 
-    def group(self, depths: Sequence[int]) -> dict[tuple[Conditions, int], list[int]]:
+    def group(self, depths: Sequence[int], selective: bool) -> dict[tuple[Conditions, int], list[int]]:
         """Return the places of the queries by their conditions and the depth of their search.
 
-        Queries without conditions are searched at once, to the greatest depth: this adds hits and changes none.
+        Searches of all passages can share the greatest depth: this adds hits and changes none.
+
+        Args:
+            depths: number of hits of each query.
+            selective: whether searches without conditions leave out passages, too.
         """
         groups: dict[tuple[Conditions, int], list[int]] = {}
         for place, conditions in enumerate(self.conditions or [()] * len(self)):
-            depth = depths[place] if conditions else max(depths)
+            depth = depths[place] if conditions or selective else max(depths)
             groups.setdefault((conditions, depth), []).append(place)
         return groups
 

@@ -8,6 +8,7 @@ from typing import Any
 import faiss
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 
 from pipeline.config.sections import RetrievalConfig
 from pipeline.decoding.types import Passage
@@ -21,7 +22,7 @@ from pipeline.retrieval.index_cache import DamagedIndexError, obtain_file, reser
 from pipeline.retrieval.lexical import LexicalShard, Postings
 from pipeline.retrieval.manifest import IndexManifest, ShardEntry, read_manifest
 from pipeline.retrieval.selected_search import search_selected
-from pipeline.retrieval.shard_files import PassageFile, read_faiss
+from pipeline.retrieval.shard_files import PassageFile, read_faiss, read_removed_rows
 from pipeline.storage.location import Location
 
 log = logging.getLogger(__name__)
@@ -39,12 +40,20 @@ class Shard:
         index: FAISS index, on the CPU until :meth:`place` moves it; None if vectors are not searched.
         passages: passages of the shard by row.
         lexical: scores of words; None if they are not searched.
+        kept: the passages that have not been removed; None if none has.
     """
 
-    def __init__(self, index: Any, passages: PassageFile, lexical: LexicalShard | None = None) -> None:
+    def __init__(
+        self,
+        index: Any,
+        passages: PassageFile,
+        lexical: LexicalShard | None = None,
+        kept: RowSelection | None = None,
+    ) -> None:
         self.index = index
         self.passages = passages
         self.lexical = lexical
+        self.kept = kept
         self._space = faiss.ParameterSpace()
         self._selections: dict[str, RowSelection] = {}
 
@@ -62,16 +71,24 @@ class Shard:
         }
         passages = PassageFile(files[entry.passages_file], manifest.metadata)
         index = read_faiss(files[entry.file]) if retrieval.searches_vectors else None
-        lexical = None
+        lexical = kept = None
         if entry.lexical and retrieval.searches_words:
             lexical = LexicalShard(Postings.open(files[entry.lexical.file], entry.rows))
+        if entry.removed:
+            file = str(files[entry.removed.file])
+            kept = RowSelection.without(entry.rows, read_removed_rows(pa.memory_map(file), file))
         dimension, vectors = (index.d, index.ntotal) if index else (manifest.dimension, entry.rows)
         if (dimension, vectors, len(passages)) != (manifest.dimension, entry.rows, entry.rows):
             raise DamagedIndexError(
                 f"{(folder / entry.file).uri}: {vectors} vectors of {dimension} dimensions and {len(passages)} "
                 f"passages, but index.json records {entry.rows} and {manifest.dimension}; rebuild the index"
             )
-        return cls(index, passages, lexical)
+        return cls(index, passages, lexical, kept)
+
+    def list_rows(self, first: int = 0, end: int | None = None) -> npt.NDArray[np.int64]:
+        """Return the rows of the passages that have not been removed, of a range or of all: int64 [rows], ascending."""
+        rows = np.arange(first, len(self.passages) if end is None else end)
+        return rows if self.kept is None else rows[self.kept.mask[rows]]
 
     def place(self, device: Device) -> None:
         """Place the vectors on a device.
@@ -90,12 +107,12 @@ class Shard:
         set_search(self.index, self._space, search)
 
     def select(self, conditions: Conditions) -> RowSelection | None:
-        """Select the passages that all conditions hold for; None if these are all passages.
+        """Select the passages that are kept and that all conditions hold for; None if these are all passages.
 
         Raises:
             FilterError: one is no condition on these passages.
         """
-        selection = None
+        selection = self.kept
         for condition in conditions:
             selection = self._select(condition).intersect(selection)
         return selection if selection and selection.count < selection.rows else None
@@ -259,7 +276,8 @@ class PassageIndex:
             FilterError: a query has a condition that is none on these passages.
         """
         hits: dict[int, list[list[Hit]]] = {}
-        for (conditions, depth), places in batch.group(depths).items():
+        selective = any(shard.kept is not None for shard in self.shards.values())
+        for (conditions, depth), places in batch.group(depths, selective).items():
             found = self._rank(batch.take(places), depth, conditions)
             hits |= {
                 place: [ranking[: depths[place]] for ranking in rankings]

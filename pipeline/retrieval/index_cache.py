@@ -5,7 +5,7 @@ import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from pipeline.config.paths import expand_home
 from pipeline.config.sections import RetrievalConfig
@@ -50,7 +50,7 @@ def obtain_file(source: Location, size: int, sha256: str, retrieval: RetrievalCo
         return Path(source.path)
     cache = expand_home(retrieval.cache)
     cache.mkdir(parents=True, exist_ok=True)
-    copy = cache / f"{sha256}-{Path(source.path).name}"
+    copy = cache / _name_copy((source.path, size, sha256))
     # The lock ensures that concurrent readers on one machine fetch a file only once.
     with _locking(copy.with_name(f"{copy.name}.lock")):
         fetched = not copy.exists()
@@ -114,7 +114,7 @@ def _make_room(cache: Path, limit: int, wanted: list[CachedFile], others: list[C
 
 def _name_copy(file: CachedFile) -> str:
     name, _, sha256 = file
-    return f"{sha256}-{name}"
+    return f"{sha256}-{PurePosixPath(name).name}"
 
 
 def _is_copy(file: Path) -> bool:

@@ -1,8 +1,9 @@
 """Reads and writes the manifest of an index, and checks whether a run can use the index."""
 
 import hashlib
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from operator import not_
 from typing import Annotated, Literal
 
@@ -23,10 +24,14 @@ SHOWN = ("literal_error", "string_pattern_mismatch")
 
 # The names that a build gives to files, so that an untrusted index cannot refer to files outside its folder or the
 # cache.
-FaissFile = Annotated[str, Field(pattern=r"^shard-[0-9]{5,9}\.faiss$")]
-LexicalFile = Annotated[str, Field(pattern=r"^shard-[0-9]{5,9}\.lexical\.arrow$")]
-PassagesFile = Annotated[str, Field(pattern=r"^shard-[0-9]{5,9}\.passages\.arrow$")]
+_SHARD = r"^(update-[0-9]{5}/)?shard-[0-9]{5,9}"
+FaissFile = Annotated[str, Field(pattern=_SHARD + r"\.faiss$")]
+LexicalFile = Annotated[str, Field(pattern=_SHARD + r"\.lexical\.arrow$")]
+PassagesFile = Annotated[str, Field(pattern=_SHARD + r"\.passages\.arrow$")]
+RemovedFile = Annotated[str, Field(pattern=_SHARD + r"\.removed\.arrow$")]
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+# The name of the manifest of an earlier version.
+VERSION_FILE = re.compile(r"index-[0-9a-f]{16}\.json")
 
 
 def _is_none(value: object) -> bool:
@@ -49,6 +54,22 @@ class LexicalEntry(Frozen):
     words: int = Field(ge=0)
 
 
+class RemovedEntry(Frozen):
+    """The manifest's entry of the removed passages of a shard.
+
+    Attributes:
+        file: name in the index folder of the file with their rows.
+        bytes: its size.
+        sha256: its digest, in hex.
+        rows: number of removed passages.
+    """
+
+    file: RemovedFile
+    bytes: Positive
+    sha256: Digest
+    rows: Positive
+
+
 class ShardEntry(Frozen):
     """The manifest's entry of a shard.
 
@@ -56,10 +77,11 @@ class ShardEntry(Frozen):
         file, bytes, sha256: name, size in bytes and digest in hex of the FAISS index.
         passages_file, passages_bytes, passages_sha256: name, size in bytes and digest in hex of the passages, an Arrow
             IPC file.
-        rows: number of vectors, and of passages.
+        rows: number of vectors, and of passages, with the removed ones.
         truncated_passages: number of passages of which the encoder read only the beginning; 0 if the vectors were
             given, None if an earlier version built the shard.
         lexical: scores of words; None if the index has none.
+        removed: passages that are no longer found; None if there are none.
     """
 
     file: FaissFile
@@ -71,9 +93,21 @@ class ShardEntry(Frozen):
     passages_sha256: Digest
     truncated_passages: int | None = Field(default=None, exclude_if=_is_none)
     lexical: LexicalEntry | None = Field(default=None, exclude_if=_is_none)
+    removed: RemovedEntry | None = Field(default=None, exclude_if=_is_none)
+
+    def below(self, folder: str) -> "ShardEntry":
+        """Return the entry with file names that begin with a folder."""
+        lexical = self.lexical and self.lexical.model_copy(update={"file": f"{folder}/{self.lexical.file}"})
+        files = {"file": f"{folder}/{self.file}", "passages_file": f"{folder}/{self.passages_file}"}
+        return self.model_copy(update={**files, "lexical": lexical})
+
+    @property
+    def kept(self) -> int:
+        """Number of passages that can be found."""
+        return self.rows - (self.removed.rows if self.removed else 0)
 
     def list_files(self, vectors: bool = True, words: bool = True) -> list[tuple[str, int, str]]:
-        """Return name, size in bytes and digest of the FAISS index, of the passages, and of the lexical part.
+        """Return name, size and digest of the FAISS index, of the passages, and, if any, of words and removed rows.
 
         Args:
             vectors: whether the FAISS index is wanted.
@@ -82,7 +116,8 @@ class ShardEntry(Frozen):
         index = [(self.file, self.bytes, self.sha256)] if vectors else []
         passages = (self.passages_file, self.passages_bytes, self.passages_sha256)
         lexical = [(self.lexical.file, self.lexical.bytes, self.lexical.sha256)] if words and self.lexical else []
-        return [*index, passages, *lexical]
+        removed = [(self.removed.file, self.removed.bytes, self.removed.sha256)] if self.removed else []
+        return [*index, passages, *lexical, *removed]
 
 
 class EncoderEntry(EncoderStyle):
@@ -118,6 +153,8 @@ class IndexManifest(Frozen):
         dimension: number of dimensions of the vectors.
         metric: always the inner product, which is the cosine if ``encoder.normalised``.
         factory: FAISS factory string of every shard.
+        updates: number of the last update since the index was built.
+        added: number of shards, the last ones, that updates have added.
         passages: number of passages, or parts of them, in all shards.
         shards: entries of the shards in the order of the passages.
 
@@ -135,6 +172,8 @@ class IndexManifest(Frozen):
     metric: Literal["inner_product"] = "inner_product"
     factory: str
     passages: Positive
+    updates: int = Field(default=0, ge=0, exclude_if=not_)
+    added: int = Field(default=0, ge=0, exclude_if=not_)
     shards: Annotated[tuple[ShardEntry, ...], Field(min_length=1)]
 
     @property
@@ -148,13 +187,31 @@ class IndexManifest(Frozen):
         counts = [shard.truncated_passages for shard in self.shards]
         return None if None in counts else sum(filter(None, counts))
 
+    def replace_shards(self, shards: Sequence[ShardEntry], added: int, number: int) -> "IndexManifest":
+        """Return the manifest of the next version.
+
+        Args:
+            shards: its shards.
+            added: number of them, the last ones, that updates have added.
+            number: number of the update that makes it.
+
+        Raises:
+            ValueError: no passage is left.
+        """
+        passages = sum(shard.kept for shard in shards)
+        if not passages:
+            raise ValueError("no passage would be left in the index; delete it instead")
+        values = {name: getattr(self, name) for name in IndexManifest.model_fields}
+        changed = {"shards": tuple(shards), "passages": passages, "updates": number, "added": added}
+        return IndexManifest(**{**values, **changed})
+
     def compute_digest(self) -> str:
         """Return the SHA-256, in hex, of the manifest; it identifies the whole index, as it covers all file digests."""
         return hashlib.sha256(self.model_dump_json().encode()).hexdigest()
 
     @model_validator(mode="after")
     def _counts_agree(self) -> "IndexManifest":
-        if sum(shard.rows for shard in self.shards) != self.passages:
+        if sum(shard.kept for shard in self.shards) != self.passages:
             raise ValueError(f"the shards do not add up to {self.passages} passages")
         names = Counter(name for shard in self.shards for name, _, _ in shard.list_files())
         if double := next((name for name, count in names.items() if count > 1), None):
@@ -165,26 +222,81 @@ class IndexManifest(Frozen):
 
 
 def write_manifest(folder: Location, manifest: IndexManifest) -> None:
-    """Write ``index.json``, the last step of a build: a folder without it is not an index."""
+    """Write ``index.json``, the last step of a build or an update: a folder without it is not an index."""
     (folder / MANIFEST).write(manifest.model_dump_json(indent=2).encode() + b"\n")
 
 
+def name_update(number: int) -> str:
+    """Return the name of the folder of an update."""
+    return f"update-{number:05d}"
+
+
+def number_next_update(folder: Location, manifest: IndexManifest) -> int:
+    """Return the number of the next update, whose folder no version of the index refers to.
+
+    Raises:
+        ValueError: the manifest of an earlier version is damaged.
+        StorageError: the storage cannot be read.
+    """
+    kept = [_parse_manifest(file) for file in folder.list_files(".json") if VERSION_FILE.fullmatch(file.name)]
+    return 1 + max(version.updates for version in (manifest, *kept))
+
+
+def publish_version(folder: Location, before: IndexManifest, now: IndexManifest) -> None:
+    """Replace ``index.json``; the earlier version stays beside it, for runs that began with it.
+
+    Raises:
+        DamagedIndexError: another command has replaced it meanwhile.
+        StorageError: the storage cannot be written.
+    """
+    if read_manifest(folder) != before:
+        raise DamagedIndexError(f"{folder.uri}: the index was replaced during the update; run the command again")
+    earlier = folder / name_version(before.compute_digest())
+    earlier.write(before.model_dump_json(indent=2).encode() + b"\n")
+    write_manifest(folder, now)
+
+
+def name_version(digest: str) -> str:
+    """Return the name of the manifest of an earlier version of an index."""
+    return f"index-{digest[:16]}.json"
+
+
 def read_manifest(folder: Location, digest: str | None = None) -> IndexManifest:
-    """Read ``index.json``.
+    """Read the manifest of an index: ``index.json``, or that of an earlier version, which updates keep.
 
     Args:
         digest: required digest, that of the index at the start of the run; any by default.
 
     Raises:
         ValueError: there is no manifest, or it is damaged or of another version; the message names file and key.
-        DamagedIndexError: the manifest has another digest.
+        DamagedIndexError: there is no manifest with this digest.
         StorageError: the manifest cannot be read.
     """
     file = folder / MANIFEST
     if file.get_type() != fs.FileType.File:
         raise ValueError(f"{folder.uri}: no index here ({MANIFEST} is missing); build one with jobs.build_index")
+    manifest = _parse_manifest(file)
+    if digest in (None, manifest.compute_digest()):
+        return manifest
+    if digest is not None and has_earlier_version(folder, digest):
+        return _parse_manifest(folder / name_version(digest))
+    raise DamagedIndexError(f"{file.uri}: the index was replaced during the run; restore it, or choose another output")
+
+
+def has_earlier_version(folder: Location, digest: str) -> bool:
+    """Whether an update has kept the manifest with this digest.
+
+    Raises:
+        ValueError: it is damaged.
+        StorageError: it cannot be read.
+    """
+    earlier = folder / name_version(digest)
+    return earlier.get_type() == fs.FileType.File and _parse_manifest(earlier).compute_digest() == digest
+
+
+def _parse_manifest(file: Location) -> IndexManifest:
     try:
-        manifest = IndexManifest.model_validate_json(file.read())
+        return IndexManifest.model_validate_json(file.read())
     except ValidationError as error:
         problem = error.errors()[0]
         key = ".".join(str(part) for part in problem["loc"])
@@ -193,11 +305,6 @@ def read_manifest(folder: Location, digest: str | None = None) -> IndexManifest:
         raise ValueError(
             f"{file.uri}: {where}{problem['msg'].lower()}{found}; rebuild the index with this version"
         ) from None
-    if digest not in (None, manifest.compute_digest()):
-        raise DamagedIndexError(
-            f"{file.uri}: the index was replaced during the run; restore it, or choose another output"
-        )
-    return manifest
 
 
 def check_encoder(encoder: Encoder, manifest: IndexManifest) -> None:

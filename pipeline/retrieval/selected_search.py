@@ -17,25 +17,30 @@ from pipeline.retrieval.shard_files import create_empty_index
 _faiss: Any = faiss
 
 
-def check_filter(manifest: IndexManifest, retrieval: RetrievalConfig) -> None:
-    """Check that an index can be searched with ``retrieval.filter``, if there is one.
+def check_selection(manifest: IndexManifest, retrieval: RetrievalConfig) -> None:
+    """Check that an index can be searched with ``retrieval.filter``, if there is one, and without removed passages.
 
     Raises:
         FilterError: it is no condition on the passages of the index.
         ValueError: FAISS cannot restrict the search of the index, or not on the device.
     """
-    if retrieval.filter is None:
-        return
-    check_condition(retrieval.filter, extend_schema(manifest.metadata))
-    if not retrieval.searches_vectors:
+    if retrieval.filter is not None:
+        check_condition(retrieval.filter, extend_schema(manifest.metadata))
+    if not needs_selection(manifest, retrieval):
         return
     if retrieval.device == "gpu":
         raise ValueError(
-            "retrieval.device=gpu: FAISS cannot filter passages on GPUs, by retrieval.filter or the column "
-            "columns.filter; set auto or cpu"
+            "retrieval.device=gpu: FAISS cannot leave out passages on GPUs, by retrieval.filter, by the column "
+            "columns.filter, or since they were removed; set auto or cpu"
         )
     if not supports_selection(create_empty_index(manifest.factory, manifest.dimension)):
         raise ValueError(f"FAISS cannot filter the passages of an index of {manifest.factory}; use another factory")
+
+
+def needs_selection(manifest: IndexManifest, retrieval: RetrievalConfig) -> bool:
+    """Whether searches by vectors leave out passages, by a filter or since they were removed."""
+    removed = any(shard.removed for shard in manifest.shards)
+    return retrieval.searches_vectors and (removed or retrieval.filter is not None)
 
 
 def supports_selection(index: Any) -> bool:
@@ -45,8 +50,8 @@ def supports_selection(index: Any) -> bool:
         return supports_selection(kind.index)
     if isinstance(kind, faiss.IndexHNSW):
         return supports_selection(kind.storage)
-    if isinstance(kind, faiss.IndexIVFAdditiveQuantizer | _faiss.IndexIVFSpectralHash):
-        return False
+    if isinstance(kind, faiss.IndexIVFAdditiveQuantizer | _faiss.IndexIVFSpectralHash | _faiss.IndexIVFFlatDedup):
+        return False  # the last one selects all equal vectors or none
     return isinstance(kind, faiss.IndexIVF | faiss.IndexFlat | faiss.IndexScalarQuantizer)
 
 
@@ -55,9 +60,9 @@ def search_selected(
 ) -> tuple[Vectors, npt.NDArray[np.int64]]:
     """Search for the best of the selected vectors.
 
-    Of the n vectors, m are selected. A search reads n / m times as many lists as usual, and thus compares as many
-    vectors; its recall would fall with m otherwise. Where it finds fewer than k, it reads twice as many each time, up
-    to all of them. Likewise for graphs, unless that is more work than to compare all selected vectors.
+    Of the n vectors, m are selected. A search reads n / m times as many lists as usual, rounded, and thus compares as
+    many vectors; its recall would fall with m otherwise. Where it finds fewer than k, it reads twice as many each time,
+    up to all of them. Likewise for graphs, unless that is more work than to compare all selected vectors.
 
     Args:
         index: an index on the CPU that :func:`supports_selection` accepts, with its search parameters set.
@@ -74,7 +79,7 @@ def search_selected(
     rows = np.full((len(queries), width), -1, np.int64)
     needed = min(k or width, selection.count)
     unfinished = np.arange(len(queries) if selection.count else 0)
-    effort = -(-selection.rows // max(1, selection.count))
+    effort = selection.rows / max(1, selection.count)
     while len(unfinished):
         found, exhausted = _search(index, queries[unfinished], width, selection, effort)
         scores[unfinished], rows[unfinished] = found
@@ -86,7 +91,7 @@ def search_selected(
 
 
 def _search(
-    index: Any, queries: Vectors, k: int, selection: RowSelection, effort: int
+    index: Any, queries: Vectors, k: int, selection: RowSelection, effort: float
 ) -> tuple[tuple[Vectors, npt.NDArray[np.int64]], bool]:
     """Search with ``effort`` times the usual probes; also return whether more would find no others."""
     kind: Any = _get_kind(index)
@@ -94,12 +99,12 @@ def _search(
     if isinstance(kind, faiss.IndexPreTransform):
         return _search(kind.index, _transform(kind, queries), k, selection, effort)
     if isinstance(kind, faiss.IndexIVF):
-        probes = min(effort * kind.nprobe, kind.nlist)
+        probes = min(round(effort * kind.nprobe), kind.nlist)
         parameters = _faiss.SearchParametersIVF(sel=selector, nprobe=probes)
         return kind.search(queries, k, params=parameters), probes == kind.nlist
     if isinstance(kind, faiss.IndexHNSW):
         graph: Any = kind.hnsw
-        breadth = effort * graph.efSearch
+        breadth = round(effort * graph.efSearch)
         if breadth * graph.nb_neighbors(0) < selection.count:  # vectors that the walk compares, at most
             parameters = _faiss.SearchParametersHNSW(sel=selector, efSearch=breadth)
             return kind.search(queries, k, params=parameters), False

@@ -23,6 +23,8 @@ from pipeline.retrieval.manifest import ShardEntry
 from pipeline.retrieval.passage_columns import PASSAGE_SCHEMA, MetadataType, extend_schema, format_metadata
 from pipeline.storage.location import Location
 
+REMOVED_SCHEMA = pa.schema([("row", pa.int64())])
+
 # FAISS recommends 39 to 256 training vectors per centroid; more than these take encoding time and gain little.
 _TRAINING_PER_CENTROID = 64
 # Product quantizers learn 256 centroids per subquantizer.
@@ -80,8 +82,10 @@ def extract_faiss_message(error: RuntimeError) -> str:
     return " ".join(str(error).rpartition("failed: ")[2].rpartition(".cpp:")[2].split()).lstrip("0123456789: ")
 
 
-# Matches the names that :func:`name_shard_files` returns.
-SHARD_FILE = re.compile(r"shard-[0-9]{5,9}\.(faiss|passages\.arrow|lexical\.arrow)")
+# Matches the files of a shard in the folder of an index, or of an update of it, and of the manifests of both.
+INDEX_FILE = re.compile(
+    r"(update-[0-9]{5}/)?(shard-[0-9]{5,9}\.(faiss|passages\.arrow|lexical\.arrow|removed\.arrow)|index(-[0-9a-f]{16})?\.json)"
+)
 
 
 def name_shard_files(number: int) -> tuple[str, str]:
@@ -92,6 +96,31 @@ def name_shard_files(number: int) -> tuple[str, str]:
 def name_lexical_file(number: int) -> str:
     """Return the file name of a shard's lexical part."""
     return f"shard-{number:05d}.lexical.arrow"
+
+
+def write_removed_rows(file: Path, rows: npt.NDArray[np.int64]) -> None:
+    """Write the rows of removed passages, int64 [rows], ascending."""
+    with pa.OSFile(str(file), "wb") as sink, pa.ipc.new_file(sink, REMOVED_SCHEMA) as writer:
+        writer.write_batch(pa.record_batch([pa.array(rows)], schema=REMOVED_SCHEMA))
+
+
+def read_removed_rows(source: Any, name: str) -> npt.NDArray[np.int64]:
+    """Read the rows of removed passages, int64 [rows], ascending.
+
+    Args:
+        source: an open Arrow file.
+        name: name of the file, for messages.
+
+    Raises:
+        DamagedIndexError: it is not such a file.
+    """
+    try:
+        table = pa.ipc.open_file(source).read_all()
+    except pa.ArrowInvalid as error:
+        raise DamagedIndexError(f"{name}: not an Arrow IPC file ({error}); {REMEDY}") from None
+    if table.schema != REMOVED_SCHEMA:
+        raise DamagedIndexError(f"{name}: expected the column row; {REMEDY}")
+    return np.asarray(table["row"].to_numpy(), np.int64)
 
 
 def build_shard(
@@ -201,6 +230,13 @@ class PassageFile:
         name, title, text = (batch.column(name)[place].as_py() for name in PASSAGE_SCHEMA.names)
         metadata = {name: batch.column(name)[place].as_py() for name in self._metadata}
         return Passage(name, title, text, format_metadata(metadata) if metadata else None)
+
+    def read_batches(self, rows: npt.NDArray[np.int64]) -> Iterator[pa.RecordBatch]:
+        """Yield the passages of some rows, int64 [rows], ascending, with all their columns."""
+        starts = self._ends - [batch.num_rows for batch in self._batches]
+        numbers = np.searchsorted(self._ends, rows, side="right")
+        for number in np.unique(numbers).tolist():
+            yield self._batches[number].take(pa.array(rows[numbers == number] - starts[number]))
 
     def select(self, condition: str) -> RowSelection:
         """Select the passages that a condition holds for.

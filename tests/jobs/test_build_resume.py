@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -80,8 +81,8 @@ def test_interrupted_rebuild_resumes(
 class MortalBuilder(ShardBuilder):
     """Dies in the middle of shard 1, the first time."""
 
-    def _vectorize_batches(self, shard: ShardPlan) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
-        for batch in super()._vectorize_batches(shard):
+    def read_batches(self, shard: ShardPlan, index: Any) -> Iterator[tuple[pa.RecordBatch, np.ndarray]]:
+        for batch in super().read_batches(shard, index):
             yield batch
             mark = Path(self.plan.output.path) / "died"
             if shard.number == 1 and not mark.exists():

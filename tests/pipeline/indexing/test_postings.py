@@ -7,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.indexing.postings import WordCounts, compute_rarity, compute_saturation, merge_statistics, score_postings
+from pipeline.indexing.postings import (
+    WordCounts,
+    WordStatistics,
+    compute_rarity,
+    compute_saturation,
+    merge_statistics,
+    score_postings,
+)
 from pipeline.retrieval.lexical import LexicalShard, Postings
 from pipeline.retrieval.words import WordForm
 
@@ -90,3 +97,12 @@ def test_statistics_of_parts_add_up() -> None:
     empty.add([])
     (nothing,) = score([[]])
     assert (empty.summarize().mean_length, nothing.passages, len(nothing.words)) == (1.0, 1, 0)
+
+
+def test_added_words_leave_those_of_the_first_build_as_they_are():
+    """New words count at most as many passages as the first build had, so that their inverse frequency is positive."""
+    first = WordStatistics(3, 9, pa.table({"word": ["a", "b"], "passages": [2, 1]}))
+    added = WordStatistics(5, 50, pa.table({"word": ["b", "c", "d"], "passages": [5, 4, 1]}))
+    both = first.extend(added)
+    assert (both.passages, both.words) == (3, 9)
+    assert both.frequencies.to_pydict() == {"word": ["a", "b", "c", "d"], "passages": [2, 1, 3, 1]}

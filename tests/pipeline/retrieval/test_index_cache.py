@@ -114,6 +114,12 @@ def test_files_of_the_same_index_count_toward_the_limit_and_are_kept(tmp_path: P
     assert siblings.exists()
 
 
+def test_copies_of_an_updates_files_are_those_of_their_index(tmp_path: Path) -> None:
+    own, other = copy(tmp_path, "c", 400, 30), copy(tmp_path, "a", 400, 10)
+    with reserve_room(limited(tmp_path, 899), [MISSING], [("update-00001/shard-00000.faiss", 400, "c" * 64)]):
+        assert (own.exists(), other.exists()) == (True, False)
+
+
 def test_nothing_is_evicted_without_a_limit(tmp_path: Path) -> None:
     kept = copy(tmp_path, "a", 400, 30)
     with reserve_room(limited(tmp_path, None), [("shard-00000.faiss", 10**15, "c" * 64)], []):

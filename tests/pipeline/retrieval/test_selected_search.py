@@ -1,4 +1,5 @@
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import faiss
@@ -11,7 +12,7 @@ from pipeline.config.sections import RetrievalConfig
 from pipeline.retrieval.encoder import Vectors
 from pipeline.retrieval.filters import FilterError, RowSelection
 from pipeline.retrieval.manifest import IndexManifest
-from pipeline.retrieval.selected_search import check_filter, search_selected, supports_selection
+from pipeline.retrieval.selected_search import check_selection, search_selected, supports_selection
 from pipeline.retrieval.shard_files import create_empty_index
 from pipeline.storage.location import Location
 from tests.support.indexes import CPU, save, unit_vectors
@@ -105,6 +106,19 @@ def test_graph_is_walked_for_many_selected_vectors() -> None:
     assert (rows == exact).mean() > 0.6
 
 
+@pytest.mark.parametrize("factory", ["IVF16,Flat", "HNSW8"])
+def test_one_vector_less_changes_no_other_hits(factory: str) -> None:
+    index = INDEXES[factory]
+    if factory == "IVF16,Flat":
+        set_probes(index, 2)
+    scores, rows = index.search(QUERIES, 5)
+    kept = np.ones(ROWS, bool)
+    kept[np.setdiff1d(np.arange(ROWS), rows)[0]] = False
+    found_scores, found = search_selected(index, QUERIES, 5, RowSelection(kept))
+    assert found.tolist() == rows.tolist()
+    np.testing.assert_allclose(found_scores, scores, atol=1e-6)
+
+
 def test_nothing_selected_finds_nothing() -> None:
     scores, rows = search_selected(INDEXES["Flat"], QUERIES, 2, RowSelection(np.zeros(ROWS, bool)))
     assert (rows == -1).all()
@@ -123,7 +137,10 @@ def test_vectors_to_find_decide_the_lists_that_are_read(k: int) -> None:
 
 
 MORE = ("OPQ4,IVF16,PQ4x4", "HNSW8,SQ8", "IVF16_HNSW8,Flat", "IVF16,PQ4x4fs")
-OTHERS = ("PQ4x4", "NSG8,Flat", "IVF16,PQ4x4,RFlat", "IVF16,RQ2x4", "HNSW8,PQ4x4", "OPQ4,HNSW8,PQ4x4", "IVF16,ITQ16,SH")
+OTHERS = (
+    *("PQ4x4", "NSG8,Flat", "IVF16,PQ4x4,RFlat", "IVF16,RQ2x4", "HNSW8,PQ4x4", "OPQ4,HNSW8,PQ4x4", "IVF16,ITQ16,SH"),
+    "IVF16,FlatDedup",
+)
 
 
 @pytest.mark.parametrize("factory", [*INDEXES, *MORE])
@@ -142,7 +159,7 @@ def test_other_indexes_are_not_supported(factory: str) -> None:
 
 
 def check(manifest: IndexManifest, **settings: object) -> None:
-    check_filter(manifest, CPU.model_copy(update={"filter": "title <> ''", **settings}))
+    check_selection(manifest, CPU.model_copy(update={"filter": "title <> ''", **settings}))
 
 
 def test_filter_is_checked_against_columns_device_and_index(folder: Location) -> None:
@@ -153,7 +170,7 @@ def test_filter_is_checked_against_columns_device_and_index(folder: Location) ->
     with pytest.raises(FilterError, match='"year" not found'):
         check(manifest, filter="year > 1")
     check(manifest.model_copy(update={"metadata": {"year": "integer"}}), filter="year > 1")
-    with pytest.raises(ValueError, match=r"device=gpu: FAISS cannot filter passages on GPUs, .*set auto or cpu"):
+    with pytest.raises(ValueError, match=r"device=gpu: FAISS cannot leave out passages on GPUs, .*set auto or cpu"):
         check(manifest, device="gpu")
     with pytest.raises(ValueError, match=r"cannot filter the passages of an index of PQ4x4; use another factory"):
         check(manifest.model_copy(update={"factory": "PQ4x4"}))
@@ -164,5 +181,5 @@ def test_device_of_a_filtered_search_is_the_cpu(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr("pipeline.retrieval.faiss_device.decide_gpu_use", lambda _: True)
     monkeypatch.setattr("pipeline.retrieval.faiss_device.has_gpu", lambda: pytest.fail("asked for a GPU"))
-    manifest: Any = None
+    manifest: Any = SimpleNamespace(shards=())
     assert Device.choose(RetrievalConfig(filter="true"), manifest, [0], 0.0).resources is None

@@ -8,12 +8,15 @@ from typing import Any
 
 import faiss
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import ray
 from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.config.sections import ExecutionConfig, StorageConfig
+from pipeline.indexing.update import UpdateRequest, run_update
 from pipeline.retrieval.fusion import QueryBatch
 from pipeline.retrieval.hits import Hit
 from pipeline.retrieval.index import PassageIndex
@@ -92,6 +95,19 @@ def test_servers_rank_like_one_flat_index(tied: tuple[Location, np.ndarray], cou
         assert [hit.passage.id for hit in hits] == [str(row) for row in wanted]
         assert [hit.rank for hit in hits] == list(range(1, 9))
         np.testing.assert_allclose(np.asarray([hit.score for hit in hits], float), flat, atol=1e-6)
+
+
+@pytest.mark.usefixtures("cluster")
+def test_servers_leave_removed_passages_out(saved: Location, tmp_path: Path) -> None:
+    before = start(saved, 2)
+    earlier, hits = read_manifest(saved), retrieve(PassageIndex.open(saved, CPU), unit_vectors(5, seed=3), 9)
+    gone = [one.passage.id for of_query in hits for one in of_query[:2]]
+    pq.write_table(pa.table({"id": gone}), tmp_path / "gone.parquet")
+    run_update(UpdateRequest(saved.uri, remove=str(tmp_path / "gone.parquet")))
+    whole = retrieve(PassageIndex.open(saved, CPU), unit_vectors(5, seed=3), 9)
+    assert {one.passage.id for of_query in whole for one in of_query}.isdisjoint(gone)
+    assert retrieve(PartitionedIndex(read_manifest(saved), start(saved, 2)), unit_vectors(5, seed=3), 9) == whole
+    assert retrieve(PartitionedIndex(earlier, before), unit_vectors(5, seed=3), 9) == hits
 
 
 class MortalServer(ShardServer):
