@@ -38,6 +38,10 @@ def annotate(
     queries: Annotated[str | None, typer.Option(help="Query set: a Parquet file or a folder of them.")] = None,
     index: Annotated[str | None, typer.Option(help="Index folder made by jobs.build_index.")] = None,
     output: Annotated[str | None, typer.Option(help="Folder for the annotated set.")] = None,
+    stale: Annotated[
+        str | None,
+        typer.Option(help="Annotated set of these queries: answer again only what the index would now change."),
+    ] = None,
     model: Annotated[str | None, typer.Option(help="Model: hub name, folder, or 'demo'.")] = None,
     settings: Annotated[
         list[str] | None, typer.Option("--set", help="Any configuration key, such as decoding.threshold=0.3.")
@@ -66,7 +70,7 @@ def annotate(
         rescore(old_rescore, output, config, settings, dry_run, overwrite, as_json)
         return
     start_logging(logging.INFO, timestamps=True)
-    flags = {"queries": queries, "index": index, "output": output, "model.name": model}
+    flags = {"queries": queries, "index": index, "output": output, "stale": stale, "model.name": model}
     with checking():
         run_config = load_config(config, settings or [], flags, day and day.date())
     if dry_run:
@@ -132,8 +136,9 @@ def print_summary(summary: Summary, as_json: bool) -> None:
     if not summary.annotated:
         typer.echo(f"{summary.output} is already complete; nothing to do", err=True)
     answered = summary.rows - summary.errors
+    carried = f"{summary.carried} carried over; " if summary.carried else ""
     typer.echo(
-        f"{answered} of {summary.rows} rows answered, {summary.errors} in errors/; "
+        f"{answered} of {summary.rows} rows answered, {summary.errors} in errors/; {carried}"
         f"{summary.annotated} in this run in {summary.seconds:.1f} s; annotated set: {summary.output}",
         err=True,
     )

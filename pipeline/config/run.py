@@ -24,7 +24,7 @@ from pipeline.config.sections import (
 )
 
 # Settings of a run that are URIs and may contain its date.
-URIS = ("queries", "index", "output", "skip_annotated")
+URIS = ("queries", "index", "output", "skip_annotated", "stale")
 
 
 class RunConfig(Frozen):
@@ -36,6 +36,8 @@ class RunConfig(Frozen):
         index: URI of an index folder; not needed if every row has given passages or ``mode`` is ``never``.
         skip_annotated: URI of a folder with earlier annotated sets anywhere below it; queries that they answer are
             skipped.
+        stale: URI of a finished annotated set of these queries; only rows for which the index would find other passages
+            now are answered again, the others are carried over.
         task: Task profile of the rows without one.
         profiles: Task profiles by name, in addition to the built-in ones or replacing them.
     """
@@ -44,6 +46,7 @@ class RunConfig(Frozen):
     output: Annotated[str, Effect.FREE]
     index: Annotated[str | None, Effect.FREE] = None
     skip_annotated: Annotated[str | None, Effect.FREE] = None
+    stale: Annotated[str | None, Effect.FREE] = None
     model: ModelConfig
     columns: Columns = Columns()
     decoding: DecodingConfig = DecodingConfig()

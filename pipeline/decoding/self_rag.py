@@ -14,6 +14,7 @@ from pipeline.decoding.choose import choose, join_cited_text, join_text, list_ci
 from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.protocols import Critic, Generator, Reader, Retriever
 from pipeline.decoding.reflection import Retrieve
+from pipeline.decoding.searches import record_searches
 from pipeline.decoding.types import Answer, Candidate, Finish, Path, Query, RetrievedPassage, Usage
 
 
@@ -79,7 +80,8 @@ class Decoding:
             rerank_seconds=self.reranking,
         )
         candidates = list_candidates(root, self.children) if self.config.keep_candidates else ()
-        return conclude(root, paths, self.query.choices, self.config, usage, candidates)
+        answer = conclude(root, paths, self.query.choices, self.config, usage, candidates)
+        return replace(answer, searches=record_searches(self.searches))
 
     async def expand(self, path: Path) -> Sequence[Path]:
         """Write all one-segment continuations of a path at once; siblings share their prefix in the engine's cache."""

@@ -57,6 +57,19 @@ class Retrieved:
 
 
 @dataclass(frozen=True)
+class SearchRecord:
+    """A search of the index.
+
+    Attributes:
+        text: text that was searched for.
+        digest: digest of the passages found, by which a later search can be compared.
+    """
+
+    text: str
+    digest: str
+
+
+@dataclass(frozen=True)
 class Query:
     """One row of the query set.
 
@@ -307,6 +320,7 @@ class Answer:
         segments: segments of the answer, in order.
         usage: resources used by the query.
         candidates: every scored segment, parents before their children; empty unless ``keep_candidates`` is set.
+        searches: searches of the index, by text.
     """
 
     answer: str
@@ -317,3 +331,4 @@ class Answer:
     segments: tuple[Segment, ...]
     usage: Usage
     candidates: tuple[Candidate, ...] = ()
+    searches: tuple[SearchRecord, ...] = ()

@@ -146,6 +146,7 @@ def _describe_origin(manifest: Mapping[str, Any]) -> dict[str, str]:
         "queries": _format_identity(f"{counts['rows']:,} rows", None, (manifest.get("queries") or {}).get("digest")),
         "tasks": _format_tasks(manifest["tasks"]),
         "outcome": outcome,
+        "carried over": _format_carried(manifest),
         "versions": versions,
         "finished": format_end_time(manifest),
     }
@@ -157,6 +158,13 @@ def _format_reranker(manifest: Mapping[str, Any]) -> str | None:
         return None
     rerank = manifest["configuration"]["retrieval"]["rerank"]
     return _format_identity(rerank["model"], rerank["revision"], manifest["reranker"]["digest"])
+
+
+def _format_carried(manifest: Mapping[str, Any]) -> str | None:
+    carried = manifest["counts"].get("carried")
+    return (
+        _format_identity(f"{carried:,} answers of an earlier run", None, manifest["stale"]["run"]) if carried else None
+    )
 
 
 def _format_tasks(tasks: Mapping[str, Mapping[str, Any]]) -> str:

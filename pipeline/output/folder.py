@@ -29,7 +29,7 @@ CARD = "README.md"
 # What the inspection of the query set has found.
 INSPECTION = "_inspection.parquet"
 # Keys of a manifest that decide the results; an output holds rows of one identity only.
-IDENTITY = ("settings", "queries", "model", "index", "reranker")
+IDENTITY = ("settings", "queries", "model", "index", "reranker", "stale")
 
 
 @dataclass(frozen=True)
@@ -220,12 +220,10 @@ def _join_summaries(
 def hash_identity(manifest: Mapping[str, Any]) -> str:
     """Return the digest of a run's identity, which the files of its units carry.
 
-    Without a reranker it is that of earlier versions, which had none.
+    Without a reranker, or a stale set, it is that of earlier versions, which knew none.
     """
     identity = {key: manifest.get(key) for key in IDENTITY}
-    if identity["reranker"] is None:
-        del identity["reranker"]
-    return hash_tree(identity)
+    return hash_tree({key: part for key, part in identity.items() if part or key not in ("reranker", "stale")})
 
 
 def get_columns(manifest: Mapping[str, Any]) -> Columns:

@@ -72,6 +72,7 @@ USAGE = pa.struct(
         pa.field("decode_seconds", pa.float64()),
     ]
 )
+SEARCH = pa.struct([pa.field("text", pa.string()), pa.field("digest", pa.string())])
 ANSWER_FIELDS = [
     pa.field("answer", pa.string()),
     pa.field("raw_output", pa.string()),
@@ -80,7 +81,9 @@ ANSWER_FIELDS = [
     pa.field("finish_reason", pa.string()),
     pa.field("segments", pa.list_(SEGMENT)),
     pa.field("passages", pa.list_(PASSAGE)),
+    pa.field("searches", pa.list_(SEARCH)),
     pa.field("usage", USAGE),
+    pa.field("carried_from", pa.string()),
 ]
 # With ``decoding.keep_candidates``: every scored candidate, and every passage that was read, once.
 CANDIDATE_FIELDS = [pa.field("candidates", pa.list_(CANDIDATE)), pa.field("evidence", pa.list_(PASSAGE))]
@@ -105,6 +108,7 @@ MEANINGS: Mapping[tuple[str, ...], str] = {
         "passages that the answer used: `id`, `title`, `text`, `metadata` (further columns as a JSON object, null if "
         "the index keeps none), `retrieval_score`, `rerank_score` (null without a reranker), `rank`"
     ),
+    ("searches",): "`text` of each search of the index, and `digest` of the passages that it found",
     ("candidates", "evidence"): (
         "with `decoding.keep_candidates`: every scored segment (`parent` is its parent's index in the list) and every "
         "passage read"
@@ -115,13 +119,14 @@ MEANINGS: Mapping[tuple[str, ...], str] = {
         "that did not fit), `seconds`, of which "
         "`decide_seconds`, `retrieve_seconds`, `rerank_seconds` and `critique_seconds`; `queue_seconds`, "
         "`prefill_seconds` and `decode_seconds` summed over its requests, which run concurrently; all but `seconds` "
-        "are 0 if an identical query was answered before"
+        "are 0 if an identical query was answered before; of a carried-over row, only what its searches took"
     ),
+    ("carried_from",): "with `stale`: digest of the run whose answer was carried over; null if this run has answered",
     ("error_type", "error_message", "attempts"): "why a row failed, and the number of attempts",
 }
 # Raised whenever a row of the same columns would get other values, or its file other metadata: 3 since both files of a
-# unit carry its summary, 4 since passages have metadata.
-MEANING = 4
+# unit carry its summary, 4 since passages have metadata, 5 since rows have searches and may be carried over.
+MEANING = 5
 RESERVED = frozenset(f.name for f in [*ANSWER_FIELDS, *CANDIDATE_FIELDS, *ERROR_FIELDS])
 
 
@@ -169,7 +174,9 @@ def to_answer_row(answer: Answer) -> dict[str, Any]:
         "finish_reason": answer.finish,
         "segments": segments,
         "passages": [_convert_passage(used) for used in list_cited_passages(answer.segments)],
+        "searches": [vars(search) for search in answer.searches],
         "usage": vars(answer.usage),
+        "carried_from": None,
         "candidates": [_convert_candidate(candidate) for candidate in answer.candidates],
         "evidence": [_convert_passage(read) for read in _list_evidence(answer.candidates)],
     }

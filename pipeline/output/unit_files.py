@@ -35,6 +35,7 @@ class UnitSummary:
         retrieved: number of answered rows that used a passage.
         generated_tokens: tokens generated for answered rows.
         prompt_tokens: prompt tokens of answered rows.
+        carried: number of answered rows that were carried over from an earlier set.
         began: time when an actor started the unit, after the engine's first request, in seconds since the epoch;
             None if unknown.
         ended: time when all rows were annotated, in seconds since the epoch; None if unknown.
@@ -49,6 +50,7 @@ class UnitSummary:
     retrieved: int = 0
     generated_tokens: int = 0
     prompt_tokens: int = 0
+    carried: int = 0
     began: float | None = None
     ended: float | None = None
     run: str = ""
@@ -103,7 +105,14 @@ def summarize_unit(unit: str, answers: pa.Table, errors: pa.Table) -> UnitSummar
         retrieved=pc.sum(answers["retrieved"]).as_py() or 0,
         generated_tokens=pc.sum(pc.struct_field(usage, "generated_tokens")).as_py() or 0,
         prompt_tokens=pc.sum(pc.struct_field(usage, "prompt_tokens")).as_py() or 0,
+        carried=_count_carried(answers),
     )
+
+
+def _count_carried(answers: pa.Table) -> int:
+    if "carried_from" not in answers.schema.names:  # an earlier version annotated them
+        return 0
+    return int(pc.count(answers["carried_from"]).as_py())
 
 
 def is_unit_file(file: Location, folder: str) -> bool:

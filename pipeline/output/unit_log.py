@@ -27,6 +27,7 @@ SCHEMA = pa.schema(
         pa.field("retrieved", pa.int64()),
         pa.field("generated_tokens", pa.int64()),
         pa.field("prompt_tokens", pa.int64()),
+        pa.field("carried", pa.int64()),
         pa.field("began", pa.float64()),
         pa.field("ended", pa.float64()),
         pa.field("run", pa.string()),

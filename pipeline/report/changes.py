@@ -1,4 +1,4 @@
-"""Counts the answers that differ between an annotated set and an earlier one, in bounded memory.
+"""Counts the answers that differ between an annotated set and an earlier one, in bounded memory, and reads some.
 
 Equal ids may lie in different units of the two sets, so the ids and answers of all units are read, however large the
 sets are. A sample is drawn by id.
@@ -12,13 +12,18 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
+from pipeline.config.sections import Columns
 from pipeline.output.folder import OutputFolder
+from pipeline.output.unit_files import UnitSummary
 from pipeline.report.units import FinishedUnit, check_columns, find_units, map_units
 from pipeline.storage.hashes import hash_texts
 from pipeline.storage.parquet import read_columns
 
 # Rows compared in each set, at 16 bytes per row. If a set is larger, only a sample of the ids is compared.
 MOST_COMPARED = 4_000_000
+# Changed answers that are shown, and units that are searched for them.
+MOST_SHOWN = 10
+MOST_SEARCHED = 200
 
 
 @dataclass(frozen=True, eq=False)
@@ -52,6 +57,16 @@ class Changes:
     sample: int
 
 
+@dataclass(frozen=True)
+class ChangedAnswer:
+    """A row whose answer has changed: its id and query, and the answer before and after."""
+
+    id: str
+    query: str
+    before: str
+    after: str
+
+
 def choose_sampling_interval(*manifests: Mapping[str, Any]) -> int:
     """Return the sampling interval for sets with these manifests; 1 if none has more than ``MOST_COMPARED`` rows."""
     rows: int = max(manifest.get("queries", {}).get("rows", 0) for manifest in manifests)
@@ -72,6 +87,38 @@ def read_answers(output: OutputFolder, id_column: str, sample: int) -> list[Answ
         return hash_answers(rows[id_column], rows["answer"], sample)
 
     return list(map_units(hash_unit, find_units(output)))
+
+
+def read_changed_answers(ours: OutputFolder, theirs: OutputFolder, columns: Columns) -> list[ChangedAnswer]:
+    """Read the first answers that changed in units that both sets have; none if they have no unit in common.
+
+    Args:
+        ours: the annotated set.
+        theirs: the earlier set.
+        columns: names of the query set's columns in both sets.
+
+    Raises:
+        ValueError: a column is missing.
+        StorageError: a file cannot be read.
+    """
+    data, names, found = theirs.list_unit_files("data"), [columns.id, columns.query, "answer"], list[ChangedAnswer]()
+    both = [unit for unit in find_units(ours) if unit.summary.unit in data and has_own_answers(unit.summary)]
+    for unit in both[:MOST_SEARCHED]:
+        before = read_columns(data[unit.summary.unit], [columns.id, "answer"])
+        check_columns(data[unit.summary.unit], before, (columns.id, "answer"))
+        earlier = dict(zip(before[columns.id].to_pylist(), before["answer"].to_pylist(), strict=True))
+        for row in read_columns(unit.data, names).to_pylist():
+            name, answer = row[columns.id], row["answer"]
+            if earlier.get(name, answer) != answer:
+                found.append(ChangedAnswer(name, row[columns.query], earlier[name], answer))
+        if len(found) >= MOST_SHOWN:
+            break
+    return found[:MOST_SHOWN]
+
+
+def has_own_answers(unit: UnitSummary) -> bool:
+    """Whether a unit has answers that were not carried over."""
+    return unit.carried < unit.rows - unit.failed
 
 
 def hash_answers(ids: pa.ChunkedArray, answers: pa.ChunkedArray, sample: int) -> Answers:

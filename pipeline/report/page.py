@@ -15,7 +15,7 @@ from markupsafe import Markup
 from pipeline.config.loading import flatten
 from pipeline.evaluation.evaluate import NOTHING
 from pipeline.output.folder import OutputFolder
-from pipeline.report.changes import Changes
+from pipeline.report.changes import ChangedAnswer, Changes
 from pipeline.report.durations import Timeline, build_timeline
 from pipeline.report.examples import ExampleRow
 from pipeline.report.figures import BINS, OTHERS, Histogram, SetFigures
@@ -133,6 +133,7 @@ def compute_headlines(annotated: ReportedSet, price: float | None) -> list[Headl
     means = {name: spread.mean for name, spread in overall.spreads.items()}
     return [
         Headline("Rows", annotated.rows, "rows"),
+        Headline("Carried over", divide(_count_carried(annotated) or None, overall.rows), "share"),
         Headline("Used a passage", overall.retrieval_rate, "share"),
         Headline("Errors", overall.error_rate, "share"),
         Headline("Rows per second", times.compute_rate(times.rows), "rate"),
@@ -144,6 +145,10 @@ def compute_headlines(annotated: ReportedSet, price: float | None) -> list[Headl
         Headline("Searches per row", divide(figures.counts.get("retrievals"), figures.answered), "rate"),
         *(Headline(f"Mean {TITLES[name]}", means.get(name), "score") for name in TITLES),
     ]
+
+
+def _count_carried(annotated: ReportedSet) -> int:
+    return sum(unit.carried for unit in annotated.figures.units)
 
 
 def divide(part: float | None, whole: float) -> float | None:
@@ -180,6 +185,8 @@ def _describe_run(annotated: ReportedSet) -> dict[str, Any]:
     return {
         "Output": annotated.output.location.uri,
         "Query set": config.get("queries"),
+        "Carried over from": config.get("stale"),
+        "Rows carried over": _count_carried(annotated) or None,
         "Rescored from": manifest.get("settings", {}).get("rescored"),
         "First unit started": began,
         "Last unit finished": ended,
@@ -236,11 +243,13 @@ class Compared:
         annotated: the earlier set.
         figures: headlines of the earlier set, in the same order as those of the report's own set.
         changes: differences between the answers of both sets.
+        examples: some of the answers that changed.
     """
 
     annotated: ReportedSet
     figures: Sequence[Headline]
     changes: Changes
+    examples: Sequence[ChangedAnswer] = ()
 
 
 def render_page(

@@ -71,7 +71,7 @@ def _read_summary(unit: str, data: Location, errors: Location | None) -> UnitSum
     """Read the summary in the metadata of a unit's data file; without one, as in older sets, count the rows."""
     if kept := UnitSummary.from_metadata(read_columns(data, []).schema.metadata):
         return kept
-    rows = read_columns(data, ["retrieved", "usage.generated_tokens", "usage.prompt_tokens"])
+    rows = read_columns(data, ["retrieved", "usage.generated_tokens", "usage.prompt_tokens", "carried_from"])
     check_columns(data, rows, ["retrieved", "usage"])
     return summarize_unit(unit, rows, read_columns(errors, ["error_type"]) if errors else NO_ERRORS)
 

@@ -5,7 +5,13 @@ from collections.abc import Mapping
 from typing import Any
 
 from pipeline.output.folder import REPORT, OutputFolder, get_columns
-from pipeline.report.changes import Changes, choose_sampling_interval, compare_answers, read_answers
+from pipeline.report.changes import (
+    Changes,
+    choose_sampling_interval,
+    compare_answers,
+    read_answers,
+    read_changed_answers,
+)
 from pipeline.report.examples import read_examples
 from pipeline.report.figures import ReadOptions, read_set
 from pipeline.report.page import Compared, ReportedSet, compute_headlines, render_page
@@ -33,7 +39,8 @@ def write_report(
     annotated, compared = _read(folder, manifest), None
     if baseline:
         earlier = _read(baseline, before)
-        compared = Compared(earlier, compute_headlines(earlier, price), _count_changes(annotated, earlier))
+        examples = read_changed_answers(annotated.output, earlier.output, get_columns(manifest))
+        compared = Compared(earlier, compute_headlines(earlier, price), _count_changes(annotated, earlier), examples)
     figures = annotated.figures
     rows = {task: group.rows for task, group in figures.groups.items()}
     found = read_examples(figures.picks, rows, get_columns(annotated.manifest))
@@ -60,10 +67,10 @@ def _read_manifest(folder: Location) -> dict[str, Any]:
     return manifest
 
 
-def leave_report(folder: Location) -> None:
+def leave_report(folder: Location, baseline: Location | None = None) -> None:
     """Write the report at the end of a run; errors become a warning, since the run is complete without it."""
     try:
-        write_report(folder)
+        write_report(folder, baseline=baseline)
     except Exception as error:  # noqa: BLE001  the run is finished; the report can be written later
         log.warning(
             "no report was written (%s); run python -m jobs.report --annotations %s", join_lines(error), folder.uri

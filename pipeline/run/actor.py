@@ -34,6 +34,8 @@ from pipeline.queries.units import Unit, read_unit
 from pipeline.retrieval.retriever import ANY_DIGESTS, IndexRetriever, SearchDigests
 from pipeline.run.annotation import OneByOne, Together, annotate_table
 from pipeline.run.attempts import BESIDE_OTHERS, PERMIT_WAIT_S, SharedExclusiveLock
+from pipeline.run.carrying import CarryingOver
+from pipeline.run.earlier_set import EarlierSet
 from pipeline.run.finished_rows import KEEP_S, FinishedRows
 from pipeline.run.telemetry import ActorTelemetry
 from pipeline.storage.location import locate
@@ -55,6 +57,7 @@ class SelfRagActor:
         digests: digests that index and reranker must have.
         run: digest of the run's identity.
         access: environment of the driver, and what this machine must read and write; None if nothing is checked.
+        stale: digest of the run that answers are carried over from; None if none are.
     """
 
     def __init__(
@@ -66,11 +69,13 @@ class SelfRagActor:
         digests: SearchDigests = ANY_DIGESTS,
         run: str = "",
         access: Access | None = None,
+        stale: str | None = None,
     ) -> None:
         if access is not None:
             access.prepare()
         self.config = config
-        self.run = run
+        self.run, self.stale = run, stale
+        self.carrying: CarryingOver | None = None
         self.schema = schema
         self.output = OutputFolder(locate(config.output, config.storage))
         self.attempts = attempts
@@ -93,7 +98,15 @@ class SelfRagActor:
         with lock_gpus():
             self.generator = self._start_engine(critic)
         tasks = Tasks(config.decoding, config.profiles, config.task)
+        self.carrying = self._open_earlier()
         self.system: Answering = AnsweredOnce(SelfRag(self.generator, critic, tasks, self.retriever))
+
+    def _open_earlier(self) -> CarryingOver | None:
+        config = self.config
+        if config.stale is None or self.stale is None or self.retriever is None:
+            return None
+        output = OutputFolder(locate(config.stale, config.storage))
+        return CarryingOver(EarlierSet(output, self.stale, config.columns.id), self.retriever, config)
 
     def _load_critic(self) -> Critic:
         return load_critic(self.config)
@@ -120,6 +133,8 @@ class SelfRagActor:
             rows = await asyncio.to_thread(read_unit, unit, self.schema, config.storage)
             finished = await self._load_finished(unit, way)
             with self.telemetry.counting_rows(unit.rows):
+                if self.carrying is not None and isinstance(way, Together):  # a search may be what kills the process
+                    await self.carrying.carry_over(unit.id, rows, finished)
                 annotated = await annotate_table(self.system, rows, config, way, finished)
             times, keep_candidates = (began, time.time()), config.decoding.keep_candidates
             files = split_failed(annotated, rows.schema, keep_candidates)

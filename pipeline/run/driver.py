@@ -26,6 +26,7 @@ from pipeline.run.progress import Progress
 from pipeline.run.sources import list_sources
 from pipeline.run.telemetry import RunTelemetry
 from pipeline.storage.lease import Lease
+from pipeline.storage.location import locate
 from pipeline.versions import read_versions
 
 # A run is not stopped early with this many errors or fewer, however small it is.
@@ -44,6 +45,7 @@ class Summary:
         retrieved: rows answered with a passage.
         prompt_tokens, generated_tokens: tokens of the answered rows.
         annotated: rows that this call annotated; the others were done before.
+        carried: rows carried over from an earlier set.
         seconds: duration from the checked plan to the verified files, engine start included.
         max_error_rate: ``execution.max_error_rate``.
     """
@@ -56,6 +58,7 @@ class Summary:
     prompt_tokens: int
     generated_tokens: int
     annotated: int
+    carried: int
     seconds: float
     max_error_rate: float
 
@@ -116,7 +119,8 @@ def run_plan(plan: RunPlan, resources: Resources | None, actor: type[SelfRagActo
         times = {"finished": datetime.now(UTC).isoformat()}
         lease.renew()
         plan.output.finish({**record, **times, "counts": dataclasses.asdict(summary)}, units)
-        leave_report(plan.output.location)
+        stale = plan.config.stale
+        leave_report(plan.output.location, locate(stale, plan.config.storage) if stale else None)
     return summary
 
 
@@ -205,6 +209,7 @@ def annotate_units(
             SearchDigests(*((used or {}).get("digest") for used in (plan.index, plan.reranker))),
             plan.digest,
             access,
+            plan.stale and plan.stale["run"],
         ],
         batch_size=1,  # one unit, the only row of its block; Ray Data refuses None with GPUs
         batch_format="pyarrow",
@@ -258,6 +263,7 @@ def summarize_run(plan: RunPlan, units: Sequence[UnitSummary], annotated: int, s
         prompt_tokens=sum(unit.prompt_tokens for unit in units),
         generated_tokens=sum(unit.generated_tokens for unit in units),
         annotated=annotated,
+        carried=sum(unit.carried for unit in units),
         seconds=round(seconds, 3),
         max_error_rate=plan.config.execution.max_error_rate,
     )

@@ -28,9 +28,10 @@ from pipeline.queries.partitions import warn_of_columns_above
 from pipeline.queries.query_set import QuerySet, inspect_queries
 from pipeline.queries.selection import Earlier, Selection
 from pipeline.queries.units import Unit
-from pipeline.retrieval.manifest import IndexManifest, check_index_manifest
+from pipeline.retrieval.manifest import IndexManifest, check_index_manifest, has_earlier_version
 from pipeline.retrieval.reranker import find_reranker
-from pipeline.retrieval.selected_search import check_filter
+from pipeline.retrieval.selected_search import check_selection
+from pipeline.run.earlier_set import identify_earlier
 from pipeline.storage.location import Location, check_apart, check_writable, locate
 
 log = logging.getLogger(__name__)
@@ -48,6 +49,7 @@ class RunPlan:
         index: identity of the index, for the manifest; None if no index is used.
         encoder: encoder that the index was built with; None if no index is used.
         reranker: identity of the reranker, for the manifest; None if none is used.
+        stale: identity of the earlier set that answers are carried over from, for the manifest; None if there is none.
         overwrite: whether an earlier run in the output is deleted.
         manifest: manifest in the output, by which a run that has used it since is noticed; None if there is none.
         inventory: units that the output holds.
@@ -64,6 +66,7 @@ class RunPlan:
     index: dict[str, Any] | None
     encoder: dict[str, Any] | None = None
     reranker: dict[str, Any] | None = None
+    stale: dict[str, Any] | None = None
     overwrite: bool = False
     manifest: dict[str, Any] | None = None
     inventory: Inventory = EMPTY
@@ -105,6 +108,7 @@ class RunPlan:
             "model": self.model,
             "index": self.index,
             "reranker": self.reranker,
+            "stale": self.stale,
         }
 
     @cached_property
@@ -123,6 +127,8 @@ class RunPlan:
             lines.append(f"columns  {', '.join(self.queries.partitions)}: read from the folders' names")
         if config.skip_annotated:
             lines.append(f"skipped  {self.known} rows already answered or failed below {config.skip_annotated}")
+        if config.stale:
+            lines.append(f"stale    answers of {config.stale} are carried over if their searches find the same")
         return [
             *lines,
             f"index    {config.index or 'none'}{passages}",
@@ -174,7 +180,8 @@ def check_run(config: RunConfig, overwrite: bool = False) -> RunPlan:
     warn_of_columns_above(queries_location, queries.schema.names)
     check_writable(output)
     config = _allow_filters(config, queries)
-    manifest = _check_retrieval(config, queries)
+    begun = None if overwrite else OutputFolder(output).read_manifest()
+    manifest = _check_retrieval(config, queries, begun)
     index = encoder = reranker = None
     if manifest is not None:
         index = {"passages": manifest.passages, "shards": len(manifest.shards), "digest": manifest.compute_digest()}
@@ -186,11 +193,14 @@ def check_run(config: RunConfig, overwrite: bool = False) -> RunPlan:
     if commit := model.get("commit"):  # every actor must load the commit that the manifest records
         config = config.model_copy(update={"model": config.model.model_copy(update={"revision": commit})})
     known = selection.known if selection else 0
-    plan = RunPlan(config, queries, OutputFolder(output), model, index, encoder, reranker, overwrite, known=known)
+    plan = RunPlan(
+        config, queries, OutputFolder(output), model, index, encoder, reranker, overwrite=overwrite, known=known
+    )
+    if config.stale is not None:
+        plan = replace(plan, stale=identify_earlier(config, plan.compute_identity(), plan.rows))
     plan.describe_tasks()  # a profile may contradict the run
     plan = inspect_output(plan)
-    begun = plan.manifest is not None and not overwrite
-    if config.skip_annotated is None or selection or begun:
+    if config.skip_annotated is None or selection or begun is not None:
         return plan
     return _select_new(plan, config.skip_annotated)
 
@@ -253,7 +263,7 @@ def inspect_output(plan: RunPlan) -> RunPlan:
     return replace(plan, manifest=manifest, inventory=inventory, succeeded=succeeded)
 
 
-def _check_retrieval(config: RunConfig, queries: QuerySet) -> IndexManifest | None:
+def _check_retrieval(config: RunConfig, queries: QuerySet, begun: Mapping[str, Any] | None) -> IndexManifest | None:
     if config.decoding.mode == "never":
         return None
     if config.index is None:
@@ -263,9 +273,19 @@ def _check_retrieval(config: RunConfig, queries: QuerySet) -> IndexManifest | No
                 f"and decoding.mode is {config.decoding.mode}"
             )
         return None
-    manifest = check_index_manifest(locate(config.index, config.storage), config.retrieval)
-    check_filter(manifest, config.retrieval)
+    manifest = _choose_version(config, locate(config.index, config.storage), begun)
+    check_selection(manifest, config.retrieval)
     return manifest
+
+
+def _choose_version(config: RunConfig, folder: Location, begun: Mapping[str, Any] | None) -> IndexManifest:
+    """Return the manifest of the index, or that of the earlier version that the output was begun with."""
+    current = check_index_manifest(folder, config.retrieval)
+    digest = ((begun or {}).get("index") or {}).get("digest")
+    if digest in (None, current.compute_digest()) or not has_earlier_version(folder, digest):
+        return current
+    log.warning("%s has been updated since the output was begun, which goes on with the earlier version", folder.uri)
+    return check_index_manifest(folder, config.retrieval, digest)
 
 
 def _allow_filters(config: RunConfig, queries: QuerySet) -> RunConfig:

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from pipeline.config.paths import find_local_folder
 from pipeline.nodes.places import Source
 from pipeline.retrieval.manifest import MANIFEST
+from pipeline.run.earlier_set import list_earlier_files
 from pipeline.run.plan import RunPlan
 
 
@@ -15,6 +16,8 @@ def list_sources(plan: RunPlan) -> list[Source]:
     sources = [Source("--queries", {uri: stamps[uri].size for uri in uris})]
     if plan.index is not None and plan.config.index is not None:
         sources.append(Source.list_folder("--index", plan.config.index, MANIFEST))
+    if plan.config.stale is not None:
+        sources.append(list_earlier_files(plan.config.stale, plan.config.storage))
     for option, name in _list_models(plan):
         if (folder := find_local_folder(name)) is not None:
             sources.append(Source.list_folder(option, str(folder), ""))

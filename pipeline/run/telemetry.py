@@ -35,6 +35,7 @@ COUNTED = {
     "generated_tokens": "Generated tokens.",
     "engine_requests": "Requests to the engine.",
     "retrievals": "Searches of the index.",
+    "empty_searches": "Searches that found no passage.",
 }
 # Seconds between updates of the driver's gauges: a unit may take longer than Ray keeps a gauge that is not set.
 REPEAT_SECONDS = 5.0

@@ -277,7 +277,7 @@ def test_few_errors_do_not_stop_a_run_early(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("errors", "status"), [(0, 0), (1, 3), (2, 1)])
 def test_exit_status_follows_the_error_rate(errors, status):
-    summary = Summary("out", 100, errors, {}, 50, 1, 1, 100, 1.0, max_error_rate=0.01)
+    summary = Summary("out", 100, errors, {}, 50, 1, 1, 100, 0, 1.0, max_error_rate=0.01)
     assert summary.exit_status == status
 
 

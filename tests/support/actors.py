@@ -141,7 +141,7 @@ def actor(attempts: LocalHandle, seen: list[str], deadly: str = "poison") -> Sel
     """A new process: its engine dies of some query, and so does the process."""
     made = SelfRagActor.__new__(SelfRagActor)
     made.config, made.attempts, made.lock, made.run = CONFIG, attempts, SharedExclusiveLock(), "same"
-    made.telemetry = ActorTelemetry("run")
+    made.telemetry, made.carrying = ActorTelemetry("run"), None
     made.system, made.generator = system(), Engine()
     answer = made.system.answer
 

@@ -36,8 +36,10 @@ def annotated(config: DecodingConfig, choices: tuple[str, ...] = (), rows: int =
 
 
 def rechosen(row: dict[str, Any], config: DecodingConfig, choices: tuple[str, ...] = ()) -> dict[str, Any]:
+    """The row as rescoring leaves it: it does not touch the searches."""
     answer = asyncio.run(to_recorded(row).rechoose(config, choices))
-    return dict(pa.Table.from_pylist([to_answer_row(answer)], schema=SCHEMA).to_pylist()[0])
+    (found,) = pa.Table.from_pylist([to_answer_row(answer)], schema=SCHEMA).to_pylist()
+    return {**found, "searches": row["searches"]}
 
 
 @pytest.mark.parametrize("choices", [(), ("yes", "no")])
@@ -54,7 +56,7 @@ def test_explored_rows_give_the_answers_of_a_run_at_any_threshold(threshold: flo
     other = explored.model_copy(update={"threshold": threshold})
     for before, run in zip(annotated(explored), annotated(other), strict=True):
         found = rechosen(before, other)
-        assert {**found, "usage": None} == {**run, "usage": None}
+        assert {**found, "usage": None, "searches": None} == {**run, "usage": None, "searches": None}
 
 
 def test_rescoring_with_new_weights_matches_a_run_with_them() -> None:

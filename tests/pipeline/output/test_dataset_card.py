@@ -60,6 +60,13 @@ def test_card_names_the_reranker_that_was_used() -> None:
     assert "| reranker |" not in card({"configuration": configuration, "reranker": None})
 
 
+def test_card_names_the_run_whose_answers_were_carried_over() -> None:
+    counts = {**MANIFEST["counts"], "carried": 1200}
+    found = card({"counts": counts, "stale": {"run": "e" * 64, "index": "i"}})
+    assert "| carried over | 1,200 answers of an earlier run (digest eeeeeeeeeeee) |" in found
+    assert "| carried over |" not in card()
+
+
 def test_front_matter_describes_how_to_load_the_set() -> None:
     found = front_matter(card())
     assert found["configs"] == [

@@ -1,15 +1,22 @@
+import dataclasses
+
 import pyarrow as pa
 import pytest
 
+from pipeline.config.sections import Columns
+from pipeline.output.unit_files import UnitSummary
 from pipeline.report import changes as report_changes
 from pipeline.report import units as report_units
 from pipeline.report.changes import (
     Answers,
+    ChangedAnswer,
     Changes,
     choose_sampling_interval,
     compare_answers,
+    has_own_answers,
     hash_answers,
     read_answers,
+    read_changed_answers,
 )
 from tests.support.reports import answered, failed, write_set
 
@@ -58,3 +65,20 @@ def test_column_missing_for_a_comparison_is_named(tmp_path):
     output = write_set(tmp_path, [answered("a")])
     with pytest.raises(ValueError, match=r"part-0+\.parquet: no column 'key'"):
         read_answers(output, "key", 1)
+
+
+def test_some_changed_answers_are_read(tmp_path, monkeypatch):
+    ours = write_set(tmp_path / "a", [answered("a"), answered("b", answer="new")], [answered("c", answer="other")])
+    theirs = write_set(tmp_path / "b", [answered("b", answer="old"), answered("d")], [answered("c", answer="x")])
+    first = ChangedAnswer("b", answered("b")["query"], "old", "new")
+    second = ChangedAnswer("c", answered("c")["query"], "x", "other")
+    assert read_changed_answers(ours, theirs, Columns()) == [first, second]
+    monkeypatch.setattr(report_changes, "MOST_SHOWN", 1)
+    assert read_changed_answers(ours, theirs, Columns()) == [first]
+    assert read_changed_answers(ours, write_set(tmp_path / "c", []), Columns()) == []
+
+
+def test_units_that_were_carried_over_whole_have_no_changes():
+    summary = UnitSummary("u", rows=5, errors={"ValueError": 1}, carried=3)
+    assert has_own_answers(summary)
+    assert not has_own_answers(dataclasses.replace(summary, carried=4))

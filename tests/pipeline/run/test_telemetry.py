@@ -51,7 +51,14 @@ def port(tmp_path_factory: pytest.TempPathFactory) -> Iterator[tuple[str, int]]:
         yield made.address, made.head_node.metrics_export_port
 
 
-USAGE = {"prompt_tokens": 100, "cached_tokens": 60, "generated_tokens": 7, "engine_requests": 4, "retrievals": 1}
+USAGE = {
+    "prompt_tokens": 100,
+    "cached_tokens": 60,
+    "generated_tokens": 7,
+    "engine_requests": 4,
+    "retrievals": 1,
+    "empty_searches": 1,
+}
 SECONDS = {
     "seconds": 3.0,
     "decide_seconds": 0.5,
@@ -99,6 +106,7 @@ EXPECTED = {
     ("selfrag_generated_tokens_total", "run=out/one"): 28,
     ("selfrag_engine_requests_total", "run=out/one"): 16,
     ("selfrag_retrievals_total", "run=out/one"): 2,
+    ("selfrag_empty_searches_total", "run=out/one"): 4,
     ("selfrag_stage_seconds_total", "stage=decide"): 2.0,
     ("selfrag_stage_seconds_total", "stage=retrieve"): 1.0,
     ("selfrag_stage_seconds_total", "stage=rerank"): 3.0,
