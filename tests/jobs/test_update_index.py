@@ -164,7 +164,7 @@ def test_bad_updates_change_nothing(folder: Path, tmp_path: Path) -> None:
         "column id is null in 1 rows; leave them out": {
             "remove": write(tmp_path / "e.parquet", pa.table({"id": ["1", None]}))
         },
-        "column id is null in row 0": {
+        "f.parquet: row 0: column id is null": {
             "add": write(
                 tmp_path / "f.parquet", make_passages(1, 900).set_column(0, "id", pa.array([None], pa.string()))
             )
