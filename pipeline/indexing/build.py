@@ -390,7 +390,7 @@ def check_build(request: BuildRequest, trained: bool = False) -> BuildPlan:
     files = find_passages(locate(request.passages, request.storage), request.form)
     shards = plan_shards(files, request.shards)
     # On the CPU, since the GPUs belong to the builders; the driver only needs the encoder's identity and dimension.
-    encoder = Encoder.load(resolve_encoder_name(request.encoder), "cpu", request.revision, request.style)
+    encoder = Encoder.load(resolve_encoder_name(request.encoder), "cpu", revision=request.revision, style=request.style)
     entry, metadata = EncoderEntry.of(encoder), find_metadata_types(files, request.form)
     plan = BuildPlan(request, files, shards, output, entry, encoder.dimension, encoder.max_tokens, metadata)
     if not trained:

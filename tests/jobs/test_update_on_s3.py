@@ -1,0 +1,80 @@
+"""The life of an index on an object store: built, updated twice, compacted and pruned."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.config.sections import RetrievalConfig, StorageConfig
+from pipeline.retrieval.fusion import QueryBatch, retrieve_fused
+from pipeline.retrieval.index import PassageIndex
+from pipeline.retrieval.manifest import read_manifest
+from pipeline.storage.location import locate
+from tests.support.building import given_vectors
+from tests.support.s3 import S3Server
+
+pytestmark = pytest.mark.slow
+
+ROWS, MORE = 60, 12
+
+
+def call(job: str, *options: str) -> None:
+    command = [sys.executable, "-m", f"jobs.{job}", *options]
+    result = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, env={**os.environ})
+    assert result.returncode == 0, result.stderr[-3000:]
+
+
+def test_index_on_an_object_store_lives(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in s3.environment.items():
+        monkeypatch.setenv(name, value)
+    index, store = f"s3://{s3.bucket}/index", s3.filesystem()
+    base, vectors = given_vectors(ROWS)
+    more, new = given_vectors(MORE, ROWS)
+    for name, table in (("base", base), ("more", more), ("gone", pa.table({"id": ["3", "61", "59"]}))):
+        pq.write_table(table, f"{s3.bucket}/{name}/part.parquet", filesystem=store)
+    call(
+        "build_index",
+        "--passages",
+        f"s3://{s3.bucket}/base",
+        "--output",
+        index,
+        "--shards",
+        "2",
+        "--lexical",
+        "--embeddings",
+        "vector",
+    )
+    folder, retrieval = locate(index, StorageConfig()), RetrievalConfig(device="cpu", cache=str(tmp_path / "cache"))
+    first = read_manifest(folder)
+
+    def find(digest: str | None = None) -> list[list[str]]:
+        opened = PassageIndex.open(folder, retrieval, digest=digest)
+        queries = np.random.default_rng(3).normal(size=(5, 384)).astype(np.float32)
+        found = retrieve_fused(opened, QueryBatch(queries), [10] * 5, retrieval)
+        return [[one.passage.id for one in of_query] for of_query in found]
+
+    def rank(passages: np.ndarray, gone: list[int]) -> list[list[str]]:
+        scores = np.random.default_rng(3).normal(size=(5, 384)).astype(np.float32) @ passages.T
+        scores[:, gone] = -np.inf
+        return [[str(row) for row in rows[:10]] for rows in np.argsort(-scores, axis=1)]
+
+    call("update_index", "--index", index, "--add", f"s3://{s3.bucket}/more")
+    call("update_index", "--index", index, "--remove", f"s3://{s3.bucket}/gone", "--strict")
+    wanted = rank(np.concatenate([vectors, new]), [3, 61, 59])
+    assert find() == wanted
+    assert find(first.compute_digest()) == rank(vectors, [])
+    call("update_index", "--index", index, "--compact")
+    assert find() == wanted
+    assert [shard.kept for shard in read_manifest(folder).shards] == [34, 35]
+    call("update_index", "--index", index, "--prune")
+    assert find() == wanted
+    names = {file.path.removeprefix(f"{s3.bucket}/index/") for file in folder.list_files()}
+    assert names == {
+        "index.json",
+        *(name for shard in read_manifest(folder).shards for name, _, _ in shard.list_files()),
+    }
