@@ -202,13 +202,13 @@ def build_shards(
     return reports
 
 
-def run_build(plan: BuildPlan, base: BaseIndex | None = None, builder: type[ShardBuilder] = ShardBuilder) -> Built:
+def run_build(plan: BuildPlan, base: BaseIndex | None = None, builder: type[ShardBuilder] | None = None) -> Built:
     """Build the missing shards of a checked plan, then write the manifest.
 
     Args:
         plan: plan of the build.
         base: the index that the shards are added to; None if they are the first.
-        builder: class of the actors that build the shards.
+        builder: class of the actors that build the shards; :class:`ShardBuilder` by default.
 
     Raises:
         ValueError: the output holds an index or an unfinished build of another identity and may not be overwritten,
@@ -224,7 +224,7 @@ def run_build(plan: BuildPlan, base: BaseIndex | None = None, builder: type[Shar
         BuildFolder(plan.output).check(plan.request.overwrite)  # another build may have finished meanwhile
         connect(ExecutionConfig())
         with check_nodes(plan.list_sources(), plan.output.uri, plan.request.storage) as access:
-            return _execute(replace(plan, access=access), lease, base, builder)
+            return _execute(replace(plan, access=access), lease, base, builder or ShardBuilder)
 
 
 def _execute(plan: BuildPlan, lease: Lease, base: BaseIndex | None, builder: type[ShardBuilder]) -> Built:

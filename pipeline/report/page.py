@@ -133,7 +133,6 @@ def compute_headlines(annotated: ReportedSet, price: float | None) -> list[Headl
     means = {name: spread.mean for name, spread in overall.spreads.items()}
     return [
         Headline("Rows", annotated.rows, "rows"),
-        Headline("Carried over", divide(_count_carried(annotated) or None, overall.rows), "share"),
         Headline("Used a passage", overall.retrieval_rate, "share"),
         Headline("Errors", overall.error_rate, "share"),
         Headline("Rows per second", times.compute_rate(times.rows), "rate"),
@@ -143,6 +142,7 @@ def compute_headlines(annotated: ReportedSet, price: float | None) -> list[Headl
         Headline("Latency of a row, p95", p95, "seconds"),
         Headline("Generated tokens per row", divide(annotated.generated_tokens, overall.rows), "rate"),
         Headline("Searches per row", divide(figures.counts.get("retrievals"), figures.answered), "rate"),
+        Headline("Carried over", divide(_count_carried(annotated) or None, overall.rows), "share"),
         *(Headline(f"Mean {TITLES[name]}", means.get(name), "score") for name in TITLES),
     ]
 

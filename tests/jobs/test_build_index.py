@@ -276,6 +276,7 @@ def test_overwrite_keeps_files_outside_the_index(
     assert set(before) < set((tmp_path / "out").rglob("*"))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_encoding_options_apply_to_passages_and_queries(tmp_path: Path, source: Path) -> None:
     options = ["--query-prefix", "query: ", "--passage-prefix", "passage: ", "--no-normalise"]

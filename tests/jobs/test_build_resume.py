@@ -67,6 +67,7 @@ def test_interrupted_build_resumes_with_the_missing_shards(
     assert [hits[0].passage.id for hits in retrieve(index, vectors, 1)] == [str(n) for n in range(300)]
 
 
+@pytest.mark.slow
 def test_interrupted_rebuild_resumes(
     interrupted: tuple[Path, list[str]], with_vectors: tuple[Path, np.ndarray]
 ) -> None:

@@ -176,6 +176,7 @@ def test_metrics_can_be_scraped(port: tuple[str, int]) -> None:
     assert {key: value for key, value in found.items() if not key[0].endswith("_sum")} == EXPECTED
 
 
+@pytest.mark.slow
 def test_metrics_of_a_run_can_be_scraped(port: tuple[str, int], tmp_path: Path) -> None:
     """60 rows in six units; one raises, and one hangs until its time is over. The output's name is not ASCII."""
     write_queries(tmp_path / "queries", 60, {5: "RAISES", 55: "HANGS"})
