@@ -26,6 +26,7 @@ from pipeline.retrieval.manifest import (
     ShardEntry,
     check_files,
     name_update,
+    name_version,
     number_next_update,
     publish_version,
     read_manifest,
@@ -222,25 +223,29 @@ def _plan(request: BuildRequest, manifest: IndexManifest) -> BuildPlan:
 
 
 def prune_index(index: str, storage: StorageConfig) -> tuple[int, int]:
-    """Delete the files of earlier versions of an index, and of unfinished updates.
+    """Delete the files of earlier versions of an index; runs that began with one can no longer go on.
 
-    Runs that began with an earlier version can no longer go on.
+    No lease is needed, since no update writes these files again.
 
     Returns:
         Number of deleted files, and their bytes.
 
     Raises:
         ValueError: there is no index.
-        OutputInUseError: a build or an update is using the index.
         StorageError: the storage cannot be read or written.
     """
     folder = locate(index, storage)
-    with Lease(folder):
-        manifest = read_manifest(folder)
-        used = {MANIFEST, *(name for entry in manifest.shards for name, _, _ in entry.list_files())}
-        base = f"{folder.path.rstrip('/')}/"
-        names = {file.path.removeprefix(base): file for file in folder.list_files()}
-        unused = [file for name, file in names.items() if INDEX_FILE.fullmatch(name) and name not in used]
-        for file in unused:
-            file.delete()
+    manifest = read_manifest(folder)
+    used = {MANIFEST, name_version(manifest.compute_digest())}
+    used |= {name for entry in manifest.shards for name, _, _ in entry.list_files()}
+    begun = name_update(manifest.updates + 1)
+    base = f"{folder.path.rstrip('/')}/"
+    names = {file.path.removeprefix(base): file for file in folder.list_files()}
+    unused = [
+        file
+        for name, file in names.items()
+        if INDEX_FILE.fullmatch(name) and name not in used and not (name.startswith("update-") and name >= begun)
+    ]
+    for file in unused:
+        file.delete()
     return len(unused), sum(file.stamp.size for file in unused if file.stamp)

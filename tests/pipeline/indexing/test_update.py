@@ -184,13 +184,19 @@ def test_pruned_index_has_the_files_of_its_last_version(folder: Location, tmp_pa
     first = save(folder, split(2))
     for number in (1, 2):
         last = remove(folder, list_ids(tmp_path / str(number), [number])).manifest
-    (folder / "notes.txt").write(b"kept")
+    for name in ("notes.txt", "update-00003/shard-00000.faiss"):  # not the index's, or of an update that has begun
+        (folder / name).write(b"kept")
     hits = find(folder)
     files, size = prune_index(folder.uri, StorageConfig())
     assert files == 3  # two earlier manifests, and the removed rows of the first update
     assert size > 0
     assert find(folder) == hits
     left = {file.path.removeprefix(f"{folder.path}/") for file in folder.list_files()}
-    assert left == {"index.json", "notes.txt", *(name for shard in last.shards for name, _, _ in shard.list_files())}
+    assert left == {
+        "index.json",
+        "notes.txt",
+        "update-00003/shard-00000.faiss",
+        *(name for shard in last.shards for name, _, _ in shard.list_files()),
+    }
     with pytest.raises(DamagedIndexError, match="the index was replaced during the run"):
         read_manifest(folder, first.compute_digest())
