@@ -77,14 +77,18 @@ def update_index(
             require(index, "--index"), add, remove, strict, shards or 1, batch_size, actors, encoder, storage
         )
     with working("the update failed; rerun the same command to continue", resumable=True):
-        if add or remove:
-            _report(index, _describe(run_update(request)), begun)
-        if compact:
-            manifest = run_compaction(index, shards, actors, storage)
-            _report(index, f"{manifest.passages} passages in {len(manifest.shards)} fresh shards", begun)
-        if prune:
-            files, size = prune_index(index, storage)
-            _report(index, f"{files} files of earlier versions deleted, {decimal(size)}", begun)
+        done = _prune(request) if prune else _compact(request, shards) if compact else _describe(run_update(request))
+    typer.echo(f"index: {index}, {done}, {time.monotonic() - begun:.1f} s", err=True)
+
+
+def _compact(request: UpdateRequest, shards: int | None) -> str:
+    manifest = run_compaction(request.index, shards, request.actors, request.storage)
+    return f"{manifest.passages} passages in {len(manifest.shards)} fresh shards"
+
+
+def _prune(request: UpdateRequest) -> str:
+    files, size = prune_index(request.index, request.storage)
+    return f"{files} files of earlier versions deleted, {decimal(size)}"
 
 
 def _check_options(
@@ -101,10 +105,6 @@ def _check_options(
         raise ValueError("--strict concerns --remove, which is missing")
     if shards and not (add or compact):
         raise ValueError("--shards concerns --add or --compact, which are missing")
-
-
-def _report(index: str, message: str, begun: float) -> None:
-    typer.echo(f"index: {index}, {message}, {time.monotonic() - begun:.1f} s", err=True)
 
 
 def _describe(updated: Updated) -> str:
