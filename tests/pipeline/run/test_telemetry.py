@@ -21,25 +21,26 @@ from tests.faults.series import cluster
 Sample = dict[tuple[str, str], float]
 LINE = re.compile(r"^ray_(?P<name>selfrag_\w+)\{(?P<labels>.*)\} (?P<value>\S+)$", re.MULTILINE)
 OWN = ("type", "stage", "out_of_memory", "run")
+RUN = "out/one"
 
 
-def scrape(port: int) -> Sample:
-    """Values by name and label (``type=…``; the last one of our own), added up over processes."""
+def scrape(port: int, run: str) -> Sample:
+    """Values of a run by name and label (``type=…``; the last one of our own), added up over processes."""
     with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=10) as answer:
         text = answer.read().decode()
     found: dict[tuple[str, str], float] = defaultdict(float)
     for match in LINE.finditer(text):
         labels = dict(re.findall(r'(\w+)="([^"]*)"', match["labels"]))
-        if "le" not in labels:
+        if "le" not in labels and labels.get("run") == run:
             label = next((f"{name}={labels[name]}" for name in OWN if name in labels), "")
             found[match["name"], label] += float(match["value"])
     return dict(found)
 
 
-def wait_for(port: int, holds: Callable[[Sample], bool], seconds: float = 240) -> Sample:
+def wait_for(port: int, run: str, holds: Callable[[Sample], bool], seconds: float = 240) -> Sample:
     """What is there as soon as something holds; Ray exports every few seconds."""
     until = time.monotonic() + seconds
-    while not holds(found := scrape(port)) and time.monotonic() < until:
+    while not holds(found := scrape(port, run)) and time.monotonic() < until:
         time.sleep(0.5)
     return found
 
@@ -72,9 +73,9 @@ SECONDS = {
 class Counting:
     """Counts two units, one row of three failed."""
 
-    def __init__(self) -> None:
-        self.actor, self.deaths = ActorTelemetry("out/one"), DeathTelemetry("out/one")
-        self.run = RunTelemetry("out/one", 10)
+    def __init__(self, run: str) -> None:
+        self.actor, self.deaths = ActorTelemetry(run), DeathTelemetry(run)
+        self.run = RunTelemetry(run, 10)
 
     def count(self) -> None:
         rows = [
@@ -133,7 +134,7 @@ def test_failing_metrics_are_logged_once_and_raise_nothing(
 
     for kind in (Counter, Gauge, Histogram):
         monkeypatch.setattr(kind, method, fails, raising=False)
-    counting = Counting()
+    counting = Counting("out/failing")  # a process that connects to Ray later exports what it counted before
     counting.count()
     warnings = [record.message for record in caplog.records if "a metric is not exported" in record.message]
     assert 0 < len(warnings) < 20
@@ -168,9 +169,9 @@ def test_metrics_can_be_scraped(port: tuple[str, int]) -> None:
     ray.shutdown()  # other tests leave theirs up
     ray.init(address=port[0], log_to_driver=False, namespace="metrics")
     try:
-        counting = ray.remote(num_cpus=0)(Counting).remote()
+        counting = ray.remote(num_cpus=0)(Counting).remote(RUN)
         ray.get(counting.count.remote())
-        found = wait_for(port[1], lambda sample: EXPECTED.keys() <= sample.keys())
+        found = wait_for(port[1], RUN, lambda sample: EXPECTED.keys() <= sample.keys())
     finally:
         ray.shutdown()
     assert {key: value for key, value in found.items() if not key[0].endswith("_sum")} == EXPECTED
@@ -183,9 +184,10 @@ def test_metrics_of_a_run_can_be_scraped(port: tuple[str, int], tmp_path: Path) 
     settings = [f"execution.ray_address={port[0]}", "execution.row_timeout_s=20", "execution.max_error_rate=0.5"]
     job = Job(str(tmp_path / "queries"), str(tmp_path / "größe-東京"), model_folder(tmp_path), settings)
     running = job.start()
-    run = f"run={encode_label(f'{tmp_path}/größe-東京')}"
+    name = encode_label(f"{tmp_path}/größe-東京")
+    run = f"run={name}"
     most = {("selfrag_rows_total", run): 50, ("selfrag_run_rows_written", run): 40}
-    found = wait_for(port[1], lambda sample: all(sample.get(key, 0) >= count for key, count in most.items()))
+    found = wait_for(port[1], name, lambda sample: all(sample.get(key, 0) >= count for key, count in most.items()))
     status, said = running.ended()
     assert status == 3, said[-3000:]
     assert found["selfrag_run_rows", run] == 60
