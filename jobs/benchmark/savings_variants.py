@@ -11,7 +11,7 @@ from pipeline.config.sections import DecodingConfig
 from pipeline.decoding.protocols import Generator, Reader
 from pipeline.decoding.reflection import Retrieve
 from pipeline.decoding.reflection_reader import ReflectionCritic, ReflectionReader, Requests
-from pipeline.decoding.types import Generation, Passage, Path, Query, RetrievedPassage
+from pipeline.decoding.types import Generation, Path, Query, RetrievedPassage
 
 
 @dataclass(frozen=True)
@@ -123,11 +123,11 @@ class AskingCritic(ReflectionCritic):
         return AskingReader(Requests(generator), self.tokenizer, config, query)
 
 
-class Forgetful(dict[Passage, list[int]]):
-    """A cache of passage tokens that reports every passage as missing, so that it is tokenized again."""
+class Forgetful(dict[str, list[int]]):
+    """A cache of tokens that reports every text as missing, so that it is tokenized again."""
 
     def __contains__(self, key: object) -> bool:
-        """Whether the cache holds a passage: never."""
+        """Whether the cache holds a text: never."""
         return False
 
 

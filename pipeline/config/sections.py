@@ -102,12 +102,14 @@ class DecodingConfig(Frozen):
         mode: ``adaptive`` lets the model decide whether to retrieve; ``always`` and ``never`` decide for it.
         threshold: The paper's δ: retrieve if p(Yes) / (p(Yes) + p(No)) exceeds it.
         passages: Passages read for each segment (the paper's k).
+        reading: ``each`` writes a segment from each passage and keeps the best, as the paper does; ``together`` writes
+            one from all of them at once.
         max_tokens: Maximum tokens of a segment.
         segments: Maximum segments of an answer (the paper's T); 1 is the short form.
         beam_width: Paths kept after each segment (the paper's B).
         search: Search text of later segments: ``dynamic`` is the query and the last segment, ``static`` the query
             alone.
-        citations: End each segment with the number of its passage, as in ``[1]``.
+        citations: End each segment with the number of its passage, as in ``[1]``; of each, if read together.
         constraint: Drop segments that contradict their passage (``no_contradiction``), or that it does not fully
             support (``full_support``); a path ends if no segment is left.
         keep_candidates: Write every scored candidate, not only the chosen ones.
@@ -119,6 +121,7 @@ class DecodingConfig(Frozen):
     mode: Literal["adaptive", "always", "never"] = "adaptive"
     threshold: Share = 0.2
     passages: Positive = 5
+    reading: Literal["each", "together"] = "each"
     max_tokens: Positive = 100
     segments: Positive = 1
     beam_width: Positive = 2

@@ -53,30 +53,34 @@ def list_cited_passages(segments: Sequence[Segment]) -> tuple[RetrievedPassage, 
     """Return each passage that the text rests on once, in the order of first use; citation n is at index n - 1."""
     used: dict[str, RetrievedPassage] = {}
     for segment in segments:
-        if segment.evidence is not None and segment.text:
-            used.setdefault(segment.evidence.passage.id, segment.evidence)
+        for read in list_read(segment):
+            used.setdefault(read.passage.id, read)
     return tuple(used.values())
 
 
-def number_citations(segments: Sequence[Segment]) -> list[int | None]:
-    """Return the citation number of each segment (see :func:`list_cited_passages`); None without passage or text."""
+def list_read(segment: Segment) -> tuple[RetrievedPassage, ...]:
+    """Return the passages that a segment rests on; empty without passage or text.
+
+    No critic can tell which of the passages that were read together the words come from, so that all of them count.
+    """
+    return segment.evidence.read if segment.evidence is not None and segment.text else ()
+
+
+def number_citations(segments: Sequence[Segment]) -> list[tuple[int, ...]]:
+    """Return the citation numbers of each segment (see :func:`list_cited_passages`); empty without passage or text."""
     numbers = {used.passage.id: n for n, used in enumerate(list_cited_passages(segments), 1)}
-    citations: list[int | None] = []
-    for segment in segments:
-        if segment.evidence is None or not segment.text:
-            citations.append(None)
-        else:
-            citations.append(numbers[segment.evidence.passage.id])
-    return citations
+    return [tuple(numbers[read.passage.id] for read in list_read(segment)) for segment in segments]
 
 
 def join_cited_text(segments: Sequence[Segment]) -> str:
-    """Join the texts of the segments, each followed by its citation number, as in ``Paris. [1]``."""
-    texts = []
-    for segment, number in zip(segments, number_citations(segments), strict=True):
-        if segment.text:
-            texts.append(segment.text if number is None else f"{segment.text} [{number}]")
-    return " ".join(texts)
+    """Join the texts of the segments, each followed by its citation numbers, as in ``Paris. [1]``."""
+    pairs = zip(segments, number_citations(segments), strict=True)
+    return " ".join(add_citations(segment.text, numbers) for segment, numbers in pairs if segment.text)
+
+
+def add_citations(text: str, numbers: Sequence[int]) -> str:
+    """Append citation numbers to a text, as in ``Paris. [1] [2]``."""
+    return " ".join([text, *(f"[{number}]" for number in numbers)])
 
 
 # Punctuation around a label, as in (B) or "b."; OPENING is escaped because it is also used in a character class.

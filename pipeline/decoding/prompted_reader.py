@@ -30,7 +30,7 @@ from pipeline.decoding.critique import (
     segment_score,
     sequence_probability,
 )
-from pipeline.decoding.prompts import format_passage
+from pipeline.decoding.prompts import format_evidence, format_passage
 from pipeline.decoding.protocols import Generator, Reader
 from pipeline.decoding.reflection import IsRel, IsSup, IsUse, Retrieve
 from pipeline.decoding.reflection_reader import Requests, choose_opening_token
@@ -279,10 +279,10 @@ class PromptedReader:
     def _build_prompt(
         self, template: str, evidence: RetrievedPassage | None = None, answer: str = "", written: int = 0
     ) -> list[int]:
-        """Encode a prompt as the user's turn; the end of the passage is cut to leave room for ``written`` more ids."""
+        """Encode a prompt as the user's turn; the end of the passages is cut to leave room for ``written`` more ids."""
         values = {"query": format_query(self.query), "answer": answer}
         head, place, tail = template.partition("{passage}")
-        body = format_passage(evidence.passage.title, evidence.passage.text) if place and evidence else ""
+        body = format_evidence(evidence) if place and evidence else ""
         head, tail = fill_template(head, values), fill_template(tail, values)
         ids, lost = self.critic.turn.encode_cut(head, body, tail, self.room - written)
         self.lost += lost

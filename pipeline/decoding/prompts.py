@@ -11,7 +11,7 @@ from typing import Any
 
 from pipeline.decoding.reflection import CONTROL_TOKENS, Paragraph, ReflectionIds, Retrieve
 from pipeline.decoding.tokenization import TextTokenizer
-from pipeline.decoding.types import Passage, Query
+from pipeline.decoding.types import Passage, Query, RetrievedPassage
 
 
 def format_instruction(instruction: str, context: str | None = None) -> str:
@@ -23,6 +23,11 @@ def format_instruction(instruction: str, context: str | None = None) -> str:
 def format_passage(title: str, text: str) -> str:
     """Format a passage: its title, if any, on a line before its text."""
     return f"{title}\n{text}" if title else text
+
+
+def format_evidence(evidence: RetrievedPassage) -> str:
+    """Format a passage and those that are read beside it, with blank lines between them."""
+    return "\n\n".join(format_passage(read.passage.title, read.passage.text) for read in evidence.read)
 
 
 @dataclass(frozen=True)

@@ -65,8 +65,8 @@ class Reader(Protocol):
         Args:
             path: path to extend.
             opening: decision at the boundary before the segment.
-            evidence: passage to write from. ``[Retrieval]`` has a new one, or None if the search found nothing;
-                ``[Continue to Use Evidence]`` has the last passage of the path; ``[No Retrieval]`` has None.
+            evidence: passages to write from. ``[Retrieval]`` has new ones, or None if the search found nothing;
+                ``[Continue to Use Evidence]`` has those of the path's last segment; ``[No Retrieval]`` has None.
         """
         ...
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.config.sections import DecodingConfig
 from pipeline.decoding.critique import critique_segment, read_retrieve_probability
-from pipeline.decoding.prompts import PromptTokenizer, format_passage
+from pipeline.decoding.prompts import PromptTokenizer, format_evidence
 from pipeline.decoding.protocols import Generator, Reader
 from pipeline.decoding.reflection import Paragraph, Retrieve
 from pipeline.decoding.types import Boundary, Finish, Generation, Passage, Path, Query, RetrievedPassage, Segment, Usage
@@ -64,7 +64,7 @@ class ReflectionReader:
 
     Attributes:
         lost: passage tokens cut so far, summed over all prompts.
-        bodies: token ids of the passages read so far.
+        bodies: token ids of the texts read so far.
     """
 
     requests: Requests
@@ -72,7 +72,7 @@ class ReflectionReader:
     config: DecodingConfig
     query: Query
     lost: int = 0
-    bodies: dict[Passage, list[int]] = field(default_factory=dict)
+    bodies: dict[str, list[int]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         self.stops = [*self.tokenizer.reflection.get_group(Retrieve), self.tokenizer.eos]
@@ -131,7 +131,7 @@ class ReflectionReader:
         return [*ids, last], None, Finish.LENGTH
 
     def _build_context(self, path: Path, opening: Retrieve, evidence: RetrievedPassage | None) -> list[int]:
-        """Build the ids before a new segment: the prompt, earlier segments with their passages, and the new passage.
+        """Build the ids before a new segment: the prompt, earlier segments with their evidence, and the new evidence.
 
         If they do not fit the model, passages are cut at their ends, the oldest first.
         """
@@ -152,13 +152,13 @@ class ReflectionReader:
         return context
 
     def _encode_body(self, opening: Retrieve, evidence: RetrievedPassage | None) -> list[int] | None:
-        """Return the ids of the passage that is read before a segment; None if no passage is read there."""
+        """Return the ids of the passages that are read before a segment; None if none is read there."""
         if evidence is None or opening is not Retrieve.YES:
             return None
-        passage = evidence.passage
-        if passage not in self.bodies:
-            self.bodies[passage] = self.tokenizer.encode_text(format_passage(passage.title, passage.text))
-        return self.bodies[passage]
+        text = format_evidence(evidence)
+        if text not in self.bodies:
+            self.bodies[text] = self.tokenizer.encode_text(text)
+        return self.bodies[text]
 
 
 def choose_opening_token(opening: Retrieve, evidence: RetrievedPassage | None) -> Retrieve:

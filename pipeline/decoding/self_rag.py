@@ -100,13 +100,13 @@ class Decoding:
         return self.children[path]
 
     async def list_expansions(self, path: Path, opening: Retrieve) -> list[tuple[Retrieve, RetrievedPassage | None]]:
-        """List the expansions of a decision: one for each retrieved passage, or a single one without a new passage."""
+        """List the expansions of a decision: one for each evidence to read, or a single one without new evidence."""
         if opening is Retrieve.CONTINUE:
             return [(opening, path.evidence)]
         found = await self.retrieve(path) if opening is Retrieve.YES else []
         if not found:
             return [(opening, None)]
-        return [(opening, evidence) for evidence in found]
+        return [(opening, evidence) for evidence in arrange_evidence(found, self.config.reading)]
 
     async def retrieve(self, path: Path) -> list[RetrievedPassage]:
         """Return the top k passages: the given ones, or the index's for the query and, later, the last segment."""
@@ -123,6 +123,14 @@ class Decoding:
             self.searching += time.monotonic() - began - found.rerank_seconds
             self.reranking += found.rerank_seconds
         return self.searches[asked]
+
+
+def arrange_evidence(found: Sequence[RetrievedPassage], reading: str) -> list[RetrievedPassage]:
+    """Arrange passages for reading: each is an evidence of its own, as in the paper, or all of them are one."""
+    if reading == "each":
+        return list(found)
+    first, *others = found
+    return [replace(first, beside=tuple(others))]
 
 
 def conclude(

@@ -35,12 +35,19 @@ class RetrievedPassage:
         score: similarity to the query in the metric of the index; None for a passage given with the query.
         rank: position in that list, from 1; after reranking, if there is any.
         rerank_score: logit of the cross-encoder for the query and the passage; None without reranking.
+        beside: passages that are read in the same prompt, behind this one (``decoding.reading: together``).
     """
 
     passage: Passage
     score: float | None
     rank: int
     rerank_score: float | None = None
+    beside: tuple["RetrievedPassage", ...] = ()
+
+    @property
+    def read(self) -> tuple["RetrievedPassage", ...]:
+        """All passages that are read in the same prompt, in order: this one and those beside it."""
+        return (self, *self.beside)
 
 
 @dataclass(frozen=True)
@@ -160,7 +167,7 @@ class Segment:
     Attributes:
         text: text without reflection tokens.
         raw: text with reflection tokens, without the passage.
-        evidence: passage that the segment was written from; None without retrieval.
+        evidence: passage that the segment was written from, with those read beside it; None without retrieval.
         critique: scores of the segment.
         opening: decision at the boundary before the segment; with ``[Retrieval]`` and no evidence, the search found
             nothing.
@@ -176,7 +183,7 @@ class Segment:
 
     @property
     def passage_id(self) -> str | None:
-        """Id of the passage that the segment was written from; None without retrieval."""
+        """Id of the (first) passage that the segment was written from; None without retrieval."""
         return self.evidence.passage.id if self.evidence else None
 
 
@@ -231,7 +238,7 @@ class Path:
 
     @property
     def evidence(self) -> RetrievedPassage | None:
-        """The passage of the last segment; None if there is none."""
+        """The evidence of the last segment; None if there is none."""
         return self.segments[-1].evidence if self.segments else None
 
     def end(self, finish: Finish) -> "Path":

@@ -159,7 +159,12 @@ def keep_row(row: Row) -> Row:
 
 
 def answer_from_first_passage(row: Row) -> Row | None:
-    """Return the row with its answer from the top-ranked passage; None for answers of several segments."""
+    """Return the row with its answer from the top-ranked passage alone.
+
+    None for answers of several segments, and for those from passages that were read together.
+    """
+    if any(c.get("beside") for c in row.get("candidates") or ()):
+        return None
     return _replace_answer(row, lambda c: c["rank"] == 1, retrieved=True)
 
 

@@ -8,6 +8,8 @@ import json
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pipeline.decoding.choose import add_citations
+
 Row = Mapping[str, Any]
 EXPORTED = ("answer", "answers", "short_answers", "passages", "segments")
 
@@ -46,13 +48,14 @@ def _convert_row(row: Row, query: str) -> dict[str, Any]:
 
 
 def join_cited(segments: Iterable[Row]) -> str:
-    """Join segments into one line, each with its citation before its final punctuation, where ALCE splits the text."""
+    """Join segments into one line, each with its citations before its final punctuation, where ALCE splits the text."""
     parts = []
     for segment in segments:
         text = " ".join(segment["text"].split())
         if segment["citation"] is not None:
             body = text.rstrip(".!?")
-            text = f"{body} [{segment['citation']}]{text[len(body) :]}"
+            numbers = [segment["citation"], *(segment.get("beside") or ())]  # sets of earlier versions lack the latter
+            text = f"{add_citations(body, numbers)}{text[len(body) :]}"
         parts.append(text)
     return " ".join(filter(None, parts))
 

@@ -38,8 +38,9 @@ class Judged:
     Attributes:
         retrieved: whether the answer used a passage.
         metrics: metrics by name, in [0, 1]; only those for which the row has gold data.
-        relevance: for each critiqued passage, whether it is the gold passage, and p(Relevant).
-        support: for each critiqued candidate, whether it gives a gold answer that its passage contains, and s(IsSup).
+        relevance: for each critiqued candidate, whether it read the gold passage, and p(Relevant).
+        support: for each critiqued candidate, whether it gives a gold answer that a passage it read contains, and
+            s(IsSup).
     """
 
     retrieved: bool
@@ -121,32 +122,38 @@ def _measure_citations(row: Mapping[str, Any]) -> dict[str, float]:
 
 def _measure_recall(row: Mapping[str, Any]) -> dict[str, float]:
     """Return recall@1 and recall@k of the first search: whether its first passage, or any of them, is the gold one."""
-    gold, read = row.get("gold_passage_id"), _list_first_read(row)
-    if gold is None or not read:
+    gold, first = row.get("gold_passage_id"), _list_first_candidates(row)
+    if gold is None or not first:
         return {}
-    ranks = [c["rank"] for c in read if is_passage_or_part(c["passage_id"], gold)]
+    ranks = [p["rank"] for c in first for p in _list_read(c) if is_passage_or_part(p["passage_id"], gold)]
     return {"recall@1": float(1 in ranks), "recall@k": float(bool(ranks))}
 
 
-def _list_first_read(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+def _list_first_candidates(row: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     """Return the candidates of the first segment that have a passage."""
     return [c for c in row.get("candidates") or () if c["passage_id"] is not None and c["parent"] is None]
+
+
+def _list_read(candidate: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """Return the passages that a candidate read; sets of earlier versions have no ``beside``."""
+    return [candidate, *(candidate.get("beside") or ())]
 
 
 def _judge_relevance(row: Mapping[str, Any]) -> list[tuple[bool, float]]:
     gold = row.get("gold_passage_id")
     if gold is None:
         return []
-    critiqued = [c for c in _list_first_read(row) if c["is_rel"] is not None]
-    return [(is_passage_or_part(c["passage_id"], gold), c["is_rel"]) for c in critiqued]
+    critiqued = [c for c in _list_first_candidates(row) if c["is_rel"] is not None]
+    return [(any(is_passage_or_part(p["passage_id"], gold) for p in _list_read(c)), c["is_rel"]) for c in critiqued]
 
 
 def _judge_support(row: Mapping[str, Any], split: SplitPair) -> list[tuple[bool, float]]:
     passages = {p["id"]: p["text"] for p in row.get("evidence") or ()}
     golds, judged = list_golds(row), []
-    for c in _list_first_read(row):
+    for c in _list_first_candidates(row):
         if c["is_sup"] is not None and golds:
-            text = passages[c["passage_id"]]
-            borne = any(contains(c["text"], gold, split) and contains(text, gold, split) for gold in golds)
+            texts = [passages[p["passage_id"]] for p in _list_read(c)]
+            given = [gold for gold in golds if contains(c["text"], gold, split)]
+            borne = any(contains(text, gold, split) for gold in given for text in texts)
             judged.append((borne, c["is_sup"]))
     return judged

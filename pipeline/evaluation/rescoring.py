@@ -166,12 +166,18 @@ def _to_candidate(row: Mapping[str, Any], passages: Mapping[str, Passage]) -> Ca
     )
     evidence = None
     if row["passage_id"] is not None:
-        scores = row["retrieval_score"], row["rank"], row.get("rerank_score")  # earlier sets lack the last
-        evidence = RetrievedPassage(passages[row["passage_id"]], *scores)
+        beside = [_to_read(other, passages) for other in row.get("beside") or ()]
+        evidence = replace(_to_read(row, passages), beside=tuple(beside))
     finish = Finish(row["finish_reason"]) if row["finish_reason"] else None
     boundary = None if finish else Boundary(row["next_retrieve_probability"], row["next_keeps_evidence"])
     segment = Segment(row["text"], row["raw"], evidence, critique, Retrieve(row["opening"]))
     return Candidate(segment, row["parent"], boundary, finish)
+
+
+def _to_read(row: Mapping[str, Any], passages: Mapping[str, Passage]) -> RetrievedPassage:
+    """Convert a passage that a candidate read; sets of earlier versions have no ``rerank_score``."""
+    passage = passages[row["passage_id"]]
+    return RetrievedPassage(passage, row["retrieval_score"], row["rank"], row.get("rerank_score"))
 
 
 # Columns that rescoring replaces; ``usage`` stays that of the run.

@@ -21,7 +21,17 @@ SEGMENT = pa.struct(
         pa.field("text", pa.string()),
         pa.field("passage_id", pa.string()),
         pa.field("citation", pa.int32()),
+        pa.field("beside", pa.list_(pa.int32())),
         *CRITIQUE_FIELDS,
+    ]
+)
+# A passage that a candidate read beside its first one.
+BESIDE = pa.struct(
+    [
+        pa.field("passage_id", pa.string()),
+        pa.field("retrieval_score", pa.float64()),
+        pa.field("rerank_score", pa.float64()),
+        pa.field("rank", pa.int32()),
     ]
 )
 # Everything that rescoring needs. Candidates are a tree: ``parent`` is an index into the same list.
@@ -31,10 +41,8 @@ CANDIDATE = pa.struct(
         pa.field("opening", pa.string()),
         pa.field("text", pa.string()),
         pa.field("raw", pa.string()),
-        pa.field("passage_id", pa.string()),
-        pa.field("retrieval_score", pa.float64()),
-        pa.field("rerank_score", pa.float64()),
-        pa.field("rank", pa.int32()),
+        *BESIDE,
+        pa.field("beside", pa.list_(BESIDE)),
         *CRITIQUE_FIELDS,
         pa.field("support", pa.string()),
         pa.field("finish_reason", pa.string()),
@@ -100,7 +108,8 @@ MEANINGS: Mapping[tuple[str, ...], str] = {
     ),
     ("finish_reason",): "why the answer ended: `stop`, `segments`, `length`, `room` or `constraint`",
     ("segments",): (
-        "`text`, `passage_id`, `citation` (place in `passages`), `is_rel` = p(Relevant), `is_sup` = p(Fully) + 0.5 "
+        "`text`, `passage_id`, `citation` (place in `passages`), `beside` (places of the passages read in "
+        "the same prompt, with `decoding.reading: together`), `is_rel` = p(Relevant), `is_sup` = p(Fully) + 0.5 "
         "p(Partially), `is_use` in −1 … 1 (null if the model wrote no token of that group), `sequence_probability`, "
         "`score`"
     ),
@@ -160,12 +169,16 @@ def build_error_schema(inputs: pa.Schema) -> pa.Schema:
     return pa.schema([*rename_reserved_columns(inputs), *ERROR_FIELDS])
 
 
+UNCITED = {"passage_id": None, "citation": None}
+UNREAD = dict.fromkeys(field.name for field in BESIDE)
+
+
 def to_answer_row(answer: Answer) -> dict[str, Any]:
     """Convert an answer to the values of the output columns."""
     segments = []
-    for segment, number in zip(answer.segments, number_citations(answer.segments), strict=True):
-        used = segment.passage_id if segment.text else None
-        segments.append({**_convert_segment(segment), "passage_id": used, "citation": number})
+    for segment, numbers in zip(answer.segments, number_citations(answer.segments), strict=True):
+        cited = {"passage_id": segment.passage_id, "citation": numbers[0]} if numbers else UNCITED
+        segments.append({**_convert_segment(segment), **cited, "beside": list(numbers[1:])})
     return {
         "answer": answer.answer,
         "raw_output": answer.raw_output,
@@ -186,20 +199,21 @@ def _list_evidence(candidates: Sequence[Candidate]) -> list[RetrievedPassage]:
     read: dict[str, RetrievedPassage] = {}
     for candidate in candidates:
         if (evidence := candidate.segment.evidence) is not None:
-            read.setdefault(evidence.passage.id, evidence)
+            for one in evidence.read:
+                read.setdefault(one.passage.id, one)
     return list(read.values())
 
 
 def _convert_candidate(candidate: Candidate) -> dict[str, Any]:
     segment, boundary = candidate.segment, candidate.boundary
+    first, *beside = map(_convert_read, segment.evidence.read) if segment.evidence else [UNREAD]
     return {
         **_convert_segment(segment),
+        **first,
+        "beside": beside,
         "parent": candidate.parent,
         "opening": segment.opening,
         "raw": segment.raw,
-        "retrieval_score": segment.evidence and segment.evidence.score,
-        "rerank_score": segment.evidence and segment.evidence.rerank_score,
-        "rank": segment.evidence and segment.evidence.rank,
         "support": segment.critique.support,
         "finish_reason": candidate.finish,
         "next_retrieve_probability": boundary and boundary.probability,
@@ -211,13 +225,16 @@ def _convert_segment(segment: Segment) -> dict[str, Any]:
     critique = segment.critique
     return {
         "text": segment.text,
-        "passage_id": segment.evidence and segment.evidence.passage.id,
         "is_rel": critique.is_rel,
         "is_sup": critique.is_sup,
         "is_use": critique.is_use,
         "sequence_probability": critique.sequence_probability,
         "score": critique.score,
     }
+
+
+def _convert_read(read: RetrievedPassage) -> dict[str, Any]:
+    return {"passage_id": read.passage.id, **_convert_places(read)}
 
 
 def _convert_passage(used: RetrievedPassage) -> dict[str, Any]:
@@ -227,7 +244,9 @@ def _convert_passage(used: RetrievedPassage) -> dict[str, Any]:
         "title": passage.title,
         "text": passage.text,
         "metadata": passage.metadata,
-        "retrieval_score": used.score,
-        "rerank_score": used.rerank_score,
-        "rank": used.rank,
+        **_convert_places(used),
     }
+
+
+def _convert_places(found: RetrievedPassage) -> dict[str, Any]:
+    return {"retrieval_score": found.score, "rerank_score": found.rerank_score, "rank": found.rank}

@@ -272,6 +272,7 @@ def test_views_keep_or_drop_rows_without_the_needed_candidate() -> None:
     assert answer_from_first_passage(row) == row
     assert answer_from_first_passage({"answer": "Hello"}) == {"answer": "Hello"}
     assert answer_from_first_passage({"answer": "a b", "candidates": [alone, {**alone, "parent": 0}]}) is None
+    assert answer_from_first_passage({"answer": "a", "candidates": [{**alone, "rank": 1, "beside": [alone]}]}) is None
 
 
 def test_views_of_a_closed_set_give_a_choice() -> None:

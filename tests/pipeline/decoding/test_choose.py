@@ -1,4 +1,5 @@
 import random
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -16,7 +17,9 @@ from pipeline.decoding.types import Critique, Passage, Path, RetrievedPassage, S
 
 
 def segment(text: str, score: float = 0.0, passage: str | None = None, rank: int = 1) -> Segment:
-    evidence = RetrievedPassage(Passage(passage, "", f"text of {passage}"), None, rank) if passage else None
+    """A segment from one passage, or from several that were read together, as in ``p1 p2``."""
+    read = [RetrievedPassage(Passage(name, "", f"text of {name}"), None, rank) for name in (passage or "").split()]
+    evidence = replace(read[0], beside=tuple(read[1:])) if read else None
     return Segment(text, text, evidence, Critique(score, None, None, None, score))
 
 
@@ -101,15 +104,22 @@ def test_signs_are_part_of_a_choice(text: str, choices: list[str], named: str) -
 
 def test_citations_are_numbered_by_first_use() -> None:
     segments = [segment("One.", 0, "p9"), segment("Two."), segment("Three.", 0, "p4"), segment("Four.", 0, "p9")]
-    assert number_citations(segments) == [1, None, 2, 1]
+    assert number_citations(segments) == [(1,), (), (2,), (1,)]
     assert [used.passage.id for used in list_cited_passages(segments)] == ["p9", "p4"]
     assert join_cited_text(segments) == "One. [1] Two. Three. [2] Four. [1]"
     assert join_text(segments) == "One. Two. Three. Four."
 
 
+def test_segment_cites_all_passages_that_were_read_together() -> None:
+    segments = [segment("One.", 0, "p9 p4"), segment("", 0, "p1 p2"), segment("Three.", 0, "p4 p7 p9")]
+    assert number_citations(segments) == [(1, 2), (), (2, 3, 1)]
+    assert [used.passage.id for used in list_cited_passages(segments)] == ["p9", "p4", "p7"]
+    assert join_cited_text(segments) == "One. [1] [2] Three. [2] [3] [1]"
+
+
 def test_segment_without_text_gets_no_citation_number() -> None:
     segments = [segment("", 0, "p1"), segment("Two.", 0, "p2")]
-    assert number_citations(segments) == [None, 1]
+    assert number_citations(segments) == [(), (1,)]
     assert join_cited_text(segments) == "Two. [1]"
 
 
@@ -118,12 +128,10 @@ def test_cited_passage_is_that_of_its_first_use() -> None:
     assert list_cited_passages(segments)[0].rank == 3
 
 
-@given(st.lists(st.tuples(st.sampled_from(["", "text"]), st.sampled_from([None, "a", "b", "c"])), max_size=7))
-def test_every_citation_points_to_the_passage_of_its_segment(drawn: list[tuple[str, str | None]]) -> None:
-    segments = [segment(text, 0, passage) for text, passage in drawn]
-    passages = list_cited_passages(segments)
-    for one, number in zip(segments, number_citations(segments), strict=True):
-        assert (number is None) == (one.evidence is None or not one.text)
-        assert number is None or passages[number - 1].passage == one.evidence.passage  # type: ignore[union-attr]
-    numbers = [n for n in number_citations(segments) if n is not None]
-    assert sorted(set(numbers)) == list(range(1, len(passages) + 1))
+@given(st.lists(st.tuples(st.sampled_from(["", "text"]), st.sampled_from(["", "a", "b", "c a", "b d c"])), max_size=7))
+def test_every_citation_points_to_a_passage_of_its_segment(drawn: list[tuple[str, str]]) -> None:
+    segments = [segment(text, 0, passages) for text, passages in drawn]
+    cited, numbers = list_cited_passages(segments), number_citations(segments)
+    named = [" ".join(cited[number - 1].passage.id for number in each) for each in numbers]
+    assert named == [passages if text else "" for text, passages in drawn]
+    assert {number for each in numbers for number in each} == set(range(1, len(cited) + 1))

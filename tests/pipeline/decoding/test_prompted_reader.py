@@ -152,6 +152,15 @@ def test_every_prompt_uses_the_chat_template_of_the_model(critic: PromptedCritic
     assert "the text above say? Paris\n\nA: all of it." in supported
 
 
+def test_passages_read_together_are_in_every_prompt_about_them(critic: PromptedCritic) -> None:
+    clerk = Clerk(critic)
+    answer = ask(clerk, reading="together", citations=True)
+    assert answer.answer == "Paris [1] [2]"
+    both = "Rome\nRome is old.\n\nParis\nParis is the capital of France.\n\n"
+    assert sum(both in prompt for prompt in clerk.prompts) == 3  # write, relevant, supported
+    assert answer.usage.engine_requests == 1 + 4
+
+
 def test_without_a_passage_only_utility_is_judged(critic: PromptedCritic) -> None:
     clerk = Clerk(critic)
     answer = ask(clerk, mode="never")

@@ -143,6 +143,30 @@ async def test_passage_count_limits_the_passages_read():
     assert answer.answer == "Rome"
 
 
+async def test_passages_read_together_give_one_candidate_with_all_of_them():
+    rag = system(config=DecodingConfig(reading="together", citations=True, keep_candidates=True))
+    answer = await rag.answer(Query("q", "Capital?"))
+    (prompt,) = (prompt for prompt in rag.generator.prompts if "<paragraph>" in prompt)
+    assert prompt.endswith("[Retrieval] <paragraph> wrong passage right passage other passage </paragraph>")
+    (candidate,) = answer.candidates
+    assert [(read.passage.id, read.rank) for read in candidate.segment.evidence.read] == [
+        ("p1", 1),
+        ("p2", 2),
+        ("p3", 3),
+    ]
+    assert answer.answer == "Paris [1] [2] [3]"
+    assert candidate.segment.critique.score == pytest.approx(0.5 + 0.9)
+    assert (answer.usage.engine_requests, answer.usage.prompt_tokens) == (2, 7 + 12)
+
+
+async def test_single_passage_reads_the_same_in_both_ways():
+    each, together = [
+        await system(config=DecodingConfig(passages=1, reading=reading)).answer(Query("q", "Capital?"))
+        for reading in ("each", "together")
+    ]
+    assert together.segments == each.segments
+
+
 async def test_given_passages_need_no_index():
     rag = system(passages=None)
     answer = await rag.answer(Query("q", "Capital?", passages=(PASSAGES[1],)))

@@ -36,9 +36,9 @@ def test_gold_missing_in_a_row_is_omitted() -> None:
 
 
 def test_citations_are_placed_inside_their_sentence() -> None:
-    cited = [("Who? Rollo!", 2), ("", None), ("In 911", 1)]
-    segments = [{"text": text, "citation": number} for text, number in cited]
-    assert join_cited(segments) == "Who? Rollo [2]! In 911 [1]"
+    cited: list[tuple[str, int | None, list[int]]] = [("Who? Rollo!", 2, []), ("", None, []), ("In 911.", 1, [3, 2])]
+    segments = [{"text": text, "citation": number, "beside": beside} for text, number, beside in cited]
+    assert join_cited(segments) == "Who? Rollo [2]! In 911 [1] [3] [2]."
 
 
 def test_factscore_export_has_one_line_per_row() -> None:

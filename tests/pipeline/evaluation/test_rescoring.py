@@ -18,6 +18,7 @@ SCHEMA = build_data_schema(pa.schema([]), keep_candidates=True)
 FORMS: list[dict[str, Any]] = [
     {},
     {"segments": 5, "citations": True},
+    {"segments": 4, "citations": True, "reading": "together"},
     {"segments": 4, "beam_width": 1, "mode": "always", "passages": 2},
     {"segments": 4, "constraint": "no_contradiction"},
     {"segments": 3, "constraint": "full_support", "search": "static"},

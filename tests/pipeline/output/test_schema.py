@@ -97,6 +97,27 @@ def test_citations_are_numbered_by_first_use():
     assert row["passages"][1] == {**text, "metadata": None, "retrieval_score": 0.9, "rerank_score": 5.0, "rank": 2}
 
 
+def test_passages_read_together_are_listed_and_cited():
+    other = RetrievedPassage(Passage("p2", "", "Other"), 0.8, 2, 1.5)
+    third = RetrievedPassage(Passage("p3", "", "Third"), 0.7, 3, 0.5)
+    first = RetrievedPassage(PASSAGE, 0.9, 1, 2.5, (other, third))
+    read = Segment("text", "[Relevant]text", first, CRITIQUE)
+    row = to_answer_row(answer(read, segment(Passage("p3", "", "Third")), candidates=(Candidate(read, None, None),)))
+    schema = build_data_schema(pa.schema([]), keep_candidates=True)
+    (back,) = pa.Table.from_pylist([row], schema=schema).to_pylist()
+    assert [(s["passage_id"], s["citation"], s["beside"]) for s in back["segments"]] == [
+        ("p1", 1, [2, 3]),
+        ("p3", 3, []),
+    ]
+    assert [p["id"] for p in back["passages"]] == [p["id"] for p in back["evidence"]] == ["p1", "p2", "p3"]
+    (candidate,) = back["candidates"]
+    assert (candidate["passage_id"], candidate["rank"], candidate["rerank_score"]) == ("p1", 1, 2.5)
+    assert candidate["beside"] == [
+        {"passage_id": "p2", "retrieval_score": 0.8, "rerank_score": 1.5, "rank": 2},
+        {"passage_id": "p3", "retrieval_score": 0.7, "rerank_score": 0.5, "rank": 3},
+    ]
+
+
 def test_candidates_form_a_tree_and_passages_are_stored_once():
     other = Passage("p2", "", "Other")
     first = Candidate(segment(PASSAGE), None, Boundary(0.25, keep=True))
@@ -126,6 +147,7 @@ def test_missing_critique_is_null_in_arrow():
         "text": "text",
         "passage_id": "p1",
         "citation": 1,
+        "beside": [],
         "is_rel": 0.75,
         "is_sup": None,
         "is_use": 0.25,
@@ -133,7 +155,7 @@ def test_missing_critique_is_null_in_arrow():
         "score": 1.375,
     }
     assert back["candidates"][0]["passage_id"] is None
-    assert back["candidates"][0]["rank"] is None
+    assert (back["candidates"][0]["rank"], back["candidates"][0]["beside"]) == (None, [])
     assert back["usage"]["seconds"] == 1.5
 
 
