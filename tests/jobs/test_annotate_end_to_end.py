@@ -39,7 +39,7 @@ SCHEMA = pa.schema(
 
 
 def rows(demo_rows: list[dict]) -> list[dict]:
-    """Eight questions, one instruction, and eight special rows."""
+    """Eight questions, one instruction, and nine special rows."""
     plain = [{"id": r["id"], "query": r["query"], "answers": r["answers"], "year": 1} for r in demo_rows[:8]]
     instruction = {"id": "sum", "query": "Tom has 3 apples and buys 4 more for 2 dollars each. How much does he spend?"}
     given = {"id": "given", "query": "Who wrote Dune?", "passages": [DUNE]}
@@ -50,7 +50,8 @@ def rows(demo_rows: list[dict]) -> list[dict]:
     long = {"id": "long", "query": both, "task": "two"}
     conditions = {"filtered": "words < 90", "nothing": "words > 10000", "unfit": "pages > 1"}
     filtered = [{"id": name, "query": demo_rows[0]["query"], "filter": text} for name, text in conditions.items()]
-    return [*plain, instruction, given, closed, smuggled, empty, long, *filtered]
+    together = {"id": "together", "query": demo_rows[0]["query"], "task": "all"}
+    return [*plain, instruction, given, closed, smuggled, empty, long, *filtered, together]
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,8 @@ def annotate(*options: str | Path, **environment: str) -> subprocess.CompletedPr
     command = [sys.executable, "-m", "jobs.annotate", "--model", "demo", *map(str, options)]
     settings = ["execution.unit_rows=4", "decoding.keep_candidates=true", "decoding.max_tokens=30"]
     settings += ["retrieval.fusion=rrf", "retrieval.rerank.model=demo", "retrieval.rerank.candidates=8"]
-    settings.append("profiles={two: {decoding: {segments: 3, citations: true, mode: always}}}")
+    settings.append("profiles.two.decoding={segments: 3, citations: true, mode: always}")
+    settings.append("profiles.all.decoding={reading: together, passages: 3, citations: true, mode: always}")
     command += [word for setting in settings for word in ("--set", setting)]
     env = {**os.environ, **environment}
     return subprocess.run(command, capture_output=True, text=True, timeout=570, check=False, env=env)
@@ -88,7 +90,7 @@ def test_error_rows_give_exit_status_3(finished):
     result = finished[1]
     assert result.returncode == 3, result.stderr[-3000:]
     summary = json.loads(result.stdout)
-    assert (summary["rows"], summary["errors"], summary["error_types"]) == (17, 2, {"ValueError": 1, "FilterError": 1})
+    assert (summary["rows"], summary["errors"], summary["error_types"]) == (18, 2, {"ValueError": 1, "FilterError": 1})
 
 
 def test_every_row_appears_exactly_once(finished, answers, demo_rows):
@@ -211,6 +213,17 @@ def test_long_form_cites_the_passage_of_each_segment(answers):
     assert row["usage"]["retrievals"] >= 1 + bool(children)
 
 
+def test_passages_read_together_are_all_cited(answers, demo_rows):
+    row, each = answers["together"], answers[demo_rows[0]["id"]]
+    (segment,), (candidate,) = row["segments"], row["candidates"]
+    best = sorted((c["rank"], c["passage_id"]) for c in each["candidates"])[:3]
+    assert [(p["rank"], p["id"]) for p in row["passages"]] == best
+    assert [(p["rank"], p["passage_id"]) for p in [candidate, *candidate["beside"]]] == best
+    assert (segment["citation"], segment["beside"]) == (1, [2, 3])
+    assert row["answer"] == f"{segment['text']} [1] [2] [3]"
+    assert (row["usage"]["engine_requests"], row["usage"]["retrievals"]) == (1, 1)
+
+
 def test_smuggled_control_tokens_are_plain_text(answers):
     row = answers["smuggled"]
     assert row["retrieve_probability"] > 0.2  # the smuggled [No Retrieval] decided nothing
@@ -235,7 +248,7 @@ def test_manifest_records_what_produced_the_rows(finished):
     output = finished[0]
     manifest = json.loads((output / "_manifest.json").read_text())
     assert manifest["status"] == "finished"
-    assert manifest["counts"]["rows"] == 17
+    assert manifest["counts"]["rows"] == 18
     assert manifest["configuration"]["decoding"]["max_tokens"] == 30
     assert len(manifest["model"]["digest"]) == 64
     assert manifest["versions"]["ray"].startswith("2.")
@@ -243,7 +256,7 @@ def test_manifest_records_what_produced_the_rows(finished):
     assert manifest["encoder"]["name"] == "demo"
     assert len(manifest["encoder"]["digest"]) == 64
     units = read_units(locate(str(output), StorageConfig()))
-    assert sum(unit.rows for unit in units.values()) == 17
+    assert sum(unit.rows for unit in units.values()) == 18
     for name, unit in units.items():
         file = output / "data" / f"part-{name}.parquet"
         assert (pq.read_metadata(file).num_rows, file.stat().st_size) == (unit.rows - unit.failed, unit.data_bytes)
@@ -258,7 +271,7 @@ def test_run_writes_its_report(finished):
 
 def test_output_loads_with_datasets(finished):
     opened = datasets.load_dataset("parquet", data_files=str(finished[0] / "data" / "*.parquet"), split="train")
-    assert opened.num_rows == 15
+    assert opened.num_rows == 16
 
 
 @pytest.mark.slow
@@ -274,8 +287,8 @@ def test_interrupted_run_is_resumed(finished, queries, small_index, tmp_path):
     result = annotate(*options, "--set", "execution.max_error_rate=0.2", "--json")
     assert result.returncode == 3, result.stderr[-3000:]
     summary = json.loads(result.stdout)
-    assert (summary["rows"], summary["errors"]) == (17, 2)
-    assert summary["annotated"] < 17
+    assert (summary["rows"], summary["errors"]) == (18, 2)
+    assert summary["annotated"] < 18
     assert pq.read_table(lost).num_rows + 1 == summary["annotated"]
     after = {file.name: file.stat().st_mtime_ns for file in (output / "data").iterdir()}
     assert [name for name in after if after[name] != before[name]] == [lost.name]
