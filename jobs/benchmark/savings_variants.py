@@ -108,7 +108,7 @@ class AskingReader(ReflectionReader):
         if path.segments:
             if path not in self.asked:
                 *before, last = path.segments
-                context = self._build_context(Path(tuple(before)), last.opening, last.evidence)
+                context, _ = self._build_context(Path(tuple(before)), last.opening, last.evidence)
                 question = self.requests.ask([*context, *last.token_ids], 1, self.stops)
                 self.asked[path] = asyncio.ensure_future(question)
             await self.asked[path]

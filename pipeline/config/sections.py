@@ -93,6 +93,9 @@ class Weights(Frozen):
     utility: Weight = 0.5
 
 
+Reading = Literal["each", "together"]
+
+
 class DecodingConfig(Frozen):
     """Decoding of answers.
 
@@ -109,7 +112,8 @@ class DecodingConfig(Frozen):
         beam_width: Paths kept after each segment (the paper's B).
         search: Search text of later segments: ``dynamic`` is the query and the last segment, ``static`` the query
             alone.
-        citations: End each segment with the number of its passage, as in ``[1]``; of each, if read together.
+        citations: End each segment with the number of its passage, as in ``[1]``, or with those of all passages that it
+            was written from.
         constraint: Drop segments that contradict their passage (``no_contradiction``), or that it does not fully
             support (``full_support``); a path ends if no segment is left.
         keep_candidates: Write every scored candidate, not only the chosen ones.
@@ -121,7 +125,7 @@ class DecodingConfig(Frozen):
     mode: Literal["adaptive", "always", "never"] = "adaptive"
     threshold: Share = 0.2
     passages: Positive = 5
-    reading: Literal["each", "together"] = "each"
+    reading: Reading = "each"
     max_tokens: Positive = 100
     segments: Positive = 1
     beam_width: Positive = 2

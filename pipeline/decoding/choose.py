@@ -53,15 +53,15 @@ def list_cited_passages(segments: Sequence[Segment]) -> tuple[RetrievedPassage, 
     """Return each passage that the text rests on once, in the order of first use; citation n is at index n - 1."""
     used: dict[str, RetrievedPassage] = {}
     for segment in segments:
-        for read in list_read(segment):
+        for read in list_cited(segment):
             used.setdefault(read.passage.id, read)
     return tuple(used.values())
 
 
-def list_read(segment: Segment) -> tuple[RetrievedPassage, ...]:
-    """Return the passages that a segment rests on; empty without passage or text.
+def list_cited(segment: Segment) -> tuple[RetrievedPassage, ...]:
+    """Return the passages that a segment cites; empty without passage or text.
 
-    No critic can tell which of the passages that were read together the words come from, so that all of them count.
+    No critic can tell from which of the passages read together the words come, so all of them are cited.
     """
     return segment.evidence.read if segment.evidence is not None and segment.text else ()
 
@@ -69,7 +69,7 @@ def list_read(segment: Segment) -> tuple[RetrievedPassage, ...]:
 def number_citations(segments: Sequence[Segment]) -> list[tuple[int, ...]]:
     """Return the citation numbers of each segment (see :func:`list_cited_passages`); empty without passage or text."""
     numbers = {used.passage.id: n for n, used in enumerate(list_cited_passages(segments), 1)}
-    return [tuple(numbers[read.passage.id] for read in list_read(segment)) for segment in segments]
+    return [tuple(numbers[read.passage.id] for read in list_cited(segment)) for segment in segments]
 
 
 def join_cited_text(segments: Sequence[Segment]) -> str:

@@ -30,7 +30,7 @@ from pipeline.decoding.critique import (
     segment_score,
     sequence_probability,
 )
-from pipeline.decoding.prompts import format_evidence, format_passage
+from pipeline.decoding.prompts import drop_unread, format_evidence, format_passage
 from pipeline.decoding.protocols import Generator, Reader
 from pipeline.decoding.reflection import IsRel, IsSup, IsUse, Retrieve
 from pipeline.decoding.reflection_reader import Requests, choose_opening_token
@@ -209,8 +209,12 @@ class PromptedReader:
         """See :meth:`Reader.write`: generates a segment, then prompts for critique and next decision concurrently."""
         written = [token for segment in path.segments for token in segment.token_ids]
         template = PROMPTS["write_from_passage" if evidence else "write"]
-        prompt = self._build_prompt(template, evidence, written=len(written)) + written
-        generation = await self.requests.ask(prompt, self.config.max_tokens, self._stops)
+        prompt, lost = self._encode_prompt(template, evidence, written=len(written))
+        self.lost += lost
+        if lost and evidence:
+            kept = len(self.critic.encode_text(format_evidence(evidence))) - lost
+            evidence = drop_unread(evidence, kept, self.critic.encode_text)
+        generation = await self.requests.ask(prompt + written, self.config.max_tokens, self._stops)
         ids, finish = self._split(generation)
         text = self.critic.decode(ids).strip()
         answer = self.critic.decode([*written, *ids]).strip()
@@ -274,19 +278,23 @@ class PromptedReader:
     def _build_question(self, question: str, evidence: RetrievedPassage | None = None, answer: str = "") -> list[int]:
         """Encode a question up to the first token in which its labels differ."""
         lead = self.critic.labels[question].lead
-        return self._build_prompt(PROMPTS[question]["prompt"], evidence, answer, written=len(lead)) + lead
+        prompt, lost = self._encode_prompt(PROMPTS[question]["prompt"], evidence, answer, written=len(lead))
+        self.lost += lost
+        return prompt + lead
 
-    def _build_prompt(
+    def _encode_prompt(
         self, template: str, evidence: RetrievedPassage | None = None, answer: str = "", written: int = 0
-    ) -> list[int]:
-        """Encode a prompt as the user's turn; the end of the passages is cut to leave room for ``written`` more ids."""
+    ) -> tuple[list[int], int]:
+        """Encode a prompt as the user's turn; the end of the passages is cut to leave room for ``written`` more ids.
+
+        Returns:
+            The ids, and the number of ids cut.
+        """
         values = {"query": format_query(self.query), "answer": answer}
         head, place, tail = template.partition("{passage}")
         body = format_evidence(evidence) if place and evidence else ""
         head, tail = fill_template(head, values), fill_template(tail, values)
-        ids, lost = self.critic.turn.encode_cut(head, body, tail, self.room - written)
-        self.lost += lost
-        return ids
+        return self.critic.turn.encode_cut(head, body, tail, self.room - written)
 
 
 def format_query(query: Query) -> str:

@@ -4,6 +4,7 @@ Queries and passages are untrusted: a reflection token written inside one of the
 enter a prompt only by id.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import StrEnum
 from functools import cached_property
@@ -12,6 +13,8 @@ from typing import Any
 from pipeline.decoding.reflection import CONTROL_TOKENS, Paragraph, ReflectionIds, Retrieve
 from pipeline.decoding.tokenization import TextTokenizer
 from pipeline.decoding.types import Passage, Query, RetrievedPassage
+
+BETWEEN = "\n\n"
 
 
 def format_instruction(instruction: str, context: str | None = None) -> str:
@@ -27,7 +30,19 @@ def format_passage(title: str, text: str) -> str:
 
 def format_evidence(evidence: RetrievedPassage) -> str:
     """Format a passage and those that are read beside it, with blank lines between them."""
-    return "\n\n".join(format_passage(read.passage.title, read.passage.text) for read in evidence.read)
+    return BETWEEN.join(format_passage(read.passage.title, read.passage.text) for read in evidence.read)
+
+
+def drop_unread(evidence: RetrievedPassage, kept: int, encode: Callable[[str], list[int]]) -> RetrievedPassage:
+    """Drop the passages of which nothing is left if the text of the evidence is cut to its first ``kept`` ids.
+
+    Args:
+        evidence: passages that are read together.
+        kept: number of ids that are left of :func:`format_evidence`.
+        encode: encodes a text.
+    """
+    before = [format_evidence(evidence.keep_first(number)) + BETWEEN for number in range(1, len(evidence.read))]
+    return evidence.keep_first(1 + sum(len(encode(text)) < kept for text in before))
 
 
 @dataclass(frozen=True)

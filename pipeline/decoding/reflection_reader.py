@@ -11,7 +11,7 @@ from dataclasses import dataclass, field, replace
 
 from pipeline.config.sections import DecodingConfig
 from pipeline.decoding.critique import critique_segment, read_retrieve_probability
-from pipeline.decoding.prompts import PromptTokenizer, format_evidence
+from pipeline.decoding.prompts import PromptTokenizer, drop_unread, format_evidence
 from pipeline.decoding.protocols import Generator, Reader
 from pipeline.decoding.reflection import Paragraph, Retrieve
 from pipeline.decoding.types import Boundary, Finish, Generation, Passage, Path, Query, RetrievedPassage, Segment, Usage
@@ -108,9 +108,8 @@ class ReflectionReader:
 
     async def write(self, path: Path, opening: Retrieve, evidence: RetrievedPassage | None) -> Path:
         """See :meth:`Reader.write`."""
-        generation = await self.requests.ask(
-            self._build_context(path, opening, evidence), self.config.max_tokens, self.stops
-        )
+        context, evidence = self._build_context(path, opening, evidence)
+        generation = await self.requests.ask(context, self.config.max_tokens, self.stops)
         with self.requests.critiquing():
             ids, boundary, finish = self._split(generation)
             judged = critique_segment(generation, self.tokenizer.reflection, self.tokenizer.eos, self.config.weights)
@@ -130,10 +129,15 @@ class ReflectionReader:
             return ids, None, Finish.STOP
         return [*ids, last], None, Finish.LENGTH
 
-    def _build_context(self, path: Path, opening: Retrieve, evidence: RetrievedPassage | None) -> list[int]:
+    def _build_context(
+        self, path: Path, opening: Retrieve, evidence: RetrievedPassage | None
+    ) -> tuple[list[int], RetrievedPassage | None]:
         """Build the ids before a new segment: the prompt, earlier segments with their evidence, and the new evidence.
 
-        If they do not fit the model, passages are cut at their ends, the oldest first.
+        If they do not fit the model, evidence is cut at its end, the oldest first.
+
+        Returns:
+            The ids, and the new evidence without passages that were cut off whole.
         """
         steps = [(segment.opening, segment.evidence, segment.token_ids) for segment in path.segments]
         steps.append((opening, evidence, ()))
@@ -149,7 +153,9 @@ class ReflectionReader:
             if body is not None:
                 context += self.tokenizer.wrap_paragraph(body[:length])
             context += ids
-        return context
+        if evidence is not None and kept[-1] < lengths[-1]:
+            evidence = drop_unread(evidence, kept[-1], self.tokenizer.encode_text)
+        return context, evidence
 
     def _encode_body(self, opening: Retrieve, evidence: RetrievedPassage | None) -> list[int] | None:
         """Return the ids of the passages that are read before a segment; None if none is read there."""

@@ -8,7 +8,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from pipeline.config.sections import DecodingConfig
+from pipeline.config.sections import DecodingConfig, Reading
 from pipeline.decoding.beam import decide_opening, gather_all, search
 from pipeline.decoding.choose import choose, join_cited_text, join_text, list_cited_passages
 from pipeline.decoding.profiles import Tasks
@@ -100,13 +100,13 @@ class Decoding:
         return self.children[path]
 
     async def list_expansions(self, path: Path, opening: Retrieve) -> list[tuple[Retrieve, RetrievedPassage | None]]:
-        """List the expansions of a decision: one for each evidence to read, or a single one without new evidence."""
+        """List the expansions of a decision: one for each group of retrieved passages, or one without new passages."""
         if opening is Retrieve.CONTINUE:
             return [(opening, path.evidence)]
         found = await self.retrieve(path) if opening is Retrieve.YES else []
         if not found:
             return [(opening, None)]
-        return [(opening, evidence) for evidence in arrange_evidence(found, self.config.reading)]
+        return [(opening, evidence) for evidence in group_passages(found, self.config.reading)]
 
     async def retrieve(self, path: Path) -> list[RetrievedPassage]:
         """Return the top k passages: the given ones, or the index's for the query and, later, the last segment."""
@@ -125,8 +125,8 @@ class Decoding:
         return self.searches[asked]
 
 
-def arrange_evidence(found: Sequence[RetrievedPassage], reading: str) -> list[RetrievedPassage]:
-    """Arrange passages for reading: each is an evidence of its own, as in the paper, or all of them are one."""
+def group_passages(found: Sequence[RetrievedPassage], reading: Reading) -> list[RetrievedPassage]:
+    """Group passages for reading: each by itself, as in the paper, or all in one group, the others beside the first."""
     if reading == "each":
         return list(found)
     first, *others = found

@@ -1,6 +1,6 @@
 """The data types passed between the steps: frozen, and independent of Arrow and the engine."""
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from enum import StrEnum
 
 import numpy as np
@@ -48,6 +48,10 @@ class RetrievedPassage:
     def read(self) -> tuple["RetrievedPassage", ...]:
         """All passages that are read in the same prompt, in order: this one and those beside it."""
         return (self, *self.beside)
+
+    def keep_first(self, passages: int) -> "RetrievedPassage":
+        """Return the evidence without those passages beside this one that are behind the first ``passages`` of all."""
+        return replace(self, beside=self.beside[: max(passages, 1) - 1])
 
 
 @dataclass(frozen=True)

@@ -47,8 +47,8 @@ class Figures:
         errors: number of failed rows; the other figures leave them out.
         retrieval_rate: share of the answered rows that used a passage.
         metrics: estimates by metric, over the rows that have gold answers for it.
-        isrel: calibration of p(Relevant); true if the passage is the gold one.
-        issup: calibration of s(IsSup); true if the candidate gives a gold answer that its passage contains.
+        isrel: calibration of p(Relevant); true if the candidate read the gold passage.
+        issup: calibration of s(IsSup); true if the candidate gives a gold answer that a passage it read contains.
     """
 
     rows: int

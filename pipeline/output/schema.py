@@ -21,7 +21,7 @@ SEGMENT = pa.struct(
         pa.field("text", pa.string()),
         pa.field("passage_id", pa.string()),
         pa.field("citation", pa.int32()),
-        pa.field("beside", pa.list_(pa.int32())),
+        pa.field("further_citations", pa.list_(pa.int32())),
         *CRITIQUE_FIELDS,
     ]
 )
@@ -108,8 +108,8 @@ MEANINGS: Mapping[tuple[str, ...], str] = {
     ),
     ("finish_reason",): "why the answer ended: `stop`, `segments`, `length`, `room` or `constraint`",
     ("segments",): (
-        "`text`, `passage_id`, `citation` (place in `passages`), `beside` (places of the passages read in "
-        "the same prompt, with `decoding.reading: together`), `is_rel` = p(Relevant), `is_sup` = p(Fully) + 0.5 "
+        "`text`, `passage_id`, `citation` (place in `passages`), `further_citations` (places of the "
+        "other passages, with `decoding.reading: together`), `is_rel` = p(Relevant), `is_sup` = p(Fully) + 0.5 "
         "p(Partially), `is_use` in −1 … 1 (null if the model wrote no token of that group), `sequence_probability`, "
         "`score`"
     ),
@@ -119,8 +119,8 @@ MEANINGS: Mapping[tuple[str, ...], str] = {
     ),
     ("searches",): "`text` of each search of the index, and `digest` of the passages that it found",
     ("candidates", "evidence"): (
-        "with `decoding.keep_candidates`: every scored segment (`parent` is its parent's index in the list) and every "
-        "passage read"
+        "with `decoding.keep_candidates`: every scored segment (`parent` is its parent's index in the list, `beside` "
+        "the other passages that it read) and every passage read"
     ),
     ("usage",): (
         "`prompt_tokens`, `cached_tokens`, `generated_tokens`, `retrievals` (searches of the index), "
@@ -178,7 +178,7 @@ def to_answer_row(answer: Answer) -> dict[str, Any]:
     segments = []
     for segment, numbers in zip(answer.segments, number_citations(answer.segments), strict=True):
         cited = {"passage_id": segment.passage_id, "citation": numbers[0]} if numbers else UNCITED
-        segments.append({**_convert_segment(segment), **cited, "beside": list(numbers[1:])})
+        segments.append({**_convert_segment(segment), **cited, "further_citations": list(numbers[1:])})
     return {
         "answer": answer.answer,
         "raw_output": answer.raw_output,
@@ -206,11 +206,11 @@ def _list_evidence(candidates: Sequence[Candidate]) -> list[RetrievedPassage]:
 
 def _convert_candidate(candidate: Candidate) -> dict[str, Any]:
     segment, boundary = candidate.segment, candidate.boundary
-    first, *beside = map(_convert_read, segment.evidence.read) if segment.evidence else [UNREAD]
+    read = [_convert_read(passage) for passage in segment.evidence.read] if segment.evidence else []
     return {
         **_convert_segment(segment),
-        **first,
-        "beside": beside,
+        **(read[0] if read else UNREAD),
+        "beside": read[1:],
         "parent": candidate.parent,
         "opening": segment.opening,
         "raw": segment.raw,
@@ -234,7 +234,7 @@ def _convert_segment(segment: Segment) -> dict[str, Any]:
 
 
 def _convert_read(read: RetrievedPassage) -> dict[str, Any]:
-    return {"passage_id": read.passage.id, **_convert_places(read)}
+    return {"passage_id": read.passage.id, **_convert_ranking(read)}
 
 
 def _convert_passage(used: RetrievedPassage) -> dict[str, Any]:
@@ -244,9 +244,9 @@ def _convert_passage(used: RetrievedPassage) -> dict[str, Any]:
         "title": passage.title,
         "text": passage.text,
         "metadata": passage.metadata,
-        **_convert_places(used),
+        **_convert_ranking(used),
     }
 
 
-def _convert_places(found: RetrievedPassage) -> dict[str, Any]:
+def _convert_ranking(found: RetrievedPassage) -> dict[str, Any]:
     return {"retrieval_score": found.score, "rerank_score": found.rerank_score, "rank": found.rank}

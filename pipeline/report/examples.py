@@ -114,11 +114,11 @@ class SourcePassage:
 
 @dataclass(frozen=True)
 class Scored:
-    """A segment of an answer, with the scores from the output's column ``segments``; ``beside`` are citations too."""
+    """A segment of an answer, with citations and scores from the output's column ``segments``."""
 
     text: str
     citation: int | None
-    beside: list[int] | None
+    further_citations: list[int] | None
     is_rel: float | None
     is_sup: float | None
     is_use: float | None

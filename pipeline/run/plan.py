@@ -134,7 +134,7 @@ class RunPlan:
             f"index    {config.index or 'none'}{passages}",
             *self._format_reranker(),
             f"model    {config.model.name}",
-            f"decoding {config.decoding.mode}, δ = {config.decoding.threshold}, k = {config.decoding.passages}",
+            self._format_decoding(),
             *self._format_tasks(),
             f"output   {config.output}: {len(self.done)} of {len(self.queries.units)} units already done",
             f"to do    {rows} rows in {len(self.todo)} units on {config.execution.actors} actor(s)",
@@ -152,6 +152,11 @@ class RunPlan:
     def _format_reranker(self) -> list[str]:
         rerank = self.config.retrieval.rerank
         return [f"reranker {rerank.model}: orders the best {rerank.candidates}"] if self.reranker else []
+
+    def _format_decoding(self) -> str:
+        decoding = self.config.decoding
+        reading = " read together" if decoding.reading == "together" else ""
+        return f"decoding {decoding.mode}, δ = {decoding.threshold}, k = {decoding.passages}{reading}"
 
     def _format_tasks(self) -> list[str]:
         lines = []

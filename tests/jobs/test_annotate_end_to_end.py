@@ -219,7 +219,7 @@ def test_passages_read_together_are_all_cited(answers, demo_rows):
     best = sorted((c["rank"], c["passage_id"]) for c in each["candidates"])[:3]
     assert [(p["rank"], p["id"]) for p in row["passages"]] == best
     assert [(p["rank"], p["passage_id"]) for p in [candidate, *candidate["beside"]]] == best
-    assert (segment["citation"], segment["beside"]) == (1, [2, 3])
+    assert (segment["citation"], segment["further_citations"]) == (1, [2, 3])
     assert row["answer"] == f"{segment['text']} [1] [2] [3]"
     assert (row["usage"]["engine_requests"], row["usage"]["retrievals"]) == (1, 1)
 

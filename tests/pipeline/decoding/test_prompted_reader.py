@@ -199,6 +199,16 @@ def test_long_passages_are_truncated_and_counted(critic: PromptedCritic) -> None
     assert max(clerk.lengths) == 350
 
 
+def test_passage_that_is_cut_off_whole_is_not_cited(critic: PromptedCritic) -> None:
+    query = Query("q", "Who?", passages=(Passage("p", "", "word " * 600), PARIS))
+    answer = ask(Clerk(critic, max_model_len=400), query, mode="always", max_tokens=50, reading="together")
+    assert answer.segments[0].evidence is not None
+    assert [read.passage.id for read in answer.segments[0].evidence.read] == ["p"]
+    whole = ask(Clerk(critic), query, mode="always", max_tokens=50, reading="together")
+    assert whole.segments[0].evidence is not None
+    assert [read.passage.id for read in whole.segments[0].evidence.read] == ["p", "p1"]
+
+
 def test_query_that_does_not_fit_is_an_error(critic: PromptedCritic) -> None:
     with pytest.raises(ValueError, match="shorten it"):
         ask(Clerk(critic, max_model_len=200), Query("q", "word " * 200))

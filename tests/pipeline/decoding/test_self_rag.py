@@ -159,6 +159,33 @@ async def test_passages_read_together_give_one_candidate_with_all_of_them():
     assert (answer.usage.engine_requests, answer.usage.prompt_tokens) == (2, 7 + 12)
 
 
+@pytest.mark.parametrize(
+    ("room", "read", "lost"), [(20, 3, 0), (19, 3, 1), (18, 2, 2), (17, 2, 3), (16, 1, 4), (14, 1, 6)]
+)
+async def test_passage_that_is_cut_off_whole_is_not_cited(room, read, lost):
+    config = DecodingConfig(reading="together", citations=True, mode="always", keep_candidates=True, max_tokens=6)
+    rag = system(config=config, max_model_len=room)
+    row = to_answer_row(await rag.answer(Query("q", "Capital?")))
+    assert row["usage"]["truncated_tokens"] == lost
+    assert [p["id"] for p in row["passages"]] == [p["id"] for p in row["evidence"]] == ["p1", "p2", "p3"][:read]
+    assert (row["segments"][0]["citation"], row["segments"][0]["further_citations"]) == (1, list(range(2, read + 1)))
+
+
+async def test_constraint_that_drops_the_only_candidate_ends_the_answer():
+    config = DecodingConfig(reading="together", mode="always", constraint="full_support")
+    answer = await system(config=config).answer(Query("q", "Capital?"))
+    assert (answer.answer, answer.finish) == ("", "constraint")
+
+
+async def test_explored_decision_has_one_candidate_for_each_branch():
+    config = DecodingConfig(reading="together", explore=True, keep_candidates=True)
+    answer = await system(config=config).answer(Query("q", "Capital?"))
+    assert [(c.segment.opening, c.segment.passage_id) for c in answer.candidates] == [
+        ("[Retrieval]", "p1"),
+        ("[No Retrieval]", None),
+    ]
+
+
 async def test_single_passage_reads_the_same_in_both_ways():
     each, together = [
         await system(config=DecodingConfig(passages=1, reading=reading)).answer(Query("q", "Capital?"))

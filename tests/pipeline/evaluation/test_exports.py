@@ -37,7 +37,7 @@ def test_gold_missing_in_a_row_is_omitted() -> None:
 
 def test_citations_are_placed_inside_their_sentence() -> None:
     cited: list[tuple[str, int | None, list[int]]] = [("Who? Rollo!", 2, []), ("", None, []), ("In 911.", 1, [3, 2])]
-    segments = [{"text": text, "citation": number, "beside": beside} for text, number, beside in cited]
+    segments = [{"text": text, "citation": number, "further_citations": more} for text, number, more in cited]
     assert join_cited(segments) == "Who? Rollo [2]! In 911 [1] [3] [2]."
 
 

@@ -74,3 +74,9 @@ def test_rescoring_with_new_weights_matches_a_run_with_them() -> None:
 def test_rows_without_candidates_are_refused() -> None:
     with pytest.raises(ValueError, match="keep_candidates=true"):
         to_recorded({"candidates": None, "retrieve_probability": 0.5})
+
+
+def test_candidates_of_earlier_versions_are_read() -> None:
+    (row,) = annotated(DecodingConfig(keep_candidates=True, mode="always", segments=2), rows=1)
+    old = [{key: c[key] for key in c if key not in ("beside", "rerank_score")} for c in row["candidates"]]
+    assert to_recorded({**row, "candidates": old}).candidates == to_recorded(row).candidates

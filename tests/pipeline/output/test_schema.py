@@ -105,7 +105,7 @@ def test_passages_read_together_are_listed_and_cited():
     row = to_answer_row(answer(read, segment(Passage("p3", "", "Third")), candidates=(Candidate(read, None, None),)))
     schema = build_data_schema(pa.schema([]), keep_candidates=True)
     (back,) = pa.Table.from_pylist([row], schema=schema).to_pylist()
-    assert [(s["passage_id"], s["citation"], s["beside"]) for s in back["segments"]] == [
+    assert [(s["passage_id"], s["citation"], s["further_citations"]) for s in back["segments"]] == [
         ("p1", 1, [2, 3]),
         ("p3", 3, []),
     ]
@@ -147,7 +147,7 @@ def test_missing_critique_is_null_in_arrow():
         "text": "text",
         "passage_id": "p1",
         "citation": 1,
-        "beside": [],
+        "further_citations": [],
         "is_rel": 0.75,
         "is_sup": None,
         "is_use": 0.25,

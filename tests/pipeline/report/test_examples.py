@@ -70,9 +70,10 @@ def test_examples_are_divided_among_the_largest_tasks(tmp_path):
 
 def test_example_holds_its_segments_and_numbered_passages(tmp_path):
     passages = [{"id": f"p{n}", "title": None, "text": f"text {n}", "retrieval_score": None, "rank": n} for n in (4, 1)]
-    segments = [segment(2.0, "one"), {**segment(1.0, "two", is_sup=None), "citation": 2}]
+    segments = [segment(2.0, "one"), {**segment(1.0, "two", is_sup=None), "citation": 2, "further_citations": [1]}]
     (example,) = of(write_set(tmp_path, [answered("a", answer="text", segments=segments, passages=passages)]))
     assert [(s.text, s.citation, s.is_sup) for s in example.segments] == [("one", 1, 0.8), ("two", 2, None)]
+    assert [s.further_citations for s in example.segments] == [None, [1]]
     assert [(s.number, s.id, s.title, s.rank) for s in example.sources] == [(1, "p4", "", 4), (2, "p1", "", 1)]
     assert (example.score, example.retrieve_probability, example.query) == (1.5, 0.9, "Who wrote a?")
     assert [(p.text, p.marked) for p in example.sources[0].pieces] == [("text", True), (" 4", False)]

@@ -171,7 +171,7 @@ def test_metrics_can_be_scraped(port: tuple[str, int]) -> None:
     try:
         counting = ray.remote(num_cpus=0)(Counting).remote(RUN)
         ray.get(counting.count.remote())
-        found = wait_for(port[1], RUN, lambda sample: EXPECTED.keys() <= sample.keys())
+        found = wait_for(port[1], RUN, lambda sample: EXPECTED.items() <= sample.items())
     finally:
         ray.shutdown()
     assert {key: value for key, value in found.items() if not key[0].endswith("_sum")} == EXPECTED
@@ -198,7 +198,7 @@ def test_metrics_of_a_run_can_be_scraped(port: tuple[str, int], tmp_path: Path) 
 
 
 def test_unit_that_cannot_be_counted_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
-    actor = ActorTelemetry("out/one")
+    actor = ActorTelemetry("out/strange")
     strange = pa.table({"retrieved": [True], "error_type": [None], "usage": [{"seconds": 1.0}]})
     actor.count_unit(strange)
     actor.count_unit(strange)
