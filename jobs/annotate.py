@@ -25,36 +25,65 @@ from pipeline.nodes.access import NodeAccessError
 from pipeline.queries.selection import NothingNewError
 from pipeline.run.driver import Summary, allot_resources, run_plan
 from pipeline.run.dry_run import check_prompts
+from pipeline.run.forecast import Forecast, forecast_alike, forecast_run
 from pipeline.run.notices import notify_failure
 from pipeline.run.plan import RunPlan, check_run
 from pipeline.storage.lease import Lease, OutputInUseError
-from pipeline.storage.location import locate
+from pipeline.storage.location import StorageError, locate
 
 log = logging.getLogger(__name__)
 
+ConfigFile = Annotated[str | None, typer.Option(help="YAML file of the run; flags override it.")]
+Queries = Annotated[str | None, typer.Option(help="Query set: a Parquet file or a folder of them.")]
+Index = Annotated[str | None, typer.Option(help="Index folder made by jobs.build_index.")]
+Output = Annotated[str | None, typer.Option(help="Folder for the annotated set.")]
+Stale = Annotated[
+    str | None, typer.Option(help="Annotated set of these queries: answer again only what the index would now change.")
+]
+Model = Annotated[str | None, typer.Option(help="Model: hub name, folder, or 'demo'.")]
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", help="Any configuration key, such as decoding.threshold=0.3.")
+]
+Sample = Annotated[
+    int | None, typer.Option(help="Annotate only a sample of this many rows, and forecast what all of them take.")
+]
+Seed = Annotated[int | None, typer.Option(help="Random seed of the sample; 0 by default.")]
+Price = Annotated[
+    float | None,
+    typer.Option(help="Hourly price of one actor's machine, in any currency; forecasts then name the cost."),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option(
+        "--dry-run",
+        help="Only check everything and print the plan, with a forecast if there is a comparable earlier set.",
+    ),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite/--resume", help="Replace an existing output, or resume it (the default).")
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print a machine-readable summary on stdout.")]
+Day = Annotated[
+    datetime | None,
+    typer.Option("--date", formats=["%Y-%m-%d"], help="Date that replaces {date} in URIs; today (UTC) by default."),
+]
+
 
 def annotate(
-    config: Annotated[str | None, typer.Option(help="YAML file of the run; flags override it.")] = None,
-    queries: Annotated[str | None, typer.Option(help="Query set: a Parquet file or a folder of them.")] = None,
-    index: Annotated[str | None, typer.Option(help="Index folder made by jobs.build_index.")] = None,
-    output: Annotated[str | None, typer.Option(help="Folder for the annotated set.")] = None,
-    stale: Annotated[
-        str | None,
-        typer.Option(help="Annotated set of these queries: answer again only what the index would now change."),
-    ] = None,
-    model: Annotated[str | None, typer.Option(help="Model: hub name, folder, or 'demo'.")] = None,
-    settings: Annotated[
-        list[str] | None, typer.Option("--set", help="Any configuration key, such as decoding.threshold=0.3.")
-    ] = None,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check everything and print the plan.")] = False,
-    overwrite: Annotated[
-        bool, typer.Option("--overwrite/--resume", help="Replace an existing output, or resume it (the default).")
-    ] = False,
-    as_json: Annotated[bool, typer.Option("--json", help="Print a machine-readable summary on stdout.")] = False,
-    day: Annotated[
-        datetime | None,
-        typer.Option("--date", formats=["%Y-%m-%d"], help="Date that replaces {date} in URIs; today (UTC) by default."),
-    ] = None,
+    config: ConfigFile = None,
+    queries: Queries = None,
+    index: Index = None,
+    output: Output = None,
+    stale: Stale = None,
+    model: Model = None,
+    settings: Settings = None,
+    sample: Sample = None,
+    seed: Seed = None,
+    price_per_hour: Price = None,
+    dry_run: DryRun = False,
+    overwrite: Overwrite = False,
+    as_json: AsJson = False,
+    day: Day = None,
     old_rescore: Annotated[str | None, typer.Option("--rescore", hidden=True)] = None,
 ) -> None:
     """Annotate a query set with answers, evidence and critique.
@@ -70,13 +99,20 @@ def annotate(
         rescore(old_rescore, output, config, settings, dry_run, overwrite, as_json)
         return
     start_logging(logging.INFO, timestamps=True)
-    flags = {"queries": queries, "index": index, "output": output, "stale": stale, "model.name": model}
+    flags: dict[str, Any] = {"queries": queries, "index": index, "output": output, "stale": stale, "model.name": model}
+    flags |= {"sample.rows": sample, "sample.seed": seed, "execution.price_per_hour": price_per_hour}
     with checking():
         run_config = load_config(config, settings or [], flags, day and day.date())
+    if seed is not None and run_config.sample.rows is None:
+        raise typer.BadParameter("--seed requires --sample")
     if dry_run:
         if planned := plan_run(run_config, overwrite):
             with checking():
                 check_prompts(planned[0])
+                forecast = forecast_alike(planned[0])
+            print_forecast(forecast)
+            if as_json:
+                typer.echo(json.dumps({"forecast": forecast and dataclasses.asdict(forecast)}))
             typer.echo("nothing was written and no engine started (--dry-run)", err=True)
         return
     with notifying(run_config), checking(), locking(run_config):
@@ -125,14 +161,31 @@ def annotate_queries(config: RunConfig, overwrite: bool, as_json: bool) -> int:
     hint = "the run failed; rerun the same command to continue"
     with working(hint, bad_input=(OutputInUseError, NodeAccessError), resumable=True):
         summary = run_plan(*planned)
-    print_summary(summary, as_json)
+    print_summary(summary, forecast_sample(planned[0]), as_json)
     if summary.exit_status == 1:
         fail(f"{summary.errors} of {summary.rows} rows failed, more than execution.max_error_rate allows", 1)
     return summary.exit_status
 
 
-def print_summary(summary: Summary, as_json: bool) -> None:
-    """Print the summary of the run: one line on stderr and, if ``as_json`` is set, JSON on stdout."""
+def forecast_sample(plan: RunPlan) -> Forecast | None:
+    """Forecast the whole run from its finished sample; None, with a warning, if the sample cannot be read."""
+    if plan.population is None:
+        return None
+    try:
+        return forecast_run(plan.output, plan.population, plan.config.execution)
+    except (ValueError, StorageError) as problem:
+        log.warning("there is no forecast: %s", problem)
+        return None
+
+
+def print_forecast(forecast: Forecast | None) -> None:
+    """Print the lines of a forecast on stderr."""
+    for line in forecast.describe() if forecast else ():
+        typer.echo(line, err=True)
+
+
+def print_summary(summary: Summary, forecast: Forecast | None, as_json: bool) -> None:
+    """Print the summary of the run: one line and the forecast on stderr and, if ``as_json`` is set, JSON on stdout."""
     if not summary.annotated:
         typer.echo(f"{summary.output} is already complete; nothing to do", err=True)
     answered = summary.rows - summary.errors
@@ -142,8 +195,10 @@ def print_summary(summary: Summary, as_json: bool) -> None:
         f"{summary.annotated} in this run in {summary.seconds:.1f} s; annotated set: {summary.output}",
         err=True,
     )
+    print_forecast(forecast)
     if as_json:
         record: dict[str, Any] = {**dataclasses.asdict(summary), "exit_status": summary.exit_status}
+        record["forecast"] = forecast and dataclasses.asdict(forecast)
         typer.echo(json.dumps(record))
 
 

@@ -35,7 +35,7 @@ from jobs.shell import run
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import Columns, DecodingConfig, ExecutionConfig, ModelConfig
 from pipeline.output.folder import OutputFolder
-from pipeline.output.unit_files import UnitSummary, split_failed, summarize_unit
+from pipeline.output.unit_files import UnitSummary, Work, split_failed, summarize_unit
 from pipeline.queries.kept_inspection import keep_inspection
 from pipeline.queries.query_set import inspect_queries
 from pipeline.queries.units import Unit, read_unit
@@ -86,7 +86,7 @@ def write_all_rows(actor: RepeatingActor, unit: Unit) -> UnitSummary:
     """Read the rows of a unit, answer them and write its file."""
     rows = read_unit(unit, actor.schema, actor.config.storage)
     now = time.time()
-    return actor.output.write_unit(unit.id, *answer_rows(rows), actor.run, (now, now))
+    return actor.output.write_unit(unit.id, *answer_rows(rows), actor.run, Work(now, now))
 
 
 def write_few_rows(actor: RepeatingActor, unit: Unit) -> UnitSummary:

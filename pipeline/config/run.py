@@ -12,6 +12,7 @@ from pipeline.config.loading import Frozen, apply_settings, assign, fill_date, f
 from pipeline.config.paths import expand_home, find_local_folder, find_local_path
 from pipeline.config.sections import (
     FREE_ENGINE_ARGUMENTS,
+    NO_SAMPLE,
     Columns,
     DecodingConfig,
     Effect,
@@ -20,6 +21,7 @@ from pipeline.config.sections import (
     OnFailure,
     Profile,
     RetrievalConfig,
+    SampleConfig,
     StorageConfig,
 )
 
@@ -47,6 +49,7 @@ class RunConfig(Frozen):
     index: Annotated[str | None, Effect.FREE] = None
     skip_annotated: Annotated[str | None, Effect.FREE] = None
     stale: Annotated[str | None, Effect.FREE] = None
+    sample: SampleConfig = NO_SAMPLE
     model: ModelConfig
     columns: Columns = Columns()
     decoding: DecodingConfig = DecodingConfig()
@@ -70,10 +73,11 @@ class RunConfig(Frozen):
         """Return the fixed keys, dotted (``decoding.threshold``), with the values that a resumed run must share.
 
         Queries, index, model and reranker are not among them: they are compared by content, so that they may be moved.
-        Neither are keys that decide nothing: those of a reranker that is not used, and of a fusion.
+        Neither are keys that decide nothing: those of a reranker, a fusion or a sample that is not used.
         """
         unused: tuple[str, ...] = () if self.retrieval.rerank.model else ("retrieval.rerank.",)
         unused += () if self.retrieval.fusion == "rrf" else ("retrieval.rrf_k",)
+        unused += () if self.sample.rows else ("sample.",)
         settings = {key: value for key, value in flatten(self.to_record()).items() if value != {} and is_fixed(key)}
         return {key: value for key, value in settings.items() if not key.startswith(unused)}
 

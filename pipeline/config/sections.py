@@ -252,6 +252,21 @@ class RetrievalConfig(Frozen):
         return self.fusion != "dense"
 
 
+class SampleConfig(Frozen):
+    """A sample of the query set, which is annotated in place of all rows to forecast what they take.
+
+    Attributes:
+        rows: Rows of the sample; without it, all rows are annotated.
+        seed: Random seed; the same one draws the same rows of the same query set.
+    """
+
+    rows: Positive | None = None
+    seed: Annotated[int, Field(ge=0)] = 0
+
+
+NO_SAMPLE = SampleConfig()
+
+
 def _read_auto(value: Any) -> Any:
     return None if value == "auto" else value
 
@@ -277,6 +292,8 @@ class ExecutionConfig(Frozen):
             minutes.
         max_error_rate: Share of rows in ``errors/`` above which a finished run counts as failed, and above which (and
             above 100 rows) a run stops early.
+        price_per_hour: Price of one actor's machine, or of its share of one, for an hour, in any currency; forecasts
+            then name the cost.
         lock: URI of a folder that allows one run at a time, whatever their outputs; by default ``skip_annotated``.
         ray_address: Address of a running cluster; by default ``RAY_ADDRESS``, and without it Ray starts locally.
     """
@@ -292,6 +309,7 @@ class ExecutionConfig(Frozen):
     row_timeout_s: Annotated[float, Field(gt=0)] = 3600.0
     engine_stall_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 900.0
     max_error_rate: Share = 0.01
+    price_per_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     lock: str | None = None
     ray_address: str | None = None
 

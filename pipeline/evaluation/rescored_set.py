@@ -202,5 +202,4 @@ def rescore_unit(unit: str, plan: RescorePlan) -> tuple[UnitSummary, int]:
         )
     after = rescore_table(before, plan.rescoring)
     changed = sum(a != b for a, b in zip(before["answer"], after["answer"], strict=True))
-    times = measured.began, measured.ended
-    return plan.output.write_unit(unit, after, errors, hash_identity(plan.manifest), times), changed
+    return plan.output.write_unit(unit, after, errors, hash_identity(plan.manifest), measured.work), changed

@@ -143,7 +143,7 @@ def _describe_origin(manifest: Mapping[str, Any]) -> dict[str, str]:
         "index": index and _format_identity(f"{index['passages']:,} passages", None, index["digest"]),
         "encoder": encoder and _format_identity(encoder["name"], encoder["revision"], encoder["digest"]),
         "reranker": _format_reranker(manifest),
-        "queries": _format_identity(f"{counts['rows']:,} rows", None, (manifest.get("queries") or {}).get("digest")),
+        "queries": _format_queries(manifest),
         "tasks": _format_tasks(manifest["tasks"]),
         "outcome": outcome,
         "carried over": _format_carried(manifest),
@@ -151,6 +151,14 @@ def _describe_origin(manifest: Mapping[str, Any]) -> dict[str, str]:
         "finished": format_end_time(manifest),
     }
     return {name: text for name, text in lines.items() if text}
+
+
+def _format_queries(manifest: Mapping[str, Any]) -> str:
+    rows, population = f"{manifest['counts']['rows']:,}", manifest.get("population")
+    digest = (manifest.get("queries") or {}).get("digest")
+    return _format_identity(
+        f"a sample of {rows} of {population:,} rows" if population else f"{rows} rows", None, digest
+    )
 
 
 def _format_reranker(manifest: Mapping[str, Any]) -> str | None:

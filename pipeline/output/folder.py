@@ -16,7 +16,7 @@ from pipeline.config.loading import hash_tree
 from pipeline.config.sections import Columns
 from pipeline.output.partial import clear_partial
 from pipeline.output.schema import get_output_name
-from pipeline.output.unit_files import UnitSummary, parse_unit_id, summarize_unit
+from pipeline.output.unit_files import UNKNOWN, UnitSummary, Work, parse_unit_id, summarize_unit
 from pipeline.output.unit_log import UNITS, write_units
 from pipeline.storage.location import Location, MissingFileError
 from pipeline.storage.parquet import encode_parquet, read_footer
@@ -122,7 +122,7 @@ class OutputFolder:
         answers: pa.Table,
         errors: pa.Table,
         run: str,
-        times: tuple[float | None, float | None] = (None, None),
+        work: Work = UNKNOWN,
     ) -> UnitSummary:
         """Write the errors file of a unit, if rows failed, and then its data file.
 
@@ -133,13 +133,12 @@ class OutputFolder:
             answers: rows of the data file.
             errors: rows of the errors file.
             run: digest of the run's identity.
-            times: start and end of the unit, in seconds since the epoch.
+            work: when the unit was annotated, and by which actor.
         """
         if kept := self.read_unit(unit, run):
             return kept
-        began, ended = times
         counted = summarize_unit(unit, answers, errors)
-        summary = replace(counted, began=began, ended=ended, run=run, attempt=uuid.uuid4().hex)
+        summary = replace(counted, **vars(work), run=run, attempt=uuid.uuid4().hex)
         metadata, errors_file = summary.to_metadata(), self.locate_unit_file("errors", unit)
         if errors.num_rows:
             errors_file.write(encode_parquet(errors.replace_schema_metadata(metadata)))

@@ -25,6 +25,26 @@ NO_ERRORS = pa.table({"error_type": pa.array([], pa.string())})
 
 
 @dataclass(frozen=True)
+class Work:
+    """When a unit was annotated, and by which actor. Times are in seconds since the epoch.
+
+    Attributes:
+        began: time when an actor started the unit, after the engine's first request; None if unknown.
+        ended: time when all rows were annotated; None if unknown.
+        full_until: last time when a request waited for the engine; None if none has waited, or if that is unknown.
+        actor: id of the actor; empty if it is unknown, or if an earlier attempt had finished some of the rows.
+    """
+
+    began: float | None = None
+    ended: float | None = None
+    full_until: float | None = None
+    actor: str = ""
+
+
+UNKNOWN = Work()
+
+
+@dataclass(frozen=True)
 class UnitSummary:
     """Counts of a finished unit.
 
@@ -36,9 +56,7 @@ class UnitSummary:
         generated_tokens: tokens generated for answered rows.
         prompt_tokens: prompt tokens of answered rows.
         carried: number of answered rows that were carried over from an earlier set.
-        began: time when an actor started the unit, after the engine's first request, in seconds since the epoch;
-            None if unknown.
-        ended: time when all rows were annotated, in seconds since the epoch; None if unknown.
+        began, ended, full_until, actor: as in :class:`Work`.
         run: digest of the run's identity: of everything that decides its results.
         attempt: random id of the attempt that wrote the files.
         data_bytes: size of the data file; 0 if unknown, as in the file's own metadata.
@@ -53,6 +71,8 @@ class UnitSummary:
     carried: int = 0
     began: float | None = None
     ended: float | None = None
+    full_until: float | None = None
+    actor: str = ""
     run: str = ""
     attempt: str = ""
     data_bytes: int = 0
@@ -61,6 +81,11 @@ class UnitSummary:
     def failed(self) -> int:
         """Number of failed rows."""
         return sum(self.errors.values())
+
+    @property
+    def work(self) -> Work:
+        """When the unit was annotated, and by which actor."""
+        return Work(self.began, self.ended, self.full_until, self.actor)
 
     def has_size_of(self, file: Location | None) -> bool:
         """Whether a listed data file has the size of this unit's."""

@@ -30,6 +30,8 @@ SCHEMA = pa.schema(
         pa.field("carried", pa.int64()),
         pa.field("began", pa.float64()),
         pa.field("ended", pa.float64()),
+        pa.field("full_until", pa.float64()),
+        pa.field("actor", pa.string()),
         pa.field("run", pa.string()),
         pa.field("attempt", pa.string()),
         pa.field("data_bytes", pa.int64()),

@@ -5,7 +5,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.config.sections import Columns, StorageConfig
+from pipeline.config.sections import Columns, SampleConfig, StorageConfig
 from pipeline.output.folder import OutputFolder
 from pipeline.queries.query_set import QuerySet, inspect_queries
 from pipeline.queries.selection import Selection
@@ -44,7 +44,13 @@ def read_planned_ids(folder: OutputFolder, storage: StorageConfig) -> QueryIds:
     configuration: Mapping[str, Any] = manifest.get("configuration", {})
     columns = Columns.model_validate(configuration.get("columns", {}))
     queries = str(configuration.get("queries", ""))
-    selection = Selection.load(folder.location, queries) if configuration.get("skip_annotated") else None
+    sample = SampleConfig.model_validate(configuration.get("sample", {}))
+    selects = configuration.get("skip_annotated") or sample.rows
+    selection = Selection.load(folder.location, queries, sample) if selects else None
+    if sample.rows and selection is None:
+        raise ValueError(
+            f"{folder.location.uri}: its sample of the queries is not there; verify the set it was made from"
+        )
     source = selection.folder if selection else locate(queries, storage)
     found = inspect_queries(source, columns, configuration["execution"]["unit_rows"])
     if found.digest != manifest["queries"]["digest"]:

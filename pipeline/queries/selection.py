@@ -1,11 +1,11 @@
-"""Select the queries that no earlier run has finished, for recurring runs over a growing query set.
+"""Select the queries of a run: those that no earlier run has finished, for recurring runs, or a sample.
 
 The selection is made once and stored in the output folder before any row is annotated, so that the same command resumes
 with the same rows, whatever has been added to the query set or annotated in the meantime.
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 from typing import Annotated
 
@@ -16,10 +16,11 @@ import pyarrow.compute as pc
 from pydantic import Field, ValidationError
 
 from pipeline.config.loading import Frozen
-from pipeline.config.sections import StorageConfig
+from pipeline.config.sections import NO_SAMPLE, SampleConfig, StorageConfig
 from pipeline.output.unit_files import is_unit_file
 from pipeline.queries.ids import number_ids
 from pipeline.queries.query_set import QuerySet
+from pipeline.queries.sampling import keep_sample
 from pipeline.queries.units import read_unit
 from pipeline.queries.writer import FILE_ROWS, GROUP_ROWS
 from pipeline.storage.hashes import Hashes, HashRuns, hash_twice
@@ -110,10 +111,13 @@ def _find_finished(asked: Hashes, tries: Hashes) -> Hashes:
 
 
 class SelectionRecord(Frozen):
-    """The content of ``selection.json``: URI of the query set, and the number of queries that were left out."""
+    """The content of ``selection.json``: what :class:`Selection` keeps, and the URI of the query set."""
 
     queries: str
     known: Annotated[int, Field(ge=0)]
+    sample: SampleConfig = NO_SAMPLE
+    population: Annotated[int, Field(ge=1)] | None = None
+    unit_rows: Annotated[int, Field(ge=1)] | None = None
 
     @classmethod
     def read(cls, file: Location) -> "SelectionRecord":
@@ -132,26 +136,33 @@ class SelectionRecord(Frozen):
 
 @dataclass(frozen=True)
 class Selection:
-    """The new queries of a run.
+    """The selected queries of a run.
 
     Attributes:
-        folder: query set of the new queries.
-        known: number of queries that were left out.
+        folder: query set of these queries.
+        known: number of queries that were left out, since earlier sets have finished them.
+        sample: sample that was drawn from the others; without ``rows``, all of them were selected.
+        population: number of queries that the sample was drawn from; None if there is no sample.
+        unit_rows: number of rows of a unit of the sample; None if there is no sample.
     """
 
     folder: Location
     known: int
+    sample: SampleConfig = NO_SAMPLE
+    population: int | None = None
+    unit_rows: int | None = None
 
     @classmethod
-    def load(cls, output: Location, queries: str) -> "Selection | None":
+    def load(cls, output: Location, queries: str, sample: SampleConfig) -> "Selection | None":
         """Return the selection that is stored in an output, or None.
 
         Args:
             output: output folder of the run.
             queries: URI of the query set.
+            sample: sample that the run wants.
 
         Raises:
-            ValueError: the stored selection was made from another query set.
+            ValueError: the stored selection was made from another query set, or is another sample.
         """
         folder = output / "_queries"
         if not _locate_record(folder).exists():
@@ -162,34 +173,49 @@ class Selection:
                 f"{folder.uri} was selected from {record.queries}; choose another output, "
                 "or replace it with --overwrite"
             )
-        return cls(folder, record.known)
+        if record.sample != sample and (record.sample.rows or sample.rows):
+            raise ValueError(
+                f"{folder.uri} holds {describe_sample(record.sample)}, not {describe_sample(sample)}; choose another "
+                "output, or replace it with --overwrite"
+            )
+        return cls(folder, record.known, record.sample, record.population, record.unit_rows)
 
     @classmethod
-    def choose(cls, queries: QuerySet, earlier: Earlier, storage: StorageConfig, scratch: Location) -> "Selection":
-        """Select the new queries and write them to a folder.
+    def choose(
+        cls,
+        queries: QuerySet,
+        earlier: Earlier | None,
+        storage: StorageConfig,
+        scratch: Location,
+        sample: SampleConfig = NO_SAMPLE,
+    ) -> "Selection":
+        """Select the new queries, or a sample of them, and write them to a folder.
 
         Driver memory: as of :meth:`Earlier.find_new`, and the rows of a file.
 
         Args:
             queries: query set to select from.
-            earlier: earlier annotated sets.
+            earlier: earlier annotated sets; None if all queries are new.
             storage: access to object storage.
             scratch: empty folder for the selected queries.
+            sample: sample to draw.
 
         Raises:
             NothingNewError: there are no new queries.
             ValueError: an earlier set has no column of ids.
             StorageError: the storage cannot be read.
         """
-        new = earlier.find_new(queries, storage)
-        if not (count := int(new.sum())):
+        new = earlier.find_new(queries, storage) if earlier else np.ones(queries.rows, bool)
+        count = int(new.sum())
+        if earlier and not count:
             raise NothingNewError(
                 f"all {queries.rows} queries are already answered or failed below {earlier.folder.uri}; "
                 "nothing is left to do"
             )
+        keep_sample(new, (unit.rows for unit in queries.units), sample)
         for number, table in enumerate(_merge_tables(_read_selected(queries, new, storage))):
             (scratch / f"part-{number:05d}.parquet").write(encode_parquet(table, GROUP_ROWS))
-        return cls(scratch, queries.rows - count)
+        return cls(scratch, queries.rows - count, sample, count if sample.rows else None)
 
     def keep(self, output: Location, queries: str) -> "Selection":
         """Store the selection in the output folder, replacing another one; the record is written last."""
@@ -199,9 +225,15 @@ class Selection:
                 file.delete()
         for file in self.folder.list_files(".parquet"):
             (folder / file.name).write(file.read())
-        record = SelectionRecord(queries=queries, known=self.known)
+        kept = {"known": self.known, "sample": self.sample, "population": self.population, "unit_rows": self.unit_rows}
+        record = SelectionRecord.model_validate({"queries": queries, **kept})
         _locate_record(folder).write(record.model_dump_json().encode())
-        return Selection(folder, self.known)
+        return replace(self, folder=folder)
+
+
+def describe_sample(sample: SampleConfig) -> str:
+    """Describe a sample in words."""
+    return f"a sample of {sample.rows} rows (seed {sample.seed})" if sample.rows else "all new rows"
 
 
 def _locate_record(folder: Location) -> Location:

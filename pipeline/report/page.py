@@ -185,6 +185,7 @@ def _describe_run(annotated: ReportedSet) -> dict[str, Any]:
     return {
         "Output": annotated.output.location.uri,
         "Query set": config.get("queries"),
+        "Sampled from": (rows := manifest.get("population")) and f"{rows:,} rows",
         "Carried over from": config.get("stale"),
         "Rows carried over": _count_carried(annotated) or None,
         "Rescored from": manifest.get("settings", {}).get("rescored"),

@@ -7,6 +7,7 @@ import logging
 import os
 import sys
 import time
+import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from functools import cached_property
@@ -29,7 +30,7 @@ from pipeline.nodes.access import Access
 from pipeline.nodes.loss import get_node
 from pipeline.output.folder import OutputFolder
 from pipeline.output.partial import PartialUnit, list_partial_units
-from pipeline.output.unit_files import split_failed
+from pipeline.output.unit_files import Work, split_failed
 from pipeline.queries.units import Unit, read_unit
 from pipeline.retrieval.retriever import ANY_DIGESTS, IndexRetriever, SearchDigests
 from pipeline.run.annotation import OneByOne, Together, annotate_table
@@ -58,7 +59,14 @@ class SelfRagActor:
         run: digest of the run's identity.
         access: environment of the driver, and what this machine must read and write; None if nothing is checked.
         stale: digest of the run that answers are carried over from; None if none are.
+
+    Attributes:
+        id: random id of this process's actor; a new one after a restart.
+        full_at: last time when a request waited for the engine; None if none has.
     """
+
+    id = ""
+    full_at: float | None = None
 
     def __init__(
         self,
@@ -75,6 +83,7 @@ class SelfRagActor:
             access.prepare()
         self.config = config
         self.run, self.stale = run, stale
+        self.id = uuid.uuid4().hex
         self.carrying: CarryingOver | None = None
         self.schema = schema
         self.output = OutputFolder(locate(config.output, config.storage))
@@ -113,8 +122,18 @@ class SelfRagActor:
 
     def _start_engine(self, critic: Critic) -> Any:
         generator = VllmGenerator.start(self.config.model, critic.watched, self.config.execution.engine_stall_s)
-        generator.load.on_step = self.telemetry.record_step
+        generator.load.on_step = self.record_step
         return generator
+
+    def record_step(self, running: int, waiting: int, ended: int) -> None:
+        """Record a step of the engine; see ``EngineLoad.on_step``."""
+        self.telemetry.record_step(running, waiting, ended)
+        if waiting:
+            self.full_at = time.time()
+
+    def _read_full(self, began: float) -> float | None:
+        """Return the last time when a request waited for the engine; None if none has since ``began``."""
+        return self.full_at if self.full_at is not None and self.full_at > began else None
 
     async def __call__(self, batch: pa.Table) -> pa.Table:
         """Read, annotate and write one unit; reading and writing overlap with the decoding of other units.
@@ -132,15 +151,16 @@ class SelfRagActor:
             began = time.time()
             rows = await asyncio.to_thread(read_unit, unit, self.schema, config.storage)
             finished = await self._load_finished(unit, way)
+            repeated = bool(finished.outcomes)
             with self.telemetry.counting_rows(unit.rows):
                 if self.carrying is not None and isinstance(way, Together):  # a search may be what kills the process
                     await self.carrying.carry_over(unit.id, rows, finished)
                 annotated = await annotate_table(self.system, rows, config, way, finished)
-            times, keep_candidates = (began, time.time()), config.decoding.keep_candidates
-            files = split_failed(annotated, rows.schema, keep_candidates)
+            work = Work(began, time.time(), self._read_full(began), "" if repeated else self.id)
+            files = split_failed(annotated, rows.schema, config.decoding.keep_candidates)
             while not await self.attempts.begin_writing.remote(unit.id):  # noqa: ASYNC110  another process decides
                 await asyncio.sleep(PERMIT_WAIT_S)
-            summary = await asyncio.to_thread(self.output.write_unit, unit.id, *files, self.run, times)
+            summary = await asyncio.to_thread(self.output.write_unit, unit.id, *files, self.run, work)
             await finished.discard()
         self.telemetry.count_unit(annotated)
         return pa.table({"summary": [json.dumps(dataclasses.asdict(summary))]})

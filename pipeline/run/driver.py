@@ -103,14 +103,13 @@ def run_plan(plan: RunPlan, resources: Resources | None, actor: type[SelfRagActo
         RuntimeError: too many rows failed, or rows are missing at the end.
     """
     started, begun = time.monotonic(), datetime.now(UTC)
-    record = {"configuration": plan.config.to_record(), **plan.compute_identity(), "tasks": plan.describe_tasks()}
-    record |= {"encoder": plan.encoder, "known": plan.known, "versions": read_versions(), "started": begun.isoformat()}
     if resources is None:
         return summarize_run(plan, plan.inventory.whole, 0, time.monotonic() - started)
     with Lease(plan.output.location) as lease:
         plan = inspect_output(store_selection(plan))  # another run may have held the lease until now
         if plan.finished:
             return summarize_run(plan, plan.inventory.whole, 0, time.monotonic() - started)
+        record = {**record_plan(plan), "started": begun.isoformat()}
         done = annotate_checked(plan, resources, record, lease, actor)
         units = complete_output(plan.output, plan.rows, plan.digest, plan.done | done)
         plan.queries.listing.check_unchanged()
@@ -122,6 +121,18 @@ def run_plan(plan: RunPlan, resources: Resources | None, actor: type[SelfRagActo
         stale = plan.config.stale
         leave_report(plan.output.location, locate(stale, plan.config.storage) if stale else None)
     return summary
+
+
+def record_plan(plan: RunPlan) -> dict[str, Any]:
+    """Return what the manifest says of a run before it begins."""
+    record = {"configuration": plan.config.to_record(), **plan.compute_identity(), "tasks": plan.describe_tasks()}
+    return {
+        **record,
+        "encoder": plan.encoder,
+        "known": plan.known,
+        "population": plan.population,
+        "versions": read_versions(),
+    }
 
 
 def annotate_checked(
@@ -190,11 +201,12 @@ def annotate_units(
     config, access = plan.config, plan.access
     if access is not None:
         config = config.model_copy(update={"storage": access.storage})
-    # Ray Data restarts dead actors and retries their units, and sets no limit; Attempts does.
+    # Ray Data restarts dead actors and retries their units, and sets no limit; Attempts does. A unit that waits in the
+    # queue of a busy actor stays there while others have nothing left to do, so none waits.
     pool = ActorPoolStrategy(
         size=config.execution.actors,
         max_concurrent_calls_per_actor=config.execution.units_in_flight,
-        max_tasks_in_flight_per_actor=2 * config.execution.units_in_flight,
+        max_tasks_in_flight_per_actor=config.execution.units_in_flight,
     )
     attempts = start_attempts(config)
     lease.on_renewal = attempts.renew_permit.remote

@@ -37,6 +37,8 @@ def identify_earlier(config: RunConfig, identity: Mapping[str, Any], rows: Mappi
         raise ValueError(
             f"--stale {stale}: no answer of this run depends on an index (--index, decoding.mode); leave it out"
         )
+    if config.sample.rows is not None:
+        raise ValueError(f"--stale {stale}: all queries are compared with it; leave out --sample")
     if config.skip_annotated is not None:
         raise ValueError(f"--stale {stale}: all queries are compared with it; leave out skip_annotated")
     output = OutputFolder(locate(stale, config.storage))

@@ -26,6 +26,7 @@ from pipeline.queries.inspection import QueryFile
 from pipeline.queries.kept_inspection import read_inspection
 from pipeline.queries.partitions import warn_of_columns_above
 from pipeline.queries.query_set import QuerySet, inspect_queries
+from pipeline.queries.sampling import choose_sample_unit_rows
 from pipeline.queries.selection import Earlier, Selection
 from pipeline.queries.units import Unit
 from pipeline.retrieval.manifest import IndexManifest, check_index_manifest, has_earlier_version
@@ -55,6 +56,7 @@ class RunPlan:
         inventory: units that the output holds.
         succeeded: whether the output has its success marker and the list of all units.
         known: number of queries that are skipped, since earlier sets cover them.
+        population: number of queries that the run's sample was drawn from; None if it annotates all of them.
         chosen: selection of the remaining queries while it is stored on this machine only; otherwise None.
         access: what every machine must read and write, once that has been checked.
     """
@@ -72,6 +74,7 @@ class RunPlan:
     inventory: Inventory = EMPTY
     succeeded: bool = False
     known: int = 0
+    population: int | None = None
     chosen: Selection | None = None
     access: Access | None = None
 
@@ -127,6 +130,8 @@ class RunPlan:
             lines.append(f"columns  {', '.join(self.queries.partitions)}: read from the folders' names")
         if config.skip_annotated:
             lines.append(f"skipped  {self.known} rows already answered or failed below {config.skip_annotated}")
+        if self.population:
+            lines.append(f"sample   {self.queries.rows} of {self.population} rows, seed {config.sample.seed}")
         if config.stale:
             lines.append(f"stale    answers of {config.stale} are carried over if their searches find the same")
         return [
@@ -178,7 +183,9 @@ def check_run(config: RunConfig, overwrite: bool = False) -> RunPlan:
     config = make_paths_absolute(config)
     queries_location, output = locate(config.queries, config.storage), locate(config.output, config.storage)
     check_apart(queries_location, output)
-    selection = Selection.load(output, config.queries) if config.skip_annotated and not overwrite else None
+    selects = config.skip_annotated is not None or config.sample.rows is not None
+    selection = Selection.load(output, config.queries, config.sample) if selects and not overwrite else None
+    config = _divide_alike(config, selection)
     asked = selection.folder if selection else queries_location
     kept = {} if overwrite else read_inspection(output, config.columns)
     queries = _inspect(config, asked, kept)
@@ -197,17 +204,14 @@ def check_run(config: RunConfig, overwrite: bool = False) -> RunPlan:
     model = identify_model(config.model, resolve_model_path(config.model.name))
     if commit := model.get("commit"):  # every actor must load the commit that the manifest records
         config = config.model_copy(update={"model": config.model.model_copy(update={"revision": commit})})
-    known = selection.known if selection else 0
-    plan = RunPlan(
-        config, queries, OutputFolder(output), model, index, encoder, reranker, overwrite=overwrite, known=known
-    )
+    plan = RunPlan(config, queries, OutputFolder(output), model, index, encoder, reranker, overwrite=overwrite)
+    if selection is not None:
+        plan = replace(plan, known=selection.known, population=selection.population)
     if config.stale is not None:
         plan = replace(plan, stale=identify_earlier(config, plan.compute_identity(), plan.rows))
     plan.describe_tasks()  # a profile may contradict the run
     plan = inspect_output(plan)
-    if config.skip_annotated is None or selection or begun is not None:
-        return plan
-    return _select_new(plan, config.skip_annotated)
+    return plan if selection or begun is not None or not selects else _select(plan)
 
 
 def _inspect(config: RunConfig, location: Location, kept: Mapping[str, QueryFile]) -> QuerySet:
@@ -215,12 +219,31 @@ def _inspect(config: RunConfig, location: Location, kept: Mapping[str, QueryFile
     return inspect_queries(location, config.columns, config.execution.unit_rows, kept, spread)
 
 
-def _select_new(plan: RunPlan, folder: str) -> RunPlan:
-    config = plan.config
-    earlier = Earlier(locate(folder, config.storage), plan.output.location, config.columns.id)
-    chosen = Selection.choose(plan.queries, earlier, config.storage, _make_scratch())
-    queries = _inspect(config, chosen.folder, {})
-    return replace(plan, queries=queries, known=chosen.known, chosen=chosen)
+def _select(plan: RunPlan) -> RunPlan:
+    config, earlier = plan.config, None
+    if config.skip_annotated is not None:
+        folder = locate(config.skip_annotated, config.storage)
+        earlier = Earlier(folder, plan.output.location, config.columns.id)
+    chosen = Selection.choose(plan.queries, earlier, config.storage, _make_scratch(), config.sample)
+    if config.sample.rows is not None:
+        rows = min(config.sample.rows, chosen.population or 0)
+        chosen = replace(chosen, unit_rows=choose_sample_unit_rows(rows, config.execution))
+    return replace(_adopt(plan, chosen), chosen=chosen)
+
+
+def _adopt(plan: RunPlan, selection: Selection) -> RunPlan:
+    """Return the plan for the selected queries."""
+    config = _divide_alike(plan.config, selection)
+    queries = _inspect(config, selection.folder, {})
+    return replace(plan, config=config, queries=queries, known=selection.known, population=selection.population)
+
+
+def _divide_alike(config: RunConfig, selection: Selection | None) -> RunConfig:
+    """Return the configuration with the units of a sample as they were chosen, whatever the number of actors now."""
+    if selection is None or selection.unit_rows is None:
+        return config
+    execution = config.execution.model_copy(update={"unit_rows": selection.unit_rows})
+    return config.model_copy(update={"execution": execution})
 
 
 def _make_scratch() -> Location:
@@ -237,16 +260,15 @@ def store_selection(plan: RunPlan) -> RunPlan:
     runs.
 
     Raises:
-        ValueError: that selection was made from another query set.
+        ValueError: that selection was made from another query set, or is another sample.
         StorageError: the storage cannot be reached.
     """
     if plan.chosen is None:
         return plan
     config, output = plan.config, plan.output.location
-    there = None if plan.overwrite else Selection.load(output, config.queries)
+    there = None if plan.overwrite else Selection.load(output, config.queries, config.sample)
     selection = there or plan.chosen.keep(output, config.queries)
-    queries = _inspect(config, selection.folder, {})
-    return replace(plan, queries=queries, known=selection.known, chosen=None)
+    return replace(_adopt(plan, selection), chosen=None)
 
 
 def inspect_output(plan: RunPlan) -> RunPlan:

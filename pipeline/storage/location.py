@@ -189,6 +189,13 @@ class Location:
         names = [name for name in sorted(infos) if name.endswith(suffix) and not _is_hidden(name)]
         return [(self / name).with_stamp(infos[name]) for name in names]
 
+    def list_folders(self) -> list["Location"]:
+        """List the folders in this folder, sorted by name, without hidden ones; empty if it is missing."""
+        selector = fs.FileSelector(self.path, allow_not_found=True)
+        found = self.retrying(lambda: self.filesystem.get_file_info(selector))
+        names = sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
+        return [self / name for name in names if not _is_hidden(name)]
+
     def read(self) -> bytes:
         """Read the whole file."""
 

@@ -12,18 +12,19 @@ Everything else is real: Ray, its actors, the files, the checks. What a row come
 
 Files in the model's folder: ``dies_at_start`` holds how many more processes are killed while they start, ``actors`` how
 many actors must have started before the first row is answered, ``stalls_at_start`` how many more engines hang in their
-warm-up, ``stalls`` and ``nodes`` how many more times these words have their effect; without the file they have it
-always. ``keep_s`` holds the seconds between sub-files.
+warm-up, ``slots`` how many requests an engine decodes at a time, ``stalls`` and ``nodes`` how many more times these
+words have their effect; without the file they have it always. ``keep_s`` holds the seconds between sub-files.
 """
 
 import asyncio
+import contextlib
 import functools
 import json
 import os
 import random
 import signal
 import time
-from collections.abc import Coroutine, Sequence
+from collections.abc import Callable, Coroutine, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -65,6 +66,8 @@ class ScriptedGenerator(DrawingGenerator):
     heartbeat: Heartbeat
     steps = 0
     stalled = False
+    slots: asyncio.Semaphore | None = None
+    on_step: Callable[[int, int, int], None]
 
     async def generate(self, prompt: Sequence[int], max_tokens: int, stops: Sequence[int]) -> Generation:
         return await self.watch(self._generate(prompt, max_tokens, stops))
@@ -103,7 +106,10 @@ class ScriptedGenerator(DrawingGenerator):
             await self.hang()
         while "WAITS" in text and self.model.with_name("waits").exists():  # noqa: ASYNC110  no event spans processes
             await asyncio.sleep(0.05)
-        await asyncio.sleep(3600 if "HANGS" in text else self.rng.uniform(0, 0.02))
+        async with self.slots or contextlib.nullcontext():
+            if self.slots is not None and self.slots.locked():
+                self.on_step(1, 1, 0)
+            await asyncio.sleep(3600 if "HANGS" in text else self.rng.uniform(0, 0.02))
         return await super().generate(prompt, max_tokens, stops)
 
     async def warm(self) -> None:
@@ -132,6 +138,9 @@ class ScriptedActor(SelfRagActor):
         generator = ScriptedGenerator(critic.tokenizer, random.Random(os.getpid()))
         generator.heartbeat = Heartbeat(self.config.execution.engine_stall_s, generator.count_steps)
         generator.model = Path(self.config.model.name)
+        generator.on_step = self.record_step
+        if (slots := generator.model / "slots").exists():
+            generator.slots = asyncio.Semaphore(int(slots.read_text()))
         if (seconds := generator.model / "keep_s").exists():
             vars(pipeline.run.actor)["KEEP_S"] = float(seconds.read_text())
         if folder := os.environ.get("FAULTS_PIDS"):

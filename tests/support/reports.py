@@ -10,7 +10,7 @@ from pipeline.config.run import RunConfig
 from pipeline.config.sections import StorageConfig
 from pipeline.decoding.profiles import Tasks
 from pipeline.output.folder import OutputFolder
-from pipeline.output.unit_files import split_failed
+from pipeline.output.unit_files import Work, split_failed
 from pipeline.run.annotation import build_annotated_schema
 from pipeline.storage.location import Location, locate
 
@@ -96,10 +96,9 @@ def write_set(
     written = []
     for number, rows in enumerate(units):
         table = pa.Table.from_pylist(list(rows), schema=schema)
-        when = times[number] if times else (None, None)
-        written.append(
-            output.write_unit(f"{number:020x}", *split_failed(table, INPUTS, keep_candidates=False), "", when)
-        )
+        work = Work(*times[number]) if times else Work()
+        files = split_failed(table, INPUTS, keep_candidates=False)
+        written.append(output.write_unit(f"{number:020x}", *files, "", work))
     if finished:
         output.finish(manifest, written)
     return output

@@ -13,7 +13,7 @@ from typer.testing import CliRunner, Result
 from jobs.annotate import annotate
 from pipeline.cluster import Resources
 from pipeline.config.sections import StorageConfig
-from pipeline.output.unit_files import split_failed
+from pipeline.output.unit_files import Work, split_failed
 from pipeline.queries.units import read_unit
 from pipeline.run.annotation import build_annotated_schema
 
@@ -40,7 +40,7 @@ def answer_units(plan: Any) -> Iterator[Any]:
         ]
         table = pa.Table.from_pylist(rows, schema)
         files = split_failed(table, plan.queries.schema, keep_candidates=False)
-        yield plan.output.write_unit(unit.id, *files, plan.digest)
+        yield plan.output.write_unit(unit.id, *files, plan.digest, Work(100.0, 104.0, 103.0, "a"))
 
 
 class ScriptedRun:

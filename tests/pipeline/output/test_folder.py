@@ -8,7 +8,7 @@ import pytest
 from pipeline.config.loading import hash_tree
 from pipeline.config.sections import StorageConfig
 from pipeline.output.folder import OutputFolder, get_columns, hash_identity
-from pipeline.output.unit_files import UnitSummary, split_failed
+from pipeline.output.unit_files import UnitSummary, Work, split_failed
 from pipeline.run.annotation import build_annotated_schema
 from pipeline.storage.location import Location, locate
 
@@ -59,7 +59,7 @@ def test_rows_are_written_to_data_and_errors(folder, tmp_path):
 
 def test_file_metadata_hold_the_times_of_the_unit(folder):
     files = split_failed(annotated("a"), INPUTS, keep_candidates=False)
-    summary = folder.write_unit(U1, *files, RUN, times=(12.5, 14.0))
+    summary = folder.write_unit(U1, *files, RUN, Work(12.5, 14.0, 13.0, "a"))
     assert (summary.began, summary.ended) == (12.5, 14.0)
     assert folder.read_unit(U1, RUN) == replace(summary, data_bytes=0)
 

@@ -8,7 +8,7 @@ import pyarrow.dataset as ds
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config.sections import Columns, StorageConfig
+from pipeline.config.sections import NO_SAMPLE, Columns, SampleConfig, StorageConfig
 from pipeline.queries.query_set import inspect_queries
 from pipeline.queries.selection import Earlier, NothingNewError, Selection, _find_finished
 from pipeline.storage.location import Location, StorageError, locate
@@ -37,15 +37,17 @@ def earlier(sets: Path, name: str, *ids: str, error: str | None = None) -> None:
     pq.write_table(pa.table(columns), folder / f"part-{len(list(sets.rglob('part-*'))):020x}.parquet")
 
 
-def select(asked: Path, sets: Path, anew: bool = False, column: str = "id") -> Selection:
+def select(
+    asked: Path, sets: Path, anew: bool = False, column: str = "id", sample: SampleConfig = NO_SAMPLE
+) -> Selection:
     """What today's run has to do."""
     output = place(sets / "today")
-    if not anew and (kept := Selection.load(output, str(asked))) is not None:
+    if not anew and (kept := Selection.load(output, str(asked), sample)) is not None:
         return kept
     queries = inspect_queries(place(asked), Columns(id=column), unit_rows=3)
     scratch = sets.parent / f"scratch-{len(list(sets.parent.iterdir()))}"
     sources = Earlier(place(sets), output, column)
-    return Selection.choose(queries, sources, StorageConfig(), place(scratch)).keep(output, str(asked))
+    return Selection.choose(queries, sources, StorageConfig(), place(scratch), sample).keep(output, str(asked))
 
 
 def rows(selection: Selection) -> list[tuple[str, int]]:
@@ -151,7 +153,25 @@ def test_a_damaged_selection_is_named(asked: Path, tmp_path: Path, content: str)
     select(asked, tmp_path / "sets")
     (tmp_path / "sets" / "today" / "_queries" / "selection.json").write_text(content)
     with pytest.raises(ValueError, match=r"_queries/selection\.json: .*; choose another output"):
-        Selection.load(place(tmp_path / "sets" / "today"), str(asked))
+        Selection.load(place(tmp_path / "sets" / "today"), str(asked), NO_SAMPLE)
+
+
+def test_sample_is_drawn_from_the_new_rows_and_kept(asked: Path, tmp_path: Path):
+    earlier(tmp_path / "sets", "monday", "q0", "q7")
+    found = select(asked, tmp_path / "sets", sample=SampleConfig(rows=4, seed=3))
+    drawn = rows(found)
+    assert (found.known, found.population, len(drawn)) == (2, 8, 4)
+    new = ["q1", "q2", "q3", "q4", "q5", "q6", "q8", "q9"]
+    assert [name in new[2 * n : 2 * n + 2] for n, (name, _) in enumerate(drawn)] == [True] * 4
+    earlier(tmp_path / "sets", "tuesday", "q1", "q2", "q3")
+    assert rows(select(asked, tmp_path / "sets", sample=SampleConfig(rows=4, seed=3))) == drawn
+
+
+@pytest.mark.parametrize(("sample", "wanted"), [({"rows": 5}, "a sample of 5 rows"), ({}, "all new rows")])
+def test_different_sample_is_refused(asked: Path, tmp_path: Path, sample: dict[str, int], wanted: str):
+    select(asked, tmp_path / "sets", sample=SampleConfig(rows=4))
+    with pytest.raises(ValueError, match=rf"_queries holds a sample of 4 rows \(seed 0\), not {wanted}"):
+        select(asked, tmp_path / "sets", sample=SampleConfig.model_validate(sample))
 
 
 @pytest.mark.parametrize("run_rows", [1, 2, 3, 100])

@@ -58,6 +58,7 @@ def test_searches_may_have_other_settings(tmp_path: Path) -> None:
     ("config", "changes", "message"),
     [
         ({}, {"index": None}, "no answer of this run depends on an index .*; leave it out"),
+        ({"sample": {"rows": 2}}, {}, "all queries are compared with it; leave out --sample"),
         ({"skip_annotated": "s"}, {}, "all queries are compared with it; leave out skip_annotated"),
         (
             {},
