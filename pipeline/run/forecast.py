@@ -239,7 +239,7 @@ def forecast_alike(plan: RunPlan) -> Forecast | None:
 
 def _list_alike(plan: RunPlan) -> list[OutputFolder]:
     """List the finished sets of the same kind of run, the newest first."""
-    places = {place.path: place for place in _list_neighbours(plan)}
+    places = {place.path: place for place in _list_neighbors(plan)}
     manifests = map_in_threads(_read_finished, places.values())
     alike = [
         (str(manifest.get("finished", "")), place.path)
@@ -249,11 +249,11 @@ def _list_alike(plan: RunPlan) -> list[OutputFolder]:
     return [OutputFolder(places[path]) for _, path in sorted(alike, reverse=True)]
 
 
-def _list_neighbours(plan: RunPlan) -> Iterator[Location]:
+def _list_neighbors(plan: RunPlan) -> Iterator[Location]:
     config = plan.config
     above, slash, _ = config.output.rstrip("/").rpartition("/")
     for parent in (above or slash, config.skip_annotated):
-        if parent and not parent.endswith(":/"):  # a bucket has no neighbours
+        if parent and not parent.endswith(":/"):  # a bucket has no neighbors
             yield from locate(parent, config.storage).list_folders()
 
 
