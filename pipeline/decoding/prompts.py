@@ -14,6 +14,7 @@ from pipeline.decoding.reflection import CONTROL_TOKENS, Paragraph, ReflectionId
 from pipeline.decoding.tokenization import TextTokenizer
 from pipeline.decoding.types import Passage, Query, RetrievedPassage
 
+# Between passages that are read together.
 BETWEEN = "\n\n"
 
 

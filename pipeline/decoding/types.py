@@ -50,7 +50,7 @@ class RetrievedPassage:
         return (self, *self.beside)
 
     def keep_first(self, passages: int) -> "RetrievedPassage":
-        """Return the evidence without those passages beside this one that are behind the first ``passages`` of all."""
+        """Return this passage with so few beside it that ``passages`` are read, at least one."""
         return replace(self, beside=self.beside[: max(passages, 1) - 1])
 
 

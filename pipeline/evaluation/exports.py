@@ -54,11 +54,8 @@ def join_cited(segments: Iterable[Row]) -> str:
         text = " ".join(segment["text"].split())
         if segment["citation"] is not None:
             body = text.rstrip(".!?")
-            numbers = [
-                segment["citation"],
-                *(segment.get("further_citations") or ()),
-            ]  # sets of earlier versions lack the latter
-            text = f"{add_citations(body, numbers)}{text[len(body) :]}"
+            further = segment.get("further_citations") or ()  # sets of earlier versions lack them
+            text = f"{add_citations(body, [segment['citation'], *further])}{text[len(body) :]}"
         parts.append(text)
     return " ".join(filter(None, parts))
 

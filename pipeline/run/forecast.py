@@ -46,7 +46,7 @@ class Share:
 
 @dataclass(frozen=True)
 class Between:
-    """A quantity between two bounds; ``high``, or ``low`` of what falls with the speed, is None if it is unknown."""
+    """A quantity between two bounds. An unknown one is None: the upper one of a speed, the lower one of a duration."""
 
     low: float | None
     high: float | None
@@ -106,7 +106,7 @@ class Forecast:
         if (used := self.retrieved) is not None:
             lines.append(f"passages used by {used.value:.1%} of the answered rows ({used.low:.1%} to {used.high:.1%})")
             lines.append(
-                f"tokens   {self.prompt_tokens:.0f} of the prompts and {self.generated_tokens:.0f} generated, a row"
+                f"tokens   {self.prompt_tokens:.0f} in prompts and {self.generated_tokens:.0f} generated per row"
             )
         return lines
 
@@ -190,7 +190,7 @@ class Throughput:
     seconds: float = 0.0
 
     def add(self, rows: int, seconds: float) -> "Throughput":
-        """Return the pace with the rows of another actor."""
+        """Return the throughput with the rows of another actor."""
         return Throughput(self.rows + rows, self.seconds + seconds)
 
     @property
@@ -239,12 +239,13 @@ def forecast_alike(plan: RunPlan) -> Forecast | None:
 
 def _list_alike(plan: RunPlan) -> list[OutputFolder]:
     """List the finished sets of the same kind of run, the newest first."""
+    kind = _describe_kind(record_plan(plan))
     places = {place.path: place for place in _list_neighbors(plan)}
     manifests = map_in_threads(_read_finished, places.values())
     alike = [
         (str(manifest.get("finished", "")), place.path)
         for place, manifest in zip(places.values(), manifests, strict=True)
-        if _describe_kind(manifest) == _describe_kind(record_plan(plan))
+        if _describe_kind(manifest) == kind
     ]
     return [OutputFolder(places[path]) for _, path in sorted(alike, reverse=True)]
 

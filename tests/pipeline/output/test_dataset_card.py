@@ -67,6 +67,11 @@ def test_card_names_the_run_whose_answers_were_carried_over() -> None:
     assert "| carried over |" not in card()
 
 
+def test_card_says_that_the_rows_are_a_sample() -> None:
+    assert "| queries | a sample of 1,500 of 2,000,000 rows (digest bbbbbbbbbbbb) |" in card({"population": 2_000_000})
+    assert "| queries | 1,500 rows (digest bbbbbbbbbbbb) |" in card()
+
+
 def test_front_matter_describes_how_to_load_the_set() -> None:
     found = front_matter(card())
     assert found["configs"] == [

@@ -40,8 +40,11 @@ async def test_engine_death_during_warmup_ends_the_process(tmp_path, monkeypatch
 
 async def test_unit_is_read_annotated_and_written(tmp_path):
     folder = Folder(tmp_path, table("one", None, "two"))
-    summary = await folder.annotate(actor(LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run")), []))
+    process = actor(LocalHandle(Attempts(MAX_CONSECUTIVE_CRASHES, "run")), [])
+    process.id, process.full_at = "first", time.time() - 60
+    summary = await folder.annotate(process)
     assert summary is not None
+    assert (summary.actor, summary.full_until) == ("first", None)  # no request has waited since the unit began
     assert dataclasses.replace(summary, data_bytes=0) == folder.output.read_unit(folder.unit.id, "same")
     assert (summary.unit, summary.rows, summary.errors) == (folder.unit.id, 3, {"ValueError": 1})
     assert time.time() - 60 < (summary.began or 0) <= (summary.ended or 0) <= time.time()

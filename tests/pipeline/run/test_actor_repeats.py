@@ -78,8 +78,11 @@ async def test_finished_rows_of_a_unit_are_kept_when_it_is_repeated(tmp_path, sa
     kept = list_partial_units(folder.output.location)
     assert kept == {folder.unit.id}
     attempts = attempts if same_run else Attempts(MAX_CONSECUTIVE_CRASHES, "run")
-    summary = await folder.annotate(actor(LocalHandle(attempts), seen, deadly="nothing"))
+    process = actor(LocalHandle(attempts), seen, deadly="nothing")
+    process.id = "second"
+    summary = await folder.annotate(process)
     assert summary is not None
+    assert summary.actor == ""  # its time is not that of all its rows
     assert "one" not in seen
     assert "poison" in seen
     assert (summary.rows, summary.errors) == (5, {"KeyError": 1, "ValueError": 1})

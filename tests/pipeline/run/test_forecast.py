@@ -98,7 +98,7 @@ def test_forecast_is_worked_out_by_hand(tmp_path: Path) -> None:
         "cost     12.05 to 15.05",
         "errors   7200 rows (889 to 22823, 95 % interval)",
         "passages used by 55.6% of the answered rows (30.8% to 78.5%)",
-        "tokens   1000 of the prompts and 33 generated, a row",
+        "tokens   1000 in prompts and 33 generated per row",
     ]
 
 

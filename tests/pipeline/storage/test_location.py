@@ -86,6 +86,9 @@ def test_s3_round_trip_with_configured_credentials(s3, monkeypatch):
     (folder / "data" / "part-1.parquet").write(b"one")
     (folder / "data" / "part-1.parquet").write(b"two")
     assert [file.uri for file in folder.list_files(".parquet")] == [f"s3://{s3.bucket}/round/trip/data/part-1.parquet"]
+    (folder / "_hidden" / "file").write(b"x")
+    assert [place.uri for place in folder.list_folders()] == [f"s3://{s3.bucket}/round/trip/data"]
+    assert (folder / "data").list_folders() == []
     assert (folder / "data" / "part-1.parquet").read() == b"two"
     assert (folder / "data" / "part-1.parquet").get_type() == fs.FileType.File
     (folder / "data" / "part-1.parquet").delete()
@@ -105,6 +108,15 @@ def test_deleted_files_of_a_folder_are_gone_and_the_others_are_there(s3, monkeyp
     assert [file.name for file in folder.list_files()] == ["c"]
     time.sleep(HIDDEN_S)
     assert [file.name for file in folder.list_files()] == ["c"]
+
+
+def test_folders_are_listed_without_files_and_hidden_ones(tmp_path):
+    for name in ("b/deep", "a", ".hidden", "_hidden"):
+        (tmp_path / name).mkdir(parents=True)
+    (tmp_path / "file").touch()
+    folder = locate(str(tmp_path), HERE)
+    assert [place.name for place in folder.list_folders()] == ["a", "b"]
+    assert (folder / "missing").list_folders() == []
 
 
 @pytest.fixture
