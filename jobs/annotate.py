@@ -103,8 +103,8 @@ def annotate(
     flags |= {"sample.rows": sample, "sample.seed": seed, "execution.price_per_hour": price_per_hour}
     with checking():
         run_config = load_config(config, settings or [], flags, day and day.date())
-    if seed is not None and run_config.sample.rows is None:
-        raise typer.BadParameter("--seed requires --sample")
+        if seed is not None and run_config.sample.rows is None:
+            raise ValueError("--seed requires --sample")
     if dry_run:
         if planned := plan_run(run_config, overwrite):
             with checking():

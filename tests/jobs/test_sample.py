@@ -62,7 +62,7 @@ def test_finished_sample_is_not_drawn_again(run: ScriptedRun) -> None:
     [
         (["--sample", "5"], "holds a sample of 6 rows (seed 0), not a sample of 5 rows (seed 0)"),
         (["--sample", "6", "--seed", "1"], "not a sample of 6 rows (seed 1)"),
-        (["--seed", "1"], "--seed requires --sample"),
+        (["--seed", "1"], "error: --seed requires --sample\n"),
         ([], "differs in sample.rows, sample.seed, queries"),
         (["--sample", "0"], "configuration key sample.rows"),
         (["--sample", "6", "--seed", "-1"], "configuration key sample.seed"),
