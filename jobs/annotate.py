@@ -18,7 +18,7 @@ import typer
 
 from jobs.common import FailedError, checking, fail, hint_at_new_form, start_logging, working
 from jobs.rescore import rescore
-from jobs.shell import run
+from jobs.shell import deferring, run
 from pipeline.cluster import Resources
 from pipeline.config.run import RunConfig, load_config
 from pipeline.nodes.access import NodeAccessError
@@ -88,7 +88,7 @@ def annotate(
 ) -> None:
     """Annotate a query set with answers, evidence and critique.
 
-    Exit status: 0 all rows answered, 3 some rows in errors/, 1 failed, 2 bad usage.
+    Exit status: 0 all rows answered, 3 some rows in errors/ or left by the budget, 1 failed, 2 bad usage.
     """
     if old_rescore is not None:
         if queries or index or model:
@@ -160,8 +160,8 @@ def annotate_queries(config: RunConfig, overwrite: bool, as_json: bool) -> int:
         return 0
     hint = "the run failed; rerun the same command to continue"
     with working(hint, bad_input=(OutputInUseError, NodeAccessError), resumable=True):
-        summary = run_plan(*planned)
-    print_summary(summary, forecast_sample(planned[0]), as_json)
+        summary = run_plan(*planned, deferring=deferring)
+    print_summary(summary, None if summary.left else forecast_sample(planned[0]), as_json)
     if summary.exit_status == 1:
         fail(f"{summary.errors} of {summary.rows} rows failed, more than execution.max_error_rate allows", 1)
     return summary.exit_status
@@ -188,13 +188,17 @@ def print_summary(summary: Summary, forecast: Forecast | None, as_json: bool) ->
     """Print the summary of the run: one line and the forecast on stderr and, if ``as_json`` is set, JSON on stdout."""
     if not summary.annotated:
         typer.echo(f"{summary.output} is already complete; nothing to do", err=True)
-    answered = summary.rows - summary.errors
+    answered = summary.rows - summary.errors - summary.left
     carried = f"{summary.carried} carried over; " if summary.carried else ""
     typer.echo(
         f"{answered} of {summary.rows} rows answered, {summary.errors} in errors/; {carried}"
         f"{summary.annotated} in this run in {summary.seconds:.1f} s; annotated set: {summary.output}",
         err=True,
     )
+    if summary.left:
+        typer.echo(
+            f"{summary.budget} is spent: {summary.left} rows are left; the same command continues with them", err=True
+        )
     print_forecast(forecast)
     if as_json:
         record: dict[str, Any] = {**dataclasses.asdict(summary), "exit_status": summary.exit_status}

@@ -1,12 +1,15 @@
 """Start commands: output that every terminal can show, and one line and a status for a command that is interrupted."""
 
 import io
+import logging
 import os
 import select
 import signal
 import sys
 import threading
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -19,7 +22,10 @@ PATIENCE_S = 10.0
 # Seconds in which it does so after a second signal: two may arrive almost at once.
 GRACE_S = 1.0
 
-_handled = threading.Event()
+log = logging.getLogger(__name__)
+
+# A signal has been handled; one is deferred; one has ended the command.
+_handled, _deferred, _ended = threading.Event(), threading.Event(), threading.Event()
 
 
 class Interrupted(SystemExit):
@@ -81,10 +87,13 @@ def handle_signals() -> None:
 
 def _end_unless_handled(received: int) -> None:
     """End the process if the main thread does not handle its signals, whose numbers are read from a pipe."""
-    while (number := os.read(received, 1)[0]) not in SIGNALS:
-        continue
-    select.select([received], [], [], PATIENCE_S)
-    if _handled.wait(GRACE_S):
+    while not _ended.is_set():
+        number = os.read(received, 1)[0]
+        if number in SIGNALS and not _deferred.is_set():
+            select.select([received], [], [], PATIENCE_S)
+            if not _ended.is_set() and not _handled.wait(GRACE_S):
+                break
+    else:
         return
     try:
         os.write(2, b"interrupted\n")
@@ -92,7 +101,62 @@ def _end_unless_handled(received: int) -> None:
         os._exit(128 + number)
 
 
+@contextmanager
+def deferring(request: Callable[[], float]) -> Iterator[None]:
+    """Defer SIGTERM while the body runs, so that it can end in order; a second one ends the body at once.
+
+    Args:
+        request: called in a thread when the signal arrives; returns the seconds that the body may still take.
+
+    Raises:
+        Interrupted: a signal has arrived, and the body has ended or has been ended.
+    """
+    deferral = _Deferral(request)
+    before = signal.getsignal(signal.SIGTERM)
+    if before != signal.SIG_IGN:
+        signal.signal(signal.SIGTERM, deferral.handle)
+    try:
+        yield
+    finally:
+        deferral.over.set()
+        _deferred.clear()
+        if signal.getsignal(signal.SIGTERM) == deferral.handle:
+            signal.signal(signal.SIGTERM, before)
+        if deferral.began is not None:
+            raise Interrupted(signal.SIGTERM)
+
+
+class _Deferral:
+    def __init__(self, request: Callable[[], float]) -> None:
+        self.request, self.main = request, threading.get_ident()
+        self.began: float | None = None
+        self.over, self.due = threading.Event(), threading.Event()
+
+    def handle(self, number: int, frame: FrameType | None) -> None:
+        """Handle SIGTERM in the main thread. A second one that arrives almost at once is taken for the first."""
+        if self.began is None:
+            self.began = time.monotonic()
+            _deferred.set()
+            _handled.set()
+            threading.Thread(target=self._end_in_time, daemon=True).start()
+        elif self.due.is_set() or time.monotonic() - self.began > GRACE_S:
+            _interrupt(number, frame)
+
+    def _end_in_time(self) -> None:
+        try:
+            seconds = self.request()
+        except Exception as error:  # noqa: BLE001  the signal takes effect all the same
+            log.warning("the work in flight cannot end in order: %s", error)
+            seconds = 0.0
+        if not self.over.wait(seconds):
+            self.due.set()
+            _handled.clear()
+            _deferred.clear()
+            signal.pthread_kill(self.main, signal.SIGTERM)
+
+
 def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:
+    _ended.set()
     _handled.set()
     for either in SIGNALS:
         signal.signal(either, signal.SIG_DFL)

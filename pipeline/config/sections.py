@@ -294,6 +294,11 @@ class ExecutionConfig(Frozen):
             above 100 rows) a run stops early.
         price_per_hour: Price of one actor's machine, or of its share of one, for an hour, in any currency; forecasts
             then name the cost.
+        max_hours: Hours from the start of the actors that one call may take: no unit begins that would not end in
+            time. The call ends with status 3, and the same command continues the run.
+        max_cost: Cost that one call may have, at ``price_per_hour`` for each actor; as ``max_hours``.
+        grace_s: Seconds after SIGTERM in which the units in flight may still end. The finished rows of the others are
+            kept for the next call.
         lock: URI of a folder that allows one run at a time, whatever their outputs; by default ``skip_annotated``.
         ray_address: Address of a running cluster; by default ``RAY_ADDRESS``, and without it Ray starts locally.
     """
@@ -310,8 +315,17 @@ class ExecutionConfig(Frozen):
     engine_stall_s: Annotated[float, Field(gt=0, allow_inf_nan=False)] = 900.0
     max_error_rate: Share = 0.01
     price_per_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
+    max_hours: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    max_cost: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
+    grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20.0
     lock: str | None = None
     ray_address: str | None = None
+
+    @model_validator(mode="after")
+    def _cost_has_a_price(self) -> Self:
+        if self.max_cost is not None and not self.price_per_hour:
+            raise ValueError("max_cost needs price_per_hour, the price of an actor's machine for an hour")
+        return self
 
 
 class StorageConfig(Frozen):

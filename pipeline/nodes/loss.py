@@ -14,5 +14,9 @@ def get_node() -> str:
 
 def list_lost_nodes() -> frozenset[str]:
     """Return the ids of the nodes that are dead, or that are being drained: a spot machine about to be reclaimed."""
-    draining = ray._private.state.state.get_draining_nodes()
-    return frozenset(node["NodeID"] for node in ray.nodes() if not node["Alive"]) | frozenset(draining)
+    return frozenset(node["NodeID"] for node in ray.nodes() if not node["Alive"]) | list_draining_nodes().keys()
+
+
+def list_draining_nodes() -> dict[str, int]:
+    """Return when each node that is being drained will be gone, in milliseconds since the epoch; 0 if unknown."""
+    return dict(ray._private.state.state.get_draining_nodes())

@@ -1,6 +1,7 @@
 """The Ray Data actor: opens the engine and the index once, then annotates units, with one coroutine per row."""
 
 import asyncio
+import contextlib
 import dataclasses
 import json
 import logging
@@ -9,7 +10,6 @@ import sys
 import time
 import uuid
 from collections.abc import AsyncIterator, Callable, Sequence
-from contextlib import asynccontextmanager
 from functools import cached_property
 from typing import Any
 
@@ -30,7 +30,7 @@ from pipeline.nodes.access import Access
 from pipeline.nodes.loss import get_node
 from pipeline.output.folder import OutputFolder
 from pipeline.output.partial import PartialUnit, list_partial_units
-from pipeline.output.unit_files import Work, split_failed
+from pipeline.output.unit_files import UnitSummary, Work, split_failed
 from pipeline.queries.units import Unit, read_unit
 from pipeline.retrieval.retriever import ANY_DIGESTS, IndexRetriever, SearchDigests
 from pipeline.run.annotation import OneByOne, Together, annotate_table
@@ -38,10 +38,14 @@ from pipeline.run.attempts import BESIDE_OTHERS, PERMIT_WAIT_S, SharedExclusiveL
 from pipeline.run.carrying import CarryingOver
 from pipeline.run.earlier_set import EarlierSet
 from pipeline.run.finished_rows import KEEP_S, FinishedRows
+from pipeline.run.recall import Recall, RecalledError
 from pipeline.run.telemetry import ActorTelemetry
-from pipeline.storage.location import locate
+from pipeline.storage.location import join_lines, locate
 
 log = logging.getLogger(__name__)
+
+# Seconds between two questions whether the units in flight are to be given back.
+WATCH_S = 3.0
 
 
 class SelfRagActor:
@@ -142,37 +146,81 @@ class SelfRagActor:
             batch: a table with a single row, the record of a ``Unit``.
 
         Returns:
-            The ``UnitSummary`` of the unit as JSON, in the column ``summary``.
+            The ``UnitSummary`` of the unit as JSON, in the column ``summary``; ``null`` if the unit was not begun, or
+            was given back.
         """
         (planned,) = batch.to_pylist()
-        unit, config = Unit.from_record(planned), self.config
+        unit, summary = Unit.from_record(planned), None
+        if await self.attempts.may_begin.remote(unit.id, unit.rows):
+            self._watch  # noqa: B018  begins with the first unit
+            with contextlib.suppress(RecalledError):
+                summary = await self._do(unit)
+        return pa.table({"summary": [json.dumps(summary and dataclasses.asdict(summary))]})
+
+    async def _do(self, unit: Unit) -> UnitSummary:
+        """Annotate a unit and write its files.
+
+        Raises:
+            RecalledError: the unit is given back.
+        """
         async with self._attempting(unit.id) as way:
-            await asyncio.shield(self._warm)
-            began = time.time()
-            rows = await asyncio.to_thread(read_unit, unit, self.schema, config.storage)
-            finished = await self._load_finished(unit, way)
-            repeated = bool(finished.outcomes)
-            with self.telemetry.counting_rows(unit.rows):
-                if self.carrying is not None and isinstance(way, Together):  # a search may be what kills the process
-                    await self.carrying.carry_over(unit.id, rows, finished)
-                annotated = await annotate_table(self.system, rows, config, way, finished)
-            work = Work(began, time.time(), self._read_full(began), "" if repeated else self.id)
-            files = split_failed(annotated, rows.schema, config.decoding.keep_candidates)
+            finished = self._collect_rows(unit, way)
+            try:
+                async with self.recall.limiting():
+                    annotated, work = await self._annotate(unit, way, finished)
+            except RecalledError:
+                await finished.keep()
+                raise
+            files = split_failed(annotated, self.schema, self.config.decoding.keep_candidates)
             while not await self.attempts.begin_writing.remote(unit.id):  # noqa: ASYNC110  another process decides
                 await asyncio.sleep(PERMIT_WAIT_S)
             summary = await asyncio.to_thread(self.output.write_unit, unit.id, *files, self.run, work)
             await finished.discard()
-        self.telemetry.count_unit(annotated)
-        return pa.table({"summary": [json.dumps(dataclasses.asdict(summary))]})
+            self.telemetry.count_unit(annotated)
+        return summary
 
-    async def _load_finished(self, unit: Unit, way: Together | OneByOne) -> FinishedRows:
-        """Return the rows of a unit that earlier attempts have finished, in this run or in one that it resumes."""
-        sub_files = PartialUnit(self.output.location, unit.id, self.run, self.config.decoding.keep_candidates)
-        every_s = 0 if isinstance(way, OneByOne) else KEEP_S
-        finished = FinishedRows(sub_files, lambda: self.attempts.begin_partial.remote(unit.id), every_s)
+    async def _annotate(self, unit: Unit, way: Together | OneByOne, finished: FinishedRows) -> tuple[pa.Table, Work]:
+        """Read a unit and annotate the rows that no earlier attempt, of this call or an earlier one, has finished."""
+        await asyncio.shield(self._warm)
+        began = time.time()
+        rows = await asyncio.to_thread(read_unit, unit, self.schema, self.config.storage)
         if await self.attempts.has_partial.remote(unit.id) or unit.id in await asyncio.shield(self._left):
             await finished.load(unit.rows)
-        return finished
+        repeated = bool(finished.outcomes)
+        with self.telemetry.counting_rows(unit.rows):
+            if self.carrying is not None and isinstance(way, Together):  # a search may be what kills the process
+                await self.carrying.carry_over(unit.id, rows, finished)
+            annotated = await annotate_table(self.system, rows, self.config, way, finished)
+        return annotated, Work(began, time.time(), self._read_full(began), "" if repeated else self.id)
+
+    def _collect_rows(self, unit: Unit, way: Together | OneByOne) -> FinishedRows:
+        sub_files = PartialUnit(self.output.location, unit.id, self.run, self.config.decoding.keep_candidates)
+        every_s = 0 if isinstance(way, OneByOne) else KEEP_S
+        return FinishedRows(sub_files, lambda: self.attempts.begin_partial.remote(unit.id), every_s)
+
+    @cached_property
+    def recall(self) -> Recall:
+        """When the units in flight are given back."""
+        return Recall()
+
+    @cached_property
+    def _watch(self) -> asyncio.Task[None]:
+        """A task that learns when the units in flight are to be given back, since the run or this node ends."""
+
+        async def watch() -> None:
+            while True:
+                await asyncio.sleep(WATCH_S)
+                try:
+                    respite = await self.attempts.get_respite.remote(get_node())
+                except ray.exceptions.RayActorError:
+                    return  # the run is over
+                except ray.exceptions.RayError as error:
+                    log.warning("whether this node is being drained is not known: %s", join_lines(error))
+                    continue
+                if respite is not None:
+                    self.recall.set(respite)
+
+        return asyncio.create_task(watch())
 
     @cached_property
     def _left(self) -> asyncio.Task[frozenset[str]]:
@@ -210,11 +258,12 @@ class SelfRagActor:
         except Exception as error:  # noqa: BLE001  the rows that timed out are errors already
             log.warning("a request for one token failed: %s: %s", type(error).__name__, error)
 
-    @asynccontextmanager
+    @contextlib.asynccontextmanager
     async def _attempting(self, unit: str) -> AsyncIterator[Together | OneByOne]:
         """Run the body as an attempt at a unit: concurrently with others, or alone after ``BESIDE_OTHERS`` crashes.
 
-        If the engine dies, record its death and end this process.
+        If the engine dies, record its death and end this process. If the unit is given back, the attempt counts for
+        nothing.
 
         Yields:
             The way to annotate its rows: concurrently or, after more crashes, one at a time.
@@ -230,6 +279,10 @@ class SelfRagActor:
             log.critical("the engine died%s: %s; this actor exits and Ray restarts it", memory, error)
             await self.attempts.record_death.remote(error.death, unit)
             os._exit(1)
+        except RecalledError:
+            log.info("unit %s is given back", unit)
+            await self.attempts.withdraw.remote(unit)
+            raise
         await self.attempts.end.remote(unit)
 
     def _choose_way(self, unit: str, deaths: int) -> Together | OneByOne:

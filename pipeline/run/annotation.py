@@ -160,6 +160,9 @@ class OneByOne:
         except EngineDeadError as error:
             await attempts.record_death.remote(error.death, unit, number)
             raise
+        except asyncio.CancelledError:
+            await attempts.withdraw.remote(unit, number)
+            raise
         await attempts.end.remote(unit, number)
         return outcome
 

@@ -14,7 +14,8 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 
 from pipeline.engine.postmortem import Death
-from pipeline.nodes.loss import get_node, list_lost_nodes
+from pipeline.nodes.loss import get_node, list_draining_nodes, list_lost_nodes
+from pipeline.run.closing import Closing
 from pipeline.run.telemetry import DeathTelemetry
 from pipeline.storage.lease import PERMIT_S, read_clock
 
@@ -50,10 +51,12 @@ class Attempt:
     Attributes:
         node: id of the Ray node of its process; empty if unknown.
         death: cause of death of its engine; None while it lives, or if the whole process was killed.
+        began: time when it was begun, on a clock of its own.
     """
 
     node: str = ""
     death: Death | None = None
+    began: float = field(default_factory=read_clock)
 
 
 @dataclass
@@ -64,11 +67,13 @@ class UnitRecord:
         begun: attempts by row number; None stands for the unit as a whole.
         writing: attempts that have begun to write the unit's files.
         partial: whether finished rows of the unit have been written to sub-files.
+        rows: number of rows of the unit; 0 if unknown.
     """
 
     begun: defaultdict[int | None, list[Attempt]] = field(default_factory=lambda: defaultdict(list))
     writing: list[Attempt] = field(default_factory=list)
     partial: bool = False
+    rows: int = 0
 
 
 class Attempts:
@@ -80,12 +85,20 @@ class Attempts:
         max_crashes: consecutive crashes, with nothing finished in between, after which the run ends.
         run: URI of the output, for telemetry.
         list_lost: returns the ids of the nodes that are lost.
+        closing: when the run ends early; by default it does not.
     """
 
-    def __init__(self, max_crashes: int, run: str, list_lost: Callable[[], frozenset[str]] = list_lost_nodes) -> None:
+    def __init__(
+        self,
+        max_crashes: int,
+        run: str,
+        list_lost: Callable[[], frozenset[str]] = list_lost_nodes,
+        closing: Closing | None = None,
+    ) -> None:
         self._max_crashes = max_crashes
         self._telemetry = DeathTelemetry(run)
         self._list_lost = list_lost
+        self._closing = closing or Closing()
         self._units: defaultdict[str, UnitRecord] = defaultdict(UnitRecord)
         self._last: Death | None = None
         self._starting: list[Attempt] = []
@@ -117,6 +130,26 @@ class Attempts:
     def is_settled(self, unit: str, row: int | None = None) -> bool:
         """Whether the count of deaths is final: all were on this node, which the run would not outlive."""
         return all(attempt.node in ("", get_node()) for attempt in self._get_begun(unit, row))
+
+    def may_begin(self, unit: str, rows: int) -> bool:
+        """Whether a unit may begin; not if the run ends early and the unit would not end in time."""
+        if not self._closing.may_begin(rows):
+            return False
+        self._units[unit].rows = rows
+        return True
+
+    def has_refused(self) -> bool:
+        """Whether a unit was not allowed to begin, so that the run ends early."""
+        return self._closing.refused
+
+    def recall(self, seconds: float) -> int:
+        """Refuse further units, and have those in flight given back after some seconds; return their number."""
+        self._closing.recall(seconds)
+        return sum(bool(record.begun[None]) for record in self._units.values())
+
+    def get_respite(self, node: str) -> float | None:
+        """Return the seconds until the units in flight on a node are given back; None if they are not."""
+        return self._closing.compute_respite(node, list_draining_nodes() if node else {})
 
     def begin(self, unit: str, row: int | None = None, node: str = "") -> None:
         """Count an attempt at a unit or at one of its rows.
@@ -180,11 +213,17 @@ class Attempts:
         counting = self._select_counting(self._get_begun(unit, row))
         return [attempt.death for attempt in counting if attempt.death is not None]
 
+    def withdraw(self, unit: str, row: int | None = None) -> None:
+        """Forget the last attempt at a unit, or at one of its rows, which was given back."""
+        del self._get_begun(unit, row)[-1:]
+
     def end(self, unit: str, row: int | None = None) -> None:
         """Clear the counts of a finished unit, rows included, or of a finished row."""
         self._crashed.clear()
         if row is None:
-            self._units.pop(unit, None)
+            record = self._units.pop(unit, UnitRecord())
+            if record.rows and record.begun[None]:
+                self._closing.add(record.rows, read_clock() - record.begun[None][-1].began)
         elif unit in self._units:
             self._units[unit].begun.pop(row, None)
 

@@ -2,10 +2,9 @@
 
 import contextlib
 import dataclasses
-import json
 import time
 from collections import Counter
-from collections.abc import Generator, Sequence
+from collections.abc import Callable, Generator, Sequence
 from datetime import UTC, datetime
 from typing import Any
 
@@ -17,20 +16,22 @@ from pipeline.output.unit_files import UnitSummary
 from pipeline.output.unit_log import UnitLog
 from pipeline.queries.kept_inspection import keep_inspection
 from pipeline.report.write import leave_report
-from pipeline.retrieval.retriever import SearchDigests
-from pipeline.retrieval.shard_servers import ServedIndex, start_servers
 from pipeline.run.actor import SelfRagActor
-from pipeline.run.attempts import MAX_CONSECUTIVE_CRASHES, Attempts
+from pipeline.run.closing import Budget
 from pipeline.run.plan import RunPlan, check_run, inspect_output, store_selection
 from pipeline.run.progress import Progress
 from pipeline.run.sources import list_sources
 from pipeline.run.telemetry import RunTelemetry
+from pipeline.run.unit_jobs import Deferring, annotate_units, ignore_request
 from pipeline.storage.lease import Lease
 from pipeline.storage.location import locate
 from pipeline.versions import read_versions
 
 # A run is not stopped early with this many errors or fewer, however small it is.
 FEWEST_ERRORS = 100
+
+# Yields the summaries of a plan's remaining units, as they end.
+AnnotateUnits = Callable[[RunPlan], Generator[UnitSummary]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Summary:
         carried: rows carried over from an earlier set.
         seconds: duration from the checked plan to the verified files, engine start included.
         max_error_rate: ``execution.max_error_rate``.
+        left: rows that are not annotated yet, since the budget of this call is spent.
+        budget: the setting that ended this call early; empty if none did.
     """
 
     output: str
@@ -61,13 +64,15 @@ class Summary:
     carried: int
     seconds: float
     max_error_rate: float
+    left: int = 0
+    budget: str = ""
 
     @property
     def exit_status(self) -> int:
-        """0 if all rows are answered, 3 if some are in ``errors/``, 1 if their share exceeds ``max_error_rate``."""
-        if not self.errors:
-            return 0
-        return 3 if self.errors <= self.max_error_rate * self.rows else 1
+        """1 if the share of rows in ``errors/`` exceeds ``max_error_rate``, 3 if any are there or left, otherwise 0."""
+        if self.errors > self.max_error_rate * self.rows:
+            return 1
+        return 3 if self.errors or self.left else 0
 
 
 def annotate_set(config: RunConfig, overwrite: bool = False) -> Summary:
@@ -92,15 +97,22 @@ def allot_resources(plan: RunPlan) -> Resources:
     return allocate_resources(plan.config, plan.index["shards"] if plan.index else 0)
 
 
-def run_plan(plan: RunPlan, resources: Resources | None, actor: type[SelfRagActor] = SelfRagActor) -> Summary:
-    """Carry out a plan.
+def run_plan(
+    plan: RunPlan,
+    resources: Resources | None,
+    actor: type[SelfRagActor] = SelfRagActor,
+    deferring: Deferring = ignore_request,
+) -> Summary:
+    """Carry out a plan, or as much of it as the budget allows.
 
     Args:
         resources: resources of each actor; None if the plan is finished, so that only the files are verified.
         actor: class of the actors; tests and benchmarks pass a subclass with a scripted engine.
+        deferring: defers SIGTERM, so that units in flight can end.
 
     Raises:
-        RuntimeError: too many rows failed, or rows are missing at the end.
+        RuntimeError: too many rows failed, or rows are missing at the end; or the budget was spent before any unit
+            ended.
     """
     started, begun = time.monotonic(), datetime.now(UTC)
     if resources is None:
@@ -110,7 +122,13 @@ def run_plan(plan: RunPlan, resources: Resources | None, actor: type[SelfRagActo
         if plan.finished:
             return summarize_run(plan, plan.inventory.whole, 0, time.monotonic() - started)
         record = {**record_plan(plan), "started": begun.isoformat()}
-        done = annotate_checked(plan, resources, record, lease, actor)
+
+        def annotate(checked: RunPlan) -> Generator[UnitSummary]:
+            return annotate_units(checked, resources, lease, actor, deferring)
+
+        done = annotate_checked(plan, resources, record, lease, annotate)
+        if (budget := Budget.of(plan.config.execution)) and len(done) < len(plan.todo):
+            return summarize_part(plan, done, budget, time.monotonic() - started)
         units = complete_output(plan.output, plan.rows, plan.digest, plan.done | done)
         plan.queries.listing.check_unchanged()
         annotated = sum(unit.rows for unit in done.values())
@@ -136,7 +154,7 @@ def record_plan(plan: RunPlan) -> dict[str, Any]:
 
 
 def annotate_checked(
-    plan: RunPlan, resources: Resources, record: dict[str, Any], lease: Lease, actor: type[SelfRagActor]
+    plan: RunPlan, resources: Resources, record: dict[str, Any], lease: Lease, annotate: AnnotateUnits
 ) -> dict[str, UnitSummary]:
     """Annotate the remaining units once every machine can reach the files of the run; return their summaries, by unit.
 
@@ -146,15 +164,11 @@ def annotate_checked(
     """
     place, storage = plan.config.output, plan.config.storage
     with check_nodes(list_sources(plan), place, storage, resources.cpus, resources.gpus) as access:
-        return annotate_todo(dataclasses.replace(plan, access=access), resources, record, lease, actor)
+        return annotate_todo(dataclasses.replace(plan, access=access), record, lease, annotate)
 
 
 def annotate_todo(
-    plan: RunPlan,
-    resources: Resources,
-    record: dict[str, Any],
-    lease: Lease,
-    actor: type[SelfRagActor] = SelfRagActor,
+    plan: RunPlan, record: dict[str, Any], lease: Lease, annotate: AnnotateUnits
 ) -> dict[str, UnitSummary]:
     """Annotate the remaining units and return their summaries, by unit.
 
@@ -173,7 +187,7 @@ def annotate_todo(
         UnitLog(plan.output.location, earlier, lease) as units_log,
         RunTelemetry(plan.config.output, rows) as telemetry,
         Progress(rows) as progress,
-        contextlib.closing(annotate_units(plan, resources, lease, actor)) as units,
+        contextlib.closing(annotate(plan)) as units,
     ):
         for unit in units:
             done[unit.unit] = unit
@@ -189,78 +203,21 @@ def annotate_todo(
     return done
 
 
-def annotate_units(
-    plan: RunPlan, resources: Resources, lease: Lease, actor: type[SelfRagActor]
-) -> Generator[UnitSummary]:
-    """Run the Ray Data job; yields the summary of each unit once its files are written."""
-    if not plan.todo:
-        return
-    import ray
-    from ray.data import ActorPoolStrategy
+def summarize_part(plan: RunPlan, done: dict[str, UnitSummary], budget: Budget, seconds: float) -> Summary:
+    """Add up what a call has done when its budget is spent.
 
-    config, access = plan.config, plan.access
-    if access is not None:
-        config = config.model_copy(update={"storage": access.storage})
-    # Ray Data restarts dead actors and retries their units, and sets no limit; Attempts does. A unit that waits in the
-    # queue of a busy actor stays there while others have nothing left to do, so none waits.
-    pool = ActorPoolStrategy(
-        size=config.execution.actors,
-        max_concurrent_calls_per_actor=config.execution.units_in_flight,
-        max_tasks_in_flight_per_actor=config.execution.units_in_flight,
-    )
-    attempts = start_attempts(config)
-    lease.on_renewal = attempts.renew_permit.remote
-    units = [dataclasses.asdict(unit) for unit in plan.todo]
-    summaries = ray.data.from_items(units, override_num_blocks=len(units)).map_batches(
-        actor,
-        fn_constructor_args=[
-            config,
-            plan.queries.schema,
-            attempts,
-            start_partitions(plan, resources),
-            SearchDigests(*((used or {}).get("digest") for used in (plan.index, plan.reranker))),
-            plan.digest,
-            access,
-            plan.stale and plan.stale["run"],
-        ],
-        batch_size=1,  # one unit, the only row of its block; Ray Data refuses None with GPUs
-        batch_format="pyarrow",
-        compute=pool,
-        num_cpus=resources.cpus,
-        num_gpus=resources.gpus,
-    )
-    try:
-        for batch in summaries.iter_batches(batch_size=None, batch_format="pyarrow"):
-            for row in batch["summary"].to_pylist():
-                yield UnitSummary(**json.loads(row))
-    finally:
-        # When a run ends early, its units in flight continue; without Attempts they cannot write files.
-        lease.on_renewal = None
-        ray.kill(attempts)
-
-
-def start_attempts(config: RunConfig) -> Any:
-    """Start the actor that counts attempts, and return its handle."""
-    import ray
-    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
-
-    # On the driver's node, since both end together; soft affinity might place it on a node that dies.
-    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
-    lasting = ray.remote(num_cpus=0, max_restarts=-1, max_task_retries=-1, scheduling_strategy=here)
-    max_crashes = MAX_CONSECUTIVE_CRASHES * config.execution.actors * config.execution.units_in_flight
-    return lasting(Attempts).remote(max_crashes, config.output)
-
-
-def start_partitions(plan: RunPlan, resources: Resources) -> list[Any]:
-    """Start the shard servers of a partitioned index and return their handles; empty in the local topology."""
-    config = plan.config
-    if not (resources.servers and plan.index and config.index):
-        return []
-    digest, shards = plan.index["digest"], plan.index["shards"]
-    access = plan.access and plan.access.narrow("--index")
-    storage = access.storage if access else config.storage
-    index = ServedIndex(config.index, digest, shards, config.retrieval, storage, access)
-    return start_servers(index, resources.servers, config.execution)
+    Raises:
+        RuntimeError: it has done nothing, so that the same command would do nothing again.
+    """
+    if not done:
+        raise RuntimeError(
+            f"{budget.setting} was spent before any unit ended: starting the actors takes its time, and so does a unit "
+            f"of {max(unit.rows for unit in plan.todo)} rows; allow more"
+        )
+    left = sum(unit.rows for unit in plan.todo if unit.id not in done)
+    annotated = sum(unit.rows for unit in done.values())
+    summary = summarize_run(plan, [*plan.inventory.whole, *done.values()], annotated, seconds)
+    return dataclasses.replace(summary, left=left, budget=budget.setting)
 
 
 def summarize_run(plan: RunPlan, units: Sequence[UnitSummary], annotated: int, seconds: float) -> Summary:

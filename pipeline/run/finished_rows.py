@@ -63,11 +63,15 @@ class FinishedRows:
         self.outcomes[number] = outcome
         if keep and self._sub_files is not None:
             self._unwritten[number] = outcome
-            await self._write_if_due(self._sub_files)
+            if time.monotonic() - self._wrote >= self._every_s:
+                await self._write(self._sub_files)
 
-    async def _write_if_due(self, sub_files: PartialUnit) -> None:
-        if time.monotonic() - self._wrote < self._every_s:
-            return
+    async def keep(self) -> None:
+        """Write the finished rows that no sub-file has yet."""
+        if self._unwritten and self._sub_files is not None:
+            await self._write(self._sub_files)
+
+    async def _write(self, sub_files: PartialUnit) -> None:
         rows, self._unwritten, self._wrote = self._unwritten, {}, time.monotonic()
         if self._permit is not None:
             await self._permit()

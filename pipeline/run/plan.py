@@ -32,6 +32,7 @@ from pipeline.queries.units import Unit
 from pipeline.retrieval.manifest import IndexManifest, check_index_manifest, has_earlier_version
 from pipeline.retrieval.reranker import find_reranker
 from pipeline.retrieval.selected_search import check_selection
+from pipeline.run.closing import Budget
 from pipeline.run.earlier_set import identify_earlier
 from pipeline.storage.location import Location, check_apart, check_writable, locate
 
@@ -143,6 +144,7 @@ class RunPlan:
             *self._format_tasks(),
             f"output   {config.output}: {len(self.done)} of {len(self.queries.units)} units already done",
             f"to do    {rows} rows in {len(self.todo)} units on {config.execution.actors} actor(s)",
+            *self._format_budget(),
         ]
 
     def _hash_prompts(self) -> dict[str, str]:
@@ -157,6 +159,14 @@ class RunPlan:
     def _format_reranker(self) -> list[str]:
         rerank = self.config.retrieval.rerank
         return [f"reranker {rerank.model}: orders the best {rerank.candidates}"] if self.reranker else []
+
+    def _format_budget(self) -> list[str]:
+        budget = Budget.of(self.config.execution)
+        return (
+            [f"budget   {budget.seconds / 3600:.3g} h from the start of the actors ({budget.setting})"]
+            if budget
+            else []
+        )
 
     def _format_decoding(self) -> str:
         decoding = self.config.decoding

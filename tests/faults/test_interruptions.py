@@ -63,11 +63,16 @@ def interrupt(running: Running, number: signal.Signals, mark: str) -> tuple[int,
 def test_interrupted_run_leaves_nothing_behind_and_can_be_continued(
     job: Job, tmp_path: Path, number: signal.Signals, expected: int
 ) -> None:
+    """After SIGTERM, the other rows of the unit in flight are kept."""
+    job.settings += ["execution.grace_s=1"]
     running = job.start()
-    await_true(lambda: list((tmp_path / "out").glob("data/*.parquet")))
+    await_true(lambda: len(list((tmp_path / "out").glob("data/*.parquet"))) == 5)
+    time.sleep(1)
     status, line = interrupt(running, number, str(tmp_path))
     assert (status, line) == (expected, "interrupted; the same command continues it")
     assert not (tmp_path / "out" / "_running").exists()
+    kept = [pq.read_metadata(file).num_rows for file in (tmp_path / "out").glob("_partial/*.parquet")]
+    assert sum(kept) == (9 if number == signal.SIGTERM else 0)
     job.settings += ["execution.row_timeout_s=1", "execution.max_error_rate=0.1"]
     status, said = job.finish()
     assert status == 3, said

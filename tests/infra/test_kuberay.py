@@ -6,11 +6,13 @@ https://github.com/ray-project/kuberay); without it the tests against the schema
 
 import copy
 import importlib.util
+import json
 import os
 import re
 import subprocess
 import tomllib
 from collections.abc import Iterator
+from dataclasses import asdict
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -22,6 +24,7 @@ from ray._private.ray_constants import DEFAULT_OBJECT_STORE_MEMORY_PROPORTION
 
 from pipeline.config.run import RunConfig, load_config
 from pipeline.config.sections import StorageConfig
+from pipeline.run.driver import Summary
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "infra" / "kuberay"
@@ -212,17 +215,19 @@ def test_no_manifest_holds_a_secret() -> None:
     assert storage == StorageConfig()
 
 
-@pytest.mark.parametrize(("job", "told"), [(0, 0), (3, 0), (1, 1), (2, 2)])
-def test_entry_point_runs_the_job_and_accepts_some_error_rows(tmp_path: Path, job: int, told: int) -> None:
+@pytest.mark.parametrize(("job", "left", "told"), [(0, 0, 0), (3, 0, 0), (3, 20, 3), (1, 0, 1), (2, 0, 2)])
+def test_entry_point_runs_the_job_and_accepts_some_error_rows(tmp_path: Path, job: int, left: int, told: int) -> None:
+    summary = Summary("out", 100, 1, {}, 50, 1, 1, 80, 0, 1.0, 0.5, left)
     python = tmp_path / "bin" / "python"
     python.parent.mkdir()
-    python.write_text(f'#!/bin/bash\necho "$@"\nexit {job}\n')
+    python.write_text(f"#!/bin/bash\necho \"$@\"\necho '{json.dumps(asdict(summary))}'\nexit {job}\n")
     python.chmod(0o755)
     command = ["bash", str(FOLDER / "run.sh")]
     environment = {"PATH": f"{python.parent}:{os.environ['PATH']}"}
     done = subprocess.run(command, capture_output=True, text=True, env=environment, check=False, timeout=60)
     assert done.returncode == told, done.stderr
-    assert done.stdout == f"-m jobs.annotate --config {FOLDER}/run.yaml --set execution.ray_address=auto\n"
+    first = done.stdout.splitlines()[0]
+    assert first == f"-m jobs.annotate --config {FOLDER}/run.yaml --set execution.ray_address=auto --json"
     assert importlib.util.find_spec("jobs.annotate")
 
 

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+from collections.abc import Generator
 from pathlib import Path
 
 import pyarrow as pa
@@ -230,48 +231,46 @@ def test_run_finished_by_another_while_waiting_does_nothing(options, finished, t
     assert "is already complete; nothing to do" in result.stderr
 
 
-def failing(tmp_path: Path, rows: int, monkeypatch: pytest.MonkeyPatch, *errors: int) -> tuple[RunPlan, list[int]]:
-    """A plan of units of a hundred rows each, of which so many fail."""
-    seen = []
-
-    def units(*_):
-        for number, count in enumerate(errors):
-            seen.append(number)
-            yield UnitSummary(f"{number:020x}", 100, {"KeyError": count})
-
-    monkeypatch.setattr("pipeline.run.driver.annotate_units", units)
+def failing(tmp_path: Path, rows: int) -> RunPlan:
+    """A plan of so many rows."""
     config = RunConfig.model_validate({"queries": "q", "output": "o", "model": {"name": "m"}})
     queries = QuerySet(pa.schema([]), (), 1, rows, "d", False, {}, Listing(locate("q", StorageConfig()), {}))
-    return RunPlan(config, queries, OutputFolder(locate(str(tmp_path / "out"), StorageConfig())), {}, None), seen
+    return RunPlan(config, queries, OutputFolder(locate(str(tmp_path / "out"), StorageConfig())), {}, None)
+
+
+def fail_units(seen: list[int], *errors: int) -> Generator[UnitSummary]:
+    """Units of a hundred rows each, of which so many fail; notes the numbers of those that were waited for."""
+    for number, count in enumerate(errors):
+        seen.append(number)
+        yield UnitSummary(f"{number:020x}", 100, {"KeyError": count})
 
 
 def unit(number: int, rows: int) -> Unit:
     return Unit(f"{number:020x}", (Part("q", "v", "d", "", 0, rows, 0, rows),))
 
 
-def test_run_above_the_error_rate_stops_early(tmp_path, monkeypatch):
-    plan, seen = failing(tmp_path, 20_000, monkeypatch, 0, 90, 90, 90, 90)
+def test_run_above_the_error_rate_stops_early(tmp_path):
+    plan, seen = failing(tmp_path, 20_000), list[int]()
     with pytest.raises(RuntimeError, match=r"^270 of 400 rows failed \(KeyError\), more than execution.max_error_rate"):
-        annotate_todo(plan, Resources(1, 0), {}, Lease(plan.output.location))
+        annotate_todo(plan, {}, Lease(plan.output.location), lambda _plan: fail_units(seen, 0, 90, 90, 90, 90))
     assert seen == [0, 1, 2, 3]
 
 
-def test_errors_of_earlier_attempts_count_toward_the_error_rate(tmp_path, monkeypatch):
-    plan, seen = failing(tmp_path, 20_000, monkeypatch, 90, 90)
+def test_errors_of_earlier_attempts_count_toward_the_error_rate(tmp_path):
+    plan, seen = failing(tmp_path, 20_000), list[int]()
     units = [unit(n, 100) for n in range(4)]
     queries = dataclasses.replace(plan.queries, units=tuple(units))
     done = tuple(UnitSummary(unit.id, 100, {"KeyError": 30}) for unit in units)
     plan = dataclasses.replace(plan, queries=queries, inventory=Inventory(done, frozenset(), frozenset(), 0))
     with pytest.raises(RuntimeError, match=r"^210 of 500 rows failed"):
-        annotate_todo(plan, Resources(1, 0), {}, Lease(plan.output.location))
+        annotate_todo(plan, {}, Lease(plan.output.location), lambda _plan: fail_units(seen, 90, 90))
     assert seen == [0]
 
 
-def test_few_errors_do_not_stop_a_run_early(tmp_path, monkeypatch):
-    plan, seen = failing(tmp_path, 300, monkeypatch, 0, 0, 100)
-    assert annotate_todo(plan, Resources(1, 0), {}, Lease(plan.output.location)).keys() == {
-        f"{n:020x}" for n in range(3)
-    }
+def test_few_errors_do_not_stop_a_run_early(tmp_path):
+    plan, seen = failing(tmp_path, 300), list[int]()
+    done = annotate_todo(plan, {}, Lease(plan.output.location), lambda _plan: fail_units(seen, 0, 0, 100))
+    assert done.keys() == {f"{n:020x}" for n in range(3)}
     assert seen == [0, 1, 2]
 
 

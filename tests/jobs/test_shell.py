@@ -6,6 +6,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -150,6 +151,92 @@ def test_command_that_waits_for_a_silent_store_can_be_interrupted(tmp_path: Path
             process.send_signal(signal.SIGTERM)
             _, errors = process.communicate(timeout=20)
     assert (process.returncode, errors) == (143, "interrupted\n")
+
+
+DEFERRED = """
+from jobs.shell import deferring
+
+def request() -> float:
+    print("requested", flush=True)
+    {request}
+    return {seconds}
+
+def work() -> None:
+    with deferring(request):
+        print("deferring", flush=True)
+        {work}
+        print("ended", flush=True)
+"""
+
+
+def start_deferring(seconds: float, work: str, request: str = "pass", before: str = "") -> subprocess.Popen[str]:
+    """Start a job that defers SIGTERM, and wait until it does."""
+    deferred = DEFERRED.format(seconds=seconds, work=work, request=request)
+    process = start(True, before=f"{deferred}\n{before}", work="work()")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "deferring\n"
+    return process
+
+
+@pytest.mark.parametrize("signals", [1, 2])
+def test_deferred_signal_lets_work_end_and_the_command_with_it(signals: int) -> None:
+    """Two signals that arrive almost at once are one."""
+    process = start_deferring(60, "time.sleep(1.5)", before=LIMITS.format(0.3) if signals == 1 else "")
+    for _ in range(signals):
+        process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=20)
+    assert (output, errors) == ("requested\nended\nreleased\n", "interrupted; the same command continues it\n")
+    assert process.returncode == 143
+
+
+@pytest.mark.parametrize(
+    ("seconds", "request_", "warning"),
+    [(0.3, "pass", ""), (0, "pass", ""), (60, "raise KeyError(5)", "the work in flight cannot end in order: 5\n")],
+)
+def test_deferred_signal_ends_work_that_takes_too_long(seconds: float, request_: str, warning: str) -> None:
+    process = start_deferring(seconds, "time.sleep(60)", request_)
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=20)
+    assert output == "requested\nreleased\n"
+    assert errors == f"{warning}interrupted; the same command continues it\n"
+    assert process.returncode == 143
+
+
+@pytest.mark.parametrize(("second", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_second_signal_ends_work_whose_signal_was_deferred(second: signal.Signals, status: int) -> None:
+    process = start_deferring(60, "time.sleep(60)", before="import jobs.shell; jobs.shell.GRACE_S = 0.1")
+    process.send_signal(signal.SIGTERM)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "requested\n"
+    time.sleep(0.3)
+    process.send_signal(second)
+    assert process.communicate(timeout=20)[0] == "released\n"
+    assert process.returncode in (143, status)
+
+
+def test_work_stuck_in_c_code_ends_after_its_signal_was_deferred() -> None:
+    process = start_deferring(0.3, STUCK.replace("; ", "\n        "), before=LIMITS.format(0.5))
+    process.send_signal(signal.SIGTERM)
+    output, errors = process.communicate(timeout=20)
+    assert (output, errors) == ("", "interrupted\n")  # Python never got to handle it
+    assert process.returncode == 143
+
+
+def test_failure_of_work_that_was_to_end_is_an_interruption() -> None:
+    """As when Ray's own processes have received the signal, too."""
+    process = start_deferring(60, "time.sleep(1)\n        raise KeyError")
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20)[1] == "interrupted; the same command continues it\n"
+    assert process.returncode == 143
+
+
+def test_signal_is_no_longer_deferred_after_the_work() -> None:
+    process = start_deferring(60, "pass", before="work_ = work; work = lambda: (work_(), time.sleep(60))")
+    assert process.stdout is not None
+    assert process.stdout.readline() == "ended\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20)[0] == "released\n"
+    assert process.returncode == 143
 
 
 def test_ignored_signal_stays_ignored() -> None:

@@ -84,14 +84,14 @@ class Folder:
         (self.unit,), self.schema = found.units, found.schema
 
     async def annotate(self, actor: SelfRagActor) -> UnitSummary | None:
-        """What the unit comes to; None where the actor's process died of it."""
+        """What the unit comes to; None where the actor's process died of it, did not begin it or gave it back."""
         actor.output, actor.schema = self.output, self.schema
         try:
             found = await actor(pa.Table.from_pylist([dataclasses.asdict(self.unit)]))
         except Died:
             return None
-        (summary,) = found["summary"].to_pylist()
-        return UnitSummary(**json.loads(summary))
+        (summary,) = map(json.loads, found["summary"].to_pylist())
+        return None if summary is None else UnitSummary(**summary)
 
     async def annotate_at_last(self, *arguments: Any) -> tuple[UnitSummary, int]:
         """What the unit comes to in the last of several processes, and how many died of it before."""

@@ -1,6 +1,7 @@
 """Runs of jobs.annotate in this process, whose rows are answered without an engine."""
 
 from collections.abc import Callable, Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -49,11 +50,21 @@ class ScriptedRun:
     def __init__(self, queries: Path, output: Path, model: Path) -> None:
         self.queries, self.output, self.model = queries, output, model
 
-    def annotate(self, *options: str, change: Callable[[], None] | None = None, after: int | None = None) -> Result:
-        """Annotate; call ``change`` before the unit of number ``after`` is counted, or after all units."""
+    def annotate(
+        self,
+        *options: str,
+        change: Callable[[], None] | None = None,
+        after: int | None = None,
+        units: int | None = None,
+    ) -> Result:
+        """Annotate; call ``change`` before the unit of number ``after`` is counted, or after all units.
+
+        Args:
+            units: number of units after which the others are refused.
+        """
 
         def annotate_units(plan: Any, *_: Any) -> Iterator[Any]:
-            for number, unit in enumerate(answer_units(plan)):
+            for number, unit in enumerate(islice(answer_units(plan), units)):
                 if change and number == after:
                     change()
                 yield unit
