@@ -64,6 +64,10 @@ def read_yaml(uri: str) -> dict[str, Any]:
     except (OSError, yaml.YAMLError) as error:
         reason = (isinstance(error, OSError) and error.strerror) or str(error)
         raise ValueError(f"configuration {uri}: {' '.join(reason.split())}") from None
+    except (ImportError, NotImplementedError):
+        raise ValueError(
+            f"configuration {uri}: a run file is read from a disk, s3:// or https://; copy it there"
+        ) from None
     if tree is None:
         return {}
     if not isinstance(tree, dict):

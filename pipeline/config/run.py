@@ -63,7 +63,7 @@ class RunConfig(Frozen):
     def to_record(self) -> dict[str, Any]:
         """Return the configuration for the manifest, as plain values without credentials and ``on_failure``."""
         exclude: dict[str, Any] = {
-            "storage": {"access_key", "secret_key", "session_token"},
+            "storage": {"access_key", "secret_key", "session_token", "azure_connection_string"},
             "model": {"engine": {"hf_token"}},
             "on_failure": True,
         }

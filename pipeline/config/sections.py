@@ -329,13 +329,15 @@ class ExecutionConfig(Frozen):
 
 
 class StorageConfig(Frozen):
-    """Access to object storage. Unset keys come from the standard AWS variables, files and roles.
+    """Access to object storage. Unset keys come from the standard variables, files and roles of each cloud.
 
     Attributes:
-        endpoint_url: URL of a store that is not AWS, such as ``http://127.0.0.1:9000``.
-        region: Region of the buckets.
-        access_key, secret_key, session_token: Credentials; prefer variables, roles or a file, since a command line
-            can be read in the process list.
+        endpoint_url: URL of an S3 store that is not AWS, such as ``http://127.0.0.1:9000``.
+        region: Region of the S3 buckets.
+        access_key, secret_key, session_token: Credentials of S3; prefer variables, roles or a file, since a command
+            line can be read in the process list.
+        azure_connection_string: Account, key or shared access signature and, if it is another, endpoint of Azure; by
+            default ``AZURE_STORAGE_CONNECTION_STRING``.
         patience_s: Seconds for which transient errors (no connection, errors 500 and 503, throttling) are retried with
             exponential backoff before the job fails.
     """
@@ -345,6 +347,7 @@ class StorageConfig(Frozen):
     access_key: SecretStr | None = None
     secret_key: SecretStr | None = None
     session_token: SecretStr | None = None
+    azure_connection_string: SecretStr | None = None
     patience_s: Annotated[float, Field(ge=0)] = 120.0
 
 

@@ -16,6 +16,7 @@ from pipeline.config.sections import StorageConfig
 from pipeline.nodes.access import Access, NodeAccessError, Packed
 from pipeline.nodes.environment import Environment
 from pipeline.nodes.places import SHARE, Output, Refusal, Source
+from pipeline.storage.clouds import AZURE_SCHEMES, resolve_azure
 from pipeline.storage.s3 import resolve_storage
 
 log = logging.getLogger(__name__)
@@ -62,6 +63,8 @@ def check_nodes(
 
 def _resolve(sources: Sequence[Source], output: str, storage: StorageConfig) -> StorageConfig:
     uris = [output, *(uri for source in sources for uri in source.files)]
+    if any(uri.startswith(AZURE_SCHEMES) for uri in uris):
+        storage = resolve_azure(storage)
     return resolve_storage(storage) if any(uri.startswith("s3://") for uri in uris) else storage
 
 

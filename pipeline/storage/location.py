@@ -3,9 +3,9 @@
 A written file appears whole or not at all. Transient errors of object stores are retried with exponential backoff.
 """
 
+import contextlib
 import logging
 import os
-import re
 import time
 import uuid
 from collections.abc import Callable
@@ -20,6 +20,8 @@ from pyarrow import fs
 
 from pipeline.config.paths import find_existing, find_local_path, is_writable
 from pipeline.config.sections import StorageConfig
+from pipeline.storage.clouds import AZURE_SCHEMES, GOOGLE_SCHEMES, open_azure, open_google
+from pipeline.storage.faults import advise, is_transient
 from pipeline.storage.s3 import open_s3
 
 log = logging.getLogger(__name__)
@@ -29,14 +31,8 @@ Result = TypeVar("Result")
 # Seconds for which a store may hide the files of a folder after a deletion: rclone's with --dir-cache-time 1s.
 HIDDEN_S = 1.5
 
-# Errors that a retry cannot fix: the request, the credentials, the name or the region is wrong.
-_PERMANENT = re.compile(
-    r"ACCESS_DENIED|INVALID_ACCESS_KEY_ID|INVALID_CLIENT_TOKEN_ID|SIGNATURE_DOES_NOT_MATCH|UNRECOGNIZED_CLIENT|"
-    r"EXPIRED_TOKEN|MISSING_AUTHENTICATION_TOKEN|NO_SUCH_|RESOURCE_NOT_FOUND|VALIDATION|INVALID_|"
-    r"HTTP status 4(?!08|29)"
-)
-# Errors of a bucket in another region: the SDK follows no redirections.
-_REDIRECTED = re.compile(r"HTTP status 3|PermanentRedirect|AuthorizationHeaderMalformed|while the bucket is located in")
+# Bytes that Azure copies at once: https://learn.microsoft.com/en-us/rest/api/storageservices/copy-blob-from-url
+AZURE_COPY_BYTES = 256 * 2**20
 
 
 class StorageError(OSError):
@@ -118,13 +114,12 @@ class Location:
         except FileNotFoundError as error:
             raise MissingFileError(f"{self.uri}: {join_lines(error)}") from error
         except OSError as error:
-            region = "; set storage.region to the region of the bucket" if _REDIRECTED.search(str(error)) else ""
-            raise StorageError(f"{self.uri}: {join_lines(error)}{region}") from error
+            raise StorageError(f"{self.uri}: {join_lines(error)}{advise(error)}") from error
         except pa.ArrowException as error:
             # Errors of Azure's client, such as refused credentials, have no more specific type.
             if self.local or type(error) is not pa.ArrowException:
                 raise
-            raise StorageError(f"{self.uri}: {join_lines(error)}") from error
+            raise StorageError(f"{self.uri}: {join_lines(error)}{advise(error)}") from error
 
     def _log_retry(self, state: tenacity.RetryCallState) -> None:
         error = state.outcome.exception() if state.outcome else None
@@ -191,10 +186,13 @@ class Location:
 
     def list_folders(self) -> list["Location"]:
         """List the folders in this folder, sorted by name, without hidden ones; empty if it is missing."""
-        selector = fs.FileSelector(self.path, allow_not_found=True)
+        # Arrow lists no folders of Google's store, which has none, so they are read from the paths of all files.
+        recursive = isinstance(self.filesystem, fs.GcsFileSystem)
+        selector = fs.FileSelector(self.path, allow_not_found=True, recursive=recursive)
         found = self.retrying(lambda: self.filesystem.get_file_info(selector))
-        names = sorted(info.base_name for info in found if info.type == fs.FileType.Directory)
-        return [self / name for name in names if not _is_hidden(name)]
+        inside = [(info.path[len(self.path.rstrip("/")) + 1 :].partition("/"), info) for info in found]
+        names = {name for (name, slash, _), info in inside if slash or info.type == fs.FileType.Directory}
+        return [self / name for name in sorted(names) if not _is_hidden(name)]
 
     def read(self) -> bytes:
         """Read the whole file."""
@@ -213,17 +211,33 @@ class Location:
         """Write a file atomically.
 
         On a local disk the file is written under a temporary name, synced and renamed; on an object store it appears
-        when its upload completes, which is one PUT for a small file.
+        when its upload completes, which is one PUT for a small file. On Azure, where Arrow makes an empty file first,
+        it is written under a temporary name and copied, if it is not larger than ``AZURE_COPY_BYTES``.
         """
 
         def write_content() -> None:
             if self.local:
                 _write_and_rename(Path(self.path), content)
-                return
-            with self.filesystem.open_output_stream(self.path) as stream:
-                stream.write(content)
+            elif isinstance(self.filesystem, fs.AzureFileSystem) and len(content) <= AZURE_COPY_BYTES:
+                self._write_and_copy(content)
+            else:
+                self._stream(self.path, content)
 
         self.retrying(write_content)
+
+    def _stream(self, path: str, content: bytes) -> None:
+        with self.filesystem.open_output_stream(path) as stream:
+            stream.write(content)
+
+    def _write_and_copy(self, content: bytes) -> None:
+        folder, _, name = self.path.rpartition("/")
+        temporary = f"{folder}/.{name}.{uuid.uuid4().hex[:8]}.tmp"
+        try:
+            self._stream(temporary, content)
+            self.filesystem.copy_file(temporary, self.path)
+        finally:
+            with contextlib.suppress(OSError):  # a hidden file may stay
+                self.filesystem.delete_file(temporary)
 
     def delete(self) -> None:
         """Delete the file; a missing file is no error: an earlier attempt may have deleted it and lost the response."""
@@ -247,19 +261,6 @@ class Location:
 def _is_hidden(path: str) -> bool:
     """Whether a path within a folder has a part that starts with a dot or an underscore."""
     return any(part.startswith((".", "_")) for part in path.split("/"))
-
-
-def is_transient(error: BaseException) -> bool:
-    """Whether an error of an object store is transient: no response, internal error, throttling, broken connection.
-
-    Arrow also raises ``OSError`` for damaged Parquet; only errors from S3 contain "AWS Error".
-    """
-    said = str(error)
-    if type(error) is not OSError or "AWS Error" not in said:
-        return False
-    # If the response to a completed upload is lost, its repetition is refused; a retry writes the whole file again.
-    completing = "CompleteMultipartUpload" in said and "ACCESS_DENIED" not in said
-    return completing or not (_PERMANENT.search(said) or _REDIRECTED.search(said))
 
 
 def join_lines(error: object) -> str:
@@ -292,11 +293,19 @@ def locate(uri: str, storage: StorageConfig) -> Location:
         return Location(str(local) if uri.lower().startswith("file:") else uri, fs.LocalFileSystem(), str(local))
     if uri.startswith("s3://"):
         return Location(uri, open_s3(storage), uri.removeprefix("s3://").rstrip("/"), storage.patience_s)
+    return Location(uri, *_open_other(uri, storage), storage.patience_s)
+
+
+def _open_other(uri: str, storage: StorageConfig) -> tuple[fs.FileSystem, str]:
+    if uri.startswith(GOOGLE_SCHEMES):
+        return open_google(uri)
+    if uri.startswith(AZURE_SCHEMES):
+        return open_azure(uri, storage)
     try:
         filesystem, path = fs.FileSystem.from_uri(uri)
     except (ValueError, OSError, pa.ArrowException) as error:
         raise ValueError(f"{uri}: {_explain_unopened(error)}") from None
-    return Location(uri, filesystem, path, storage.patience_s)
+    return filesystem, path
 
 
 def _explain_unopened(error: Exception) -> str:

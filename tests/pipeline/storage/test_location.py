@@ -13,13 +13,13 @@ from pyarrow import fs
 from pydantic import SecretStr
 
 from pipeline.config.sections import StorageConfig
+from pipeline.storage.faults import is_transient
 from pipeline.storage.location import (
     HIDDEN_S,
     Location,
     MissingFileError,
     StorageError,
     check_writable,
-    is_transient,
     locate,
 )
 from tests.support.flaky import BUSY, flaky
@@ -306,7 +306,7 @@ def test_missing_libraries_of_hdfs_are_explained_in_one_line(monkeypatch, reason
     "reason",
     [
         pa.lib.ArrowException("Unknown error: first\nsecond"),
-        pa.ArrowNotImplementedError("Got GCS URI but\nArrow lacks it"),
+        pa.ArrowNotImplementedError("Got HDFS URI but\nArrow lacks it"),
         pa.ArrowInvalid("no\naccount"),
         OSError("no\nroute"),
     ],
@@ -316,9 +316,9 @@ def test_store_that_cannot_be_opened_is_named_in_one_line(monkeypatch, reason):
         raise reason
 
     monkeypatch.setattr("pipeline.storage.location.fs", SimpleNamespace(FileSystem=SimpleNamespace(from_uri=fail)))
-    with pytest.raises(ValueError, match="^abfs://c@x/q: ") as caught:
-        locate("abfs://c@x/q", HERE)
-    assert str(caught.value) == f"abfs://c@x/q: {' '.join(str(reason).split())}"
+    with pytest.raises(ValueError, match="^hdfs://x/q: ") as caught:
+        locate("hdfs://x/q", HERE)
+    assert str(caught.value) == f"hdfs://x/q: {' '.join(str(reason).split())}"
 
 
 class FailingStore:

@@ -1,9 +1,11 @@
 """The life of an index on an object store: built, updated twice, compacted and pruned."""
 
+import contextlib
 import os
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +19,12 @@ from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.manifest import read_manifest
 from pipeline.storage.location import locate
 from tests.support.building import given_vectors
+from tests.support.clouds import find_azurite, serving
 from tests.support.s3 import S3Server
 
 pytestmark = pytest.mark.slow
 
+AZURITE = pytest.mark.skipif(find_azurite() is None, reason="needs azurite-blob (npm install -g azurite)")
 ROWS, MORE = 60, 12
 
 
@@ -30,18 +34,31 @@ def call(job: str, *options: str) -> None:
     assert result.returncode == 0, result.stderr[-3000:]
 
 
-def test_index_on_an_object_store_lives(s3: S3Server, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in s3.environment.items():
-        monkeypatch.setenv(name, value)
-    index, store = f"s3://{s3.bucket}/index", s3.filesystem()
+@pytest.fixture(params=["s3", "google", pytest.param("azure", marks=AZURITE)])
+def store(request: pytest.FixtureRequest, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """URI of an empty bucket of an object store that this process reaches by its variables."""
+    with contextlib.ExitStack() as stack:
+        if request.param == "s3":
+            server: S3Server = request.getfixturevalue("s3")
+            place, environment = f"s3://{server.bucket}", server.environment
+        else:
+            running = stack.enter_context(serving(request.param, tmp_path))
+            place, environment = running.place, running.environment
+        for name, value in environment.items():
+            monkeypatch.setenv(name, value)
+        yield place
+
+
+def test_index_on_an_object_store_lives(store: str, tmp_path: Path) -> None:
+    index, bucket = f"{store}/index", locate(store, StorageConfig())
     base, vectors = given_vectors(ROWS)
     more, new = given_vectors(MORE, ROWS)
     for name, table in (("base", base), ("more", more), ("gone", pa.table({"id": ["3", "61", "59"]}))):
-        pq.write_table(table, f"{s3.bucket}/{name}/part.parquet", filesystem=store)
+        pq.write_table(table, f"{bucket.path}/{name}/part.parquet", filesystem=bucket.filesystem)
     call(
         "build_index",
         "--passages",
-        f"s3://{s3.bucket}/base",
+        f"{store}/base",
         "--output",
         index,
         "--shards",
@@ -64,8 +81,8 @@ def test_index_on_an_object_store_lives(s3: S3Server, tmp_path: Path, monkeypatc
         scores[:, gone] = -np.inf
         return [[str(row) for row in rows[:10]] for rows in np.argsort(-scores, axis=1)]
 
-    call("update_index", "--index", index, "--add", f"s3://{s3.bucket}/more")
-    call("update_index", "--index", index, "--remove", f"s3://{s3.bucket}/gone", "--strict")
+    call("update_index", "--index", index, "--add", f"{store}/more")
+    call("update_index", "--index", index, "--remove", f"{store}/gone", "--strict")
     wanted = rank(np.concatenate([vectors, new]), [3, 61, 59])
     assert find() == wanted
     assert find(first.compute_digest()) == rank(vectors, [])
@@ -75,7 +92,7 @@ def test_index_on_an_object_store_lives(s3: S3Server, tmp_path: Path, monkeypatc
     call("update_index", "--index", index, "--prune")
     time.sleep(10)  # rclone's store hides files for a while after others were deleted
     assert find() == wanted
-    names = {file.path.removeprefix(f"{s3.bucket}/index/") for file in folder.list_files()}
+    names = {file.path.removeprefix(f"{folder.path}/") for file in folder.list_files()}
     last = {name for shard in read_manifest(folder).shards for name, _, _ in shard.list_files()}
     # rclone makes a file of the marker that Arrow puts where a folder's last file was deleted.
     assert names - {"update-00002"} == {"index.json", *last}
