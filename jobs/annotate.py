@@ -18,7 +18,7 @@ import typer
 
 from jobs.common import FailedError, checking, fail, hint_at_new_form, start_logging, working
 from jobs.rescore import rescore
-from jobs.shell import deferring, run
+from jobs.shell import deferring, name_command, run
 from pipeline.cluster import Resources
 from pipeline.config.run import RunConfig, load_config
 from pipeline.nodes.access import NodeAccessError
@@ -159,8 +159,11 @@ def annotate_queries(config: RunConfig, overwrite: bool, as_json: bool) -> int:
     if planned is None:
         return 0
     hint = "the run failed; rerun the same command to continue"
-    with working(hint, bad_input=(OutputInUseError, NodeAccessError), resumable=True):
+    with working(hint, bad_input=(OutputInUseError, NodeAccessError), resumable=True, overwrite=overwrite):
         summary = run_plan(*planned, deferring=deferring)
+    if summary.left:
+        left = f"{summary.budget} is spent: {summary.left} rows are left"
+        typer.echo(f"{left}; {name_command(overwrite)} continues with them", err=True)
     print_summary(summary, None if summary.left else forecast_sample(planned[0]), as_json)
     if summary.exit_status == 1:
         fail(f"{summary.errors} of {summary.rows} rows failed, more than execution.max_error_rate allows", 1)
@@ -195,10 +198,6 @@ def print_summary(summary: Summary, forecast: Forecast | None, as_json: bool) ->
         f"{summary.annotated} in this run in {summary.seconds:.1f} s; annotated set: {summary.output}",
         err=True,
     )
-    if summary.left:
-        typer.echo(
-            f"{summary.budget} is spent: {summary.left} rows are left; the same command continues with them", err=True
-        )
     print_forecast(forecast)
     if as_json:
         record: dict[str, Any] = {**dataclasses.asdict(summary), "exit_status": summary.exit_status}

@@ -126,7 +126,7 @@ def _build(request: BuildRequest) -> None:
     with checking():
         plan = check_build(request)
     log.info("indexing %d passages into %d shards of %s", plan.passages, request.shards, request.factory)
-    with working("the build failed; rerun the same command to continue", resumable=True):
+    with working("the build failed; rerun the same command to continue", resumable=True, overwrite=request.overwrite):
         passages = run_build(plan).manifest.passages
     seconds = time.monotonic() - begun
     shards = f"{request.shards} shards"

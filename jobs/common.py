@@ -175,6 +175,7 @@ def working(
     bad_input: tuple[type[ValueError], ...] = (ValueError,),
     subject: str | None = None,
     resumable: bool = False,
+    overwrite: bool = False,
 ) -> Iterator[None]:
     """End the command if its work fails: status 2 for bad input that only the work could find, otherwise 1.
 
@@ -184,11 +185,12 @@ def working(
         bad_input: exceptions that mean bad input.
         subject: name that the message begins with.
         resumable: whether the same command continues work that was interrupted.
+        overwrite: whether the command was given ``--overwrite``, which would begin the work anew.
     """
     try:
         yield
     except Interrupted as end:
-        end.resumable = resumable
+        end.resumable, end.overwrite = resumable, overwrite
         raise
     except typer.Exit:
         raise

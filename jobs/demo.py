@@ -201,7 +201,7 @@ def demo(
     with the same output folder continues an unfinished set and shows the results.
     """
     start_logging(progress=["pipeline.demo_models"])
-    with working(resumable=True):
+    with working(resumable=True, overwrite=overwrite):
         build_demo_model()
         index = get_demo_index()
         chosen = write_first_rows(queries, rows, output / "queries.parquet") if rows else queries

@@ -45,7 +45,7 @@ def rescore(
         typer.echo(f"to do    {len(plan.units)} units of {annotations}; nothing was written (--dry-run)", err=True)
         return
     hint = "the rescoring failed; rerun the same command to continue"
-    with working(hint, bad_input=(OutputInUseError, NodeAccessError), resumable=True):
+    with working(hint, bad_input=(OutputInUseError, NodeAccessError), resumable=True, overwrite=overwrite):
         done = rescore_set(plan)
     leave_report(plan.output.location)
     typer.echo(f"{done.changed} of {done.rows} answers changed; annotated set: {output}", err=True)

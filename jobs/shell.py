@@ -33,11 +33,12 @@ class Interrupted(SystemExit):
 
     Attributes:
         resumable: whether the same command continues the work.
+        overwrite: whether only the command without ``--overwrite`` does.
     """
 
     def __init__(self, number: int) -> None:
         super().__init__(128 + number)
-        self.resumable = False
+        self.resumable, self.overwrite = False, False
 
 
 class Application(typer.Typer):
@@ -50,8 +51,15 @@ class Application(typer.Typer):
         try:
             return super().__call__(*args, **kwargs)
         except Interrupted as end:
-            typer.echo("interrupted; the same command continues it" if end.resumable else "interrupted", err=True)
+            typer.echo(
+                f"interrupted; {name_command(end.overwrite)} continues it" if end.resumable else "interrupted", err=True
+            )
             raise
+
+
+def name_command(overwrite: bool) -> str:
+    """Return words for the command that continues the work of this one."""
+    return "the same command without --overwrite" if overwrite else "the same command"
 
 
 def run(job: Callable[..., None]) -> None:
@@ -117,13 +125,23 @@ def deferring(request: Callable[[], float]) -> Iterator[None]:
         signal.signal(signal.SIGTERM, deferral.handle)
     try:
         yield
+    except Interrupted:
+        raise
+    except BaseException as error:
+        if deferral.began is None:
+            raise
+        # What the signal caused cannot be told from other failures, such as those of the user of a generator.
+        failure = error.__context__ if isinstance(error, GeneratorExit) else error
+        if failure is not None:
+            log.warning("the work in flight failed before it had ended: %s", failure)
+        raise Interrupted(signal.SIGTERM) from error
     finally:
         deferral.over.set()
         _deferred.clear()
         if signal.getsignal(signal.SIGTERM) == deferral.handle:
             signal.signal(signal.SIGTERM, before)
-        if deferral.began is not None:
-            raise Interrupted(signal.SIGTERM)
+    if deferral.began is not None:
+        raise Interrupted(signal.SIGTERM)
 
 
 class _Deferral:
@@ -143,16 +161,26 @@ class _Deferral:
             _interrupt(number, frame)
 
     def _end_in_time(self) -> None:
-        try:
-            seconds = self.request()
-        except Exception as error:  # noqa: BLE001  the signal takes effect all the same
-            log.warning("the work in flight cannot end in order: %s", error)
-            seconds = 0.0
-        if not self.over.wait(seconds):
+        if not self.over.wait(self._ask()):
             self.due.set()
             _handled.clear()
             _deferred.clear()
             signal.pthread_kill(self.main, signal.SIGTERM)
+
+    def _ask(self) -> float:
+        """Return the seconds that the body may still take: none if the request fails, or is not answered."""
+        answers = list[float]()
+
+        def ask() -> None:
+            try:
+                answers.append(self.request())
+            except Exception as error:  # noqa: BLE001  the signal takes effect all the same
+                log.warning("the work in flight cannot end in order: %s", error)
+
+        asking = threading.Thread(target=ask, daemon=True)
+        asking.start()
+        asking.join(PATIENCE_S)
+        return answers[0] if answers else 0.0
 
 
 def _interrupt(number: int, _frame: FrameType | None) -> NoReturn:

@@ -298,7 +298,7 @@ class ExecutionConfig(Frozen):
             time. The call ends with status 3, and the same command continues the run.
         max_cost: Cost that one call may have, at ``price_per_hour`` for each actor; as ``max_hours``.
         grace_s: Seconds after SIGTERM in which the units in flight may still end. The finished rows of the others are
-            kept for the next call.
+            kept for the next call, which may take ten seconds more.
         lock: URI of a folder that allows one run at a time, whatever their outputs; by default ``skip_annotated``.
         ray_address: Address of a running cluster; by default ``RAY_ADDRESS``, and without it Ray starts locally.
     """
@@ -317,7 +317,7 @@ class ExecutionConfig(Frozen):
     price_per_hour: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     max_hours: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
     max_cost: Annotated[float, Field(gt=0, allow_inf_nan=False)] | None = None
-    grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 20.0
+    grace_s: Annotated[float, Field(ge=0, allow_inf_nan=False)] = 15.0
     lock: str | None = None
     ray_address: str | None = None
 

@@ -152,8 +152,8 @@ class OneByOne:
 
     async def _annotate_row(self, system: Answering, row: Row, config: RunConfig, number: int) -> Outcome:
         attempts, unit = self.attempts, self.unit
-        await attempts.begin.remote(unit, number, get_node())
         try:
+            await attempts.begin.remote(unit, number, get_node())
             outcome = await annotate_row(system, row, config)
             if outcome.get("error_type") == TIMED_OUT:
                 await self.ask_engine()

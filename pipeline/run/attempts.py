@@ -103,6 +103,8 @@ class Attempts:
         self._last: Death | None = None
         self._starting: list[Attempt] = []
         self._crashed: list[Attempt] = []
+        self._in_flight: set[str] = set()
+        self._given_back = 0
         self._renewed = read_clock()
 
     def renew_permit(self) -> None:
@@ -134,18 +136,25 @@ class Attempts:
     def may_begin(self, unit: str, rows: int) -> bool:
         """Whether a unit may begin; not if the run ends early and the unit would not end in time."""
         if not self._closing.may_begin(rows):
+            self._in_flight.discard(unit)
             return False
         self._units[unit].rows = rows
+        self._in_flight.add(unit)
         return True
 
-    def has_refused(self) -> bool:
-        """Whether a unit was not allowed to begin, so that the run ends early."""
-        return self._closing.refused
+    def may_continue(self, rows: int) -> bool:
+        """Whether a unit of so many rows may begin in a further job."""
+        return self._closing.may_begin(rows)
 
     def recall(self, seconds: float) -> int:
         """Refuse further units, and have those in flight given back after some seconds; return their number."""
         self._closing.recall(seconds)
-        return sum(bool(record.begun[None]) for record in self._units.values())
+        return len(self._in_flight)
+
+    def take_given_back(self) -> int:
+        """Return the number of units that were given back since the last call."""
+        count, self._given_back = self._given_back, 0
+        return count
 
     def get_respite(self, node: str) -> float | None:
         """Return the seconds until the units in flight on a node are given back; None if they are not."""
@@ -203,6 +212,7 @@ class Attempts:
 
     def record_death(self, death: Death, unit: str, row: int | None = None) -> None:
         """Record the death of the engine that decoded this unit or row."""
+        self._in_flight.discard(unit)
         for attempt in self._get_begun(unit, row)[-1:]:
             attempt.death = death
         self._last = death
@@ -216,11 +226,15 @@ class Attempts:
     def withdraw(self, unit: str, row: int | None = None) -> None:
         """Forget the last attempt at a unit, or at one of its rows, which was given back."""
         del self._get_begun(unit, row)[-1:]
+        if row is None:
+            self._in_flight.discard(unit)
+            self._given_back += 1
 
     def end(self, unit: str, row: int | None = None) -> None:
         """Clear the counts of a finished unit, rows included, or of a finished row."""
         self._crashed.clear()
         if row is None:
+            self._in_flight.discard(unit)
             record = self._units.pop(unit, UnitRecord())
             if record.rows and record.begun[None]:
                 self._closing.add(record.rows, read_clock() - record.begun[None][-1].began)

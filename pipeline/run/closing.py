@@ -47,7 +47,7 @@ class Closing:
     Attributes:
         until: time by which a unit must be expected to end, or it does not begin; None without a budget.
         recall_at: time when the units in flight are given back; None if they are not.
-        refused: whether a unit was refused.
+        refused: whether units are refused from now on.
         clock: returns the current time.
     """
 
@@ -77,7 +77,7 @@ class Closing:
 
     def may_begin(self, rows: int) -> bool:
         """Whether a unit may begin; as long as no duration is known, it may until the budget is spent."""
-        if self.recall_at is not None or (self.until is not None and self._expect_end(rows) > self.until):
+        if self.until is not None and self._expect_end(rows) > self.until:
             self.refused = True
         return not self.refused
 
@@ -86,6 +86,7 @@ class Closing:
 
     def recall(self, seconds: float) -> None:
         """Refuse further units, and have those in flight given back after some seconds."""
+        self.refused = True
         self.recall_at = self.clock() + seconds
 
     def compute_respite(self, node: str, draining: Mapping[str, int]) -> float | None:

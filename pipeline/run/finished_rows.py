@@ -3,7 +3,7 @@
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Mapping
 
 from pipeline.output.partial import Outcome, PartialUnit
 from pipeline.storage.location import StorageError
@@ -39,6 +39,7 @@ class FinishedRows:
         self._every_s = every_s
         self._unwritten: dict[int, Outcome] = {}
         self._wrote = time.monotonic()
+        self._writing: set[asyncio.Task[None]] = set()
         self._left = False
 
     async def load(self, rows: int) -> None:
@@ -67,12 +68,20 @@ class FinishedRows:
                 await self._write(self._sub_files)
 
     async def keep(self) -> None:
-        """Write the finished rows that no sub-file has yet."""
+        """Write the finished rows that no sub-file has yet, and await those that are being written."""
         if self._unwritten and self._sub_files is not None:
             await self._write(self._sub_files)
+        await asyncio.gather(*self._writing)
 
     async def _write(self, sub_files: PartialUnit) -> None:
+        """Write the rows, even if the caller is cancelled meanwhile."""
         rows, self._unwritten, self._wrote = self._unwritten, {}, time.monotonic()
+        task = asyncio.create_task(self._write_rows(sub_files, rows))
+        self._writing.add(task)
+        task.add_done_callback(self._writing.discard)
+        await asyncio.shield(task)
+
+    async def _write_rows(self, sub_files: PartialUnit, rows: Mapping[int, Outcome]) -> None:
         if self._permit is not None:
             await self._permit()
         self._left = True

@@ -35,6 +35,9 @@ def annotate_units(
     """Annotate the remaining units in Ray Data jobs; yields the summary of each unit once its files are written.
 
     Units that nodes have given back, since they are being drained, are done in a further job.
+
+    Raises:
+        RuntimeError: units are left for no known reason.
     """
     import ray
 
@@ -44,26 +47,43 @@ def annotate_units(
     lease.on_renewal = attempts.renew_permit.remote
     servers = start_partitions(plan, resources)
     try:
-        with deferring(lambda: recall_units(attempts, plan.config.execution.grace_s)):
-            while True:
+        with deferring(lambda: recall_units(attempts, lease, plan.config.execution.grace_s)):
+            while todo:
                 for summary in run_job(plan, list(todo.values()), resources, actor, attempts, servers):
                     del todo[summary.unit]
                     yield summary
-                if not todo or ray.get(attempts.has_refused.remote()):
+                if todo and not may_continue(attempts, list(todo.values())):
                     return
-                log.warning("nodes that are being drained gave back %d units, which begin again", len(todo))
     finally:
         # When a run ends early, its units in flight continue; without Attempts they cannot write files.
         lease.on_renewal = None
         ray.kill(attempts)
 
 
-def recall_units(attempts: Any, seconds: float) -> float:
+def may_continue(attempts: Any, left: Sequence[Unit]) -> bool:
+    """Whether a further job may do the units that are left; not if the run ends early.
+
+    Raises:
+        RuntimeError: no unit was given back, so that a further job would leave them, too.
+    """
+    import ray
+
+    if not ray.get(attempts.may_continue.remote(min(unit.rows for unit in left))):
+        return False
+    if not (given_back := ray.get(attempts.take_given_back.remote())):
+        raise RuntimeError(f"{len(left)} units have not ended; rerun the same command to continue")
+    log.warning("nodes that are being drained gave back %d unit(s); %d begin again", given_back, len(left))
+    return True
+
+
+def recall_units(attempts: Any, lease: Lease, seconds: float) -> float:
     """Have the units in flight end within some seconds or be given back; return how long that takes at most."""
     import ray
 
+    if not lease.is_fresh:  # another run may have taken over, and the units cannot be written
+        return 0.0
     in_flight = ray.get(attempts.recall.remote(seconds))
-    log.warning("SIGTERM: %d units in flight have %g s to end; finished rows are kept", in_flight, seconds)
+    log.warning("SIGTERM: %d unit(s) in flight have %g s to end; finished rows are kept", in_flight, seconds)
     return seconds + KEEPING_S if in_flight else 0.0
 
 

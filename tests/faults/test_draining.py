@@ -49,4 +49,4 @@ def test_node_that_is_drained_gives_back_its_units_and_others_continue_them(tmp_
         status, said = running.ended()
     assert job.problems(tmp_path / "queries", status, said) == []
     assert sorted(kept) == [row for row in range(10) if row != 7]
-    assert "nodes that are being drained gave back 1 units, which begin again" in said
+    assert "nodes that are being drained gave back 1 unit(s); 1 begin again" in said

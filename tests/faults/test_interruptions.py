@@ -71,12 +71,38 @@ def test_interrupted_run_leaves_nothing_behind_and_can_be_continued(
     status, line = interrupt(running, number, str(tmp_path))
     assert (status, line) == (expected, "interrupted; the same command continues it")
     assert not (tmp_path / "out" / "_running").exists()
+    assert len(list((tmp_path / "pids").iterdir())) == 1  # no further job began
     kept = [pq.read_metadata(file).num_rows for file in (tmp_path / "out").glob("_partial/*.parquet")]
     assert sum(kept) == (9 if number == signal.SIGTERM else 0)
     job.settings += ["execution.row_timeout_s=1", "execution.max_error_rate=0.1"]
     status, said = job.finish()
     assert status == 3, said
     assert "59 of 60 rows answered" in said
+
+
+@pytest.mark.slow
+def test_run_whose_ray_receives_the_signal_too_is_interrupted(job: Job, tmp_path: Path) -> None:
+    """As from timeout(1), which sends it to the whole group of processes."""
+    running = job.start()
+    await_true(lambda: len(list((tmp_path / "out").glob("data/*.parquet"))) == 5)
+    os.killpg(running.process.pid, signal.SIGTERM)
+    status, said = running.ended(PATIENCE_S)
+    assert (status, said.splitlines()[-1]) == (143, "interrupted; the same command continues it")
+    assert not (tmp_path / "out" / "_running").exists()
+
+
+@pytest.mark.slow
+def test_run_that_has_lost_its_lease_writes_nothing_more(job: Job, tmp_path: Path) -> None:
+    """The unit in flight could end after 8 seconds, in the grace of an interruption."""
+    job.settings += ["execution.row_timeout_s=8", "execution.max_error_rate=1", "execution.grace_s=30"]
+    running = job.start()
+    await_true(lambda: len(list((tmp_path / "out").glob("data/*.parquet"))) == 5)
+    (lease,) = (tmp_path / "out" / "_running").glob("*.json")
+    lease.unlink()
+    status, said = running.ended(PATIENCE_S)
+    assert status in (1, 143)
+    assert "another run has taken over" in said
+    assert len(list((tmp_path / "out").glob("data/*.parquet"))) == 5
 
 
 def test_run_is_interrupted_before_its_first_row(job: Job, tmp_path: Path) -> None:

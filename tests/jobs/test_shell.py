@@ -211,7 +211,7 @@ def test_second_signal_ends_work_whose_signal_was_deferred(second: signal.Signal
     time.sleep(0.3)
     process.send_signal(second)
     assert process.communicate(timeout=20)[0] == "released\n"
-    assert process.returncode in (143, status)
+    assert process.returncode == status
 
 
 def test_work_stuck_in_c_code_ends_after_its_signal_was_deferred() -> None:
@@ -222,12 +222,47 @@ def test_work_stuck_in_c_code_ends_after_its_signal_was_deferred() -> None:
     assert process.returncode == 143
 
 
-def test_failure_of_work_that_was_to_end_is_an_interruption() -> None:
-    """As when Ray's own processes have received the signal, too."""
-    process = start_deferring(60, "time.sleep(1)\n        raise KeyError")
+@pytest.mark.parametrize("consumer", [False, True])
+def test_failure_of_work_that_was_to_end_is_an_interruption_and_is_named(consumer: bool) -> None:
+    """As when Ray's own processes have received the signal, too; of a generator's body, or of its consumer."""
+    before = """
+import contextlib
+def generate():
+    with deferring(request):
+        print("deferring", flush=True)
+        yield
+
+def work():
+    with contextlib.closing(generate()) as found:
+        for _ in found:
+            time.sleep(1)
+            raise KeyError(5)
+"""
+    process = start_deferring(60, "time.sleep(1)\n        raise KeyError(5)", before=before if consumer else "")
     process.send_signal(signal.SIGTERM)
-    assert process.communicate(timeout=20)[1] == "interrupted; the same command continues it\n"
+    assert process.communicate(timeout=20)[1] == (
+        "the work in flight failed before it had ended: 5\ninterrupted; the same command continues it\n"
+    )
     assert process.returncode == 143
+
+
+def test_request_that_is_not_answered_ends_the_work() -> None:
+    process = start_deferring(60, "time.sleep(60)", "time.sleep(60)", LIMITS.format(0.5))
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20) == ("requested\nreleased\n", "interrupted; the same command continues it\n")
+    assert process.returncode == 143
+
+
+def test_interrupted_command_that_overwrites_names_the_command_that_continues_it() -> None:
+    script = (
+        "import time; from jobs.common import working; from jobs.shell import run\ndef job():\n"
+        " with working(resumable=True, overwrite=True):\n  print('working', flush=True)\n  time.sleep(60)\nrun(job)"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=-1, stderr=-1, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "working\n"
+    process.send_signal(signal.SIGTERM)
+    assert process.communicate(timeout=20)[1] == "interrupted; the same command without --overwrite continues it\n"
 
 
 def test_signal_is_no_longer_deferred_after_the_work() -> None:

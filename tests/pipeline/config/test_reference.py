@@ -39,7 +39,7 @@ def test_every_description_is_a_complete_phrase():
 
 
 def test_multi_line_and_shared_descriptions_are_complete():
-    assert KEYS["storage.session_token"].meaning.startswith("Credentials; prefer variables")
+    assert KEYS["storage.session_token"].meaning.startswith("Credentials of S3; prefer variables")
     assert KEYS["decoding.critic"].meaning == (
         "`reflection` reads the reflection tokens of a model trained to write them; "
         "`prompted` asks any instruct model in words."

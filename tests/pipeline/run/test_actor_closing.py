@@ -32,7 +32,7 @@ def wait_for_slow(made: SelfRagActor, name: str = "slow") -> asyncio.Event:
 async def test_unit_that_would_end_too_late_does_not_begin(tmp_path: Path) -> None:
     attempts, folder, seen = count(Closing(until=0)), Folder(tmp_path, table("one")), list[str]()
     assert await folder.annotate(actor(LocalHandle(attempts), seen)) is None
-    assert (seen, attempts._units, attempts.has_refused()) == ([], {}, True)
+    assert (seen, attempts._units, attempts.may_continue(1), attempts.recall(1)) == ([], {}, False, 0)
     assert not (tmp_path / "out").exists()
 
 
@@ -44,7 +44,7 @@ async def test_durations_of_units_are_noted(tmp_path: Path) -> None:
     assert await folder.annotate(made) is not None
     (pace,) = closing._paces
     assert 0.1 <= pace < 2
-    assert not attempts.has_refused()
+    assert attempts.may_continue(1)
 
 
 @pytest.mark.parametrize("same_run", [True, False])
@@ -61,6 +61,8 @@ async def test_unit_is_given_back_and_its_finished_rows_are_kept(
     assert attempts.recall(0.1) == 1
     assert await asyncio.wait_for(unit, 5) is None
     assert (attempts.count_deaths(folder.unit.id), attempts.has_partial(folder.unit.id)) == (0, True)
+    assert (attempts.recall(0), attempts.may_continue(1)) == (0, False)
+    assert [attempts.take_given_back() for _ in range(2)] == [1, 0]
     assert list_partial_units(folder.output.location) == {folder.unit.id}
     attempts = count() if not same_run else attempts
     attempts._closing = Closing()

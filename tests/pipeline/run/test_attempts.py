@@ -57,6 +57,20 @@ def test_consecutive_deaths_without_progress_end_the_run() -> None:
         attempts.begin("a")
 
 
+def test_units_in_flight_are_those_that_have_begun_and_not_ended() -> None:
+    attempts = Attempts(MAX_CONSECUTIVE_CRASHES, "run")
+    for unit in ("ended", "dead", "given back", "waits", "runs"):
+        assert attempts.may_begin(unit, 10)
+        if unit != "waits":  # for a place of its own
+            attempts.begin(unit)
+    attempts.end("ended")
+    attempts.record_death(Death("lost", out_of_memory=False), "dead")
+    attempts.withdraw("given back")
+    assert attempts.recall(5) == 2
+    assert not attempts.may_begin("runs", 10)  # its process was killed, and another one has it now
+    assert attempts.recall(5) == 1
+
+
 def test_start_does_not_count_as_progress() -> None:
     attempts = Attempts(max_crashes=3, run="run")
     attempts.begin("a")

@@ -95,6 +95,7 @@ def test_recalled_run_refuses_units_and_gives_back_those_in_flight() -> None:
     closing.recall(20)
     clock.now = 1005.0
     assert closing.compute_respite("node", {}) == 15
+    assert closing.refused
     assert not closing.may_begin(1)
     clock.now = 1100.0
     assert closing.compute_respite("node", {}) == 0

@@ -1,5 +1,6 @@
 import asyncio
 import logging
+import threading
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -132,3 +133,42 @@ async def test_attempts_with_the_same_unit_at_once_do_not_disturb_each_other(
     await third.load(30)
     assert sorted(third.outcomes) == [20]
     assert sorted(both[1].outcomes) == list(range(21))
+
+
+@pytest.mark.parametrize("moment", ["permit", "write"])
+async def test_rows_are_written_even_if_their_unit_is_given_back_meanwhile(sub_files, monkeypatch, moment):
+    writing, allowed, write = threading.Event(), asyncio.Event(), sub_files.write
+
+    async def permit():
+        if moment == "permit":
+            await allowed.wait()
+
+    def write_late(rows):
+        writing.wait(10)
+        write(rows)
+
+    monkeypatch.setattr(sub_files, "write", write_late if moment == "write" else write)
+    finished = FinishedRows(sub_files, permit, every_s=0)
+    adding = asyncio.create_task(finished.add(3, ANSWER))
+    await asyncio.sleep(0.1)
+    adding.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await adding
+    keeping = asyncio.create_task(finished.keep())
+    await asyncio.sleep(0.1)
+    assert not keeping.done()
+    allowed.set()
+    writing.set()
+    await keeping
+    assert {number: row["answer"] for number, row in sub_files.read(9).items()} == {3: "one"}
+
+
+async def test_rows_that_are_not_due_are_kept_on_request(sub_files):
+    finished = FinishedRows(sub_files, every_s=60)
+    await finished.add(1, ANSWER)
+    await finished.add(2, {"error_type": "KeyError"}, keep=False)
+    assert sub_files.read(9) == {}
+    await finished.keep()
+    await finished.keep()
+    assert list(sub_files.read(9)) == [1]
+    assert sub_files.written == 1
