@@ -74,7 +74,7 @@ class FinishedRows:
         await asyncio.gather(*self._writing)
 
     async def _write(self, sub_files: PartialUnit) -> None:
-        """Write the rows, even if the caller is cancelled meanwhile."""
+        """Write the rows, even if the caller is canceled meanwhile."""
         rows, self._unwritten, self._wrote = self._unwritten, {}, time.monotonic()
         task = asyncio.create_task(self._write_rows(sub_files, rows))
         self._writing.add(task)

@@ -93,8 +93,8 @@ def test_run_whose_ray_receives_the_signal_too_is_interrupted(job: Job, tmp_path
 
 @pytest.mark.slow
 def test_run_that_has_lost_its_lease_writes_nothing_more(job: Job, tmp_path: Path) -> None:
-    """The unit in flight could end after 8 seconds, in the grace of an interruption."""
-    job.settings += ["execution.row_timeout_s=8", "execution.max_error_rate=1", "execution.grace_s=30"]
+    """The unit in flight could end after 20 seconds, in the grace of an interruption; the loss is noticed after 15."""
+    job.settings += ["execution.row_timeout_s=20", "execution.max_error_rate=1", "execution.grace_s=30"]
     running = job.start()
     await_true(lambda: len(list((tmp_path / "out").glob("data/*.parquet"))) == 5)
     (lease,) = (tmp_path / "out" / "_running").glob("*.json")
