@@ -45,6 +45,7 @@ from pipeline.doctor.machine import Machine, inspect_machine
 from pipeline.engine.arguments import check_engine_arguments, get_gpu_share
 from pipeline.engine.models import load_critic
 from pipeline.retrieval.manifest import check_index_manifest
+from pipeline.storage.clouds import resolve_azure
 from pipeline.storage.location import locate
 
 # Keys that a run requires and these checks do not need.
@@ -118,7 +119,8 @@ def examine_cluster(config: RunConfig, uris: Sequence[str]) -> Iterator[Finding]
     connect(config.execution)
     nodes = [Node(n["NodeID"], n["NodeName"], n["Resources"]) for n in ray.nodes() if n["Alive"]]
     yield from examine_machines(config, nodes)
-    storage = config.storage.model_copy(update={"patience_s": min(config.storage.patience_s, STORAGE_SECONDS)})
+    patience_s = min(config.storage.patience_s, STORAGE_SECONDS)
+    storage = resolve_azure(config.storage).model_copy(update={"patience_s": patience_s})
     for uri in uris:
         yield from attempt("storage", uri, partial(examine_storage, uri, storage, nodes), STORAGE_ADVICE)
     yield from attempt("actors", "cluster", partial(examine_actor, config))

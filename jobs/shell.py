@@ -134,14 +134,14 @@ def deferring(request: Callable[[], float]) -> Iterator[None]:
         failure = error.__context__ if isinstance(error, GeneratorExit) else error
         if failure is not None:
             log.warning("the work in flight failed before it had ended: %s", failure)
-        raise Interrupted(signal.SIGTERM) from error
+        _interrupt(signal.SIGTERM, None)
     finally:
         deferral.over.set()
         _deferred.clear()
         if signal.getsignal(signal.SIGTERM) == deferral.handle:
             signal.signal(signal.SIGTERM, before)
     if deferral.began is not None:
-        raise Interrupted(signal.SIGTERM)
+        _interrupt(signal.SIGTERM, None)
 
 
 class _Deferral:

@@ -297,8 +297,8 @@ class ExecutionConfig(Frozen):
         max_hours: Hours from the start of the actors that one call may take: no unit begins that would not end in
             time. The call ends with status 3, and the same command continues the run.
         max_cost: Cost that one call may have, at ``price_per_hour`` for each actor; as ``max_hours``.
-        grace_s: Seconds after SIGTERM in which the units in flight may still end. The finished rows of the others are
-            kept for the next call, which may take ten seconds more.
+        grace_s: Seconds after SIGTERM in which the units in flight may still end. Then the finished rows of the others
+            are kept for the next call; this may take ten seconds more.
         lock: URI of a folder that allows one run at a time, whatever their outputs; by default ``skip_annotated``.
         ray_address: Address of a running cluster; by default ``RAY_ADDRESS``, and without it Ray starts locally.
     """
@@ -336,8 +336,8 @@ class StorageConfig(Frozen):
         region: Region of the S3 buckets.
         access_key, secret_key, session_token: Credentials of S3; prefer variables, roles or a file, since a command
             line can be read in the process list.
-        azure_connection_string: Account, key or shared access signature and, if it is another, endpoint of Azure; by
-            default ``AZURE_STORAGE_CONNECTION_STRING``.
+        azure_connection_string: Account, key and, if it is another, endpoint of Azure; by default
+            ``AZURE_STORAGE_CONNECTION_STRING``.
         patience_s: Seconds for which transient errors (no connection, errors 500 and 503, throttling) are retried with
             exponential backoff before the job fails.
     """

@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
+from pyarrow import fs
+
 from pipeline.config.sections import ExecutionConfig
 from pipeline.output.folder import OutputFolder
 from pipeline.output.unit_files import UnitSummary
@@ -254,8 +256,12 @@ def _list_neighbors(plan: RunPlan) -> Iterator[Location]:
     config = plan.config
     above, slash, _ = config.output.rstrip("/").rpartition("/")
     for parent in (above or slash, config.skip_annotated):
-        if parent and not parent.endswith(":/"):  # a bucket has no neighbors
-            yield from locate(parent, config.storage).list_folders()
+        if not parent or parent.endswith(":/"):  # a bucket has no neighbors
+            continue
+        place = locate(parent, config.storage)
+        # The whole of Google's bucket would be listed.
+        if "/" in place.path or not isinstance(place.filesystem, fs.GcsFileSystem):
+            yield from place.list_folders()
 
 
 def _read_finished(place: Location) -> dict[str, Any]:

@@ -45,8 +45,8 @@ def annotate_units(
         return
     attempts = start_attempts(plan)
     lease.on_renewal = attempts.renew_permit.remote
-    servers = start_partitions(plan, resources)
     try:
+        servers = start_partitions(plan, resources)
         with deferring(lambda: recall_units(attempts, lease, plan.config.execution.grace_s)):
             while todo:
                 for summary in run_job(plan, list(todo.values()), resources, actor, attempts, servers):

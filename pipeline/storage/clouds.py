@@ -3,21 +3,26 @@
 import os
 import re
 from datetime import timedelta
+from functools import cache
 from typing import Any
 
 from pyarrow import fs
 
 from pipeline.config.sections import StorageConfig
 
+GOOGLE_SCHEMES = ("gs://", "gcs://")
+AZURE_SCHEMES = ("abfss://", "abfs://", "az://")
 # Address of an emulator: https://docs.cloud.google.com/go/docs/reference/cloud.google.com/go/storage/latest
 EMULATOR = "STORAGE_EMULATOR_HOST"
 # https://learn.microsoft.com/en-us/azure/storage/common/storage-configure-connection-string
 CONNECTION = "AZURE_STORAGE_CONNECTION_STRING"
-GOOGLE_SCHEMES = ("gs://", "gcs://")
-AZURE_SCHEMES = ("abfss://", "abfs://", "az://")
 # Seconds for which Google's client itself retries a request.
 GOOGLE_RETRIES_S = 10
-_ACCOUNT_HOST = re.compile(r"(?P<account>[a-z0-9]{3,24})\.(?:dfs|blob)\.core\.windows\.net")
+# Azure's public cloud; national ones have others.
+_PUBLIC = "core.windows.net"
+_FORM = "abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH"
+_CONTAINER = re.compile(r"[a-z0-9$-]{3,63}")
+_ACCOUNT_HOST = re.compile(r"(?P<account>[a-z0-9]{3,24})\.(?:dfs|blob)\.(?P<suffix>core\.[a-z0-9.-]+)")
 
 
 def open_google(uri: str) -> tuple[fs.GcsFileSystem, str]:
@@ -46,45 +51,65 @@ def resolve_azure(storage: StorageConfig) -> StorageConfig:
 def open_azure(uri: str, storage: StorageConfig) -> tuple[fs.AzureFileSystem, str]:
     """Open the store of ``abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH``; return it with ``CONTAINER/PATH``.
 
-    Without an account, as in ``abfss://CONTAINER/PATH``, it is that of the connection string, whose credentials and
-    endpoint are used for its account; other accounts are opened with Azure's default credentials.
+    Without an account, as in ``abfss://CONTAINER/PATH``, it is that of the connection string, whose key and endpoint
+    are used for its account; other accounts are opened with Azure's default credentials.
 
     Raises:
         ValueError: the URI or the connection string is wrong.
+        OSError, pyarrow.ArrowException: there are no default credentials.
     """
     place, _, path = uri.partition("://")[2].partition("/")
-    container, _, host = place.rpartition("@") if "@" in place else (place, "", "")
-    if ":" in container:
-        raise ValueError("the URI of a store contains a password, which would be logged; leave it out")
+    container, _, host = place.partition("@")
+    found = _ACCOUNT_HOST.fullmatch(host)
+    if not _CONTAINER.fullmatch(container) or bool(host) != bool(found):
+        raise ValueError(f"{uri}: expected {_FORM}")
     secret = resolve_azure(storage).azure_connection_string
     known = _parse_connection(secret.get_secret_value()) if secret else {}
-    found = _ACCOUNT_HOST.fullmatch(host)
-    if not container or bool(host) != bool(found):
-        raise ValueError(f"{uri}: expected abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH")
     account = found["account"] if found else known.get("account_name")
     if account is None:
         raise ValueError(f"{uri}: names no account; write abfss://{container}@ACCOUNT.dfs.core.windows.net/PATH")
-    options = known if known.get("account_name") == account else {"account_name": account}
+    if account == known.get("account_name"):
+        options = known
+    else:
+        options = {"account_name": account, **_name_services(found["suffix"] if found else _PUBLIC)}
+        _try_default_credentials(container, tuple(options.items()))
     return fs.AzureFileSystem(**options), f"{container}/{path}".rstrip("/")
+
+
+@cache
+def _try_default_credentials(container: str, options: tuple[tuple[str, str], ...]) -> None:
+    """Ask for a file, which need not exist; without credentials, some of Arrow's functions end the process."""
+    fs.AzureFileSystem(**dict(options)).get_file_info(f"{container}/_selfrag")
+
+
+def _name_services(suffix: str) -> dict[str, str]:
+    return {f"{service}_storage_authority": f".{service}.{suffix}" for service in ("blob", "dfs")}
 
 
 def _parse_connection(text: str) -> dict[str, str]:
     """Return the arguments of Arrow's file system from a connection string.
 
+    Shared access signatures are refused, since Arrow repeats them in the messages of errors.
+
     Raises:
-        ValueError: it has no account, or neither a key nor a shared access signature.
+        ValueError: it has no account or key, or its endpoint is of another form.
     """
     found = dict(part.strip().partition("=")[::2] for part in text.split(";") if part.strip())
-    given = {"account_name": "AccountName", "account_key": "AccountKey", "sas_token": "SharedAccessSignature"}
-    options = {name: found[key] for name, key in given.items() if found.get(key)}
-    if "account_name" not in options or len(options) != 2:
+    account, key = found.get("AccountName"), found.get("AccountKey")
+    if not (account and key):
+        raise ValueError(f"storage.azure_connection_string, or {CONNECTION}: expected AccountName=…;AccountKey=…")
+    options = {"account_name": account, "account_key": key}
+    if (endpoint := found.get("BlobEndpoint")) is None:
+        return options | _name_services(found.get("EndpointSuffix", _PUBLIC))
+    scheme, _, address = endpoint.rstrip("/").partition("://")
+    host, _, path = address.partition("/")
+    if (service := _ACCOUNT_HOST.fullmatch(host)) and service["account"] == account and not path:
+        return options | _name_services(service["suffix"])
+    if path != account:
         raise ValueError(
-            f"storage.azure_connection_string, or {CONNECTION}: expected AccountName=…;AccountKey=… or "
-            "AccountName=…;SharedAccessSignature=…"
+            f"storage.azure_connection_string, or {CONNECTION}: expected BlobEndpoint=https://{account}.blob.{_PUBLIC} "
+            f"or, of an emulator, BlobEndpoint=http://HOST/{account}"
         )
-    if endpoint := found.get("BlobEndpoint"):
-        scheme, _, address = endpoint.partition("://")
-        authority = address.rstrip("/").removesuffix(f"/{options['account_name']}")
-        for service in ("blob", "dfs"):
-            options |= {f"{service}_storage_authority": authority, f"{service}_storage_scheme": scheme}
+    for name in ("blob", "dfs"):
+        options |= {f"{name}_storage_authority": host, f"{name}_storage_scheme": scheme}
     return options

@@ -6,6 +6,7 @@ A written file appears whole or not at all. Transient errors of object stores ar
 import contextlib
 import logging
 import os
+import re
 import time
 import uuid
 from collections.abc import Callable
@@ -33,6 +34,10 @@ HIDDEN_S = 1.5
 
 # Bytes that Azure copies at once: https://learn.microsoft.com/en-us/rest/api/storageservices/copy-blob-from-url
 AZURE_COPY_BYTES = 256 * 2**20
+
+
+# A password before the host, or a secret among the parameters, as in URLs that contain a shared access signature.
+_SECRET = re.compile(r"^\w+://[^/]*:[^/@]*@|[?&](?:sig|\w*(?:key|secret|token|password))=", re.IGNORECASE)
 
 
 class StorageError(OSError):
@@ -285,22 +290,33 @@ def locate(uri: str, storage: StorageConfig) -> Location:
     """Resolve a URI or local path to its file system and the path in it.
 
     Raises:
-        ValueError: there is no file system for the URI's scheme, or it cannot be opened.
+        ValueError: there is no file system for the URI's scheme, it cannot be opened, or the URI contains a secret.
+        StorageError: there are no credentials.
     """
     if (local := find_local_path(uri)) is not None:
         # The names of files are appended to the path as they are, so a ``file:`` URI, in which they would be encoded,
         # is replaced by its path.
         return Location(str(local) if uri.lower().startswith("file:") else uri, fs.LocalFileSystem(), str(local))
+    _refuse_secrets(uri)
     if uri.startswith("s3://"):
         return Location(uri, open_s3(storage), uri.removeprefix("s3://").rstrip("/"), storage.patience_s)
     return Location(uri, *_open_other(uri, storage), storage.patience_s)
+
+
+def _refuse_secrets(uri: str) -> None:
+    if _SECRET.search(uri):
+        scheme = uri.partition("://")[0]
+        raise ValueError(f"{scheme}://…: the URI contains a password or a key, which would be logged; leave it out")
 
 
 def _open_other(uri: str, storage: StorageConfig) -> tuple[fs.FileSystem, str]:
     if uri.startswith(GOOGLE_SCHEMES):
         return open_google(uri)
     if uri.startswith(AZURE_SCHEMES):
-        return open_azure(uri, storage)
+        try:
+            return open_azure(uri, storage)
+        except (OSError, pa.ArrowException) as error:
+            raise StorageError(f"{uri}: {join_lines(error)}{advise(error)}") from None
     try:
         filesystem, path = fs.FileSystem.from_uri(uri)
     except (ValueError, OSError, pa.ArrowException) as error:
@@ -326,7 +342,7 @@ def check_apart(source: Location, output: Location) -> None:
         ValueError: one contains the other, or they are the same.
     """
     one, other = f"{source.path.rstrip('/')}/", f"{output.path.rstrip('/')}/"
-    if source.local == output.local and (one.startswith(other) or other.startswith(one)):
+    if source.filesystem == output.filesystem and (one.startswith(other) or other.startswith(one)):
         raise ValueError(f"--output {output.uri} and {source.uri}: one contains the other; choose another output")
 
 

@@ -215,7 +215,12 @@ def test_second_signal_ends_work_whose_signal_was_deferred(second: signal.Signal
 
 
 def test_work_stuck_in_c_code_ends_after_its_signal_was_deferred() -> None:
-    process = start_deferring(0.3, STUCK.replace("; ", "\n        "), before=LIMITS.format(0.5))
+    stuck = STUCK.replace("signal.alarm(60)", "print('stuck', flush=True)").replace("; ", "\n        ")
+    process = start_deferring(0.3, stuck, before=LIMITS.format(0.5))
+    assert process.stdout is not None
+    assert process.stdout.readline() == "stuck\n"
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(0.5)
     process.send_signal(signal.SIGTERM)
     output, errors = process.communicate(timeout=20)
     assert (output, errors) == ("", "interrupted\n")  # Python never got to handle it
@@ -246,6 +251,21 @@ def work():
     assert process.returncode == 143
 
 
+def test_second_signal_ends_a_command_whose_deferred_work_has_ended() -> None:
+    stuck = STUCK.replace("signal.alarm(60)", "print('stuck', flush=True)")
+    before = f"{LIMITS.format(0.1)}\ndef release():\n    {stuck}"
+    deferred = DEFERRED.format(seconds=60, work="time.sleep(0.5)", request="pass")
+    script = JOB.format(resumable=True, release="release()", before=f"{deferred}\n{before}", work="work()")
+    process = subprocess.Popen([sys.executable, "-c", script], stdout=-1, stderr=-1, text=True, cwd=ROOT)
+    assert process.stdout is not None
+    for line in ("working", "deferring", "requested", "ended", "stuck"):
+        assert process.stdout.readline() == f"{line}\n"
+        if line == "deferring":
+            process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(20) == -signal.SIGTERM
+
+
 def test_request_that_is_not_answered_ends_the_work() -> None:
     process = start_deferring(60, "time.sleep(60)", "time.sleep(60)", LIMITS.format(0.5))
     process.send_signal(signal.SIGTERM)
@@ -266,9 +286,10 @@ def test_interrupted_command_that_overwrites_names_the_command_that_continues_it
 
 
 def test_signal_is_no_longer_deferred_after_the_work() -> None:
-    process = start_deferring(60, "pass", before="work_ = work; work = lambda: (work_(), time.sleep(60))")
+    before = "work_ = work; work = lambda: (work_(), print('after', flush=True), time.sleep(60))"
+    process = start_deferring(60, "pass", before=before)
     assert process.stdout is not None
-    assert process.stdout.readline() == "ended\n"
+    assert [process.stdout.readline() for _ in range(2)] == ["ended\n", "after\n"]
     process.send_signal(signal.SIGTERM)
     assert process.communicate(timeout=20)[0] == "released\n"
     assert process.returncode == 143

@@ -1,8 +1,11 @@
 """Google's and Azure's stores, on emulators; Azure's is skipped without Azurite."""
 
+import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,9 +18,10 @@ from pipeline.nodes.check import _resolve
 from pipeline.nodes.places import Source
 from pipeline.storage import clouds
 from pipeline.storage.faults import advise, is_transient
-from pipeline.storage.location import Location, MissingFileError, StorageError, check_writable, locate
+from pipeline.storage.location import Location, MissingFileError, StorageError, check_apart, check_writable, locate
 from tests.support.clouds import ACCOUNT, KEY, CloudStore, find_azurite, serving
 
+ROOT = Path(__file__).parents[3]
 HERE = StorageConfig()
 CONNECTION = f"DefaultEndpointsProtocol=https;AccountName=one;AccountKey={KEY};EndpointSuffix=core.windows.net"
 AZURITE = pytest.mark.skipif(find_azurite() is None, reason="needs azurite-blob (npm install -g azurite)")
@@ -133,15 +137,68 @@ def test_wrong_key_is_refused_at_once(store: CloudStore, monkeypatch: pytest.Mon
         ("abfss://box@one.dfs.core.windows.net/a/b/", "box/a/b", "one"),
         ("abfs://box@one.blob.core.windows.net", "box", "one"),
         ("az://box/a", "box/a", "one"),
-        ("abfss://box@two.dfs.core.windows.net/a#1?b", "box/a#1?b", "two"),
+        ("abfss://box/a#1?b", "box/a#1?b", "one"),
     ],
 )
 def test_uri_of_azure_names_container_and_account(uri: str, path: str, account: str) -> None:
     found = locate(uri, StorageConfig(azure_connection_string=SecretStr(CONNECTION)))
     assert isinstance(found.filesystem, fs.AzureFileSystem)
     assert (found.uri, found.path) == (uri, path)
-    assert found.filesystem.__reduce__()[1][0]["account_name"] == account
-    assert found.filesystem.__reduce__()[1][0]["account_key"] == (KEY if account == "one" else "")
+    assert read_options(found.filesystem)["account_name"] == account
+    assert read_options(found.filesystem)["blob_storage_authority"] == ".blob.core.windows.net"
+
+
+def read_options(filesystem: Any) -> dict[str, str]:
+    """The arguments that a file system of Azure was opened with."""
+    return dict(filesystem.__reduce__()[1][0])
+
+
+@pytest.mark.parametrize(
+    ("text", "blob", "dfs", "scheme"),
+    [
+        ("", ".blob.core.windows.net", ".dfs.core.windows.net", "https"),
+        ("EndpointSuffix=core.windows.net;", ".blob.core.windows.net", ".dfs.core.windows.net", "https"),
+        ("EndpointSuffix=core.chinacloudapi.cn", ".blob.core.chinacloudapi.cn", ".dfs.core.chinacloudapi.cn", "https"),
+        (  # as az storage account show-connection-string prints it
+            "BlobEndpoint=https://one.blob.core.windows.net/;FileEndpoint=https://one.file.core.windows.net/",
+            ".blob.core.windows.net",
+            ".dfs.core.windows.net",
+            "https",
+        ),
+        ("BlobEndpoint=http://127.0.0.1:10000/one;", "127.0.0.1:10000", "127.0.0.1:10000", "http"),
+    ],
+)
+def test_connection_string_names_the_endpoint(text: str, blob: str, dfs: str, scheme: str) -> None:
+    secret = SecretStr(f"DefaultEndpointsProtocol=https;AccountName=one;AccountKey={KEY};{text}")
+    options = read_options(locate("abfss://box/a", StorageConfig(azure_connection_string=secret)).filesystem)
+    assert (options["blob_storage_authority"], options["dfs_storage_authority"]) == (blob, dfs)
+    assert options["blob_storage_scheme"] == scheme
+
+
+def test_other_accounts_and_clouds_are_opened_with_default_credentials(monkeypatch: pytest.MonkeyPatch) -> None:
+    tried = list[Any]()
+    monkeypatch.setattr(clouds, "_try_default_credentials", lambda *options: tried.append(options))
+    storage = StorageConfig(azure_connection_string=SecretStr(CONNECTION))
+    found = locate("abfss://box@two.dfs.core.usgovcloudapi.net/a", storage)
+    options = read_options(found.filesystem)
+    assert (options["account_name"], options["account_key"]) == ("two", "")
+    assert options["blob_storage_authority"] == ".blob.core.usgovcloudapi.net"
+    assert [container for container, _ in tried] == ["box"]
+
+
+def test_missing_credentials_are_one_line_and_do_not_end_the_process(tmp_path: Path) -> None:
+    uri = "abfss://box@selfragnoaccount.dfs.core.windows.net/a"
+    script = (
+        "from pipeline.storage.location import *\nfor n in range(2):\n"
+        f" try:\n  locate('{uri}', StorageConfig(patience_s=0)).read()\n"
+        " except StorageError as error: print(error)"
+    )
+    environment = {"HOME": str(tmp_path), "PATH": str(tmp_path)}
+    result = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, env=environment, check=False, cwd=ROOT
+    )
+    assert result.returncode == 0, result.stderr
+    assert [line.startswith(f"{uri}: ") for line in result.stdout.splitlines()] == [True, True]
 
 
 @pytest.mark.parametrize(
@@ -151,6 +208,7 @@ def test_uri_of_azure_names_container_and_account(uri: str, path: str, account: 
         ("abfss:///a", "expected abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH"),
         ("abfss://@one.dfs.core.windows.net/a", "expected abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH"),
         ("abfss://box@example.com/a", "expected abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH"),
+        ("abfss://one.dfs.core.windows.net/box", "expected abfss://CONTAINER@ACCOUNT.dfs.core.windows.net/PATH"),
         ("gs:///a", "gs:///a: expected gs://BUCKET/PATH"),
     ],
 )
@@ -159,17 +217,60 @@ def test_wrong_uris_are_refused(uri: str, message: str) -> None:
         locate(uri, HERE)
 
 
-def test_key_in_a_uri_is_refused_and_not_repeated() -> None:
-    with pytest.raises(ValueError, match="the URI of a store contains a password") as refused:
-        locate("abfss://box:hunter2@one.dfs.core.windows.net/a", HERE)
+@pytest.mark.parametrize(
+    "uri",
+    [
+        "abfss://box:hunter2@one.dfs.core.windows.net/a",
+        "abfss://box@one.dfs.core.windows.net/a?sv=1&sig=hunter2",
+        "abfss://box@one.dfs.core.windows.net/a?client_secret=hunter2",
+        "gs://user:hunter2@bucket/a",
+        "gs://bucket/a?access_token=hunter2",
+        "s3://key:hunter2@bucket/a",
+        "s3://bucket/a?secret_key=hunter2",
+        "hdfs://user:hunter2@host/a",
+    ],
+)
+def test_uris_with_a_secret_are_refused_and_not_repeated(uri: str) -> None:
+    with pytest.raises(ValueError, match="the URI contains a password or a key") as refused:
+        locate(uri, HERE)
     assert "hunter2" not in str(refused.value)
 
 
-@pytest.mark.parametrize("text", ["", "AccountName=one", "AccountKey=hunter2", "nonsense;hunter2"])
-def test_wrong_connection_strings_are_refused_and_not_repeated(text: str) -> None:
-    with pytest.raises(ValueError, match="expected AccountName=…;AccountKey=…") as refused:
-        locate("abfss://box/a", StorageConfig(azure_connection_string=SecretStr(text or " ")))
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (" ", "expected AccountName=…;AccountKey=…"),
+        ("AccountName=one", "expected AccountName=…;AccountKey=…"),
+        ("AccountKey=hunter2", "expected AccountName=…;AccountKey=…"),
+        ("nonsense;hunter2", "expected AccountName=…;AccountKey=…"),
+        ("AccountName=one;SharedAccessSignature=hunter2", "expected AccountName=…;AccountKey=…"),
+        (
+            "AccountName=one;AccountKey=hunter2;BlobEndpoint=https://cdn.example.com/",
+            "expected BlobEndpoint=https://one",
+        ),
+    ],
+)
+def test_wrong_connection_strings_are_refused_and_not_repeated(text: str, message: str) -> None:
+    with pytest.raises(ValueError, match=message) as refused:
+        locate("abfss://box/a", StorageConfig(azure_connection_string=SecretStr(text)))
     assert "hunter2" not in str(refused.value)
+
+
+def test_equal_paths_of_different_stores_are_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(clouds, "_try_default_credentials", lambda *_: None)
+    one, two, three = (
+        locate(uri, HERE)
+        for uri in (
+            "abfss://data@one.dfs.core.windows.net/set",
+            "abfss://data@two.dfs.core.windows.net/set",
+            "gs://data/set",
+        )
+    )
+    check_apart(one, two)
+    check_apart(two, three)
+    for place in (one, three):
+        with pytest.raises(ValueError, match="one contains the other"):
+            check_apart(locate(place.uri, HERE), place / "below")
 
 
 def test_workers_get_the_connection_string_and_no_file_does(monkeypatch: pytest.MonkeyPatch) -> None:
