@@ -124,7 +124,8 @@ def deferring(request: Callable[[], float]) -> Iterator[None]:
     if before != signal.SIG_IGN:
         signal.signal(signal.SIGTERM, deferral.handle)
     try:
-        yield
+        with deferral:
+            yield
     except Interrupted:
         raise
     except BaseException as error:
@@ -136,8 +137,6 @@ def deferring(request: Callable[[], float]) -> Iterator[None]:
             log.warning("the work in flight failed before it had ended: %s", failure)
         _interrupt(signal.SIGTERM, None)
     finally:
-        deferral.over.set()
-        _deferred.clear()
         if signal.getsignal(signal.SIGTERM) == deferral.handle:
             signal.signal(signal.SIGTERM, before)
     if deferral.began is not None:
@@ -149,6 +148,15 @@ class _Deferral:
         self.request, self.main = request, threading.get_ident()
         self.began: float | None = None
         self.over, self.due = threading.Event(), threading.Event()
+        self.ending = threading.Lock()
+
+    def __enter__(self) -> None:
+        pass
+
+    def __exit__(self, *_: object) -> None:
+        with self.ending:  # no signal is sent any more
+            self.over.set()
+        _deferred.clear()
 
     def handle(self, number: int, frame: FrameType | None) -> None:
         """Handle SIGTERM in the main thread. A second one that arrives almost at once is taken for the first."""
@@ -161,11 +169,13 @@ class _Deferral:
             _interrupt(number, frame)
 
     def _end_in_time(self) -> None:
-        if not self.over.wait(self._ask()):
-            self.due.set()
-            _handled.clear()
-            _deferred.clear()
-            signal.pthread_kill(self.main, signal.SIGTERM)
+        self.over.wait(self._ask())
+        with self.ending:
+            if not self.over.is_set():
+                self.due.set()
+                _handled.clear()
+                _deferred.clear()
+                signal.pthread_kill(self.main, signal.SIGTERM)
 
     def _ask(self) -> float:
         """Return the seconds that the body may still take: none if the request fails, or is not answered."""
