@@ -9,7 +9,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -124,7 +124,7 @@ def deferring(request: Callable[[], float]) -> Iterator[None]:
     if before != signal.SIG_IGN:
         signal.signal(signal.SIGTERM, deferral.handle)
     try:
-        with deferral:
+        with closing(deferral):
             yield
     except Interrupted:
         raise
@@ -133,7 +133,7 @@ def deferring(request: Callable[[], float]) -> Iterator[None]:
             raise
         # What the signal caused cannot be told from other failures, such as those of the user of a generator.
         failure = error.__context__ if isinstance(error, GeneratorExit) else error
-        if failure is not None:
+        if failure is not None and not isinstance(failure, Interrupted):
             log.warning("the work in flight failed before it had ended: %s", failure)
         _interrupt(signal.SIGTERM, None)
     finally:
@@ -150,11 +150,9 @@ class _Deferral:
         self.over, self.due = threading.Event(), threading.Event()
         self.ending = threading.Lock()
 
-    def __enter__(self) -> None:
-        pass
-
-    def __exit__(self, *_: object) -> None:
-        with self.ending:  # no signal is sent any more
+    def close(self) -> None:
+        """Note that the body has ended: from now on, no signal is sent."""
+        with self.ending:
             self.over.set()
         _deferred.clear()
 

@@ -9,9 +9,7 @@ from pyarrow import fs
 
 from tests.faults.campaign import model_folder
 from tests.faults.harness import Job, write_queries
-from tests.support.clouds import find_azurite, serving
-
-AZURITE = pytest.mark.skipif(find_azurite() is None, reason="needs azurite-blob (npm install -g azurite)")
+from tests.support.clouds import AZURITE, serving
 
 
 @pytest.mark.slow

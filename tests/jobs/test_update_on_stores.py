@@ -19,12 +19,11 @@ from pipeline.retrieval.index import PassageIndex
 from pipeline.retrieval.manifest import read_manifest
 from pipeline.storage.location import locate
 from tests.support.building import given_vectors
-from tests.support.clouds import find_azurite, serving
+from tests.support.clouds import AZURITE, serving
 from tests.support.s3 import S3Server
 
 pytestmark = pytest.mark.slow
 
-AZURITE = pytest.mark.skipif(find_azurite() is None, reason="needs azurite-blob (npm install -g azurite)")
 ROWS, MORE = 60, 12
 
 

@@ -55,6 +55,9 @@ def find_azurite() -> str | None:
     return shutil.which("azurite-blob")
 
 
+AZURITE = pytest.mark.skipif(find_azurite() is None, reason="needs azurite-blob (npm install -g azurite)")
+
+
 @contextmanager
 def serving(kind: str, folder: Path) -> Iterator[CloudStore]:
     """Run an emulator of ``google`` or ``azure`` while the context is."""

@@ -19,12 +19,11 @@ from pipeline.nodes.places import Source
 from pipeline.storage import clouds
 from pipeline.storage.faults import advise, is_transient
 from pipeline.storage.location import Location, MissingFileError, StorageError, check_apart, check_writable, locate
-from tests.support.clouds import ACCOUNT, KEY, CloudStore, find_azurite, serving
+from tests.support.clouds import ACCOUNT, AZURITE, KEY, CloudStore, serving
 
 ROOT = Path(__file__).parents[3]
 HERE = StorageConfig()
 CONNECTION = f"DefaultEndpointsProtocol=https;AccountName=one;AccountKey={KEY};EndpointSuffix=core.windows.net"
-AZURITE = pytest.mark.skipif(find_azurite() is None, reason="needs azurite-blob (npm install -g azurite)")
 
 
 @pytest.fixture(scope="module", params=["google", pytest.param("azure", marks=AZURITE)])
