@@ -8,6 +8,7 @@ import sys
 import tempfile
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -116,6 +117,18 @@ class Running:
     def _said(self) -> str:
         self.log.seek(0)
         return self.log.read()
+
+
+def wait_for(reached: Callable[[], object], seconds: float = 120) -> None:
+    """Wait until a condition holds.
+
+    Raises:
+        AssertionError: it does not within so many seconds.
+    """
+    until = time.monotonic() + seconds
+    while not reached():
+        assert time.monotonic() < until
+        time.sleep(0.05)
 
 
 def kill_drivers(job: Job, rng: random.Random, most: int, longest: float) -> int:

@@ -5,7 +5,7 @@ import random
 import re
 import signal
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ import pyarrow.dataset as ds
 import pytest
 
 from tests.faults.campaign import model_folder
-from tests.faults.harness import Job, Running, broken, processes, write_queries
+from tests.faults.harness import Job, Running, broken, processes, wait_for, write_queries
 from tests.faults.series import cluster, hangs, on
 
 
@@ -120,13 +120,6 @@ def test_no_rows_are_lost_duplicated_or_blamed_in_a_series_of_hangs(job: Job, tm
     hung, problems = hangs(job, tmp_path / "queries", random.Random(5), 3)
     assert hung >= 3
     assert problems == []
-
-
-def wait_for(happened: Callable[[], bool], seconds: float = 120) -> None:
-    until = time.monotonic() + seconds
-    while not happened():
-        assert time.monotonic() < until
-        time.sleep(0.05)
 
 
 @pytest.mark.parametrize("victim", ["driver", "actor"])

@@ -2,27 +2,19 @@
 
 import subprocess
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow.parquet as pq
 import pytest
 
 from tests.faults.campaign import model_folder
-from tests.faults.harness import Job, write_queries
+from tests.faults.harness import Job, wait_for, write_queries
 from tests.faults.hosts import RAY
 from tests.faults.series import cluster, on
 
 # Seconds from the notice until the machine is gone.
 NOTICE_S = 20
 PREEMPTION = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "spot"]
-
-
-def wait_for(reached: Callable[[], object], seconds: float = 120) -> None:
-    until = time.monotonic() + seconds
-    while not reached():
-        assert time.monotonic() < until
-        time.sleep(0.1)
 
 
 @pytest.mark.slow

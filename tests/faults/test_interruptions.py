@@ -5,7 +5,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -13,7 +12,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from tests.faults.campaign import model_folder
-from tests.faults.harness import Job, Running, write_queries
+from tests.faults.harness import Job, Running, wait_for, write_queries
 from tests.support.building import given_vectors
 
 # Names the processes that a command has started, by its value in their environments.
@@ -27,14 +26,8 @@ def job(tmp_path: Path) -> Job:
     write_queries(tmp_path / "queries", 60, {40: "HANGS"})
     environment = {MARK: str(tmp_path), "FAULTS_PIDS": str(tmp_path / "pids")}
     (tmp_path / "pids").mkdir()
-    return Job(str(tmp_path / "queries"), str(tmp_path / "out"), model_folder(tmp_path), [], [], environment)
-
-
-def await_true(reached: Callable[[], object], timeout: float = 120.0) -> None:
-    until = time.monotonic() + timeout
-    while not reached():
-        assert time.monotonic() < until
-        time.sleep(0.1)
+    places, settings = (str(tmp_path / "queries"), str(tmp_path / "out")), ["execution.grace_s=1"]
+    return Job(*places, model_folder(tmp_path), settings, [], environment)
 
 
 def list_marked(mark: str) -> list[int]:
@@ -53,7 +46,7 @@ def interrupt(running: Running, number: signal.Signals, mark: str) -> tuple[int,
     """Interrupt a command; return its status and last line once all its processes have ended."""
     running.process.send_signal(number)
     status, said = running.ended(PATIENCE_S)
-    await_true(lambda: not list_marked(mark), PATIENCE_S)
+    wait_for(lambda: not list_marked(mark), PATIENCE_S)
     return status, said.splitlines()[-1]
 
 
@@ -64,9 +57,8 @@ def test_interrupted_run_leaves_nothing_behind_and_can_be_continued(
     job: Job, tmp_path: Path, number: signal.Signals, expected: int
 ) -> None:
     """After SIGTERM, the other rows of the unit in flight are kept."""
-    job.settings += ["execution.grace_s=1"]
     running = job.start()
-    await_true(lambda: len(list((tmp_path / "out").glob("data/*.parquet"))) == 5)
+    wait_for(lambda: len(list((tmp_path / "out").glob("data/*.parquet"))) == 5)
     time.sleep(1)
     status, line = interrupt(running, number, str(tmp_path))
     assert (status, line) == (expected, "interrupted; the same command continues it")
@@ -84,7 +76,7 @@ def test_interrupted_run_leaves_nothing_behind_and_can_be_continued(
 def test_run_whose_ray_receives_the_signal_too_is_interrupted(job: Job, tmp_path: Path) -> None:
     """As from timeout(1), which sends it to the whole group of processes."""
     running = job.start()
-    await_true(lambda: len(list((tmp_path / "out").glob("data/*.parquet"))) == 5)
+    wait_for(lambda: len(list((tmp_path / "out").glob("data/*.parquet"))) == 5)
     os.killpg(running.process.pid, signal.SIGTERM)
     status, said = running.ended(PATIENCE_S)
     assert (status, said.splitlines()[-1]) == (143, "interrupted; the same command continues it")
@@ -96,7 +88,7 @@ def test_run_that_has_lost_its_lease_writes_nothing_more(job: Job, tmp_path: Pat
     """The unit in flight could end after 20 seconds, in the grace of an interruption; the loss is noticed after 15."""
     job.settings += ["execution.row_timeout_s=20", "execution.max_error_rate=1", "execution.grace_s=30"]
     running = job.start()
-    await_true(lambda: len(list((tmp_path / "out").glob("data/*.parquet"))) == 5)
+    wait_for(lambda: len(list((tmp_path / "out").glob("data/*.parquet"))) == 5)
     (lease,) = (tmp_path / "out" / "_running").glob("*.json")
     lease.unlink()
     status, said = running.ended(PATIENCE_S)
@@ -108,7 +100,7 @@ def test_run_that_has_lost_its_lease_writes_nothing_more(job: Job, tmp_path: Pat
 def test_run_is_interrupted_before_its_first_row(job: Job, tmp_path: Path) -> None:
     running = job.start()
     (job.model / "actors").write_text("2")  # rows wait for a second actor, and there is only one
-    await_true(lambda: list((tmp_path / "pids").iterdir()))
+    wait_for(lambda: list((tmp_path / "pids").iterdir()))
     assert interrupt(running, signal.SIGTERM, str(tmp_path)) == (143, "interrupted; the same command continues it")
     assert not (tmp_path / "out" / "_running").exists()
 
@@ -117,7 +109,7 @@ def test_run_is_interrupted_before_its_first_row(job: Job, tmp_path: Path) -> No
 @pytest.mark.parametrize("seconds", [0.0, 1.0, 2.0])
 def test_run_is_interrupted_while_ray_starts(job: Job, tmp_path: Path, seconds: float) -> None:
     running = job.start()
-    await_true(lambda: len(list_marked(str(tmp_path))) > 1)  # Ray's first process
+    wait_for(lambda: len(list_marked(str(tmp_path))) > 1)  # Ray's first process
     time.sleep(seconds)
     status, line = interrupt(running, signal.SIGTERM, str(tmp_path))
     assert (status, line.partition(";")[0]) == (143, "interrupted")
@@ -132,7 +124,7 @@ def test_interrupted_build_can_be_continued(tmp_path: Path) -> None:
     with (tmp_path / "log").open("w+") as log:
         process = subprocess.Popen(command, stderr=log, env={**os.environ, MARK: str(tmp_path)})
         running = Running(process, log)
-        await_true(lambda: "starting 1 actor(s)" in (tmp_path / "log").read_text())
+        wait_for(lambda: "starting 1 actor(s)" in (tmp_path / "log").read_text())
         status, line = interrupt(running, signal.SIGTERM, str(tmp_path))
     assert (status, line) == (143, "interrupted; the same command continues it")
     assert not (tmp_path / "index" / "_running").exists()

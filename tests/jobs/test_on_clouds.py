@@ -1,6 +1,5 @@
 """Whole runs from and to Google's and Azure's stores, on emulators."""
 
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -8,7 +7,7 @@ import pytest
 from pyarrow import fs
 
 from tests.faults.campaign import model_folder
-from tests.faults.harness import Job, write_queries
+from tests.faults.harness import Job, wait_for, write_queries
 from tests.support.clouds import AZURITE, serving
 
 
@@ -30,10 +29,8 @@ def test_run_whose_driver_is_killed_is_resumed(kind: str, tmp_path: Path) -> Non
             found = client.get_file_info(fs.FileSelector("bucket/out/data", allow_not_found=True))
             return {info.path: info.mtime_ns for info in found if info.base_name.startswith("part-")}
 
-        until = time.monotonic() + 120
-        while len(before := list_units()) < 5:
-            assert time.monotonic() < until
-            time.sleep(0.1)
+        wait_for(lambda: len(list_units()) >= 5)
+        before = list_units()
         running.kill()
         (tmp_path / "waits").unlink()
         status, said = job.finish()
