@@ -132,7 +132,7 @@ def test_stage_times_are_shown_as_totals_shares_and_quantiles(tmp_path: Path) ->
 def test_tables_show_tasks_and_errors(tmp_path: Path) -> None:
     found = page(usual(tmp_path))
     assert found.row("qa") == ["3", "1", "50.0 %", "0.500", "0.900", "0.800", "0.500", "2.000"]
-    assert found.row("All") == ["5", "1", "75.0 %", "0.700", "0.900", "0.800", "0.500", "1.750"]
+    assert found.row("(all)") == ["5", "1", "75.0 %", "0.700", "0.900", "0.800", "0.500", "1.750"]
     assert found.row("ValueError") == ["qa", "1", "the query is empty"]
 
 
@@ -211,7 +211,7 @@ def test_totals_of_a_sampled_set_with_tasks_are_those_of_all_rows(
     found = page(tmp_path)
     assert found.row("qa")[:3] == ["75.0 %", "0.0 %", "100.0 %"]
     assert found.row("(none)")[:3] == ["25.0 %", "0.0 %", "0.0 %"]
-    assert found.row("All")[:3] == ["100.0 %", "37.5 %", "60.0 %"]
+    assert found.row("(all)")[:3] == ["100.0 %", "37.5 %", "60.0 %"]
     assert found.row("ValueError") == ["(all)", "3", "the query is empty"]
 
 

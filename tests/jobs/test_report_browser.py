@@ -35,6 +35,7 @@ frame.onload = () => {
   page.querySelectorAll("input").forEach(button => { button.click(); found.examples.push(seen()); });
   found.background = frame.contentWindow.getComputedStyle(page.body).backgroundColor;
   found.charts = [...page.querySelectorAll(".chart")].map(e => Math.round(e.getBoundingClientRect().height));
+  found.captions = [...page.querySelectorAll("caption")].map(e => Math.round(e.getBoundingClientRect().right));
   out.textContent = JSON.stringify(found);
 };
 </script>"""
@@ -83,6 +84,7 @@ def test_page_fits_a_phone_screen(page: Path, tmp_path: Path) -> None:
     found = measured(page, tmp_path, 390)
     assert found["overflow"] == 0
     assert min(found["charts"]) >= 60
+    assert max(found["captions"]) <= 390
 
 
 def test_examples_are_filtered_by_task_without_scripts(page: Path, tmp_path: Path) -> None:
