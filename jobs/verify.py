@@ -65,13 +65,25 @@ def summarize(verified: Verified) -> list[str]:
     if not verified.problems:
         compared = "each query once" if verified.compared else "not compared with the query set"
         return [
-            f"{verified.output}: whole, {verified.rows} rows in {verified.units} units, {verified.errors} in errors/, "
-            f"{compared}"
+            f"{verified.output}: whole, {verified.rows} rows in {verified.units} {_name_units(verified)}, "
+            f"{verified.errors} in errors/, {compared}"
         ]
     lines = [problem.text for problem in verified.problems]
     deleted = verified.list_deletions()
+    return [*lines, _name_remedy(verified), *(f"  {file}" for file in deleted)]
+
+
+def _name_units(verified: Verified) -> str:
+    return "files" if verified.compacted else "units"
+
+
+def _name_remedy(verified: Verified) -> str:
+    deleted = verified.list_deletions()
+    if verified.compacted:
+        others = ", and delete these files" if deleted else ""
+        return f"to repair this compacted set, restore its files from a copy, or annotate its queries again{others}"
     remedy = "delete these files, then run" if deleted else "run"
-    return [*lines, f"to repair the set, {remedy} the command that wrote it again", *(f"  {file}" for file in deleted)]
+    return f"to repair the set, {remedy} the command that wrote it again"
 
 
 if __name__ == "__main__":

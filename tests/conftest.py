@@ -65,7 +65,7 @@ def small_index(tmp_path_factory: pytest.TempPathFactory, small_corpus: Path) ->
     command = [sys.executable, "-m", "jobs.build_index", "--passages", str(small_corpus), "--output", str(folder)]
     with FileLock(f"{folder}.lock"):
         if not (folder / "index.json").exists():
-            subprocess.run([*command, "--shards", "2", "--lexical", "--metadata", "words"], check=True, timeout=300)
+            subprocess.run([*command, "--shards", "2", "--lexical", "--metadata", "words"], check=True, timeout=560)
     return folder
 
 

@@ -15,13 +15,12 @@ from pipeline.evaluation.rescoring import Rescoring, rescore_table
 from pipeline.nodes.access import Packed
 from pipeline.nodes.check import check_nodes
 from pipeline.nodes.places import Source
+from pipeline.output.compacted import PlacedUnit, check_listed_files, locate_units
 from pipeline.output.folder import OutputFolder, hash_identity
 from pipeline.output.inventory import complete_output
-from pipeline.output.unit_files import NO_ERRORS, UnitSummary
-from pipeline.output.unit_log import UNITS, read_units
+from pipeline.output.unit_files import UnitSummary
 from pipeline.storage.lease import Lease
 from pipeline.storage.location import check_apart, check_writable, locate
-from pipeline.storage.parquet import read_checked
 
 # Blocks of units, one Ray task each; the units of a block are rescored one after another. More blocks would cost the
 # driver time and memory; these are enough to keep hundreds of CPUs busy, and a task that is lost repeats few units.
@@ -37,7 +36,7 @@ class RescorePlan:
         output: folder of the rescored set.
         rescoring: settings by task.
         manifest: manifest of the run, with the changed settings.
-        units: summaries of the units of the run.
+        units: where the rows of the run's units lie.
         storage: access to object storage.
         overwrite: whether a set in the output is replaced.
     """
@@ -46,7 +45,7 @@ class RescorePlan:
     output: OutputFolder
     rescoring: Rescoring
     manifest: dict[str, Any]
-    units: Mapping[str, UnitSummary]
+    units: Mapping[str, PlacedUnit]
     storage: StorageConfig
     overwrite: bool
 
@@ -71,7 +70,8 @@ def check_rescoring(
     manifest = source.read_manifest()
     if manifest is None or not source.is_finished():
         raise ValueError(f"{run}: not a finished annotated set")
-    units = _list_units(source)
+    check_listed_files(source)
+    units = locate_units(source)
     check_apart(source.location, target.location)
     check_writable(target.location)
     rescoring = Rescoring.of(manifest, changes)
@@ -88,21 +88,6 @@ def check_rescoring(
     plan = RescorePlan(source, target, rescoring, manifest, units, storage, overwrite)
     _check_output(plan)
     return plan
-
-
-def _list_units(source: OutputFolder) -> dict[str, UnitSummary]:
-    """Return the summaries of the units of a finished run, in its order.
-
-    Raises:
-        ValueError: a file is missing, or there is one that the run does not know.
-    """
-    units = read_units(source.location)
-    if differing := sorted(source.list_unit_files("data").keys() ^ units.keys()):
-        raise ValueError(
-            f"{source.location.uri}: {len(differing)} units are in {UNITS} or in data/, but not in both "
-            f"({differing[0]!r}); run jobs.annotate again to complete it"
-        )
-    return units
 
 
 def _check_output(plan: RescorePlan) -> None:
@@ -150,7 +135,7 @@ def rescore_set(plan: RescorePlan) -> Rescored:
                 plan.output.clear()
             plan.output.begin(plan.manifest)
             rescored, changed = _rescore_units(Packed.pack(plan, access), list(plan.units))
-        rows = {unit: summary.rows for unit, summary in plan.units.items()}
+        rows = {unit: found.summary.rows for unit, found in plan.units.items()}
         units = complete_output(plan.output, rows, hash_identity(plan.manifest), rescored)
         lease.renew()
         counts = {**plan.manifest["counts"], "output": plan.output.location.uri}
@@ -191,15 +176,11 @@ def rescore_unit(unit: str, plan: RescorePlan) -> tuple[UnitSummary, int]:
     Raises:
         ValueError: a file of the run is damaged, or does not hold the rows that the run has counted.
     """
-    measured = plan.units[unit]
-    rows, failed = measured.rows, measured.failed
-    before = read_checked(plan.run.locate_unit_file("data", unit))
-    errors = read_checked(plan.run.locate_unit_file("errors", unit)) if failed else NO_ERRORS
-    if (before.num_rows, errors.num_rows) != (rows - failed, failed):
-        raise ValueError(
-            f"{plan.run.location.uri}: the files of unit {unit} hold {before.num_rows} answers and {errors.num_rows} "
-            f"errors instead of {rows - failed} and {failed}; run jobs.annotate again to repair it"
-        )
+    found = plan.units[unit]
+    try:
+        before, errors = found.read_answers(), found.read_failures()
+    except ValueError as problem:
+        raise ValueError(f"{problem}; selfrag verify names the way to repair the set") from None
     after = rescore_table(before, plan.rescoring)
     changed = sum(a != b for a, b in zip(before["answer"], after["answer"], strict=True))
-    return plan.output.write_unit(unit, after, errors, hash_identity(plan.manifest), measured.work), changed
+    return plan.output.write_unit(unit, after, errors, hash_identity(plan.manifest), found.summary.work), changed

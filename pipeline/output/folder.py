@@ -26,6 +26,8 @@ log = logging.getLogger(__name__)
 FORMAT_VERSION = 1
 REPORT = "report.html"
 CARD = "README.md"
+# Which units of the run lie in which file of a set that was compacted.
+COMPACTED = "_compacted.parquet"
 # What the inspection of the query set has found.
 INSPECTION = "_inspection.parquet"
 # Keys of a manifest that decide the results; an output holds rows of one identity only.
@@ -92,7 +94,8 @@ class OutputFolder:
             for file in self.list_unit_files(folder).values():
                 file.delete()
         clear_partial(self.location)
-        for file in (self.location / REPORT, self.location / UNITS, self.location / INSPECTION, self._manifest):
+        records = [self.location / name for name in (REPORT, UNITS, COMPACTED, INSPECTION)]
+        for file in [*records, self._manifest]:
             if file.exists():
                 file.delete()
 
@@ -139,14 +142,25 @@ class OutputFolder:
             return kept
         counted = summarize_unit(unit, answers, errors)
         summary = replace(counted, **vars(work), run=run, attempt=uuid.uuid4().hex)
-        metadata, errors_file = summary.to_metadata(), self.locate_unit_file("errors", unit)
-        if errors.num_rows:
-            errors_file.write(encode_parquet(errors.replace_schema_metadata(metadata)))
+        metadata = summary.to_metadata()
+        failed = encode_parquet(errors.replace_schema_metadata(metadata)) if errors.num_rows else None
+        return self.publish_unit(summary, encode_parquet(answers.replace_schema_metadata(metadata)), failed)
+
+    def publish_unit(self, summary: UnitSummary, answers: bytes, errors: bytes | None) -> UnitSummary:
+        """Write the two files of a unit, the errors first, and return its summary with the size of its data file.
+
+        Args:
+            summary: summary of the unit, as in the metadata of both files.
+            answers: content of the data file.
+            errors: content of the errors file; None if no row has failed.
+        """
+        errors_file = self.locate_unit_file("errors", summary.unit)
+        if errors is not None:
+            errors_file.write(errors)
         elif errors_file.exists():
             errors_file.delete()  # left by an attempt that died before it wrote the data file
-        content = encode_parquet(answers.replace_schema_metadata(metadata))
-        self.locate_unit_file("data", unit).write(content)
-        return replace(summary, data_bytes=len(content))
+        self.locate_unit_file("data", summary.unit).write(answers)
+        return replace(summary, data_bytes=len(answers))
 
     def read_unit(self, unit: str, run: str) -> UnitSummary | None:
         """Read the summary of a finished unit; None if it has no data file, or if it must be annotated again.

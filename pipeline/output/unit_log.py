@@ -53,10 +53,22 @@ def read_units(output: Location) -> dict[str, UnitSummary]:
         return {}
     if not table.schema.equals(SCHEMA):
         raise ValueError(f"{file.uri}: not a list of units of this version; delete it and run again")
+    return {unit.unit: unit for unit in decode_units(table, file)}
+
+
+def decode_units(table: pa.Table, file: Location) -> list[UnitSummary]:
+    """Return the summaries that a table of ``SCHEMA`` holds.
+
+    Args:
+        file: the file that it was read from, for messages.
+
+    Raises:
+        ValueError: an id is not that of a unit.
+    """
     rows = [{**row, "errors": dict(row["errors"])} for row in table.to_pylist()]
     if strange := [row["unit"] for row in rows if not UNIT_ID.fullmatch(row["unit"])]:
         raise ValueError(f"{file.uri}: {strange[0]!r} is not the id of a unit; delete the file and run again")
-    return {row["unit"]: UnitSummary(**row) for row in rows}
+    return [UnitSummary(**row) for row in rows]
 
 
 def write_units(output: Location, units: Iterable[UnitSummary]) -> None:
@@ -65,8 +77,13 @@ def write_units(output: Location, units: Iterable[UnitSummary]) -> None:
     Raises:
         StorageError: the file cannot be written.
     """
+    (output / UNITS).write(encode_parquet(encode_units(units)))
+
+
+def encode_units(units: Iterable[UnitSummary]) -> pa.Table:
+    """Return a table of ``SCHEMA`` with the summaries."""
     rows = [{**asdict(unit), "errors": list(unit.errors.items())} for unit in units]
-    (output / UNITS).write(encode_parquet(pa.Table.from_pylist(rows, schema=SCHEMA)))
+    return pa.Table.from_pylist(rows, schema=SCHEMA)
 
 
 class UnitLog:

@@ -4,7 +4,7 @@ import logging
 import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -54,6 +54,7 @@ class Verified:
         errors: number of these in ``errors/``.
         compared: whether the ids were compared with those of the query set.
         problems: all faults; empty if the set is whole.
+        compacted: whether the set was compacted: its units are then files of several units of the run.
     """
 
     output: str
@@ -62,6 +63,7 @@ class Verified:
     errors: int
     compared: bool
     problems: tuple[Problem, ...]
+    compacted: bool = False
 
     def list_deletions(self) -> list[str]:
         """List the files to delete, each once."""
@@ -121,17 +123,19 @@ def verify_set(folder: OutputFolder, planned: PlannedIds | None) -> Verified:
         check = UnitCheck(folder, hash_identity(manifest), get_columns(manifest).id, recorded, planned, hashes)
         checked = list(_note_progress(check.check_all(units), len(units)))
         double = list(check.find_double_ids(checked))
+    faults, compacted = [*(unit.fault for unit in checked if unit.fault), *double], bool(manifest.get("compacted"))
+    if compacted:  # no run writes its files again
+        faults = [replace(fault, delete=None) for fault in faults]
     problems = [
         *_check_state(folder, manifest, recorded),
         *(Problem(f"{file.uri}: was not written by this run", file.uri) for file in strange),
         *_name_missing(folder, known - {unit.id for unit in units}),
-        *(unit.fault for unit in checked if unit.fault),
-        *double,
+        *faults,
     ]
     rows, errors = sum(unit.rows for unit in checked), sum(unit.errors for unit in checked)
     whole = sum(unit.fault is None for unit in checked)
     compared = planned is not None and all(unit.compared for unit in checked if unit.fault is None)
-    return Verified(folder.location.uri, whole, rows, errors, compared, tuple(problems))
+    return Verified(folder.location.uri, whole, rows, errors, compared, tuple(problems), compacted)
 
 
 def _list_units(folder: OutputFolder, known: Iterable[str]) -> tuple[list[UnitFiles], list[Location]]:

@@ -6,6 +6,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.config.sections import Columns, SampleConfig, StorageConfig
+from pipeline.output.compacted import Members, read_members
 from pipeline.output.folder import OutputFolder
 from pipeline.queries.query_set import QuerySet, inspect_queries
 from pipeline.queries.selection import Selection
@@ -14,13 +15,18 @@ from pipeline.storage.location import locate
 
 
 class QueryIds(Mapping[str, pa.ChunkedArray]):
-    """The ids of each unit of a query set, in the set's order, read when they are looked up: large_string.
+    """The ids of each unit of a query set, or of each file of a compacted set: large_string.
+
+    They are in the order of the query set, and read when they are looked up.
 
     Looking up raises what :func:`pipeline.queries.units.read_unit_ids` raises.
     """
 
-    def __init__(self, queries: QuerySet, column: str, storage: StorageConfig) -> None:
-        self._units = {unit.id: unit for unit in queries.units}
+    def __init__(self, queries: QuerySet, members: Members, column: str, storage: StorageConfig) -> None:
+        units = {unit.id: unit for unit in queries.units}
+        self._units = {file: [units[member.unit] for member in members[file]] for file in members} or {
+            unit: [units[unit]] for unit in units
+        }
         self._column, self._storage = column, storage
 
     def __len__(self) -> int:
@@ -30,13 +36,15 @@ class QueryIds(Mapping[str, pa.ChunkedArray]):
         return iter(self._units)
 
     def __getitem__(self, unit: str) -> pa.ChunkedArray:
-        return read_unit_ids(self._units[unit], self._column, self._storage)
+        found = (read_unit_ids(part, self._column, self._storage) for part in self._units[unit])
+        return pa.chunked_array([chunk for ids in found for chunk in ids.chunks], pa.large_string())
 
 
 def read_planned_ids(folder: OutputFolder, storage: StorageConfig) -> QueryIds:
     """Read the query set of an annotated set in full, and return the ids of each unit.
 
     Raises:
+        KeyError: the manifest lacks a setting, or a compacted set holds a unit that the query set does not have.
         ValueError: there is no manifest, the query set cannot be read, or it is not the one of the run any more.
         StorageError: the storage cannot be read.
     """
@@ -55,4 +63,4 @@ def read_planned_ids(folder: OutputFolder, storage: StorageConfig) -> QueryIds:
     found = inspect_queries(source, columns, configuration["execution"]["unit_rows"])
     if found.digest != manifest["queries"]["digest"]:
         raise ValueError(f"{source.uri}: is not the query set of the run any more")
-    return QueryIds(found, columns.id, storage)
+    return QueryIds(found, read_members(folder.location), columns.id, storage)

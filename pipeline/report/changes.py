@@ -13,6 +13,7 @@ import numpy.typing as npt
 import pyarrow as pa
 
 from pipeline.config.sections import Columns
+from pipeline.output.compacted import PlacedUnit, locate_members
 from pipeline.output.folder import OutputFolder
 from pipeline.output.unit_files import UnitSummary
 from pipeline.report.units import FinishedUnit, check_columns, find_units, map_units
@@ -101,19 +102,27 @@ def read_changed_answers(ours: OutputFolder, theirs: OutputFolder, columns: Colu
         ValueError: a column is missing.
         StorageError: a file cannot be read.
     """
-    data, names, found = theirs.list_unit_files("data"), [columns.id, columns.query, "answer"], list[ChangedAnswer]()
-    both = [unit for unit in find_units(ours) if unit.summary.unit in data and has_own_answers(unit.summary)]
+    names, found = [columns.id, columns.query, "answer"], list[ChangedAnswer]()
+    units, data = _locate_units(ours), _locate_units(theirs)
+    both = [name for name, unit in units.items() if name in data and has_own_answers(unit.summary)]
     for unit in both[:MOST_SEARCHED]:
-        before = read_columns(data[unit.summary.unit], [columns.id, "answer"])
-        check_columns(data[unit.summary.unit], before, (columns.id, "answer"))
+        before = data[unit].read_answers([columns.id, "answer"])
+        check_columns(data[unit].answers.file, before, (columns.id, "answer"))
         earlier = dict(zip(before[columns.id].to_pylist(), before["answer"].to_pylist(), strict=True))
-        for row in read_columns(unit.data, names).to_pylist():
+        for row in units[unit].read_answers(names).to_pylist():
             name, answer = row[columns.id], row["answer"]
             if earlier.get(name, answer) != answer:
                 found.append(ChangedAnswer(name, row[columns.query], earlier[name], answer))
         if len(found) >= MOST_SHOWN:
             break
     return found[:MOST_SHOWN]
+
+
+def _locate_units(output: OutputFolder) -> dict[str, PlacedUnit]:
+    """Locate the rows of the finished units of the run, by unit."""
+    files = find_units(output)
+    found = (unit for file in files for unit in locate_members(output, file.summary.unit, file.members))
+    return {unit.summary.unit: unit for unit in found}
 
 
 def has_own_answers(unit: UnitSummary) -> bool:

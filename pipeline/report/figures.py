@@ -259,7 +259,7 @@ def read_set(output: OutputFolder, reading: ReadOptions) -> SetFigures:
     """
     units = find_units(output)
     chosen = choose_units(units)
-    figures = SetFigures([unit.summary for unit in units])
+    figures = SetFigures([member for unit in units for member in unit.members])
     for part in map_units(lambda unit: count_unit(unit, reading), chosen):
         figures.add(part)
     if len(chosen) < len(units):

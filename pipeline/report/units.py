@@ -7,6 +7,7 @@ from typing import TypeVar
 
 import pyarrow as pa
 
+from pipeline.output.compacted import read_members
 from pipeline.output.folder import OutputFolder
 from pipeline.output.unit_files import NO_ERRORS, UnitSummary, summarize_unit
 from pipeline.output.unit_log import read_units
@@ -33,11 +34,13 @@ class FinishedUnit:
         summary: summary of the unit.
         data: its data file.
         errors: its errors file, if it has one.
+        members: summaries of the run's units that its files hold; of a set that is not compacted, its own.
     """
 
     summary: UnitSummary
     data: Location
     errors: Location | None
+    members: tuple[UnitSummary, ...]
 
 
 def find_units(output: OutputFolder) -> list[FinishedUnit]:
@@ -56,7 +59,9 @@ def find_units(output: OutputFolder) -> list[FinishedUnit]:
     unknown = [unit for unit, file in data.items() if unit not in logged or not logged[unit].has_size_of(file)]
     read = map_in_threads(lambda unit: _read_summary(unit, data[unit], errors.get(unit)), unknown)
     summaries = logged | dict(zip(unknown, read, strict=True))
-    return [FinishedUnit(summaries[unit], file, errors.get(unit)) for unit, file in data.items()]
+    members: dict[str, tuple[UnitSummary, ...]] = {unit: (summary,) for unit, summary in summaries.items()}
+    members |= {file: tuple(units) for file, units in read_members(output.location).items()}
+    return [FinishedUnit(summaries[unit], file, errors.get(unit), members[unit]) for unit, file in data.items()]
 
 
 def _read_log(output: OutputFolder) -> dict[str, UnitSummary]:
@@ -91,11 +96,11 @@ def choose_units(units: Sequence[FinishedUnit]) -> list[FinishedUnit]:
     """Choose the units whose rows are read: all, or the first ones, of at most ``MOST_ROWS`` rows but at least one.
 
     Args:
-        units: the finished units in the order of their ids. Ids are digests, so that their order tells nothing about
-            the rows, and the same units are chosen each time.
+        units: the finished units. They are taken in the order of the last digits of their ids, which are those of a
+            digest: this order tells nothing about the rows, and the same units are chosen each time.
     """
     chosen, rows = [], 0
-    for unit in units:
+    for unit in sorted(units, key=lambda unit: unit.summary.unit[::-1]):
         if rows and rows + unit.summary.rows > MOST_ROWS:
             break
         chosen.append(unit)

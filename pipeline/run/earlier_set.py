@@ -3,14 +3,15 @@
 import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import StorageConfig
 from pipeline.nodes.places import Source
-from pipeline.output.folder import OutputFolder, hash_identity
+from pipeline.output.compacted import PlacedUnit, locate_units, read_run_units
+from pipeline.output.folder import COMPACTED, OutputFolder, hash_identity
 from pipeline.output.schema import ANSWER_FIELDS, CANDIDATE_FIELDS, get_output_name
-from pipeline.output.unit_log import read_units
 from pipeline.storage.location import check_apart, locate
 from pipeline.storage.parquet import read_checked
 
@@ -61,7 +62,7 @@ def _compare(manifest: Mapping[str, Any], identity: Mapping[str, Any]) -> list[s
 
 
 def _check_units(output: OutputFolder, rows: Mapping[str, int]) -> None:
-    known = read_units(output.location)
+    known = read_run_units(output.location)
     if known.keys().isdisjoint(rows):
         raise ValueError(
             f"--stale {output.location.uri}: it answers other queries, or in units of another size "
@@ -91,6 +92,10 @@ class EarlierSet:
     run: str
     id_column: str
 
+    @cached_property
+    def _compacted(self) -> dict[str, PlacedUnit]:
+        return locate_units(self.output) if (self.output.location / COMPACTED).exists() else {}
+
     def read_outcomes(self, unit: str, ids: Sequence[str]) -> dict[int, dict[str, Any]]:
         """Read the answers to the rows of a unit, given their ids; those without one are left out.
 
@@ -100,10 +105,11 @@ class EarlierSet:
         Raises:
             StorageError: the storage cannot be read.
         """
+        found = self._compacted.get(unit)
         try:
-            if self.output.check_unit(unit, self.run) is None:
+            if self.output.check_unit(found.file if found else unit, self.run) is None:
                 return {}
-            table = read_checked(self.output.locate_unit_file("data", unit))
+            table = found.read_answers() if found else read_checked(self.output.locate_unit_file("data", unit))
         except ValueError as problem:
             log.warning("%s: unit %s is answered again: %s", self.output.location.uri, unit, problem)
             return {}

@@ -10,9 +10,9 @@ from typing import Any
 from pyarrow import fs
 
 from pipeline.config.sections import ExecutionConfig
+from pipeline.output.compacted import read_run_units
 from pipeline.output.folder import OutputFolder
 from pipeline.output.unit_files import UnitSummary
-from pipeline.output.unit_log import read_units
 from pipeline.run.driver import record_plan
 from pipeline.run.plan import RunPlan
 from pipeline.storage.location import Location, StorageError, locate
@@ -139,7 +139,7 @@ def forecast_run(source: OutputFolder, rows: int, execution: ExecutionConfig) ->
         ValueError: the set is not finished, or of another version.
         StorageError: a file cannot be read.
     """
-    manifest, units = source.read_manifest() or {}, list(read_units(source.location).values())
+    manifest, units = source.read_manifest() or {}, list(read_run_units(source.location).values())
     measured, failed = sum(unit.rows for unit in units), sum(unit.failed for unit in units)
     if not measured:
         raise ValueError(f"{source.location.uri}: not a finished annotated set")

@@ -17,6 +17,7 @@ from pipeline.engine.arguments import check_engine_arguments
 from pipeline.engine.models import identify_model, load_critic, resolve_model_path
 from pipeline.nodes.access import Access
 from pipeline.nodes.spread import ClusterSpread
+from pipeline.output.compacted import count_compacted
 from pipeline.output.folder import IDENTITY, OutputFolder, hash_identity
 from pipeline.output.inventory import EMPTY, Inventory, take_inventory
 from pipeline.output.schema import hash_columns
@@ -87,6 +88,8 @@ class RunPlan:
     @cached_property
     def todo(self) -> list[Unit]:
         """The units that are left to annotate."""
+        if self.finished:  # the files of a compacted set hold several units each
+            return []
         return [unit for unit in self.queries.units if unit.id not in self.done]
 
     @cached_property
@@ -294,6 +297,9 @@ def inspect_output(plan: RunPlan) -> RunPlan:
     _check_output(plan, manifest)
     if plan.overwrite or manifest is None:
         return replace(plan, manifest=manifest)
+    if manifest.get("compacted"):
+        inventory = count_compacted(plan.output, plan.queries.rows, plan.digest)
+        return replace(plan, manifest=manifest, inventory=inventory, succeeded=True)
     logged = read_units(plan.output.location)
     inventory = take_inventory(plan.output, plan.rows, plan.digest, logged)
     succeeded = plan.output.is_finished() and logged.keys() == plan.rows.keys()

@@ -15,7 +15,7 @@ import socket
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from types import TracebackType
@@ -190,6 +190,13 @@ class Lease:
             self._renewed = read_clock()
         if self.on_renewal:
             self.on_renewal()
+
+    @contextlib.contextmanager
+    def moving(self) -> Iterator[None]:
+        """Hold back heartbeats while the folder is replaced by another, then write the lease into that one."""
+        with self._renewing:
+            yield
+            self._write()
 
     @property
     def is_fresh(self) -> bool:

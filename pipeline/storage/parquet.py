@@ -211,15 +211,41 @@ def read_range(
 def _open_range(part: RowRange, columns: list[str], batch_rows: int) -> Iterator[tuple[int, pa.RecordBatch]]:
     with part.file.filesystem.open_input_file(part.file.path) as stream:
         parquet = open_pages(stream)
-        sizes = [parquet.metadata.row_group(n).num_rows for n in range(parquet.metadata.num_row_groups)]
-        ends = np.cumsum(sizes)
-        groups = [n for n, end in enumerate(ends) if end > part.start and end - sizes[n] < part.stop]
-        row = int(ends[groups[0]]) - sizes[groups[0]]
+        groups, row = _find_groups(parquet.metadata, part)
         for batch in parquet.iter_batches(batch_rows, row_groups=groups, columns=columns):
             first, last = max(part.start - row, 0), min(part.stop - row, batch.num_rows)
             if first < last:
                 yield row + first, batch.slice(first, last - first)
             row += batch.num_rows
+
+
+def _find_groups(footer: pq.FileMetaData, part: RowRange) -> tuple[list[int], int]:
+    """Return the row groups that a range touches, and the number of their first row in the file."""
+    sizes = [footer.row_group(number).num_rows for number in range(footer.num_row_groups)]
+    ends = np.cumsum(sizes)
+    groups = [number for number, end in enumerate(ends) if end > part.start and end - sizes[number] < part.stop]
+    return groups, int(ends[groups[0]]) - sizes[groups[0]] if groups else part.start
+
+
+def read_row_range(part: RowRange, of: int, names: list[str] | None = None) -> pa.Table:
+    """Read a range as a table, all columns by default; missing columns are left out.
+
+    Args:
+        of: number of rows that the file must have.
+
+    Raises:
+        ValueError: the file is not Parquet, is damaged, or has another number of rows.
+        StorageError: the file cannot be read.
+    """
+
+    def read(stream: Any) -> pa.Table:
+        parquet = pq.ParquetFile(stream, pre_buffer=True, page_checksum_verification=True)
+        if parquet.metadata.num_rows != of:
+            raise ValueError(f"{part.file.uri}: holds {parquet.metadata.num_rows} rows instead of {of}")
+        groups, first = _find_groups(parquet.metadata, part)
+        return parquet.read_row_groups(groups, columns=names).slice(part.start - first, part.rows)
+
+    return read_parquet(part.file, read)
 
 
 def read_columns(file: Location, names: list[str]) -> pa.Table:

@@ -201,7 +201,7 @@ def cut_bytes(run: Path) -> None:
     ("damage", "status", "problem"),
     [
         (lose_data, 2, "1 units are in _units.parquet or in data/, but not in both"),
-        (cut_rows, 1, "hold 2 answers and 1 errors instead of 3 and 1; run jobs.annotate again to repair it"),
+        (cut_rows, 1, "holds 2 rows instead of 3; selfrag verify names the way to repair the set"),
         (lose_errors, 1, "not found|No such file"),
         (cut_bytes, 1, f"data/part-{UNITS[1]}.parquet: not a readable Parquet file"),
     ],

@@ -23,7 +23,8 @@ def counts(output: OutputFolder) -> list[tuple[str, int, dict[str, int], int, in
 
 
 def finished(*rows: int) -> list[FinishedUnit]:
-    return [FinishedUnit(UnitSummary(str(n), count), at("d"), None) for n, count in enumerate(rows)]
+    summaries = [UnitSummary(str(n), count) for n, count in enumerate(rows)]
+    return [FinishedUnit(summary, at("d"), None, (summary,)) for summary in summaries]
 
 
 def test_summaries_come_from_the_log_without_opening_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
