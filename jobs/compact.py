@@ -25,7 +25,7 @@ def compact(
         str | None, typer.Option(help="Folder for the compacted set; without it, the set is replaced.")
     ] = None,
     file_mb: Annotated[
-        int, typer.Option(min=1, max=4096, help="Size of a file in megabytes; the rows of a file must fit in memory.")
+        int, typer.Option(min=1, max=4096, help="Size of a file in megabytes, which must fit in memory.")
     ] = 128,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Check everything and write nothing.")] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an existing output.")] = False,

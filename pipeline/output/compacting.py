@@ -4,9 +4,10 @@ import io
 import logging
 import shutil
 import uuid
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +30,7 @@ from pipeline.output.unit_files import UnitSummary, is_unit_file
 from pipeline.storage.exchange import exchange_folders
 from pipeline.storage.lease import Lease
 from pipeline.storage.location import Location, check_apart, check_writable, locate
-from pipeline.storage.parquet import WRITING, map_in_threads
+from pipeline.storage.parquet import THREADS, WRITING, map_in_threads
 
 log = logging.getLogger(__name__)
 
@@ -185,7 +186,7 @@ def plan_files(units: Iterable[PlacedUnit], size: int) -> dict[str, list[PlacedU
 def compact_set(plan: Compaction, overwrite: bool = False) -> Compacted:
     """Write the compacted set, count its rows, and then put it in its place.
 
-    Driver memory: the rows of a file, and its encoded content.
+    Memory: the encoded content of a file, and the rows of ``THREADS`` units.
 
     Raises:
         OutputInUseError: a run is using the set or the output.
@@ -230,17 +231,24 @@ def _write_set(plan: Compaction, lease: Lease) -> Compacted:
 def _write_file(target: OutputFolder, name: str, units: Sequence[PlacedUnit]) -> None:
     joined = join_summaries(name, [unit.summary for unit in units])
     summary = replace(joined, attempt=uuid.uuid4().hex)
-    answers = _encode_groups(map_in_threads(PlacedUnit.read_answers, units), summary)
+    answers = _encode_groups(_read_ahead(PlacedUnit.read_answers, units), summary)
     failed = [unit for unit in units if unit.summary.failed]
-    errors = _encode_groups(map_in_threads(PlacedUnit.read_failures, failed), summary) if failed else None
+    errors = _encode_groups(_read_ahead(PlacedUnit.read_failures, failed), summary) if failed else None
     target.publish_unit(summary, answers, errors)
 
 
-def _encode_groups(tables: Sequence[pa.Table], summary: UnitSummary) -> bytes:
-    """Encode tables as a Parquet file with a row group for each of them that has rows."""
-    schema, buffer = tables[0].schema.with_metadata(summary.to_metadata()), io.BytesIO()
+def _read_ahead(read: Callable[[PlacedUnit], pa.Table], units: Sequence[PlacedUnit]) -> Iterator[pa.Table]:
+    """Read units in threads, ``THREADS`` at a time, so that no more are in memory."""
+    for start in range(0, len(units), THREADS):
+        yield from map_in_threads(read, units[start : start + THREADS])
+
+
+def _encode_groups(tables: Iterator[pa.Table], summary: UnitSummary) -> bytes:
+    """Encode tables, at least one, as a Parquet file with a row group for each of them that has rows."""
+    first, buffer = next(tables), io.BytesIO()
+    schema = first.schema.with_metadata(summary.to_metadata())
     with pq.ParquetWriter(buffer, schema, **WRITING) as writer:
-        for table in tables:
+        for table in chain([first], tables):
             if table.num_rows:
                 writer.write_table(table.replace_schema_metadata(schema.metadata), row_group_size=table.num_rows)
     return buffer.getvalue()
