@@ -15,7 +15,8 @@ import typer
 from jobs.common import RunFile, StorageSettings, checking, start_logging, working
 from jobs.shell import run
 from pipeline.config.run import load_storage
-from pipeline.output.compacting import check_compaction, compact_set
+from pipeline.output.compacting import compact_set
+from pipeline.output.compaction_plan import plan_compaction
 from pipeline.storage.lease import OutputInUseError
 
 
@@ -42,14 +43,16 @@ def compact(
     with checking():
         if overwrite and output is None:
             raise ValueError("--overwrite concerns --output, which is missing; without it, the set is replaced anyway")
-        plan = check_compaction(annotations, output, file_mb, load_storage(config, settings or []), overwrite)
+        plan = plan_compaction(annotations, output, file_mb, load_storage(config, settings or []), overwrite)
     if dry_run:
         typer.echo(
-            f"to do    {plan.before} data files into {len(plan.files)}; nothing was written (--dry-run)", err=True
+            f"to do    {len(plan.before)} data files into {len(plan.files)}; nothing was written (--dry-run)", err=True
         )
         return
     with working(bad_input=(OutputInUseError,), resumable=True, overwrite=overwrite):
-        done = compact_set(plan, overwrite)
+        done = compact_set(plan)
+    if plan.done:
+        typer.echo(f"{done.output} is compacted already; nothing to do", err=True)
     files = f"{done.rows} rows, {done.files} data files instead of {done.before}"
     typer.echo(f"{files}; annotated set: {done.output}", err=True)
     if as_json:

@@ -18,14 +18,14 @@ from jobs.common import RunFile, StorageSettings, checking, start_logging, worki
 from jobs.shell import run
 from pipeline.config.run import load_storage
 from pipeline.output.dataset_card import FinishedSet, format_end_time, render_card
-from pipeline.output.folder import CARD, OutputFolder
+from pipeline.output.folder import CARD, COMPACTED, OutputFolder
 from pipeline.output.unit_log import UNITS
 from pipeline.storage.location import Location, locate
 
 log = logging.getLogger(__name__)
 
 ROWS = ["data/*.parquet", "errors/*.parquet"]
-RECORDS = ["_manifest.json", UNITS]
+RECORDS = ["_manifest.json", UNITS, COMPACTED]
 SHARED = [CARD, *RECORDS, *ROWS]
 
 
@@ -83,7 +83,7 @@ def _fetching_files(folder: Location) -> Iterator[Path]:
         return
     with tempfile.TemporaryDirectory(prefix="selfrag-share-") as scratch:
         found = {name: folder / name for name in (CARD, *RECORDS)}
-        # Sets of earlier versions have no list of units.
+        # Sets of earlier versions have no list of units, and only compacted ones have a record of it.
         files = {name: file for name, file in found.items() if file.exists()}
         for part in ("data", "errors"):
             files |= {f"{part}/{file.name}": file for file in (folder / part).list_files(".parquet")}

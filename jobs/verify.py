@@ -81,7 +81,7 @@ def _name_remedy(verified: Verified) -> str:
     deleted = verified.list_deletions()
     if verified.compacted:
         others = ", and delete these files" if deleted else ""
-        return f"to repair this compacted set, restore its files from a copy, or annotate its queries again{others}"
+        return f"to repair this compacted set, repeat the compaction or restore its files from a copy{others}"
     remedy = "delete these files, then run" if deleted else "run"
     return f"to repair the set, {remedy} the command that wrote it again"
 

@@ -70,6 +70,7 @@ def check_rescoring(
     manifest = source.read_manifest()
     if manifest is None or not source.is_finished():
         raise ValueError(f"{run}: not a finished annotated set")
+    manifest.pop("compacted", None)  # the rescored set has a file for each unit
     check_listed_files(source)
     units = locate_units(source)
     check_apart(source.location, target.location)

@@ -66,13 +66,16 @@ def read_run_units(output: Location) -> dict[str, UnitSummary]:
 
 
 def name_file(number: int, units: Sequence[UnitSummary]) -> str:
-    """Return the id of a compacted file: files sorted by name are in the order of the queries.
+    """Return the id of a compacted file, which depends on the attempts that annotated its units.
+
+    Files sorted by name are in the order of the queries.
 
     Args:
         number: number of the file in the set, from 0.
         units: the units of the run that it holds.
     """
-    return f"{number:08x}{hashlib.sha256(''.join(unit.unit for unit in units).encode()).hexdigest()[:12]}"
+    content = "".join(f"{unit.unit}:{unit.attempt}:{unit.rows}:{unit.failed}:{unit.data_bytes};" for unit in units)
+    return f"{number:08x}{hashlib.sha256(content.encode()).hexdigest()[:12]}"
 
 
 def join_summaries(name: str, units: Sequence[UnitSummary]) -> UnitSummary:
@@ -164,15 +167,33 @@ def count_compacted(output: OutputFolder, rows: int, run: str) -> Inventory:
         ValueError: the set is not whole; a run cannot repair it.
         StorageError: a file cannot be read.
     """
-    files = read_units(output.location)
+    files, place = read_units(output.location), output.location.uri
+    remedy = "repeat the compaction, restore its files from a copy, or replace it with --overwrite"
+    if problem := find_record_problem(output, files):
+        raise ValueError(f"{place} was compacted, and {problem}; {remedy}")
     found = take_inventory(output, {name: file.rows for name, file in files.items()}, run, files)
     counted = sum(file.rows for file in found.whole)
-    if not output.is_finished() or not found.complete or counted != rows:
-        raise ValueError(
-            f"{output.location.uri} was compacted, and {counted} of {rows} rows are complete; restore its files from a "
-            "copy or repeat the compaction, choose another output, or replace it with --overwrite"
-        )
+    if not found.complete or counted != rows:
+        raise ValueError(f"{place} was compacted, and {counted} of {rows} rows are complete; {remedy}")
     return found
+
+
+def find_record_problem(output: OutputFolder, files: Mapping[str, UnitSummary]) -> str | None:
+    """Name what is wrong with the record of a compacted set; None if it agrees with the list of its files.
+
+    Raises:
+        StorageError: a file cannot be read.
+    """
+    if not output.is_finished():
+        return "its compaction has not ended"
+    try:
+        members = read_members(output.location)
+    except ValueError as problem:
+        return str(problem)
+    counted = {name: sum(unit.rows for unit in units) for name, units in members.items()}
+    return (
+        None if counted == {name: file.rows for name, file in files.items()} else f"{COMPACTED} does not list its files"
+    )
 
 
 def locate_members(output: OutputFolder, name: str, units: Sequence[UnitSummary]) -> Iterator[PlacedUnit]:

@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from pipeline.output.compacted import find_record_problem
 from pipeline.output.folder import OutputFolder, get_columns, hash_identity
 from pipeline.output.unit_files import UnitSummary, is_unit_file, parse_unit_id
 from pipeline.output.unit_log import UNITS, read_units
@@ -170,6 +171,8 @@ def _check_state(
         yield Problem(f"{success.uri}: is missing")
     elif not recorded:
         yield Problem(f"{(folder.location / UNITS).uri}: is missing")
+    if manifest.get("compacted") and (problem := find_record_problem(folder, recorded)):
+        yield Problem(f"{folder.location.uri}: {problem}")
 
 
 def _name_missing(folder: OutputFolder, units: Iterable[str]) -> Iterator[Problem]:

@@ -7,7 +7,7 @@ import pyarrow as pa
 
 from pipeline.config.sections import Columns, SampleConfig, StorageConfig
 from pipeline.output.compacted import Members, read_members
-from pipeline.output.folder import OutputFolder
+from pipeline.output.folder import COMPACTED, OutputFolder
 from pipeline.queries.query_set import QuerySet, inspect_queries
 from pipeline.queries.selection import Selection
 from pipeline.queries.units import read_unit_ids
@@ -24,6 +24,8 @@ class QueryIds(Mapping[str, pa.ChunkedArray]):
 
     def __init__(self, queries: QuerySet, members: Members, column: str, storage: StorageConfig) -> None:
         units = {unit.id: unit for unit in queries.units}
+        if strange := [member.unit for file in members.values() for member in file if member.unit not in units]:
+            raise ValueError(f"the query set has no unit {strange[0]}, which {COMPACTED} lists")
         self._units = {file: [units[member.unit] for member in members[file]] for file in members} or {
             unit: [units[unit]] for unit in units
         }
@@ -44,7 +46,7 @@ def read_planned_ids(folder: OutputFolder, storage: StorageConfig) -> QueryIds:
     """Read the query set of an annotated set in full, and return the ids of each unit.
 
     Raises:
-        KeyError: the manifest lacks a setting, or a compacted set holds a unit that the query set does not have.
+        KeyError: the manifest lacks a setting.
         ValueError: there is no manifest, the query set cannot be read, or it is not the one of the run any more.
         StorageError: the storage cannot be read.
     """
@@ -63,4 +65,7 @@ def read_planned_ids(folder: OutputFolder, storage: StorageConfig) -> QueryIds:
     found = inspect_queries(source, columns, configuration["execution"]["unit_rows"])
     if found.digest != manifest["queries"]["digest"]:
         raise ValueError(f"{source.uri}: is not the query set of the run any more")
-    return QueryIds(found, read_members(folder.location), columns.id, storage)
+    members = read_members(folder.location)
+    if manifest.get("compacted") and not members:
+        raise ValueError(f"{(folder.location / COMPACTED).uri}: is missing")
+    return QueryIds(found, members, columns.id, storage)

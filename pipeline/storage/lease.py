@@ -193,8 +193,14 @@ class Lease:
 
     @contextlib.contextmanager
     def moving(self) -> Iterator[None]:
-        """Hold back heartbeats while the folder is replaced by another, then write the lease into that one."""
+        """Hold back heartbeats while the folder is replaced by another, then write the lease into that one.
+
+        Raises:
+            LeaseLostError: another run has taken over, and the folder must not be replaced.
+        """
         with self._renewing:
+            if self._read_own() != self._holder:
+                raise LeaseLostError(self._describe_loss("its lease was deleted or replaced"))
             yield
             self._write()
 

@@ -23,6 +23,8 @@ from pipeline.decoding.profiles import Tasks
 from pipeline.decoding.reflection_reader import ReflectionCritic
 from pipeline.decoding.self_rag import SelfRag
 from pipeline.evaluation import rescored_set
+from pipeline.output.compacting import compact_set
+from pipeline.output.compaction_plan import plan_compaction
 from pipeline.output.folder import OutputFolder
 from pipeline.output.unit_files import split_failed
 from pipeline.output.unit_log import read_units, write_units
@@ -122,6 +124,19 @@ def test_units_of_a_block_are_rescored_one_after_another(tmp_path: Path, monkeyp
     assert made == [{"override_num_blocks": 1}]
     assert read(tmp_path / "same") == read(run)
     units = read_units(locate(str(tmp_path / "same"), StorageConfig())).values()
+    assert [(unit.unit, unit.rows, unit.failed) for unit in units] == [(unit, 20, 1) for unit in UNITS]
+
+
+def test_compacted_set_is_rescored_unit_by_unit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.storage.lease.SETTLE_S", 0.01)
+    run = annotated_set(tmp_path / "run", keep_candidates=True)
+    assert rescore(run, tmp_path / "same").exit_code == 3
+    compact_set(plan_compaction(str(tmp_path / "same"), None, 128, StorageConfig(), overwrite=False))
+    assert len(list((tmp_path / "same" / "data").iterdir())) == 1
+    assert rescore(tmp_path / "same", tmp_path / "again").exit_code == 3
+    assert read(tmp_path / "again") == read(run)
+    assert "compacted" not in json.loads((tmp_path / "again" / "_manifest.json").read_text())
+    units = read_units(locate(str(tmp_path / "again"), StorageConfig())).values()
     assert [(unit.unit, unit.rows, unit.failed) for unit in units] == [(unit, 20, 1) for unit in UNITS]
 
 
