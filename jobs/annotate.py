@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -22,6 +22,8 @@ from jobs.shell import deferring, name_command, run
 from pipeline.cluster import Resources
 from pipeline.config.run import RunConfig, load_config
 from pipeline.nodes.access import NodeAccessError
+from pipeline.output.schema import build_data_schema
+from pipeline.publishing.publish import Published, check_publishing, publish_set
 from pipeline.queries.selection import NothingNewError
 from pipeline.run.driver import Summary, allot_resources, run_plan
 from pipeline.run.dry_run import check_prompts
@@ -147,6 +149,9 @@ def plan_run(config: RunConfig, overwrite: bool) -> tuple[RunPlan, Resources | N
         except NothingNewError as news:
             typer.echo(str(news), err=True)
             return None
+        if config.sample.rows is None:
+            schema = build_data_schema(plan.queries.schema, config.decoding.keep_candidates)
+            check_publishing(plan.output.location, schema, config.publish, config.storage)
         resources = None if plan.finished else allot_resources(plan)
     for line in [*plan.describe(), *(resources.describe() if resources else [])]:
         typer.echo(line, err=True)
@@ -161,13 +166,22 @@ def annotate_queries(config: RunConfig, overwrite: bool, as_json: bool) -> int:
     hint = "the run failed; rerun the same command to continue"
     with working(hint, bad_input=(OutputInUseError, NodeAccessError), resumable=True, overwrite=overwrite):
         summary = run_plan(*planned, deferring=deferring)
+    published = publish_finished(config, summary)
     if summary.left:
         left = f"{summary.budget} is spent: {summary.left} rows are left"
         typer.echo(f"{left}; {name_command(overwrite)} continues with them", err=True)
-    print_summary(summary, None if summary.left else forecast_sample(planned[0]), as_json)
+    print_summary(summary, None if summary.left else forecast_sample(planned[0]), as_json, published)
     if summary.exit_status == 1:
         fail(f"{summary.errors} of {summary.rows} rows failed, more than execution.max_error_rate allows", 1)
     return summary.exit_status
+
+
+def publish_finished(config: RunConfig, summary: Summary) -> list[Published]:
+    """Register a finished set in the tables of ``publish``; samples, parts and sets with too many errors are not."""
+    if summary.left or summary.exit_status == 1 or config.sample.rows is not None:
+        return []
+    with working("the annotated set is complete, but publishing it failed; rerun the same command to publish it"):
+        return publish_set(locate(config.output, config.storage), config.publish, config.storage)
 
 
 def forecast_sample(plan: RunPlan) -> Forecast | None:
@@ -187,8 +201,10 @@ def print_forecast(forecast: Forecast | None) -> None:
         typer.echo(line, err=True)
 
 
-def print_summary(summary: Summary, forecast: Forecast | None, as_json: bool) -> None:
-    """Print the summary of the run: one line and the forecast on stderr and, if ``as_json`` is set, JSON on stdout."""
+def print_summary(
+    summary: Summary, forecast: Forecast | None, as_json: bool, published: Sequence[Published] = ()
+) -> None:
+    """Print the summary of the run: its lines on stderr and, if ``as_json`` is set, JSON on stdout."""
     if not summary.annotated:
         typer.echo(f"{summary.output} is already complete; nothing to do", err=True)
     answered = summary.rows - summary.errors - summary.left
@@ -199,8 +215,11 @@ def print_summary(summary: Summary, forecast: Forecast | None, as_json: bool) ->
         err=True,
     )
     print_forecast(forecast)
+    for one in published:
+        typer.echo(one.describe(), err=True)
     if as_json:
         record: dict[str, Any] = {**dataclasses.asdict(summary), "exit_status": summary.exit_status}
+        record["published"] = [dataclasses.asdict(one) for one in published]
         record["forecast"] = forecast and dataclasses.asdict(forecast)
         typer.echo(json.dumps(record))
 

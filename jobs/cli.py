@@ -23,6 +23,7 @@ JOBS = {
     "check_index": "Check that an index is intact, and find the search parameters for a target recall.",
     "annotate": "Annotate queries with answers, evidence and critique.",
     "verify": "Verify that an annotated set is whole: every page, every query once.",
+    "publish": "Register an annotated set in a Delta or Iceberg table, once.",
     "compact": "Rewrite the files of an annotated set as few, in the order of the queries.",
     "rescore": "Rescore an annotated set with other settings, without a model.",
     "evaluate": "Compare annotated answers with gold answers.",

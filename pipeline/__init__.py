@@ -31,6 +31,7 @@ indexing       an index: built, planned and checked                          clu
 evaluation     answers scored against gold, and chosen again                 cluster config decoding nodes output
                                                                              queries storage
 report         one HTML page about an annotated set                          config decoding evaluation output storage
+publishing     a finished set registered in tables: Delta Lake, Iceberg      config output queries storage
 run            a run from top to bottom: plan, driver, actor, attempts       cluster config decoding engine gpus nodes
                                                                              output queries report retrieval storage
                                                                              versions

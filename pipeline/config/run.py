@@ -20,6 +20,7 @@ from pipeline.config.sections import (
     ModelConfig,
     OnFailure,
     Profile,
+    PublishConfig,
     RetrievalConfig,
     SampleConfig,
     StorageConfig,
@@ -58,6 +59,7 @@ class RunConfig(Frozen):
     retrieval: Annotated[RetrievalConfig, Effect.FREE] = RetrievalConfig()
     execution: Annotated[ExecutionConfig, Effect.FREE] = ExecutionConfig()
     storage: Annotated[StorageConfig, Effect.FREE] = StorageConfig()
+    publish: Annotated[PublishConfig, Effect.FREE] = PublishConfig()
     on_failure: Annotated[OnFailure, Effect.FREE] = OnFailure()
 
     def to_record(self) -> dict[str, Any]:

@@ -351,6 +351,19 @@ class StorageConfig(Frozen):
     patience_s: Annotated[float, Field(ge=0)] = 120.0
 
 
+class PublishConfig(Frozen):
+    """Tables in which a finished annotated set is registered, once each; its files stay where they are.
+
+    Attributes:
+        delta: URI of a Delta table, a folder above the output; folders between them such as ``date={date}`` become
+            partition columns.
+        iceberg: Iceberg table, as ``CATALOG.NAMESPACE.TABLE``; pyiceberg's configuration names the catalog.
+    """
+
+    delta: str | None = None
+    iceberg: str | None = None
+
+
 class OnFailure(Frozen):
     """Notifications of a failed run.
 

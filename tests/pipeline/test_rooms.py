@@ -26,11 +26,14 @@ LIBRARIES = {
         "indexing",
         "evaluation",
         "report",
+        "publishing",
         "run",
         "training",
         "doctor",
     },
     "smart_open": {"config", "queries"},
+    "deltalake": {"publishing"},
+    "pyiceberg": {"publishing"},
 }
 
 
