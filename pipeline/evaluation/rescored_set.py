@@ -103,7 +103,10 @@ def _check_output(plan: RescorePlan) -> None:
             f"--output {uri} contains files that are not part of an annotated set ({foreign}); choose another"
         )
     found = plan.output.read_manifest()
-    if found is None or plan.overwrite:
+    if found is None:
+        return
+    if plan.overwrite:
+        plan.output.check_replaceable()
         return
     if plan.output.is_finished() or hash_identity(found) != hash_identity(plan.manifest):
         raise ValueError(

@@ -92,7 +92,9 @@ def plan_compaction(
     )
     check_strange_files(plan)
     done = (plan.in_place or not overwrite) and holds_files(plan)
-    if not plan.in_place and not done:
+    if plan.in_place and not done:
+        source.check_replaceable()
+    elif not done:
         check_output(plan)
     return replace(plan, done=done)
 
@@ -186,7 +188,10 @@ def check_output(plan: Compaction) -> None:
             f"--output {uri} contains files that are not part of an annotated set ({foreign}); choose another"
         )
     found = plan.target.read_manifest()
-    if found is None or plan.overwrite:
+    if found is None:
+        return
+    if plan.overwrite:
+        plan.target.check_replaceable()
         return
     same = found.get("compacted") and hash_identity(found) == hash_identity(plan.manifest)
     if plan.target.is_finished() or not same:

@@ -28,6 +28,8 @@ REPORT = "report.html"
 CARD = "README.md"
 # Which units of the run lie in which file of a set that was compacted.
 COMPACTED = "_compacted.parquet"
+# The tables in which the set is, or was about to be, registered.
+PUBLISHED = "_published.json"
 # What the inspection of the query set has found.
 INSPECTION = "_inspection.parquet"
 # Keys of a manifest that decide the results; an output holds rows of one identity only.
@@ -72,6 +74,30 @@ class OutputFolder:
         """List the files of units in ``data``, one for each finished unit, or in ``errors``, by the unit's id."""
         found = ((parse_unit_id(file), file) for file in (self.location / folder).list_files(".parquet"))
         return {unit: file for unit, file in found if unit and file.path == self.locate_unit_file(folder, unit).path}
+
+    def note_published(self, tables: Iterable[str]) -> None:
+        """Note the names of tables that list the files of the set from now on."""
+        file, known = self.location / PUBLISHED, self._read_published()
+        if more := [table for table in tables if table not in known]:
+            file.write(json.dumps([*known, *more], indent=2, ensure_ascii=False).encode())
+
+    def check_replaceable(self) -> None:
+        """Check that no table lists the files of the set, so that they may be replaced.
+
+        Raises:
+            ValueError: a table does; names it.
+        """
+        if known := self._read_published():
+            raise ValueError(
+                f"{self.location.uri}: is published in {', '.join(known)}, which lists its files; use another output "
+                f"(if the table is gone, delete {PUBLISHED})"
+            )
+
+    def _read_published(self) -> list[str]:
+        try:
+            return list(json.loads((self.location / PUBLISHED).read()))
+        except MissingFileError:
+            return []
 
     def find_foreign_file(self) -> str | None:
         """Return the URI of a file that no run has written, in a folder without a manifest; None if there is none.

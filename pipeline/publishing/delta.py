@@ -96,6 +96,8 @@ class DeltaTable:
         once = self._api.CommitProperties(
             app_transactions=[self._api.Transaction(_name_application(found), 1)],
             custom_metadata={"selfrag.run": found.run, "selfrag.output": found.folder.uri},
+            # A repeated creation would not notice the table that another publisher has made meanwhile.
+            max_commit_retries=None if table is not None else 0,
         )
         if table is not None:
             table.create_write_transaction(actions, "append", schema, by, commit_properties=once)

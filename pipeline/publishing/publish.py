@@ -56,8 +56,10 @@ def publish_set(folder: Location, publish: PublishConfig, storage: StorageConfig
     if not tables:
         return []
     with Lease(folder):
-        found = FinishedFiles.of(OutputFolder(folder))
+        output = OutputFolder(folder)
+        found = FinishedFiles.of(output)
         check_table_types(found.schema)
+        output.note_published(table.name for table in tables)
         return [Published(table.name, found.rows, table.publish(found)) for table in tables]
 
 

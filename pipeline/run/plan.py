@@ -366,7 +366,10 @@ def _check_output(plan: RunPlan, manifest: dict[str, Any] | None) -> None:
             f"--output {plan.config.output} contains files that are not part of an annotated set ({foreign}); "
             "choose another"
         )
-    if manifest is None or plan.overwrite:
+    if manifest is None:
+        return
+    if plan.overwrite:
+        plan.output.check_replaceable()
         return
     identity = plan.compute_identity()
     before, now = manifest.get("settings", {}), identity["settings"]

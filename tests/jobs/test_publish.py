@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import pytest
 from pyiceberg.catalog import Catalog, load_catalog
 from pyiceberg.utils.config import Config
 
+from jobs.compact import compact
 from jobs.publish import publish
 from pipeline.config.sections import StorageConfig
 from pipeline.output.folder import OutputFolder
@@ -72,11 +74,25 @@ def test_a_set_is_committed_to_a_delta_table_once(copied_run: ScriptedRun, tmp_p
 
 
 def test_a_compacted_set_is_the_same_set(copied_run: ScriptedRun, tmp_path: Path):
-    published(copied_run, "--delta", str(tmp_path))
     shutil.copytree(copied_run.output, tmp_path / "copy")
+    published(copied_run, "--delta", str(tmp_path))
     again = ScriptedRun(copied_run.queries, tmp_path / "copy", copied_run.model)
     compacted(again)
     assert published(again, "--delta", str(tmp_path)).endswith("has this set already")
+
+
+def test_files_of_a_published_set_are_not_replaced(copied_run: ScriptedRun, tmp_path: Path):
+    published(copied_run, "--delta", str(tmp_path))
+    assert json.loads((copied_run.output / "_published.json").read_text()) == [f"delta {tmp_path}"]
+    reason = f"is published in delta {tmp_path}, which lists its files; use another output"
+    again = copied_run.annotate("--overwrite")
+    assert (again.exit_code, reason in again.stderr) == (2, True)
+    in_place = call(compact, "--annotations", str(copied_run.output))
+    assert (in_place.exit_code, reason in in_place.stderr) == (2, True)
+    compacted(copied_run, "--output", str(tmp_path / "small"))
+    assert not (tmp_path / "small" / "_published.json").exists()
+    assert pl.read_delta(str(tmp_path)).height == 6
+    assert copied_run.annotate().exit_code == 3
 
 
 def test_folders_between_table_and_set_are_partitions(copied_run: ScriptedRun, tmp_path: Path):
@@ -114,10 +130,15 @@ def test_a_commit_whose_answer_was_lost_is_not_repeated(
 
 def test_publishers_at_once_commit_a_set_once(copied_run: ScriptedRun, tmp_path: Path):
     found = FinishedFiles.of(OutputFolder(at(copied_run.output)))
-    with ThreadPoolExecutor(4) as threads:
-        new = list(threads.map(lambda _: DeltaTable(str(tmp_path), StorageConfig()).publish(found), range(4)))
-    assert sum(new) == 1
-    assert pl.read_delta(str(tmp_path)).height == 6
+    others = [replace(found, run=f"other{number}", files=found.files[number : number + 1]) for number in range(2)]
+    with ThreadPoolExecutor(6) as threads:
+        new = list(threads.map(DeltaTable(str(tmp_path), StorageConfig()).publish, [found, *others] * 2))
+    assert [new[number] + new[number + 3] for number in range(3)] == [1, 1, 1]
+    log = [json.loads(line) for file in (tmp_path / "_delta_log").glob("*.json") for line in file.open()]
+    assert sum("metaData" in action for action in log) == 1
+    assert sorted(action["txn"]["appId"] for action in log if "txn" in action) == sorted(
+        f"selfrag-batch:{one.run}" for one in [found, *others]
+    )
 
 
 def test_a_set_is_committed_to_an_iceberg_table_once(copied_run: ScriptedRun, catalog: Catalog):
