@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -23,7 +23,8 @@ from pipeline.cluster import Resources
 from pipeline.config.run import RunConfig, load_config
 from pipeline.nodes.access import NodeAccessError
 from pipeline.output.schema import build_data_schema
-from pipeline.publishing.publish import Published, check_publishing, publish_set
+from pipeline.publishing.publish import Publishing, check_publishing, publish_set
+from pipeline.publishing.published_set import describe_error
 from pipeline.queries.selection import NothingNewError
 from pipeline.run.driver import Summary, allot_resources, run_plan
 from pipeline.run.dry_run import check_prompts
@@ -166,22 +167,29 @@ def annotate_queries(config: RunConfig, overwrite: bool, as_json: bool) -> int:
     hint = "the run failed; rerun the same command to continue"
     with working(hint, bad_input=(OutputInUseError, NodeAccessError), resumable=True, overwrite=overwrite):
         summary = run_plan(*planned, deferring=deferring)
-    published = publish_finished(config, summary)
     if summary.left:
         left = f"{summary.budget} is spent: {summary.left} rows are left"
         typer.echo(f"{left}; {name_command(overwrite)} continues with them", err=True)
-    print_summary(summary, None if summary.left else forecast_sample(planned[0]), as_json, published)
+    publishing = publish_finished(config, summary)
+    print_summary(summary, None if summary.left else forecast_sample(planned[0]), publishing, as_json)
     if summary.exit_status == 1:
         fail(f"{summary.errors} of {summary.rows} rows failed, more than execution.max_error_rate allows", 1)
+    if publishing.problem:
+        fail(f"the annotated set is complete, but not published: {publishing.problem}", 1)
     return summary.exit_status
 
 
-def publish_finished(config: RunConfig, summary: Summary) -> list[Published]:
+def publish_finished(config: RunConfig, summary: Summary) -> Publishing:
     """Register a finished set in the tables of ``publish``; samples, parts and sets with too many errors are not."""
     if summary.left or summary.exit_status == 1 or config.sample.rows is not None:
-        return []
-    with working("the annotated set is complete, but publishing it failed; rerun the same command to publish it"):
-        return publish_set(locate(config.output, config.storage), config.publish, config.storage)
+        return Publishing()
+    try:
+        return Publishing(publish_set(locate(config.output, config.storage), config.publish, config.storage))
+    except Exception as error:  # noqa: BLE001  the run is finished, and says so
+        tables = {"--delta": config.publish.delta, "--iceberg": config.publish.iceberg}
+        options = " ".join(f"{option} {table}" for option, table in tables.items() if table)
+        command = f"selfrag publish --annotations {config.output} {options}"
+        return Publishing(problem=f"{describe_error(error)}; to publish it, run: {command}")
 
 
 def forecast_sample(plan: RunPlan) -> Forecast | None:
@@ -201,9 +209,7 @@ def print_forecast(forecast: Forecast | None) -> None:
         typer.echo(line, err=True)
 
 
-def print_summary(
-    summary: Summary, forecast: Forecast | None, as_json: bool, published: Sequence[Published] = ()
-) -> None:
+def print_summary(summary: Summary, forecast: Forecast | None, publishing: Publishing, as_json: bool) -> None:
     """Print the summary of the run: its lines on stderr and, if ``as_json`` is set, JSON on stdout."""
     if not summary.annotated:
         typer.echo(f"{summary.output} is already complete; nothing to do", err=True)
@@ -215,11 +221,13 @@ def print_summary(
         err=True,
     )
     print_forecast(forecast)
-    for one in published:
+    for one in publishing.published:
         typer.echo(one.describe(), err=True)
     if as_json:
         record: dict[str, Any] = {**dataclasses.asdict(summary), "exit_status": summary.exit_status}
-        record["published"] = [dataclasses.asdict(one) for one in published]
+        record |= {"published": [dataclasses.asdict(one) for one in publishing.published]}
+        if publishing.problem:
+            record |= {"exit_status": 1, "publish_error": publishing.problem}
         record["forecast"] = forecast and dataclasses.asdict(forecast)
         typer.echo(json.dumps(record))
 

@@ -179,6 +179,8 @@ def _take_along(plan: Compaction) -> None:
             source.path, target.path, ignore=_ignore_rewritten(source.path), symlinks=True, dirs_exist_ok=True
         )
         return
+    for file in reversed((target / SELECTED).list_files()):  # of a set that was replaced; its record first
+        file.delete()
     named = [name for name in TAKEN_ALONG if (source / name).exists()]
     selected = [f"{SELECTED}/{file.name}" for file in (source / SELECTED).list_files()]
     for name in [*named, *selected]:

@@ -6,14 +6,24 @@ Folders between the table and the set that name a partition, such as ``date=2026
 """
 
 import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
+from urllib.parse import unquote
 
 import pyarrow as pa
 
 from pipeline.config.sections import StorageConfig
-from pipeline.publishing.published_set import FinishedFiles, find_difference
+from pipeline.publishing.published_set import (
+    FinishedFiles,
+    State,
+    check_table_columns,
+    describe_error,
+    find_difference,
+)
 from pipeline.queries.partitions import find_partition, parse_partition
-from pipeline.storage.location import Location, StorageError, join_lines, locate
+from pipeline.storage.location import Location, StorageError, locate
 from pipeline.storage.s3 import resolve_storage
 
 APPLICATION = "selfrag-batch"
@@ -58,6 +68,7 @@ class DeltaTable:
         if double := sorted(partitions.keys() & set(schema.names)):
             raise ValueError(f"publish.delta: the column {double[0]!r} is in the rows and in the path of {folder.uri}")
         columns = _add_partitions(schema, partitions)
+        check_table_columns(columns)
         if (table := self._open()) is None:
             return
         if (known := table.metadata().partition_columns) != list(partitions):
@@ -65,27 +76,46 @@ class DeltaTable:
             raise ValueError(f"publish.delta {self._place.uri}: is partitioned by {by}, unlike {folder.uri}")
         if difference := find_difference(columns, pa.schema(table.schema().to_arrow())):
             raise ValueError(f"publish.delta {self._place.uri}: {difference}; use another table")
+        constrained = [key for key in table.metadata().configuration if key.startswith("delta.constraints.")]
+        constrained += [field.name for field in table.schema().fields if not field.nullable]
+        if constrained:
+            raise ValueError(f"publish.delta {self._place.uri}: has constraints ({constrained[0]}); use another table")
 
-    def publish(self, found: FinishedFiles) -> bool:
-        """Register a set in one commit; returns whether it was new to the table.
+    def publish(self, found: FinishedFiles) -> State:
+        """Register a set in one commit, if the table does not have it.
 
         Raises:
             ValueError: see :meth:`check`.
-            StorageError: the table cannot be read or written.
+            StorageError: the table cannot be read or written, or lists other versions of the set's files.
         """
-        self.check(found.folder, found.schema)
         for attempt in range(1, ATTEMPTS + 1):
+            self.check(found.folder, found.schema)
             table = self._open()
             if table is not None and table.transaction_version(_name_application(found)) is not None:
-                return False
+                return self._compare(table, found)
             try:
                 self._commit(table, found)
             except self._api.exceptions.DeltaError as error:
                 if attempt == ATTEMPTS:
-                    raise StorageError(f"{self._place.uri}: {join_lines(error)}") from error
+                    raise StorageError(f"{self._place.uri}: {describe_error(error)}") from error
             else:
                 break
-        return True
+        return State.NEW
+
+    def _compare(self, table: Any, found: FinishedFiles) -> State:
+        """Compare the files that the table lists with those of a set that it was given before."""
+        with self._naming():
+            listed = pa.table(table.get_add_actions(flatten=True))
+        paths = map(unquote, listed["path"].to_pylist())  # encoded once, as in the log
+        sizes = dict(zip(paths, listed["size_bytes"].to_pylist(), strict=True))
+        own = {action.path: action.size for action in self._build_actions(found, {})}
+        if sizes.keys().isdisjoint(own):
+            return State.ELSEWHERE
+        if any(sizes.get(path) != size for path, size in own.items()):
+            raise StorageError(
+                f"{self._place.uri}: lists other versions of the files of {found.folder.uri}; remove them"
+            )
+        return State.LISTED
 
     def _commit(self, table: Any, found: FinishedFiles) -> None:
         from deltalake.transaction import create_table_with_add_actions
@@ -112,14 +142,24 @@ class DeltaTable:
         Raises:
             StorageError: it cannot be read.
         """
-        try:
+        with self._naming():
             if not self._api.DeltaTable.is_deltatable(self._uri, self._options):
                 return None
             return self._api.DeltaTable(self._uri, storage_options=self._options)
-        except (self._api.exceptions.DeltaError, OSError) as error:
-            raise StorageError(f"{self._place.uri}: {join_lines(error)}") from error
+
+    @contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Turn what delta-rs raises, which has no common type, into one line that names the table."""
+        try:
+            yield
+        except Exception as error:
+            raise StorageError(f"{self._place.uri}: {describe_error(error)}") from error
 
     def _find_partitions(self, folder: Location) -> dict[str, str | None]:
+        if ".." in [*folder.path.split("/"), *self._place.path.split("/")]:
+            raise ValueError(
+                f"publish.delta: name the output {folder.uri} and the table {self._place.uri} without '..'"
+            )
         table = f"{self._place.path.rstrip('/')}/"
         if folder.filesystem != self._place.filesystem or not folder.path.startswith(table):
             raise ValueError(f"publish.delta: the output {folder.uri} must be below the table {self._place.uri}")
@@ -160,6 +200,9 @@ def _build_options(storage: StorageConfig) -> dict[str, str]:
         "AWS_SESSION_TOKEN": resolved.session_token,
     }
     options = {name: secret.get_secret_value() for name, secret in secrets.items() if secret}
+    if resolved.access_key and not resolved.session_token and os.environ.get("AWS_SESSION_TOKEN"):
+        # delta-rs would send the token of other credentials along.
+        raise ValueError("publish.delta: AWS_SESSION_TOKEN does not belong to storage.access_key; unset it")
     if resolved.region:
         options["AWS_REGION"] = resolved.region
     if resolved.endpoint_url:

@@ -1,5 +1,6 @@
 """Publish a finished set: check the tables before a run, and register its files in them after it."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -8,22 +9,37 @@ from pipeline.config.sections import PublishConfig, StorageConfig
 from pipeline.output.folder import OutputFolder
 from pipeline.publishing.delta import DeltaTable
 from pipeline.publishing.iceberg import IcebergTable
-from pipeline.publishing.published_set import FinishedFiles, check_table_types
+from pipeline.publishing.published_set import FinishedFiles, State
 from pipeline.storage.lease import Lease
 from pipeline.storage.location import Location
 
 
 @dataclass(frozen=True)
 class Published:
-    """The outcome for one table: its name, the answered rows of the set, and whether the set was new to the table."""
+    """The outcome for one table: its name, the answered rows of the set, and the state of the set in the table."""
 
     table: str
     rows: int
-    new: bool
+    state: State
 
     def describe(self) -> str:
         """Describe it in a line."""
-        return f"published: {self.rows} rows in {self.table}" if self.new else f"{self.table} has this set already"
+        if self.state == State.NEW:
+            return f"published: {self.rows} rows in {self.table}"
+        if self.state == State.LISTED:
+            return f"{self.table} has this set already"
+        return (
+            f"not published: {self.table} was given this run before, and lists none of these files: they are a copy, "
+            "or the table was rolled back"
+        )
+
+
+@dataclass(frozen=True)
+class Publishing:
+    """The outcome for all tables of a run: what was published, or what went wrong."""
+
+    published: Sequence[Published] = ()
+    problem: str | None = None
 
 
 def check_publishing(folder: Location, schema: pa.Schema, publish: PublishConfig, storage: StorageConfig) -> None:
@@ -40,7 +56,6 @@ def check_publishing(folder: Location, schema: pa.Schema, publish: PublishConfig
         StorageError: a table cannot be read.
     """
     for table in open_tables(publish, storage):
-        check_table_types(schema)
         table.check(folder, schema)
 
 
@@ -58,7 +73,8 @@ def publish_set(folder: Location, publish: PublishConfig, storage: StorageConfig
     with Lease(folder):
         output = OutputFolder(folder)
         found = FinishedFiles.of(output)
-        check_table_types(found.schema)
+        for table in tables:
+            table.check(folder, found.schema)
         output.note_published(table.name for table in tables)
         return [Published(table.name, found.rows, table.publish(found)) for table in tables]
 

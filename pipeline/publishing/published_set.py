@@ -1,15 +1,30 @@
 """The files of a finished annotated set, as a table format registers them: without reading or copying a row."""
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from enum import StrEnum
 from typing import Any
 
 import pyarrow as pa
 
 from pipeline.output.folder import OutputFolder, hash_identity
 from pipeline.output.unit_log import read_units
-from pipeline.storage.location import Location
+from pipeline.storage.location import Location, join_lines
 from pipeline.storage.parquet import read_footer
+
+# Characters that Spark refuses in the names of columns, and the dot, which names nested ones.
+_REFUSED = re.compile(r"[ ,;{}()\n\t=.]|^$")
+# Colors in the messages of delta-rs.
+_COLORS = re.compile(r"\x1b\[[0-9;]*m")
+
+
+class State(StrEnum):
+    """The state of a set in a table once it was published."""
+
+    NEW = "new"
+    LISTED = "listed"
+    ELSEWHERE = "elsewhere"
 
 
 @dataclass(frozen=True)
@@ -46,7 +61,8 @@ class FinishedFiles:
         """Read the manifest, the list of the units and the schema of a set.
 
         Raises:
-            ValueError: the set is not finished, is a sample, or its data files are not those that it lists.
+            ValueError: the set is not finished, is a sample, has too many errors, or its data files are not those that
+                it lists.
             StorageError: the storage cannot be read.
         """
         place, manifest = output.location, output.read_manifest()
@@ -54,6 +70,9 @@ class FinishedFiles:
             raise ValueError(f"{place.uri}: not a finished annotated set; run jobs.annotate to completion")
         if manifest.get("population") is not None:
             raise ValueError(f"{place.uri}: a sample is not published; annotate all queries")
+        counts, execution = manifest.get("counts", {}), manifest.get("configuration", {}).get("execution", {})
+        if counts.get("errors", 0) > execution.get("max_error_rate", 1) * counts.get("rows", 0):
+            raise ValueError(f"{place.uri}: more rows failed than execution.max_error_rate allows; it is not published")
         listed, found = read_units(place), output.list_unit_files("data")
         if listed.keys() != found.keys() or not listed:
             raise ValueError(f"{place.uri}: its data files are not those that it lists; see selfrag verify")
@@ -65,23 +84,29 @@ class FinishedFiles:
 # Types that Delta Lake, Iceberg and Spark all have, apart from nested ones and those of ``_simplify``.
 _COMMON = (
     pa.types.is_boolean,
-    pa.types.is_signed_integer,
+    pa.types.is_int32,
+    pa.types.is_int64,
     pa.types.is_float32,
     pa.types.is_float64,
-    pa.types.is_decimal,
+    pa.types.is_decimal128,
     pa.types.is_date32,
     pa.types.is_string,
     pa.types.is_binary,
 )
 
 
-def check_table_types(schema: pa.Schema) -> None:
+def check_table_columns(schema: pa.Schema) -> None:
     """Check that tables of all formats can hold the columns of a set.
 
     Raises:
         ValueError: they cannot; names the column and its type.
     """
+    known: dict[str, str] = {}
     for field in schema:
+        if _REFUSED.search(field.name):
+            raise ValueError(f"a table cannot hold a column named {field.name!r}; rename it in the query set")
+        if (other := known.setdefault(field.name.casefold(), field.name)) != field.name:
+            raise ValueError(f"a table cannot hold both columns {other!r} and {field.name!r}; rename one")
         if not _is_common(_simplify(field.type)):
             raise ValueError(
                 f"a table cannot hold the column {field.name!r} of type {field.type}; cast it in the query set, or "
@@ -100,6 +125,11 @@ def _is_common(kind: Any) -> bool:
     if pa.types.is_timestamp(kind):
         return bool(kind.unit == "us" and kind.tz in (None, "UTC"))
     return any(is_kind(kind) for is_kind in _COMMON)
+
+
+def describe_error(error: BaseException) -> str:
+    """Return the message of an error in one plain line."""
+    return _COLORS.sub("", join_lines(error)) or type(error).__name__
 
 
 def find_difference(ours: pa.Schema, theirs: pa.Schema) -> str | None:

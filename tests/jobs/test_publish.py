@@ -78,7 +78,8 @@ def test_a_compacted_set_is_the_same_set(copied_run: ScriptedRun, tmp_path: Path
     published(copied_run, "--delta", str(tmp_path))
     again = ScriptedRun(copied_run.queries, tmp_path / "copy", copied_run.model)
     compacted(again)
-    assert published(again, "--delta", str(tmp_path)).endswith("has this set already")
+    assert published(again, "--delta", str(tmp_path)).startswith(f"not published: delta {tmp_path} was given this run")
+    assert pl.read_delta(str(tmp_path)).height == 6
 
 
 def test_files_of_a_published_set_are_not_replaced(copied_run: ScriptedRun, tmp_path: Path):
@@ -101,8 +102,9 @@ def test_folders_between_table_and_set_are_partitions(copied_run: ScriptedRun, t
     write_queries(tmp_path / "later" / "a.parquet", i="nine", j="ten")
     later = ScriptedRun(tmp_path / "later", table / "date=2026-11-29" / "task=qa", first.model)
     assert later.annotate().exit_code == 0
-    for run in (first, later, later):
+    for run in (first, later):
         published(run, "--delta", str(table))
+        assert published(run, "--delta", str(table)) == f"delta {table} has this set already"
     found = pl.read_delta(str(table)).group_by("date", "task").agg(pl.col("id").sort()).sort("date").to_dicts()
     assert found == [
         {"date": "2026-11-28", "task": "qa long", "id": ANSWERED},
@@ -133,7 +135,7 @@ def test_publishers_at_once_commit_a_set_once(copied_run: ScriptedRun, tmp_path:
     others = [replace(found, run=f"other{number}", files=found.files[number : number + 1]) for number in range(2)]
     with ThreadPoolExecutor(6) as threads:
         new = list(threads.map(DeltaTable(str(tmp_path), StorageConfig()).publish, [found, *others] * 2))
-    assert [new[number] + new[number + 3] for number in range(3)] == [1, 1, 1]
+    assert all("new" in pair for pair in zip(new[:3], new[3:], strict=True))
     log = [json.loads(line) for file in (tmp_path / "_delta_log").glob("*.json") for line in file.open()]
     assert sum("metaData" in action for action in log) == 1
     assert sorted(action["txn"]["appId"] for action in log if "txn" in action) == sorted(
@@ -148,9 +150,18 @@ def test_a_set_is_committed_to_an_iceberg_table_once(copied_run: ScriptedRun, ca
     table = catalog.load_table("answers.nightly")
     assert sorted(table.scan().to_arrow()["id"].to_pylist()) == ANSWERED
     assert sorted(pl.scan_iceberg(table).collect()["id"]) == ANSWERED
-    (snapshot,) = table.snapshots()
-    assert snapshot.summary is not None
-    assert snapshot.summary["selfrag.output"] == str(copied_run.output)
+    assert len(table.snapshots()) == 1
+    assert str(copied_run.output) in table.properties.values()
+
+
+def test_an_iceberg_table_without_its_snapshots_still_knows_the_run(copied_run: ScriptedRun, catalog: Catalog):
+    name = ("--iceberg", "local.answers.nightly")
+    published(copied_run, *name)
+    table = catalog.load_table("answers.nightly")
+    table.append(table.scan().to_arrow().slice(0, 1))
+    table.maintenance.expire_snapshots().by_ids([table.snapshots()[0].snapshot_id]).commit()
+    assert published(copied_run, *name) == "iceberg local.answers.nightly has this set already"
+    assert catalog.load_table("answers.nightly").scan().to_arrow().num_rows == 7
 
 
 def test_an_iceberg_table_with_other_columns_is_refused(copied_run: ScriptedRun, catalog: Catalog):
@@ -166,6 +177,33 @@ def test_a_delta_table_with_other_columns_is_refused(copied_run: ScriptedRun, tm
     deltalake.write_deltalake(tmp_path / "t", pa.table({"id": [1]}))
     moved = move(copied_run, tmp_path / "t" / "out")
     assert "column 'id' is string in the set and int64 in the table" in refused(moved, "--delta", str(tmp_path / "t"))
+
+
+def test_a_delta_table_with_constraints_is_refused(copied_run: ScriptedRun, tmp_path: Path):
+    published(copied_run, "--delta", str(tmp_path))
+    deltalake.DeltaTable(tmp_path).alter.add_constraint({"short": "id < 'zz'"})
+    assert "has constraints (delta.constraints.short)" in refused(copied_run, "--delta", str(tmp_path))
+
+
+def test_files_that_changed_since_are_not_called_published(copied_run: ScriptedRun, tmp_path: Path):
+    published(copied_run, "--delta", str(tmp_path))
+    with next((copied_run.output / "data").iterdir()).open("ab") as file:
+        file.write(b"more")
+    line = refused(copied_run, "--delta", str(tmp_path), status=1)
+    assert f"lists other versions of the files of {copied_run.output}" in line
+
+
+def test_paths_with_dots_are_refused(copied_run: ScriptedRun, tmp_path: Path):
+    (tmp_path / "t").mkdir()
+    away = ScriptedRun(copied_run.queries, tmp_path / "t" / ".." / "out", copied_run.model)
+    assert "without '..'" in refused(away, "--delta", str(tmp_path / "t"))
+
+
+def test_a_token_of_other_credentials_is_refused(copied_run: ScriptedRun, monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setenv("AWS_SESSION_TOKEN", "token")
+    keys = [word for key in ("access_key", "secret_key") for word in ("--set", f"storage.{key}=x")]
+    line = refused(copied_run, "--delta", "s3://bucket/t", "--set", "storage.region=us-east-1", *keys)
+    assert "AWS_SESSION_TOKEN does not belong to storage.access_key; unset it" in line
 
 
 @pytest.mark.parametrize(
@@ -195,12 +233,31 @@ def test_a_run_publishes_its_set(copied_run: ScriptedRun, tmp_path: Path, catalo
     assert not (tmp_path / "answers" / "_delta_log").exists()
     result = run.annotate(*tables, "--json")
     assert result.exit_code == 3
-    assert [one["new"] for one in json.loads(result.stdout)["published"]] == [True, True]
+    assert [one["state"] for one in json.loads(result.stdout)["published"]] == ["new", "new"]
     assert f"published: 6 rows in delta {tmp_path}/answers" in result.stderr
     again = run.annotate(*tables)
     assert "has this set already" in again.stderr
     assert pl.read_delta(f"{tmp_path}/answers").height == 6
     assert catalog.load_table("answers.nightly").scan().to_arrow().num_rows == 6
+
+
+def test_a_run_that_cannot_be_published_is_finished_and_says_so(
+    copied_run: ScriptedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(DeltaTable, "publish", fail)
+    run = ScriptedRun(copied_run.queries, tmp_path / "answers" / "out", copied_run.model)
+    result = run.annotate("--set", f"publish.delta={tmp_path}/answers", "--json")
+    record = json.loads(result.stdout)
+    assert (result.exit_code, record["exit_status"], record["rows"], record["published"]) == (1, 1, 8, [])
+    command = f"selfrag publish --annotations {run.output} --delta {tmp_path}/answers"
+    problem = f"no space left; to publish it, run: {command}"
+    assert record["publish_error"] == problem
+    last = result.stderr.strip().splitlines()[-1]
+    assert last == f"error: the annotated set is complete, but not published: {problem}"
+    assert (run.output / "_SUCCESS").exists()
 
 
 def test_a_sample_is_not_published(copied_run: ScriptedRun, tmp_path: Path):

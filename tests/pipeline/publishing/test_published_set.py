@@ -4,13 +4,15 @@ import pyarrow as pa
 import pytest
 
 from pipeline.output.schema import build_data_schema
-from pipeline.publishing.published_set import check_table_types, find_difference
+from pipeline.publishing.published_set import check_table_columns, describe_error, find_difference
 
 PLAIN = pa.schema([("id", pa.string()), ("n", pa.int32()), ("words", pa.list_(pa.string()))])
 
 
 def test_all_columns_of_a_run_fit_every_format():
-    check_table_types(build_data_schema(pa.schema([("id", pa.string()), ("query", pa.string())]), keep_candidates=True))
+    check_table_columns(
+        build_data_schema(pa.schema([("id", pa.string()), ("query", pa.string())]), keep_candidates=True)
+    )
 
 
 @pytest.mark.parametrize(
@@ -25,13 +27,15 @@ def test_all_columns_of_a_run_fit_every_format():
     ],
 )
 def test_types_that_all_formats_have_are_accepted(kind: pa.DataType):
-    check_table_types(pa.schema([("x", kind)]))
+    check_table_columns(pa.schema([("x", kind)]))
 
 
 @pytest.mark.parametrize(
     "kind",
     [
         pa.uint64(),
+        pa.int16(),
+        pa.decimal256(40, 2),
         pa.float16(),
         pa.null(),
         pa.struct([]),
@@ -45,7 +49,23 @@ def test_types_that_all_formats_have_are_accepted(kind: pa.DataType):
 )
 def test_types_that_a_format_lacks_are_named(kind: pa.DataType):
     with pytest.raises(ValueError, match="a table cannot hold the column 'x' of type"):
-        check_table_types(pa.schema([("id", pa.string()), ("x", kind)]))
+        check_table_columns(pa.schema([("id", pa.string()), ("x", kind)]))
+
+
+@pytest.mark.parametrize("name", ["", "a b", "usage.seconds", "a=b", "a;b"])
+def test_names_that_a_format_refuses_are_named(name: str):
+    with pytest.raises(ValueError, match="a table cannot hold a column named"):
+        check_table_columns(pa.schema([(name, pa.string())]))
+
+
+def test_names_that_differ_in_case_alone_are_named():
+    with pytest.raises(ValueError, match="a table cannot hold both columns 'Task' and 'task'"):
+        check_table_columns(pa.schema([("Task", pa.string()), ("task", pa.string())]))
+
+
+def test_errors_are_one_plain_line():
+    assert describe_error(OSError("Generic error\n \x1b[31m↳\x1b[0m gone")) == "Generic error ↳ gone"
+    assert describe_error(KeyError()) == "KeyError"
 
 
 def test_layouts_of_arrow_are_no_difference():
