@@ -127,7 +127,10 @@ def load_config(file: str | None, settings: list[str], flags: dict[str, Any], da
         if value is not None:
             assign(tree, key, value)
     config, day = validate_section(RunConfig, tree), day or datetime.now(UTC).date()
-    return config.model_copy(update={name: fill_date(uri, day) for name, uri in _list_uris(config).items()})
+    table = config.publish.delta
+    publish = config.publish.model_copy(update={"delta": table and fill_date(table, day)})
+    uris = {name: fill_date(uri, day) for name, uri in _list_uris(config).items()}
+    return config.model_copy(update={**uris, "publish": publish})
 
 
 def _list_uris(config: RunConfig) -> dict[str, str]:

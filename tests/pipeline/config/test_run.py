@@ -196,6 +196,12 @@ def test_file_uris_become_paths(tmp_path, key, form):
     assert record[key] == str(tmp_path / "my set 2026-01-31")
 
 
+def test_date_of_a_table_is_filled_in():
+    flags = {**NEEDED, "publish.delta": "s3://bucket/{date:%Y}/answers"}
+    assert load_config(None, [], flags, date(2026, 1, 31)).publish.delta == "s3://bucket/2026/answers"
+    assert load_config(None, [], NEEDED).publish.delta is None
+
+
 def test_date_of_a_file_uri_is_filled_in(tmp_path):
     flags = {**NEEDED, "output": f"file://{tmp_path}/a%20{{date:%Y}}"}
     config = make_paths_absolute(load_config(None, [], flags, date(2026, 1, 31)))
