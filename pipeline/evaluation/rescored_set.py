@@ -97,21 +97,8 @@ def _check_output(plan: RescorePlan) -> None:
     Raises:
         ValueError: it is not.
     """
-    uri = plan.output.location.uri
-    if foreign := plan.output.find_foreign_file():
-        raise ValueError(
-            f"--output {uri} contains files that are not part of an annotated set ({foreign}); choose another"
-        )
-    found = plan.output.read_manifest()
-    if found is None:
-        return
-    if plan.overwrite:
-        plan.output.check_replaceable()
-        return
-    if plan.output.is_finished() or hash_identity(found) != hash_identity(plan.manifest):
-        raise ValueError(
-            f"--output {uri} already contains an annotated set; choose another, or replace it with --overwrite"
-        )
+    digest = hash_identity(plan.manifest)
+    plan.output.check_free(plan.overwrite, lambda found: hash_identity(found) == digest)
 
 
 @dataclass(frozen=True)

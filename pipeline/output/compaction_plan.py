@@ -182,22 +182,10 @@ def check_output(plan: Compaction) -> None:
     Raises:
         ValueError: it is not.
     """
-    uri = plan.target.location.uri
-    if foreign := plan.target.find_foreign_file():
-        raise ValueError(
-            f"--output {uri} contains files that are not part of an annotated set ({foreign}); choose another"
-        )
-    found = plan.target.read_manifest()
-    if found is None:
-        return
-    if plan.overwrite:
-        plan.target.check_replaceable()
-        return
-    same = found.get("compacted") and hash_identity(found) == hash_identity(plan.manifest)
-    if plan.target.is_finished() or not same:
-        raise ValueError(
-            f"--output {uri} already contains an annotated set; choose another, or replace it with --overwrite"
-        )
+    digest = hash_identity(plan.manifest)
+    plan.target.check_free(
+        plan.overwrite, lambda found: bool(found.get("compacted")) and hash_identity(found) == digest
+    )
 
 
 def check_unchanged(plan: Compaction) -> None:

@@ -6,7 +6,7 @@ The visible data files are the commit log: a unit is finished when its data file
 import json
 import logging
 import uuid
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -108,6 +108,30 @@ class OutputFolder:
             return None
         card = (self.location / CARD).path
         return next((file.uri for file in self.location.list_files() if file.path != card), None)
+
+    def check_free(self, overwrite: bool, continues: Callable[[Mapping[str, Any]], bool]) -> None:
+        """Check that a set can be written here.
+
+        Args:
+            overwrite: whether a set that is here is replaced.
+            continues: whether the work to do is that of an unfinished set with a manifest.
+
+        Raises:
+            ValueError: other files are here, or another set, or one that a table lists.
+        """
+        uri = self.location.uri
+        if foreign := self.find_foreign_file():
+            raise ValueError(
+                f"--output {uri} contains files that are not part of an annotated set ({foreign}); choose another"
+            )
+        if (found := self.read_manifest()) is None:
+            return
+        if overwrite:
+            self.check_replaceable()
+        elif self.is_finished() or not continues(found):
+            raise ValueError(
+                f"--output {uri} already contains an annotated set; choose another, or replace it with --overwrite"
+            )
 
     def clear(self) -> None:
         """Delete the files that runs have written and nothing else; the success marker first, the manifest last.

@@ -25,7 +25,7 @@ from pipeline.output.folder import OutputFolder, hash_identity
 from pipeline.output.unit_log import read_units
 from pipeline.report.units import find_units
 from pipeline.run.earlier_set import EarlierSet
-from tests.support.compaction import QUERIES, at, call, compacted, read
+from tests.support.compaction import QUERIES, at, call, compacted, read, upload
 from tests.support.runs import ScriptedRun, write_queries
 from tests.support.s3 import S3Server
 
@@ -195,9 +195,7 @@ def test_on_an_object_store_an_output_is_needed(copied_run: ScriptedRun, s3: S3S
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     place = at(f"s3://{s3.bucket}/compact")
-    for file in copied_run.output.rglob("*"):
-        if file.is_file():
-            (place / "set" / str(file.relative_to(copied_run.output))).write(file.read_bytes())
+    upload(copied_run.output, place / "set")
     source, target = f"{place.uri}/set", f"{place.uri}/small"
     with pytest.raises(ValueError, match="name a folder for the compacted set with --output"):
         plan_compaction(source, None, 1, StorageConfig(), overwrite=False)

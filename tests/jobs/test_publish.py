@@ -23,7 +23,7 @@ from pipeline.config.sections import StorageConfig
 from pipeline.output.folder import OutputFolder
 from pipeline.publishing.delta import DeltaTable
 from pipeline.publishing.published_set import FinishedFiles
-from tests.support.compaction import at, call, compacted
+from tests.support.compaction import at, call, compacted, upload
 from tests.support.runs import ScriptedRun, write_queries
 from tests.support.s3 import S3Server
 
@@ -282,9 +282,7 @@ def test_a_set_on_s3_is_committed_once(copied_run: ScriptedRun, s3: S3Server, mo
     for name, value in s3.environment.items():
         monkeypatch.setenv(name, value)
     place = at(f"s3://{s3.bucket}/answers")
-    for file in copied_run.output.rglob("*"):
-        if file.is_file():
-            (place / "out" / str(file.relative_to(copied_run.output))).write(file.read_bytes())
+    upload(copied_run.output, place / "out")
     options = ["--annotations", f"{place.uri}/out", "--delta", place.uri]
     first, second = call(publish, *options), call(publish, *options)
     assert first.stderr.strip() == f"published: 6 rows in delta {place.uri}"
