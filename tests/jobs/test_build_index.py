@@ -256,6 +256,7 @@ def test_non_finite_vector_fails_the_build_with_its_row(with_vectors: tuple[Path
     assert not (tmp_path / "out" / "index.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("cluster")
 def test_too_few_training_passages_are_refused(tmp_path: Path) -> None:
     pq.write_table(given_vectors(15)[0], tmp_path / "p.parquet")

@@ -136,6 +136,7 @@ def test_interrupted_build_resumes_only_with_the_same_form(
     assert problem in result.stderr.splitlines()[-1]
 
 
+@pytest.mark.slow
 def test_build_that_an_earlier_version_began_resumes(
     documents: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

@@ -63,7 +63,7 @@ def assigned(pids: Path) -> list[dict[str, Any]]:
     ("settings", "each", "cards"),
     [
         ([], {"CPU": 4.0, "GPU": 1.0}, [1]),
-        (["execution.actors=2"], {"CPU": 2.0, "GPU": 1.0}, [1, 1]),
+        pytest.param(["execution.actors=2"], {"CPU": 2.0, "GPU": 1.0}, [1, 1], marks=pytest.mark.slow),
         (["execution.actors=2", "model.engine.tensor_parallel_size=2"], {"CPU": 2.0, "GPU": 2.0}, [2, 2]),
         (["execution.gpus_per_actor=0"], {"CPU": 4.0}, [0]),
     ],
