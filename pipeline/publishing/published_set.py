@@ -43,7 +43,7 @@ class FinishedFiles:
         folder: folder of the set.
         run: digest of the run's identity, which a table keeps of what it was given.
         files: data files with rows, in the order of the queries.
-        schema: schema of the rows.
+        schema: schema of the rows, without what Arrow alone distinguishes; nulls are allowed everywhere.
     """
 
     folder: Location
@@ -77,7 +77,7 @@ class FinishedFiles:
         if listed.keys() != found.keys() or not listed:
             raise ValueError(f"{place.uri}: its data files are not those that it lists; see selfrag verify")
         files = [DataFile(found[unit.unit], unit.rows - unit.failed) for unit in listed.values()]
-        schema = read_footer(files[0].location).schema.to_arrow_schema().remove_metadata()
+        schema = pa.schema(_simplify_columns(read_footer(files[0].location).schema.to_arrow_schema()))
         return cls(place, hash_identity(manifest), tuple(file for file in files if file.rows), schema)
 
 

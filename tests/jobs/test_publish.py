@@ -154,6 +154,17 @@ def test_a_set_is_committed_to_an_iceberg_table_once(copied_run: ScriptedRun, ca
     assert str(copied_run.output) in table.properties.values()
 
 
+def test_columns_without_nulls_make_no_constraints(copied_run: ScriptedRun, tmp_path: Path, catalog: Catalog):
+    """Other sets of the table may have nulls there."""
+    schema = pa.schema([pa.field("id", pa.string(), nullable=False), ("query", pa.string())])
+    pq.write_table(pa.table({"id": ["a"], "query": ["one"]}, schema), tmp_path / "queries.parquet")
+    run = ScriptedRun(tmp_path / "queries.parquet", tmp_path / "t" / "out", copied_run.model)
+    assert run.annotate().exit_code == 0
+    tables = ("--delta", str(tmp_path / "t"), "--iceberg", "local.answers.nightly")
+    assert published(run, *tables).count("published: 1 rows") == 2
+    assert published(run, *tables).count("has this set already") == 2
+
+
 def test_an_iceberg_table_without_its_snapshots_still_knows_the_run(copied_run: ScriptedRun, catalog: Catalog):
     name = ("--iceberg", "local.answers.nightly")
     published(copied_run, *name)
