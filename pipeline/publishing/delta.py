@@ -94,10 +94,11 @@ class DeltaTable:
             if table is not None and table.transaction_version(_name_application(found)) is not None:
                 return self._compare(table, found)
             try:
-                self._commit(table, found)
-            except self._api.exceptions.DeltaError as error:
+                with self._naming():
+                    self._commit(table, found)
+            except StorageError:  # it may have been committed nevertheless, or another commit came first
                 if attempt == ATTEMPTS:
-                    raise StorageError(f"{self._place.uri}: {describe_error(error)}") from error
+                    raise
             else:
                 break
         return State.NEW

@@ -115,19 +115,31 @@ def test_folders_between_table_and_set_are_partitions(copied_run: ScriptedRun, t
     assert "is partitioned by date, task, unlike" in refused(other, "--delta", str(table))
 
 
+@pytest.mark.parametrize("error", [deltalake.exceptions.CommitFailedError, OSError])
 def test_a_commit_whose_answer_was_lost_is_not_repeated(
-    copied_run: ScriptedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    copied_run: ScriptedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: type[Exception]
 ):
     commit = DeltaTable._commit
 
     def commit_and_fail(table: DeltaTable, *rest: Any) -> None:
         commit(table, *rest)
-        raise deltalake.exceptions.CommitFailedError("connection reset")
+        raise error("connection reset")
 
     monkeypatch.setattr(DeltaTable, "_commit", commit_and_fail)
     published(copied_run, "--delta", str(tmp_path))
     assert deltalake.DeltaTable(tmp_path).version() == 0
     assert pl.read_delta(str(tmp_path)).height == 6
+
+
+def test_a_commit_that_always_fails_is_one_line(
+    copied_run: ScriptedRun, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def fail(*_: object) -> None:
+        raise Exception("native stack\n \x1b[31m0: frame")  # noqa: TRY002  as delta-rs does
+
+    monkeypatch.setattr(DeltaTable, "_commit", fail)
+    line = refused(copied_run, "--delta", str(tmp_path), status=1)
+    assert line == f"error: {tmp_path}: native stack 0: frame"
 
 
 def test_publishers_at_once_commit_a_set_once(copied_run: ScriptedRun, tmp_path: Path):
