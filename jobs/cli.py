@@ -21,6 +21,7 @@ JOBS = {
     "update_index": "Add passages to an index and remove others, without building it anew.",
     "plan_index": "Estimate what an index of your passages takes: bytes, GPUs, machines, hours.",
     "check_index": "Check that an index is intact, and find the search parameters for a target recall.",
+    "tune": "Find the engine's fastest settings for a run, on a sample of its rows.",
     "annotate": "Annotate queries with answers, evidence and critique.",
     "verify": "Verify that an annotated set is whole: every page, every query once.",
     "publish": "Register an annotated set in a Delta or Iceberg table, once.",

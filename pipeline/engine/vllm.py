@@ -253,6 +253,8 @@ def convert_logprobs(
         ArithmeticError: a log-probability is missing or not finite, for example because the model's activations
             overflow; the generation cannot be scored.
     """
+    if len(flat.end_indices) != len(token_ids):  # vLLM's speculative decoding drops ``logprob_token_ids``
+        raise ArithmeticError("the engine returned no log-probabilities for some tokens, as with speculative decoding")
     ids, logprobs = np.array(flat.token_ids, np.int64), np.array(flat.logprobs, np.float64)
     positions = np.repeat(np.arange(len(token_ids)), np.subtract(flat.end_indices, flat.start_indices))
     chosen = np.full(len(token_ids), -np.inf)

@@ -111,7 +111,7 @@ def _find_finished(asked: Hashes, tries: Hashes) -> Hashes:
 
 
 class SelectionRecord(Frozen):
-    """The content of ``selection.json``: what :class:`Selection` keeps, and the URI of the query set."""
+    """The content of ``_selection.json``: what :class:`Selection` keeps, and the URI of the query set."""
 
     queries: str
     known: Annotated[int, Field(ge=0)]
@@ -237,7 +237,7 @@ def describe_sample(sample: SampleConfig) -> str:
 
 
 def _locate_record(folder: Location) -> Location:
-    return folder / "selection.json"
+    return folder / "_selection.json"
 
 
 def _read_selected(queries: QuerySet, new: npt.NDArray[np.bool_], storage: StorageConfig) -> Iterator[pa.Table]:

@@ -17,7 +17,7 @@ HOME = ROOT / "pipeline"
 LIBRARIES = {
     "vllm": {"engine", "doctor"},
     "faiss": {"retrieval", "indexing", "doctor"},
-    "ray": {"cluster", "gpus", "nodes", "run", "indexing", "retrieval", "evaluation", "doctor"},
+    "ray": {"cluster", "gpus", "nodes", "run", "indexing", "retrieval", "evaluation", "doctor", "tuning"},
     "pyarrow": {
         "storage",
         "queries",
@@ -29,11 +29,14 @@ LIBRARIES = {
         "publishing",
         "run",
         "training",
+        "tracking",
         "doctor",
     },
     "smart_open": {"config", "queries"},
     "deltalake": {"publishing"},
     "pyiceberg": {"publishing"},
+    "mlflow": {"tracking"},
+    "openlineage": {"tracking"},
 }
 
 

@@ -151,8 +151,8 @@ def test_set_without_the_id_column_is_named(asked: Path, tmp_path: Path):
 )
 def test_a_damaged_selection_is_named(asked: Path, tmp_path: Path, content: str):
     select(asked, tmp_path / "sets")
-    (tmp_path / "sets" / "today" / "_queries" / "selection.json").write_text(content)
-    with pytest.raises(ValueError, match=r"_queries/selection\.json: .*; choose another output"):
+    (tmp_path / "sets" / "today" / "_queries" / "_selection.json").write_text(content)
+    with pytest.raises(ValueError, match=r"_queries/_selection\.json: .*; choose another output"):
         Selection.load(place(tmp_path / "sets" / "today"), str(asked), NO_SAMPLE)
 
 

@@ -1,0 +1,142 @@
+"""Find the engine's fastest settings for a run, on a sample of its own rows.
+
+``python -m jobs.tune --config run.yaml [--rows 256]``
+
+Each trial is a run of its own with one actor. Settings that change few answers are kept, and the next ones are tried on
+top of them.
+"""
+
+import dataclasses
+import json
+import logging
+from typing import Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.table import Table
+
+from jobs.annotate import ConfigFile, Index, Model, Queries, Settings
+from jobs.common import checking, start_logging, working
+from jobs.shell import run
+from pipeline.config.run import RunConfig, load_config
+from pipeline.config.sections import SampleConfig
+from pipeline.nodes.access import NodeAccessError
+from pipeline.storage.lease import Lease, OutputInUseError
+from pipeline.storage.location import check_writable, locate
+from pipeline.tuning.knobs import KNOBS, Knob, choose_knobs
+from pipeline.tuning.search import MOST_SHIFT, EngineTrial, Search, Tuned, list_first_trials
+from pipeline.tuning.trials import Trials, format_settings
+
+NAMES = ", ".join(knob.name for knob in KNOBS)
+
+
+def tune(
+    config: ConfigFile = None,
+    queries: Queries = None,
+    index: Index = None,
+    model: Model = None,
+    output: Annotated[
+        str | None, typer.Option(help="Folder for the trials; by default the run's output with -tuning at its end.")
+    ] = None,
+    rows: Annotated[int, typer.Option(min=1, help="Rows of the run in each trial.")] = 256,
+    seed: Annotated[int, typer.Option(min=0, help="Random seed of the rows.")] = 0,
+    only: Annotated[list[str] | None, typer.Option(help=f"Try only this; repeatable: {NAMES}.")] = None,
+    max_changed: Annotated[
+        float, typer.Option(min=0, max=1, help="Share of the answers that a setting may change.")
+    ] = 0.05,
+    settings: Settings = None,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only check everything and list the trials.")] = False,
+    overwrite: Annotated[
+        bool, typer.Option("--overwrite/--resume", help="Replace earlier trials, or go on with them (the default).")
+    ] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+) -> None:
+    """Find the engine's fastest settings for a run, on a sample of its own rows.
+
+    Exit status: 0 measured, 1 failed, 2 bad usage.
+    """
+    start_logging(logging.WARNING, progress=["pipeline.tuning.trials"], timestamps=True)
+    with checking(RuntimeError):
+        run_config, folder = load_run(config, settings or [], output, queries=queries, index=index, model=model)
+        place = locate(folder, run_config.storage)
+        check_writable(place)
+        trials = Trials.prepare(run_config, place, SampleConfig(rows=rows, seed=seed), overwrite)
+        knobs = choose_knobs(only or [], run_config.model.engine, trials.resources.gpus)
+    if dry_run:
+        print_plan(trials, knobs)
+        return
+    hint = "the tuning failed; rerun the same command to continue"
+    bad_input = (OutputInUseError, NodeAccessError)
+    with working(hint, bad_input=bad_input, resumable=True, overwrite=overwrite), Lease(place):
+        tuned = Search(trials.measure, max_changed).run(knobs)
+    done = trials.log.trials[: trials.count]
+    if as_json:
+        record = {"output": place.uri, "rows": trials.plan.queries.rows, **dataclasses.asdict(tuned)}
+        record |= {"refused": tuned.refused and tuned.refused.model_dump()}
+        typer.echo(json.dumps({**record, "trials": [trial.model_dump() for trial in done]}))
+        return
+    print_outcome(done, tuned, max_changed)
+
+
+def load_run(file: str | None, settings: list[str], output: str | None, **flags: str | None) -> tuple[RunConfig, str]:
+    """Read the configuration of the run, and return it with the folder for the trials.
+
+    Raises:
+        ValueError: see ``load_config``.
+    """
+    places: dict[str, Any] = {"queries": flags["queries"], "index": flags["index"], "model.name": flags["model"]}
+    config = load_config(file, settings, {**places, "output": output})
+    return config, config.output if output else f"{config.output.rstrip('/')}-tuning"
+
+
+def print_plan(trials: Trials, knobs: list[Knob]) -> None:
+    """Print the plan of the first trial, and the settings of the others."""
+    for line in [*trials.plan.describe(), *trials.resources.describe()]:
+        typer.echo(line, err=True)
+    for tried in list_first_trials(knobs):
+        typer.echo(f"trial    {format_settings(tried)}", err=True)
+    typer.echo("nothing was written and no engine started (--dry-run)", err=True)
+
+
+def print_outcome(trials: tuple[EngineTrial, ...], tuned: Tuned, max_changed: float) -> None:
+    """Print a table of the trials, and the YAML of the best settings."""
+    Console().print(build_trials_table(trials))
+    for number, trial in enumerate(trials, 1):
+        if trial.problem:
+            typer.echo(f"trial {number}, {format_settings(trial.settings)}: {trial.problem}")
+    if tuned.refused:
+        typer.echo(explain_refusal(tuned.refused, max_changed))
+    if not tuned.settings:
+        typer.echo(f"nothing is faster than the configured settings by more than {tuned.margin:.0%}; keep them")
+        return
+    typer.echo(
+        f"{tuned.rate / tuned.configured:.2f} times as fast as configured ({tuned.rate:.2f} instead of "
+        f"{tuned.configured:.2f} queries/s of an actor), with {tuned.changed:.1%} of the answers changed:"
+    )
+    typer.echo(yaml.safe_dump({"model": {"engine": tuned.settings}}, sort_keys=False), nl=False)
+
+
+def explain_refusal(refused: EngineTrial, max_changed: float) -> str:
+    """Return a line that explains why the settings of a trial are not chosen, although they are faster."""
+    why = f"changes {refused.changed:.1%} of the answers, more than --max-changed {max_changed:g} allows"
+    if refused.shift > MOST_SHIFT:
+        why = f"shifts the scores of the same answers by {refused.shift:.2f}, so that these cannot be trusted"
+    return f"not chosen: {format_settings(refused.settings)} is faster ({refused.rate:.2f} queries/s), but {why}"
+
+
+def build_trials_table(trials: tuple[EngineTrial, ...]) -> Table:
+    """Return a table with a line for each trial."""
+    table = Table(title=f"{len(trials)} trials")
+    for heading in ("", "settings", "queries/s", "changed", "shift of scores"):
+        table.add_column(heading, justify="left" if heading == "settings" else "right")
+    for number, trial in enumerate(trials, 1):
+        figures = ["–"] * 3
+        if trial.rate is not None:
+            figures = [f"{trial.rate:.2f}", f"{trial.changed:.1%}", f"{trial.shift:.3f}"]
+        table.add_row(str(number), format_settings(trial.settings), *figures)
+    return table
+
+
+if __name__ == "__main__":
+    run(tune)
