@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from datetime import datetime
 from typing import Annotated, Any
 
@@ -33,6 +33,8 @@ from pipeline.run.notices import notify_failure
 from pipeline.run.plan import RunPlan, check_run
 from pipeline.storage.lease import Lease, OutputInUseError
 from pipeline.storage.location import StorageError, locate
+from pipeline.tracking.track import open_trackers, tracking
+from pipeline.tracking.tracked_run import TrackedRun, Tracker
 
 log = logging.getLogger(__name__)
 
@@ -108,6 +110,7 @@ def annotate(
         run_config = load_config(config, settings or [], flags, day and day.date())
         if seed is not None and run_config.sample.rows is None:
             raise ValueError("--seed requires --sample")
+        trackers = open_trackers(run_config.tracking)
     if dry_run:
         if planned := plan_run(run_config, overwrite):
             with checking():
@@ -119,7 +122,7 @@ def annotate(
             typer.echo("nothing was written and no engine started (--dry-run)", err=True)
         return
     with notifying(run_config), checking(), locking(run_config):
-        raise typer.Exit(annotate_queries(run_config, overwrite, as_json))
+        raise typer.Exit(annotate_queries(run_config, trackers, overwrite, as_json))
 
 
 @contextlib.contextmanager
@@ -159,14 +162,14 @@ def plan_run(config: RunConfig, overwrite: bool) -> tuple[RunPlan, Resources | N
     return plan, resources
 
 
-def annotate_queries(config: RunConfig, overwrite: bool, as_json: bool) -> int:
+def annotate_queries(config: RunConfig, trackers: Sequence[Tracker], overwrite: bool, as_json: bool) -> int:
     """Plan and execute the run, print its summary and return the exit status."""
     planned = plan_run(config, overwrite)
     if planned is None:
         return 0
     hint = "the run failed; rerun the same command to continue"
     with working(hint, bad_input=(OutputInUseError, NodeAccessError), resumable=True, overwrite=overwrite):
-        summary = run_plan(*planned, deferring=deferring)
+        summary = run_tracked(*planned, trackers)
     if summary.left:
         left = f"{summary.budget} is spent: {summary.left} rows are left"
         typer.echo(f"{left}; {name_command(overwrite)} continues with them", err=True)
@@ -177,6 +180,14 @@ def annotate_queries(config: RunConfig, overwrite: bool, as_json: bool) -> int:
     if publishing.problem:
         fail(f"the annotated set is complete, but not published: {publishing.problem}", 1)
     return summary.exit_status
+
+
+def run_tracked(plan: RunPlan, resources: Resources | None, trackers: Sequence[Tracker]) -> Summary:
+    """Carry out a plan and have it recorded, unless nothing is left to do."""
+    with tracking([] if plan.finished else trackers, TrackedRun.of(plan)) as tracked:
+        summary = run_plan(plan, resources, deferring=deferring)
+        tracked.note(summary)
+    return summary
 
 
 def publish_finished(config: RunConfig, summary: Summary) -> Publishing:

@@ -24,6 +24,7 @@ from pipeline.config.sections import (
     RetrievalConfig,
     SampleConfig,
     StorageConfig,
+    TrackingConfig,
 )
 
 # Settings of a run that are URIs and may contain its date.
@@ -60,6 +61,7 @@ class RunConfig(Frozen):
     execution: Annotated[ExecutionConfig, Effect.FREE] = ExecutionConfig()
     storage: Annotated[StorageConfig, Effect.FREE] = StorageConfig()
     publish: Annotated[PublishConfig, Effect.FREE] = PublishConfig()
+    tracking: Annotated[TrackingConfig, Effect.FREE] = TrackingConfig()
     on_failure: Annotated[OnFailure, Effect.FREE] = OnFailure()
 
     def to_record(self) -> dict[str, Any]:

@@ -364,6 +364,18 @@ class PublishConfig(Frozen):
     iceberg: str | None = None
 
 
+class TrackingConfig(Frozen):
+    """Services in which runs are recorded; none by default. No service that fails ends a run.
+
+    Attributes:
+        openlineage: Name of the job in OpenLineage events; ``OPENLINEAGE_URL`` or ``openlineage.yml`` names the server.
+        mlflow: Name of the MLflow experiment; ``MLFLOW_TRACKING_URI`` names the server.
+    """
+
+    openlineage: str | None = None
+    mlflow: str | None = None
+
+
 class OnFailure(Frozen):
     """Notifications of a failed run.
 
