@@ -34,7 +34,7 @@ from pipeline.run.plan import RunPlan, check_run
 from pipeline.storage.lease import Lease, OutputInUseError
 from pipeline.storage.location import StorageError, locate
 from pipeline.tracking.track import open_trackers, tracking
-from pipeline.tracking.tracked_run import TrackedRun, Tracker
+from pipeline.tracking.tracked_run import Tracker
 
 log = logging.getLogger(__name__)
 
@@ -110,8 +110,9 @@ def annotate(
         run_config = load_config(config, settings or [], flags, day and day.date())
         if seed is not None and run_config.sample.rows is None:
             raise ValueError("--seed requires --sample")
-        trackers = open_trackers(run_config.tracking)
     if dry_run:
+        with checking():
+            open_trackers(run_config.tracking)
         if planned := plan_run(run_config, overwrite):
             with checking():
                 check_prompts(planned[0])
@@ -122,7 +123,7 @@ def annotate(
             typer.echo("nothing was written and no engine started (--dry-run)", err=True)
         return
     with notifying(run_config), checking(), locking(run_config):
-        raise typer.Exit(annotate_queries(run_config, trackers, overwrite, as_json))
+        raise typer.Exit(annotate_queries(run_config, overwrite, as_json))
 
 
 @contextlib.contextmanager
@@ -162,8 +163,9 @@ def plan_run(config: RunConfig, overwrite: bool) -> tuple[RunPlan, Resources | N
     return plan, resources
 
 
-def annotate_queries(config: RunConfig, trackers: Sequence[Tracker], overwrite: bool, as_json: bool) -> int:
+def annotate_queries(config: RunConfig, overwrite: bool, as_json: bool) -> int:
     """Plan and execute the run, print its summary and return the exit status."""
+    trackers = open_trackers(config.tracking)
     planned = plan_run(config, overwrite)
     if planned is None:
         return 0
@@ -183,9 +185,9 @@ def annotate_queries(config: RunConfig, trackers: Sequence[Tracker], overwrite: 
 
 
 def run_tracked(plan: RunPlan, resources: Resources | None, trackers: Sequence[Tracker]) -> Summary:
-    """Carry out a plan and have it recorded, unless nothing is left to do."""
-    with tracking([] if plan.finished else trackers, TrackedRun.of(plan)) as tracked:
-        summary = run_plan(plan, resources, deferring=deferring)
+    """Carry out a plan and have it recorded, once it begins."""
+    with tracking(trackers) as tracked:
+        summary = run_plan(plan, resources, deferring=deferring, on_begin=tracked.begin)
         tracked.note(summary)
     return summary
 

@@ -9,22 +9,24 @@ top of them.
 import dataclasses
 import json
 import logging
-from typing import Annotated, Any
+from collections.abc import Sequence
+from typing import Annotated
 
 import typer
 import yaml
 from rich.console import Console
 from rich.table import Table
 
-from jobs.annotate import ConfigFile, Index, Model, Queries, Settings
+from jobs.annotate import ConfigFile, Day, Index, Model, Queries, Settings
 from jobs.common import checking, start_logging, working
 from jobs.shell import run
 from pipeline.config.run import RunConfig, load_config
 from pipeline.config.sections import SampleConfig
 from pipeline.nodes.access import NodeAccessError
+from pipeline.queries.division import FEWEST_UNIT_ROWS
 from pipeline.storage.lease import Lease, OutputInUseError
-from pipeline.storage.location import check_writable, locate
-from pipeline.tuning.knobs import KNOBS, Knob, choose_knobs
+from pipeline.storage.location import Location, check_writable, is_hidden, locate
+from pipeline.tuning.knobs import KNOBS, Knob, choose_knobs, leave_out_gpu_knobs
 from pipeline.tuning.search import MOST_SHIFT, EngineTrial, Search, Tuned, list_first_trials
 from pipeline.tuning.trials import Trials, format_settings
 
@@ -37,9 +39,11 @@ def tune(
     index: Index = None,
     model: Model = None,
     output: Annotated[
-        str | None, typer.Option(help="Folder for the trials; by default the run's output with -tuning at its end.")
+        str | None, typer.Option(help="Folder for the trials; by default _NAME-tuning beside the run's output NAME.")
     ] = None,
-    rows: Annotated[int, typer.Option(min=1, help="Rows of the run in each trial.")] = 256,
+    rows: Annotated[
+        int | None, typer.Option(min=1, help="Rows in each trial; by default as many as an actor has in flight.")
+    ] = None,
     seed: Annotated[int, typer.Option(min=0, help="Random seed of the rows.")] = 0,
     only: Annotated[list[str] | None, typer.Option(help=f"Try only this; repeatable: {NAMES}.")] = None,
     max_changed: Annotated[
@@ -51,6 +55,7 @@ def tune(
         bool, typer.Option("--overwrite/--resume", help="Replace earlier trials, or go on with them (the default).")
     ] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the result as JSON.")] = False,
+    day: Day = None,
 ) -> None:
     """Find the engine's fastest settings for a run, on a sample of its own rows.
 
@@ -58,36 +63,51 @@ def tune(
     """
     start_logging(logging.WARNING, progress=["pipeline.tuning.trials"], timestamps=True)
     with checking(RuntimeError):
-        run_config, folder = load_run(config, settings or [], output, queries=queries, index=index, model=model)
-        place = locate(folder, run_config.storage)
-        check_writable(place)
-        trials = Trials.prepare(run_config, place, SampleConfig(rows=rows, seed=seed), overwrite)
-        knobs = choose_knobs(only or [], run_config.model.engine, trials.resources.gpus)
+        flags = {"queries": queries, "index": index, "output": output, "model.name": model}
+        run_config = load_config(config, settings or [], flags, day and day.date())
+        place = choose_folder(run_config, output)
+        knobs = choose_knobs(only or [], run_config.model.engine)
+        sample = SampleConfig(rows=rows or run_config.execution.units_in_flight * FEWEST_UNIT_ROWS, seed=seed)
+        trials = Trials.prepare(run_config, place, sample, overwrite)
+        if not trials.resources.gpus:
+            knobs = leave_out_gpu_knobs(knobs, only or [])
     if dry_run:
         print_plan(trials, knobs)
         return
     hint = "the tuning failed; rerun the same command to continue"
     bad_input = (OutputInUseError, NodeAccessError)
     with working(hint, bad_input=bad_input, resumable=True, overwrite=overwrite), Lease(place):
+        trials.begin()
         tuned = Search(trials.measure, max_changed).run(knobs)
-    done = trials.log.trials[: trials.count]
     if as_json:
         record = {"output": place.uri, "rows": trials.plan.queries.rows, **dataclasses.asdict(tuned)}
         record |= {"refused": tuned.refused and tuned.refused.model_dump()}
-        typer.echo(json.dumps({**record, "trials": [trial.model_dump() for trial in done]}))
+        typer.echo(json.dumps({**record, "trials": [trial.model_dump() for trial in trials.asked]}))
         return
-    print_outcome(done, tuned, max_changed)
+    print_outcome(trials.asked, tuned, max_changed)
 
 
-def load_run(file: str | None, settings: list[str], output: str | None, **flags: str | None) -> tuple[RunConfig, str]:
-    """Read the configuration of the run, and return it with the folder for the trials.
+def choose_folder(config: RunConfig, output: str | None) -> Location:
+    """Return the folder for the trials, in which no run looks for answers.
 
     Raises:
-        ValueError: see ``load_config``.
+        ValueError: the output is in the folder of earlier sets; or it is a bucket, which nothing is beside.
+        StorageError: the folder cannot be written.
     """
-    places: dict[str, Any] = {"queries": flags["queries"], "index": flags["index"], "model.name": flags["model"]}
-    config = load_config(file, settings, {**places, "output": output})
-    return config, config.output if output else f"{config.output.rstrip('/')}-tuning"
+    above, slash, name = config.output.rstrip("/").rpartition("/")
+    if output is None and (not name or above.endswith(":/")):
+        raise ValueError(f"{config.output}: is a bucket; give a folder for the trials (--output)")
+    folder = locate(output or f"{above}{slash}_{name}-tuning", config.storage)
+    if config.skip_annotated is not None:
+        earlier = f"{locate(config.skip_annotated, config.storage).path.rstrip('/')}/"
+        inside = f"{folder.path}/".removeprefix(earlier)
+        if f"{folder.path}/".startswith(earlier) and not is_hidden(inside):
+            raise ValueError(
+                f"--output {folder.uri}: is in the folder of skip_annotated, where answers of trials would count as "
+                "those of runs; choose another, or a name that begins with _"
+            )
+    check_writable(folder)
+    return folder
 
 
 def print_plan(trials: Trials, knobs: list[Knob]) -> None:
@@ -99,16 +119,16 @@ def print_plan(trials: Trials, knobs: list[Knob]) -> None:
     typer.echo("nothing was written and no engine started (--dry-run)", err=True)
 
 
-def print_outcome(trials: tuple[EngineTrial, ...], tuned: Tuned, max_changed: float) -> None:
+def print_outcome(trials: Sequence[EngineTrial], tuned: Tuned, max_changed: float) -> None:
     """Print a table of the trials, and the YAML of the best settings."""
     Console().print(build_trials_table(trials))
-    for number, trial in enumerate(trials, 1):
+    for trial in trials:
         if trial.problem:
-            typer.echo(f"trial {number}, {format_settings(trial.settings)}: {trial.problem}")
+            typer.echo(f"trial {trial.number}, {format_settings(trial.settings)}: {trial.problem}")
     if tuned.refused:
         typer.echo(explain_refusal(tuned.refused, max_changed))
     if not tuned.settings:
-        typer.echo(f"nothing is faster than the configured settings by more than {tuned.margin:.0%}; keep them")
+        typer.echo(f"nothing that was measured is faster than the configured settings by more than {tuned.margin:.0%}")
         return
     typer.echo(
         f"{tuned.rate / tuned.configured:.2f} times as fast as configured ({tuned.rate:.2f} instead of "
@@ -125,16 +145,16 @@ def explain_refusal(refused: EngineTrial, max_changed: float) -> str:
     return f"not chosen: {format_settings(refused.settings)} is faster ({refused.rate:.2f} queries/s), but {why}"
 
 
-def build_trials_table(trials: tuple[EngineTrial, ...]) -> Table:
+def build_trials_table(trials: Sequence[EngineTrial]) -> Table:
     """Return a table with a line for each trial."""
     table = Table(title=f"{len(trials)} trials")
     for heading in ("", "settings", "queries/s", "changed", "shift of scores"):
         table.add_column(heading, justify="left" if heading == "settings" else "right")
-    for number, trial in enumerate(trials, 1):
+    for trial in trials:
         figures = ["–"] * 3
         if trial.rate is not None:
             figures = [f"{trial.rate:.2f}", f"{trial.changed:.1%}", f"{trial.shift:.3f}"]
-        table.add_row(str(number), format_settings(trial.settings), *figures)
+        table.add_row(str(trial.number), format_settings(trial.settings), *figures)
     return table
 
 

@@ -35,8 +35,8 @@ publishing     a finished set registered in tables: Delta Lake, Iceberg      con
 run            a run from top to bottom: plan, driver, actor, attempts       cluster config decoding engine gpus nodes
                                                                              output queries report retrieval storage
                                                                              versions
-tuning         settings of the engine, tried on a sample of a run's rows     cluster config nodes output queries run
-                                                                             storage versions
+tuning         settings of the engine, tried on a sample of a run's rows     cluster config engine nodes output queries
+                                                                             run storage versions
 tracking       a run recorded in OpenLineage and MLflow                      cluster config output run storage
 doctor         what a machine and a cluster can do, tried out                config decoding engine gpus retrieval
                                                                              storage versions

@@ -9,6 +9,7 @@ from pipeline.config.loading import Frozen, parse_search
 
 Positive = Annotated[int, Field(ge=1)]
 Share = Annotated[float, Field(ge=0.0, le=1.0)]
+Name = Annotated[str, Field(min_length=1)]
 Weight = Annotated[float, Field(ge=0.0, allow_inf_nan=False)]
 
 
@@ -372,8 +373,8 @@ class TrackingConfig(Frozen):
         mlflow: Name of the MLflow experiment; ``MLFLOW_TRACKING_URI`` names the server.
     """
 
-    openlineage: str | None = None
-    mlflow: str | None = None
+    openlineage: Name | None = None
+    mlflow: Name | None = None
 
 
 class OnFailure(Frozen):

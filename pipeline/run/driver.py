@@ -102,6 +102,7 @@ def run_plan(
     resources: Resources | None,
     actor: type[SelfRagActor] = SelfRagActor,
     deferring: Deferring = ignore_request,
+    on_begin: Callable[[RunPlan], None] = lambda _plan: None,
 ) -> Summary:
     """Carry out a plan, or as much of it as the budget allows.
 
@@ -109,6 +110,7 @@ def run_plan(
         resources: resources of each actor; None if the plan is finished, so that only the files are verified.
         actor: class of the actors; tests and benchmarks pass a subclass with a scripted engine.
         deferring: defers SIGTERM, so that units in flight can end.
+        on_begin: called with the plan before the first unit, once nothing more can refuse the run.
 
     Raises:
         RuntimeError: too many rows failed, or rows are missing at the end; or the budget was spent before any unit
@@ -124,6 +126,7 @@ def run_plan(
         record = {**record_plan(plan), "started": begun.isoformat()}
 
         def annotate(checked: RunPlan) -> Generator[UnitSummary]:
+            on_begin(checked)
             return annotate_units(checked, resources, lease, actor, deferring)
 
         done = annotate_checked(plan, resources, record, lease, annotate)

@@ -186,7 +186,7 @@ class Location:
         found = self.retrying(lambda: again(self.filesystem.get_file_info, selector))
         base = self.path.rstrip("/")
         infos = {info.path[len(base) + 1 :]: info for info in found if info.type == fs.FileType.File}
-        names = [name for name in sorted(infos) if name.endswith(suffix) and not _is_hidden(name)]
+        names = [name for name in sorted(infos) if name.endswith(suffix) and not is_hidden(name)]
         return [(self / name).with_stamp(infos[name]) for name in names]
 
     def list_folders(self) -> list["Location"]:
@@ -197,7 +197,7 @@ class Location:
         found = self.retrying(lambda: self.filesystem.get_file_info(selector))
         inside = [(info.path[len(self.path.rstrip("/")) + 1 :].partition("/"), info) for info in found]
         names = {name for (name, slash, _), info in inside if slash or info.type == fs.FileType.Directory}
-        return [self / name for name in sorted(names) if not _is_hidden(name)]
+        return [self / name for name in sorted(names) if not is_hidden(name)]
 
     def read(self) -> bytes:
         """Read the whole file."""
@@ -263,7 +263,7 @@ class Location:
         self.retrying(lambda: again(delete_file))
 
 
-def _is_hidden(path: str) -> bool:
+def is_hidden(path: str) -> bool:
     """Whether a path within a folder has a part that starts with a dot or an underscore."""
     return any(part.startswith((".", "_")) for part in path.split("/"))
 

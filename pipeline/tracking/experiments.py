@@ -16,13 +16,11 @@ from pipeline.output.folder import hash_identity
 from pipeline.run.driver import Summary
 from pipeline.tracking.tracked_run import Ending, RunState, TrackedRun
 
-# MLflow waits for minutes by default, in which a run would not begin or end. Variables that are set take precedence.
-PATIENCE = {"MLFLOW_HTTP_REQUEST_TIMEOUT": "20", "MLFLOW_HTTP_REQUEST_MAX_RETRIES": "2"}
 STATES = {RunState.COMPLETE: "FINISHED", RunState.FAIL: "FAILED", RunState.ABORT: "KILLED"}
-# Limits of MLflow's REST API: parameters in one call, and characters that all of its stores keep of a value.
+# Limits of MLflow's REST API: parameters in one call, and characters of a key, and of a value in all of its stores.
 MOST_PARAMETERS = 100
-MOST_CHARACTERS = 500
-_REFUSED = re.compile(r"[^\w\-. /]")
+KEY_CHARACTERS, VALUE_CHARACTERS = 250, 500
+_REFUSED = re.compile(r"[^\w\-. ]")
 # Fields of ``Summary`` that are not figures.
 TEXTS = ("output", "budget", "error_types", "max_error_rate")
 
@@ -34,14 +32,13 @@ class MlflowTracker:
         experiment: name of the experiment, which is created if there is none.
 
     Raises:
-        ValueError: the package mlflow is missing.
+        ValueError: the package mlflow is missing, or no server is configured.
     """
 
     name = "MLflow"
 
     def __init__(self, experiment: str) -> None:
-        for variable, value in PATIENCE.items():
-            os.environ.setdefault(variable, value)
+        os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
         try:
             from mlflow import entities
             from mlflow.tracking import MlflowClient
@@ -49,20 +46,25 @@ class MlflowTracker:
             raise ValueError(
                 "tracking.mlflow needs the package mlflow-skinny: pip install 'selfrag-batch[mlflow]'"
             ) from None
+        if not os.environ.get("MLFLOW_TRACKING_URI"):
+            raise ValueError("tracking.mlflow: MLFLOW_TRACKING_URI is not set, so there is no server")
         self._client, self._entities, self._experiment = MlflowClient(), entities, experiment
         self._id = ""
 
     def begin(self, run: TrackedRun) -> None:
         """See :meth:`Tracker.begin`."""
-        found = self._client.get_experiment_by_name(self._experiment)
-        experiment = found.experiment_id if found else self._client.create_experiment(self._experiment)
-        name = run.output.uri.rstrip("/").rpartition("/")[2]
-        tags = {"selfrag.output": run.output.uri, "selfrag.run": run.output.digest}
-        created = self._client.create_run(experiment, _count_ms(run.started), tags, run_name=name)
-        self._id = created.info.run_id
+        self._id = self._id or self._create(run)  # what follows may have failed before
         parameters = [self._entities.Param(name, text) for name, text in list_tracked_parameters(run.manifest).items()]
         for first in range(0, len(parameters), MOST_PARAMETERS):
             self._client.log_batch(self._id, params=parameters[first : first + MOST_PARAMETERS])
+
+    def _create(self, run: TrackedRun) -> str:
+        found = self._client.get_experiment_by_name(self._experiment)
+        experiment = found.experiment_id if found else self._client.create_experiment(self._experiment)
+        name = run.output.uri.rstrip("/").rpartition("/")[2]
+        tags = {"selfrag.output": run.output.uri, "selfrag.run": run.output.digest or ""}
+        created = self._client.create_run(experiment, _count_ms(run.started), tags, run_name=name)
+        return str(created.info.run_id)
 
     def end(self, ending: Ending) -> None:
         """See :meth:`Tracker.end`."""
@@ -70,8 +72,10 @@ class MlflowTracker:
         figures = compute_figures(ending.summary) if ending.summary else {}
         metrics = [self._entities.Metric(name, value, time, 0) for name, value in figures.items()]
         tags = [self._entities.RunTag("selfrag.message", ending.message)] if ending.message else []
-        self._client.log_batch(self._id, metrics=metrics, tags=tags)
-        self._client.set_terminated(self._id, STATES[ending.state], time)
+        try:
+            self._client.log_batch(self._id, metrics=metrics, tags=tags)
+        finally:
+            self._client.set_terminated(self._id, STATES[ending.state], time)
 
 
 def _count_ms(time: datetime) -> int:
@@ -86,14 +90,18 @@ def list_tracked_parameters(manifest: Mapping[str, Any]) -> dict[str, str]:
     parts = {name: manifest.get(name) for name in ("queries", "model", "index", "reranker", "stale", "versions")}
     kept = {name: part for name, part in parts.items() if part}
     named = flatten({"configuration": manifest["configuration"], **kept, "run": hash_identity(manifest)})
-    texts = {_REFUSED.sub("_", name): str(value) for name, value in named.items() if value not in (None, "", {}, [])}
-    return {name: text[:MOST_CHARACTERS] for name, text in texts.items()}
+    texts = {name: str(value) for name, value in named.items() if value not in (None, "", {}, [])}
+    return {_make_key(name): text[:VALUE_CHARACTERS] for name, text in texts.items()}
+
+
+def _make_key(name: str) -> str:
+    return _REFUSED.sub("_", name)[:KEY_CHARACTERS]
 
 
 def compute_figures(summary: Summary) -> dict[str, float]:
     """Return the figures of a run by name: counts, and rates of its rows."""
     figures = {name: float(value) for name, value in asdict(summary).items() if name not in TEXTS}
-    figures |= {f"errors.{_REFUSED.sub('_', kind)}": float(count) for kind, count in summary.error_types.items()}
+    figures |= {_make_key(f"errors.{kind}"): float(count) for kind, count in summary.error_types.items()}
     answered = summary.rows - summary.errors - summary.left
     if summary.seconds:
         figures["rows_per_second"] = summary.annotated / summary.seconds

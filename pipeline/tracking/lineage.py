@@ -4,13 +4,18 @@ The client's own configuration says where they go (``OPENLINEAGE_URL``, or the f
 ``OPENLINEAGE_NAMESPACE`` names the namespace of the job.
 """
 
+import logging
 import os
 from typing import Any
-from urllib.parse import urlsplit
 
 import pyarrow as pa
 
 from pipeline.tracking.tracked_run import Ending, RunState, TrackedData, TrackedRun
+
+log = logging.getLogger(__name__)
+
+# Seconds in which events that are sent in the background must have left.
+CLOSING_S = 5.0
 
 
 class OpenLineageTracker:
@@ -34,6 +39,8 @@ class OpenLineageTracker:
                 "tracking.openlineage needs the package openlineage-python: pip install 'selfrag-batch[openlineage]'"
             ) from None
         self._client, self._events, self._facets = OpenLineageClient(), event_v2, facet_v2
+        if self._client.transport.kind == "console":
+            log.warning("OpenLineage events only go to the log: OPENLINEAGE_URL or openlineage.yml names no server")
         self._id = str(generate_new_uuid())
         self._run: TrackedRun
         kind = facet_v2.job_type_job.JobTypeJobFacet("BATCH", "SELFRAG_BATCH", "JOB")
@@ -55,6 +62,7 @@ class OpenLineageTracker:
             statistics = modules.output_statistics_output_dataset.OutputStatisticsOutputDatasetFacet(rowCount=answered)
             outcome["outputStatistics"] = statistics
         self._emit(ending.state.upper(), ending.ended.isoformat(), facets, outcome)
+        self._client.close(CLOSING_S)  # some transports send in the background
 
     def _emit(self, state: str, time: str, facets: dict[str, Any], outcome: dict[str, Any]) -> None:
         run, events = self._run, self._events
@@ -77,9 +85,10 @@ class OpenLineageTracker:
         self._client.emit(event)
 
     def _describe(self, data: TrackedData) -> dict[str, Any]:
-        """Return the facets of a dataset: its version and, if it has one, its schema."""
-        version = self._facets.dataset_version_dataset.DatasetVersionDatasetFacet(data.digest)
-        facets: dict[str, Any] = {"version": version}
+        """Return the facets of a dataset: its version and its schema, if it has them."""
+        facets: dict[str, Any] = {}
+        if data.digest is not None:
+            facets["version"] = self._facets.dataset_version_dataset.DatasetVersionDatasetFacet(data.digest)
         if data.schema is not None:
             facets["schema"] = self._facets.schema_dataset.SchemaDatasetFacet(
                 [self._describe_field(field.name, field.type) for field in data.schema]
@@ -102,7 +111,8 @@ class OpenLineageTracker:
 
 def name_dataset(uri: str) -> tuple[str, str]:
     """Return the namespace and the name of a dataset: https://openlineage.io/docs/spec/naming."""
-    parts = urlsplit(uri)
-    if parts.scheme in ("", "file"):
-        return "file", (parts.path if parts.scheme else uri).rstrip("/")
-    return f"{parts.scheme}://{parts.netloc}", parts.path.strip("/") or "/"
+    scheme, _, rest = uri.rpartition("://")
+    if scheme in ("", "file"):
+        return "file", rest.rstrip("/")
+    bucket, _, path = rest.partition("/")
+    return f"{scheme}://{bucket}", path.strip("/") or "/"

@@ -19,12 +19,12 @@ class TrackedData:
 
     Attributes:
         uri: URI or absolute path of the file or folder.
-        digest: digest of its content, or of everything that decides it.
+        digest: digest of its content, or of everything that decides it; None if only a part of it is meant.
         schema: schema of its rows; None if it has none.
     """
 
     uri: str
-    digest: str
+    digest: str | None
     schema: pa.Schema | None = None
 
 
@@ -33,7 +33,7 @@ class TrackedRun:
     """A run that begins; each call of a command is one.
 
     Attributes:
-        inputs: query set and index.
+        inputs: query set, index, and earlier set whose answers are carried over.
         output: annotated set.
         manifest: what the manifest says of the run before it begins.
         started: time when it begins.
@@ -47,9 +47,12 @@ class TrackedRun:
     @classmethod
     def of(cls, plan: RunPlan) -> "TrackedRun":
         """Describe a planned run."""
-        inputs = [TrackedData(plan.config.queries, plan.queries.digest, plan.queries.schema)]
+        whole = plan.population is None and not plan.known
+        inputs = [TrackedData(plan.config.queries, plan.queries.digest if whole else None, plan.queries.schema)]
         if plan.index is not None and plan.config.index is not None:
             inputs.append(TrackedData(plan.config.index, plan.index["digest"]))
+        if plan.stale is not None and plan.config.stale is not None:
+            inputs.append(TrackedData(plan.config.stale, plan.stale["run"]))
         rows = build_data_schema(plan.queries.schema, plan.config.decoding.keep_candidates)
         return cls(tuple(inputs), TrackedData(plan.config.output, plan.digest, rows), record_plan(plan))
 

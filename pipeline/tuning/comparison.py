@@ -10,11 +10,10 @@ from pipeline.storage.parquet import read_columns
 
 @dataclass(frozen=True)
 class ScoredAnswer:
-    """An answer, the mean score of its segments (None without any), and the seconds that the row took."""
+    """An answer, and the mean score of its segments; None without any."""
 
     answer: str
     score: float | None
-    seconds: float
 
 
 def read_scored_answers(output: OutputFolder, id_column: str) -> dict[str, ScoredAnswer]:
@@ -25,10 +24,9 @@ def read_scored_answers(output: OutputFolder, id_column: str) -> dict[str, Score
     """
     found = dict[str, ScoredAnswer]()
     for file in output.list_unit_files("data").values():
-        for row in read_columns(file, [id_column, "answer", "segments", "usage"]).to_pylist():
+        for row in read_columns(file, [id_column, "answer", "segments"]).to_pylist():
             scores = [segment["score"] for segment in row["segments"] or () if segment["score"] is not None]
-            score = fmean(scores) if scores else None
-            found[row[id_column]] = ScoredAnswer(row["answer"], score, row["usage"]["seconds"] or 0.0)
+            found[row[id_column]] = ScoredAnswer(row["answer"], fmean(scores) if scores else None)
     return found
 
 

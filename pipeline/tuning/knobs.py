@@ -40,27 +40,35 @@ KNOBS = (
 SYNONYMS = {"half": "float16"}
 
 
-def choose_knobs(names: Sequence[str], configured: Mapping[str, Any], gpus: float) -> list[Knob]:
+def choose_knobs(names: Sequence[str], configured: Mapping[str, Any]) -> list[Knob]:
     """Choose the knobs to try, without the values that are configured already.
 
     Args:
-        names: names of the knobs; empty for all that the actors' machine has.
+        names: names of the knobs; empty for all.
         configured: configured arguments of the engine.
-        gpus: GPUs of an actor.
 
     Raises:
-        ValueError: there is no knob of that name, or it needs a GPU.
+        ValueError: there is no knob of that name.
     """
     known = {knob.name: knob for knob in KNOBS}
     if unknown := [name for name in names if name not in known]:
         raise ValueError(f"--only {unknown[0]}: expected one of {', '.join(known)}")
-    if idle := [name for name in names if known[name].needs_gpu and not gpus]:
-        raise ValueError(f"--only {idle[0]}: the actors have no GPU")
-    wanted = [knob for knob in KNOBS if (knob.name in names if names else gpus or not knob.needs_gpu)]
-    return [knob for knob in (_leave_out(knob, configured) for knob in wanted) if knob.values]
+    wanted = [_leave_out(knob, configured) for knob in KNOBS if not names or knob.name in names]
+    return [knob for knob in wanted if knob.values]
 
 
 def _leave_out(knob: Knob, configured: Mapping[str, Any]) -> Knob:
     now = configured.get(knob.argument)
     values = tuple(value for value in knob.values if value != SYNONYMS.get(str(now), now))
     return Knob(knob.name, knob.argument, values, knob.needs_gpu)
+
+
+def leave_out_gpu_knobs(knobs: Sequence[Knob], names: Sequence[str]) -> list[Knob]:
+    """Return the knobs that actors without a GPU have.
+
+    Raises:
+        ValueError: one that is left out was asked for by name.
+    """
+    if idle := [knob.name for knob in knobs if knob.needs_gpu and knob.name in names]:
+        raise ValueError(f"--only {idle[0]}: the actors have no GPU")
+    return [knob for knob in knobs if not knob.needs_gpu]

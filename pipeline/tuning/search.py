@@ -14,11 +14,11 @@ from pipeline.tuning.knobs import Knob
 
 # Two measurements of the same settings differ by some percent; a difference of less than this is none.
 LEAST_MARGIN = 0.05
-# A row that takes so many times as long as any row with the best settings so far stops its trial as plainly worse. With
-# the same number of rows in flight, the seconds of a row are in proportion to those of the whole (Little's law).
-PLAINLY_WORSE = 1.5
-# Seconds that a row may take in any case: an engine may hesitate for as long, for instance to compile a kernel.
-HESITATION_S = 5.0
+# A unit that takes so many times as long as any unit with the best settings so far stops its trial as plainly slower.
+# With as many units in flight, the seconds of a unit are in proportion to those of the whole (Little's law).
+SLOWEST = 1.5
+# Seconds that a unit may take in any case: an engine may hesitate for as long, for instance to compile a kernel.
+HESITATION_S = 15.0
 # Scores of the same answer that differ by more than this, on average, do not come from the same log-probabilities.
 MOST_SHIFT = 0.1
 
@@ -27,23 +27,27 @@ class EngineTrial(Frozen):
     """The outcome of a trial.
 
     Attributes:
+        number: number of the trial in its folder, from 1.
         settings: arguments of the engine by name, in addition to those configured.
         rate: rows per second of an actor; None if the trial does not count.
         changed: share of the rows answered as configured that have another answer, or none.
         shift: mean absolute difference of the scores of the same answers.
-        longest: seconds of the slowest row; None if the trial does not count.
+        longest: seconds of the slowest unit; None if the trial does not count.
         problem: why the trial does not count; empty if it does.
+        stopped: whether it was stopped, since it was plainly slower.
     """
 
-    settings: dict[str, Any]
+    number: int = 0
+    settings: dict[str, Any] = Field(default_factory=dict)
     rate: Annotated[float, Field(gt=0)] | None = None
     changed: Annotated[float, Field(ge=0, le=1)] = 0.0
     shift: Annotated[float, Field(ge=0)] = 0.0
     longest: Annotated[float, Field(ge=0)] | None = None
     problem: str = ""
+    stopped: bool = False
 
 
-# Measures settings, given the seconds that a row may take (None: as configured).
+# Measures settings, given the seconds that a unit may take (None: any).
 Measure = Callable[[Mapping[str, Any], float | None], EngineTrial]
 
 
@@ -87,7 +91,7 @@ class Search:
     most_changed: float
     margin: float = LEAST_MARGIN
     noise: float = 0.0
-    best: EngineTrial = field(default_factory=lambda: EngineTrial(settings={}))
+    best: EngineTrial = field(default_factory=lambda: EngineTrial())
     refused: EngineTrial | None = None
 
     def run(self, knobs: Sequence[Knob]) -> Tuned:
@@ -127,13 +131,16 @@ class Search:
             before = _rate(trial)
 
     def _limit(self) -> float:
-        return PLAINLY_WORSE * (self.best.longest or 0.0) + HESITATION_S
+        return SLOWEST * (self.best.longest or 0.0) + HESITATION_S
 
     def _consider(self, faster: EngineTrial) -> None:
-        if faster.changed <= self.noise + self.most_changed and faster.shift <= MOST_SHIFT:
+        if self._allows(faster):
             self.best = faster
         elif self.refused is None or _rate(faster) > _rate(self.refused):
             self.refused = faster
+
+    def _allows(self, trial: EngineTrial) -> bool:
+        return trial.changed <= self.noise + self.most_changed and trial.shift <= MOST_SHIFT
 
     def _confirm(self, configured: float) -> EngineTrial:
         """Measure the best settings again, since the fastest of many trials owes something to chance.
@@ -146,7 +153,7 @@ class Search:
             return none
         again = self.measure(self.best.settings, self._limit())
         rate = (_rate(self.best) + _rate(again)) / 2
-        confirmed = again.rate is not None and rate > configured * (1 + self.margin)
+        confirmed = again.rate is not None and self._allows(again) and rate > configured * (1 + self.margin)
         return self.best.model_copy(update={"rate": rate}) if confirmed else none
 
 

@@ -1,7 +1,7 @@
 """Runs the trials of a tuning: each is a run of its own over the same sample, with one actor and a fresh engine.
 
-A trial's annotated set is beside the others, so that its answers can be looked at. Finished trials are listed in
-``tuning.json``; a tuning that is continued takes their figures from there, and begins an interrupted trial again.
+A trial's annotated set is beside the others, so that its answers can be looked at. A tuning that is continued takes the
+figures of finished trials from ``tuning.json``, and begins an interrupted one again.
 """
 
 import json
@@ -10,38 +10,36 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from pydantic import ValidationError
 from ray.exceptions import RayError
 
-from pipeline.cluster import Resources, extract_cause
-from pipeline.config.loading import Frozen, flatten
+from pipeline.cluster import Resources, check_sharing, extract_cause
 from pipeline.config.run import RunConfig, make_paths_absolute
-from pipeline.config.sections import NO_SAMPLE, ExecutionConfig, OnFailure, PublishConfig, SampleConfig
+from pipeline.config.sections import (
+    NO_SAMPLE,
+    ExecutionConfig,
+    OnFailure,
+    PublishConfig,
+    SampleConfig,
+    TrackingConfig,
+)
 from pipeline.nodes.access import NodeAccessError
 from pipeline.output.compacted import read_run_units
 from pipeline.output.folder import OutputFolder
 from pipeline.queries.selection import Selection
-from pipeline.run.annotation import TIMED_OUT
-from pipeline.run.driver import Summary, allot_resources, run_plan
+from pipeline.run.driver import allot_resources, run_plan
 from pipeline.run.forecast import measure_pace
 from pipeline.run.plan import RunPlan, check_run
 from pipeline.storage.lease import LeaseLostError, OutputInUseError
 from pipeline.storage.location import Location, StorageError, join_lines
 from pipeline.tuning.comparison import ScoredAnswer, compare_scored_answers, read_scored_answers
 from pipeline.tuning.search import EngineTrial
-from pipeline.versions import read_versions
+from pipeline.tuning.trial_actor import PLAINLY_SLOWER, make_trial_actor
+from pipeline.tuning.tuning_log import TuningLog, describe_basis, find_differing
 
 log = logging.getLogger(__name__)
 
-# Settings of ``execution`` that trials do not have in common with the run: they end in time, and all of them end.
+# Settings of ``execution`` that trials do not have in common with the run.
 APART = ("actors", "price_per_hour", "max_hours", "max_cost", "max_error_rate", "lock")
-
-
-class TuningLog(Frozen):
-    """The content of ``tuning.json``: what trials must have in common to be compared, and the finished ones."""
-
-    basis: dict[str, Any]
-    trials: tuple[EngineTrial, ...] = ()
 
 
 @dataclass
@@ -55,7 +53,7 @@ class Trials:
         resources: resources of an actor.
         plan: plan of the first trial.
         log: finished trials of earlier calls, and of this one.
-        count: number of trials that were asked for.
+        asked: outcomes of the trials that this call has asked for.
         answers: answered rows of the first trial, read on first use.
     """
 
@@ -65,12 +63,12 @@ class Trials:
     resources: Resources
     plan: RunPlan
     log: TuningLog
-    count: int = 0
+    asked: list[EngineTrial] = field(default_factory=list)
     answers: dict[str, ScoredAnswer] = field(default_factory=dict)
 
     @classmethod
     def prepare(cls, config: RunConfig, folder: Location, sample: SampleConfig, overwrite: bool) -> "Trials":
-        """Check the run and the folder, and compute the resources of an actor.
+        """Check the run and the folder, and compute the resources of an actor; writes nothing.
 
         Args:
             config: configuration of the run.
@@ -79,143 +77,122 @@ class Trials:
             overwrite: whether trials in the folder are replaced.
 
         Raises:
-            ValueError: bad input or configuration, or the folder holds the trials of another run.
+            ValueError: bad input or configuration, or the folder holds an annotated set or the trials of another run.
             StorageError: a URI cannot be read.
             RuntimeError: the embedded model is not available.
         """
         config = make_paths_absolute(config)
-        known = None if overwrite else read_log(folder)
-        first = isolate(config, locate_trial(folder, 0), sample)
-        plan = check_run(first, overwrite=known is None)
+        if OutputFolder(folder).read_manifest() is not None:
+            raise ValueError(f"--output {folder.uri} holds an annotated set; choose another folder for the trials")
+        known = None if overwrite else TuningLog.read(folder)
+        begun = known is not None and bool(known.trials)
+        first = isolate(config, locate_trial(folder, 1), sample)
+        plan = check_run(first, overwrite=not begun)
         resources = allot_resources(replace(plan, config=config))
-        basis = describe_basis(config, resources)
-        if known is not None and (differing := _find_differing(known.basis, basis)):
+        basis = describe_basis(config, resources, plan.digest)
+        if known and begun and (differing := find_differing(known.basis, basis)):
             raise ValueError(
                 f"--output {folder.uri} holds trials of a run that differs in {', '.join(differing)}; choose another "
                 "output, or replace them with --overwrite"
             )
-        allowed = config.execution.max_error_rate
-        return cls(first, allowed, folder, resources, plan, known or TuningLog(basis=basis))
+        found = known if known and begun else TuningLog(basis=basis)
+        return cls(first, config.execution.max_error_rate, folder, resources, plan, found)
+
+    def begin(self) -> None:
+        """Delete the trials that this call replaces, before the first one; call it under a lease on the folder.
+
+        Raises:
+            StorageError: the folder cannot be written.
+        """
+        if self.log.trials:
+            return
+        self.log.write(self.folder)
+        for place in self.folder.list_folders():
+            if place.name.startswith("trial-"):
+                OutputFolder(place).clear()
 
     def measure(self, settings: Mapping[str, Any], limit: float | None) -> EngineTrial:
-        """Run the next trial, unless an earlier call has; see ``search.Measure``.
+        """Run a trial, unless an earlier call has; see ``search.Measure``.
 
         Raises:
             OutputInUseError: another run is using the folder of the trial.
             StorageError: the storage cannot be read or written.
         """
-        number, self.count = self.count, self.count + 1
-        if number < len(self.log.trials) and self.log.trials[number].settings == settings:
-            return self.log.trials[number]
-        trial = self._run(number, settings, limit)
-        log.info("trial %d: %s", number + 1, describe_trial(trial))
-        if not settings and trial.problem:  # the command fails, and is repeated once the cause is gone
-            return trial
-        self.log = TuningLog(basis=self.log.basis, trials=(*self.log.trials[:number], trial))
-        _locate_log(self.folder).write(self.log.model_dump_json(indent=1).encode())
+        repetition = sum(trial.settings == settings for trial in self.asked)
+        trial = self.log.find(settings, repetition) or self._run_next(settings, limit)
+        self.asked.append(trial)
+        return trial
+
+    def _run_next(self, settings: Mapping[str, Any], limit: float | None) -> EngineTrial:
+        """Run a trial and add it to the finished ones."""
+        number = len(self.log.trials) + 1
+        log.info("trial %d: %s", number, format_settings(settings))
+        trial = self._run(number, settings, limit).model_copy(update={"number": number, "settings": dict(settings)})
+        log.info("trial %d: %s", number, describe_trial(trial))
+        if number > 1 or not trial.problem:  # without the first one, there is no sample
+            self.log = TuningLog(basis=self.log.basis, trials=(*self.log.trials, trial))
+            self.log.write(self.folder)
         return trial
 
     def _run(self, number: int, settings: Mapping[str, Any], limit: float | None) -> EngineTrial:
-        log.info("trial %d: %s", number + 1, format_settings(settings))
-        config = self._configure(number, settings, limit)
+        config = self._configure(number, settings)
         try:
+            check_sharing(config, self.resources.gpus)
             plan = check_run(config, overwrite=True)
-            summary = run_plan(plan, self.resources)
+            summary = run_plan(plan, self.resources, make_trial_actor(limit))
         except (OutputInUseError, LeaseLostError, NodeAccessError, StorageError):
             raise
         except (RuntimeError, ValueError, RayError) as error:  # of this engine; the next trial has a fresh one
-            return EngineTrial(
-                settings=dict(settings), problem=join_lines(extract_cause(error)) or type(error).__name__
-            )
-        seconds = None if limit is None else config.execution.row_timeout_s
-        problem = self._find_problem(summary, seconds)
-        return (
-            EngineTrial(settings=dict(settings), problem=problem) if problem else self._compare(settings, plan.output)
-        )
+            problem = join_lines(extract_cause(error)) or type(error).__name__
+            return EngineTrial(problem=problem, stopped=problem.startswith(PLAINLY_SLOWER))
+        if summary.errors == summary.rows or summary.errors > self.most_errors * summary.rows:
+            kinds = ", ".join(summary.error_types)
+            return EngineTrial(problem=f"{summary.errors} of {summary.rows} rows failed ({kinds})")
+        return self._compare(plan.output)
 
-    def _configure(self, number: int, settings: Mapping[str, Any], limit: float | None) -> RunConfig:
+    def _configure(self, number: int, settings: Mapping[str, Any]) -> RunConfig:
         """Return the configuration of a trial: the first one draws the sample, which the others read."""
         config = self.config
-        if number:
-            drawn = Selection.load(locate_trial(self.folder, 0), config.queries, config.sample)
+        if number > 1:
+            drawn = Selection.load(locate_trial(self.folder, 1), config.queries, config.sample)
             if drawn is None:
                 raise StorageError(f"{self.folder.uri}: the sample is missing; repeat the command with --overwrite")
             execution = config.execution.model_copy(update={"unit_rows": drawn.unit_rows})
-            config = config.model_copy(
-                update={"queries": drawn.folder.uri, "sample": NO_SAMPLE, "execution": execution}
-            )
-        seconds = config.execution.row_timeout_s
-        execution = config.execution.model_copy(update={"row_timeout_s": min(limit or seconds, seconds)})
+            sampled = {"queries": drawn.folder.uri, "sample": NO_SAMPLE, "execution": execution}
+            config = config.model_copy(update=sampled)
         model = config.model.model_copy(update={"engine": {**config.model.engine, **settings}})
-        output = locate_trial(self.folder, number).uri
-        return config.model_copy(update={"output": output, "execution": execution, "model": model})
+        return config.model_copy(update={"output": locate_trial(self.folder, number).uri, "model": model})
 
-    def _compare(self, settings: Mapping[str, Any], output: OutputFolder) -> EngineTrial:
+    def _compare(self, output: OutputFolder) -> EngineTrial:
         """Measure the rate of a finished trial and compare its answers with those of the first."""
-        pace = measure_pace(read_run_units(output.location).values())
+        units = read_run_units(output.location).values()
+        times = [unit.ended - unit.began for unit in units if unit.ended and unit.began]
+        pace = measure_pace(units)
+        if len({unit.actor for unit in units}) != 1 or pace is None:
+            return EngineTrial(problem="its actor was replaced on the way, so that its speed is unknown")
         answers = read_scored_answers(output, self.config.columns.id)
         self.answers = self.answers or read_scored_answers(self.plan.output, self.config.columns.id)
         changed, shift = compare_scored_answers(self.answers, answers)
-        longest = max((row.seconds for row in answers.values()), default=0.0)
-        rate = pace.low if pace else None
-        problem = "" if rate else "no unit has times"
-        return EngineTrial(
-            settings=dict(settings), rate=rate, changed=changed, shift=shift, longest=longest, problem=problem
-        )
-
-    def _find_problem(self, summary: Summary, limit: float | None) -> str:
-        """Return why a finished trial does not count; empty if it does."""
-        if limit is not None and (late := summary.error_types.get(TIMED_OUT)):
-            return f"plainly slower: {late} of {summary.rows} rows were not done after {limit:.0f} s"
-        if summary.errors > self.most_errors * summary.rows:
-            return f"{summary.errors} of {summary.rows} rows failed ({', '.join(summary.error_types)})"
-        return ""
+        return EngineTrial(rate=pace.low, changed=changed, shift=shift, longest=max(times))
 
 
 def isolate(config: RunConfig, output: Location, sample: SampleConfig) -> RunConfig:
     """Return the configuration of a trial: one actor, and nothing that reaches beyond the output."""
     shared = {name: value for name, value in config.execution if name not in APART}
-    execution = ExecutionConfig(max_error_rate=1.0, **shared)
-    alone = {"skip_annotated": None, "stale": None, "publish": PublishConfig(), "on_failure": OnFailure()}
-    return config.model_copy(update={**alone, "output": output.uri, "sample": sample, "execution": execution})
-
-
-def describe_basis(config: RunConfig, resources: Resources) -> dict[str, Any]:
-    """Return what trials must have in common to be compared, beyond what a run that is resumed must have."""
-    shared = {"cpus": resources.cpus, "gpus": resources.gpus, "units_in_flight": config.execution.units_in_flight}
-    basis = flatten({"model": {"engine": config.model.engine}, "execution": shared, "versions": read_versions()})
-    return {key: value for key, value in basis.items() if value != {}}
-
-
-def _find_differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
-
-
-def read_log(folder: Location) -> TuningLog | None:
-    """Return the finished trials in a folder; None if there are none.
-
-    Raises:
-        ValueError: the file is damaged; names it.
-        StorageError: it cannot be read.
-    """
-    file = _locate_log(folder)
-    if not file.exists():
-        return None
-    try:
-        return TuningLog.model_validate_json(file.read())
-    except ValidationError as error:
-        raise ValueError(
-            f"{file.uri}: {error.errors()[0]['msg'].lower()}; choose another output, or replace it with --overwrite"
-        ) from None
+    apart = {
+        "skip_annotated": None,
+        "stale": None,
+        "publish": PublishConfig(),
+        "tracking": TrackingConfig(),
+        "on_failure": OnFailure(),
+        "execution": ExecutionConfig(max_error_rate=1.0, **shared),
+    }
+    return config.model_copy(update={**apart, "output": output.uri, "sample": sample})
 
 
 def locate_trial(folder: Location, number: int) -> Location:
-    """Return the folder of a trial; numbers begin with 0, names with 1."""
-    return folder / f"trial-{number + 1:02d}"
-
-
-def _locate_log(folder: Location) -> Location:
-    return folder / "tuning.json"
+    """Return the folder of a trial, of which the first is number 1."""
+    return folder / f"trial-{number:02d}"
 
 
 def format_settings(settings: Mapping[str, Any]) -> str:

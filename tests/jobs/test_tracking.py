@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from mlflow.tracking import MlflowClient
 
+from pipeline.storage.lease import OutputInUseError
 from tests.support.lineage import LineageServer, check_event, serving_lineage
 from tests.support.runs import ScriptedRun, write_queries
 
@@ -151,6 +152,75 @@ def test_service_that_fails_does_not_end_a_run(
     assert warnings[0].startswith("OpenLineage does not record this run: ")
 
 
+def test_service_that_does_not_answer_holds_up_no_run(
+    run: ScriptedRun, lineage: LineageServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("pipeline.tracking.track.PATIENCE_S", 0.2)
+    lineage.answering.clear()
+    assert run.annotate(*LINEAGE).exit_code == 3
+    warnings = [record.getMessage() for record in caplog.records if "does not record" in record.getMessage()]
+    assert warnings == ["OpenLineage does not record this run: no answer within 0.2 s"]
+
+
+def test_refused_run_is_not_recorded(
+    run: ScriptedRun, lineage: LineageServer, mlflow: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(_lease: Any) -> None:
+        raise OutputInUseError("another run is using this output")
+
+    monkeypatch.setattr("pipeline.run.driver.Lease.__enter__", refuse)
+    assert run.annotate(*LINEAGE, *MLFLOW).exit_code == 2
+    assert lineage.events == []
+    assert mlflow.get_experiment_by_name("answers") is None
+
+
+def test_logins_of_services_are_not_logged(
+    run: ScriptedRun, lineage: LineageServer, caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    address = f"http://name:hush@127.0.0.1:{lineage.server_port}"
+    monkeypatch.setenv("OPENLINEAGE__TRANSPORT__URL", address)
+    lineage.refusing, lineage.refusal = 9, 400
+    result = run.annotate(*LINEAGE)
+    assert (result.exit_code, lineage.refusing) == (3, 7)
+    assert "http://…@127.0.0.1" in caplog.text
+    assert "hush" not in caplog.text + result.stderr
+
+
+def test_run_that_mlflow_knows_in_part_is_not_made_again(
+    run: ScriptedRun, mlflow: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    log_batch, calls = MlflowClient.log_batch, list[int]()
+
+    def fail_once(*args: Any, **options: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 1:
+            raise OSError("the connection was reset")
+        return log_batch(*args, **options)
+
+    monkeypatch.setattr(MlflowClient, "log_batch", fail_once)
+    assert run.annotate(*MLFLOW).exit_code == 3
+    assert (recorded(mlflow).info.status, recorded(mlflow).data.metrics["rows"]) == ("FINISHED", 4)
+    assert recorded(mlflow).data.params["queries.rows"] == "4"
+
+
+def test_run_ends_in_mlflow_even_without_its_figures(
+    run: ScriptedRun, mlflow: MlflowClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: Any, **options: Any) -> None:
+        if "metrics" in options:
+            raise OSError("the connection was reset")
+
+    monkeypatch.setattr(MlflowClient, "log_batch", refuse)
+    assert run.annotate(*MLFLOW).exit_code == 3
+    assert recorded(mlflow).info.status == "FINISHED"
+
+
+def test_sample_has_no_version_of_the_whole_set(run: ScriptedRun, lineage: LineageServer) -> None:
+    assert run.annotate(*LINEAGE, "--sample", "2").exit_code in (0, 3)
+    (queries,) = lineage.events[0]["inputs"]
+    assert (queries["name"], list(queries["facets"])) == (str(run.queries), ["schema"])
+
+
 def test_mlflow_has_the_settings_and_figures_of_a_run(run: ScriptedRun, mlflow: MlflowClient) -> None:
     secret = ("--set", "storage.secret_key=hush", "--set", "storage.access_key=name")
     assert run.annotate(*MLFLOW, *secret, "--set", "decoding.threshold=0.3").exit_code == 3
@@ -181,7 +251,19 @@ def test_missing_package_ends_the_command(
     run: ScriptedRun, monkeypatch: pytest.MonkeyPatch, option: tuple[str, str], package: str, message: str
 ) -> None:
     monkeypatch.setitem(sys.modules, package, None)
-    result = run.annotate(*option)
+    called = run.output.parent / "called"
+    result = run.annotate(*option, "--set", f"on_failure.command=[touch, {called}]")
     assert result.exit_code == 2
     assert f"error: {message}" in result.stderr
+    assert called.exists()
     assert not run.output.exists()
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_mlflow_without_a_server_ends_the_command(
+    run: ScriptedRun, monkeypatch: pytest.MonkeyPatch, dry: tuple[str, ...]
+) -> None:
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    result = run.annotate(*MLFLOW, *dry)
+    assert result.exit_code == 2
+    assert "error: tracking.mlflow: MLFLOW_TRACKING_URI is not set, so there is no server\n" in result.stderr

@@ -67,12 +67,14 @@ def check_event(event: Any) -> None:
 
 
 class LineageServer(ThreadingHTTPServer):
-    """Keeps the events; answers 500 to as many requests as ``refusing`` says."""
+    """Keeps the events, once ``answering`` is set; refuses as many requests as ``refusing`` says."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
         self.events: list[dict[str, Any]] = []
-        self.refusing = 0
+        self.refusing, self.refusal = 0, 500
+        self.answering = threading.Event()
+        self.answering.set()
 
     @property
     def environment(self) -> dict[str, str]:
@@ -88,12 +90,13 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         content = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.answering.wait(30)
         refused = self.server.refusing > 0
         if refused:
             self.server.refusing -= 1
         elif self.path == "/api/v1/lineage":
             self.server.events.append(json.loads(content))
-        self.send_response(500 if refused else 201)
+        self.send_response(self.server.refusal if refused else 201)
         self.send_header("Content-Length", "0")
         self.end_headers()
 
@@ -108,5 +111,6 @@ def serving_lineage() -> Iterator[LineageServer]:
         thread = threading.Thread(target=server.serve_forever, daemon=True)
         thread.start()
         yield server
+        server.answering.set()
         server.shutdown()
         thread.join()

@@ -1,5 +1,5 @@
 from pipeline.run.driver import Summary
-from pipeline.tracking.experiments import MOST_CHARACTERS, compute_figures, list_tracked_parameters
+from pipeline.tracking.experiments import KEY_CHARACTERS, VALUE_CHARACTERS, compute_figures, list_tracked_parameters
 
 SUMMARY = Summary(
     output="out",
@@ -28,7 +28,7 @@ def test_parameters_are_texts_by_dotted_key() -> None:
     run = found.pop("run")
     assert len(run) > 8
     assert found == {
-        "configuration.model.name": "m" * MOST_CHARACTERS,
+        "configuration.model.name": "m" * VALUE_CHARACTERS,
         "configuration.columns.id": "id",
         "queries.rows": "8",
         "versions.ray": "2.60",
@@ -36,8 +36,10 @@ def test_parameters_are_texts_by_dotted_key() -> None:
 
 
 def test_characters_that_mlflow_refuses_are_replaced() -> None:
-    manifest = {"configuration": {"profiles": {"q&a, long": {"metric": "match"}}}}
-    assert list_tracked_parameters(manifest)["configuration.profiles.q_a_ long.metric"] == "match"
+    manifest = {"configuration": {"profiles": {"q&a//long": {"metric": "match"}, "x" * 300: {"metric": "match"}}}}
+    found = list_tracked_parameters(manifest)
+    assert found["configuration.profiles.q_a__long.metric"] == "match"
+    assert max(map(len, found)) == KEY_CHARACTERS
 
 
 def test_figures_are_counts_and_rates() -> None:

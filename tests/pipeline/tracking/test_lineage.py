@@ -13,6 +13,7 @@ from pipeline.tracking.lineage import name_dataset
         ("abfss://box@account.dfs.core.windows.net/sets", "abfss://box@account.dfs.core.windows.net", "sets"),
         ("s3://bucket", "s3://bucket", "/"),
         ("/data/what?#1", "file", "/data/what?#1"),
+        ("s3://bucket/a#b/c?d", "s3://bucket", "a#b/c?d"),
     ],
 )
 def test_datasets_have_the_names_of_the_specification(uri: str, namespace: str, name: str) -> None:

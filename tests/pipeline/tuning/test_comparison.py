@@ -10,7 +10,7 @@ from pipeline.tuning.comparison import ScoredAnswer, compare_scored_answers, rea
 
 
 def rows(**found: tuple[str, float | None]) -> dict[str, ScoredAnswer]:
-    return {name: ScoredAnswer(answer, score, 1.0) for name, (answer, score) in found.items()}
+    return {name: ScoredAnswer(answer, score) for name, (answer, score) in found.items()}
 
 
 def test_other_answers_and_missing_ones_count_as_changed() -> None:
@@ -32,13 +32,12 @@ def test_score_of_a_row_is_the_mean_of_its_segments(tmp_path: Path) -> None:
             "name": ["a", "b", "c"],
             "answer": ["x", "y", "z"],
             "segments": [[{"score": 1.0}, {"score": 2.0}], [], [{"score": None}, {"score": 0.5}]],
-            "usage": [{"seconds": 1.5}, {"seconds": 2.0}, {"seconds": None}],
         }
     )
     pq.write_table(table, tmp_path / "data" / f"part-{'0' * 20}.parquet")
     found = read_scored_answers(OutputFolder(locate(str(tmp_path), StorageConfig())), "name")
     assert found == {
-        "a": ScoredAnswer("x", 1.5, 1.5),
-        "b": ScoredAnswer("y", None, 2.0),
-        "c": ScoredAnswer("z", 0.5, 0.0),
+        "a": ScoredAnswer("x", 1.5),
+        "b": ScoredAnswer("y", None),
+        "c": ScoredAnswer("z", 0.5),
     }

@@ -1,0 +1,83 @@
+"""The file ``tuning.json``: the finished trials of a tuning, and what they have in common."""
+
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from pipeline.cluster import Resources
+from pipeline.config.loading import Frozen, flatten
+from pipeline.config.run import RunConfig
+from pipeline.storage.location import Location
+from pipeline.tuning.search import EngineTrial
+from pipeline.versions import read_versions
+
+
+class TuningLog(Frozen):
+    """The content of the file.
+
+    Attributes:
+        basis: everything that trials must have in common to be compared, by dotted key.
+        trials: finished trials, in the order in which they ran.
+    """
+
+    basis: dict[str, Any]
+    trials: tuple[EngineTrial, ...] = ()
+
+    @classmethod
+    def read(cls, folder: Location) -> "TuningLog | None":
+        """Read the file in a folder of trials; None if there is none.
+
+        Raises:
+            ValueError: the file is damaged; names it.
+            StorageError: it cannot be read.
+        """
+        file = _locate(folder)
+        if not file.exists():
+            return None
+        try:
+            return cls.model_validate_json(file.read())
+        except ValidationError as error:
+            raise ValueError(
+                f"{file.uri}: {error.errors()[0]['msg'].lower()}; choose another output, or replace it with --overwrite"
+            ) from None
+
+    def write(self, folder: Location) -> None:
+        """Write the file into a folder of trials.
+
+        Raises:
+            StorageError: it cannot be written.
+        """
+        _locate(folder).write(self.model_dump_json(indent=1).encode())
+
+    def find(self, settings: Mapping[str, Any], repetition: int) -> EngineTrial | None:
+        """Return a trial of these settings, the first one for 0; None if it must still run.
+
+        Trials that failed run again, since their cause may be gone.
+        """
+        done = [trial for trial in self.trials if trial.settings == settings and (trial.rate or trial.stopped)]
+        return done[repetition] if repetition < len(done) else None
+
+
+def _locate(folder: Location) -> Location:
+    return folder / "tuning.json"
+
+
+def describe_basis(config: RunConfig, resources: Resources, run: str) -> dict[str, Any]:
+    """Describe what trials must have in common.
+
+    Args:
+        config: configuration of the run.
+        resources: resources of an actor.
+        run: digest of the first trial's identity.
+    """
+    record = config.to_record()
+    shared = {"cpus": resources.cpus, "gpus": resources.gpus, "units_in_flight": config.execution.units_in_flight}
+    parts = {"model": {"engine": record["model"]["engine"]}, "retrieval": record["retrieval"], "execution": shared}
+    basis = flatten({**parts, "versions": read_versions(), "sample or decoding": run})
+    return {key: value for key, value in basis.items() if value not in (None, {})}
+
+
+def find_differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
+    """Return the keys in which two bases differ, sorted."""
+    return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
