@@ -16,7 +16,7 @@ from typing import Annotated, Any
 
 import typer
 
-from jobs.common import FailedError, checking, fail, hint_at_new_form, start_logging, working
+from jobs.common import FailedError, checking, fail, hint_at_new_form, require, start_logging, working
 from jobs.rescore import rescore
 from jobs.shell import deferring, name_command, run
 from pipeline.cluster import Resources
@@ -96,11 +96,11 @@ def annotate(
     Exit status: 0 all rows answered, 3 some rows in errors/ or left by the budget, 1 failed, 2 bad usage.
     """
     if old_rescore is not None:
-        if queries or index or model:
-            raise typer.BadParameter("--rescore cannot be combined with --queries, --index or --model")
+        with checking():
+            if queries or index or model:
+                raise ValueError("--rescore cannot be combined with --queries, --index or --model")
+            output = require(output or "", "--output")
         hint_at_new_form("annotate --rescore RUN", "rescore --annotations RUN")
-        if output is None:
-            raise typer.BadParameter("--rescore requires --output, the folder for the new annotated set")
         rescore(old_rescore, output, config, settings, dry_run, overwrite, as_json)
         return
     start_logging(logging.INFO, timestamps=True)

@@ -32,7 +32,7 @@ from jobs.benchmark.job_run import Job
 from jobs.benchmark.results import Measured, Report, Results, compute_load, plot, write_record
 from jobs.benchmark.scripted_model import SHAPES, Script, write_shape
 from jobs.benchmark.workloads import WORKLOADS, Row, Workload, choose_names
-from jobs.common import checking, start_logging
+from jobs.common import checking, fail, start_logging
 from pipeline.config.loading import apply_settings
 from pipeline.config.sections import DecodingConfig, ModelConfig
 from pipeline.decoding.types import Passage, Query, RetrievedPassage
@@ -252,7 +252,7 @@ def benchmark(
     """Compare our job with other implementations and with the bare engine, side by side in one run."""
     start_logging()
     if shape and model:
-        raise typer.BadParameter("--shape replaces the model and cannot be combined with --model")
+        fail("--shape replaces the model and cannot be combined with --model", 2)
     count = rows or (24 if quick else 64)
     serial = serial_rows or _choose_serial_rows(shape, quick)
     with tempfile.TemporaryDirectory() as folder:

@@ -30,7 +30,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from jobs.common import start_logging
+from jobs.common import fail, start_logging
 from jobs.shell import run
 from pipeline.config.run import RunConfig
 from pipeline.config.sections import Columns, DecodingConfig, ExecutionConfig, ModelConfig
@@ -214,7 +214,7 @@ def benchmark_growth(
     """Measure what the driver needs to plan, run, resume and report a query set of so many rows."""
     start_logging()
     if hollow_queries and not hollow_answers:
-        raise typer.BadParameter("--hollow-queries needs --hollow-answers: actors cannot read rows that are not there")
+        fail("--hollow-queries needs --hollow-answers: actors cannot read rows that are not there", 2)
     folder = Path(tempfile.mkdtemp(prefix="growth-"))
     try:
         growth = measure_growth(rows, folder, hollow_answers, hollow_queries)

@@ -180,7 +180,7 @@ def make_paths_absolute(config: RunConfig) -> RunConfig:
     model, retrieval = config.model, config.retrieval
     model = model.model_copy(update={"name": _find_model(model.name), "lora": _find_model(model.lora)})
     rerank = retrieval.rerank.model_copy(update={"model": _find_model(retrieval.rerank.model)})
-    retrieval = retrieval.model_copy(update={"rerank": rerank})
+    retrieval = retrieval.model_copy(update={"rerank": rerank, "encoder": _find_model(retrieval.encoder)})
     return config.model_copy(update={**places, "model": model, "retrieval": retrieval})
 
 

@@ -34,6 +34,6 @@ def _list_models(plan: RunPlan) -> Iterator[tuple[str, str]]:
         if name := model.engine.get(argument):
             yield f"model.engine.{argument}", str(name)
     if plan.encoder is not None:
-        yield "encoder", str(plan.encoder["name"])
+        yield "encoder", plan.config.retrieval.encoder or str(plan.encoder["name"])
     if plan.reranker is not None:
         yield "retrieval.rerank.model", str(plan.config.retrieval.rerank.model)

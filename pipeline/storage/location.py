@@ -290,7 +290,8 @@ def locate(uri: str, storage: StorageConfig) -> Location:
     """Resolve a URI or local path to its file system and the path in it.
 
     Raises:
-        ValueError: there is no file system for the URI's scheme, it cannot be opened, or the URI contains a secret.
+        ValueError: there is no file system for the URI's scheme, it cannot be opened, or the URI names no bucket or
+            contains a secret.
         StorageError: there are no credentials.
     """
     if (local := find_local_path(uri)) is not None:
@@ -298,6 +299,8 @@ def locate(uri: str, storage: StorageConfig) -> Location:
         # is replaced by its path.
         return Location(str(local) if uri.lower().startswith("file:") else uri, fs.LocalFileSystem(), str(local))
     _refuse_secrets(uri)
+    if not uri.partition("://")[2].strip("/"):
+        raise ValueError(f"{uri}: names no bucket")
     if uri.startswith("s3://"):
         return Location(uri, open_s3(storage), uri.removeprefix("s3://").rstrip("/"), storage.patience_s)
     return Location(uri, *_open_other(uri, storage), storage.patience_s)

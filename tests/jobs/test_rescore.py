@@ -295,4 +295,7 @@ def test_deprecated_rescore_option_works_with_a_hint(tmp_path: Path) -> None:
     assert "nothing was written" in result.stderr
     result = CliRunner().invoke(app, ["--rescore", str(run), "--output", str(tmp_path / "new"), "--model", "demo"])
     assert result.exit_code == 2
+    assert result.stderr == "error: --rescore cannot be combined with --queries, --index or --model\n"
+    result = CliRunner().invoke(app, ["--rescore", str(run)])
+    assert (result.exit_code, result.stderr) == (2, "error: --output is missing\n")
     assert not (tmp_path / "new").exists()

@@ -68,10 +68,12 @@ def test_local_paths_are_made_absolute(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model").mkdir()
     flags = {"queries": "q", "output": "s3://bucket/o", "index": "~/i", "model.name": "model"}
+    flags |= {"retrieval.encoder": "model", "retrieval.rerank.model": "model"}
     config = make_paths_absolute(load_config(None, [], flags))
     assert (config.queries, config.output) == (str(tmp_path / "q"), "s3://bucket/o")
     assert config.index == str(Path.home() / "i")
-    assert config.model.name == str(tmp_path / "model")
+    named = (config.model.name, config.retrieval.encoder, config.retrieval.rerank.model)
+    assert named == (str(tmp_path / "model"),) * 3
     hub = load_config(None, [], {**flags, "model.name": "selfrag/selfrag_llama2_7b"})
     assert make_paths_absolute(hub).model.name == "selfrag/selfrag_llama2_7b"
 

@@ -279,6 +279,12 @@ def test_folder_deleted_during_listing_is_listed_again(tmp_path):
     assert answers == []
 
 
+@pytest.mark.parametrize("uri", ["s3://", "gs:///", "abfss://"])
+def test_uri_without_a_bucket_is_refused(uri):
+    with pytest.raises(ValueError, match=f"^{uri}: names no bucket$"):
+        locate(uri, HERE)
+
+
 @pytest.mark.parametrize("form", ["file://{}", "file:{}", "file://localhost{}"])
 def test_files_of_a_file_uri_are_found_again_by_their_own_uris(tmp_path, form):
     (tmp_path / "my set").mkdir()
