@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.table import Table
 
 from jobs.annotate import ConfigFile, Day, Index, Model, Queries, Settings
-from jobs.common import checking, start_logging, working
+from jobs.common import checking, fail, start_logging, working
 from jobs.shell import run
 from pipeline.config.run import RunConfig, load_config
 from pipeline.config.sections import SampleConfig
@@ -27,7 +27,7 @@ from pipeline.queries.division import FEWEST_UNIT_ROWS
 from pipeline.storage.lease import Lease, OutputInUseError
 from pipeline.storage.location import Location, check_writable, is_hidden, locate
 from pipeline.tuning.knobs import KNOBS, Knob, choose_knobs, leave_out_gpu_knobs
-from pipeline.tuning.search import MOST_SHIFT, EngineTrial, Search, Tuned, list_first_trials
+from pipeline.tuning.search import CONFIGURED, MOST_SHIFT, EngineTrial, Search, Tuned, list_first_trials
 from pipeline.tuning.trials import Trials, format_settings
 
 NAMES = ", ".join(knob.name for knob in KNOBS)
@@ -67,7 +67,9 @@ def tune(
         run_config = load_config(config, settings or [], flags, day and day.date())
         place = choose_folder(run_config, output)
         knobs = choose_knobs(only or [], run_config.model.engine)
-        sample = SampleConfig(rows=rows or run_config.execution.units_in_flight * FEWEST_UNIT_ROWS, seed=seed)
+        execution = run_config.execution
+        in_flight = execution.units_in_flight * (execution.unit_rows or FEWEST_UNIT_ROWS)
+        sample = SampleConfig(rows=rows or in_flight, seed=seed)
         trials = Trials.prepare(run_config, place, sample, overwrite)
         if not trials.resources.gpus:
             knobs = leave_out_gpu_knobs(knobs, only or [])
@@ -81,22 +83,27 @@ def tune(
         tuned = Search(trials.measure, max_changed).run(knobs)
     if as_json:
         record = {"output": place.uri, "rows": trials.plan.queries.rows, **dataclasses.asdict(tuned)}
-        record |= {"refused": tuned.refused and tuned.refused.model_dump()}
+        record |= {
+            name: trial and trial.model_dump()
+            for name, trial in (("refused", tuned.refused), ("unconfirmed", tuned.unconfirmed))
+        }
         typer.echo(json.dumps({**record, "trials": [trial.model_dump() for trial in trials.asked]}))
-        return
-    print_outcome(trials.asked, tuned, max_changed)
+    else:
+        print_outcome(trials.asked, tuned, max_changed)
+    if all(trial.rate is None and trial.stopped_after is None for trial in trials.asked[CONFIGURED:]):
+        fail(f"none of the settings could be measured: {trials.asked[-1].problem}", 1)
 
 
 def choose_folder(config: RunConfig, output: str | None) -> Location:
     """Return the folder for the trials, in which no run looks for answers.
 
     Raises:
-        ValueError: the output is in the folder of earlier sets; or it is a bucket, which nothing is beside.
+        ValueError: the folder is in that of earlier sets; or none is given, and the run's output is a bucket.
         StorageError: the folder cannot be written.
     """
     above, slash, name = config.output.rstrip("/").rpartition("/")
     if output is None and (not name or above.endswith(":/")):
-        raise ValueError(f"{config.output}: is a bucket; give a folder for the trials (--output)")
+        raise ValueError(f"there is nothing beside {config.output}; give a folder for the trials (--output)")
     folder = locate(output or f"{above}{slash}_{name}-tuning", config.storage)
     if config.skip_annotated is not None:
         earlier = f"{locate(config.skip_annotated, config.storage).path.rstrip('/')}/"
@@ -127,8 +134,13 @@ def print_outcome(trials: Sequence[EngineTrial], tuned: Tuned, max_changed: floa
             typer.echo(f"trial {trial.number}, {format_settings(trial.settings)}: {trial.problem}")
     if tuned.refused:
         typer.echo(explain_refusal(tuned.refused, max_changed))
+    if tuned.unconfirmed:
+        typer.echo(
+            f"not chosen: {format_settings(tuned.unconfirmed.settings)} was faster once ({tuned.unconfirmed.rate:.2f} "
+            "queries/s), but not when it was measured again"
+        )
     if not tuned.settings:
-        typer.echo(f"nothing that was measured is faster than the configured settings by more than {tuned.margin:.0%}")
+        typer.echo(f"keep the configured settings: none that may be chosen is faster by more than {tuned.margin:.0%}")
         return
     typer.echo(
         f"{tuned.rate / tuned.configured:.2f} times as fast as configured ({tuned.rate:.2f} instead of "

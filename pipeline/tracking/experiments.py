@@ -68,6 +68,8 @@ class MlflowTracker:
 
     def end(self, ending: Ending) -> None:
         """See :meth:`Tracker.end`."""
+        if not self._id:  # the service has refused the run
+            return
         time = _count_ms(ending.ended)
         figures = compute_figures(ending.summary) if ending.summary else {}
         metrics = [self._entities.Metric(name, value, time, 0) for name, value in figures.items()]

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import TypeVar
 
 from pipeline.cluster import extract_cause
@@ -21,7 +22,7 @@ log = logging.getLogger(__name__)
 
 # Seconds that a service has to answer, at the start of a run and at its end. Its client may wait for much longer.
 PATIENCE_S = 10.0
-_LOGIN = re.compile(r"(?<=://)[^/@\s]+@")
+_LOGIN = re.compile(r"(?<=://)[^/\s]+@")
 
 Told = TypeVar("Told", TrackedRun, Ending)
 
@@ -45,65 +46,85 @@ def open_trackers(tracking: TrackingConfig) -> list[Tracker]:
     return opened
 
 
+class Reply(Enum):
+    """The reply of a service: it was told, has refused, or has not answered yet."""
+
+    TOLD = "told"
+    REFUSED = "refused"
+    WAITING = "waiting"
+
+
+class Telling:
+    """A call of a service in a thread of its own, since its client may wait for longer than a run can.
+
+    Args:
+        tracker: the service.
+        tell: its method.
+        what: what it is told.
+    """
+
+    def __init__(self, tracker: Tracker, tell: Callable[[Told], None], what: Told) -> None:
+        self._error: Exception | None = None
+        self._thread = threading.Thread(target=self._run, args=(tell, what), name="tracking", daemon=True)
+        self._thread.start()
+        if (reply := self.wait()) is Reply.WAITING:
+            log.warning("%s has not answered within %g s; the run goes on", tracker.name, PATIENCE_S)
+        elif reply is Reply.REFUSED and self._error is not None:
+            log.warning("%s does not record this run: %s", tracker.name, _describe(self._error))
+
+    def _run(self, tell: Callable[[Told], None], what: Told) -> None:
+        try:
+            tell(what)
+        except Exception as error:  # noqa: BLE001  whatever its client raises; no service ends a run
+            self._error = error
+
+    def wait(self) -> Reply:
+        """Wait for the end of the call, for ``PATIENCE_S`` at most."""
+        self._thread.join(PATIENCE_S)
+        if self._thread.is_alive():
+            return Reply.WAITING
+        return Reply.TOLD if self._error is None else Reply.REFUSED
+
+
 @dataclass
 class Tracking:
     """A run as its trackers see it.
 
     Attributes:
-        trackers: services that answer in time.
+        trackers: the services.
         run: the run, once it has begun.
         ending: its end, once the run says how it ended.
-        begun: names of the services that know that it has begun.
+        begun: calls by which the services were told that it begins, by name.
     """
 
-    trackers: list[Tracker]
+    trackers: Sequence[Tracker]
     run: TrackedRun | None = None
     ending: Ending | None = None
-    begun: set[str] = field(default_factory=set)
+    begun: dict[str, Telling] = field(default_factory=dict)
 
     def begin(self, plan: RunPlan) -> None:
-        """Tell all services that the run begins; those that cannot be told are told at its end."""
+        """Tell all services that the run begins."""
         self.run = TrackedRun.of(plan)
-        self._tell_beginning(self.run)
+        for tracker in self.trackers:
+            self.begun[tracker.name] = Telling(tracker, tracker.begin, self.run)
 
     def note(self, summary: Summary) -> None:
         """Note how the run ended."""
         self.ending = Ending.of(summary)
 
     def end(self, ending: Ending) -> None:
-        """Tell all services that the run has ended, if it had begun."""
+        """Tell all services that the run has ended, if it had begun.
+
+        A service that has refused the beginning is told again; one that has not answered yet is not told of the end.
+        """
         if self.run is None:
             return
-        self._tell_beginning(self.run)
-        for tracker in list(self.trackers):
-            if tracker.name in self.begun:
-                self._tell(tracker, tracker.end, ending)
-
-    def _tell_beginning(self, run: TrackedRun) -> None:
-        for tracker in list(self.trackers):
-            if tracker.name not in self.begun and self._tell(tracker, tracker.begin, run):
-                self.begun.add(tracker.name)
-
-    def _tell(self, tracker: Tracker, tell: Callable[[Told], None], what: Told) -> bool:
-        """Tell a service, and return whether it was told; if not, log a warning. One that hangs is told no more."""
-        errors = list[Exception]()
-
-        def attempt() -> None:
-            try:
-                tell(what)
-            except Exception as error:  # noqa: BLE001  whatever its client raises; no service ends a run
-                errors.append(error)
-
-        thread = threading.Thread(target=attempt, name=f"tracking {tracker.name}", daemon=True)
-        thread.start()
-        thread.join(PATIENCE_S)
-        if thread.is_alive():
-            log.warning("%s does not record this run: no answer within %g s", tracker.name, PATIENCE_S)
-            self.trackers.remove(tracker)
-            return False
-        if errors:
-            log.warning("%s does not record this run: %s", tracker.name, _describe(errors[0]))
-        return not errors
+        for tracker in self.trackers:
+            reply = self.begun[tracker.name].wait() if tracker.name in self.begun else Reply.REFUSED
+            if reply is Reply.REFUSED:
+                reply = Telling(tracker, tracker.begin, self.run).wait()
+            if reply is not Reply.WAITING:
+                Telling(tracker, tracker.end, ending)
 
 
 def _describe(error: Exception) -> str:
@@ -123,4 +144,5 @@ def tracking(trackers: Sequence[Tracker]) -> Iterator[Tracking]:
     except BaseException:
         tracked.end(Ending(RunState.ABORT, "interrupted"))
         raise
-    tracked.end(tracked.ending or Ending(RunState.COMPLETE))
+    if tracked.ending is not None:
+        tracked.end(tracked.ending)

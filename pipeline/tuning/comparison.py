@@ -38,8 +38,13 @@ def compare_scored_answers(
     Returns:
         The share of the rows answered before that have another answer or none, in [0, 1]; and the mean absolute
         difference of the scores of the rows with the same answer, 0 if there are none.
+
+    Raises:
+        ValueError: no row was answered before.
     """
+    if not before:
+        raise ValueError("there are no answers to compare with")
     same = [name for name, row in before.items() if name in after and after[name].answer == row.answer]
     pairs = [(before[name].score, after[name].score) for name in same]
     shifts = [abs(now - then) for then, now in pairs if then is not None and now is not None]
-    return 1 - len(same) / len(before) if before else 0.0, fmean(shifts) if shifts else 0.0
+    return 1 - len(same) / len(before), fmean(shifts) if shifts else 0.0

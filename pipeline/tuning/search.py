@@ -12,6 +12,8 @@ from pydantic import Field
 from pipeline.config.loading import Frozen
 from pipeline.tuning.knobs import Knob
 
+# Trials of the configured settings.
+CONFIGURED = 2
 # Two measurements of the same settings differ by some percent; a difference of less than this is none.
 LEAST_MARGIN = 0.05
 # A unit that takes so many times as long as any unit with the best settings so far stops its trial as plainly slower.
@@ -34,7 +36,7 @@ class EngineTrial(Frozen):
         shift: mean absolute difference of the scores of the same answers.
         longest: seconds of the slowest unit; None if the trial does not count.
         problem: why the trial does not count; empty if it does.
-        stopped: whether it was stopped, since it was plainly slower.
+        stopped_after: seconds that a unit had taken when the trial was stopped as plainly slower; None if it was not.
     """
 
     number: int = 0
@@ -44,7 +46,7 @@ class EngineTrial(Frozen):
     shift: Annotated[float, Field(ge=0)] = 0.0
     longest: Annotated[float, Field(ge=0)] | None = None
     problem: str = ""
-    stopped: bool = False
+    stopped_after: float | None = None
 
 
 # Measures settings, given the seconds that a unit may take (None: any).
@@ -61,7 +63,8 @@ class Tuned:
         settings: best arguments of the engine, in addition to those configured; empty if nothing is faster.
         rate: rows per second with them.
         changed: share of the answers that they change.
-        refused: fastest trial that changes too many answers, if it is faster than the best.
+        refused: fastest trial that changes too many answers or scores, if it is faster than the best.
+        unconfirmed: best trial, if it was not faster when it was measured again.
     """
 
     configured: float
@@ -70,6 +73,7 @@ class Tuned:
     rate: float
     changed: float
     refused: EngineTrial | None
+    unconfirmed: EngineTrial | None
 
 
 @dataclass
@@ -103,16 +107,20 @@ class Search:
         configured = self._measure_configured()
         for knob in knobs:
             self._try(knob)
-        found = self._confirm(configured)
-        faster = self.refused if self.refused and _rate(self.refused) > _rate(found) else None
-        return Tuned(configured, self.margin, found.settings, _rate(found), found.changed, faster)
+        rate = self._confirm(configured)
+        found, unconfirmed = (self.best, None) if rate is not None else (EngineTrial(), self.best)
+        rate = rate or configured
+        refused = self.refused if self.refused and _rate(self.refused) > rate else None
+        missed = unconfirmed if unconfirmed and unconfirmed.settings else None
+        return Tuned(configured, self.margin, found.settings, rate, found.changed, refused, missed)
 
     def _measure_configured(self) -> float:
         """Measure the configured settings twice; the difference tells what is due to chance."""
-        trials = [self.measure({}, None) for _ in range(2)]
-        for trial in trials:
-            if trial.rate is None:
-                raise RuntimeError(f"the run as it is configured cannot be measured: {trial.problem}")
+        trials = list[EngineTrial]()
+        while len(trials) < CONFIGURED:
+            trials.append(self.measure({}, None))
+            if trials[-1].rate is None:
+                raise RuntimeError(f"the run as it is configured cannot be measured: {trials[-1].problem}")
         slow, fast = sorted(map(_rate, trials))
         self.margin = max(LEAST_MARGIN, fast / slow - 1)
         self.noise = trials[1].changed
@@ -120,12 +128,14 @@ class Search:
         return (slow + fast) / 2
 
     def _try(self, knob: Knob) -> None:
-        """Try the values of a knob in their order, until they make the run slower."""
+        """Try the values of a knob in their order, until they make the run slower; values that fail are passed over."""
         start, before = self.best.settings, 0.0
         for value in knob.values:
             trial = self.measure({**start, knob.argument: value}, self._limit())
             if _rate(trial) > _rate(self.best) * (1 + self.margin):
                 self._consider(trial)
+            if trial.rate is None and trial.stopped_after is None:
+                continue
             if _rate(trial) < before * (1 - self.margin):
                 return
             before = _rate(trial)
@@ -142,19 +152,18 @@ class Search:
     def _allows(self, trial: EngineTrial) -> bool:
         return trial.changed <= self.noise + self.most_changed and trial.shift <= MOST_SHIFT
 
-    def _confirm(self, configured: float) -> EngineTrial:
+    def _confirm(self, configured: float) -> float | None:
         """Measure the best settings again, since the fastest of many trials owes something to chance.
 
         Returns:
-            Their mean rate; the configured settings if they are not faster after all.
+            Their mean rate; None if they are not faster after all, or are the configured ones.
         """
-        none = EngineTrial(settings={}, rate=configured)
         if not self.best.settings:
-            return none
+            return None
         again = self.measure(self.best.settings, self._limit())
         rate = (_rate(self.best) + _rate(again)) / 2
         confirmed = again.rate is not None and self._allows(again) and rate > configured * (1 + self.margin)
-        return self.best.model_copy(update={"rate": rate}) if confirmed else none
+        return rate if confirmed else None
 
 
 def _rate(trial: EngineTrial) -> float:

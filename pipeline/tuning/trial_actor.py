@@ -1,6 +1,8 @@
 """The actor of a trial: it ends the trial where a run's actor would try again."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from pipeline.engine.vllm import EngineDeadError
@@ -25,17 +27,28 @@ def make_trial_actor(limit_s: float | None) -> type[SelfRagActor]:
 
     class TrialActor(SelfRagActor):
         async def _annotate(self, unit: Unit, way: Any, finished: FinishedRows) -> tuple[Any, Work]:
-            await asyncio.shield(self._warm)  # the engine's start does not count
-            clock = asyncio.timeout(limit_s)
             try:
-                async with clock:
+                await asyncio.shield(self._warm)  # the engine's start does not count
+                async with limiting(unit.rows, limit_s):
                     return await super()._annotate(unit, way, finished)
-            except TimeoutError:
-                if not clock.expired():
-                    raise
-                text = f"{PLAINLY_SLOWER}: {unit.rows} rows were not done after {limit_s:.0f} s"
-                raise TrialEndedError(text) from None
             except EngineDeadError as error:
                 raise TrialEndedError(f"the engine died: {error}") from None
 
     return TrialActor
+
+
+@asynccontextmanager
+async def limiting(rows: int, limit_s: float | None) -> AsyncIterator[None]:
+    """Limit the seconds of the body, which annotates a unit of so many rows.
+
+    Raises:
+        TrialEndedError: it takes longer.
+    """
+    clock = asyncio.timeout(limit_s)
+    try:
+        async with clock:
+            yield
+    except TimeoutError:
+        if not clock.expired():
+            raise
+        raise TrialEndedError(f"{PLAINLY_SLOWER}: {rows} rows were not done after {limit_s:.0f} s") from None

@@ -42,6 +42,10 @@ log = logging.getLogger(__name__)
 APART = ("actors", "price_per_hour", "max_hours", "max_cost", "max_error_rate", "lock")
 
 
+class IncomparableError(Exception):
+    """Trials can no longer be compared with the first one."""
+
+
 @dataclass
 class Trials:
     """The trials of a tuning in a folder.
@@ -52,6 +56,8 @@ class Trials:
         folder: folder of all trials.
         resources: resources of an actor.
         plan: plan of the first trial.
+        found: list of the trials in the folder, which this call goes on with; None if there is none.
+        overwrite: whether trials in the folder are replaced.
         log: finished trials of earlier calls, and of this one.
         asked: outcomes of the trials that this call has asked for.
         answers: answered rows of the first trial, read on first use.
@@ -62,6 +68,8 @@ class Trials:
     folder: Location
     resources: Resources
     plan: RunPlan
+    found: TuningLog | None
+    overwrite: bool
     log: TuningLog
     asked: list[EngineTrial] = field(default_factory=list)
     answers: dict[str, ScoredAnswer] = field(default_factory=dict)
@@ -82,9 +90,7 @@ class Trials:
             RuntimeError: the embedded model is not available.
         """
         config = make_paths_absolute(config)
-        if OutputFolder(folder).read_manifest() is not None:
-            raise ValueError(f"--output {folder.uri} holds an annotated set; choose another folder for the trials")
-        known = None if overwrite else TuningLog.read(folder)
+        known = _read_trials(folder, overwrite)
         begun = known is not None and bool(known.trials)
         first = isolate(config, locate_trial(folder, 1), sample)
         plan = check_run(first, overwrite=not begun)
@@ -95,31 +101,34 @@ class Trials:
                 f"--output {folder.uri} holds trials of a run that differs in {', '.join(differing)}; choose another "
                 "output, or replace them with --overwrite"
             )
-        found = known if known and begun else TuningLog(basis=basis)
-        return cls(first, config.execution.max_error_rate, folder, resources, plan, found)
+        log = known if known and begun else TuningLog(basis=basis)
+        return cls(first, config.execution.max_error_rate, folder, resources, plan, known, overwrite, log)
 
     def begin(self) -> None:
         """Delete the trials that this call replaces, before the first one; call it under a lease on the folder.
 
         Raises:
+            OutputInUseError: another call has used the folder since this one was prepared.
             StorageError: the folder cannot be written.
         """
+        if not self.overwrite and TuningLog.read(self.folder) != self.found:
+            raise OutputInUseError(f"{self.folder.uri}: another call has changed the trials; repeat the command")
         if self.log.trials:
             return
         self.log.write(self.folder)
-        for place in self.folder.list_folders():
-            if place.name.startswith("trial-"):
-                OutputFolder(place).clear()
+        for place in _list_trials(self.folder):
+            OutputFolder(place).clear()
 
     def measure(self, settings: Mapping[str, Any], limit: float | None) -> EngineTrial:
         """Run a trial, unless an earlier call has; see ``search.Measure``.
 
         Raises:
+            IncomparableError: the index or a model has changed, or the answers of the first trial are gone.
             OutputInUseError: another run is using the folder of the trial.
             StorageError: the storage cannot be read or written.
         """
         repetition = sum(trial.settings == settings for trial in self.asked)
-        trial = self.log.find(settings, repetition) or self._run_next(settings, limit)
+        trial = self.log.find(settings, limit, repetition) or self._run_next(settings, limit)
         self.asked.append(trial)
         return trial
 
@@ -139,16 +148,29 @@ class Trials:
         try:
             check_sharing(config, self.resources.gpus)
             plan = check_run(config, overwrite=True)
+            self._check_models(plan)
             summary = run_plan(plan, self.resources, make_trial_actor(limit))
         except (OutputInUseError, LeaseLostError, NodeAccessError, StorageError):
             raise
         except (RuntimeError, ValueError, RayError) as error:  # of this engine; the next trial has a fresh one
             problem = join_lines(extract_cause(error)) or type(error).__name__
-            return EngineTrial(problem=problem, stopped=problem.startswith(PLAINLY_SLOWER))
+            return EngineTrial(problem=problem, stopped_after=limit if problem.startswith(PLAINLY_SLOWER) else None)
         if summary.errors == summary.rows or summary.errors > self.most_errors * summary.rows:
             kinds = ", ".join(summary.error_types)
             return EngineTrial(problem=f"{summary.errors} of {summary.rows} rows failed ({kinds})")
         return self._compare(plan.output)
+
+    def _check_models(self, plan: RunPlan) -> None:
+        """Check that a trial reads the index and the models of the first one.
+
+        Raises:
+            IncomparableError: it does not.
+        """
+        first = self.plan
+        if (plan.model, plan.index, plan.reranker) != (first.model, first.index, first.reranker):
+            raise IncomparableError(
+                "the index or a model has changed since the first trial; repeat the command with --overwrite"
+            )
 
     def _configure(self, number: int, settings: Mapping[str, Any]) -> RunConfig:
         """Return the configuration of a trial: the first one draws the sample, which the others read."""
@@ -156,7 +178,7 @@ class Trials:
         if number > 1:
             drawn = Selection.load(locate_trial(self.folder, 1), config.queries, config.sample)
             if drawn is None:
-                raise StorageError(f"{self.folder.uri}: the sample is missing; repeat the command with --overwrite")
+                raise IncomparableError(f"{self.folder.uri}: the sample is gone; repeat the command with --overwrite")
             execution = config.execution.model_copy(update={"unit_rows": drawn.unit_rows})
             sampled = {"queries": drawn.folder.uri, "sample": NO_SAMPLE, "execution": execution}
             config = config.model_copy(update=sampled)
@@ -172,6 +194,9 @@ class Trials:
             return EngineTrial(problem="its actor was replaced on the way, so that its speed is unknown")
         answers = read_scored_answers(output, self.config.columns.id)
         self.answers = self.answers or read_scored_answers(self.plan.output, self.config.columns.id)
+        if not self.answers:
+            first = self.plan.output.location.uri
+            raise IncomparableError(f"{first}: the answers are gone; repeat the command with --overwrite")
         changed, shift = compare_scored_answers(self.answers, answers)
         return EngineTrial(rate=pace.low, changed=changed, shift=shift, longest=max(times))
 
@@ -188,6 +213,23 @@ def isolate(config: RunConfig, output: Location, sample: SampleConfig) -> RunCon
         "execution": ExecutionConfig(max_error_rate=1.0, **shared),
     }
     return config.model_copy(update={**apart, "output": output.uri, "sample": sample})
+
+
+def _read_trials(folder: Location, overwrite: bool) -> TuningLog | None:
+    """Read the list of the trials in a folder; None if there is none, or they are replaced.
+
+    Raises:
+        ValueError: the folder, or one in it that would be a trial's, holds an annotated set of a run.
+    """
+    holders = [folder] if TuningLog.is_in(folder) else [folder, *_list_trials(folder)]
+    for place in holders:
+        if OutputFolder(place).read_manifest() is not None:
+            raise ValueError(f"--output {place.uri} holds an annotated set; choose another folder for the trials")
+    return None if overwrite else TuningLog.read(folder)
+
+
+def _list_trials(folder: Location) -> list[Location]:
+    return [place for place in folder.list_folders() if place.name.startswith("trial-")]
 
 
 def locate_trial(folder: Location, number: int) -> Location:

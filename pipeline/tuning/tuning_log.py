@@ -24,6 +24,15 @@ class TuningLog(Frozen):
     basis: dict[str, Any]
     trials: tuple[EngineTrial, ...] = ()
 
+    @staticmethod
+    def is_in(folder: Location) -> bool:
+        """Whether a folder holds the file.
+
+        Raises:
+            StorageError: the storage cannot be reached.
+        """
+        return _locate(folder).exists()
+
     @classmethod
     def read(cls, folder: Location) -> "TuningLog | None":
         """Read the file in a folder of trials; None if there is none.
@@ -32,9 +41,9 @@ class TuningLog(Frozen):
             ValueError: the file is damaged; names it.
             StorageError: it cannot be read.
         """
-        file = _locate(folder)
-        if not file.exists():
+        if not cls.is_in(folder):
             return None
+        file = _locate(folder)
         try:
             return cls.model_validate_json(file.read())
         except ValidationError as error:
@@ -50,12 +59,14 @@ class TuningLog(Frozen):
         """
         _locate(folder).write(self.model_dump_json(indent=1).encode())
 
-    def find(self, settings: Mapping[str, Any], repetition: int) -> EngineTrial | None:
+    def find(self, settings: Mapping[str, Any], limit: float | None, repetition: int) -> EngineTrial | None:
         """Return a trial of these settings, the first one for 0; None if it must still run.
 
-        Trials that failed run again, since their cause may be gone.
+        Trials that failed run again, since their cause may be gone; so do those that were stopped after less time than
+        a unit may take now.
         """
-        done = [trial for trial in self.trials if trial.settings == settings and (trial.rate or trial.stopped)]
+        same = [trial for trial in self.trials if trial.settings == settings]
+        done = [trial for trial in same if trial.rate or (limit and (trial.stopped_after or 0.0) >= limit)]
         return done[repetition] if repetition < len(done) else None
 
 
@@ -74,7 +85,7 @@ def describe_basis(config: RunConfig, resources: Resources, run: str) -> dict[st
     record = config.to_record()
     shared = {"cpus": resources.cpus, "gpus": resources.gpus, "units_in_flight": config.execution.units_in_flight}
     parts = {"model": {"engine": record["model"]["engine"]}, "retrieval": record["retrieval"], "execution": shared}
-    basis = flatten({**parts, "versions": read_versions(), "sample or decoding": run})
+    basis = flatten({**parts, "versions": read_versions(), "run": run})
     return {key: value for key, value in basis.items() if value not in (None, {})}
 
 

@@ -1,6 +1,7 @@
 """A run in, the settings to paste out: the trials are real runs, whose rows are answered without an engine."""
 
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from itertools import count, cycle
 from pathlib import Path
@@ -21,6 +22,7 @@ from pipeline.queries.units import read_unit
 from pipeline.run.annotation import build_annotated_schema
 from pipeline.storage.location import StorageError
 from pipeline.tuning.trial_actor import TrialEndedError
+from pipeline.tuning.trials import Trials
 from tests.support.runs import write_queries
 
 APP = typer.Typer()
@@ -131,7 +133,7 @@ def test_json_has_every_trial_and_the_outcome(tuning: ScriptedTuning) -> None:
     assert (found["settings"], found["refused"]) == ({"dtype": "bfloat16"}, None)
     first, _, third, *_ = found["trials"]
     figures = {"rate": 2.0, "changed": 0.0, "shift": 0.0, "longest": 3.0}
-    assert first == {"number": 1, "settings": {}, **figures, "problem": "", "stopped": False}
+    assert first == {"number": 1, "settings": {}, **figures, "problem": "", "stopped_after": None}
     assert (third["settings"], third["rate"], third["shift"]) == ({"dtype": "bfloat16"}, 6.0, 0.0)
 
 
@@ -148,13 +150,14 @@ def test_trials_share_a_sample_and_keep_their_answers(tuning: ScriptedTuning) ->
 def test_nothing_faster_leaves_the_run_as_it_is(finished: ScriptedTuning) -> None:
     result = finished.tune("--only", "speculation")
     assert result.exit_code == 0, result.output
-    assert "nothing that was measured is faster than the configured settings by more than 5%\n" in result.stdout
+    assert "keep the configured settings: none that may be chosen is faster by more than 5%\n" in result.stdout
 
 
 def test_engine_that_does_not_start_is_a_trial_with_its_reason(tuning: ScriptedTuning) -> None:
     tuning.faults[3] = fail(RuntimeError("no fp8 here"))
     result = tuning.tune("--only", "keys", "--json")
-    assert result.exit_code == 0, result.output
+    assert result.exit_code == 1
+    assert "error: none of the settings could be measured: no fp8 here\n" in result.stderr
     trial = json.loads(result.stdout)["trials"][2]
     assert (trial["rate"], trial["problem"]) == (None, "no fp8 here")
     assert tuning.tune("--only", "keys").exit_code == 0  # whatever was the cause may be gone
@@ -244,6 +247,48 @@ def test_stopped_trial_is_not_run_again(tuning: ScriptedTuning) -> None:
     assert tuning.tune("--only", "keys").exit_code == 0
     assert tuning.tune("--only", "keys").exit_code == 0
     assert len(tuning.started) == 3
+    log = tuning.trials / "tuning.json"
+    log.write_text(log.read_text().replace('"stopped_after": 19.5', '"stopped_after": 19.0'))
+    assert tuning.tune("--only", "keys").exit_code == 0  # it may take longer now
+    assert len(tuning.started) == 4
+
+
+def test_sets_of_runs_are_no_trials_to_delete(tuning: ScriptedTuning, finished: ScriptedTuning) -> None:
+    shutil.copytree(finished.trials / "trial-01", tuning.trials / "trial-may")
+    for option in ("--resume", "--overwrite"):
+        result = tuning.tune(option)
+        assert result.exit_code == 2
+        assert f"{tuning.trials}/trial-may holds an annotated set; choose another folder" in result.stderr
+    assert (tuning.trials / "trial-may" / "_SUCCESS").exists()
+
+
+def test_models_must_stay_the_same(tuning: ScriptedTuning, demo_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    changing = iter([{"digest": "one"}, {"digest": "one"}, {"digest": "two"}])
+    monkeypatch.setattr("pipeline.run.plan.identify_model", lambda *_: next(changing))
+    result = tuning.tune("--only", "keys")
+    assert result.exit_code == 1
+    assert "error: the index or a model has changed since the first trial" in result.stderr
+
+
+def test_answers_to_compare_with_must_be_there(tuning: ScriptedTuning) -> None:
+    tuning.faults[2] = lambda: shutil.rmtree(tuning.trials / "trial-01" / "data")
+    result = tuning.tune("--only", "keys")
+    assert result.exit_code == 0, result.output  # this call has read them
+    result = tuning.tune("--only", "speculation")
+    assert result.exit_code == 1
+    assert "trial-01: the answers are gone; repeat the command with --overwrite\n" in result.stderr
+
+
+def test_trials_of_another_call_are_not_replaced(tuning: ScriptedTuning, monkeypatch: pytest.MonkeyPatch) -> None:
+    def begin_late(trials: Trials) -> None:
+        (tuning.trials / "tuning.json").write_text(json.dumps({"basis": {}, "trials": []}))
+        begin(trials)
+
+    begin = Trials.begin
+    monkeypatch.setattr(Trials, "begin", begin_late)
+    result = tuning.tune("--only", "keys")
+    assert (result.exit_code, tuning.started) == (2, [])
+    assert "another call has changed the trials; repeat the command" in result.stderr
 
 
 def test_run_whose_rows_all_fail_cannot_be_measured(tuning: ScriptedTuning) -> None:

@@ -2,6 +2,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+import pytest
 
 from pipeline.config.sections import StorageConfig
 from pipeline.output.folder import OutputFolder
@@ -22,7 +23,8 @@ def test_other_answers_and_missing_ones_count_as_changed() -> None:
 def test_answers_without_scores_have_no_shift() -> None:
     before = rows(a=("x", None), b=("y", 1.0), c=("z", 1.0))
     assert compare_scored_answers(before, rows(a=("x", 1.0), b=("y", None), c=("z", 1.0))) == (0.0, 0.0)
-    assert compare_scored_answers({}, {}) == (0.0, 0.0)
+    with pytest.raises(ValueError, match="no answers to compare with"):
+        compare_scored_answers({}, before)
 
 
 def test_score_of_a_row_is_the_mean_of_its_segments(tmp_path: Path) -> None:

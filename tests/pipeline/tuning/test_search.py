@@ -43,7 +43,7 @@ def test_knobs_are_tried_on_top_of_the_best_so_far() -> None:
     )
     tuned = measured.search(SLOTS, DTYPE)
     assert [name for name, _ in measured.asked] == ["", "", "64", "256", "1024", "256,bfloat16", "256,bfloat16"]
-    assert tuned == Tuned(10, 0.05, {"max_num_seqs": 256, "dtype": "bfloat16"}, 18, 0.0, None)
+    assert tuned == Tuned(10, 0.05, {"max_num_seqs": 256, "dtype": "bfloat16"}, 18, 0.0, None, None)
 
 
 def test_values_end_where_they_make_the_run_slower() -> None:
@@ -59,8 +59,15 @@ def test_values_go_on_after_one_that_is_too_small(first: EngineTrial) -> None:
 
 
 def test_stopped_value_ends_a_knob_whose_smaller_value_was_measured() -> None:
-    measured = Measured({"": [rate(10)], "64": [rate(10)], "256": [failed("plainly slower")]})
+    stopped = EngineTrial(problem="plainly slower", stopped_after=30.0)
+    measured = Measured({"": [rate(10)], "64": [rate(10)], "256": [stopped]})
     assert measured.search(SLOTS).settings == {}
+    assert len(measured.asked) == 4
+
+
+def test_failed_value_is_passed_over() -> None:
+    measured = Measured({"": [rate(10)], "64": [rate(10)], "256": [failed()], "1024": [rate(20)]})
+    assert measured.search(SLOTS).settings == {"max_num_seqs": 1024}
 
 
 def test_difference_of_two_equal_runs_is_the_margin() -> None:
@@ -104,10 +111,12 @@ def test_refused_settings_are_not_named_if_the_best_are_faster() -> None:
 
 
 def test_best_settings_are_measured_again() -> None:
-    lucky = Measured({"": [rate(10)], "bfloat16": [rate(11), rate(9)]})
-    assert lucky.search(DTYPE).settings == {}
+    lucky = Measured({"": [rate(10)], "bfloat16": [rate(11), rate(9)]}).search(DTYPE)
+    assert (lucky.settings, lucky.rate, lucky.unconfirmed and lucky.unconfirmed.rate) == ({}, 10, 11)
     gone = Measured({"": [rate(10)], "bfloat16": [rate(30), failed()]})
     assert gone.search(DTYPE).settings == {}
+    other = Measured({"": [rate(10)], "bfloat16": [rate(30), rate(30, 0.5)]})
+    assert other.search(DTYPE).settings == {}
     mean = Measured({"": [rate(10)], "bfloat16": [rate(14), rate(12)]})
     assert mean.search(DTYPE).rate == 13
 
@@ -122,8 +131,10 @@ def test_rows_may_take_so_long_as_is_not_plainly_worse() -> None:
 
 @pytest.mark.parametrize("trials", [[failed()], [rate(10), failed()]])
 def test_run_that_cannot_be_measured_ends_the_search(trials: list[EngineTrial]) -> None:
+    measured = Measured({"": trials})
     with pytest.raises(RuntimeError, match=r"the run as it is configured cannot be measured: no memory"):
-        Measured({"": trials}).search(SLOTS)
+        measured.search(SLOTS)
+    assert len(measured.asked) == len(trials)
 
 
 def test_list_names_all_trials_of_a_search_without_gains() -> None:

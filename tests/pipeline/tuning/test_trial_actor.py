@@ -20,18 +20,19 @@ from tests.faults.campaign import model_folder
 from tests.faults.harness import write_queries
 from tests.faults.scripted import ScriptedActor
 
+STARTS = functools.partial(asyncio.sleep, 0.05)
 UNIT: Any = SimpleNamespace(rows=7)
 
 
 class FakeActor:
     """Starts at once; a unit takes as long as its work."""
 
-    def __init__(self, work: Callable[[], Any]) -> None:
-        self.work = work
+    def __init__(self, work: Callable[[], Any], start: Callable[[], Any]) -> None:
+        self.work, self.start = work, start
 
     @property
     def _warm(self) -> asyncio.Future[None]:
-        return asyncio.ensure_future(asyncio.sleep(0.05))
+        return asyncio.ensure_future(self.start())
 
     async def _annotate(self, *_: Any) -> tuple[Any, Work]:
         return await self.work(), UNKNOWN
@@ -41,9 +42,9 @@ class FakeActor:
 def annotate(monkeypatch: pytest.MonkeyPatch) -> Any:
     monkeypatch.setattr("pipeline.tuning.trial_actor.SelfRagActor", FakeActor)
 
-    async def annotate(limit_s: float | None, work: Callable[[], Any]) -> Any:
+    async def annotate(limit_s: float | None, work: Callable[[], Any], start: Callable[[], Any] = STARTS) -> Any:
         actor: Any = make_trial_actor(limit_s)
-        table, _ = await actor(work)._annotate(UNIT, None, None)
+        table, _ = await actor(work, start)._annotate(UNIT, None, None)
         return table
 
     return annotate
@@ -67,6 +68,8 @@ async def test_dead_engine_ends_the_trial(annotate: Any) -> None:
     error = EngineDeadError(Death("no memory", out_of_memory=True))
     with pytest.raises(TrialEndedError, match="^the engine died: no memory$"):
         await annotate(5, functools.partial(raise_error, error))
+    with pytest.raises(TrialEndedError, match="^the engine died: no memory$"):
+        await annotate(5, STARTS, start=functools.partial(raise_error, error))
 
 
 async def test_other_timeouts_are_not_the_limits(annotate: Any) -> None:
@@ -107,8 +110,8 @@ def test_trials_end_in_ray_and_leave_their_cpus_to_the_next(tmp_path: Path, monk
     (model / "stalls").write_text("1")
     dead = trials.measure({"max_num_seqs": 256}, 60.0)
     again = trials.measure({}, 60.0)
-    assert (slow.stopped, slow.problem) == (True, "plainly slower: 8 rows were not done after 3 s")
-    assert not dead.stopped
+    assert (slow.stopped_after, slow.problem) == (3.0, "plainly slower: 8 rows were not done after 3 s")
+    assert dead.stopped_after is None
     assert dead.problem.startswith("the engine died: ")
     assert min(first.rate or 0, again.rate or 0) > 0
     assert (again.number, again.changed) == (4, 0.0)
