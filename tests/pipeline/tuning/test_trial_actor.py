@@ -79,6 +79,7 @@ async def test_other_timeouts_are_not_the_limits(annotate: Any) -> None:
 
 @pytest.fixture
 def small_ray() -> Iterator[None]:
+    ray.shutdown()  # other tests may have left one
     ray.init(num_cpus=2, include_dashboard=False, log_to_driver=False)
     yield
     ray.shutdown()
