@@ -90,6 +90,7 @@ def small_ray() -> Iterator[None]:
 def test_trials_end_in_ray_and_leave_their_cpus_to_the_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("pipeline.tuning.trial_actor.SelfRagActor", ScriptedActor)
     monkeypatch.setattr("pipeline.run.plan.load_critic", lambda _config: None)
+    monkeypatch.setattr("pipeline.run.plan.identify_model", lambda *_: {"digest": "one"})  # its folder holds counters
     write_queries(tmp_path / "queries", 24, {5: "WAITS", 9: "STALLS"})
     model, waits = model_folder(tmp_path), tmp_path / "waits"
     (model / "stalls").write_text("0")
