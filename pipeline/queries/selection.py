@@ -13,7 +13,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.compute as pc
-from pydantic import Field, ValidationError
+from pydantic import Field
 
 from pipeline.config.loading import Frozen
 from pipeline.config.sections import NO_SAMPLE, SampleConfig, StorageConfig
@@ -26,6 +26,7 @@ from pipeline.queries.writer import FILE_ROWS, GROUP_ROWS
 from pipeline.storage.hashes import Hashes, HashRuns, hash_twice
 from pipeline.storage.location import Location
 from pipeline.storage.parquet import encode_parquet, map_in_threads, read_columns
+from pipeline.storage.records import read_record
 
 # The error type of invalid rows, which would fail again.
 OWN_FAULT = "ValueError"
@@ -119,20 +120,6 @@ class SelectionRecord(Frozen):
     population: Annotated[int, Field(ge=1)] | None = None
     unit_rows: Annotated[int, Field(ge=1)] | None = None
 
-    @classmethod
-    def read(cls, file: Location) -> "SelectionRecord":
-        """Read the file.
-
-        Raises:
-            ValueError: it is damaged; names it.
-        """
-        try:
-            return cls.model_validate_json(file.read())
-        except ValidationError as error:
-            raise ValueError(
-                f"{file.uri}: {error.errors()[0]['msg'].lower()}; choose another output, or replace it with --overwrite"
-            ) from None
-
 
 @dataclass(frozen=True)
 class Selection:
@@ -167,7 +154,7 @@ class Selection:
         folder = output / "_queries"
         if not _locate_record(folder).exists():
             return None
-        record = SelectionRecord.read(_locate_record(folder))
+        record = read_record(SelectionRecord, _locate_record(folder))
         if record.queries != queries:
             raise ValueError(
                 f"{folder.uri} was selected from {record.queries}; choose another output, "

@@ -3,12 +3,11 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pydantic import ValidationError
-
 from pipeline.cluster import Resources
 from pipeline.config.loading import Frozen, flatten
 from pipeline.config.run import RunConfig
 from pipeline.storage.location import Location
+from pipeline.storage.records import read_record
 from pipeline.tuning.search import EngineTrial
 from pipeline.versions import read_versions
 
@@ -41,15 +40,7 @@ class TuningLog(Frozen):
             ValueError: the file is damaged; names it.
             StorageError: it cannot be read.
         """
-        if not cls.is_in(folder):
-            return None
-        file = _locate(folder)
-        try:
-            return cls.model_validate_json(file.read())
-        except ValidationError as error:
-            raise ValueError(
-                f"{file.uri}: {error.errors()[0]['msg'].lower()}; choose another output, or replace it with --overwrite"
-            ) from None
+        return read_record(cls, _locate(folder)) if cls.is_in(folder) else None
 
     def write(self, folder: Location) -> None:
         """Write the file into a folder of trials.
