@@ -1,10 +1,7 @@
 """A run recorded in a real MLflow server."""
 
-import os
-import shutil
 import socket
 import subprocess
-import sys
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -16,8 +13,8 @@ from mlflow.tracking import MlflowClient
 
 from tests.faults.harness import wait_for
 from tests.support.runs import ScriptedRun, write_queries
+from tests.support.uvx import UVX
 
-UVX = shutil.which("uvx", path=f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}")
 pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(UVX is None, reason="uv is not installed, which fetches the server"),
