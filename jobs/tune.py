@@ -10,7 +10,7 @@ import dataclasses
 import json
 import logging
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 import yaml
@@ -21,7 +21,7 @@ from jobs.annotate import ConfigFile, Day, Index, Model, Queries, Settings
 from jobs.common import checking, fail, start_logging, working
 from jobs.shell import run
 from pipeline.config.run import RunConfig, load_config
-from pipeline.config.sections import SampleConfig
+from pipeline.config.sections import ExecutionConfig, SampleConfig
 from pipeline.nodes.access import NodeAccessError
 from pipeline.queries.division import FEWEST_UNIT_ROWS
 from pipeline.storage.lease import Lease, OutputInUseError
@@ -67,12 +67,12 @@ def tune(
         run_config = load_config(config, settings or [], flags, day and day.date())
         place = choose_folder(run_config, output)
         knobs = choose_knobs(only or [], run_config.model.engine)
-        execution = run_config.execution
-        in_flight = execution.units_in_flight * (execution.unit_rows or FEWEST_UNIT_ROWS)
-        sample = SampleConfig(rows=rows or in_flight, seed=seed)
+        sample = SampleConfig(rows=rows or count_in_flight(run_config.execution), seed=seed)
         trials = Trials.prepare(run_config, place, sample, overwrite)
         if not trials.resources.gpus:
             knobs = leave_out_gpu_knobs(knobs, only or [])
+        if not knobs:
+            raise ValueError("there is nothing to try: every value is configured already")
     if dry_run:
         print_plan(trials, knobs)
         return
@@ -82,16 +82,28 @@ def tune(
         trials.begin()
         tuned = Search(trials.measure, max_changed).run(knobs)
     if as_json:
-        record = {"output": place.uri, "rows": trials.plan.queries.rows, **dataclasses.asdict(tuned)}
-        record |= {
-            name: trial and trial.model_dump()
-            for name, trial in (("refused", tuned.refused), ("unconfirmed", tuned.unconfirmed))
-        }
-        typer.echo(json.dumps({**record, "trials": [trial.model_dump() for trial in trials.asked]}))
+        typer.echo(json.dumps(to_record(trials, tuned)))
     else:
         print_outcome(trials.asked, tuned, max_changed)
     if all(trial.rate is None and trial.stopped_after is None for trial in trials.asked[CONFIGURED:]):
         fail(f"none of the settings could be measured: {trials.asked[-1].problem}", 1)
+
+
+def count_in_flight(execution: ExecutionConfig) -> int:
+    """Return the number of rows that an actor has in flight."""
+    return execution.units_in_flight * (execution.unit_rows or FEWEST_UNIT_ROWS)
+
+
+def to_record(trials: Trials, tuned: Tuned) -> dict[str, Any]:
+    """Return the outcome as plain values for JSON."""
+    named = {"refused": tuned.refused, "unconfirmed": tuned.unconfirmed}
+    return {
+        "output": trials.folder.uri,
+        "rows": trials.plan.queries.rows,
+        **dataclasses.asdict(tuned),
+        **{name: trial and trial.model_dump() for name, trial in named.items()},
+        "trials": [trial.model_dump() for trial in trials.asked],
+    }
 
 
 def choose_folder(config: RunConfig, output: str | None) -> Location:

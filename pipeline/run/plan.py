@@ -9,6 +9,7 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from pipeline.config.loading import find_differing
 from pipeline.config.run import RunConfig, make_paths_absolute
 from pipeline.config.sections import StorageConfig
 from pipeline.decoding.profiles import Tasks, hash_built_in_profiles
@@ -372,8 +373,7 @@ def _check_output(plan: RunPlan, manifest: dict[str, Any] | None) -> None:
         plan.output.check_replaceable()
         return
     identity = plan.compute_identity()
-    before, now = manifest.get("settings", {}), identity["settings"]
-    differing = sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))
+    differing = find_differing(manifest.get("settings", {}), identity["settings"])
     differing += [part for part in IDENTITY[1:] if manifest.get(part) != identity[part]]
     if differing:
         raise ValueError(

@@ -67,9 +67,9 @@ class Telling:
         self._error: Exception | None = None
         self._thread = threading.Thread(target=self._run, args=(tell, what), name="tracking", daemon=True)
         self._thread.start()
-        if (reply := self.wait()) is Reply.WAITING:
+        if self.wait() is Reply.WAITING:
             log.warning("%s has not answered within %g s; the run goes on", tracker.name, PATIENCE_S)
-        elif reply is Reply.REFUSED and self._error is not None:
+        elif self._error is not None:
             log.warning("%s does not record this run: %s", tracker.name, _describe(self._error))
 
     def _run(self, tell: Callable[[Told], None], what: Told) -> None:

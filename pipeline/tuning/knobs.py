@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# The model's own earlier words as a draft (https://docs.vllm.ai/en/latest/features/spec_decode.html): answers that copy
+# Earlier words of the prompt and the answer as a draft (https://docs.vllm.ai/en/latest/features/spec_decode.html): answers that copy
 # from a passage are where this can gain. Other methods need a draft model.
 PROMPT_LOOKUP = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
 

@@ -95,7 +95,7 @@ class Search:
     most_changed: float
     margin: float = LEAST_MARGIN
     noise: float = 0.0
-    best: EngineTrial = field(default_factory=lambda: EngineTrial())
+    best: EngineTrial = field(default_factory=EngineTrial)
     refused: EngineTrial | None = None
 
     def run(self, knobs: Sequence[Knob]) -> Tuned:
@@ -107,12 +107,11 @@ class Search:
         configured = self._measure_configured()
         for knob in knobs:
             self._try(knob)
-        rate = self._confirm(configured)
-        found, unconfirmed = (self.best, None) if rate is not None else (EngineTrial(), self.best)
-        rate = rate or configured
+        confirmed = self._confirm(configured)
+        rate, found = (configured, EngineTrial()) if confirmed is None else (confirmed, self.best)
         refused = self.refused if self.refused and _rate(self.refused) > rate else None
-        missed = unconfirmed if unconfirmed and unconfirmed.settings else None
-        return Tuned(configured, self.margin, found.settings, rate, found.changed, refused, missed)
+        unconfirmed = self.best if confirmed is None and self.best.settings else None
+        return Tuned(configured, self.margin, found.settings, rate, found.changed, refused, unconfirmed)
 
     def _measure_configured(self) -> float:
         """Measure the configured settings twice; the difference tells what is due to chance."""
@@ -172,5 +171,5 @@ def _rate(trial: EngineTrial) -> float:
 
 def list_first_trials(knobs: Sequence[Knob]) -> Iterator[dict[str, Any]]:
     """Yield the settings of each trial as if nothing were faster than configured; the search leaves some out."""
-    yield from ({}, {})
+    yield from ({} for _ in range(CONFIGURED))
     yield from ({knob.argument: value} for knob in knobs for value in knob.values)

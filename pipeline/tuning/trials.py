@@ -13,6 +13,7 @@ from typing import Any
 from ray.exceptions import RayError
 
 from pipeline.cluster import Resources, check_sharing, extract_cause
+from pipeline.config.loading import find_differing
 from pipeline.config.run import RunConfig, make_paths_absolute
 from pipeline.config.sections import (
     NO_SAMPLE,
@@ -34,7 +35,7 @@ from pipeline.storage.location import Location, StorageError, join_lines
 from pipeline.tuning.comparison import ScoredAnswer, compare_scored_answers, read_scored_answers
 from pipeline.tuning.search import EngineTrial
 from pipeline.tuning.trial_actor import PLAINLY_SLOWER, make_trial_actor
-from pipeline.tuning.tuning_log import TuningLog, describe_basis, find_differing
+from pipeline.tuning.tuning_log import TuningLog, describe_basis
 
 log = logging.getLogger(__name__)
 

@@ -78,8 +78,3 @@ def describe_basis(config: RunConfig, resources: Resources, run: str) -> dict[st
     parts = {"model": {"engine": record["model"]["engine"]}, "retrieval": record["retrieval"], "execution": shared}
     basis = flatten({**parts, "versions": read_versions(), "run": run})
     return {key: value for key, value in basis.items() if value not in (None, {})}
-
-
-def find_differing(before: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
-    """Return the keys in which two bases differ, sorted."""
-    return sorted(key for key in before.keys() | now.keys() if before.get(key) != now.get(key))

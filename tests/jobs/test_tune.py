@@ -194,6 +194,10 @@ def test_other_knobs_go_on_from_the_measured_run(tuning: ScriptedTuning) -> None
         (["--set", "decoding.max_tokens=8"], "differs in decoding.max_tokens"),
         (["--rows", "5"], "not a sample of 5 rows (seed 0)"),
         (["--only", "slot"], "error: --only slot: expected one of slots, "),
+        (
+            ["--only", "keys", "--set", "model.engine.kv_cache_dtype=fp8", "--overwrite"],
+            "error: there is nothing to try: every value is configured already\n",
+        ),
         (["--only", "memory"], "error: --only memory: the actors have no GPU"),
         (["--set", "model.engine.slots=8"], "unknown configuration key model.engine.slots"),
     ],
