@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-# Earlier words of the prompt and the answer as a draft (https://docs.vllm.ai/en/latest/features/spec_decode.html): answers that copy
-# from a passage are where this can gain. Other methods need a draft model.
+# Earlier words of the prompt and the answer are the draft, which can gain where answers copy from a passage. Other
+# methods need a draft model: https://docs.vllm.ai/en/latest/features/spec_decode.html
 PROMPT_LOOKUP = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 4}
 
 
